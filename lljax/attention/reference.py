@@ -1,0 +1,15 @@
+"""Attention written down directly, with the dense T x S mask. For tests: everything else must equal it."""
+
+import jax
+import jax.numpy as jnp
+
+from lljax.attention.mask import Mask, visible
+
+
+def attend(q, k, v, mask: Mask, *, scale: float) -> jax.Array:
+    """Attention of q [B, T, N, H] over k, v [B, S, K, H]; a query that sees nothing gets zeros."""
+    see = visible(mask)[:, None]
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
+    weights = jax.nn.softmax(jnp.where(see, scores, -1e30), axis=-1) * see
+    return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(v.dtype), v)

@@ -1,0 +1,195 @@
+"""The default configuration tree. Every run is this tree with some fields changed; `validate()` refuses the rest."""
+
+import math
+
+from ml_collections import ConfigDict
+
+from lljax.errors import ConfigError
+
+
+def default_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0                               # of initialisation, shuffling and dropout
+    c.train_type = "lora"                    # lora | full (every weight)
+
+    c.model = ConfigDict()
+    c.model.path = ""                        # hub id, folder with config.json and safetensors, or a GGUF file
+    c.model.revision = "main"                # branch, tag or commit, where path is a hub id
+    c.model.init = "pretrained"              # pretrained | random (config.json and tokenizer are all that is read)
+    c.model.dtype = "bfloat16"               # bfloat16 | float32: frozen weights and compute; trainable ones stay float32
+
+    c.context = ConfigDict()
+    c.context.length = 8192                  # tokens the finished model is to read
+    c.context.schedule = ((1000, 8192, "full"),)  # stages (until_step, length, full | shifted | window)
+    c.context.rope = ConfigDict(type_safe=False)  # so that factor takes a word or a number
+    c.context.rope.type = "linear"           # keep (as the base has it) | linear | dynamic | yarn
+    c.context.rope.factor = "auto"           # auto: ceil(length / original length), or a number >= 1
+    c.context.group = 0.25                   # shifted: below 1 a share of the row, from 2 up a number of tokens
+    c.context.window = 4096                  # window: tokens each token sees behind it, itself included
+    c.context.anchors = 64                   # window: first tokens of each document that every later one sees
+    c.context.anchor_markers = ()            # window: strings, one token each, whose every occurrence is seen too
+
+    c.lora = ConfigDict()
+    c.lora.rank = 8
+    c.lora.alpha = 16.0
+    c.lora.dropout = 0.0
+    c.lora.rslora = False                    # scale alpha / sqrt(rank) instead of alpha / rank
+    c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj")  # short names or regular expressions
+    c.lora.also_train = ("embed", "norm")    # roles trained whole beside the factors: embed, norm, head
+    c.lora.adapter = ""                      # folder of a PEFT adapter to continue from
+
+    c.data = ConfigDict()
+    c.data.train = ()                        # JSONL or JSONL.gz files, or folders of them
+    c.data.valid = ()                        # the same, held out; empty: split off train by valid_fraction
+    c.data.valid_fraction = 0.0              # share of the documents of train held out, chosen by their hash
+    c.data.loss_on = "assistant"             # assistant (replies, completions, plain text) | everything
+    c.data.packing = True                    # several documents a row, or one
+    c.data.overlong = "split"                # split | truncate | drop documents longer than the row
+    c.data.max_bad_fraction = 0.01           # share of unreadable rows above which the run stops
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 2e-4
+    c.optimizer.schedule = "cosine"          # linear | cosine | constant, after the warm-up
+    c.optimizer.warmup_steps = 20
+    c.optimizer.beta1 = 0.9
+    c.optimizer.beta2 = 0.95
+    c.optimizer.eps = 1e-8
+    c.optimizer.clip_norm = 1.0              # global norm
+    c.optimizer.learning_rate_ratio = ConfigDict({  # by role; LoRA+ (arXiv 2402.12354) is lora_b = 16
+        "lora_a": 1.0, "lora_b": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0, "bias": 1.0})
+    c.optimizer.weight_decay = ConfigDict({  # by role
+        "lora_a": 0.0, "lora_b": 0.0, "embed": 0.0, "norm": 0.0, "head": 0.0, "kernel": 0.0, "bias": 0.0})
+
+    c.training = ConfigDict()
+    c.training.rows = 1                      # rows a forward pass, over all devices
+    c.training.accumulate = 1                # forward passes an optimizer step
+    c.training.eval_every = 0                # steps; 0: at the end of the run only
+    c.training.eval_rows = 16                # held-out rows an evaluation reads
+    c.training.report_every = 0              # steps; 0: report.html at the end of the run only
+
+    c.memory = ConfigDict()
+    c.memory.remat = "full"                  # full: keep one residual per layer | none: keep everything
+    c.memory.loss_chunk = 1024               # tokens whose logits exist at one time
+
+    c.alarm = ConfigDict()
+    c.alarm.nonfinite = "skip"               # skip | stop: a NaN or Inf gradient (never applied)
+    c.alarm.spike = "warn"                   # warn | skip | stop: log gradient norm far above its recent median
+    c.alarm.spike_z = 6.0                    # robust standard deviations that count as far
+    c.alarm.history = 128                    # recent steps the median is taken over
+    c.alarm.max_bad_steps = 5                # skipped steps in a row before the run stops, state saved
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 100
+    c.checkpoint.every_minutes = 30.0
+    c.checkpoint.keep = 3
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1                          # copies of the weights, each with its own rows; -1: what is left
+    c.mesh.fsdp = -1                         # devices the weights are spread over; rows are spread over them too
+    return c.lock()
+
+
+def total_steps(config: ConfigDict) -> int:
+    """Optimizer steps of the whole run: the end of the last stage."""
+    return config.context.schedule[-1][0]
+
+
+def validate(c: ConfigDict) -> None:
+    """Refuses what cannot work, in one line that names the fields and the way out.
+
+    Raises:
+      ConfigError: a value or a combination of values is illegal.
+    """
+    _choice(c, "train_type", ("lora", "full"))
+    _choice(c, "model.init", ("pretrained", "random"))
+    _choice(c, "model.dtype", ("bfloat16", "float32"))
+    _choice(c, "context.rope.type", ("keep", "linear", "dynamic", "yarn"))
+    _choice(c, "data.loss_on", ("assistant", "everything"))
+    _choice(c, "data.overlong", ("split", "truncate", "drop"))
+    _choice(c, "optimizer.schedule", ("linear", "cosine", "constant"))
+    _choice(c, "memory.remat", ("full", "none"))
+    _choice(c, "alarm.nonfinite", ("skip", "stop"))
+    _choice(c, "alarm.spike", ("warn", "skip", "stop"))
+    for field, least in (("context.length", 2), ("context.window", 1), ("context.anchors", 0), ("lora.rank", 1),
+                         ("training.rows", 1), ("training.accumulate", 1), ("training.eval_every", 0),
+                         ("training.eval_rows", 1), ("training.report_every", 0), ("memory.loss_chunk", 1),
+                         ("optimizer.warmup_steps", 0), ("alarm.history", 1), ("alarm.max_bad_steps", 1),
+                         ("checkpoint.every_steps", 1), ("checkpoint.keep", 1), ("optimizer.learning_rate", 0.0),
+                         ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("alarm.spike_z", 0.0)):
+        if not get(c, field) >= least:
+            raise ConfigError(f"{field}={get(c, field)}: it must be at least {least}")
+    for field in ("lora.dropout", "data.valid_fraction", "data.max_bad_fraction"):
+        if not 0 <= get(c, field) < 1:
+            raise ConfigError(f"{field}={get(c, field)}: it is a share, from 0 to below 1")
+    if not c.model.path:
+        raise ConfigError("model.path is empty: name a hub id, a folder with config.json, or a GGUF file")
+    if not c.data.train:
+        raise ConfigError("data.train is empty: name JSONL files or folders (scripts/prepare_data.py makes them)")
+    if c.data.valid and c.data.valid_fraction:
+        raise ConfigError(f"data.valid_fraction={c.data.valid_fraction} and data.valid={c.data.valid} both hold "
+                          "documents out: set data.valid_fraction to 0 or data.valid to ()")
+    if c.training.eval_every and not (c.data.valid or c.data.valid_fraction):
+        raise ConfigError(f"training.eval_every={c.training.eval_every} has nothing to evaluate: set data.valid or "
+                          "data.valid_fraction")
+    if c.model.init == "random" and c.train_type == "lora":
+        raise ConfigError("model.init='random' leaves train_type='lora' with a frozen random base: use "
+                          "train_type='full' or model.init='pretrained'")
+    if c.lora.adapter and c.train_type == "full":
+        raise ConfigError(f"lora.adapter={c.lora.adapter!r} continues an adapter and train_type='full' has none: "
+                          "use train_type='lora'")
+    _validate_context(c.context)
+
+
+def _validate_context(context: ConfigDict) -> None:
+    end, lengths = 0, []
+    if not context.schedule:
+        raise ConfigError("context.schedule is empty: give stages such as ((1000, 8192, 'shifted'),)")
+    for number, stage in enumerate(context.schedule):
+        where = f"context.schedule[{number}]={tuple(stage) if isinstance(stage, (tuple, list)) else stage!r}"
+        if not isinstance(stage, (tuple, list)) or len(stage) != 3:
+            raise ConfigError(f"{where}: a stage is (until_step, length, 'full' | 'shifted' | 'window')")
+        until, length, attention = stage
+        if not isinstance(until, int) or until <= end:
+            raise ConfigError(f"{where}: a stage ends after the one before it; the previous ends at step {end}")
+        if attention not in ("full", "shifted", "window"):
+            raise ConfigError(f"{where}: attention {attention!r} is none of full, shifted, window")
+        if not isinstance(length, int) or length < 2:
+            raise ConfigError(f"{where}: length is a number of tokens, at least 2")
+        if lengths and length < lengths[-1]:
+            raise ConfigError(f"{where}: stages do not get shorter; the previous has {lengths[-1]} tokens")
+        end = until
+        lengths.append(length)
+    if lengths[-1] > context.length:
+        raise ConfigError(f"context.schedule reaches {lengths[-1]} tokens but context.length={context.length}: "
+                          "raise context.length (the RoPE factor follows it) or shorten the stage")
+    factor, group = context.rope.factor, context.group
+    if factor != "auto" and not _number(factor) >= 1:
+        raise ConfigError(f"context.rope.factor={factor!r}: 'auto', or a number of at least 1")
+    if factor != "auto" and context.rope.type == "keep":
+        raise ConfigError(f"context.rope.factor={factor!r} and context.rope.type='keep': a kept RoPE takes no factor; "
+                          "set context.rope.factor='auto' or another type")
+    if any(attention == "shifted" for _, _, attention in context.schedule):
+        if not (0 < group < 1 or group >= 2):
+            raise ConfigError(f"context.group={group}: below 1 a share of the row, from 2 up a number of tokens")
+        if group >= 2 and (not math.isfinite(group) or group % 2):
+            raise ConfigError(f"context.group={group} is odd, and shifted attention moves by half a group: "
+                              f"use an even number of tokens such as {int(group) // 2 * 2 + 2}")
+
+
+def get(config: ConfigDict, field: str):
+    """The value of a dotted field."""
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def _number(value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _choice(c: ConfigDict, field: str, choices: tuple[str, ...]) -> None:
+    if get(c, field) not in choices:
+        raise ConfigError(f"{field}={get(c, field)!r} is none of {', '.join(choices)}")

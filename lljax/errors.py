@@ -1,0 +1,48 @@
+"""Errors a user can act on. Each is one line: what was wrong, where, and what to do."""
+
+import contextlib
+import sys
+
+
+class LljaxError(Exception):
+    """Base of all errors that are reported without a traceback; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class ConfigError(LljaxError):
+    """A field, a combination of fields, or a path named in the configuration cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(ConfigError):
+    """The base model, the tokenizer or an adapter cannot be read as what it claims to be."""
+
+
+class DataError(LljaxError):
+    """The training or evaluation documents cannot be used."""
+
+    exit_code = 3
+
+
+class NumericAbort(LljaxError):
+    """Too many steps in a row had an unusable gradient; the last good state was saved."""
+
+    exit_code = 70
+
+
+class Stopped(LljaxError):
+    """SIGTERM or Ctrl-C arrived; the state was saved and the same command resumes."""
+
+    exit_code = 75
+
+
+@contextlib.contextmanager
+def exit_cleanly():
+    """Turns an `LljaxError` into one line on stderr and its exit code. For the `main` of scripts."""
+    try:
+        yield
+    except LljaxError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,55 @@
+"""One declaration per parameter: shape, logical axes, HF name and role live on the Variable itself.
+
+A model is built abstract: every Variable holds a `jax.ShapeDtypeStruct`. Initialisation, sharding, loading, LoRA
+targets and export walk the declared Variables (`declared`) and need no table of their own.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Weight(nnx.Param):
+    """A parameter of the base model.
+
+    Metadata:
+      hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis L.
+      transpose: HF stores the (per-layer) matrix the other way round ([out, in]; ours is [in, out]).
+      axes: logical axis names, one per dimension (see lljax.sharding).
+      role: "kernel" | "bias" | "embed" | "norm" | "head": the name by which optimizer groups and
+        `lora.also_train` refer to it.
+      init: "normal" | "zeros" | "ones" | "he_uniform".
+    """
+
+
+class LoraWeight(nnx.Variable):
+    """A low-rank factor, with the metadata of `Weight`; role is "lora_a" or "lora_b".
+
+    Its `hf` is the PEFT name without the "base_model.model." prefix, for example
+    "model.layers.{layer}.self_attn.q_proj.lora_A.weight".
+    """
+
+
+def declare(shape, *, axes, hf, role, init="normal", transpose=False, kind=Weight):
+    """An abstract float32 Variable of `kind` with the metadata described in `Weight`."""
+    assert len(shape) == len(axes), (hf, shape, axes)
+    return kind(jax.ShapeDtypeStruct(tuple(shape), jnp.float32), hf=hf, transpose=transpose, axes=tuple(axes),
+                role=role, init=init)
+
+
+def declared(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
+    """Every declared Variable of `model` with its path, in a stable order. The Variables themselves, not copies."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, (Weight, LoraWeight)):
+            yield path, node
+
+
+def stack(layer: nnx.Module, L: int) -> nnx.Module:
+    """Gives every Variable of an abstract `layer` a leading axis of L layers, to be scanned over."""
+    for _, variable in declared(layer):
+        value = variable.get_value()
+        variable.set_value(jax.ShapeDtypeStruct((L, *value.shape), value.dtype))
+        variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
+    return layer

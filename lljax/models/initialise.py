@@ -1,0 +1,41 @@
+"""Random values for whatever a model holds no values for yet."""
+
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lljax.models.declare import declared
+
+
+def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=jnp.float32, shardings=None) -> None:
+    """Fills every abstract Variable of `model` by its declared `init`; Variables that hold values stay.
+
+    A value depends on the seed and the Variable's name alone. Trainable ones are float32, the others `dtype`.
+    `shardings(variable)`, where given, is where the value goes.
+    """
+    for _, variable in declared(model):
+        shape = variable.get_value()
+        if not isinstance(shape, jax.ShapeDtypeStruct):
+            continue
+        wanted = jnp.float32 if variable.get_metadata().get("trainable", False) else dtype
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(variable.get_metadata("hf").encode()))
+        draw = INITS[variable.get_metadata("init")]
+        make = jax.jit(lambda key: draw(key, shape.shape, deviation).astype(wanted),
+                       out_shardings=shardings(variable) if shardings else None)
+        variable.set_value(make(key))
+
+
+def _he_uniform(key, shape, deviation):
+    bound = 1 / math.sqrt(shape[-2])         # torch's kaiming_uniform_(a=sqrt(5)), which PEFT uses for A
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+INITS = {
+    "normal": lambda key, shape, deviation: deviation * jax.random.normal(key, shape),
+    "zeros": lambda key, shape, deviation: jnp.zeros(shape),
+    "ones": lambda key, shape, deviation: jnp.ones(shape),
+    "he_uniform": _he_uniform,
+}

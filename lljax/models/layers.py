@@ -1,0 +1,116 @@
+"""The modules of a decoder layer. Each declares its parameters once; see lljax.models.declare.
+
+Formulas follow transformers `models/llama/modeling_llama.py` and `models/qwen3/modeling_qwen3.py`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lljax.attention import Mask, attend, attend_shifted
+from lljax.models.declare import declare
+from lljax.models.rope import rotate
+from lljax.models.spec import DecoderSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPattern:
+    """What a stage of the schedule adds to the model's own mask: full | shifted (groups) | window (with anchors)."""
+
+    kind: str = "full"
+    group: int = 0                           # tokens, for shifted
+    window: int = 0                          # tokens, for window
+    anchors: int = 0                         # first tokens of each document, for window
+    markers: tuple[int, ...] = ()            # token ids that are anchors wherever they stand, for window
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, size: int, eps: float, *, hf: str, axis: str | None = None):
+        self.weight = declare((size,), axes=(axis,), hf=f"{hf}.weight", role="norm", init="ones")
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis, in float32: the mean of squares of a bfloat16 row loses its low bits."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias) (+ low-rank update); kernel is [in, out]. `lora` is filled by lljax.models.lora.attach."""
+
+    def __init__(self, shape: tuple[int, int], *, axes: tuple, hf: str, bias: bool = False):
+        self.kernel = declare(shape, axes=axes, hf=f"{hf}.weight", role="kernel", transpose=True)
+        self.bias = declare(shape[1:], axes=axes[1:], hf=f"{hf}.bias", role="bias", init="zeros") if bias else None
+        self.lora = nnx.data(None)
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)
+        if self.lora is not None:
+            y += self.lora(x, dropout_key)
+        return y
+
+
+class Attention(nnx.Module):
+    def __init__(self, spec: DecoderSpec, hf: str):
+        D, N, K, H = spec.D, spec.N, spec.K, spec.H
+        self.q_proj = Linear((D, N * H), axes=("embed", "heads"), hf=f"{hf}.q_proj", bias=spec.qkv_bias)
+        self.k_proj = Linear((D, K * H), axes=("embed", "kv_heads"), hf=f"{hf}.k_proj", bias=spec.qkv_bias)
+        self.v_proj = Linear((D, K * H), axes=("embed", "kv_heads"), hf=f"{hf}.v_proj", bias=spec.qkv_bias)
+        self.o_proj = Linear((N * H, D), axes=("heads", "embed"), hf=f"{hf}.o_proj", bias=spec.output_bias)
+        self.q_norm = RMSNorm(H, spec.norm_eps, hf=f"{hf}.q_norm") if spec.qk_norm else None
+        self.k_norm = RMSNorm(H, spec.norm_eps, hf=f"{hf}.k_norm") if spec.qk_norm else None
+        self.H = H
+
+    def __call__(self, x, rotation, mask: Mask, pattern: AttentionPattern, cache=None, start=0, dropout_key=None):
+        """Attention over x [B, T, D], or over `cache` (k, v [B, S, K, H]) with x written to it from `start`.
+
+        Returns the output [B, T, D] and the cache, updated.
+        """
+        def heads(projection):
+            return projection(x, dropout_key).reshape(*x.shape[:2], -1, self.H)
+
+        q, k, v = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+                                 for old, new in zip(cache, (k, v)))
+        scale = self.H ** -0.5
+        if pattern.kind == "shifted":
+            out = attend_shifted(q, k, v, mask, group=pattern.group, scale=scale)
+        else:
+            out = attend(q, k, v, mask, scale=scale)
+        return self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, spec: DecoderSpec, hf: str):
+        D, F, bias = spec.D, spec.F, spec.mlp_bias
+        self.gate_proj = Linear((D, F), axes=("embed", "mlp"), hf=f"{hf}.gate_proj", bias=bias)
+        self.up_proj = Linear((D, F), axes=("embed", "mlp"), hf=f"{hf}.up_proj", bias=bias)
+        self.down_proj = Linear((F, D), axes=("mlp", "embed"), hf=f"{hf}.down_proj", bias=bias)
+
+    def __call__(self, x: jax.Array, dropout_key=None) -> jax.Array:
+        hidden = jax.nn.silu(self.gate_proj(x, dropout_key)) * self.up_proj(x, dropout_key)
+        return self.down_proj(hidden, dropout_key)
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, spec: DecoderSpec, hf: str = "model.layers.{layer}"):
+        self.input_layernorm = RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.input_layernorm")
+        self.self_attn = Attention(spec, f"{hf}.self_attn")
+        self.post_attention_layernorm = RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.post_attention_layernorm")
+        self.mlp = MLP(spec, f"{hf}.mlp")
+
+    def __call__(self, x, rotation, mask, pattern, cache=None, start=0, dropout_key=None):
+        update, cache = self.self_attn(self.input_layernorm(x), rotation, mask, pattern, cache, start, dropout_key)
+        x = x + update
+        return x + self.mlp(self.post_attention_layernorm(x), dropout_key), cache

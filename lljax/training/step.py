@@ -1,0 +1,121 @@
+"""The training step: a pure function of pytrees that differentiates the trainable leaves and nothing else."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lljax.models.layers import AttentionPattern
+from lljax.training.loss import IGNORED, cross_entropy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, and all that a checkpoint holds of the model.
+
+    trainable: nnx.State of float32 arrays. optimizer: optax state. step: int32, steps taken.
+    key: jax.random key data, the run's randomness. norms: float32 [history], log gradient norms of recent good steps,
+    NaN where there is none yet. bad: int32, unusable steps in a row.
+    """
+
+    trainable: nnx.State
+    optimizer: optax.OptState
+    step: jax.Array
+    key: jax.Array
+    norms: jax.Array
+    bad: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """The static part of a step."""
+
+    remat: str
+    loss_chunk: int
+    dtype: str                               # of the compute
+    skip_spikes: bool
+    spike_z: float
+
+
+def new_state(trainable: nnx.State, optimizer: optax.GradientTransformation, *, seed: int, history: int) -> TrainState:
+    return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
+                      jnp.full(history, jnp.nan), jnp.int32(0))
+
+
+def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepSettings):
+    """Returns step(state, frozen, batch, pattern) -> (state, metrics), jitted; one compilation per batch shape.
+
+    The batch holds int32 arrays [A, B, T] (tokens, targets, segments, positions), A accumulated forward passes.
+    The loss is the mean over all predicted tokens of all A x B rows, so that accumulation changes nothing.
+    A non-finite gradient is never applied; nor is a spike where settings say so. Metrics are float32 scalars.
+    """
+    def total_loss(trainable, frozen, micro, key, pattern):
+        model = nnx.merge(graphdef, trainable, frozen)
+        hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], pattern=pattern,
+                       remat=settings.remat, dtype=jnp.dtype(settings.dtype), dropout_key=key)
+        return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk)
+
+    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+    def step(state: TrainState, frozen, batch, pattern: AttentionPattern):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        loss, grads = _accumulate(functools.partial(total_loss, pattern=pattern), state.trainable, frozen, batch, key)
+        tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1).astype(jnp.float32)
+        loss, grads = loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
+
+        norm = optax.global_norm(grads)
+        z = robust_z(jnp.log(norm), state.norms)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        spike = finite & (z > settings.spike_z)
+        apply = finite & ~spike if settings.skip_spikes else finite
+
+        updates, new_optimizer = optimizer.update(grads, state.optimizer, state.trainable)
+        new_trainable = optax.apply_updates(state.trainable, updates)
+        trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(apply, new, old),
+                                            (new_trainable, new_optimizer), (state.trainable, state.optimizer))
+        norms = jnp.where(apply, jnp.roll(state.norms, 1).at[0].set(jnp.log(norm)), state.norms)
+        bad = jnp.where(apply, 0, state.bad + 1)
+        metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens, "z": z, "nonfinite": ~finite, "spike": spike,
+                   "skipped": ~apply, "bad": bad}
+        return TrainState(trainable, opt_state, state.step + 1, state.key, norms, bad), metrics
+
+    return step
+
+
+def _accumulate(loss_of, trainable, frozen, batch, key):
+    """Sums loss and gradient over the leading axis of the batch, in float32."""
+    value_and_grad = jax.value_and_grad(loss_of)
+    A = batch["tokens"].shape[0]
+    if A == 1:
+        return value_and_grad(trainable, frozen, jax.tree.map(lambda x: x[0], batch), key)
+
+    def one(total, xs):
+        micro, key = xs
+        return jax.tree.map(jnp.add, total, value_and_grad(trainable, frozen, micro, key)), None
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(one, zero, (batch, jax.random.split(key, A)))[0]
+
+
+def robust_z(x: jax.Array, history: jax.Array, least: int = 20) -> jax.Array:
+    """How many robust standard deviations (1.4826 x median absolute deviation) x lies above the history's median.
+
+    NaNs of `history` do not count; 0 while fewer than `least` values do. Deviations below 5% of the norm do not alarm.
+    """
+    median = jnp.nanmedian(history)
+    spread = jnp.maximum(1.4826 * jnp.nanmedian(jnp.abs(history - median)), 0.05)
+    return jnp.where(jnp.sum(~jnp.isnan(history)) >= least, (x - median) / spread, 0.0)
+
+
+def make_evaluate(graphdef, settings: StepSettings):
+    """Returns evaluate(trainable, frozen, batch, pattern) -> (summed loss, predicted tokens) of a batch [B, T]."""
+    @functools.partial(jax.jit, static_argnums=3)
+    def evaluate(trainable, frozen, batch, pattern: AttentionPattern):
+        model = nnx.merge(graphdef, trainable, frozen)
+        hidden = model(batch["tokens"], positions=batch["positions"], segments=batch["segments"], pattern=pattern,
+                       dtype=jnp.dtype(settings.dtype))
+        return (cross_entropy(hidden, model.head, batch["targets"], chunk=settings.loss_chunk),
+                jnp.sum(batch["targets"] != IGNORED))
+    return evaluate
