@@ -1,0 +1,119 @@
+"""The base model: a hub id, a local folder and a GGUF file are opened alike."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from lljax.errors import ModelError
+from lljax.interop import safetensors
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+                   "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+
+
+class FolderBase:
+    """A folder with config.json, safetensors and a tokenizer. The interface of every base:
+
+    path: what the user named. config: HF config.json as a dict. names(), shape(name), read(name): tensors under their
+    HF names and in HF orientation. tokenizer(): a transformers fast tokenizer. fingerprint(): tells bases apart.
+    """
+
+    def __init__(self, path: str, folder: Path):
+        self.path, self.folder = path, folder
+        self.config = read_json(folder / "config.json")
+        self._tensors = None
+
+    @property
+    def tensors(self) -> safetensors.Folder:
+        if self._tensors is None:            # opened late: a random initialisation needs none
+            self._tensors = safetensors.Folder(self.folder)
+        return self._tensors
+
+    def names(self) -> list[str]:
+        return self.tensors.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.tensors.dtype(name)
+
+    def read(self, name: str) -> np.ndarray:
+        return self.tensors.read(name)
+
+    def tokenizer(self):
+        from transformers import AutoTokenizer   # slow to import, and not every caller needs it
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"{self.path}: the tokenizer cannot be read ({reason})") from None
+
+    def fingerprint(self) -> str:
+        """sha256 over config.json and the headers and sizes of the weight files; the weights are not read."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        if (self.folder / "model.safetensors").exists() or (self.folder / safetensors.INDEX).exists():
+            for file in self.tensors.files:
+                with open(file.path, "rb") as opened:
+                    digest.update(opened.read(file.header_bytes) + str(file.path.stat().st_size).encode())
+        return digest.hexdigest()
+
+
+def open_base(path: str, revision: str = "main"):
+    """Opens a hub id, a folder, or a GGUF file. Local paths come first.
+
+    Raises:
+      ModelError: nothing there, or not a model that can be read.
+    """
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        from lljax.interop.gguf import GgufBase
+        if not local.is_file():
+            raise ModelError(f"model.path={path!r}: there is no such file")
+        return GgufBase(path, local)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(f"model.path={path!r}: the folder has no config.json")
+        return FolderBase(path, local)
+    if local.exists():
+        raise ModelError(f"model.path={path!r} is neither a folder nor a .gguf file")
+    return FolderBase(path, _download(path, revision))
+
+
+def _download(path: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise ModelError(f"model.path={path!r}: no such folder, and not a hub id either") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"model.path={path!r}: no such folder, and the hub does not give it ({reason})") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+      ModelError: the file is missing or is not one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ModelError(f"{path}: there is no such file") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return content
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """sha256 over the vocabulary, merges and chat template."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(str(tokenizer.chat_template).encode())
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Weights between HuggingFace tensors and declared Variables, one tensor at a time in both directions."""
+
+import functools
+import logging
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lljax.errors import ModelError
+from lljax.models.declare import LoraWeight, Weight, declared
+
+HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints still carry
+
+
+def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
+    """Fills every base Variable of an abstract model from `base` (lljax.interop.base); adapters stay abstract.
+
+    Trainable Variables become float32, the others `dtype`. `shardings(variable)`, where given, is where a value goes.
+    The host holds about one tensor at a time: a stacked value is allocated in place and written layer by layer.
+
+    Raises:
+      ModelError: a tensor is missing or has another shape; the line names it.
+    """
+    available, used = set(base.names()), set()
+    for _, variable in declared(model):
+        if isinstance(variable, LoraWeight):
+            continue
+        names = hf_names(variable)
+        for name in names:
+            if name not in available:
+                raise ModelError(f"{base.path}: tensor {name!r} is missing")
+            if base.shape(name) != hf_shape(variable):
+                raise ModelError(f"{base.path}: tensor {name!r} has shape {base.shape(name)}, and config.json makes it "
+                                 f"{hf_shape(variable)}")
+        used.update(names)
+        wanted = jnp.float32 if variable.get_metadata().get("trainable", False) else dtype
+        sharding = shardings(variable) if shardings else None
+        transpose = variable.get_metadata("transpose")
+
+        def read(name, transpose=transpose, wanted=wanted):
+            array = base.read(name)
+            return np.asarray(array.T if transpose else array, dtype=wanted)
+
+        if is_stacked(variable):
+            value = jax.jit(functools.partial(jnp.zeros, variable.get_value().shape, wanted), out_shardings=sharding)()
+            for i, name in enumerate(names):
+                value = _set_layer(value, read(name), i)
+        else:
+            value = jax.device_put(jnp.asarray(read(names[0])), sharding)
+        variable.set_value(value)
+    ignored = sorted(name for name in available - used if not name.endswith(HARMLESS) and name != "lm_head.weight")
+    if ignored:
+        logging.warning("%s: %d tensors are not part of the model and were not read, such as %s", base.path,
+                        len(ignored), ", ".join(ignored[:3]))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stacked, layer, i):
+    return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, axis=0)
+
+
+def tensors(model: nnx.Module, kind=Weight) -> Iterator[tuple[str, np.ndarray]]:
+    """(HF name, array in HF orientation) of every Variable of `kind`, one layer of a stacked one at a time."""
+    for _, variable in declared(model):
+        if isinstance(variable, kind):
+            for i, name in enumerate(hf_names(variable)):
+                yield name, hf_value(variable, i)
+
+
+def hf_value(variable: nnx.Variable, layer: int = 0) -> np.ndarray:
+    """One layer of a Variable, in HF orientation, on the host."""
+    value = variable.get_value()
+    array = np.asarray(value[layer] if is_stacked(variable) else value)
+    return array.T if variable.get_metadata("transpose") else array
+
+
+def hf_names(variable: nnx.Variable) -> list[str]:
+    """The HF name of each layer of a Variable."""
+    name = variable.get_metadata("hf")
+    return [name.format(layer=i) for i in range(variable.get_value().shape[0])] if is_stacked(variable) else [name]
+
+
+def hf_shape(variable: nnx.Variable) -> tuple[int, ...]:
+    """The shape of each of its HF tensors."""
+    shape = variable.get_value().shape[is_stacked(variable):]
+    return shape[::-1] if variable.get_metadata("transpose") else shape
+
+
+def is_stacked(variable: nnx.Variable) -> bool:
+    return variable.get_metadata("axes")[0] == "layers"

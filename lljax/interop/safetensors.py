@@ -1,0 +1,181 @@
+"""Reading and writing safetensors one tensor at a time, trusting nothing that a file says about itself.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+"""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from lljax.errors import ModelError
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+          "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32,
+          "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
+MAX_HEADER = 100 << 20                       # bytes, the limit of the reference implementation
+INDEX = "model.safetensors.index.json"
+
+
+class File:
+    """One safetensors file. `entries` maps a tensor's name to (dtype, shape, start byte)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+            if not 0 < length <= min(MAX_HEADER, size - 8):
+                raise ModelError(f"{path}: not a safetensors file, or cut short (header of {length} bytes in {size})")
+            try:
+                header = json.loads(file.read(length))
+            except ValueError as error:
+                raise ModelError(f"{path}: the safetensors header is not JSON ({error})") from None
+        if not isinstance(header, dict):
+            raise ModelError(f"{path}: the safetensors header is not a JSON object")
+        header.pop("__metadata__", None)
+        self.header_bytes = 8 + length
+        self.entries = {name: self._entry(name, entry, size - self.header_bytes) for name, entry in header.items()}
+        end = 0
+        for name, (dtype, shape, start) in sorted(self.entries.items(), key=lambda item: item[1][2]):
+            if start < end:
+                raise ModelError(f"{path}: tensor {name!r} overlaps the one before it")
+            end = start + math.prod(shape) * dtype.itemsize
+
+    def _entry(self, name, entry, room):
+        try:
+            dtype, shape, (start, stop) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
+            sound = all(isinstance(x, int) and 0 <= x < 1 << 62 for x in (*shape, start, stop))
+            sound = sound and stop - start == math.prod(shape) * dtype.itemsize and stop <= room
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ModelError(f"{self.path}: the header entry of tensor {name!r} does not fit the file; it is damaged or "
+                             f"of an unsupported type (supported: {', '.join(DTYPES)})")
+        return dtype, shape, start
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, mapped from the file: pages are read when they are used, and may be dropped."""
+        dtype, shape, start = self.entries[name]
+        count = math.prod(shape)
+        if count == 0:
+            return np.zeros(shape, dtype)
+        return np.memmap(self.path, np.uint8, "r", self.header_bytes + start, count * dtype.itemsize).view(dtype).reshape(
+            shape)
+
+
+class Folder:
+    """The safetensors of a model folder: `model.safetensors`, or the shards that its index names."""
+
+    def __init__(self, folder: Path):
+        if (folder / INDEX).exists():
+            files = _indexed_files(folder)
+        elif (folder / "model.safetensors").exists():
+            files = {folder / "model.safetensors": None}
+        else:
+            pickled = sorted(p.name for p in folder.glob("*.bin"))
+            hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
+            raise ModelError(f"{folder}: no model.safetensors and no {INDEX}{hint}")
+        self.files = [File(path) for path in files]
+        self.where = {name: file for file in self.files for name in file.entries}
+        for file, names in zip(self.files, files.values()):
+            for name in names or ():
+                if name not in file.entries:
+                    raise ModelError(f"{file.path}: tensor {name!r} is missing, though {INDEX} says it is there")
+
+    def names(self) -> list[str]:
+        return list(self.where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.where[name].entries[name][1]
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.where[name].entries[name][0]
+
+    def read(self, name: str) -> np.ndarray:
+        return self.where[name].read(name)
+
+
+def _indexed_files(folder: Path) -> dict[Path, list[str]]:
+    index = folder / INDEX
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        files: dict[Path, list[str]] = {}
+        for name, file in weight_map.items():
+            files.setdefault(folder / file, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: not an index of tensors ({type(error).__name__}: {error})") from None
+    for path in files:
+        name = path.name
+        # A hub's cache links its files into a shared store, so the link itself may leave the folder; the name may not.
+        if path.parent != folder or name in ("", ".", "..") or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: {str(path)!r} is not the plain name of a safetensors file in this folder")
+        if not path.is_file():
+            raise ModelError(f"{index}: the file {name} that it names is not there")
+    return files
+
+
+def write(path: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], read: Callable[[str], np.ndarray]) -> None:
+    """Writes one file of `tensors` {name: (dtype, shape)}, asking `read` for one at a time; then reads it back.
+
+    The file appears under its name only when it is complete.
+
+    Raises:
+      ModelError: what is on the disk is not what was written.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)          # data aligned to 8 bytes, as the format asks of writers
+    sums, unfinished = {}, path.with_name(path.name + ".tmp")
+    with open(unfinished, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape) in tensors.items():
+            # The header promises row-major order; a transposed view has another.
+            array = np.ascontiguousarray(read(name))
+            assert array.dtype == dtype and array.shape == tuple(shape), (name, array.dtype, array.shape, dtype, shape)
+            raw = array.reshape(-1).view(np.uint8)
+            sums[name] = zlib.crc32(raw)
+            file.write(raw.data)
+        file.flush()
+        os.fsync(file.fileno())
+    written = File(unfinished)
+    for name, checksum in sums.items():
+        if zlib.crc32(np.ascontiguousarray(written.read(name)).reshape(-1).view(np.uint8)) != checksum:
+            raise ModelError(f"{path}: tensor {name!r} read back differs from what was written; the disk is not sound")
+    unfinished.rename(path)
+
+
+def write_sharded(folder: Path, tensors: dict, read: Callable[[str], np.ndarray], *, max_shard_bytes: int) -> None:
+    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` with their index."""
+    shards, sizes = [{}], [0]
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if sizes[-1] and sizes[-1] + size > max_shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = (dtype, shape)
+        sizes[-1] += size
+    if len(shards) == 1:
+        return write(folder / "model.safetensors", tensors, read)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write(folder / file, shard, read)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def layout(arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """The `tensors` argument of `write` for arrays that are at hand."""
+    return {name: (array.dtype, array.shape) for name, array in arrays}

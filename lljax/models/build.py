@@ -1,0 +1,48 @@
+"""The model that a configuration describes: the base's spec with its RoPE stretched, adapters attached, weights in."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lljax import sharding
+from lljax.errors import ConfigError
+from lljax.models import lora, rope, spec as specs
+from lljax.models.decoder import Decoder
+from lljax.models.spec import DecoderSpec
+
+
+def extended_spec(hf_config: dict, context) -> DecoderSpec:
+    """The base's spec, its RoPE changed as `config.context` says.
+
+    Raises:
+      ConfigError: a kept RoPE does not reach context.length.
+    """
+    spec = specs.from_hf(hf_config)
+    if context.rope.type == "keep" and context.length > spec.max_length:
+        raise ConfigError(f"context.length={context.length} exceeds the base's {spec.max_length} tokens and "
+                          "context.rope.type='keep' does not stretch it: use linear, dynamic or yarn")
+    factor = context.rope.factor if context.rope.factor == "auto" else float(context.rope.factor)
+    extended = rope.extend(spec.rope, type=context.rope.type, factor=factor, length=context.length,
+                           max_length=spec.max_length)
+    return dataclasses.replace(spec, rope=extended, max_length=max(spec.max_length, context.length))
+
+
+def abstract_model(config, hf_config: dict) -> Decoder:
+    """The decoder of a run with its adapters attached and its trainable Variables marked; no values yet."""
+    model = Decoder(extended_spec(hf_config, config.context))
+    if config.train_type == "full":
+        lora.mark_trainable(model)
+    else:
+        lora.attach(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets,
+                    rslora=config.lora.rslora, dropout=config.lora.dropout, also_train=config.lora.also_train)
+    return model
+
+
+def placement(mesh: Mesh):
+    """variable -> sharding, for loading and initialising onto `mesh`."""
+    return lambda variable: sharding.weight_sharding(mesh, variable.get_metadata("axes"), variable.get_value().shape)
+
+
+def dtype_of(config) -> jnp.dtype:
+    return jnp.dtype(config.model.dtype)

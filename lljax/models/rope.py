@@ -1,0 +1,224 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and the six ways transformers stretches it.
+
+One pure function per kind, after transformers `modeling_rope_utils.py`, from which the names come. Angles are float32
+throughout: at bfloat16, position 257 is already another position.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lljax.errors import ConfigError, ModelError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding and how it is stretched. Field names follow transformers' `rope_parameters`.
+
+    `original_length` is the context, in tokens, that the frequencies were trained for.
+    Optional fields are None when the checkpoint leaves them to the formula's default.
+    """
+
+    type: str = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_length: int = 2048
+    attention_factor: float | None = None
+    # yarn
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    # llama3
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    # longrope
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+class Frequencies(NamedTuple):
+    inverse: jax.Array                       # float32 [H / 2], radians per position
+    scale: float                             # of sine and cosine (yarn, longrope), 1 elsewhere
+
+
+def frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
+    """The frequencies for a sequence of `length` positions (may be traced; only dynamic and longrope look at it)."""
+    return KINDS[spec.type](spec, H, length)
+
+
+def rotation(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.Array, jax.Array]:
+    """Sine and cosine, float32 [B, T, H / 2], of positions int32 [B, T]."""
+    angles = positions.astype(jnp.float32)[..., None] * frequencies.inverse
+    return jnp.sin(angles) * frequencies.scale, jnp.cos(angles) * frequencies.scale
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotates x [B, T, N, H]; dimension i pairs with i + H / 2, as in transformers. Computed in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = sin[:, :, None], cos[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def base_frequencies(theta: float, H: int) -> np.ndarray:
+    return (1.0 / np.float32(theta) ** (np.arange(0, H, 2, dtype=np.float32) / H)).astype(np.float32)
+
+
+def default_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
+    return Frequencies(jnp.asarray(base_frequencies(spec.theta, H)), 1.0)
+
+
+def linear_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
+    """Position interpolation, p' = p / factor: every angle divided. Chen et al. 2023, arXiv 2306.15595, eq. 4."""
+    return Frequencies(jnp.asarray(base_frequencies(spec.theta, H) / np.float32(spec.factor)), 1.0)
+
+
+def dynamic_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
+    """NTK-aware: the base grows with the sequence once it passes the original length. `_compute_dynamic_ntk_parameters`."""
+    length = jnp.maximum(jnp.float32(length), spec.original_length)
+    grown = spec.factor * length / spec.original_length - (spec.factor - 1)
+    theta = spec.theta * grown ** (H / (H - 2))
+    return Frequencies(1.0 / theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H), 1.0)
+
+
+def yarn_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
+    """High frequencies kept, low ones interpolated, a ramp between. Peng et al. 2023, arXiv 2309.00071, section 3.2."""
+    def dimension(rotations):                # that turns `rotations` times over the original length
+        return H * math.log(spec.original_length / (rotations * 2 * math.pi)) / (2 * math.log(spec.theta))
+
+    low, high = dimension(spec.beta_fast), dimension(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
+    if low == high:
+        high += 0.001
+    kept = 1 - np.clip((np.arange(H // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    base = base_frequencies(spec.theta, H)
+    inverse = base / np.float32(spec.factor) * (1 - kept) + base * kept
+
+    def magnitude(weight):
+        return 1.0 if spec.factor <= 1 else 0.1 * weight * math.log(spec.factor) + 1.0
+
+    scale = spec.attention_factor
+    if scale is None and spec.mscale and spec.mscale_all_dim:
+        scale = magnitude(spec.mscale) / magnitude(spec.mscale_all_dim)
+    return Frequencies(jnp.asarray(inverse.astype(np.float32)), magnitude(1.0) if scale is None else scale)
+
+
+def llama3_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
+    """Llama 3.1: wavelengths beyond the original length interpolated, a ramp below. `_compute_llama3_parameters`."""
+    base = base_frequencies(spec.theta, H)
+    turns = spec.original_length * base / (2 * np.pi)    # over the original length
+    ramp = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    kept = np.clip(ramp, 0, 1).astype(np.float32)
+    return Frequencies(jnp.asarray((1 - kept) * base / np.float32(spec.factor) + kept * base), 1.0)
+
+
+def longrope_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
+    """A searched factor per dimension, one set up to the original length and one beyond. Ding et al. 2024,
+    arXiv 2402.13753; `_compute_longrope_parameters`."""
+    factors = jnp.where(jnp.asarray(length) > spec.original_length, jnp.asarray(spec.long_factor, jnp.float32),
+                        jnp.asarray(spec.short_factor, jnp.float32))
+    scale = spec.attention_factor
+    if scale is None:
+        scale = 1.0 if spec.factor <= 1 else math.sqrt(1 + math.log(spec.factor) / math.log(spec.original_length))
+    return Frequencies(base_frequencies(spec.theta, H) / factors, scale)
+
+
+KINDS = {"default": default_frequencies, "linear": linear_frequencies, "dynamic": dynamic_frequencies,
+         "yarn": yarn_frequencies, "llama3": llama3_frequencies, "longrope": longrope_frequencies}
+EXTENDABLE = ("linear", "dynamic", "yarn")
+
+
+def extend(spec: RopeSpec, *, type: str, factor: float | str, length: int, max_length: int) -> RopeSpec:
+    """The RoPE of a base stretched to read `length` tokens, as `context.rope = {type, factor}` asks.
+
+    "keep" leaves the base's own. Otherwise `factor` counts from the length the frequencies were trained for
+    (`spec.original_length`) and replaces whatever scaling the base has; "auto" is ceil(length / original length), and
+    leaves a base alone that reaches `length` already (max_length: the tokens the base reads as it is).
+
+    Raises:
+      ConfigError: an unknown type, or a factor below 1.
+    """
+    if type == "keep" or (factor == "auto" and length <= max_length):
+        return spec
+    if type not in EXTENDABLE:
+        raise ConfigError(f"context.rope.type={type!r} is none of keep, {', '.join(EXTENDABLE)}")
+    if factor == "auto":
+        factor = math.ceil(length / spec.original_length)
+    if factor < 1:
+        raise ConfigError(f"context.rope.factor={factor}: it stretches, so it is at least 1")
+    return RopeSpec(type, theta=spec.theta, factor=float(factor), original_length=spec.original_length)
+
+
+def from_hf(hf_config: dict) -> RopeSpec:
+    """Reads `rope_parameters` (transformers 5) or the legacy `rope_theta` and `rope_scaling`.
+
+    Where both are present the legacy form wins, as it does in transformers.
+
+    Raises:
+      ModelError: an unknown kind, or one without the fields it needs.
+    """
+    given = dict(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {})
+    kind = given.get("rope_type", given.get("type", "default"))
+    kind = {"su": "longrope"}.get(kind, kind)
+    if kind not in KINDS:
+        raise ModelError(f"config.json: rope_type {kind!r} is none of {', '.join(KINDS)}")
+    max_length = hf_config.get("max_position_embeddings", 2048)
+    original = hf_config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+    if kind in ("default", "linear", "dynamic") or original is None:
+        original = max_length
+    needs = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor")}
+    for field in needs.get(kind, ()):
+        if given.get(field) is None:
+            raise ModelError(f"config.json: rope_type {kind!r} needs {field!r}")
+    fields = {"theta": given.get("rope_theta", hf_config.get("rope_theta", 10_000.0)), "factor": given.get("factor"),
+              "short_factor": tuple(given.get("short_factor") or ()),
+              "long_factor": tuple(given.get("long_factor") or ())}
+    fields |= {name: given.get(name) for name in OPTIONAL}
+    if kind == "longrope" and fields["factor"] is None:
+        fields["factor"] = max_length / original
+    return RopeSpec(kind, original_length=original, **{k: v for k, v in fields.items() if v is not None})
+
+
+OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor",
+            "high_freq_factor")
+
+
+def to_hf(spec: RopeSpec, max_length: int) -> dict:
+    """The config.json entries of this RoPE, in the new and the legacy form, for a model that reads `max_length` tokens.
+
+    vLLM multiplies `max_position_embeddings` by the factor of linear and dynamic, so there it stays the original;
+    for the others it is the extended one. Factors are JSON floats: vLLM tests for the type.
+    """
+    parameters = {"rope_type": spec.type, "rope_theta": float(spec.theta)}
+    if spec.type in ("linear", "dynamic", "yarn", "llama3", "longrope"):
+        parameters["factor"] = float(spec.factor)
+    if spec.type in ("yarn", "llama3", "longrope"):
+        parameters["original_max_position_embeddings"] = spec.original_length
+    if spec.type == "llama3":
+        parameters |= {"low_freq_factor": spec.low_freq_factor, "high_freq_factor": spec.high_freq_factor}
+    if spec.type == "longrope":
+        parameters |= {"short_factor": list(spec.short_factor), "long_factor": list(spec.long_factor)}
+    if spec.type == "yarn":
+        parameters |= {"beta_fast": spec.beta_fast, "beta_slow": spec.beta_slow, "truncate": spec.truncate}
+        parameters |= {name: getattr(spec, name) for name in ("mscale", "mscale_all_dim")
+                       if getattr(spec, name) is not None}
+    if spec.attention_factor is not None:
+        parameters["attention_factor"] = spec.attention_factor
+    stays = spec.type in ("linear", "dynamic")
+    legacy = None if spec.type == "default" else {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return {"rope_parameters": parameters, "rope_theta": float(spec.theta), "rope_scaling": legacy,
+            "max_position_embeddings": spec.original_length if stays else max_length}
+
+
+def reach(spec: RopeSpec, max_position_embeddings: int) -> int:
+    """Tokens that a model with this config.json reads (vLLM's rule, see `to_hf`)."""
+    stretched = spec.type in ("linear", "dynamic")
+    return int(max_position_embeddings * spec.factor) if stretched else max_position_embeddings

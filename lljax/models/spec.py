@@ -1,0 +1,88 @@
+"""What a decoder is, read from its HuggingFace `config.json`. Families differ by a row in a table.
+
+Letters: D model width, N query heads, K key/value heads, H head size, F MLP width, V vocabulary, L layers.
+"""
+
+import dataclasses
+
+from lljax.errors import ModelError
+from lljax.models import rope
+from lljax.models.rope import RopeSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+    """The shape of a decoder. Hashable, so that it can be a static part of a compiled program."""
+
+    family: str                              # HF `model_type`
+    V: int
+    D: int
+    N: int
+    K: int
+    H: int
+    F: int
+    L: int
+    rope: RopeSpec
+    max_length: int                          # tokens that the model reads
+    norm_eps: float
+    tied: bool                               # the head is the embedding
+    windows: tuple[int | None, ...]          # sliding window of each layer, None for full attention
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+def _flag(name: str):
+    return lambda c: c.get(name, False)
+
+
+def _upper_layers(c: dict) -> tuple[int | None, ...]:
+    """Qwen: a sliding window from layer `max_window_layers` on, or as `layer_types` says, where it is switched on."""
+    L, window = c["num_hidden_layers"], c.get("sliding_window", 4096)
+    if not c.get("use_sliding_window", False):
+        return (None,) * L
+    types = c.get("layer_types") or ["full_attention" if i < c.get("max_window_layers", 28) else "sliding_attention"
+                                     for i in range(L)]
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+# What differs between families, as defaults of the fields above: values, or functions of the HF config.
+FAMILIES = {
+    "llama": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "mlp_bias": _flag("mlp_bias")},
+    "mistral": {"windows": lambda c: (c.get("sliding_window", 4096),) * c["num_hidden_layers"]},
+    "qwen2": {"qkv_bias": True, "windows": _upper_layers},
+    "qwen3": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "qk_norm": True,
+              "windows": _upper_layers, "H": lambda c: c.get("head_dim", 128)},
+}
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}      # where config.json has none; llama: as many as query heads
+MAX_LENGTH = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
+
+
+def from_hf(hf_config: dict) -> DecoderSpec:
+    """Reads a HF `config.json`; absent fields take the defaults of transformers' config class of that family.
+
+    Raises:
+      ModelError: an unsupported family or activation, a missing field, or head counts that do not divide.
+    """
+    c, family = hf_config, hf_config.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(f"config.json: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    c = {"max_position_embeddings": MAX_LENGTH[family], **c}
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(c.get(field), int) or c[field] < 1:
+            raise ModelError(f"config.json: {field} is {c.get(field)!r}; a number of at least 1 is needed")
+    if c.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"config.json: hidden_act {c['hidden_act']!r} is not supported; silu is")
+    D, N, L = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
+    K = c.get("num_key_value_heads", KV_HEADS.get(family)) or N
+    fields = {"H": lambda c: c.get("head_dim") or D // N, "windows": (None,) * L}
+    fields = {name: value(c) if callable(value) else value for name, value in (fields | FAMILIES[family]).items()}
+    if N % K:
+        raise ModelError(f"config.json: num_attention_heads={N} is no multiple of num_key_value_heads={K}")
+    if fields["H"] % 2:
+        raise ModelError(f"config.json: head_dim={fields['H']} is odd, and RoPE turns pairs")
+    rope_spec = rope.from_hf(c)
+    return DecoderSpec(family, V=c["vocab_size"], D=D, N=N, K=K, F=c["intermediate_size"], L=L, rope=rope_spec,
+                       max_length=rope.reach(rope_spec, c["max_position_embeddings"]),
+                       norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False), **fields)
