@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from lljax.models.layers import AttentionPattern
+from lljax.sharding import replicated
 from lljax.training.loss import IGNORED, cross_entropy
 
 
@@ -41,13 +42,24 @@ class StepSettings:
     spike_z: float
 
 
-def new_state(trainable: nnx.State, optimizer: optax.GradientTransformation, *, seed: int, history: int) -> TrainState:
-    return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
-                      jnp.full(history, jnp.nan), jnp.int32(0))
+def new_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mesh, *, seed: int,
+              history: int) -> TrainState:
+    """The state before the first step: the optimizer's moments lie where their leaves do, the rest on every device."""
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
+
+    def place(path, x):                      # a moment's path ends in the path of its leaf
+        leaf = next((leaf for name, leaf in leaves.items() if jax.tree_util.keystr(path).endswith(name)), None)
+        return jax.device_put(x, replicated(mesh) if leaf is None else leaf.sharding)
+
+    state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
+                       jnp.full(history, jnp.nan), jnp.int32(0))
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
-def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepSettings):
+def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepSettings, like: TrainState):
     """Returns step(state, frozen, batch, pattern) -> (state, metrics), jitted; one compilation per batch shape.
+
+    The state stays where the state `like` lies.
 
     The batch holds int32 arrays [A, B, T] (tokens, targets, segments, positions), A accumulated forward passes.
     The loss is the mean over all predicted tokens of all A x B rows, so that accumulation changes nothing.
@@ -59,7 +71,9 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
                        remat=settings.remat, dtype=jnp.dtype(settings.dtype), dropout_key=key)
         return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk)
 
-    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+
+    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0, out_shardings=(shardings, None))
     def step(state: TrainState, frozen, batch, pattern: AttentionPattern):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         loss, grads = _accumulate(functools.partial(total_loss, pattern=pattern), state.trainable, frozen, batch, key)

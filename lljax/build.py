@@ -7,8 +7,11 @@ from jax.sharding import Mesh
 
 from lljax import sharding
 from lljax.errors import ConfigError
+from lljax.interop.huggingface import load_weights
+from lljax.interop.peft import load_adapter
 from lljax.models import lora, rope, spec as specs
 from lljax.models.decoder import Decoder
+from lljax.models.initialise import initialise
 from lljax.models.spec import DecoderSpec
 
 
@@ -39,10 +42,18 @@ def abstract_model(config, hf_config: dict) -> Decoder:
     return model
 
 
-def placement(mesh: Mesh):
-    """variable -> sharding, for loading and initialising onto `mesh`."""
-    return lambda variable: sharding.weight_sharding(mesh, variable.get_metadata("axes"), variable.get_value().shape)
+def build_model(config, base, mesh: Mesh) -> Decoder:
+    """The decoder of a run, with its values on `mesh`: the base's, those of `lora.adapter`, fresh ones elsewhere."""
+    model = abstract_model(config, base.config)
+    dtype = jnp.dtype(config.model.dtype)
 
+    def shardings(variable):
+        return sharding.weight_sharding(mesh, variable.get_metadata("axes"), variable.get_value().shape)
 
-def dtype_of(config) -> jnp.dtype:
-    return jnp.dtype(config.model.dtype)
+    if config.model.init == "pretrained":
+        load_weights(model, base, dtype=dtype, shardings=shardings)
+    if config.lora.adapter:
+        load_adapter(model, config.lora.adapter, shardings=shardings)
+    deviation = base.config.get("initializer_range", 0.02)
+    initialise(model, config.seed, deviation=deviation, dtype=dtype, shardings=shardings)
+    return model

@@ -1,0 +1,70 @@
+"""Documents cut into pieces that fit a row, and pieces packed first-fit into rows."""
+
+import grain
+import numpy as np
+
+from lljax.data.tokens import TokenStore
+
+IGNORED = -100                               # a target that is not predicted
+BINS = 16                                    # rows filled side by side; more leave less padding, and mix epochs more
+
+
+class Pieces:
+    """The pieces of at most T tokens that documents are trained in; a random-access source for grain.
+
+    overlong: what becomes of a document longer than T: "split" into consecutive pieces, "truncate" or "drop".
+    A piece holds its inputs and their targets, so that a split loses none: the last input of a piece is asked for the
+    first token of the next. Pieces without any target are left out.
+    """
+
+    def __init__(self, store: TokenStore, T: int, overlong: str):
+        self.store = store
+        document, start = [], []
+        for i, n in enumerate(store.lengths):
+            if n > T and overlong == "drop":
+                continue
+            starts = np.arange(0, n, T) if overlong == "split" else np.zeros(1, np.int64)
+            mask = store.mask(i)
+            starts = [s for s in starts if mask[s + 1:s + T + 1].any()]
+            document += [i] * len(starts)
+            start += starts
+        self.document, self.start, self.T = np.asarray(document, np.int64), np.asarray(start, np.int64), T
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        document, start = int(self.document[i]), int(self.start[i])
+        tokens, mask = self.store.tokens(document), self.store.mask(document)
+        inputs = tokens[start:start + self.T].astype(np.int32)
+        following, trained = tokens[start + 1:start + self.T + 1], mask[start + 1:start + self.T + 1]
+        targets = np.full(len(inputs), IGNORED, np.int32)
+        targets[:len(following)] = np.where(trained, following.astype(np.int32), IGNORED)
+        return {"tokens": inputs, "targets": targets}
+
+    def __repr__(self) -> str:               # grain names the source of an iterator state by it
+        return f"Pieces({len(self)} of {self.T})"
+
+
+def pack(pieces: grain.IterDataset, T: int, *, packing: bool) -> grain.IterDataset:
+    """Rows of T tokens, each of several pieces (first-fit) or of one; with segment ids (0: padding) and positions."""
+    if packing:
+        rows = grain.experimental.FirstFitPackIterDataset(
+            pieces, length_struct={"tokens": T, "targets": T}, num_packing_bins=BINS, shuffle_bins=False,
+            padding_struct={"tokens": 0, "targets": IGNORED})
+        return rows.map(_named)
+    return pieces.map(lambda piece: row_of(piece, T))
+
+
+def _named(row: dict) -> dict:
+    return {"tokens": row["tokens"], "targets": row["targets"], "segments": row["tokens_segment_ids"],
+            "positions": row["tokens_positions"]}
+
+
+def row_of(piece: dict, T: int) -> dict:
+    """A row that holds one piece and padding."""
+    n = len(piece["tokens"])
+    index = np.arange(T, dtype=np.int32)
+    return {"tokens": np.pad(piece["tokens"], (0, T - n)),
+            "targets": np.pad(piece["targets"], (0, T - n), constant_values=IGNORED),
+            "segments": (index < n).astype(np.int32), "positions": np.where(index < n, index, 0).astype(np.int32)}

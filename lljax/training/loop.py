@@ -1,0 +1,233 @@
+"""One run from its configuration to its last checkpoint, read from top to bottom."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.progress import track
+
+from lljax import sharding
+from lljax.config import get, total_steps, validate
+from lljax.data.loader import eval_batches, make_loader
+from lljax.data.tokens import prepare
+from lljax.errors import ConfigError, NumericAbort, Stopped
+from lljax.interop.base import open_base, tokenizer_fingerprint
+from lljax.models import lora
+from lljax.build import build_model
+from lljax.training.checkpoint import Checkpoints, check_identity
+from lljax.training.curriculum import Stage, stages
+from lljax.training.monitor import Monitor
+from lljax.training.optimizer import learning_rate, make_optimizer, roles_of
+from lljax.training.report import write_report
+from lljax.training.signals import StopRequest
+from lljax.training.step import StepSettings, make_evaluate, make_step, new_state
+
+# What a resumed run must have in common with its beginning, so that it ends as if it had not been interrupted.
+IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "context", "lora", "data.packing", "data.overlong", "optimizer",
+            "training.rows", "training.accumulate", "alarm")
+
+
+def train(config, workdir, *, model: nnx.Module | None = None) -> nnx.Module:
+    """Runs `config` in `workdir`, or goes on with what was begun there; returns the trained model.
+
+    model: a model of this configuration that is at hand (lljax.prepare_model); otherwise the base is read.
+
+    Raises:
+      ConfigError, ModelError, DataError: what the user gave cannot be used.
+      NumericAbort: too many unusable gradients in a row; state saved.
+      Stopped: SIGTERM or Ctrl-C; state saved.
+    """
+    validate(config)
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop:
+        return _train(config, workdir, model, stop)
+
+
+def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
+    # ---------------------------------------------------------------- base, tokenizer, documents
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    _check_rows(config.training.rows, mesh)
+    base = open_base(config.model.path, config.model.revision)
+    tokenizer = base.tokenizer()
+    tokenizer_id = tokenizer_fingerprint(tokenizer)
+    documents = prepare(config.data, tokenizer, base.config["vocab_size"], workdir / "data",
+                        tokenizer_fingerprint=tokenizer_id, progress=_progress)
+    curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
+    _write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+    _write_json(workdir / "data_statistics.json",
+                {"train": documents.train.statistics(), "valid": documents.valid.statistics()})
+
+    # ---------------------------------------------------------------- model, optimizer
+    if model is None:
+        model = build_model(config, base, mesh)
+    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
+    optimizer = make_optimizer(config.optimizer, total_steps(config), roles_of(trainable))
+    trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
+    state = new_state(trainable, optimizer, mesh, seed=config.seed, history=config.alarm.history)
+    settings = StepSettings(config.memory.remat, config.memory.loss_chunk, config.model.dtype,
+                            config.alarm.spike != "warn", config.alarm.spike_z)
+    step_fn, evaluate = make_step(graphdef, optimizer, settings, state), make_evaluate(graphdef, settings)
+    rate = learning_rate(config.optimizer, total_steps(config))
+    counts = {"parameters": _size(trainable) + _size(frozen), "trainable": _size(trainable)}
+    logging.info("%s: %s parameters, %s trainable, on %d x %s", config.model.path, f"{counts['parameters']:,}",
+                 f"{counts['trainable']:,}", mesh.devices.size, mesh.devices.flat[0].device_kind)
+    _write_json(workdir / "run.json", counts | {"devices": mesh.devices.size,
+                                                "device": mesh.devices.flat[0].device_kind})
+
+    # ---------------------------------------------------------------- resume
+    identity = {"base": base.fingerprint(), "tokenizer": tokenizer_id, "data": documents.fingerprint,
+                **_flat({field: get(config, field) for field in IDENTITY})}
+    checkpoints = Checkpoints(workdir, every_steps=config.checkpoint.every_steps,
+                              every_minutes=config.checkpoint.every_minutes, keep=config.checkpoint.keep)
+    step, loader_state = 0, None
+    if checkpoints.steps():
+        check_identity(checkpoints.identity(checkpoints.steps()[-1]), identity)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        if restored := checkpoints.restore(like):
+            step, state, loader_state = restored
+            logging.info("resumed at step %d", step)
+
+    # ---------------------------------------------------------------- steps
+    def save(wait=False):
+        checkpoints.save(step, state, loader_state, identity, wait=wait)
+
+    def evaluation(length):
+        values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, length)
+        monitor.evaluation(step, {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))})
+
+    stop.defer()
+    with Monitor(workdir, total_steps=total_steps(config), step=step) as monitor:
+        for stage in curriculum:
+            if step >= stage.stop:
+                continue
+            loader = _loader(documents.train, config, stage)
+            if loader_state and loader_state["stage"] == stage.number:
+                loader.set_state(loader_state["state"])
+            batch = next(loader)
+            while step < stage.stop:
+                loader_state = {"stage": stage.number, "state": loader.get_state()}
+                began = time.monotonic()
+                state, metrics = step_fn(state, frozen, _place(batch, config.training.accumulate, mesh), stage.pattern)
+                if step + 1 < stage.stop:
+                    batch = next(loader)     # read while the device computes
+                metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+                seconds = time.monotonic() - began
+                monitor.step({"step": step + 1, "stage": stage.number, "length": stage.length,
+                              "attention": stage.pattern.kind, "learning_rate": float(rate(step)), **metrics,
+                              "tokens_per_second": batch["tokens"].size / seconds, "seconds": seconds})
+                step += 1
+                if trouble := _trouble(metrics, config.alarm):
+                    monitor.say(f"step {step}: {trouble}")
+                    if stops_run(metrics, config.alarm):
+                        save(wait=True)
+                        checkpoints.close()
+                        raise NumericAbort(f"step {step}: {trouble}; the state is saved in {checkpoints.folder}: lower "
+                                           "optimizer.learning_rate or look at the data of these steps")
+                if stop.requested:
+                    save(wait=True)
+                    checkpoints.close()
+                    raise Stopped(f"stopped after step {step}, state saved: the same command goes on from there")
+                if checkpoints.due(step):
+                    save()
+                if config.training.eval_every and step % config.training.eval_every == 0 and step < total_steps(config):
+                    evaluation(stage.length)
+                if config.training.report_every and step % config.training.report_every == 0:
+                    write_report(workdir)
+
+        # ------------------------------------------------------------ the end
+        if len(documents.valid) and not _evaluated(workdir, step):
+            evaluation(curriculum[-1].length)
+        save(wait=True)
+    checkpoints.close()
+    write_report(workdir)
+    return nnx.merge(graphdef, state.trainable, frozen)
+
+
+def _trouble(metrics: dict, alarm) -> str:
+    """What is wrong with a step, or an empty text."""
+    if metrics["nonfinite"]:
+        return f"the gradient is not finite; skipped ({metrics['bad']} in a row)"
+    if metrics["spike"]:
+        skipped = f"skipped ({metrics['bad']} in a row)" if metrics["skipped"] else "applied"
+        return f"gradient norm {metrics['grad_norm']:.3g} is {metrics['z']:.1f} deviations above its median; {skipped}"
+    return ""
+
+
+def stops_run(metrics: dict, alarm) -> bool:
+    return (metrics["nonfinite"] and alarm.nonfinite == "stop") or (metrics["spike"] and alarm.spike == "stop") or \
+        metrics["bad"] >= alarm.max_bad_steps
+
+
+def _evaluate(evaluate, trainable, frozen, store, config, mesh, length: int) -> float:
+    """Mean loss over held-out pieces of `length` tokens, in full attention."""
+    from lljax.models.decoder import FULL
+    total, count = 0.0, 0
+    for batch in eval_batches(store, length=length, rows=config.training.rows, limit=config.training.eval_rows):
+        loss, tokens = evaluate(trainable, frozen, jax.device_put(batch, sharding.batch_sharding(mesh, 2)), FULL)
+        total, count = total + float(loss), count + int(tokens)
+    return total / max(count, 1)
+
+
+def _loader(store, config, stage: Stage):
+    rows = config.training.rows * config.training.accumulate // jax.process_count()
+    return make_loader(store, length=stage.length, rows=rows, packing=config.data.packing, overlong=config.data.overlong,
+                       seed=config.seed + stage.number, process_index=jax.process_index(),
+                       process_count=jax.process_count())
+
+
+def _place(batch: dict, accumulate: int, mesh) -> dict:
+    """This process' rows as part of the global batch [A, B, T] on the mesh."""
+    where = sharding.batch_sharding(mesh, 3)
+    return {name: jax.make_array_from_process_local_data(where, x.reshape(accumulate, -1, x.shape[-1]))
+            for name, x in batch.items()}
+
+
+def _check_rows(rows: int, mesh) -> None:
+    if rows % mesh.devices.size:
+        raise ConfigError(f"training.rows={rows} do not spread evenly over the {mesh.devices.size} devices of mesh.data "
+                          f"and mesh.fsdp: use a multiple such as {-(-rows // mesh.devices.size) * mesh.devices.size}")
+
+
+def marker_ids(markers, tokenizer) -> tuple[int, ...]:
+    """The token ids of `context.anchor_markers`.
+
+    Raises:
+      ConfigError: a marker is not exactly one token.
+    """
+    ids = []
+    for marker in markers:
+        tokens = tokenizer(marker, add_special_tokens=False)["input_ids"]
+        if len(tokens) != 1:
+            raise ConfigError(f"context.anchor_markers: {marker!r} is {len(tokens)} tokens of this tokenizer and must be "
+                              "one; use another marker")
+        ids += tokens
+    return tuple(ids)
+
+
+def _evaluated(workdir: Path, step: int) -> bool:
+    from lljax.training.monitor import read_metrics
+    return any(record["step"] == step and "eval" in record for record in read_metrics(workdir))
+
+
+def _progress(items, title):
+    return track(items, description=title, transient=True)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": value}
+    return out
+
+
+def _size(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2))

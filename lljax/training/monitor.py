@@ -1,0 +1,103 @@
+"""What a run says of itself while it goes: metrics.jsonl, TensorBoard, and a progress bar."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+FIELDS = {"loss": ".4f", "tokens_per_second": ",.0f"}
+PLAIN_EVERY = 10.0                           # seconds between lines where no terminal shows a bar
+
+
+class Monitor:
+    """Records the steps of a run in `workdir`. On resume at `step`, records of later steps are cut off first."""
+
+    def __init__(self, workdir: Path, *, total_steps: int, step: int):
+        self.path = Path(workdir) / "metrics.jsonl"
+        _cut(self.path, step)
+        self._file = open(self.path, "a", buffering=1)
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        self._console = Console(file=sys.stderr)
+        self._bar = Progress(TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
+                             TextColumn("loss {task.fields[loss]}  {task.fields[tokens_per_second]} tokens/s"),
+                             TextColumn("left"), TimeRemainingColumn(), console=self._console,
+                             disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("", total=total_steps, completed=step, stage="", loss="-", tokens_per_second="-")
+        self._total, self._said, self._started, self._first = total_steps, -math.inf, time.monotonic(), step
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+        self._board.close()
+        self._file.close()
+
+    def step(self, record: dict) -> None:
+        """One optimizer step. `record` has step, stage, length, attention, loss, grad_norm, tokens_per_second ..."""
+        self._write(record)
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._board.add_scalar(f"train/{name}", value, record["step"])
+        shown = {name: format(record[name], spec) for name, spec in FIELDS.items()}
+        stage = f"{record['length']:,} {record['attention']}"
+        self._bar.update(self._task, completed=record["step"], stage=stage, **shown)
+        if self._bar.disable and (time.monotonic() - self._said > PLAIN_EVERY or record["step"] == self._total):
+            self._said = time.monotonic()
+            done = record["step"] - self._first
+            left = (self._said - self._started) / done * (self._total - record["step"])
+            print(f"step {record['step']}/{self._total}  {stage}  loss {shown['loss']}  "
+                  f"{shown['tokens_per_second']} tokens/s  left {_duration(left)}", file=sys.stderr, flush=True)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        self._write({"step": step, "eval": values})
+        for name, value in values.items():
+            self._board.add_scalar(f"eval/{name}", value, step)
+        self.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def _write(self, record: dict) -> None:
+        self._file.write(json.dumps(_finite(record)) + "\n")
+
+
+def _finite(value):
+    """JSON has no NaN: a number that is not finite becomes its name."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The records of metrics.jsonl in order; a last line cut short by a kill is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drops the records of steps after `step`, so that a resumed run's file equals an uninterrupted one's."""
+    if path.exists():
+        kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(unfinished, path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,35 @@
+"""SIGTERM and Ctrl-C: asked to stop, a run saves and leaves."""
+
+import signal
+
+from lljax.errors import Stopped
+
+
+class StopRequest:
+    """A context in which SIGTERM and SIGINT do not kill. `requested` is what the loop polls between steps.
+
+    Until `defer()` is called there is nothing to save and a signal raises `Stopped` at once. A second Ctrl-C while
+    saving is taken at its word.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._deferred = False
+
+    def defer(self) -> None:
+        self._deferred = True
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        if not self._deferred:
+            raise Stopped(f"{signal.Signals(number).name} before the first step: nothing to save")
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
