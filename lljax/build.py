@@ -9,7 +9,8 @@ from lljax import sharding
 from lljax.errors import ConfigError
 from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import load_adapter
-from lljax.models import lora, rope, spec as specs
+from lljax.models import lora, rope
+from lljax.models import spec as specs
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import DecoderSpec
@@ -56,4 +57,11 @@ def build_model(config, base, mesh: Mesh) -> Decoder:
         load_adapter(model, config.lora.adapter, shardings=shardings)
     deviation = base.config.get("initializer_range", 0.02)
     initialise(model, config.seed, deviation=deviation, dtype=dtype, shardings=shardings)
+    return model
+
+
+def load_base(base, spec: DecoderSpec, dtype) -> Decoder:
+    """The base alone under `spec`, to compare with or to talk to."""
+    model = Decoder(spec)
+    load_weights(model, base, dtype=dtype)
     return model

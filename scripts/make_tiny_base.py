@@ -46,7 +46,7 @@ def end(workdir: str) -> None:
     from lljax.restore import restore_run
     config, model, base = restore_run(workdir)
     with tempfile.TemporaryDirectory() as folder:
-        export_merged(model, base, Path(folder) / "merged", context_length=512, dtype="bfloat16")
+        export_merged(model, base, Path(folder) / "merged", dtype="bfloat16")
         shutil.copy(Path(folder) / "merged" / "model.safetensors", ASSET / "model.safetensors")
 
 

@@ -1,1 +1,129 @@
-def load_adapter(*a, **k): pass
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lljax.errors import ModelError
+from lljax.interop import safetensors
+from lljax.interop.base import read_json
+from lljax.interop.huggingface import hf_names, hf_shape, hf_value, is_stacked, tensors
+from lljax.models.declare import LoraWeight, Weight, declared
+from lljax.models.lora import linear_layers
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+# What changes the mathematics and is not read here, with the value that means "not used".
+UNSUPPORTED = {"use_dora": (None, False), "bias": (None, "none"), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
+               "fan_in_fan_out": (None, False), "layers_to_transform": (None, []), "lora_bias": (None, False),
+               "trainable_token_indices": (None, []), "layer_replication": (None, []), "exclude_modules": (None, [])}
+MODULES = {"embed": "embed_tokens", "head": "lm_head"}   # modules_to_save by role; norms have several names
+
+
+class AdapterConfig(NamedTuple):
+    rank: int
+    alpha: float
+    rslora: bool
+    targets: tuple[str, ...]
+    also_train: tuple[str, ...]
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """What lora.attach needs to know of an adapter made here or elsewhere.
+
+    Raises:
+      ModelError: no adapter there, or one of a kind that is not supported.
+    """
+    path = Path(folder) / "adapter_config.json"
+    c = read_json(path)
+    if c.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: peft_type is {c.get('peft_type')!r}, and LORA is supported")
+    for field, unused in UNSUPPORTED.items():
+        if c.get(field) not in unused:
+            raise ModelError(f"{path}: {field}={c[field]!r} is not supported; merge this adapter with PEFT and use the "
+                             "merged model as the base")
+    try:
+        targets = c["target_modules"]
+        targets = (targets,) if isinstance(targets, str) else tuple(targets)
+        saved = c.get("modules_to_save") or ()
+        roles = {role for role, name in MODULES.items() if name in saved}
+        roles |= {"norm"} if any(name.endswith("norm") for name in saved) else set()
+        return AdapterConfig(int(c["r"]), float(c["lora_alpha"]), bool(c.get("use_rslora")), targets, tuple(sorted(roles)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: {type(error).__name__}: {error}") from None
+
+
+def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
+    """Fills the factors and the trained base Variables of a model (adapters attached) from an adapter's folder.
+
+    Raises:
+      ModelError: a tensor is missing, left over, or has another shape.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise ModelError(f"{path}: there is no such file")
+    file = safetensors.File(path)
+    left = set(file.entries)
+    for _, variable in declared(model):
+        if not variable.get_metadata().get("trainable", False):
+            continue
+        names = [PREFIX + name for name in hf_names(variable)]
+        if isinstance(variable, Weight) and names[0] not in file.entries:
+            continue                         # trained here from its base value on
+        for name in names:
+            if name not in file.entries:
+                raise ModelError(f"{path}: tensor {name!r} is missing")
+            if file.entries[name][1] != hf_shape(variable):
+                raise ModelError(f"{path}: tensor {name!r} has shape {file.entries[name][1]}, and the model has "
+                                 f"{hf_shape(variable)}: set lora.rank and lora.targets as in the adapter")
+        left -= set(names)
+        layers = [np.asarray(file.read(name), np.float32) for name in names]
+        layers = [layer.T if variable.get_metadata("transpose") else layer for layer in layers]
+        value = np.stack(layers) if is_stacked(variable) else layers[0]
+        variable.set_value(jax.device_put(jnp.asarray(value), shardings(variable) if shardings else None))
+    if model.spec.tied:
+        left.discard(PREFIX + "lm_head.weight")
+    if left:
+        raise ModelError(f"{path}: {len(left)} tensors have no place in this configuration, such as {sorted(left)[0]!r}: "
+                         "name their modules in lora.targets or lora.also_train")
+
+
+def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modules: bool = True) -> dict:
+    """Writes the adapter of a model to an existing folder; returns its adapter_config.
+
+    whole_modules: with the embeddings, norms and heads that trained (`modules_to_save`), or the factors alone.
+    """
+    arrays = {PREFIX + name: array for name, array in tensors(model, LoraWeight)}
+    saved = set()
+    for _, variable in declared(model) if whole_modules else ():
+        if isinstance(variable, Weight) and variable.get_metadata().get("trainable", False):
+            role = variable.get_metadata("role")
+            saved.add(MODULES.get(role) or variable.get_metadata("hf").removesuffix(".weight").rpartition(".")[2])
+            arrays |= {PREFIX + name: hf_value(variable, i) for i, name in enumerate(hf_names(variable))}
+    tied = model.spec.tied and "embed_tokens" in saved
+    if tied:                                 # PEFT takes a tied head without a tensor of its own for the base's
+        arrays[PREFIX + "lm_head.weight"] = arrays[PREFIX + "model.embed_tokens.weight"]
+    adapted = {name: module for name, module in linear_layers(model) if module.lora is not None}
+    lora = next(iter(adapted.values())).lora
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": lora.rank,
+        "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "target_modules": sorted(_short_names(model, adapted)),
+        "modules_to_save": sorted(saved) or None, "ensure_weight_tying": tied,
+    }
+    layout = safetensors.layout(arrays.items())
+    safetensors.write(folder / WEIGHTS, layout, lambda name: arrays[name])
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def _short_names(model, adapted) -> set[str]:
+    """Names that PEFT, which matches by suffix, takes for exactly the adapted layers."""
+    every = [name for name, _ in linear_layers(model)]
+    short = {name.rpartition(".")[2] for name in adapted}
+    return short if all((name in adapted) == (name.rpartition(".")[2] in short) for name in every) else set(adapted)

@@ -21,7 +21,7 @@ ROLES = ("embed", "norm", "head")            # what may train whole beside the f
 class Lora(nnx.Module):
     """The update scale * dropout(x) @ A @ B of one linear layer; A [in, R], B [R, out], one of each per layer."""
 
-    def __init__(self, linear: Linear, rank: int, scale: float, dropout: float):
+    def __init__(self, linear: Linear, *, rank: int, alpha: float, rslora: bool, dropout: float):
         kernel = linear.kernel
         *layers, D, F = kernel.get_value().shape
         axes, name = kernel.get_metadata("axes"), kernel.get_metadata("hf").removesuffix(".weight")
@@ -30,7 +30,8 @@ class Lora(nnx.Module):
                          init="he_uniform", transpose=True, kind=LoraWeight)
         self.b = declare((*layers, rank, F), axes=(*axes[:-2], "rank", axes[-1]), hf=f"{name}.lora_B.weight",
                          role="lora_b", init="zeros", transpose=True, kind=LoraWeight)
-        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
+        self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.salt = zlib.crc32(name.encode())            # layers of one model drop different units
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
@@ -57,8 +58,7 @@ def attach(model: nnx.Module, *, rank: int, alpha: float, targets, rslora: bool 
         if not chosen:
             raise ConfigError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(linears)}")
         for name in chosen:
-            scale = alpha / math.sqrt(rank) if rslora else alpha / rank
-            linears[name].lora = Lora(linears[name], rank, scale, dropout)
+            linears[name].lora = Lora(linears[name], rank=rank, alpha=alpha, rslora=rslora, dropout=dropout)
     roles = {variable.get_metadata("role") for _, variable in declared(model)}
     for role in also_train:
         if role not in ROLES:
@@ -88,4 +88,6 @@ def linear_layers(model: nnx.Module):
 
 
 def matches(target: str, name: str) -> bool:
-    return target in ("all-linear", name.rpartition(".")[2]) or re.fullmatch(target, name) is not None
+    """As in PEFT: a short name, or a regular expression over the whole name, with "model.layers.0." in front or not."""
+    return target in ("all-linear", name.rpartition(".")[2]) or \
+        any(re.fullmatch(target, full) for full in (name, f"model.layers.0.{name}"))

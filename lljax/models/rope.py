@@ -65,8 +65,14 @@ def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def wavelengths(theta: float, H: int) -> np.ndarray:
+    """theta ** (2i / H), float32 [H / 2]: correctly rounded, so that it is torch's to the last bit. At position 9,000
+    one unit in the last place is already an angle of 0.001."""
+    return (np.float64(theta) ** (np.arange(0, H, 2) / H)).astype(np.float32)
+
+
 def base_frequencies(theta: float, H: int) -> np.ndarray:
-    return (1.0 / np.float32(theta) ** (np.arange(0, H, 2, dtype=np.float32) / H)).astype(np.float32)
+    return np.float32(1) / wavelengths(theta, H)
 
 
 def default_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
@@ -98,8 +104,8 @@ def yarn_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
     if low == high:
         high += 0.001
     kept = 1 - np.clip((np.arange(H // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-    base = base_frequencies(spec.theta, H)
-    inverse = base / np.float32(spec.factor) * (1 - kept) + base * kept
+    long = wavelengths(spec.theta, H)
+    inverse = 1 / (np.float32(spec.factor) * long) * (1 - kept) + 1 / long * kept
 
     def magnitude(weight):
         return 1.0 if spec.factor <= 1 else 0.1 * weight * math.log(spec.factor) + 1.0
@@ -127,7 +133,7 @@ def longrope_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
     scale = spec.attention_factor
     if scale is None:
         scale = 1.0 if spec.factor <= 1 else math.sqrt(1 + math.log(spec.factor) / math.log(spec.original_length))
-    return Frequencies(base_frequencies(spec.theta, H) / factors, scale)
+    return Frequencies(1 / (factors * wavelengths(spec.theta, H)), scale)
 
 
 KINDS = {"default": default_frequencies, "linear": linear_frequencies, "dynamic": dynamic_frequencies,

@@ -35,16 +35,16 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         return step % self.every_steps == 0 or time.monotonic() - self._last >= self.every_seconds
 
-    def save(self, step: int, state, loader_state: dict, identity: dict, *, wait: bool = False) -> None:
-        """Saves the pytree `state`, this process' loader state and the run's identity, in the background.
+    def save(self, step: int, items: dict, loader_state: dict, identity: dict, *, wait: bool = False) -> None:
+        """Saves named pytrees, this process' loader state and the run's identity, in the background.
 
         The host copy is taken before this returns, so the arrays may be donated afterwards.
         """
         if step not in self._manager.all_steps():
             note = {"identity": identity, "loader": {str(jax.process_index()): loader_state},
-                    "checksums": checksums(state)}
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state),
-                                                             note=ocp.args.JsonSave(note)))
+                    "checksums": {name: checksums(item) for name, item in items.items()}}
+            self._manager.save(step, args=ocp.args.Composite(
+                note=ocp.args.JsonSave(note), **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
             self._last = time.monotonic()
         if wait:
             self._manager.wait_until_finished()
@@ -55,10 +55,10 @@ class Checkpoints:
     def identity(self, step: int) -> dict:
         return self._note(step)["identity"]
 
-    def restore(self, like, step: int | None = None):
-        """(step, state, loader state) of the newest sound checkpoint (or of `step`), or None where there is none.
+    def restore(self, like: dict, step: int | None = None):
+        """(step, items, loader state) of the newest sound checkpoint (or of `step`), or None where there is none.
 
-        like: a pytree of `jax.ShapeDtypeStruct`, with shardings.
+        like: {name: pytree of `jax.ShapeDtypeStruct` with shardings} of the items that are wanted.
 
         Raises:
           ConfigError: `step` is asked for and is not there, or is damaged.
@@ -68,10 +68,12 @@ class Checkpoints:
         for candidate in [step] if step is not None else reversed(self.steps()):
             try:
                 note = self._note(candidate)
-                state = self._manager.restore(candidate, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-                if checksums(state["state"]) != note["checksums"]:
-                    raise ValueError("a checksum differs")
-                return candidate, state["state"], note["loader"][str(jax.process_index())]
+                restored = self._manager.restore(candidate, args=ocp.args.Composite(
+                    **{name: ocp.args.StandardRestore(item) for name, item in like.items()}))
+                for name in like:
+                    if checksums(restored[name]) != note["checksums"][name]:
+                        raise ValueError(f"a checksum of {name} differs")
+                return candidate, dict(restored.items()), note["loader"][str(jax.process_index())]
             except Exception as error:       # Orbax reports damage as many kinds of exception
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 if step is not None:
@@ -92,6 +94,11 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """What `restore` needs to know of an array."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def checksums(state) -> dict[str, int]:

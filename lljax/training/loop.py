@@ -17,14 +17,15 @@ from lljax.data.tokens import prepare
 from lljax.errors import ConfigError, NumericAbort, Stopped
 from lljax.interop.base import open_base, tokenizer_fingerprint
 from lljax.models import lora
+from lljax.models.decoder import FULL
 from lljax.build import build_model
-from lljax.training.checkpoint import Checkpoints, check_identity
+from lljax.training.checkpoint import Checkpoints, abstract, check_identity
 from lljax.training.curriculum import Stage, stages
-from lljax.training.monitor import Monitor
+from lljax.training.monitor import Monitor, read_metrics
 from lljax.training.optimizer import learning_rate, make_optimizer, roles_of
 from lljax.training.report import write_report
 from lljax.training.signals import StopRequest
-from lljax.training.step import StepSettings, make_evaluate, make_step, new_state
+from lljax.training.step import StepSettings, from_items, make_evaluate, make_step, new_state, to_items
 
 # What a resumed run must have in common with its beginning, so that it ends as if it had not been interrupted.
 IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "context", "lora", "data.packing", "data.overlong", "optimizer",
@@ -87,14 +88,14 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     step, loader_state = 0, None
     if checkpoints.steps():
         check_identity(checkpoints.identity(checkpoints.steps()[-1]), identity)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        if restored := checkpoints.restore(like):
-            step, state, loader_state = restored
+        if restored := checkpoints.restore(jax.tree.map(abstract, to_items(state))):
+            step, items, loader_state = restored
+            state = from_items(items)
             logging.info("resumed at step %d", step)
 
     # ---------------------------------------------------------------- steps
     def save(wait=False):
-        checkpoints.save(step, state, loader_state, identity, wait=wait)
+        checkpoints.save(step, to_items(state), loader_state, identity, wait=wait)
 
     def evaluation(length):
         values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, length)
@@ -165,7 +166,6 @@ def stops_run(metrics: dict, alarm) -> bool:
 
 def _evaluate(evaluate, trainable, frozen, store, config, mesh, length: int) -> float:
     """Mean loss over held-out pieces of `length` tokens, in full attention."""
-    from lljax.models.decoder import FULL
     total, count = 0.0, 0
     for batch in eval_batches(store, length=length, rows=config.training.rows, limit=config.training.eval_rows):
         loss, tokens = evaluate(trainable, frozen, jax.device_put(batch, sharding.batch_sharding(mesh, 2)), FULL)
@@ -210,7 +210,6 @@ def marker_ids(markers, tokenizer) -> tuple[int, ...]:
 
 
 def _evaluated(workdir: Path, step: int) -> bool:
-    from lljax.training.monitor import read_metrics
     return any(record["step"] == step and "eval" in record for record in read_metrics(workdir))
 
 

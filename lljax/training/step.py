@@ -56,6 +56,15 @@ def new_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mes
     return jax.tree_util.tree_map_with_path(place, state)
 
 
+def to_items(state: TrainState) -> dict:
+    """The state as named parts of a checkpoint, so that the trained values can be read without the rest."""
+    return {"trainable": state.trainable, "rest": dataclasses.replace(state, trainable=None)}
+
+
+def from_items(items: dict) -> TrainState:
+    return dataclasses.replace(items["rest"], trainable=items["trainable"])
+
+
 def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepSettings, like: TrainState):
     """Returns step(state, frozen, batch, pattern) -> (state, metrics), jitted; one compilation per batch shape.
 

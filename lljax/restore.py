@@ -1,0 +1,47 @@
+"""A run read back from its work directory: to export, evaluate or talk to what it trained."""
+
+import json
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from lljax import sharding
+from lljax.build import build_model
+from lljax.config import default_config
+from lljax.errors import ConfigError
+from lljax.interop.base import open_base
+from lljax.models import lora
+from lljax.training.checkpoint import Checkpoints, abstract
+
+
+def restore_run(workdir, step: int | None = None):
+    """Returns (config, model, base): the model with the values of its last checkpoint, or of that of `step`.
+
+    Raises:
+      ConfigError: the folder holds no run, or no such checkpoint.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    base = open_base(config.model.path, config.model.revision)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    model = build_model(config, base, mesh)
+    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
+    checkpoints = Checkpoints(workdir, **config.checkpoint)
+    restored = checkpoints.restore({"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}, step)
+    checkpoints.close()
+    if restored is None:
+        raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
+    return config, nnx.merge(graphdef, restored[1]["trainable"], nnx.as_pure(frozen)), base
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The configuration that a run was started with."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"--workdir={workdir}: no run was started there (no config.json)")
+    config = default_config()
+    with config.unlocked():
+        config.update(json.loads(path.read_text()))
+    return config
