@@ -1,7 +1,80 @@
-"""Eight CPU devices for every test, set before jax starts; and exact shapes, so that no broadcast is an accident."""
+"""Eight CPU devices for every test, set before jax starts; and a tiny random model with a tokenizer and documents."""
 
+import json
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lljax.config import default_config
+from lljax.interop import safetensors
+from lljax.interop.huggingface import tensors
+from lljax.models.decoder import Decoder
+from lljax.models.initialise import initialise
+from lljax.models.spec import from_hf
+
+TINY = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 36,
+        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "eos_token_id": 0, "bos_token_id": None}
+TEXT = "def add(first, second):\n    return first + second  # the sum of both\n\nclass Thing:\n    name = 'thing'\n"
+
+
+def write_base(folder, seed=0, **changes):
+    """A random model in HF form, with a byte-level tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hf_config = TINY | changes
+    model = Decoder(from_hf(hf_config))
+    initialise(model, seed, deviation=0.2)
+    arrays = dict(tensors(model))
+    safetensors.write(folder / "model.safetensors", safetensors.layout(arrays.items()), lambda name: arrays[name])
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator([TEXT] * 3, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    return PreTrainedTokenizerFast.from_pretrained(tiny)
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """A JSONL file of 40 texts of uneven length."""
+    rng = np.random.default_rng(0)
+    words = TEXT.split()
+    path = tmp_path_factory.mktemp("documents") / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, rng.integers(5, 120)))}) + "\n"
+                            for _ in range(40)))
+    return str(path)
+
+
+@pytest.fixture
+def run_config(tiny, documents):
+    """A configuration that trains in seconds: two stages, shifted and full, on one of the eight devices each row."""
+    c = default_config()
+    c.model.path, c.model.dtype = tiny, "float32"
+    c.context.length, c.context.schedule = 64, ((4, 32, "shifted"), (8, 64, "full"))
+    c.lora.rank = 4
+    c.data.train, c.data.valid_fraction = (documents,), 0.2
+    c.training.rows, c.training.eval_rows = 8, 8
+    c.optimizer.warmup_steps = 2
+    c.checkpoint.every_steps = 3
+    return c

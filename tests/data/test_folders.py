@@ -1,0 +1,78 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from lljax.data import folders
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name, content in {"b.py": b"x = 1\r\n", "a/c.py": b"y = 2", "a/d.md": "é\n".encode(), "a/raw.bin": b"\xff\xfe",
+                          "a/nul.py": b"a\0b", "empty.py": b" \n", ".hidden/e.py": b"z",
+                          "__pycache__/f.py": b"z"}.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return tmp_path / "tree"
+
+
+def test_text_files_become_documents_behind_their_marker_in_sorted_order(tree):
+    assert list(folders.documents(tree)) == [
+        "### file: a/c.py\ny = 2\n", "### file: a/d.md\né\n", "### file: b.py\nx = 1\r\n"]
+    assert list(folders.documents(tree, ("*.py",), ("b*",))) == ["### file: a/c.py\ny = 2\n"]
+
+
+def test_a_repository_joins_the_files_of_a_folder(tree):
+    assert list(folders.documents(tree, repository=True)) == [
+        "### file: a/c.py\ny = 2\n\n### file: a/d.md\né\n", "### file: b.py\nx = 1\r\n"]
+
+
+def test_files_beyond_the_limit_are_left_out(tree, monkeypatch):
+    monkeypatch.setattr(folders, "MAX_FILE", 5)
+    assert list(folders.documents(tree, ("*.py",))) == ["### file: a/c.py\ny = 2\n"]
+
+
+def test_written_rows_are_read_back(tree, tmp_path):
+    out = tmp_path / "new" / "rows.jsonl"
+    rows, characters = folders.write_jsonl(folders.documents(tree), out)
+    texts = [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines()]
+    assert texts == list(folders.documents(tree)) and (rows, characters) == (3, sum(map(len, texts)))
+    assert sorted(path.name for path in out.parent.iterdir()) == ["rows.jsonl"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def command(*arguments) -> tuple[int, str, str]:
+        """Runs the script as a user would; returns exit code, stdout, stderr."""
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+    return command
+
+
+def test_the_script_makes_checks_and_shows_documents(tree, tmp_path, tiny, command):
+    out = tmp_path / "rows.jsonl"
+    assert command("folder", tree, "--include=*.py", f"--out={out}")[0] == 0
+    assert "2 good, 0 bad" in command("validate", out)[1]
+    code, shown, _ = command("show", out, f"--model={tiny}", "--row=1")
+    assert code == 0 and "[### file: b.py" in shown and "<end>]" in shown
+    code, table, _ = command("stats", out, f"--model={tiny}")
+    assert code == 0 and "documents" in table and "longest" in table
+
+
+def test_the_script_names_bad_rows_and_exits_with_3(tmp_path, command):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": 3}\n')
+    code, out, error = command("validate", file)
+    assert code == 3 and f"{file}:2: 'text' is a int" in out
+    assert error.startswith("DataError: 1 of 2 rows") and error.count("\n") == 1
+    assert command("validate", file, "--max_bad_fraction=0.5")[0] == 0

@@ -1,0 +1,103 @@
+import gzip
+import json
+
+import pytest
+
+from lljax.data import formats
+from lljax.data.formats import BadRow, Document
+from lljax.errors import DataError
+
+
+def write(path, *lines: bytes):
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def parse(**row) -> Document:
+    return formats.parse(json.dumps(row).encode(), "file:1")
+
+
+def turns(document: Document) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in document.messages]
+
+
+def test_every_row_form_becomes_the_conversation_or_text_it_says():
+    assert turns(parse(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])) == [
+        ("user", "a"), ("assistant", "b")]
+    assert turns(parse(system="s", history=[["a", "b"]], query="c", response="d")) == [
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    assert turns(parse(instruction="do", input="this", output="done", system="s")) == [
+        ("system", "s"), ("user", "do\nthis"), ("assistant", "done")]
+    assert turns(parse(instruction="do", input="", output="done")) == [("user", "do"), ("assistant", "done")]
+    prompt, completion = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    assert turns(parse(prompt=prompt, completion=completion)) == [("user", "a"), ("assistant", "b")]
+    document = parse(prompt="a", completion="b")
+    assert (document.prompt, document.text) == ("a", "b")
+    assert parse(text=" kept as it is\n").text == " kept as it is\n"
+
+
+def test_further_keys_of_a_message_are_left_alone():
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    reply = {"role": "assistant", "content": None, "tool_calls": call}
+    assert parse(messages=[{"role": "user", "content": "a"}, reply]).messages[1] == reply
+
+
+@pytest.mark.parametrize("line,reason", [
+    (b"\xff{}", "not UTF-8"), (b"{", "not JSON"), (b"[" * 100_000, "nested too deeply"), (b"[1]", "not a JSON object"),
+    (b"null", "not a JSON object"), (b'{"words": "a"}', "unknown fields"), (b'{"text": null}', "unknown fields"),
+    (b'{"text": ""}', "'text' is empty"), (b'{"text": "  \\n"}', "'text' is empty"),
+    (b'{"text": ["a"]}', "'text' is a list"),
+    (b'{"text": "a\\u0000b"}', "NUL"), (b'{"messages": []}', "'messages'"), (b'{"messages": {}}', "'messages'"),
+    (b'{"messages": ["a"]}', "message 0 has no role"), (b'{"messages": [{"role": "user"}]}', "message 0 .* no text"),
+    (b'{"messages": [{"role": "user", "content": "a\\u0000"}]}', "NUL"),
+    (b'{"query": "a", "response": ""}', "'response' is empty"),
+    (b'{"query": "a", "response": "b", "history": "c"}', "history"),
+    (b'{"query": "a", "response": "b", "history": [["c"]]}', "history"),
+    (b'{"instruction": "a", "output": 3}', "'output' is a int"),
+    (b'{"prompt": "a", "completion": [1]}', "'completion' is a list")])
+def test_a_broken_line_is_named_with_its_place_and_reason(tmp_path, line, reason):
+    file = write(tmp_path / "rows.jsonl", b'{"text": "good"}', b"", line, b'{"text": "good too"}')
+    good, bad, last = formats.read([file])
+    assert isinstance(good, Document) and last.where == f"{file}:4"
+    assert isinstance(bad, BadRow) and (bad.file, bad.line) == (str(file), 3)
+    with pytest.raises(ValueError, match=reason):
+        formats.parse(line, "file:1")
+
+
+def test_byte_order_mark_crlf_and_a_missing_last_newline_are_no_matter(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b"}\r\n\r\n{"text": "c"}')
+    assert [document.text for document in formats.read([file])] == ["a\u2028b", "c"]
+
+
+def test_folders_are_read_deep_and_in_sorted_order_with_gz(tmp_path):
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "c.jsonl", b'{"text": "3"}')
+    write(tmp_path / "a.jsonl", b'{"text": "1"}')
+    (tmp_path / "b" / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "2"}\n'))
+    write(tmp_path / "notes.txt", b"no row")
+    assert [document.text for document in formats.read([tmp_path])] == ["1", "2", "3"]
+
+
+def test_a_file_that_only_claims_to_be_gzip_is_a_bad_row(tmp_path):
+    (row,) = formats.read([write(tmp_path / "rows.jsonl.gz", b'{"text": "a"}')])
+    assert isinstance(row, BadRow) and row.line == 1
+
+
+def test_missing_empty_and_foreign_paths_are_refused(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path, write(tmp_path / "rows.csv", b"a,b")):
+        with pytest.raises(DataError) as error:
+            list(formats.read([path]))
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_line_beyond_the_limit_is_skipped_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_ROW", 32)
+    file = write(tmp_path / "rows.jsonl", b'{"text": "' + b"a" * 100 + b'"}', b'{"text": "b"}')
+    bad, good = formats.read([file])
+    assert (bad.line, good.text, good.where) == (1, "b", f"{file}:2")
+
+
+def test_content_tells_documents_apart_wherever_they_stand():
+    first, second = (formats.parse(b'{"text": "a"}', f"file:{line}") for line in (1, 2))
+    assert first.content() == second.content() != parse(prompt="a", completion="a").content()

@@ -1,0 +1,94 @@
+import json
+
+import numpy as np
+import pytest
+
+from lljax.data.loader import eval_batches, make_loader
+from lljax.data.packing import IGNORED, Pieces
+from lljax.data.tokens import TokenStore, _Writer
+from lljax.errors import DataError
+
+T = 32
+
+
+@pytest.fixture
+def store(tmp_path) -> TokenStore:
+    """Documents of tokens 1, 2, 3 ... all different, some longer than two rows."""
+    rng, writer, first = np.random.default_rng(1), _Writer(tmp_path / "store"), 1
+    for n in rng.integers(1, 100, 29):
+        writer.add(np.arange(first, first + n, dtype=np.uint32), rng.random(n) < 0.7)
+        first += n
+    writer.close()
+    return TokenStore(tmp_path / "store")
+
+
+def loader(store, **arguments):
+    return make_loader(store, **({"length": T, "rows": 2, "packing": True, "overlong": "split", "seed": 3} | arguments))
+
+
+def content(batch) -> tuple[bytes, ...]:
+    return tuple(batch[name].tobytes() for name in ("tokens", "targets", "segments", "positions"))
+
+
+def predicted(batches) -> list[int]:
+    return sorted(int(token) for batch in batches for token in batch["targets"].ravel() if token != IGNORED)
+
+
+def trained_tokens(store) -> list[int]:
+    return [int(token) for i in range(len(store)) for token in store.tokens(i)[1:][store.mask(i)[1:]]]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("process", [(0, 1), (1, 3)])
+def test_resuming_anywhere_gives_the_batches_that_would_have_come(store, packing, process):
+    arguments = {"packing": packing, "process_index": process[0], "process_count": process[1]}
+    stream = loader(store, **arguments)
+    epochs = 3 * len(Pieces(store, T, "split"))          # one piece a row: batches beyond the third epoch
+    states, batches = [], []
+    for _ in range(epochs // 2 // process[1] + 4):
+        states.append(json.dumps(stream.get_state()))
+        batches.append(content(next(stream)))
+    for k in range(0, len(batches) - 3, 5):
+        resumed = loader(store, **arguments)
+        resumed.set_state(json.loads(states[k]))
+        assert [content(next(resumed)) for _ in range(3)] == batches[k:k + 3], k
+
+
+def test_the_order_is_a_function_of_the_seed(store):
+    first, same, other = (content(next(loader(store, seed=seed))) for seed in (3, 3, 4))
+    assert first == same != other
+    assert content(next(loader(store, seed=3 + 2 ** 32))) == first       # any Python int will do
+
+
+def test_batches_have_the_shape_and_type_of_the_contract(store):
+    batch = next(loader(store, rows=5))
+    assert sorted(batch) == ["positions", "segments", "targets", "tokens"]
+    assert all(x.shape == (5, T) and x.dtype == np.int32 for x in batch.values())
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_together_read_everything_once_an_epoch_in_an_order_of_its_own(store, processes):
+    pieces, epochs = len(Pieces(store, T, "split")), ([], [])
+    for index in range(processes):
+        stream = loader(store, rows=1, packing=False, process_index=index, process_count=processes)
+        for epoch in epochs:
+            epoch += [next(stream) for _ in range(len(range(index, pieces, processes)))]
+    for epoch in epochs:
+        assert predicted(epoch) == trained_tokens(store)
+    assert [content(batch) for batch in epochs[0]] != [content(batch) for batch in epochs[1]]
+
+
+def test_no_piece_for_a_process_is_refused(store):
+    with pytest.raises(DataError, match=r"data\.overlong='drop'"):
+        loader(store, length=2, overlong="drop", process_count=50)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_evaluation_reads_held_out_pieces_once_and_fills_the_last_batch_up(store, rows):
+    batches = list(eval_batches(store, length=T, rows=rows, limit=10 ** 9))
+    assert all(x.shape == (rows, T) and x.dtype == np.int32 for batch in batches for x in batch.values())
+    assert predicted(batches) == trained_tokens(store)
+    again = list(eval_batches(store, length=T, rows=rows, limit=10 ** 9))
+    assert list(map(content, batches)) == list(map(content, again))
+    limited = list(eval_batches(store, length=T, rows=rows, limit=5))
+    assert sum((batch["segments"][:, 0] > 0).sum() for batch in limited) == 5 and len(limited) == -(-5 // rows)

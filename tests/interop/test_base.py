@@ -1,0 +1,97 @@
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from lljax.errors import ModelError
+from lljax.interop.base import open_base, read_json, tokenizer_fingerprint
+
+
+def test_a_folder_gives_its_config_tensors_and_tokenizer(hf_folder):
+    folder = hf_folder("qwen2", dtype=torch.bfloat16)
+    base = open_base(str(folder))
+    assert base.config["model_type"] == "qwen2" and base.path == str(folder)
+    assert base.shape("model.embed_tokens.weight") == (128, 48)
+    assert base.read("model.embed_tokens.weight").dtype == base.dtype("model.embed_tokens.weight") == ml_dtypes.bfloat16
+    assert base.tokenizer()("w3 w5")["input_ids"] == [3, 5]
+
+
+def test_shards_and_one_file_are_the_same_base(hf_folder):
+    whole, sharded = (open_base(str(hf_folder("llama", name=name, shards=shards)))
+                      for name, shards in (("whole", "5GB"), ("sharded", "40KB")))
+    assert len(sharded.tensors.files) > 2
+    assert sorted(whole.names()) == sorted(sharded.names())
+    for name in whole.names():
+        np.testing.assert_array_equal(whole.read(name), sharded.read(name))
+
+
+def test_a_local_folder_comes_before_a_hub_id_of_that_name(hf_folder, tmp_path, monkeypatch):
+    hf_folder(name="Qwen/Qwen3-8B")
+    monkeypatch.chdir(tmp_path)
+    assert open_base("Qwen/Qwen3-8B").config["hidden_size"] == 48
+
+
+def test_the_fingerprint_changes_with_the_config_and_the_tensors_and_with_nothing_else(hf_folder):
+    folder = hf_folder(name="a")
+    first = open_base(str(folder)).fingerprint()
+    assert open_base(str(hf_folder(name="b"))).fingerprint() == first
+    assert open_base(str(hf_folder(name="c", num_hidden_layers=3))).fingerprint() != first
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert open_base(str(folder)).fingerprint() != first
+
+
+def test_the_tokenizer_fingerprint_sees_words_and_template(hf_folder):
+    tokenizer = open_base(str(hf_folder())).tokenizer()
+    first = tokenizer_fingerprint(tokenizer)
+    tokenizer.chat_template = "{{ messages }}"
+    second = tokenizer_fingerprint(tokenizer)
+    tokenizer.add_tokens(["another"])
+    assert len({first, second, tokenizer_fingerprint(tokenizer)}) == 3
+
+
+@pytest.mark.parametrize("path,line", [
+    ("no/such/folder", "not a hub id either"),
+    ("someone/some-model", "the hub does not give it"),
+    ("missing.gguf", "there is no such file"),
+    ("file.txt", "neither a folder nor a .gguf file"),
+    ("empty", "has no config.json"),
+    ("broken", "not JSON"),
+    ("nested", "not JSON"),
+    ("list", "not a JSON object"),
+    ("~nobody-of-this-name/model", "no such folder"),
+])
+def test_what_is_no_base_is_one_line(tmp_path, monkeypatch, path, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("")
+    for folder, content in (("empty", None), ("broken", "{"), ("nested", "[" * 200_000), ("list", "[]")):
+        (tmp_path / folder).mkdir()
+        if content:
+            (tmp_path / folder / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=line) as error:
+        open_base(path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_pickles_only_are_refused(hf_folder):
+    folder = hf_folder()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pytorch_model.bin is a pickle"):
+        open_base(str(folder)).names()
+
+
+def test_a_folder_without_a_tokenizer_says_so_in_one_line(hf_folder):
+    folder = hf_folder()
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="the tokenizer cannot be read") as error:
+        open_base(str(folder)).tokenizer()
+    assert "\n" not in str(error.value)
+
+
+def test_json_that_is_not_utf8_is_one_line(tmp_path):
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ModelError, match="not JSON"):
+        read_json(tmp_path / "x.json")

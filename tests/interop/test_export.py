@@ -1,0 +1,244 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from lljax.errors import ConfigError, ModelError
+from lljax.interop.base import open_base
+from lljax.interop.export import export_merged, export_peft, export_split
+from lljax.models import lora
+from lljax.models.decoder import Decoder
+from lljax.models.initialise import initialise
+from lljax.models.spec import from_hf
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-4)
+
+
+def load(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def run(commands):
+    """The model that the printed commands make."""
+    names = {}
+    exec(commands, names)
+    return names["model"]
+
+
+# ---------------------------------------------------------------- equal logits
+@pytest.mark.parametrize("family,tied", [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True),
+                                         ("qwen3", True), ("qwen3", False)])
+def test_merged_peft_and_split_give_our_logits(hf_folder, trained, logits, tmp_path, family, tied):
+    base, model = trained(hf_folder(family, tied))
+    wanted = logits(model)
+    export_merged(model, base, tmp_path / "merged", max_shard_bytes=30_000)
+    merged = load(tmp_path / "merged")
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
+    assert merged.config.tie_word_embeddings is tied
+    close(logits(merged), wanted)
+
+    export_split(model, base, tmp_path / "split")
+    plain = load(tmp_path / "split" / "base")
+    assert np.abs(logits(plain) - wanted).max() > 1e-2       # the factors are not in it
+    close(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "split" / "adapter")), wanted)
+
+    export_peft(model, base, tmp_path / "peft")
+    rope = json.loads((tmp_path / "peft" / "rope.json").read_text())
+    config = transformers.AutoConfig.from_pretrained(base.path, rope_parameters=rope["rope_parameters"])
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(base.path, config=config)
+    adapted = peft.PeftModel.from_pretrained(adapted, tmp_path / "peft")
+    close(logits(adapted), wanted)
+    together = adapted.merge_and_unload()
+    close(logits(together), wanted)
+    assert together.config.tie_word_embeddings is tied
+
+
+@pytest.mark.parametrize("export,rope_type", [
+    (export_merged, "dynamic"), (export_merged, "yarn"), (export_split, "linear"), (export_peft, "keep"),
+    (export_peft, "linear"), (export_peft, "yarn")])
+def test_the_printed_commands_load_the_model_with_its_rope(hf_folder, trained, logits, tmp_path, export, rope_type):
+    base, model = trained(hf_folder(), rope_type)
+    close(logits(run(export(model, base, tmp_path / "out"))), logits(model))
+
+
+@pytest.mark.parametrize("export,also_train,rslora,targets", [
+    (export_peft, (), True, ("all-linear",)), (export_merged, ("norm",), True, (r"self_attn\.[qk]_proj",)),
+    (export_peft, ("norm",), False, ("o_proj",)), (export_split, ("embed", "head"), False, ("o_proj",)),
+    (export_peft, ("embed", "head"), False, ("o_proj",))])
+def test_whatever_trained_is_exported(hf_folder, trained, logits, tmp_path, export, also_train, rslora, targets):
+    base, model = trained(hf_folder("qwen3", tied=False), "keep", also_train, targets, rslora=rslora)
+    commands = export(model, base, tmp_path / "out")
+    if export is export_peft:                # its commands have a test of their own
+        loaded = peft.PeftModel.from_pretrained(load(base.path), tmp_path / "out")
+    else:
+        loaded = run(commands)
+    close(logits(loaded), logits(model))
+
+
+def test_a_run_of_every_weight_is_exported_merged_only(hf_folder, logits, tmp_path):
+    base = open_base(str(hf_folder(tied=False)))
+    model = Decoder(from_hf(base.config))
+    lora.mark_trainable(model)
+    initialise(model, 1, deviation=0.3)
+    export_merged(model, base, tmp_path / "merged")
+    close(logits(load(tmp_path / "merged")), logits(model))
+    for export, name in ((export_peft, "peft"), (export_split, "split")):
+        with pytest.raises(ConfigError, match=f"--format={name}.*--format=merged"):
+            export(model, base, tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
+def test_a_run_from_random_weights_needs_none_in_the_base(hf_folder, logits, tmp_path):
+    folder = hf_folder()
+    (folder / "model.safetensors").unlink()
+    base = open_base(str(folder))
+    model = Decoder(from_hf(base.config))
+    lora.mark_trainable(model)
+    initialise(model, 1, deviation=0.3)
+    export_merged(model, base, tmp_path / "merged", dtype="float32")
+    close(logits(load(tmp_path / "merged")), logits(model))
+    export_merged(model, base, tmp_path / "again")           # in whatever type config.json names
+
+
+# ---------------------------------------------------------------- precision
+def test_untouched_tensors_are_copied_bitwise_and_merged_ones_rounded_once(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder(dtype=torch.float16), also_train=(), targets=("q_proj",), dtype=jnp.bfloat16)
+    export_merged(model, base, tmp_path / "out")
+    out = open_base(str(tmp_path / "out"))
+    a, b = np.asarray(model.layers.self_attn.q_proj.lora.a[...]), np.asarray(model.layers.self_attn.q_proj.lora.b[...])
+    for name in out.names():
+        assert out.dtype(name) == np.float16
+        if "q_proj" in name:
+            layer = int(name.split(".")[2])
+            # Of the base's own weight: the bfloat16 copy that the run computed with has lost three of its bits.
+            exact = base.read(name).astype(np.float32) + 2.0 * (a[layer] @ b[layer]).T
+            np.testing.assert_allclose(out.read(name), exact, rtol=1e-3, atol=1e-6)
+        else:
+            assert out.read(name).tobytes() == base.read(name).tobytes(), name
+
+
+def test_the_config_names_the_type_of_the_weights(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder())
+    export_merged(model, base, tmp_path / "out", dtype="bfloat16")
+    assert open_base(str(tmp_path / "out")).dtype("model.norm.weight") == jnp.bfloat16
+    assert load(tmp_path / "out").dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- what servers read
+@pytest.mark.parametrize("rope_type,positions", [("linear", 64), ("dynamic", 64), ("yarn", 160)])
+def test_config_and_tokenizer_have_the_lengths_that_vllm_reads(hf_folder, trained, tmp_path, rope_type, positions):
+    """vLLM multiplies by the factor of linear and dynamic, and of yarn not; the tokenizer's length caps all three."""
+    base, model = trained(hf_folder(), rope_type)
+    export_merged(model, base, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == positions
+    for form in (config["rope_parameters"], config["rope_scaling"]):
+        assert form["rope_type"] == rope_type and isinstance(form["factor"], float) and form["factor"] == 3.0
+    assert config["rope_parameters"]["rope_theta"] == config["rope_theta"]
+    assert config["rope_parameters"].get("original_max_position_embeddings") == (64 if rope_type == "yarn" else None)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 160
+
+
+@pytest.mark.parametrize("rank,allowed", [(4, 8), (16, 16), (17, 32)])
+def test_the_serve_command_raises_the_rank_to_one_that_vllm_allows(hf_folder, trained, tmp_path, rank, allowed):
+    base, model = trained(hf_folder(), rank=rank)
+    commands = export_split(model, base, tmp_path / "out")
+    assert f"--max-lora-rank {allowed} " in commands and "--max-model-len 160" in commands
+
+
+def test_the_split_adapter_is_one_that_vllm_takes(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder("qwen3"))
+    export_split(model, base, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None and config["bias"] == "none"
+    assert Path(config["base_model_name_or_path"]) == tmp_path / "out" / "base"
+
+
+def test_the_peft_commands_say_that_vllm_refuses_trained_embeddings(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder())
+    assert "--format=split" in export_peft(model, base, tmp_path / "whole")
+    base, model = trained(hf_folder(), also_train=())
+    assert "--format=split" not in export_peft(model, base, tmp_path / "factors")
+
+
+def test_the_generation_config_goes_along(hf_folder, trained, tmp_path):
+    """Chat models keep their end-of-turn tokens there; without it a server does not stop."""
+    folder = hf_folder()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
+    base, model = trained(folder)
+    export_merged(model, base, tmp_path / "out")
+    assert load(tmp_path / "out").generation_config.eos_token_id == [1, 5]
+
+
+# ---------------------------------------------------------------- the folder
+def test_a_folder_that_holds_something_is_refused_and_untouched(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(ConfigError, match="not empty"):
+        export_merged(model, base, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_in_one_line(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder())
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(ConfigError, match="out"):
+        export_merged(model, base, tmp_path / "out")
+
+
+def test_a_neighbouring_folder_of_the_user_survives(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder())
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").write_text("x")
+    export_merged(model, base, tmp_path / "out")
+    assert (tmp_path / "out.tmp" / "mine").exists()
+
+
+def test_the_current_folder_may_be_the_target(hf_folder, trained, tmp_path, monkeypatch):
+    base, model = trained(hf_folder())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_merged(model, base, Path("."))
+    assert (tmp_path / "here" / "model.safetensors").exists()
+
+
+def test_nothing_half_written_stays_when_a_write_fails(hf_folder, trained, tmp_path, monkeypatch):
+    base, model = trained(hf_folder())
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", fail)
+    for export in (export_merged, export_peft, export_split):
+        with pytest.raises((OSError, ConfigError)):
+            export(model, base, tmp_path / "out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_base_without_a_tokenizer_is_noticed_and_leaves_nothing(hf_folder, trained, tmp_path):
+    folder = hf_folder()
+    base, model = trained(folder)
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        export_merged(model, base, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+def test_the_base_itself_is_not_changed(hf_folder, trained, tmp_path):
+    folder = hf_folder()
+    shutil.copytree(folder, tmp_path / "copy")
+    base, model = trained(folder)
+    export_split(model, base, tmp_path / "out")
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()

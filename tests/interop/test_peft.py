@@ -1,0 +1,236 @@
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from lljax import sharding
+from lljax.build import build_model
+from lljax.config import default_config
+from lljax.errors import ModelError
+from lljax.interop.base import open_base
+from lljax.interop.huggingface import load_weights
+from lljax.interop.peft import load_adapter, read_adapter_config, write_adapter
+from lljax.models import lora
+from lljax.models.declare import declared
+from lljax.models.decoder import Decoder
+from lljax.models.initialise import initialise
+from lljax.models.spec import from_hf
+
+TARGETS = ("q_proj", "v_proj", "down_proj")
+
+
+def torch_adapter(base, folder, **fields):
+    """An adapter as PEFT itself makes and saves it, every trained weight moved at random; returns its model."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", init_lora_weights=False, **fields)
+    model = peft.get_peft_model(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return model
+
+
+def attached(base_folder, config, **changes):
+    base = open_base(str(base_folder))
+    model = Decoder(from_hf(base.config))
+    lora.attach(model, **(dict(rank=config.rank, alpha=config.alpha, targets=config.targets, rslora=config.rslora,
+                               also_train=config.also_train) | changes))
+    load_weights(model, base, dtype=jnp.float32)
+    return model
+
+
+def edit(folder, **fields):
+    path = Path(folder) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture
+def adapter(hf_folder, trained, tmp_path):
+    """The folder of a base, and that of an adapter of it made here: rank 4, alpha 8."""
+    base, model = trained(hf_folder(), "keep")
+    (tmp_path / "adapter").mkdir()
+    write_adapter(model, tmp_path / "adapter", base_name=base.path)
+    return Path(base.path), tmp_path / "adapter"
+
+
+# ---------------------------------------------------------------- adapters of PEFT
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("fields", [
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"target_modules": "all-linear", "use_rslora": True},
+    {"target_modules": r".*layers\.\d+\.self_attn\.(q|k)_proj", "modules_to_save": ["norm"]},
+    {"target_modules": ["self_attn.o_proj"], "lora_dropout": 0.1},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+], ids=lambda fields: "-".join(fields))
+def test_adapters_made_by_peft_give_its_logits(hf_folder, tmp_path, logits, family, fields):
+    base = hf_folder(family, tied=False, num_hidden_layers=3)
+    theirs = torch_adapter(base, tmp_path / "adapter", **fields)
+    model = attached(base, read_adapter_config(tmp_path / "adapter"))
+    load_adapter(model, tmp_path / "adapter")
+    np.testing.assert_allclose(logits(model), logits(theirs), atol=1e-4, rtol=1e-4)
+
+
+def test_a_tied_adapter_of_peft_gives_its_logits(hf_folder, tmp_path, logits):
+    base = hf_folder(tied=True)
+    theirs = torch_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["embed_tokens"],
+                           ensure_weight_tying=True)
+    model = attached(base, read_adapter_config(tmp_path / "adapter"))
+    load_adapter(model, tmp_path / "adapter")
+    np.testing.assert_allclose(logits(model), logits(theirs), atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_that_left_its_tied_embedding_is_refused(hf_folder, tmp_path):
+    """PEFT trains the two apart when both are in modules_to_save; a tied model has no place for the second."""
+    base = hf_folder(tied=True)
+    torch_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = attached(base, read_adapter_config(tmp_path / "adapter"), also_train=("embed",))
+    with pytest.raises(ModelError, match="lm_head"):
+        load_adapter(model, tmp_path / "adapter")
+
+
+# ---------------------------------------------------------------- our own
+def test_what_is_written_is_read_back_bitwise(adapter, hf_folder, trained):
+    base, folder = adapter
+    config = read_adapter_config(folder)
+    assert (config.rank, config.alpha, config.rslora, config.also_train) == (4, 8.0, False, ("embed", "norm"))
+    assert sorted(config.targets) == sorted(TARGETS)
+    model = attached(base, config)
+    load_adapter(model, folder)
+    for (_, loaded), (_, wanted) in zip(declared(model), declared(trained(base, "keep").model)):
+        if loaded.get_metadata("trainable"):
+            np.testing.assert_array_equal(loaded.get_value(), wanted.get_value())
+
+
+def test_every_norm_that_peft_wraps_by_suffix_is_in_the_file(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder("qwen3"), also_train=("norm",))
+    config = write_adapter(model, tmp_path, base_name=base.path)
+    wrapped = {name for name, _ in transformers.AutoModelForCausalLM.from_pretrained(base.path).named_modules()
+               if any(name.endswith(saved) for saved in config["modules_to_save"])}
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(wrapped) == 2 * 4 + 1
+    assert {f"base_model.model.{name}.weight" for name in wrapped} <= set(stored)
+
+
+def test_tied_embeddings_are_written_twice_and_tied(adapter):
+    _, folder = adapter
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert json.loads((folder / "adapter_config.json").read_text())["ensure_weight_tying"] is True
+    assert torch.equal(stored["base_model.model.lm_head.weight"], stored["base_model.model.model.embed_tokens.weight"])
+
+
+def test_target_names_cover_exactly_the_adapted_layers(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder(), targets=(r"mlp\.(up|gate)_proj", "v_proj"))
+    write_adapter(model, tmp_path, base_name=base.path)
+    loaded = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base.path), tmp_path)
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in loaded.named_parameters() if "lora_A" in name}
+    assert adapted == {"up_proj", "gate_proj", "v_proj"}
+
+
+# ---------------------------------------------------------------- to continue from
+def configuration(base, folder, **changes):
+    c = default_config()
+    c.model.path, c.model.dtype, c.context.rope.type, c.context.length = str(base), "float32", "keep", 64
+    c.lora.rank, c.lora.alpha, c.lora.targets, c.lora.adapter = 4, 8.0, TARGETS, str(folder)
+    c.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return c
+
+
+def build(base, folder, **changes):
+    return build_model(configuration(base, folder, **changes), open_base(str(base)), sharding.make_mesh(1, -1))
+
+
+def test_a_run_continues_from_an_adapter(adapter, trained, logits):
+    base, folder = adapter
+    np.testing.assert_allclose(logits(build(base, folder)), logits(trained(base, "keep").model), atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"lora__alpha": 64.0}, {"lora__rslora": True}], ids=str)
+def test_a_scale_other_than_the_adapters_is_refused(adapter, changes):
+    base, folder = adapter
+    with pytest.raises(ModelError, match="alpha|rslora"):
+        build(base, folder, **changes)
+
+
+@pytest.mark.parametrize("changes,line", [
+    ({"lora__rank": 8}, "has shape"), ({"lora__targets": ("q_proj",)}, "no place"),
+    ({"lora__targets": ("q_proj", "v_proj", "down_proj", "up_proj")}, "missing"), ({"lora__also_train": ()}, "no place")],
+    ids=str)
+def test_another_configuration_than_the_adapters_is_refused(adapter, changes, line):
+    base, folder = adapter
+    with pytest.raises(ModelError, match=line):
+        build(base, folder, **changes)
+
+
+def test_a_run_refuses_an_adapter_with_features_it_does_not_compute(adapter):
+    base, folder = adapter
+    edit(folder, use_dora=True)
+    with pytest.raises(ModelError, match="use_dora"):
+        build(base, folder)
+
+
+# ---------------------------------------------------------------- refusals
+@pytest.mark.parametrize("fields", [
+    {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}},
+    {"alpha_pattern": {"q_proj": 2}}, {"fan_in_fan_out": True}, {"layers_to_transform": [0]}, {"lora_bias": True},
+    {"trainable_token_indices": [3]}, {"layer_replication": [[0, 1]]}, {"exclude_modules": ["q_proj"]},
+    {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"alora_invocation_tokens": [1, 2]},
+    {"target_parameters": ["weight"]}, {"use_qalora": True}, {"use_bdlora": {"nblocks": 2}},
+], ids=str)
+def test_what_changes_the_mathematics_is_refused_by_name(adapter, fields):
+    _, folder = adapter
+    edit(folder, **fields)
+    with pytest.raises(ModelError, match=next(iter(fields))):
+        read_adapter_config(folder)
+
+
+@pytest.mark.parametrize("initialisation", [True, False, "gaussian", None])
+def test_initialisations_that_leave_the_base_alone_are_taken(adapter, initialisation):
+    _, folder = adapter
+    edit(folder, init_lora_weights=initialisation)
+    read_adapter_config(folder)
+
+
+@pytest.mark.parametrize("fields", [{"r": None}, {"r": "many"}, {"r": -3}, {"lora_alpha": None}, {"target_modules": None},
+                                    {"target_modules": [3]}, {"modules_to_save": [3]}], ids=str)
+def test_a_damaged_configuration_is_one_line(adapter, fields):
+    _, folder = adapter
+    edit(folder, **fields)
+    with pytest.raises(ModelError, match="adapter_config.json"):
+        read_adapter_config(folder)
+
+
+def test_factors_of_a_pickle_are_not_read(adapter):
+    base, folder = adapter
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    model = attached(base, read_adapter_config(folder))
+    with pytest.raises(ModelError, match="adapter_model"):
+        load_adapter(model, folder)
+
+
+def test_a_missing_factor_is_named(adapter):
+    base, folder = adapter
+    stored = load_file(folder / "adapter_model.safetensors")
+    del stored["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
+    save_file(stored, folder / "adapter_model.safetensors")
+    model = attached(base, read_adapter_config(folder))
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj\.lora_B.*missing"):
+        load_adapter(model, folder)
+
+
+def test_what_the_adapter_does_not_hold_starts_from_the_base(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder(), "keep", also_train=())
+    write_adapter(model, tmp_path, base_name=base.path)
+    model = attached(base.path, read_adapter_config(tmp_path), also_train=("embed",))
+    load_adapter(model, tmp_path)
+    initialise(model, 0)
+    np.testing.assert_array_equal(model.embed.get_value(), base.read("model.embed_tokens.weight"))

@@ -1,0 +1,109 @@
+"""Properties of the whole model: causality, isolation of packed documents, remat, the cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lljax.models.decoder import Decoder, empty_cache
+from lljax.models.initialise import initialise
+from lljax.models.layers import AttentionPattern
+from lljax.models.spec import from_hf
+
+BASE = {"model_type": "llama", "vocab_size": 97, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2,
+        "max_position_embeddings": 32, "head_dim": 8}
+HEADS = [(8, 8), (8, 2), (9, 3), (6, 1)]
+PATTERNS = [AttentionPattern(), AttentionPattern("shifted", group=24),
+            AttentionPattern("window", window=10, anchors=3, markers=(5, 7))]
+
+
+def build(N=6, K=2, **changes):
+    model = Decoder(from_hf(BASE | {"num_attention_heads": N, "num_key_value_heads": K} | changes))
+    initialise(model, 0, deviation=0.2)
+    return model
+
+
+def row(T, B=1, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 97, size=(B, T)), jnp.int32)
+
+
+def run(model, tokens, pattern, segments=None, positions=None):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+    return model.logits(model(tokens, positions=positions, segments=segments, pattern=pattern))
+
+
+@pytest.mark.parametrize("N,K", HEADS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.kind)
+def test_a_token_changes_no_logit_before_it(N, K, pattern):
+    model, tokens = build(N, K), row(90, B=3)
+    before = run(model, tokens, pattern)
+    for t in (1, 24, 47, 89):
+        after = run(model, tokens.at[:, t].set((tokens[:, t] + 1) % 97), pattern)
+        np.testing.assert_array_equal(before[:, :t], after[:, :t])
+        assert np.abs(before[:, t] - after[:, t]).max() > 0
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[::2], ids=lambda p: p.kind)
+def test_packed_documents_are_as_if_alone(pattern):
+    model = build()
+    a, b = row(40, seed=1), row(27, seed=2)
+    tokens = jnp.concatenate([a, b, jnp.zeros((1, 5), jnp.int32)], axis=1)
+    segments = jnp.asarray([[1] * 40 + [2] * 27 + [0] * 5])
+    positions = jnp.asarray([[*range(40), *range(27), *[0] * 5]])
+    packed = run(model, tokens, pattern, segments, positions)
+    np.testing.assert_allclose(packed[:, :40], run(model, a, pattern), atol=2e-5)
+    np.testing.assert_allclose(packed[:, 40:67], run(model, b, pattern), atol=2e-5)
+
+
+def test_a_packed_neighbour_is_invisible_to_shifted_attention():
+    model, tokens = build(), row(64)
+    segments = jnp.asarray([[1] * 30 + [2] * 34])
+    other = tokens.at[:, :30].set(0)
+    pattern = PATTERNS[1]
+    np.testing.assert_array_equal(run(model, tokens, pattern, segments)[:, 30:], run(model, other, pattern, segments)[:, 30:])
+
+
+def test_anchors_are_seen_from_beyond_the_window_and_no_other_token():
+    model, pattern = build(num_hidden_layers=1), AttentionPattern("window", window=4, anchors=2, markers=(5,))
+    tokens = jnp.where(row(60) == 5, 6, row(60)).at[0, 20].set(5)
+    before = run(model, tokens, pattern)
+
+    def changed(t):
+        return np.abs(run(model, tokens.at[0, t].set(8), pattern) - before)[0, 40:].max()
+    assert changed(1) > 0 and changed(20) > 0 and changed(10) == 0 and changed(2) == 0
+
+
+def test_a_model_whose_window_is_narrower_keeps_it():
+    """Mistral under full attention still sees no further than its own window."""
+    model = build(model_type="mistral", sliding_window=8, num_hidden_layers=1)
+    tokens = row(40)
+    before, after = (run(model, x, AttentionPattern()) for x in (tokens, tokens.at[0, 5].set(0)))
+    assert np.abs(before - after)[0, 12:].max() < 1e-6 < np.abs(before - after)[0, 5:12].max()
+
+
+def test_remat_changes_no_gradient():
+    from flax import nnx
+    model, tokens = build(), row(40)
+    graphdef, state = nnx.split(model)
+
+    def loss(state, remat):
+        out = nnx.merge(graphdef, state)(tokens, positions=jnp.arange(40)[None], remat=remat)
+        return jnp.sum(out ** 2)
+    a, b = (jax.jit(jax.grad(loss), static_argnums=1)(state, remat) for remat in ("full", "none"))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_type": "mistral", "sliding_window": 8},
+                                     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
+                                      "max_window_layers": 1}])
+def test_reading_through_the_cache_equals_the_whole_row(changes):
+    model, tokens = build(**changes), row(30, B=2)
+    whole = run(model, tokens, AttentionPattern())
+    cache, parts = empty_cache(model.spec, 2, 40), []
+    for start, stop in ((0, 13), (13, 14), (14, 30)):
+        positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
+        hidden, cache = model(tokens[:, start:stop], positions=positions, cache=cache)
+        parts.append(model.logits(hidden))
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=2e-5)
+    assert int(cache.used) == 30

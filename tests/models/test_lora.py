@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lljax.errors import ConfigError
+from lljax.models import lora
+from lljax.models.declare import LoraWeight, declared
+from lljax.models.decoder import Decoder
+from lljax.models.initialise import initialise
+from lljax.models.spec import from_hf
+
+CONFIG = {"model_type": "llama", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+
+
+def build(**arguments):
+    model = Decoder(from_hf(CONFIG | {"tie_word_embeddings": arguments.pop("tied", True)}))
+    lora.attach(model, **({"rank": 4, "alpha": 8.0, "targets": ("q_proj",)} | arguments))
+    initialise(model, 0, deviation=0.2)
+    return model
+
+
+def adapted(model):
+    return [name for name, linear in lora.linear_layers(model) if linear.lora is not None]
+
+
+def run(model, **arguments):
+    tokens = jnp.arange(20)[None] % 50
+    return model(tokens, positions=jnp.arange(20)[None], **arguments)
+
+
+def randomise(model):
+    for _, variable in declared(model):
+        if isinstance(variable, LoraWeight):
+            variable.set_value(jax.random.normal(jax.random.key(1), variable.get_value().shape) * 0.1)
+
+
+@pytest.mark.parametrize("targets,names", [
+    (("q_proj", "down_proj"), ["mlp.down_proj", "self_attn.q_proj"]),
+    ((r"self_attn\.[qv]_proj",), ["self_attn.q_proj", "self_attn.v_proj"]),
+    ((r".*layers\.\d+\.mlp\.(up|gate)_proj",), ["mlp.gate_proj", "mlp.up_proj"]),
+])
+def test_targets_are_short_names_or_regular_expressions(targets, names):
+    assert sorted(adapted(build(targets=targets))) == names
+
+
+def test_all_linear_adapts_every_linear_layer():
+    assert len(adapted(build(targets=("all-linear",)))) == 7
+
+
+def test_a_target_that_matches_nothing_is_refused_with_the_candidates():
+    with pytest.raises(ConfigError, match=r"'q_porj' matches no linear layer; there are .*self_attn.q_proj"):
+        build(targets=("q_proj", "q_porj"))
+
+
+def test_a_tied_model_has_no_head_to_train():
+    with pytest.raises(ConfigError, match="name 'embed' instead"):
+        build(also_train=("head",))
+
+
+def test_a_new_adapter_changes_nothing():
+    plain = Decoder(from_hf(CONFIG))
+    initialise(plain, 0, deviation=0.2)
+    np.testing.assert_array_equal(run(build()), run(plain))
+
+
+@pytest.mark.parametrize("rslora,scale", [(False, 2.0), (True, 4.0)])
+def test_the_update_is_scale_times_a_times_b(rslora, scale):
+    model = build(rslora=rslora, targets=("all-linear",))
+    randomise(model)
+    merged = Decoder(from_hf(CONFIG))
+    initialise(merged, 0, deviation=0.2)
+    for (_, ours), (_, theirs) in zip(lora.linear_layers(model), lora.linear_layers(merged), strict=True):
+        theirs.kernel.set_value(ours.kernel[...] + scale * ours.lora.a[...] @ ours.lora.b[...])
+    np.testing.assert_allclose(run(model), run(merged), atol=1e-4)
+
+
+def test_dropout_needs_a_key_and_differs_by_layer_and_module():
+    model = build(dropout=0.5, targets=("q_proj", "k_proj"))
+    randomise(model)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(run(model), run(model))
+    assert np.any(run(model, dropout_key=key) != run(model))
+    np.testing.assert_array_equal(run(model, dropout_key=key), run(model, dropout_key=key))
+    salts = {linear.lora.salt for _, linear in lora.linear_layers(model) if linear.lora is not None}
+    assert len(salts) == 2
+
+
+def test_only_factors_and_named_roles_are_trainable():
+    model = build(also_train=("embed", "norm"), targets=("q_proj", "v_proj"))
+    _, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
+
+    def roles(state):
+        return {v.get_metadata("role") for v in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))}
+    assert roles(trainable) == {"lora_a", "lora_b", "embed", "norm"} and roles(frozen) == {"kernel"}

@@ -1,0 +1,137 @@
+"""DecoderSpec against transformers' config classes: defaults, biases, windows, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from lljax.errors import ModelError
+from lljax.interop.huggingface import hf_names, hf_shape
+from lljax.models.declare import declared
+from lljax.models.decoder import Decoder
+from lljax.models.spec import FAMILIES, from_hf
+
+CONFIGS = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
+           "qwen3": transformers.Qwen3Config}
+SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6}
+NEEDED = list(SIZES)
+
+
+def theirs(family, **fields):
+    """What transformers makes of a config.json with `fields`, in our terms."""
+    c = CONFIGS[family](**fields)
+    L, window = c.num_hidden_layers, getattr(c, "sliding_window", None)
+    types = getattr(c, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * L
+    return {"V": c.vocab_size, "D": c.hidden_size, "N": c.num_attention_heads, "K": c.num_key_value_heads,
+            "H": getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, "F": c.intermediate_size,
+            "L": L, "norm_eps": c.rms_norm_eps, "tied": c.tie_word_embeddings,
+            "max_length": c.max_position_embeddings,
+            "windows": tuple(window if kind == "sliding_attention" else None for kind in types)}
+
+
+def assert_equal(family, fields):
+    ours = dataclasses.asdict(from_hf({"model_type": family} | fields))
+    wanted = theirs(family, **fields)
+    assert {name: ours[name] for name in wanted} == wanted
+    parameters = CONFIGS[family](**fields).rope_parameters
+    assert (ours["rope"]["type"], ours["rope"]["theta"]) == (parameters["rope_type"], parameters["rope_theta"])
+
+
+def test_every_family_is_tested():
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_default_config_in_full(family):
+    full = json.loads(CONFIGS[family]().to_json_string(use_diff=False))
+    assert_equal(family, {name: value for name, value in full.items() if name != "model_type"})
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_absent_fields_take_the_defaults_of_transformers(family):
+    sizes = SIZES | {"num_attention_heads": 32, "hidden_size": 2048}     # qwen: 32 K/V heads where none are named
+    assert_equal(family, sizes)
+
+
+CASES = [
+    ("llama", {"num_key_value_heads": 2}), ("llama", {"num_key_value_heads": None}),
+    ("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}),
+    ("llama", {"head_dim": 16, "tie_word_embeddings": True}), ("llama", {"rms_norm_eps": 1e-5, "head_dim": None}),
+    ("mistral", {"num_key_value_heads": 2}), ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    ("mistral", {"num_key_value_heads": 3, "sliding_window": 20, "head_dim": 12}),
+    ("qwen2", {"num_key_value_heads": 2}), ("qwen2", {"num_key_value_heads": 6, "sliding_window": 20}),
+    ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True}),
+    ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1,
+               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
+    ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    ("qwen3", {"num_key_value_heads": 2}), ("qwen3", {"num_key_value_heads": 6, "head_dim": 16}),
+    ("qwen3", {"num_key_value_heads": 2, "attention_bias": True}),
+    ("qwen3", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2}),
+]
+NAMED = [pytest.param(family, fields, id=f"{family} {', '.join(fields)}") for family, fields in CASES]
+
+
+@pytest.mark.parametrize("family,fields", NAMED)
+def test_spec_equals_transformers(family, fields):
+    assert_equal(family, SIZES | fields)
+
+
+@pytest.mark.parametrize("family,fields", NAMED)
+def test_parameters_have_the_names_and_shapes_of_transformers(family, fields):
+    """Biases, q/k norms, head sizes and tying, as the torch model has them."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES, **fields))
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    ours = Decoder(from_hf({"model_type": family} | SIZES | fields))
+    assert {name: hf_shape(variable) for _, variable in declared(ours) for name in hf_names(variable)} == wanted
+
+
+def test_spec_is_hashable():
+    scaling = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+               "original_max_position_embeddings": 512}
+    specs = [from_hf({"model_type": "llama", **SIZES, "rope_scaling": scaling}) for _ in range(2)]
+    assert hash(specs[0]) == hash(specs[1]) and specs[0] == specs[1]
+
+
+@pytest.mark.parametrize("scaling,tokens", [
+    (None, 2048), ({"type": "linear", "factor": 4.0}, 8192), ({"type": "dynamic", "factor": 4.0}, 8192),
+    ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+    ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+])
+def test_max_length_is_what_the_model_reads_not_what_it_was_trained_for(scaling, tokens):
+    spec = from_hf({"model_type": "llama", **SIZES, "max_position_embeddings": 2048, "rope_scaling": scaling})
+    assert spec.max_length == tokens
+
+
+@pytest.mark.parametrize("fields,named", [
+    ({"model_type": "gemma"}, "'gemma'.*llama, mistral, qwen2, qwen3"),
+    ({"model_type": None}, "model_type None"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*silu"),
+    ({"num_key_value_heads": 4}, "num_attention_heads=6.*num_key_value_heads=4"),
+    ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
+    ({"head_dim": 7}, "head_dim=7 is odd"),
+    ({"hidden_size": 42}, "head_dim=7 is odd"),
+    ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}},
+     "short_factor has 1 .* 4"),
+    ({"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True,
+      "layer_types": ["full_attention"] * 2}, "layer_types has 2 entries for num_hidden_layers=3"),
+    ({"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True,
+      "layer_types": ["chunked_attention"] * 3}, "layer_types.*'chunked_attention'"),
+    *[({name: None}, name) for name in NEEDED],
+])
+def test_config_json_that_cannot_be_right_is_refused(fields, named):
+    with pytest.raises(ModelError, match=named) as refusal:
+        from_hf({"model_type": "llama", **SIZES, **fields})
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_an_absent_size_is_refused_by_name(name):
+    with pytest.raises(ModelError, match=name):
+        from_hf({"model_type": "llama", **{k: v for k, v in SIZES.items() if k != name}})

@@ -1,0 +1,122 @@
+"""metrics.jsonl is what an uninterrupted run would have written, whatever happened in between."""
+
+import json
+import math
+import struct
+import time
+
+import pytest
+
+from lljax.training.monitor import Monitor, read_metrics
+
+
+def record(step, **changes):
+    return {"step": step, "stage": 0, "length": 512, "attention": "shifted", "loss": 3.0 + 1 / step,
+            "grad_norm": 0.1 * step, "learning_rate": 1e-4, "tokens": 500.0, "z": 0.0, "nonfinite": False,
+            "spike": False, "skipped": False, "bad": 0, "tokens_per_second": 12345.6, "seconds": 0.25} | changes
+
+
+def run(workdir, steps, *, start=0, total=10, evaluations=()):
+    workdir.mkdir(exist_ok=True)
+    with Monitor(workdir, total_steps=total, step=start) as monitor:
+        for step in steps:
+            monitor.step(record(step))
+            if step in evaluations:
+                monitor.evaluation(step, {"loss@512": 2.0 + 1 / step, "perplexity@512": math.e})
+
+
+def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path):
+    run(tmp_path / "whole", range(1, 11), evaluations=(3, 6, 9))
+    run(tmp_path / "cut", range(1, 9), evaluations=(3, 6, 9))
+    run(tmp_path / "cut", range(7, 11), start=6, evaluations=(3, 6, 9))      # the checkpoint was of step 6
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert len(read_metrics(tmp_path / "cut")) == 13
+
+
+def test_a_run_that_begins_anew_keeps_nothing(tmp_path):
+    run(tmp_path, range(1, 6))
+    run(tmp_path, range(1, 3))
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_each_step_is_on_disk_when_the_call_returns(tmp_path):
+    with Monitor(tmp_path, total_steps=9, step=0) as monitor:
+        for step in (1, 2, 3):
+            monitor.step(record(step))
+            assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped_on_resume(tmp_path):
+    run(tmp_path, range(1, 5))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 2.')
+    run(tmp_path, range(5, 7), start=4)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_numbers_keep_every_bit_of_a_float32(tmp_path):
+    values = [struct.unpack("f", struct.pack("f", x))[0] for x in (1 / 3, 1e-38, 3.4e38, 16777217.0)]
+    with Monitor(tmp_path, total_steps=9, step=0) as monitor:
+        for step, value in enumerate(values, 1):
+            monitor.step(record(step, loss=value))
+    assert [struct.pack("f", r["loss"]) for r in read_metrics(tmp_path)] == [struct.pack("f", x) for x in values]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_still_json(tmp_path, value):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+    with Monitor(tmp_path, total_steps=9, step=0) as monitor:
+        monitor.step(record(1, loss=value, grad_norm=value, nonfinite=True, skipped=True, bad=1))
+        monitor.evaluation(1, {"loss@512": value})
+    step, evaluation = (json.loads(line, parse_constant=refuse)
+                        for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert str(float(step["loss"])) == str(value) == str(float(evaluation["eval"]["loss@512"]))
+
+
+def test_without_a_terminal_plain_lines_tell_step_stage_loss_speed_and_what_is_left(tmp_path, capfd):
+    run(tmp_path, range(1, 11), evaluations=(10,))
+    text = capfd.readouterr().err
+    first, *_, = text.splitlines()
+    for told in ("step 1/10", "512 shifted", "loss 4.0000", "12,346 tokens/s", "left"):
+        assert told in first
+    assert "step 10/10" in text and "loss@512" in text and "\x1b" not in text
+    assert text.count("tokens/s") == 2       # not a line a step: these ten took no time
+
+
+def test_what_is_said_is_not_markup(tmp_path, capfd):
+    with Monitor(tmp_path, total_steps=2, step=0) as monitor:
+        monitor.say("loss [bold]3[/bold] [/nothing]")
+    assert "[bold]3[/bold] [/nothing]" in capfd.readouterr().err
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    run(tmp_path, range(1, 9), evaluations=(4, 8))
+    time.sleep(1.1)                          # an events file is named by its second
+    run(tmp_path, range(7, 11), start=6, evaluations=(8,))
+    shown = {}
+    for file in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data, at = file.read_bytes(), 0
+        while at < len(data):                # length, its crc, the event, its crc
+            size = struct.unpack_from("<Q", data, at)[0]
+            event = Event.FromString(data[at + 12:at + 12 + size])
+            at += 16 + size
+            if event.session_log.status == SessionLog.START:         # what TensorBoard does with a purge
+                shown = {key: value for key, value in shown.items() if key[1] < event.step}
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in shown
+                shown[value.tag, event.step] = value.simple_value
+    assert [step for tag, step in shown if tag == "train/loss"] == list(range(1, 11))
+    assert [step for tag, step in shown if tag.startswith("eval/loss")] == [4, 8]
+    assert shown["train/loss", 4] == pytest.approx(3.25)
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    run(tmp_path, range(1, 3))
+    files = len(list((tmp_path / "tensorboard").iterdir()))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    run(tmp_path, range(1, 5), evaluations=(4,))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert len(list((tmp_path / "tensorboard").iterdir())) == files
