@@ -1,7 +1,6 @@
 """The Python face: prepare a model, train it, use it."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -84,11 +83,11 @@ def _adapt(model: Decoder, c: dict) -> Decoder:
     also_train = ("embed", "norm") if c["use_longlora"] else ()
     length, factor = c["longlora_sequence_length"], c["longlora_scaling_factor"]
     if length is None:
-        length = math.ceil(model.spec.rope.original_length * factor) if factor else model.spec.max_length
+        length = int(model.spec.rope.original_length * factor) if factor else model.spec.max_length
     kind = "linear" if c["use_longlora"] and (factor or length > model.spec.max_length) else "keep"
     stretched = rope.extend(model.spec.rope, type=kind, factor=factor or "auto", length=length,
                             max_length=model.spec.max_length)
-    model.spec = dataclasses.replace(model.spec, rope=stretched, max_length=max(length, model.spec.max_length))
+    model.spec = dataclasses.replace(model.spec, rope=stretched, max_length=length if stretched != model.spec.rope else model.spec.max_length)
     lora.attach(model, rank=c["r"], alpha=float(c["lora_alpha"]), targets=targets, also_train=also_train)
     for _, variable in declared(model):
         if variable.get_metadata("role") in also_train:

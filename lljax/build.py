@@ -1,6 +1,7 @@
 """The model that a configuration describes: the base's spec with its RoPE stretched, adapters attached, weights in."""
 
 import dataclasses
+import logging
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -29,7 +30,11 @@ def extended_spec(hf_config: dict, context) -> DecoderSpec:
     factor = context.rope.factor if context.rope.factor == "auto" else float(context.rope.factor)
     extended = rope.extend(spec.rope, type=context.rope.type, factor=factor, length=context.length,
                            max_length=spec.max_length)
-    return dataclasses.replace(spec, rope=extended, max_length=max(spec.max_length, context.length))
+    if extended == spec.rope:
+        return spec
+    if spec.rope.type in ("llama3", "yarn", "longrope") and extended.type != spec.rope.type:
+        logging.warning("context.rope.type=%s replaces the base's own %s scaling", extended.type, spec.rope.type)
+    return dataclasses.replace(spec, rope=extended, max_length=context.length)
 
 
 def abstract_model(config, hf_config: dict) -> Decoder:

@@ -28,7 +28,7 @@ def restore_run(workdir, step: int | None = None):
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     model = build_model(config, base, mesh)
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
-    checkpoints = Checkpoints(workdir, **config.checkpoint)
+    checkpoints = Checkpoints(workdir, **config.checkpoint, read_only=True)
     restored = checkpoints.restore({"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}, step)
     checkpoints.close()
     if restored is None:

@@ -66,9 +66,10 @@ def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 
 
 def wavelengths(theta: float, H: int) -> np.ndarray:
-    """theta ** (2i / H), float32 [H / 2]: correctly rounded, so that it is torch's to the last bit. At position 9,000
-    one unit in the last place is already an angle of 0.001."""
-    return (np.float64(theta) ** (np.arange(0, H, 2) / H)).astype(np.float32)
+    """theta ** (2i / H), float32 [H / 2]: torch's to within the last bit. At position 9,000 one unit in the last place
+    is already an angle of 0.001."""
+    exponent = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)    # as torch has it: inexact at H = 96
+    return (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
 
 
 def base_frequencies(theta: float, H: int) -> np.ndarray:
@@ -85,11 +86,12 @@ def linear_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
 
 
 def dynamic_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
-    """NTK-aware: the base grows with the sequence once it passes the original length. `_compute_dynamic_ntk_parameters`."""
+    """NTK-aware: the base grows with the sequence beyond the original length. `_compute_dynamic_ntk_parameters`."""
     length = jnp.maximum(jnp.float32(length), spec.original_length)
     grown = spec.factor * length / spec.original_length - (spec.factor - 1)
-    theta = spec.theta * grown ** (H / (H - 2))
-    return Frequencies(1.0 / theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H), 1.0)
+    # The base is theta * grown ** (H / (H - 2)). Split so, its large part is computed in float64.
+    exponent = (np.arange(0, H, 2) / (H - 2)).astype(np.float32)
+    return Frequencies(base_frequencies(spec.theta, H) * grown ** -exponent, 1.0)
 
 
 def yarn_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
@@ -149,16 +151,24 @@ def extend(spec: RopeSpec, *, type: str, factor: float | str, length: int, max_l
     leaves a base alone that reaches `length` already (max_length: the tokens the base reads as it is).
 
     Raises:
-      ConfigError: an unknown type, or a factor below 1.
+      ConfigError: an unknown type, a factor that is no number of at least 1 or does not reach `length`, or dynamic
+        over a base that is scaled in another way.
     """
+    if type not in ("keep", *EXTENDABLE):
+        raise ConfigError(f"context.rope.type={type!r} is none of keep, {', '.join(EXTENDABLE)}")
     if type == "keep" or (factor == "auto" and length <= max_length):
         return spec
-    if type not in EXTENDABLE:
-        raise ConfigError(f"context.rope.type={type!r} is none of keep, {', '.join(EXTENDABLE)}")
+    if type == "dynamic" and spec.type not in ("default", "dynamic"):
+        raise ConfigError(f"context.rope.type='dynamic' leaves short rows unscaled, and the base was trained under "
+                          f"{spec.type!r}: use linear or yarn")
     if factor == "auto":
         factor = math.ceil(length / spec.original_length)
-    if factor < 1:
-        raise ConfigError(f"context.rope.factor={factor}: it stretches, so it is at least 1")
+    if not isinstance(factor, (int, float)) or not 1 <= factor < math.inf:
+        raise ConfigError(f"context.rope.factor={factor!r}: 'auto', or a number of at least 1")
+    if factor * spec.original_length < length:
+        raise ConfigError(f"context.rope.factor={factor} stretches {spec.original_length} tokens to "
+                          f"{int(factor * spec.original_length)}, short of context.length={length}: use 'auto' or "
+                          f"{math.ceil(length / spec.original_length)}")
     return RopeSpec(type, theta=spec.theta, factor=float(factor), original_length=spec.original_length)
 
 
@@ -168,9 +178,13 @@ def from_hf(hf_config: dict) -> RopeSpec:
     Where both are present the legacy form wins, as it does in transformers.
 
     Raises:
-      ModelError: an unknown kind, or one without the fields it needs.
+      ModelError: an unknown kind, one without the fields it needs, or a RoPE of part of the head or by layer type.
     """
-    given = dict(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {})
+    given = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise ModelError("config.json: rope_parameters has to be one flat object, the same for every layer")
+    if given.get("partial_rotary_factor", hf_config.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise ModelError("config.json: partial_rotary_factor is not supported; RoPE turns the whole head")
     kind = given.get("rope_type", given.get("type", "default"))
     kind = {"su": "longrope"}.get(kind, kind)
     if kind not in KINDS:
@@ -179,11 +193,13 @@ def from_hf(hf_config: dict) -> RopeSpec:
     original = hf_config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
     if kind in ("default", "linear", "dynamic") or original is None:
         original = max_length
-    needs = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
-             "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor")}
-    for field in needs.get(kind, ()):
+    for field in NEEDS.get(kind, ()):
         if given.get(field) is None:
             raise ModelError(f"config.json: rope_type {kind!r} needs {field!r}")
+    for field in NUMBERS:
+        value = given.get(field, 1)
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise ModelError(f"config.json: {field}={value!r} of rope_type {kind!r} is no number above 0")
     fields = {"theta": given.get("rope_theta", hf_config.get("rope_theta", 10_000.0)), "factor": given.get("factor"),
               "short_factor": tuple(given.get("short_factor") or ()),
               "long_factor": tuple(given.get("long_factor") or ())}
@@ -195,13 +211,17 @@ def from_hf(hf_config: dict) -> RopeSpec:
 
 OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor",
             "high_freq_factor")
+NEEDS = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+         "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor")}
+NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings")
 
 
 def to_hf(spec: RopeSpec, max_length: int) -> dict:
     """The config.json entries of this RoPE, in the new and the legacy form, for a model that reads `max_length` tokens.
 
     vLLM multiplies `max_position_embeddings` by the factor of linear and dynamic, so there it stays the original;
-    for the others it is the extended one. Factors are JSON floats: vLLM tests for the type.
+    for the others it is the extended one. Factors are JSON floats: vLLM tests for the type. The legacy entry holds
+    theta too, because in transformers it replaces the new one whole where these entries override a loaded config.
     """
     parameters = {"rope_type": spec.type, "rope_theta": float(spec.theta)}
     if spec.type in ("linear", "dynamic", "yarn", "llama3", "longrope"):
@@ -217,14 +237,18 @@ def to_hf(spec: RopeSpec, max_length: int) -> dict:
         parameters |= {name: getattr(spec, name) for name in ("mscale", "mscale_all_dim")
                        if getattr(spec, name) is not None}
     if spec.attention_factor is not None:
-        parameters["attention_factor"] = spec.attention_factor
+        parameters["attention_factor"] = float(spec.attention_factor)
     stays = spec.type in ("linear", "dynamic")
-    legacy = None if spec.type == "default" else {k: v for k, v in parameters.items() if k != "rope_theta"}
-    return {"rope_parameters": parameters, "rope_theta": float(spec.theta), "rope_scaling": legacy,
+    legacy = {} if spec.type == "default" else {"rope_scaling": dict(parameters)}
+    return {"rope_parameters": parameters, "rope_theta": float(spec.theta), **legacy,
             "max_position_embeddings": spec.original_length if stays else max_length}
 
 
 def reach(spec: RopeSpec, max_position_embeddings: int) -> int:
-    """Tokens that a model with this config.json reads (vLLM's rule, see `to_hf`)."""
-    stretched = spec.type in ("linear", "dynamic")
-    return int(max_position_embeddings * spec.factor) if stretched else max_position_embeddings
+    """Tokens that a model with this config.json reads (vLLM's rule, see `to_hf`).
+
+    Of yarn the larger of both: Qwen2.5's model card adds yarn to config.json and leaves max_position_embeddings.
+    """
+    if spec.type in ("linear", "dynamic", "yarn"):
+        return max(max_position_embeddings, int(spec.original_length * spec.factor))
+    return max_position_embeddings

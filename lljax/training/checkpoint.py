@@ -6,6 +6,7 @@ flipped bit. A step that does not restore to its checksums is set aside and the 
 
 import json
 import logging
+import shutil
 import time
 import zlib
 from pathlib import Path
@@ -13,86 +14,154 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from lljax.errors import ConfigError
+from lljax.errors import ConfigError, LljaxError
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `workdir`/checkpoints: every N steps or M minutes, the last `keep` of them."""
+    """The checkpoints of a run, in `workdir`/checkpoints: every N steps or M minutes, the last `keep` of them.
 
-    def __init__(self, workdir: Path, *, every_steps: int, every_minutes: float, keep: int):
+    read_only: for a look at a run that may still be going; nothing is cleaned up, moved or written.
+    """
+
+    def __init__(self, workdir: Path, *, every_steps: int, every_minutes: float, keep: int, read_only: bool = False,
+                 clock=time.monotonic):
         self.folder = Path(workdir).resolve() / "checkpoints"
         self.every_steps, self.every_seconds = every_steps, 60 * every_minutes
-        self._keep = keep
+        self._keep, self._read_only, self._clock = keep, read_only, clock
         self._manager = self._open()
-        self._last = time.monotonic()
+        self._last = clock()
 
     def _open(self):
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True,
-                                               enable_async_checkpointing=True)
+        if not self._read_only:              # what a killed process left half-written (Orbax does it in a thread)
+            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=not self._read_only)
         return ocp.CheckpointManager(self.folder, options=options)
 
     def due(self, step: int) -> bool:
-        return step % self.every_steps == 0 or time.monotonic() - self._last >= self.every_seconds
+        """Whether to save after `step`. The clock of process 0 decides for all."""
+        late = _from_all(self._clock() - self._last >= self.every_seconds)[0]
+        return step % self.every_steps == 0 or late
 
     def save(self, step: int, items: dict, loader_state: dict, identity: dict, *, wait: bool = False) -> None:
-        """Saves named pytrees, this process' loader state and the run's identity, in the background.
+        """Saves named pytrees, the loader state of every process and the run's identity, in the background.
 
-        The host copy is taken before this returns, so the arrays may be donated afterwards.
+        The host copy is taken before this returns, so the arrays may be donated afterwards. A step that is saved
+        already is left as it is. What goes wrong in the background is a warning, and the next save tries again.
+
+        wait: returns when the step is committed.
+
+        Raises:
+          LljaxError: with `wait`, the step could not be written.
         """
+        self._settle(fatal=False)
+        self._last = self._clock()
         if step not in self._manager.all_steps():
-            note = {"identity": identity, "loader": {str(jax.process_index()): loader_state},
-                    "checksums": {name: checksums(item) for name, item in items.items()}}
-            self._manager.save(step, args=ocp.args.Composite(
-                note=ocp.args.JsonSave(note), **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
-            self._last = time.monotonic()
+            leaves = {name: describe(item) for name, item in items.items()}
+            note = {"identity": identity, "loader": _from_all(loader_state), "leaves": leaves}
+            arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+            try:
+                self._manager.save(step, args=ocp.args.Composite(note=ocp.args.JsonSave(note), **arguments), force=True)
+            except Exception as error:       # Orbax reports a full disk, say, as many kinds of exception
+                self._failed(error, step, fatal=wait)
         if wait:
-            self._manager.wait_until_finished()
+            self._settle(fatal=True)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def identity(self, step: int) -> dict:
-        return self._note(step)["identity"]
+    def identity(self) -> dict | None:
+        """The identity that the newest readable checkpoint was saved with; None where there is none."""
+        for step in reversed(self.steps()):
+            try:
+                return self._note(step)["identity"]
+            except Exception as error:
+                logging.warning("%s: its note cannot be read (%s)", self.folder / str(step), _first_line(error))
+        return None
 
     def restore(self, like: dict, step: int | None = None):
         """(step, items, loader state) of the newest sound checkpoint (or of `step`), or None where there is none.
 
+        Damaged ones before it are moved to `workdir`/damaged-checkpoint-<step>, with a warning.
+
         like: {name: pytree of `jax.ShapeDtypeStruct` with shardings} of the items that are wanted.
 
         Raises:
-          ConfigError: `step` is asked for and is not there, or is damaged.
+          ConfigError: `step` is asked for and is not there, no checkpoint is sound, or they are of another model.
         """
-        if step is not None and step not in self.steps():
-            raise ConfigError(f"{self.folder}: no checkpoint of step {step}; there are {self.steps() or 'none'}")
-        for candidate in [step] if step is not None else reversed(self.steps()):
-            try:
-                note = self._note(candidate)
-                restored = self._manager.restore(candidate, args=ocp.args.Composite(
-                    **{name: ocp.args.StandardRestore(item) for name, item in like.items()}))
-                for name in like:
-                    if checksums(restored[name]) != note["checksums"][name]:
-                        raise ValueError(f"a checksum of {name} differs")
-                return candidate, dict(restored.items()), note["loader"][str(jax.process_index())]
-            except Exception as error:       # Orbax reports damage as many kinds of exception
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                if step is not None:
-                    raise ConfigError(f"{self.folder / str(step)}: damaged ({reason}); choose another step") from None
-                self._set_aside(candidate, reason)
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise ConfigError(f"{self.folder}: no checkpoint of step {step}; there are {steps or 'none'}")
+        damaged: dict[int, str] = {}
+        for candidate in [step] if step is not None else reversed(steps):
+            found, reason = self._try(candidate, like)
+            reasons = [reason for reason in _from_all(reason) if reason]
+            if not reasons:
+                self._set_aside(damaged, candidate)
+                return candidate, *found
+            damaged[candidate] = reasons[0]
+        if damaged:                          # all of them: more likely the machine's fault, so none is moved
+            listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
+            raise ConfigError(f"{self.folder}: no checkpoint can be restored ({listed}): repair the folder, ask for "
+                              "another step, or give a new --workdir")
         return None
 
-    def _set_aside(self, step: int, reason: str) -> None:
-        aside = self.folder.parent / f"damaged-checkpoint-{step}"
-        logging.warning("checkpoint of step %d is damaged (%s): moved to %s; the one before it is used", step, reason, aside)
-        self._manager.close()
-        (self.folder / str(step)).rename(aside)
-        self._manager = self._open()
+    def _try(self, step: int, like: dict):
+        """((items, loader state), "") or (None, what is damaged)."""
+        try:
+            note = self._note(step)
+            saved = note["leaves"]
+            _same_model({name: saved.get(name, {}) for name in like}, like, self.folder / str(step))
+            restored = self._manager.restore(step, args=ocp.args.Composite(
+                **{name: ocp.args.StandardRestore(item) for name, item in like.items()}))
+            items = {name: restored[name] for name in like}
+            for name, item in items.items():
+                for leaf, (*_, checksum) in describe(item).items():
+                    if checksum != saved[name][leaf][-1]:
+                        return None, f"the checksum of {name}{leaf} differs"
+            return (items, note["loader"][jax.process_index() % len(note["loader"])]), ""
+        except (LljaxError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise                            # not the checkpoint's fault
+        except Exception as error:           # Orbax reports damage as many kinds of exception
+            return None, _first_line(error)
+
+    def _set_aside(self, damaged: dict[int, str], good: int) -> None:
+        for step, reason in damaged.items():
+            aside = self.folder.parent / f"damaged-checkpoint-{step}"
+            number = 2
+            while aside.exists():
+                aside, number = aside.with_name(f"damaged-checkpoint-{step}-{number}"), number + 1
+            logging.warning("the checkpoint of step %d is damaged (%s): going on from step %d%s", step, reason, good,
+                            "" if self._read_only else f"; the damaged one is kept as {aside}")
+            if not self._read_only and jax.process_index() == 0:
+                (self.folder / str(step)).rename(aside)
+        if damaged and not self._read_only:
+            _from_all(None)                  # nobody looks before all are moved
+            self._manager.reload()
 
     def _note(self, step: int) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
 
+    def _settle(self, fatal: bool) -> None:
+        """Waits for the save in the background and reports how it went."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error, None, fatal)
+
+    def _failed(self, error: Exception, step: int | None, fatal: bool) -> None:
+        self._manager.reload()               # forget the step that is not there
+        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        text = (f"{which} could not be written to {self.folder} ({_first_line(error)}): make room or mend the folder; "
+                f"the last one saved is of step {max(self.steps(), default='none')}")
+        if fatal:
+            raise LljaxError(text) from error
+        logging.warning("%s", text)
+
     def close(self) -> None:
-        self._manager.wait_until_finished()
+        self._settle(fatal=True)
         self._manager.close()
 
 
@@ -101,15 +170,12 @@ def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def checksums(state) -> dict[str, int]:
-    """crc32 of every leaf, by its path. Over the shards that this process holds, in order."""
-    def crc(leaf):
-        total = 0
-        for shard in sorted(leaf.addressable_shards, key=lambda shard: shard.device.id)[:1] \
-                if leaf.is_fully_replicated else leaf.addressable_shards:
-            total = zlib.crc32(np.ascontiguousarray(shard.data).reshape(-1).view(np.uint8), total)
-        return total
-    return {jax.tree_util.keystr(path): crc(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+def describe(item) -> dict[str, list]:
+    """[shape, dtype, crc32] of every leaf by its path. The crc is of the whole array, however it is sharded."""
+    def one(x):
+        whole = np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+        return [list(x.shape), str(x.dtype), zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8))]
+    return {jax.tree_util.keystr(path): one(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(item)}
 
 
 def check_identity(saved: dict, now: dict) -> None:
@@ -124,3 +190,30 @@ def check_identity(saved: dict, now: dict) -> None:
             short = [str(x)[:60] for x in (old, new)]
             raise ConfigError(f"this run was started with another {field} ({short[0]}, now {short[1]}): restore it, or "
                               "give a new --workdir")
+
+
+def _same_model(saved: dict, like: dict, where: Path) -> None:
+    """Raises ConfigError where leaves are missing, left over, or of another shape or dtype."""
+    for name, item in like.items():
+        wanted = {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)]
+                  for path, x in jax.tree_util.tree_leaves_with_path(item)}
+        for leaf in sorted(saved[name].keys() | wanted.keys()):
+            old, new = saved[name].get(leaf, ["none"])[:2], wanted.get(leaf, ["none"])
+            if old != new:
+                raise ConfigError(f"{where}: it holds {name}{leaf} as {old} and this configuration needs {new}: use "
+                                  "the configuration of that run, or give a new --workdir")
+
+
+def _from_all(value) -> list:
+    """The JSON value that each process gives, in their order; every process must call this."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
+    padded = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
+    return [json.loads(row[:n].tobytes()) for row, n in zip(padded, lengths)]
+
+
+def _first_line(error: Exception) -> str:
+    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return text.partition(" [tensorstore_spec")[0][:300]     # what follows is the store's own settings

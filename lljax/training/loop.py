@@ -86,8 +86,8 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     checkpoints = Checkpoints(workdir, every_steps=config.checkpoint.every_steps,
                               every_minutes=config.checkpoint.every_minutes, keep=config.checkpoint.keep)
     step, loader_state = 0, None
-    if checkpoints.steps():
-        check_identity(checkpoints.identity(checkpoints.steps()[-1]), identity)
+    if begun := checkpoints.identity():
+        check_identity(begun, identity)
         if restored := checkpoints.restore(jax.tree.map(abstract, to_items(state))):
             step, items, loader_state = restored
             state = from_items(items)
@@ -101,8 +101,15 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
         values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, length)
         monitor.evaluation(step, {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))})
 
+    def evaluate_if_due(length):
+        if config.training.eval_every and step % config.training.eval_every == 0 and 0 < step < total_steps(config) \
+                and not _evaluated(workdir, step):
+            evaluation(length)
+
     stop.defer()
     with Monitor(workdir, total_steps=total_steps(config), step=step) as monitor:
+        # A run may have been stopped between the save of a step and its evaluation.
+        evaluate_if_due(next(stage.length for stage in curriculum if step <= stage.stop))
         for stage in curriculum:
             if step >= stage.stop:
                 continue
@@ -135,8 +142,7 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
                     raise Stopped(f"stopped after step {step}, state saved: the same command goes on from there")
                 if checkpoints.due(step):
                     save()
-                if config.training.eval_every and step % config.training.eval_every == 0 and step < total_steps(config):
-                    evaluation(stage.length)
+                evaluate_if_due(stage.length)
                 if config.training.report_every and step % config.training.report_every == 0:
                     write_report(workdir)
 

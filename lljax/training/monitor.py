@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -16,14 +17,21 @@ PLAIN_EVERY = 10.0                           # seconds between lines where no te
 
 
 class Monitor:
-    """Records the steps of a run in `workdir`. On resume at `step`, records of later steps are cut off first."""
+    """Records the steps of a run in `workdir`. On resume at `step`, records of later steps are cut off first.
+
+    Of several processes the first one does; the monitors of the others do nothing.
+    """
 
     def __init__(self, workdir: Path, *, total_steps: int, step: int):
+        first = jax.process_index() == 0
         self.path = Path(workdir) / "metrics.jsonl"
-        _cut(self.path, step)
-        self._file = open(self.path, "a", buffering=1)
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=10)
-        self._console = Console(file=sys.stderr)
+        if first:
+            _cut(self.path, step)
+        self._file = open(self.path if first else os.devnull, "a", buffering=1)
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=10,
+                                    write_to_disk=first)
+        self._output = sys.stderr if first else open(os.devnull, "w")
+        self._console = Console(file=self._output)
         self._bar = Progress(TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
                              TextColumn("loss {task.fields[loss]}  {task.fields[tokens_per_second]} tokens/s"),
                              TextColumn("left"), TimeRemainingColumn(), console=self._console,
@@ -54,7 +62,7 @@ class Monitor:
             done = record["step"] - self._first
             left = (self._said - self._started) / done * (self._total - record["step"])
             print(f"step {record['step']}/{self._total}  {stage}  loss {shown['loss']}  "
-                  f"{shown['tokens_per_second']} tokens/s  left {_duration(left)}", file=sys.stderr, flush=True)
+                  f"{shown['tokens_per_second']} tokens/s  left {_duration(left)}", file=self._output, flush=True)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self._write({"step": step, "eval": values})

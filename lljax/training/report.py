@@ -1,167 +1,318 @@
-"""report.html: one page on a run that opens anywhere, without a network and without an account."""
+"""report.html: all that a run has to say, on one page that needs nothing else, not even a network."""
 
-import html
 import json
+import logging
+import math
 import os
+import shlex
+import time
+from html import escape
 from pathlib import Path
 
-from lljax.training.chart import Band, Line, line_chart, number, smooth
+import numpy as np
+
+from lljax.errors import ConfigError
+from lljax.training import charts
+from lljax.training.charts import Band, Line, Mark, compact
 from lljax.training.monitor import read_metrics
 
-STYLE = """
-:root { color-scheme: light dark; --text:#1c2330; --soft:#5b6577; --page:#fff; --panel:#f6f7f9; --line:#d9dde4;
-  --band0:#eef2f8; --band1:#e2e9f4; --main:#1f5fbf; --raw:#9dbbe6; --eval:#b4530a; --alarm:#c8202f; }
-@media (prefers-color-scheme: dark) { :root { --text:#e4e8ef; --soft:#9aa5b8; --page:#12161d; --panel:#1a202a; --line:#333c4a;
-  --band0:#19202b; --band1:#202a39; --main:#7db0ff; --raw:#3b5f94; --eval:#f0a35e; --alarm:#ff6b78; } }
-* { box-sizing:border-box } body { margin:0 auto; padding:24px 20px 60px; max-width:1080px; background:var(--page);
-  color:var(--text); font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
-h1 { font-size:24px; margin:0 0 4px } h2 { font-size:17px; margin:34px 0 10px } p { margin:6px 0; color:var(--soft) }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:10px; margin-top:16px }
-.facts div, figure, details { background:var(--panel); border-radius:8px; padding:10px 14px }
-.facts b { display:block; font-size:18px; font-weight:600; overflow-wrap:anywhere } .facts span { color:var(--soft); font-size:13px }
-.charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr)); gap:14px }
-figure { margin:0 } figcaption { font-weight:600; margin-bottom:2px } figcaption small { color:var(--soft); font-weight:400 }
-svg { width:100%; height:auto; display:block } svg text { fill:var(--soft); font-size:11px }
-svg .y { text-anchor:end } svg .x, svg .band { text-anchor:middle } .band0 { fill:var(--band0) } .band1 { fill:var(--band1) }
-.grid { stroke:var(--line); stroke-width:1 } polyline { fill:none; stroke-width:2; stroke:var(--main); stroke-linejoin:round }
-polyline.raw { stroke:var(--raw); stroke-width:1 } polyline.eval { stroke:var(--eval) } circle { fill:var(--main) }
-circle.eval { fill:var(--eval) } circle.mark { fill:none; stroke:var(--alarm); stroke-width:2 }
-.wide { overflow-x:auto } table { border-collapse:collapse; font-variant-numeric:tabular-nums } caption { text-align:left;
-  color:var(--soft); padding-bottom:4px } th,td { padding:5px 14px 5px 0; text-align:right; border-bottom:1px solid var(--line);
-  white-space:nowrap } th:first-child,td:first-child { text-align:left } th { color:var(--soft); font-weight:500 }
-pre { background:var(--panel); border-radius:8px; padding:12px 14px; overflow-x:auto; font-size:13px }
-summary { cursor:pointer; font-weight:600 } details pre { padding:0 } .none { padding:30px 0; text-align:center }
+STYLE = Path(__file__).parent.parent / "assets" / "report.css"
+COMMANDS = (
+    ("An adapter for PEFT", "python scripts/export.py --workdir={run} --format=peft"),
+    ("A checkpoint for transformers and vLLM", "python scripts/export.py --workdir={run} --format=merged"),
+    ("A base and a plain LoRA for vllm --enable-lora", "python scripts/export.py --workdir={run} --format=split"),
+    ("Held-out perplexity by length", "python scripts/evaluate.py --workdir={run}"),
+    ("Talk to it", "python scripts/generate.py --workdir={run} --prompt='...'"),
+    ("Serve the merged model", "vllm serve {run}/export/merged --max-model-len {length}"),
+)
+MOST_EVALUATIONS = 40                        # the newest, in the table of those while training
+UNKNOWN, NUMBER = "&#8211;", " class='number'"
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header><h1>{name}</h1><p>{model}</p></header>
+<main>{summary}{sections}</main>
+<footer>lljax, {written}</footer>
+</body>
+</html>
 """
 
 
-def write_report(workdir: Path) -> Path:
-    """Writes `workdir`/report.html from the files of the run and returns its path. Works at any moment of a run."""
+def write_report(workdir) -> Path:
+    """Writes `workdir`/report.html from what lies there (what is missing is left out) and returns its path.
+
+    Reads config.json, run.json, metrics.jsonl, data_statistics.json, and evaluation.json: {"tables": [{"columns":
+    [name, ...], "rows": [[cell, ...], ...], "caption": text}]}.
+
+    Raises:
+      ConfigError: no run was started in `workdir`.
+    """
     workdir = Path(workdir)
-    config, run, data, tables = (_read(workdir / name) for name in (
-        "config.json", "run.json", "data_statistics.json", "evaluation.json"))
+    if not (workdir / "config.json").is_file() and not (workdir / "metrics.jsonl").is_file():
+        raise ConfigError(f"--workdir={workdir}: no run was started there (neither config.json nor metrics.jsonl)")
+    config, run = _read(workdir / "config.json"), _read(workdir / "run.json")
     records = read_metrics(workdir)
-    steps = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if "eval" in record]
-    body = "\n".join([
-        _head(workdir, config, run, steps),
-        _curves(config, steps, evaluations),
-        _stages(config),
-        _evaluation(evaluations, tables.get("tables", [])),
-        _data(data),
-        _commands(workdir),
-        f"<h2>Configuration</h2><details><summary>config.json</summary><pre>{html.escape(json.dumps(config, indent=2))}</pre>"
-        "</details>",
-    ])
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
-            f'initial-scale=1"><title>{html.escape(workdir.name)}: lljax report</title><style>{STYLE}</style>{body}</html>')
-    path, unfinished = workdir / "report.html", workdir / "report.html.tmp"
+    steps, evaluations = [r for r in records if "eval" not in r], [r for r in records if "eval" in r]
+    model, name = config.get("model", {}).get("path", ""), workdir.resolve().name
+    sections = (
+        ("Curves", _curves(steps, evaluations)),
+        ("Evaluation", _tables(_read(workdir / "evaluation.json").get("tables", []) + _while_training(evaluations))),
+        ("Data", _data(_read(workdir / "data_statistics.json"))),
+        ("What to do with it", _commands(workdir, config, steps)),
+        ("Configuration", _configuration(config)),
+    )
+    page = PAGE.format(
+        title=escape(f"{name}: {model}" if model else name), style=STYLE.read_text(), name=escape(name),
+        model=escape(model), written=time.strftime("%Y-%m-%d %H:%M"), summary=_summary(config, run, steps),
+        sections="".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in sections if body))
+    unfinished = workdir / "report.html.tmp"
     unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
+    os.replace(unfinished, workdir / "report.html")
+    return workdir / "report.html"
+
+
+# -------------------------------------------------------------------- summary
+def _summary(config: dict, run: dict, steps: list[dict]) -> str:
+    schedule = config.get("context", {}).get("schedule") or [[None]]
+    total, done = schedule[-1][0], steps[-1]["step"] if steps else 0
+    facts = []
+    if "parameters" in run:
+        facts.append(("parameters", compact(run["parameters"]), f"{run['parameters']:,}"))
+    if "trainable" in run and run.get("parameters"):
+        share = 100 * run["trainable"] / run["parameters"]
+        facts.append(("trained", compact(run["trainable"]), f"{share:.3g}% of all"))
+    if context := config.get("context", {}).get("length"):
+        facts.append(("context", f"{context:,}", "tokens"))
+    facts.append(("steps", f"{done:,}", f"of {total:,}" if total and total != done else ""))
+    if steps:
+        tokens, losses = np.nansum(_column(steps, "tokens")), _column(steps, "loss")
+        losses = losses[np.isfinite(losses)][-20:]
+        facts.append(("trained tokens", compact(tokens), f"{tokens:,.0f} predicted"))
+        facts.append(("time in steps", duration(np.nansum(_column(steps, "seconds"))), ""))
+        if len(losses):
+            facts.append(("loss at the end", _figures(float(losses.mean())),
+                          f"mean of {len(losses)} steps" if len(losses) > 1 else ""))
+        skipped = sum(bool(r.get("skipped")) for r in steps)
+        applied = sum(bool(r.get("spike")) and not r.get("skipped") for r in steps)
+        if skipped or applied:
+            facts.append(("alarms", f"{skipped + applied:,}", f"{skipped:,} skipped, {applied:,} applied"))
+    if "device" in run:
+        facts.append(("device", f"{run.get('devices', 1):,} &#215; {escape(str(run['device']))}", ""))
+    cells = (f"<div><dt>{label}</dt><dd>{value}</dd><dd class='note'>{note}</dd></div>" for label, value, note in facts)
+    return f"<dl class='facts'>{''.join(cells)}</dl>"
+
+
+# -------------------------------------------------------------------- curves
+def _curves(steps: list[dict], evaluations: list[dict]) -> str:
+    if not steps:
+        return "<p>No step was recorded yet.</p>"
+    x, stage = _column(steps, "step"), _stages(steps)
+    bands, held, marks = _bands(steps, stage), _held_out(evaluations), _marks(steps)
+    window = min(101, max(5, len(steps) // 50 | 1))
+    figures = []
+    for name, title, options in (
+            ("loss", "Loss", {}), ("grad_norm", "Gradient norm", {"log": True, "marks": marks}),
+            ("learning_rate", "Learning rate", {"from_zero": True}),
+            ("tokens_per_second", "Tokens per second", {"from_zero": True})):
+        y = _column(steps, name)
+        if name == "learning_rate":
+            lines, legend, readings = [Line(x, y, "smooth")], [], {title.lower(): Line(x, y, "raw")}
+        else:
+            lines = [Line(x, y, "raw"), Line(x, charts.smoothed(y, window, stage), "smooth")]
+            legend = [("raw", "each step"), ("smooth", f"median of {window} steps")]
+            readings = {title.lower(): lines[0], "median": lines[1]}
+        if name == "loss" and held:
+            lines += held
+            legend.append(("held", "held out"))
+        if name == "grad_norm":
+            legend += [(kind, text) for kind, text in (("skipped", "skipped"), ("warned", "alarm, applied"))
+                       if any(mark.kind == kind for mark in marks)]
+        chart = charts.line_chart(title, lines, bands=bands, readings=readings, **options)
+        missing = len(y) - int(np.isfinite(y).sum())
+        if missing:
+            legend.append(("", f"{missing:,} of {len(y):,} steps not finite"))
+        figures.append(_figure(chart, legend) if chart else _figure(f"<p>{title}: no value to draw</p>", legend[-1:]))
+    return f"<div class='charts'>{''.join(figures)}</div>"
+
+
+def _figure(chart: str, legend: list[tuple[str, str]]) -> str:
+    keys = "".join(f"<span>{f'<i class={kind!r}></i>' if kind else ''}{escape(text)}</span>" for kind, text in legend)
+    return f"<figure>{chart}<figcaption>{keys}</figcaption></figure>"
+
+
+def _stages(steps: list[dict]) -> np.ndarray:
+    """The number of the stretch of equal (stage, length, attention) that each step lies in, int [n]."""
+    keys = [(r.get("stage"), r.get("length"), r.get("attention")) for r in steps]
+    return np.cumsum([i > 0 and key != keys[i - 1] for i, key in enumerate(keys)])
+
+
+def _bands(steps: list[dict], stage: np.ndarray) -> list[Band]:
+    out = []
+    for number in range(stage[-1] + 1):
+        at = np.flatnonzero(stage == number)
+        first, after = steps[at[0]], min(at[-1] + 1, len(steps) - 1)
+        if "length" in first:
+            out.append(Band(first["step"], steps[after]["step"], f"{first['length']:,}",
+                            str(first.get("attention", "")), charts.short_length(first["length"])))
+    return out
+
+
+def _marks(steps: list[dict]) -> list[Mark]:
+    marks = []
+    for record in steps:
+        if record.get("skipped") or record.get("spike") or record.get("nonfinite"):
+            norm, skipped = _number(record.get("grad_norm")), bool(record.get("skipped"))
+            text = f"step {record['step']:,}: gradient norm {norm:.4g}, {'skipped' if skipped else 'applied'}"
+            marks.append(Mark(record["step"], norm, "skipped" if skipped else "warned", text))
+    return marks
+
+
+def _held_out(evaluations: list[dict]) -> list[Line]:
+    points = [(r["step"], _number(value)) for r in evaluations for name, value in r["eval"].items()
+              if name.partition("@")[0] == "loss"]
+    points = [point for point in points if math.isfinite(point[1])]
+    return [Line(*np.array(points).T, "held")] if points else []
+
+
+# -------------------------------------------------------------------- tables
+def _while_training(evaluations: list[dict]) -> list[dict]:
+    """A table with one row a step and length: "loss@4096" is the column loss in the row of 4,096 tokens."""
+    rows: dict[tuple, dict] = {}
+    for record in evaluations:
+        for key, value in record["eval"].items():
+            name, _, length = key.partition("@")
+            rows.setdefault((record["step"], int(length) if length.isdecimal() else None), {})[name] = value
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    shown = list(rows.items())[-MOST_EVALUATIONS:]
+    return [{"columns": ["step", "length", *names],
+             "rows": [[step, length, *(row.get(name) for name in names)] for (step, length), row in shown],
+             "caption": "Held-out documents, while training" + (
+                 f" (the last {MOST_EVALUATIONS} of {len(rows)})" if len(rows) > len(shown) else "")}]
+
+
+def _tables(tables: list[dict]) -> str:
+    out = []
+    for table in tables:
+        head = "".join(f"<th scope='col'{NUMBER if _numeric(row[i] for row in table['rows']) else ''}>"
+                       f"{escape(str(name))}</th>" for i, name in enumerate(table["columns"]))
+        body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in table["rows"])
+        out.append(f"<div class='table'><table><caption>{escape(table.get('caption', ''))}</caption>"
+                   f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+    return f"<div class='tables'>{''.join(out)}</div>" if out else ""
+
+
+def _cell(value) -> str:
+    if value is None:
+        return f"<td{NUMBER}>{UNKNOWN}</td>"
+    return f"<td{NUMBER}>{_figures(value)}</td>" if _numeric([value]) else f"<td>{escape(str(value))}</td>"
+
+
+def _numeric(column) -> bool:
+    """Whether the cells are numbers; formatted ones ("1,024", "3.50", "nan") too."""
+    def one(value):
+        try:
+            float(str(value).replace(",", ""))
+        except ValueError:
+            return False
+        return not isinstance(value, bool)
+    return all(one(value) for value in column if value is not None)
+
+
+def _figures(value) -> str:
+    """A number at the precision that a reader compares: whole ones with separators, others with four figures."""
+    if isinstance(value, str) or not math.isfinite(value):
+        return escape(str(value))
+    if isinstance(value, int) or abs(value) >= 1e4:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3e}"
+
+
+def _data(statistics: dict) -> str:
+    parts = {part: numbers for part, numbers in statistics.items() if numbers.get("documents")}
+    if not parts:
+        return ""
+    shares = list(dict.fromkeys(share for numbers in parts.values() for share in numbers.get("lengths", {})))
+    rows = []
+    for part, numbers in parts.items():
+        tokens, trained = numbers.get("tokens"), numbers.get("trained_tokens")
+        percent = round(100 * trained / tokens) if tokens and trained is not None else None
+        rows.append([part, numbers["documents"], tokens, trained, percent,
+                     *(numbers.get("lengths", {}).get(share) for share in shares)])
+    table = {"columns": ["", "documents", "tokens", "trained", "%", *shares], "rows": rows,
+             "caption": "Documents, tokens that are trained on, and quantiles of the lengths in tokens"}
+    figures = "".join(
+        _figure(charts.bar_chart(f"Documents by length: {part}", numbers["histogram"]["edges"],
+                                 numbers["histogram"]["counts"], "tokens"), [])
+        for part, numbers in parts.items() if numbers.get("histogram", {}).get("counts"))
+    return _tables([table]) + f"<div class='charts'>{figures}</div>"
+
+
+def _commands(workdir: Path, config: dict, steps: list[dict]) -> str:
+    length = config.get("context", {}).get("length") or (steps[-1].get("length") if steps else None) or 8192
+    run = shlex.quote(str(workdir))
+    return "".join(f"<p class='command'><span>{escape(what)}</span><code>"
+                   f"{escape(command.format(run=run, length=length))}</code></p>" for what, command in COMMANDS)
+
+
+def _configuration(config: dict) -> str:
+    fields = dict(_flat(config))
+    if not fields:
+        return ""
+    rows = "".join(f"<tr><th scope='row'>{escape(field)}</th><td>{escape(json.dumps(value, ensure_ascii=False))}"
+                   "</td></tr>" for field, value in fields.items())
+    return (f"<details><summary>{len(fields)} fields</summary><div class='table'><table class='config'><tbody>{rows}"
+            "</tbody></table></div></details>")
+
+
+def _flat(tree: dict, prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), value
+
+
+# -------------------------------------------------------------------- reading
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 3.5 s, 42 s, 3 min 20 s, 5 h 03 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    seconds = round(float(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    return f"{seconds // 3600:,} h {seconds % 3600 // 60:02} min"
+
+
+def _column(steps: list[dict], name: str) -> np.ndarray:
+    """The values of a field, float64 [n]; NaN where a record has none or it is not finite."""
+    values = np.array([_number(record.get(name)) for record in steps])
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _number(value) -> float:
+    """A value of metrics.jsonl, where "nan" and "inf" are words."""
+    return math.nan if value is None else float(value)
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _head(workdir, config, run, steps) -> str:
-    model = config.get("model", {}).get("path", "")
-    facts = {"base": model, "training": config.get("train_type", ""),
-             "context": f"{config.get('context', {}).get('length', 0):,} tokens"}
-    if run:
-        facts |= {"trained / all parameters": f"{number_of(run['trainable'])} / {number_of(run['parameters'])}",
-                  "devices": f"{run['devices']} x {run['device']}"}
-    if steps:
-        facts |= {"steps": f"{steps[-1]['step']:,}", "tokens predicted": number_of(sum(s["tokens"] for s in steps)),
-                  "time in steps": _duration(sum(s["seconds"] for s in steps)),
-                  "last loss": f"{smooth([(s['step'], s['loss']) for s in steps])[-1][1]:.4f}" if any(
-                      isinstance(s["loss"], float) for s in steps) else "none",
-                  "skipped steps": str(sum(bool(s["skipped"]) for s in steps))}
-    cells = "".join(f"<div><span>{html.escape(name)}</span><b>{html.escape(str(value))}</b></div>"
-                    for name, value in facts.items())
-    return f'<h1>{html.escape(workdir.name)}</h1><p>A long-context training run of lljax.</p><div class="facts">{cells}</div>'
-
-
-def _curves(config, steps, evaluations) -> str:
-    bands, start = [], 0
-    for until, length, attention in config.get("context", {}).get("schedule", ()):
-        bands.append(Band(start, until, f"{length:,} {attention}"))
-        start = until
-    bands = [band for band in bands if steps and band.start < steps[-1]["step"]]
-    bands = [band._replace(stop=min(band.stop, steps[-1]["step"])) for band in bands]
-
-    def series(name):
-        return [(record["step"], record.get(name)) for record in steps]
-    alarms = [(s["step"], s["grad_norm"]) for s in steps if s["spike"] or s["skipped"]]
-    held_out = [(e["step"], value) for e in evaluations for name, value in e["eval"].items() if name.startswith("loss@")]
-    charts = {
-        "Loss": ("per token; held-out in orange" if held_out else "per token",
-                 line_chart([Line(series("loss"), "raw"), Line(smooth(series("loss")), "smooth"), Line(held_out, "eval")],
-                            bands=bands)),
-        "Learning rate": ("", line_chart([Line(series("learning_rate"), "smooth")], bands=bands)),
-        "Gradient norm": ("before clipping, log scale" + ("; alarms ringed" if alarms else ""),
-                          line_chart([Line(series("grad_norm"), "raw"), Line(smooth(series("grad_norm")), "smooth")],
-                                     bands=bands, marks=alarms, log=True)),
-        "Throughput": ("tokens per second", line_chart([Line(series("tokens_per_second"), "smooth")], bands=bands)),
-    }
-    figures = "".join(f"<figure><figcaption>{name} <small>{note}</small></figcaption>{chart}</figure>"
-                      for name, (note, chart) in charts.items())
-    return f'<h2>Curves</h2><div class="charts">{figures}</div>'
-
-
-def _stages(config) -> str:
-    rows, start = [], 0
-    for until, length, attention in config.get("context", {}).get("schedule", ()):
-        rows.append([f"{start + 1:,} to {until:,}", f"{length:,}", attention])
-        start = until
-    return "<h2>Stages</h2>" + table(["steps", "row length", "attention"], rows) if rows else ""
-
-
-def _evaluation(evaluations, tables) -> str:
-    parts = [table(t["columns"], t["rows"], t.get("caption", "")) for t in tables]
-    if evaluations:
-        names = list(dict.fromkeys(name for e in evaluations for name in e["eval"]))
-        rows = [[f"{e['step']:,}", *(f"{e['eval'][n]:.4g}" if isinstance(e["eval"].get(n), float) else "" for n in names)]
-                for e in evaluations]
-        parts.append(table(["step", *names], rows, "Held-out documents during the run"))
-    return "<h2>Evaluation</h2>" + ("".join(parts) or "<p>No evaluation yet.</p>")
-
-
-def _data(data) -> str:
-    rows = [[part, f"{d['documents']:,}", f"{d['tokens']:,}", f"{d['trained_tokens']:,}",
-             *(f"{d['lengths'].get(q, 0):,}" for q in ("p50", "p90", "p99", "max"))] for part, d in data.items()]
-    if not rows:
-        return ""
-    histogram = data["train"]["histogram"]
-    lengths = [[f"{low:,} to {high - 1:,}", f"{count:,}"] for low, high, count in
-               zip(histogram["edges"], histogram["edges"][1:], histogram["counts"])]
-    return ("<h2>Data</h2>" + table(["documents of", "number", "tokens", "trained tokens", "median length", "90%", "99%",
-                                     "longest"], rows)
-            + "<details><summary>Lengths of training documents, in tokens</summary>"
-            + table(["length", "documents"], lengths) + "</details>")
-
-
-def _commands(workdir) -> str:
-    w = html.escape(str(workdir))
-    return ("<h2>What to do with it</h2><pre>"
-            f"python scripts/export.py --workdir={w} --format=peft     # an adapter for PEFT\n"
-            f"python scripts/export.py --workdir={w} --format=merged   # a checkpoint for transformers and vLLM\n"
-            f"python scripts/export.py --workdir={w} --format=split    # a base and a plain LoRA for vllm --enable-lora\n"
-            f"python scripts/evaluate.py --workdir={w}                 # held-out perplexity by length\n"
-            f"python scripts/generate.py --workdir={w} --prompt='...'  # talk to it</pre>")
-
-
-def table(columns, rows, caption: str = "") -> str:
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{title}{line(columns, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
-
-
-def number_of(value: float) -> str:
-    return number(float(f"{value:.3g}"))
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+    """The JSON object of a file; empty where there is none, or it is broken (a report does not fail for that)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logging.warning("%s is not JSON (%s): the report goes without it", path, error)
+        return {}

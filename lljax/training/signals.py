@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: asked to stop, a run saves and leaves."""
 
 import signal
+import threading
 
 from lljax.errors import Stopped
 
@@ -20,7 +21,9 @@ class StopRequest:
         self._deferred = True
 
     def __enter__(self):
-        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        # Python gives signals to the main thread only: elsewhere (a notebook's worker, a server) they stay as they are.
+        main = threading.current_thread() is threading.main_thread()
+        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT) if main}
         return self
 
     def __exit__(self, *_):

@@ -10,9 +10,9 @@ from lljax.interop.base import open_base, read_json, tokenizer_fingerprint
 
 
 def test_a_folder_gives_its_config_tensors_and_tokenizer(hf_folder):
-    folder = hf_folder("qwen2", dtype=torch.bfloat16)
+    folder = hf_folder("qwen3", dtype=torch.bfloat16)
     base = open_base(str(folder))
-    assert base.config["model_type"] == "qwen2" and base.path == str(folder)
+    assert base.config["model_type"] == "qwen3" and base.path == str(folder)
     assert base.shape("model.embed_tokens.weight") == (128, 48)
     assert base.read("model.embed_tokens.weight").dtype == base.dtype("model.embed_tokens.weight") == ml_dtypes.bfloat16
     assert base.tokenizer()("w3 w5")["input_ids"] == [3, 5]

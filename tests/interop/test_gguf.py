@@ -228,8 +228,8 @@ def test_another_architecture_is_refused_by_name(tmp_path):
 
 
 def test_damaged_files_are_one_line_or_sound(tmp_path):
-    write(tmp_path / "m.gguf", metadata={"tokenizer.ggml.tokens": WORDS[:40], "tokenizer.ggml.merges": ["a b"],
-                                         "tokenizer.ggml.token_type": [1] * 40, "tokenizer.ggml.bos_token_id": 3,
+    write(tmp_path / "m.gguf", metadata={"tokenizer.ggml.tokens": [*WORDS[:94], "ab"], "tokenizer.ggml.merges": ["a b"],
+                                         "tokenizer.ggml.token_type": [1] * 95, "tokenizer.ggml.bos_token_id": 3,
                                          "tokenizer.ggml.eos_token_id": 4})
     whole, rng = (tmp_path / "m.gguf").read_bytes(), np.random.default_rng(0)
     for trial in range(150):

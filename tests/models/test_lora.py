@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,14 @@ def adapted(model):
     return [name for name, linear in lora.linear_layers(model) if linear.lora is not None]
 
 
-def run(model, **arguments):
+def run(model, dropout_key=None):
+    return _run(*nnx.split(model), dropout_key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef, state, dropout_key):
     tokens = jnp.arange(20)[None] % 50
-    return model(tokens, positions=jnp.arange(20)[None], **arguments)
+    return nnx.merge(graphdef, state)(tokens, positions=jnp.arange(20)[None], dropout_key=dropout_key)
 
 
 def randomise(model):

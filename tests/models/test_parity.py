@@ -1,10 +1,14 @@
 """Logits equal transformers' (torch, float32) for every family and every RoPE kind, beyond the original length."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 from lljax.interop.base import open_base
 from lljax.interop.huggingface import load_weights, tensors
@@ -61,7 +65,13 @@ def build(tmp_path, family, scaling, seed=0):
 
 def logits(ours, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return ours.logits(ours(jnp.asarray(tokens), positions=positions))
+    return _logits(*nnx.split(ours), jnp.asarray(tokens), positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef, state, tokens, positions):
+    model = nnx.merge(graphdef, state)
+    return model.logits(model(tokens, positions=positions))
 
 
 def assert_parity(theirs, ours, length):

@@ -1,0 +1,180 @@
+"""The whole job on a tiny model: train, stop, resume, export; and what is refused on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import lljax
+from lljax.errors import ConfigError, NumericAbort, Stopped
+from lljax.interop.export import export_merged, export_peft, export_split
+from lljax.models import lora
+from lljax.restore import restore_run
+from lljax.training import loop
+from lljax.training.monitor import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TIMES = ("seconds", "tokens_per_second")
+
+
+def trained_leaves(model):
+    return jax.tree.leaves(nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1]))
+
+
+def records(workdir):
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(workdir)]
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(run_config, tmp_path):
+    whole = loop.train(run_config, tmp_path / "whole")
+    assert [r["length"] for r in records(tmp_path / "whole") if "loss" in r] == [32] * 4 + [64] * 4
+
+    def stop_after(step):
+        """Raises the signal from inside the run, as soon as `step` is recorded."""
+        original = loop.Monitor.step
+
+        def step_and_stop(self, record):
+            original(self, record)
+            if record["step"] == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original, step_and_stop
+
+    for step in (2, 4, 7):
+        original, loop.Monitor.step = stop_after(step)
+        try:
+            with pytest.raises(Stopped, match=f"after step {step}, state saved"):
+                loop.train(run_config, tmp_path / "parts")
+        finally:
+            loop.Monitor.step = original
+    parts = loop.train(run_config, tmp_path / "parts")
+    assert_same(trained_leaves(whole), trained_leaves(parts))
+    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+
+
+def test_accumulation_and_rows_are_the_same_step(run_config, tmp_path):
+    """8 rows at once, and 2 devices' worth of 8 in turn, over another mesh: the same mean over the same tokens."""
+    run_config.training.rows, run_config.training.accumulate = 16, 1
+    once = loop.train(run_config, tmp_path / "once")
+    run_config.training.rows, run_config.training.accumulate = 8, 2
+    run_config.mesh.data, run_config.mesh.fsdp = 2, 4
+    twice = loop.train(run_config, tmp_path / "twice")
+    for x, y in zip(trained_leaves(once), trained_leaves(twice), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-4)
+
+
+@pytest.mark.parametrize("change,message", [
+    (("lora.rank", 8), "another lora.rank"), (("seed", 1), "another seed"), (("data.valid_fraction", 0.3), "another data")])
+def test_another_run_is_not_resumed(run_config, tmp_path, change, message):
+    run_config.context.schedule = ((1, 32, "full"),)
+    loop.train(run_config, tmp_path)
+    run_config.update_from_flattened_dict(dict([change]))
+    with pytest.raises(ConfigError, match=message):
+        loop.train(run_config, tmp_path)
+
+
+def test_a_nan_is_never_applied_and_stops_the_run_in_the_end(run_config, tmp_path):
+    run_config.optimizer.learning_rate = 1e30
+    run_config.optimizer.clip_norm = 1e30
+    run_config.alarm.max_bad_steps = 3
+    with pytest.raises(NumericAbort, match="state is saved"):
+        loop.train(run_config, tmp_path)
+    _, model, _ = restore_run(tmp_path)
+    assert all(np.isfinite(x).all() for x in trained_leaves(model))
+
+
+def test_exports_give_our_logits_in_pytorch(run_config, tmp_path):
+    import peft
+    import transformers
+    model = loop.train(run_config, tmp_path / "run")
+    _, _, base = restore_run(tmp_path / "run")
+    tokens = np.random.default_rng(0).integers(0, 300, size=(2, 100))
+    ours = np.asarray(model.logits(model(tokens, positions=np.broadcast_to(np.arange(100), (2, 100)))))
+
+    def compare(theirs):
+        with torch.no_grad():
+            np.testing.assert_allclose(theirs.eval()(torch.from_numpy(tokens)).logits.numpy(), ours, atol=1e-3)
+    export_merged(model, base, tmp_path / "merged")
+    export_peft(model, base, tmp_path / "peft")
+    export_split(model, base, tmp_path / "split")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    compare(load(tmp_path / "merged"))
+    compare(peft.PeftModel.from_pretrained(load(tmp_path / "split" / "base"), tmp_path / "split" / "adapter"))
+    config = transformers.AutoConfig.from_pretrained(base.path, **json.loads((tmp_path / "peft" / "rope.json").read_text()))
+    compare(peft.PeftModel.from_pretrained(load(base.path, config=config), tmp_path / "peft"))
+
+
+def test_full_training_and_the_python_face(tiny, documents, run_config, tmp_path):
+    run_config.train_type = "full"
+    run_config.context.schedule = ((2, 32, "full"),)
+    loop.train(run_config, tmp_path / "full")
+    model, _ = lljax.prepare_model(tiny)
+    model = lljax.prepare_model(model, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
+                                        "use_longlora": True, "longlora_sequence_length": 64})
+    lljax.train(model, data=documents, workdir=str(tmp_path / "api"), steps=4, training__rows=8)
+    assert [r["attention"] for r in records(tmp_path / "api")] == ["shifted"] * 3 + ["full"]
+
+
+def command(config, workdir, *overrides):
+    return [sys.executable, "scripts/train.py", f"--config={config}", f"--workdir={workdir}", *overrides]
+
+
+def test_yaml_trains_and_bad_input_is_one_line(tiny, documents, tmp_path):
+    good = tmp_path / "run.yaml"
+    good.write_text(f"""
+model: {tiny}
+train_type: longlora
+context_length: 64
+lora_rank: 4
+lora_alpha: 8
+target_modules: [q_proj, v_proj]
+scheduler: {{type: linear, warmup_steps: 1, total_steps: 2}}
+context_schedule: [{{max_length: 32, steps: 1}}, {{max_length: 64, steps: 2}}]
+dataset: {{train: {documents}, max_length: 64}}
+batch_size: 8
+dtype: float32
+""")
+
+    def run(config, *overrides):
+        done = subprocess.run(command(config, tmp_path / "run", *overrides), cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stderr.strip().splitlines()[-1]
+    assert run(f"configs/from_yaml.py:{good}")[0] == 0
+    assert (tmp_path / "run" / "report.html").exists()
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: x\nlora_rnak: 3\n")
+    code, line = run(f"configs/from_yaml.py:{bad}")
+    assert code == 2 and "did you mean 'lora_rank'" in line
+    code, line = run("configs/quickstart.py", "--config.lora.rnak=3")
+    assert code == 2 and "rnak" in line
+    code, line = run("configs/quickstart.py", "--config.data.train=('/nowhere.jsonl',)")
+    assert code == 3 and "/nowhere.jsonl" in line
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_ends_as_if_nothing_happened(tiny, documents, tmp_path):
+    overrides = [f"--config.model.path={tiny}", f"--config.data.train=('{documents}',)", "--config.context.length=64",
+                 "--config.context.schedule=((30,32,'shifted'),(60,64,'full'))", "--config.training.rows=8",
+                 "--config.checkpoint.every_steps=5", "--config.data.valid_fraction=0.2"]
+    subprocess.run(command("configs/quickstart.py", tmp_path / "whole", *overrides), cwd=ROOT, check=True)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        process = subprocess.Popen(command("configs/quickstart.py", tmp_path / "killed", *overrides), cwd=ROOT)
+        time.sleep(rng.uniform(4, 25))
+        process.kill()
+        process.wait()
+    subprocess.run(command("configs/quickstart.py", tmp_path / "killed", *overrides), cwd=ROOT, check=True)
+    assert_same(*(trained_leaves(restore_run(tmp_path / name)[1]) for name in ("whole", "killed")))
+    assert records(tmp_path / "whole") == records(tmp_path / "killed")
