@@ -20,7 +20,7 @@ quickstart: .venv/run
 	$(BIN)/python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
 	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 	test -d runs/quickstart/export/peft || $(BIN)/python scripts/export.py --workdir=runs/quickstart --format=peft
-	$(BIN)/python scripts/evaluate.py --workdir=runs/quickstart --lengths=512,1024,2048,4096
+	$(BIN)/python scripts/evaluate.py --workdir=runs/quickstart --lengths=512,1024,2048,4096 --documents=8
 	@echo "Report: runs/quickstart/report.html"
 
 test: .venv/test

@@ -18,12 +18,13 @@ def get_config():
         (75, 4_096, "shifted"),
         (100, 4_096, "full"),                # finish in full attention: retrieval needs it
     )
+    c.context.rope.type = "yarn"             # loses least before training, see README
     c.lora.rank = 16
     c.lora.alpha = 32.0
     c.lora.targets = ("all-linear",)
     c.data.train = ("data/stdlib.jsonl",)
     c.data.valid_fraction = 0.03             # the documents that the base has not seen either
     c.training.eval_rows = 16
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup_steps = 10
     return c

@@ -1,8 +1,10 @@
 """Tiny random models as transformers saves them, and the same models here with an adapter that has been trained."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,9 +16,8 @@ from flax import nnx
 from lljax.interop.base import open_base
 from lljax.interop.huggingface import load_weights
 from lljax.models import lora, rope
-from lljax.models.declare import declared
+from lljax.models.declare import Weight, declared
 from lljax.models.decoder import Decoder
-from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
 
 SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -36,50 +37,66 @@ def torch_logits(model) -> np.ndarray:
         return model.eval()(torch.from_numpy(TOKENS)).logits.float().numpy()
 
 
+@functools.partial(jax.jit, static_argnums=0)              # compiled once for all models of one kind
+def forward(graphdef, state):
+    model, positions = nnx.merge(graphdef, state), jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
+    return model.logits(model(jnp.asarray(TOKENS), positions=positions))
+
+
 def our_logits(model) -> np.ndarray:
-    positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-    return np.asarray(model.logits(model(jnp.asarray(TOKENS), positions=positions)))
+    return np.asarray(forward(*nnx.split(model)))
+
+
+def write_folder(folder, family="llama", tied=True, dtype=torch.float32, shards="5GB", **changes):
+    """A folder with config, weights and tokenizer of a random model."""
+    torch.manual_seed(0)
+    config_class, fields = FAMILIES[family]
+    config = config_class(**(SIZES | fields | changes), tie_word_embeddings=tied)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():                    # norms and biases away from their trivial start
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train(folder, rope_type="linear", also_train=("embed", "norm"), targets=("q_proj", "v_proj", "down_proj"), rank=4,
+          rslora=False, dtype=jnp.float32) -> Trained:
+    """The base, and its model at 160 tokens with whatever trains moved at random."""
+    base = open_base(str(folder))
+    spec = from_hf(base.config)
+    stretched = rope.extend(spec.rope, type=rope_type, factor="auto", length=160, max_length=spec.max_length)
+    model = Decoder(dataclasses.replace(spec, rope=stretched, max_length=160))
+    lora.attach(model, rank=rank, alpha=8.0, targets=targets, rslora=rslora, also_train=also_train)
+    load_weights(model, base, dtype=dtype)
+    rng = np.random.default_rng(0)
+    for _, variable in declared(model):
+        if variable.get_metadata("trainable"):
+            start = variable.get_value() if isinstance(variable, Weight) else 0
+            moved = start + rng.normal(size=variable.get_value().shape) * 0.1
+            variable.set_value(jnp.asarray(moved, jnp.float32))
+    return Trained(base, model)
 
 
 @pytest.fixture
 def hf_folder(tmp_path):
-    """make(family, tied, dtype=..., **config fields) -> a folder with config, weights and tokenizer."""
-    def make(family="llama", tied=True, dtype=torch.float32, name="base", shards="5GB", **changes):
-        torch.manual_seed(0)
-        config_class, fields = FAMILIES[family]
-        config = config_class(**(SIZES | fields | changes), tie_word_embeddings=tied)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():                # norms and biases away from their trivial start
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.to(dtype).save_pretrained(tmp_path / name, max_shard_size=shards)
-        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-        words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1",
-                                             model_max_length=64).save_pretrained(tmp_path / name)
-        return tmp_path / name
-    return make
+    """make(family, tied, ..., name=...) -> a folder of the test's own."""
+    return lambda *args, name="base", **fields: write_folder(tmp_path / name, *args, **fields)
 
 
 @pytest.fixture
 def trained():
-    """make(folder, ...) -> the base, and its model at 160 tokens with random factors, embeddings and norms."""
-    def make(folder, rope_type="linear", also_train=("embed", "norm"), targets=("q_proj", "v_proj", "down_proj"), rank=4,
-             rslora=False, dtype=jnp.float32):
-        base = open_base(str(folder))
-        spec = from_hf(base.config)
-        stretched = rope.extend(spec.rope, type=rope_type, factor="auto", length=160, max_length=spec.max_length)
-        model = Decoder(dataclasses.replace(spec, rope=stretched, max_length=160))
-        lora.attach(model, rank=rank, alpha=8.0, targets=targets, rslora=rslora, also_train=also_train)
-        load_weights(model, base, dtype=dtype)
-        initialise(model, 0)
-        rng = np.random.default_rng(0)
-        for _, variable in declared(model):
-            if variable.get_metadata("trainable"):
-                value = variable.get_value()
-                variable.set_value(value + jnp.asarray(rng.normal(size=value.shape) * 0.1, jnp.float32))
-        return Trained(base, model)
-    return make
+    return train
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory):
+    """A tied llama with linear RoPE, trained; for tests that leave its folder as it is."""
+    return train(write_folder(tmp_path_factory.mktemp("example") / "base"))
 
 
 @pytest.fixture

@@ -34,6 +34,14 @@ def run(commands):
     return names["model"]
 
 
+def full(base):
+    """A model of random weights, every one trainable."""
+    model = Decoder(from_hf(base.config))
+    lora.mark_trainable(model)
+    initialise(model, 1, deviation=0.3)
+    return model
+
+
 # ---------------------------------------------------------------- equal logits
 @pytest.mark.parametrize("family,tied", [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True),
                                          ("qwen3", True), ("qwen3", False)])
@@ -86,9 +94,7 @@ def test_whatever_trained_is_exported(hf_folder, trained, logits, tmp_path, expo
 
 def test_a_run_of_every_weight_is_exported_merged_only(hf_folder, logits, tmp_path):
     base = open_base(str(hf_folder(tied=False)))
-    model = Decoder(from_hf(base.config))
-    lora.mark_trainable(model)
-    initialise(model, 1, deviation=0.3)
+    model = full(base)
     export_merged(model, base, tmp_path / "merged")
     close(logits(load(tmp_path / "merged")), logits(model))
     for export, name in ((export_peft, "peft"), (export_split, "split")):
@@ -101,9 +107,7 @@ def test_a_run_from_random_weights_needs_none_in_the_base(hf_folder, logits, tmp
     folder = hf_folder()
     (folder / "model.safetensors").unlink()
     base = open_base(str(folder))
-    model = Decoder(from_hf(base.config))
-    lora.mark_trainable(model)
-    initialise(model, 1, deviation=0.3)
+    model = full(base)
     export_merged(model, base, tmp_path / "merged", dtype="float32")
     close(logits(load(tmp_path / "merged")), logits(model))
     export_merged(model, base, tmp_path / "again")           # in whatever type config.json names
@@ -126,8 +130,8 @@ def test_untouched_tensors_are_copied_bitwise_and_merged_ones_rounded_once(hf_fo
             assert out.read(name).tobytes() == base.read(name).tobytes(), name
 
 
-def test_the_config_names_the_type_of_the_weights(hf_folder, trained, tmp_path):
-    base, model = trained(hf_folder())
+def test_the_config_names_the_type_of_the_weights(example, tmp_path):
+    base, model = example
     export_merged(model, base, tmp_path / "out", dtype="bfloat16")
     assert open_base(str(tmp_path / "out")).dtype("model.norm.weight") == jnp.bfloat16
     assert load(tmp_path / "out").dtype == torch.bfloat16
@@ -163,9 +167,8 @@ def test_the_split_adapter_is_one_that_vllm_takes(hf_folder, trained, tmp_path):
     assert Path(config["base_model_name_or_path"]) == tmp_path / "out" / "base"
 
 
-def test_the_peft_commands_say_that_vllm_refuses_trained_embeddings(hf_folder, trained, tmp_path):
-    base, model = trained(hf_folder())
-    assert "--format=split" in export_peft(model, base, tmp_path / "whole")
+def test_the_peft_commands_say_that_vllm_refuses_trained_embeddings(example, hf_folder, trained, tmp_path):
+    assert "--format=split" in export_peft(example.model, example.base, tmp_path / "whole")
     base, model = trained(hf_folder(), also_train=())
     assert "--format=split" not in export_peft(model, base, tmp_path / "factors")
 
@@ -180,8 +183,8 @@ def test_the_generation_config_goes_along(hf_folder, trained, tmp_path):
 
 
 # ---------------------------------------------------------------- the folder
-def test_a_folder_that_holds_something_is_refused_and_untouched(hf_folder, trained, tmp_path):
-    base, model = trained(hf_folder())
+def test_a_folder_that_holds_something_is_refused_and_untouched(example, tmp_path):
+    base, model = example
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(ConfigError, match="not empty"):
@@ -189,40 +192,38 @@ def test_a_folder_that_holds_something_is_refused_and_untouched(hf_folder, train
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused_in_one_line(hf_folder, trained, tmp_path):
-    base, model = trained(hf_folder())
+def test_a_file_in_the_place_of_the_folder_is_refused_in_one_line(example, tmp_path):
+    base, model = example
     (tmp_path / "out").write_text("x")
     with pytest.raises(ConfigError, match="out"):
         export_merged(model, base, tmp_path / "out")
 
 
-def test_a_neighbouring_folder_of_the_user_survives(hf_folder, trained, tmp_path):
-    base, model = trained(hf_folder())
+def test_a_neighbouring_folder_of_the_user_survives(example, tmp_path):
+    base, model = example
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "mine").write_text("x")
     export_merged(model, base, tmp_path / "out")
     assert (tmp_path / "out.tmp" / "mine").exists()
 
 
-def test_the_current_folder_may_be_the_target(hf_folder, trained, tmp_path, monkeypatch):
-    base, model = trained(hf_folder())
+def test_the_current_folder_may_be_the_target(example, tmp_path, monkeypatch):
+    base, model = example
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     export_merged(model, base, Path("."))
     assert (tmp_path / "here" / "model.safetensors").exists()
 
 
-def test_nothing_half_written_stays_when_a_write_fails(hf_folder, trained, tmp_path, monkeypatch):
-    base, model = trained(hf_folder())
-    before = sorted(p.name for p in tmp_path.iterdir())
-
+def test_nothing_half_written_stays_when_a_write_fails(example, tmp_path, monkeypatch):
+    base, model = example
     def fail(descriptor):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", fail)
     for export in (export_merged, export_peft, export_split):
         with pytest.raises((OSError, ConfigError)):
             export(model, base, tmp_path / "out")
-        assert sorted(p.name for p in tmp_path.iterdir()) == before
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_base_without_a_tokenizer_is_noticed_and_leaves_nothing(hf_folder, trained, tmp_path):

@@ -16,15 +16,15 @@ from lljax.interop.huggingface import load_weights
 from lljax.models.decoder import Decoder
 from lljax.models.spec import from_hf
 
-N, K, H, D, F, V, L = 8, 2, 8, 64, 96, 320, 2        # rows of 32: the block of quantised types
+N, K, H, D, F, V, L = 8, 2, 8, 64, 96, 320, 2            # rows of 32 n: the block of quantised types
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 WORDS = [*BYTES, "ab", "abc", "Ġa", "<s>", "</s>"]
 
 
 def weights(architecture, tied):
     """Random tensors under their GGUF names."""
-    layer = {"attn_norm.weight": (D,), "ffn_norm.weight": (D,), "attn_q.weight": (N * H, D), "attn_k.weight": (K * H, D),
-             "attn_v.weight": (K * H, D), "attn_output.weight": (D, N * H), "ffn_gate.weight": (F, D),
+    layer = {"attn_norm.weight": (D,), "ffn_norm.weight": (D,), "attn_q.weight": (N * H, D),
+             "attn_k.weight": (K * H, D), "attn_v.weight": (K * H, D), "attn_output.weight": (D, N * H), "ffn_gate.weight": (F, D),
              "ffn_up.weight": (F, D), "ffn_down.weight": (D, F)}
     if architecture == "qwen2":
         layer |= {"attn_q.bias": (N * H,), "attn_k.bias": (K * H,), "attn_v.bias": (K * H,)}
@@ -116,7 +116,8 @@ def test_tensors_have_hf_names_and_only_llamas_queries_and_keys_are_permuted(tmp
     assert model.spec.qk_norm == (architecture == "qwen3") and model.spec.qkv_bias == (architecture == "qwen2")
 
 
-@pytest.mark.parametrize("kind,tolerance", [("F16", 1e-3), ("BF16", 4e-3), ("Q8_0", 8e-3), ("Q5_0", 0.08), ("Q4_1", 0.08)])
+@pytest.mark.parametrize("kind,tolerance", [("F16", 1e-3), ("BF16", 4e-3), ("Q8_0", 8e-3), ("Q5_0", 0.08),
+                                            ("Q4_1", 0.08)])
 def test_quantised_tensors_come_back_within_their_precision(tmp_path, kind, tolerance):
     written = write(tmp_path / "m.gguf", "qwen2", kind=gguf.GGMLQuantizationType[kind])
     base, _ = read_all(tmp_path / "m.gguf")
@@ -194,7 +195,8 @@ def test_llama_3_takes_a_word_that_is_a_token_whole():
 
 
 def test_sentencepiece_vocabularies_merge_by_score_and_fall_back_to_bytes(tmp_path):
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "c", "ab", "bc", "\u2581a"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)),
+              "\u2581", "a", "b", "c", "ab", "bc", "\u2581a"]
     scores = [0.0] * 259 + [-10.0, -11.0, -12.0, -13.0, -2.0, -1.0, -3.0]
     kinds = [2, 3, 3] + [6] * 256 + [1] * 7
     fields = {"model": "llama", "tokens": pieces, "scores": scores, "token_type": kinds, "bos_token_id": 1,
@@ -210,7 +212,8 @@ def test_sentencepiece_vocabularies_merge_by_score_and_fall_back_to_bytes(tmp_pa
     {"llama.embedding_length": None}, {"llama.attention.head_count": [8, 8]}, {"llama.attention.head_count": 0,
                                                                                "llama.attention.key_length": None},
     {"llama.embedding_length": "64"}, {"llama.block_count": 3}, {"llama.attention.head_count_kv": [2, 2]},
-    {"llama.rope.scaling.type": "longrope"}, {"llama.rope.scaling.type": "linear"}, {"llama.attention.head_count_kv": 3},
+    {"llama.rope.scaling.type": "longrope"}, {"llama.rope.scaling.type": "linear"},
+    {"llama.attention.head_count_kv": 3},
     {"tokenizer.ggml.eos_token_id": 4000}, {"tokenizer.ggml.merges": None}, {"tokenizer.ggml.bos_token_id": None},
     {"tokenizer.ggml.tokens": None}, {"tokenizer.ggml.model": "bert"}, {"tokenizer.ggml.pre": "unheard of"},
 ], ids=str)
