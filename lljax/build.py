@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -12,6 +13,7 @@ from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import load_adapter
 from lljax.models import lora, rope
 from lljax.models import spec as specs
+from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import DecoderSpec
@@ -70,3 +72,11 @@ def load_base(base, spec: DecoderSpec, dtype) -> Decoder:
     model = Decoder(spec)
     load_weights(model, base, dtype=dtype)
     return model
+
+
+def place(model: Decoder, mesh: Mesh) -> None:
+    """Moves the values of a model that is at hand onto `mesh`."""
+    for _, variable in declared(model):
+        value = variable.get_value()
+        where = sharding.weight_sharding(mesh, variable.get_metadata("axes"), value.shape)
+        variable.set_value(jax.device_put(value, where))

@@ -159,7 +159,7 @@ dtype: float32
     assert code == 2 and "did you mean 'lora_rank'" in line
     code, line = run("configs/quickstart.py", "--config.lora.rnak=3")
     assert code == 2 and "rnak" in line
-    code, line = run("configs/quickstart.py", "--config.data.train=('/nowhere.jsonl',)")
+    code, line = run("configs/quickstart.py", "--config.data.train=('/nowhere.jsonl',)", "--config.training.rows=8")
     assert code == 3 and "/nowhere.jsonl" in line
 
 

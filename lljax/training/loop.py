@@ -18,7 +18,7 @@ from lljax.errors import ConfigError, NumericAbort, Stopped
 from lljax.interop.base import open_base, tokenizer_fingerprint
 from lljax.models import lora
 from lljax.models.decoder import FULL
-from lljax.build import build_model
+from lljax.build import build_model, place
 from lljax.training.checkpoint import Checkpoints, abstract, check_identity
 from lljax.training.curriculum import Stage, stages
 from lljax.training.monitor import Monitor, read_metrics
@@ -66,6 +66,8 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     # ---------------------------------------------------------------- model, optimizer
     if model is None:
         model = build_model(config, base, mesh)
+    else:
+        place(model, mesh)
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     optimizer = make_optimizer(config.optimizer, total_steps(config), roles_of(trainable))
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)

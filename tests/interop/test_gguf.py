@@ -12,8 +12,10 @@ import transformers
 from lljax.errors import ModelError
 from lljax.interop import gguf_tokenizer
 from lljax.interop.base import open_base
+from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.huggingface import load_weights
 from lljax.models.decoder import Decoder
+from lljax.models.rope import RopeSpec, base_frequencies, frequencies
 from lljax.models.spec import from_hf
 
 N, K, H, D, F, V, L = 8, 2, 8, 64, 96, 320, 2            # rows of 32 n: the block of quantised types
@@ -24,8 +26,8 @@ WORDS = [*BYTES, "ab", "abc", "Ġa", "<s>", "</s>"]
 def weights(architecture, tied):
     """Random tensors under their GGUF names."""
     layer = {"attn_norm.weight": (D,), "ffn_norm.weight": (D,), "attn_q.weight": (N * H, D),
-             "attn_k.weight": (K * H, D), "attn_v.weight": (K * H, D), "attn_output.weight": (D, N * H), "ffn_gate.weight": (F, D),
-             "ffn_up.weight": (F, D), "ffn_down.weight": (D, F)}
+             "attn_k.weight": (K * H, D), "attn_v.weight": (K * H, D), "attn_output.weight": (D, N * H),
+             "ffn_gate.weight": (F, D), "ffn_up.weight": (F, D), "ffn_down.weight": (D, F)}
     if architecture == "qwen2":
         layer |= {"attn_q.bias": (N * H,), "attn_k.bias": (K * H,), "attn_v.bias": (K * H,)}
     if architecture == "qwen3":
@@ -136,6 +138,33 @@ def test_metadata_becomes_a_config(tmp_path):
     assert (spec.max_length, spec.rope.theta, spec.tied) == (64, 5000.0, False)
     assert (spec.rope.type, spec.rope.factor, spec.rope.original_length) == ("yarn", 4.0, 16)
     assert base.config["eos_token_id"] == WORDS.index("</s>") and spec.norm_eps == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])           # of Llama 3.1 and 3.2
+def test_the_rope_factors_of_llama_3_become_its_parameters(tmp_path, factor):
+    spec = RopeSpec("llama3", theta=500_000.0, factor=factor, original_length=8192)
+    factors = base_frequencies(spec.theta, H) / np.asarray(frequencies(spec, H, 0).inverse)
+    write(tmp_path / "m.gguf", metadata={"llama.rope.freq_base": spec.theta}, extra={"rope_freqs.weight": factors})
+    read = from_hf(open_base(str(tmp_path / "m.gguf")).config).rope
+    np.testing.assert_allclose(frequencies(read, H, 0).inverse, frequencies(spec, H, 0).inverse, rtol=1e-6)
+    assert read.type == "llama3"
+
+
+def test_rope_factors_of_another_rule_are_refused(tmp_path):
+    write(tmp_path / "m.gguf", extra={"rope_freqs.weight": np.array([1, 2, 5, 3], np.float32)})
+    with pytest.raises(ModelError, match="rope_freqs"):
+        open_base(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("export", [export_merged, export_peft, export_split])
+def test_a_model_trained_over_a_gguf_file_is_exported_in_every_form(tmp_path, trained, logits, export):
+    write(tmp_path / "m.gguf", "llama", tied=True)
+    base, model = trained(tmp_path / "m.gguf")
+    names = {}
+    exec(export(model, base, tmp_path / "out"), names)       # the commands it prints
+    loaded = names["model"].float()
+    tolerance = 2e-4 if export is export_peft else 3e-2      # the others are written in float16
+    np.testing.assert_allclose(logits(loaded), logits(model), atol=tolerance * np.abs(logits(model)).max())
 
 
 def test_the_fingerprint_sees_tensors_behind_a_long_vocabulary(tmp_path):

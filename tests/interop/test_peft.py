@@ -112,7 +112,7 @@ def test_what_is_written_is_read_back_bitwise(adapter, hf_folder, trained):
     assert sorted(config.targets) == sorted(TARGETS)
     model = attached(base, config)
     load_adapter(model, folder)
-    for (_, loaded), (_, wanted) in zip(declared(model), declared(trained(base, "keep").model)):
+    for (_, loaded), (_, wanted) in zip(declared(model), declared(trained(base, "keep").model), strict=True):
         if loaded.get_metadata("trainable"):
             np.testing.assert_array_equal(loaded.get_value(), wanted.get_value())
 
@@ -203,8 +203,9 @@ def test_initialisations_that_leave_the_base_alone_are_taken(config_folder, init
     read_adapter_config(config_folder)
 
 
-@pytest.mark.parametrize("fields", [{"r": None}, {"r": "many"}, {"r": -3}, {"lora_alpha": None}, {"target_modules": [3]},
-                                    {"target_modules": None}, {"modules_to_save": [3]}], ids=str)
+@pytest.mark.parametrize("fields", [
+    {"r": None}, {"r": "many"}, {"r": -3}, {"lora_alpha": None}, {"target_modules": [3]}, {"target_modules": None},
+    {"modules_to_save": [3]}], ids=str)
 def test_a_damaged_configuration_is_one_line(config_folder, fields):
     edit(config_folder, **fields)
     with pytest.raises(ModelError, match="adapter_config.json"):
