@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def open_base(path: str, revision: str = "main"):
     Raises:
       ModelError: nothing there, or not a model that can be read.
     """
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))   # leaves the ~ of an unknown user as it is
     if local.suffix == ".gguf":
         from lljax.interop.gguf import GgufBase
         if not local.is_file():
@@ -105,7 +106,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise ModelError(f"{path}: there is no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: not a JSON object")

@@ -34,8 +34,8 @@ class File:
             if not 0 < length <= min(MAX_HEADER, size - 8):
                 raise ModelError(f"{path}: not a safetensors file, or cut short (header of {length} bytes in {size})")
             try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
+                header = json.loads(file.read(length), object_pairs_hook=_once)
+            except (ValueError, RecursionError) as error:
                 raise ModelError(f"{path}: the safetensors header is not JSON ({error})") from None
         if not isinstance(header, dict):
             raise ModelError(f"{path}: the safetensors header is not a JSON object")
@@ -44,14 +44,15 @@ class File:
         self.entries = {name: self._entry(name, entry, size - self.header_bytes) for name, entry in header.items()}
         end = 0
         for name, (dtype, shape, start) in sorted(self.entries.items(), key=lambda item: item[1][2]):
-            if start < end:
+            size = math.prod(shape) * dtype.itemsize
+            if size and start < end:
                 raise ModelError(f"{path}: tensor {name!r} overlaps the one before it")
-            end = start + math.prod(shape) * dtype.itemsize
+            end = max(end, start + size)
 
     def _entry(self, name, entry, room):
         try:
             dtype, shape, (start, stop) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(isinstance(x, int) and 0 <= x < 1 << 62 for x in (*shape, start, stop))
+            sound = all(type(x) is int and 0 <= x < 1 << 40 for x in (*shape, start, stop)) and len(shape) <= 16
             sound = sound and stop - start == math.prod(shape) * dtype.itemsize and stop <= room
         except (KeyError, TypeError, ValueError):
             sound = False
@@ -70,6 +71,13 @@ class File:
             shape)
 
 
+def _once(pairs) -> dict:
+    """A JSON object in which no name stands twice: two readers would disagree on which one counts."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return dict(pairs)
+
+
 class Folder:
     """The safetensors of a model folder: `model.safetensors`, or the shards that its index names."""
 
@@ -83,7 +91,8 @@ class Folder:
             hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
             raise ModelError(f"{folder}: no model.safetensors and no {INDEX}{hint}")
         self.files = [File(path) for path in files]
-        self.where = {name: file for file in self.files for name in file.entries}
+        # The index says where a tensor is; a second copy in another file does not count.
+        self.where = {name: file for file, names in zip(self.files, files.values()) for name in names or file.entries}
         for file, names in zip(self.files, files.values()):
             for name in names or ():
                 if name not in file.entries:
@@ -109,14 +118,14 @@ def _indexed_files(folder: Path) -> dict[Path, list[str]]:
         files: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(folder / file, []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index}: not an index of tensors ({type(error).__name__}: {error})") from None
     for path in files:
         name = path.name
         # A hub's cache links its files into a shared store, so the link itself may leave the folder; the name may not.
         if path.parent != folder or name in ("", ".", "..") or not name.endswith(".safetensors"):
             raise ModelError(f"{index}: {str(path)!r} is not the plain name of a safetensors file in this folder")
-        if not path.is_file():
+        if len(name) > 255 or "\0" in name or not path.is_file():
             raise ModelError(f"{index}: the file {name} that it names is not there")
     return files
 
