@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,6 @@ import numpy as np
 from lljax.errors import ModelError
 from lljax.interop import safetensors
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-                   "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 
 
@@ -45,6 +42,12 @@ class FolderBase:
     def read(self, name: str) -> np.ndarray:
         return self.tensors.read(name)
 
+    @property
+    def generation_config(self) -> dict | None:
+        """What generation_config.json says, such as the tokens that end a turn."""
+        path = self.folder / "generation_config.json"
+        return read_json(path) if path.is_file() else None
+
     def tokenizer(self):
         from transformers import AutoTokenizer   # slow to import, and not every caller needs it
         try:
@@ -69,7 +72,10 @@ def open_base(path: str, revision: str = "main"):
     Raises:
       ModelError: nothing there, or not a model that can be read.
     """
-    local = Path(os.path.expanduser(path))   # leaves the ~ of an unknown user as it is
+    try:
+        local = Path(path).expanduser()
+    except RuntimeError:                     # the home of a user that is not there
+        raise ModelError(f"model.path={path!r}: no such folder") from None
     if local.suffix == ".gguf":
         from lljax.interop.gguf import GgufBase
         if not local.is_file():

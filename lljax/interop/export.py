@@ -1,6 +1,7 @@
 """A trained model handed to the PyTorch world: as an adapter, merged, or split for a server that takes plain LoRA."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +35,20 @@ def export_peft(model: nnx.Module, base, out: Path) -> str:
         (folder / "rope.json").write_text(json.dumps(rope.to_hf(model.spec.rope, model.spec.max_length), indent=2) + "\n")
         return config
     config = _complete(out, write)
-    note = "" if not config["modules_to_save"] else (
-        "\n# vLLM takes no adapter with modules_to_save: export with --format=split or --format=merged to serve it.")
+    if config["modules_to_save"]:
+        note = ("# vLLM takes no adapter with modules_to_save: export with --format=split or --format=merged to serve "
+                "it.")
+    else:
+        overrides = json.dumps(rope.to_hf(model.spec.rope, model.spec.max_length))
+        note = (f"# vllm serve {base.path} --enable-lora --lora-modules adapter={out} --max-lora-rank "
+                f"{_vllm_rank(config['r'])} --max-model-len {model.spec.max_length} --hf-overrides '{overrides}'")
+    gguf = Path(base.path).suffix == ".gguf"
+    source = f"{str(Path(base.path).parent)!r}, gguf_file={Path(base.path).name!r}" if gguf else repr(base.path)
     return (f"# rope.json holds the RoPE that the adapter was trained with; an adapter cannot carry it itself.\n"
             f"import json, peft, transformers\n"
-            f"config = transformers.AutoConfig.from_pretrained({base.path!r}, **json.load(open('{out}/rope.json')))\n"
-            f"model = transformers.AutoModelForCausalLM.from_pretrained({base.path!r}, config=config)\n"
-            f"model = peft.PeftModel.from_pretrained(model, '{out}'){note}")
+            f"config = transformers.AutoConfig.from_pretrained({source}, **json.load(open('{out}/rope.json')))\n"
+            f"model = transformers.AutoModelForCausalLM.from_pretrained({source}, config=config)\n"
+            f"model = peft.PeftModel.from_pretrained(model, '{out}')\n{note}")
 
 
 def export_merged(model: nnx.Module, base, out: Path, *, dtype: str | None = None,
@@ -65,16 +73,24 @@ def export_split(model: nnx.Module, base, out: Path, *, max_shard_bytes: int = S
         (folder / "adapter").mkdir()
         _write_model(model, base, folder / "base", merge=False, dtype=None, max_shard_bytes=max_shard_bytes)
         return write_adapter(model, folder / "adapter", base_name=str(out / "base"), whole_modules=False)
-    rank = _complete(out, write)["r"]
-    rank = min((allowed for allowed in VLLM_RANKS if allowed >= rank), default=rank)
+    rank = _vllm_rank(_complete(out, write)["r"])
     return (f"# vllm serve {out}/base --enable-lora --lora-modules adapter={out}/adapter --max-lora-rank {rank} "
             f"--max-model-len {model.spec.max_length}\n"
             f"import peft, transformers\nmodel = transformers.AutoModelForCausalLM.from_pretrained('{out}/base')\n"
             f"model = peft.PeftModel.from_pretrained(model, '{out}/adapter')")
 
 
+def _vllm_rank(rank: int) -> int:
+    """The least value of --max-lora-rank that admits the adapter."""
+    return min((allowed for allowed in VLLM_RANKS if allowed >= rank), default=rank)
+
+
 def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_bytes: int) -> None:
     """A HF checkpoint of the model's base weights, with the factors added to them where `merge`."""
+    tokenizer = base.tokenizer()             # first: a base without one is noticed before the long write
+    # A run that trained every weight needs none of the base's, which may have none.
+    frozen = any(isinstance(v, Weight) and not v.get_metadata().get("trainable", False) for _, v in declared(model))
+    available = set(base.names()) if frozen else set()
     updates = {}                             # HF name -> (its Lora, layer)
     for _, linear in linear_layers(model) if merge else ():
         if linear.lora is not None:
@@ -84,48 +100,53 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
         if isinstance(variable, Weight):
             trained = variable.get_metadata().get("trainable", False)
             for i, name in enumerate(hf_names(variable)):
-                if trained or name in updates or name not in base.names():
-                    sources[name] = lambda v=variable, i=i, u=updates.get(name): _merged(hf_value(v, i), u)
+                if trained or name not in available:
+                    sources[name] = lambda v=variable, i=i: hf_value(v, i)
+                elif name in updates:        # to the base's own weight: the run's copy may be rounded
+                    sources[name] = lambda name=name: _merged(base.read(name), *updates[name])
                 else:                        # bitwise as it was, whatever dtype the run computed in
                     sources[name] = lambda name=name: base.read(name)
-    default = np.dtype(ml_dtypes.bfloat16)
-    wanted = {name: np.dtype(getattr(ml_dtypes, dtype, dtype)) if dtype else
-              base.dtype(name) if name in base.names() else default for name in sources}
+    named = dtype or base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"
+    default = np.dtype(getattr(ml_dtypes, named, named))
+    wanted = {name: base.dtype(name) if name in available and not dtype else default for name in sources}
     layout = {name: (wanted[name], hf_shape(variable)) for _, variable in declared(model)
               if isinstance(variable, Weight) for name in hf_names(variable)}
     safetensors.write_sharded(folder, layout, lambda name: np.asarray(sources[name]()).astype(wanted[name]),
                               max_shard_bytes=max_shard_bytes)
     spec = model.spec
     config = dict(base.config) | rope.to_hf(spec.rope, spec.max_length)
+    if dtype:
+        config |= {"dtype": dtype, "torch_dtype": dtype}     # in the spelling of transformers 5 and the one before
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer = base.tokenizer()
+    if base.generation_config:
+        (folder / "generation_config.json").write_text(json.dumps(base.generation_config, indent=2) + "\n")
     tokenizer.model_max_length = spec.max_length
     tokenizer.save_pretrained(folder)
 
 
-def _merged(weight: np.ndarray, update) -> np.ndarray:
+def _merged(weight: np.ndarray, lora, i: int) -> np.ndarray:
     """The weight [out, in] plus its low-rank update, in float32."""
-    if update is None:
-        return weight
-    lora, i = update
     return weight.astype(np.float32) + lora.scale * (hf_value(lora.b, i) @ hf_value(lora.a, i))
 
 
 def _complete(out: Path, write):
     """Runs `write(folder)` on a folder that becomes `out` when it is complete."""
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out={out} is there already and not empty: name another folder or remove it")
-    unfinished = out.with_name(out.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out={out} is a file or a folder that is not empty: name another, or remove it")
+    out = out.resolve()
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     unfinished.mkdir(parents=True)
     try:
         result = write(unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
+    if out.exists():                         # filled, not replaced: it may be where the user's shell is
+        for child in unfinished.iterdir():
+            child.rename(out / child.name)
+        unfinished.rmdir()
+    else:
+        unfinished.rename(out)
     return result
 
 

@@ -3,6 +3,7 @@
 Key names: the `gguf` package's constants. Tensor names and the q/k permutation: llama.cpp's convert_hf_to_gguf.py.
 """
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -13,6 +14,7 @@ import numpy as np
 
 from lljax.errors import ModelError
 from lljax.interop import gguf_tokenizer
+from lljax.models.rope import RopeSpec, base_frequencies, llama3_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")              # Mistral models call themselves llama
 LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
@@ -26,16 +28,22 @@ class GgufBase:
     """The interface of lljax.interop.base.FolderBase over one GGUF file."""
 
     def __init__(self, path: str, file: Path):
-        self.path, self.file = path, file
-        try:
+        self.path, self.file, self.generation_config = path, file, None
+        with self._reading("not a GGUF file that can be read"):
             self._reader = gguf.GGUFReader(file)
             self._tensors = {_hf_name(t.name): t for t in self._reader.tensors if t.name != "rope_freqs.weight"}
+            self.config = self._config()
+
+    @contextlib.contextmanager
+    def _reading(self, failure: str):
+        """Whatever damage raises in there is one line: the packages raise what it happens to lead to."""
+        try:
+            yield
         except ModelError:
             raise
-        except Exception as error:           # the package raises whatever the damage leads it to
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{path}: not a GGUF file that can be read ({reason})") from None
-        self.config = self._config()
+        except Exception as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            raise ModelError(f"{self.path}: {failure} ({type(error).__name__}: {reason})") from None
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -48,20 +56,18 @@ class GgufBase:
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
-        try:
+        with self._reading(f"tensor {name!r} of type {tensor.tensor_type.name} cannot be dequantised"):
             array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
-        except (NotImplementedError, ValueError) as error:
-            raise ModelError(f"{self.path}: tensor {name!r} of type {tensor.tensor_type.name} cannot be dequantised "
-                             f"({error})") from None
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if heads and self._architecture == "llama":
-            array = _unpermute(array, self.config[heads])
-        return array
+            heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+            if heads and self._architecture == "llama":
+                array = _unpermute(array, self.config[heads])
+            return array
 
     def fingerprint(self) -> str:
-        """sha256 over the size and the first MiB, which hold the metadata and the table of tensors."""
+        """sha256 over the size, the metadata and the table of tensors; the weights are not read."""
         with open(self.file, "rb") as opened:
-            return hashlib.sha256(opened.read(1 << 20) + str(self.file.stat().st_size).encode()).hexdigest()
+            head = opened.read(self._reader.data_offset)
+        return hashlib.sha256(head + str(self.file.stat().st_size).encode()).hexdigest()
 
     # ---------------------------------------------------------------- metadata
     @property
@@ -77,10 +83,12 @@ class GgufBase:
         if a not in ARCHITECTURES:
             raise ModelError(f"{self.path}: architecture {a!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
 
-        def need(key):
-            value = self._field(f"{a}.{key}")
+        def need(key, default=None):
+            value = self._field(f"{a}.{key}", default)
             if value is None:
                 raise ModelError(f"{self.path}: the metadata has no {a}.{key}")
+            if not isinstance(value, (int, float)) or value <= 0:    # a list: layers that differ
+                raise ModelError(f"{self.path}: {a}.{key} is {value!r}; one number above 0 is needed")
             return value
         N, D = need("attention.head_count"), need("embedding_length")
         vocabulary = self.shape("model.embed_tokens.weight")[0] if "model.embed_tokens.weight" in self._tensors else None
@@ -91,24 +99,24 @@ class GgufBase:
                                                 "qwen3": "Qwen3ForCausalLM"}[a]],
             "vocab_size": vocabulary, "hidden_size": D, "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"), "num_attention_heads": N,
-            "num_key_value_heads": self._field(f"{a}.attention.head_count_kv", N),
-            "head_dim": self._field(f"{a}.attention.key_length", D // N),
+            "num_key_value_heads": need("attention.head_count_kv", N),
+            "head_dim": need("attention.key_length", D // N),
             "max_position_embeddings": need("context_length"),
             "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._field(f"{a}.rope.freq_base", 10_000.0),
-            "rope_scaling": self._rope_scaling(a), "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "rope_theta": need("rope.freq_base", 10_000.0),
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "hidden_act": "silu", "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"), "torch_dtype": "float16",
         }
         if a == "llama":
             config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._tensors
-        return config
+        return config | {"rope_scaling": self._rope_scaling(a, config["rope_theta"], config["head_dim"])}
 
-    def _rope_scaling(self, a: str) -> dict | None:
+    def _rope_scaling(self, a: str, theta: float, H: int) -> dict | None:
+        for tensor in self._reader.tensors:
+            if tensor.name == "rope_freqs.weight":
+                return self._llama3(np.asarray(tensor.data, np.float32).reshape(-1), theta, H)
         kind, factor = self._field(f"{a}.rope.scaling.type"), self._field(f"{a}.rope.scaling.factor")
-        if any(t.name == "rope_freqs.weight" for t in self._reader.tensors):
-            raise ModelError(f"{self.path}: it carries llama3 RoPE factors (rope_freqs.weight) without the parameters that "
-                             "made them: use the HuggingFace folder of this model")
         if kind in (None, "none"):
             return None
         scaling = {"rope_type": kind, "factor": factor}
@@ -116,13 +124,26 @@ class GgufBase:
             scaling["original_max_position_embeddings"] = self._field(f"{a}.rope.scaling.original_context_length")
         return scaling
 
+    def _llama3(self, divisors: np.ndarray, theta: float, H: int) -> dict:
+        """The parameters that give these divisors of the frequencies [H / 2]. The file does not keep them: those of
+        every released Llama 3 but the factor, which is the largest divisor; checked."""
+        spec = RopeSpec("llama3", theta=theta, factor=float(divisors.max()), original_length=8192)
+        made = base_frequencies(theta, H) / np.asarray(llama3_frequencies(spec, H, 0).inverse)
+        if made.shape != divisors.shape or not np.allclose(made, divisors, rtol=1e-4):
+            raise ModelError(f"{self.path}: it carries RoPE factors (rope_freqs.weight) that are not those of a Llama "
+                             "3: use the HuggingFace folder of this model")
+        return {"rope_type": "llama3", "factor": spec.factor, "low_freq_factor": spec.low_freq_factor,
+                "high_freq_factor": spec.high_freq_factor, "original_max_position_embeddings": spec.original_length}
+
     def tokenizer(self):
         """A transformers fast tokenizer from the metadata."""
         prefix = "tokenizer.ggml."
-        fields = {key.removeprefix(prefix): self._field(key) for key in self._reader.fields if key.startswith(prefix)}
-        if "tokens" not in fields:
-            raise ModelError(f"{self.path}: the metadata holds no tokenizer")
-        return gguf_tokenizer.build(self.path, fields, self._field("tokenizer.chat_template"))
+        with self._reading("the tokenizer in the metadata is damaged"):
+            fields = {key.removeprefix(prefix): self._field(key) for key in self._reader.fields
+                      if key.startswith(prefix)}
+            if "tokens" not in fields:
+                raise ModelError(f"{self.path}: the metadata holds no tokenizer")
+            return gguf_tokenizer.build(self.path, fields, self._field("tokenizer.chat_template"))
 
 
 @functools.cache

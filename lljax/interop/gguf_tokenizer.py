@@ -46,7 +46,9 @@ def build(path: str, fields: dict, chat_template: str | None) -> PreTrainedToken
     named = {f"{ours}_token": tokens[fields[f"{theirs}_token_id"]]
              for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
              if f"{theirs}_token_id" in fields}
-    if fields.get("add_bos_token", fields["model"] == "llama"):
+    # Without the flag llama.cpp adds it to these two kinds.
+    default = fields["model"] == "llama" or (fields.get("pre") == "llama-bpe" and "bos_token" in named)
+    if fields.get("add_bos_token", default):
         bos = named["bos_token"]
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fields["bos_token_id"])])
@@ -59,7 +61,11 @@ def _byte_level(path: str, fields: dict) -> tokenizers.Tokenizer:
         raise ModelError(f"{path}: tokenizer.ggml.pre {pre!r} is none of {', '.join(PRE_TOKENIZERS)}; use the HuggingFace "
                          "folder of this model")
     merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
-    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(fields["tokens"])}, merges))
+    # Llama 3 takes a word that is a token as it is, without merging up to it; Qwen composes accents first.
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(fields["tokens"])}, merges,
+                                              ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
     return backend
 

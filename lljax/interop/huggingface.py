@@ -22,8 +22,11 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
     The host holds about one tensor at a time: a stacked value is allocated in place and written layer by layer.
 
     Raises:
-      ModelError: a tensor is missing or has another shape; the line names it.
+      ModelError: a tensor is missing, has another shape or is quantised; the line names it.
     """
+    if base.config.get("quantization_config"):
+        raise ModelError(f"{base.path}: config.json has a quantization_config, and quantised weights are not "
+                         "supported: use the model they were made from")
     available, used = set(base.names()), set()
     for _, variable in declared(model):
         if isinstance(variable, LoraWeight):
@@ -35,6 +38,9 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
             if base.shape(name) != hf_shape(variable):
                 raise ModelError(f"{base.path}: tensor {name!r} has shape {base.shape(name)}, and config.json makes it "
                                  f"{hf_shape(variable)}")
+            if not jnp.issubdtype(base.dtype(name), jnp.floating) or base.dtype(name).itemsize < 2:
+                raise ModelError(f"{base.path}: tensor {name!r} is {base.dtype(name)}: quantised weights are not "
+                                 "supported, use the model they were made from")
         used.update(names)
         wanted = jnp.float32 if variable.get_metadata().get("trainable", False) else dtype
         sharding = shardings(variable) if shardings else None

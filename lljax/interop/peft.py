@@ -21,7 +21,12 @@ WEIGHTS = "adapter_model.safetensors"
 # What changes the mathematics and is not read here, with the value that means "not used".
 UNSUPPORTED = {"use_dora": (None, False), "bias": (None, "none"), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
                "fan_in_fan_out": (None, False), "layers_to_transform": (None, []), "lora_bias": (None, False),
-               "trainable_token_indices": (None, []), "layer_replication": (None, []), "exclude_modules": (None, [])}
+               "trainable_token_indices": (None, []), "layer_replication": (None, []), "exclude_modules": (None, []),
+               "alora_invocation_tokens": (None, []), "target_parameters": (None, []), "use_qalora": (None, False),
+               "use_bdlora": (None, False), "arrow_config": (None,), "monteclora_config": (None,),
+               "kasa_config": (None,), "velora_config": (None,),
+               # pissa, olora, corda and loftq change the base's weights when they start.
+               "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
 MODULES = {"embed": "embed_tokens", "head": "lm_head"}   # modules_to_save by role; norms have several names
 
 
@@ -50,7 +55,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     try:
         targets = c["target_modules"]
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        saved = c.get("modules_to_save") or ()
+        saved = tuple(c.get("modules_to_save") or ())
+        if not all(isinstance(name, str) for name in targets + saved) or int(c["r"]) < 1:
+            raise ValueError("target_modules and modules_to_save hold names, and r is at least 1")
         roles = {role for role, name in MODULES.items() if name in saved}
         roles |= {"norm"} if any(name.endswith("norm") for name in saved) else set()
         return AdapterConfig(int(c["r"]), float(c["lora_alpha"]), bool(c.get("use_rslora")), targets, tuple(sorted(roles)))
@@ -62,11 +69,16 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
     """Fills the factors and the trained base Variables of a model (adapters attached) from an adapter's folder.
 
     Raises:
-      ModelError: a tensor is missing, left over, or has another shape.
+      ModelError: a tensor is missing, left over, or has another shape; the model scales its factors in another way.
     """
-    path = Path(folder) / WEIGHTS
+    config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
+    for _, linear in linear_layers(model):   # shapes do not show these, and they change what the factors mean
+        lora = linear.lora
+        if lora is not None and (lora.alpha, lora.rslora) != (config.alpha, config.rslora):
+            raise ModelError(f"{folder}: the adapter has alpha={config.alpha} and rslora={config.rslora}: set "
+                             "lora.alpha and lora.rslora as it has them")
     if not path.is_file():
-        raise ModelError(f"{path}: there is no such file")
+        raise ModelError(f"{path}: there is no such file; adapters are read from safetensors only")
     file = safetensors.File(path)
     left = set(file.entries)
     for _, variable in declared(model):
@@ -86,8 +98,12 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
         layers = [layer.T if variable.get_metadata("transpose") else layer for layer in layers]
         value = np.stack(layers) if is_stacked(variable) else layers[0]
         variable.set_value(jax.device_put(jnp.asarray(value), shardings(variable) if shardings else None))
-    if model.spec.tied:
-        left.discard(PREFIX + "lm_head.weight")
+    head, embed = (PREFIX + name for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if model.spec.tied and {head, embed} <= file.entries.keys():
+        if not np.array_equal(file.read(head), file.read(embed)):
+            raise ModelError(f"{path}: lm_head was trained apart from the embedding it is tied to; this model has no "
+                             "place for both")
+        left.discard(head)
     if left:
         raise ModelError(f"{path}: {len(left)} tensors have no place in this configuration, such as {sorted(left)[0]!r}: "
                          "name their modules in lora.targets or lora.also_train")

@@ -34,7 +34,7 @@ class File:
             if not 0 < length <= min(MAX_HEADER, size - 8):
                 raise ModelError(f"{path}: not a safetensors file, or cut short (header of {length} bytes in {size})")
             try:
-                header = json.loads(file.read(length), object_pairs_hook=_once)
+                header = json.loads(file.read(length), object_pairs_hook=_unique)
             except (ValueError, RecursionError) as error:
                 raise ModelError(f"{path}: the safetensors header is not JSON ({error})") from None
         if not isinstance(header, dict):
@@ -43,17 +43,20 @@ class File:
         self.header_bytes = 8 + length
         self.entries = {name: self._entry(name, entry, size - self.header_bytes) for name, entry in header.items()}
         end = 0
-        for name, (dtype, shape, start) in sorted(self.entries.items(), key=lambda item: item[1][2]):
-            size = math.prod(shape) * dtype.itemsize
-            if size and start < end:
+        spans = sorted((start, start + math.prod(shape) * dtype.itemsize, name)
+                       for name, (dtype, shape, start) in self.entries.items())
+        for start, stop, name in spans:
+            if start < end:
                 raise ModelError(f"{path}: tensor {name!r} overlaps the one before it")
-            end = max(end, start + size)
+            end = stop
 
     def _entry(self, name, entry, room):
         try:
             dtype, shape, (start, stop) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(x) is int and 0 <= x < 1 << 40 for x in (*shape, start, stop)) and len(shape) <= 16
+            sound = all(type(x) is int and x >= 0 for x in (*shape, start, stop))    # a bool is an int too
             sound = sound and stop - start == math.prod(shape) * dtype.itemsize and stop <= room
+            # What numpy can hold, also where one side is 0.
+            sound = sound and len(shape) <= 32 and math.prod(x or 1 for x in shape) * dtype.itemsize < 1 << 62
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
@@ -71,32 +74,32 @@ class File:
             shape)
 
 
-def _once(pairs) -> dict:
-    """A JSON object in which no name stands twice: two readers would disagree on which one counts."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return dict(pairs)
+def _unique(pairs: list) -> dict:
+    """A JSON object that names nothing twice: readers disagree on which of two entries holds."""
+    if len(entries := dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return entries
 
 
 class Folder:
     """The safetensors of a model folder: `model.safetensors`, or the shards that its index names."""
 
     def __init__(self, folder: Path):
-        if (folder / INDEX).exists():
+        if (folder / INDEX).is_file():
             files = _indexed_files(folder)
-        elif (folder / "model.safetensors").exists():
+        elif (folder / "model.safetensors").is_file():
             files = {folder / "model.safetensors": None}
         else:
             pickled = sorted(p.name for p in folder.glob("*.bin"))
             hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
             raise ModelError(f"{folder}: no model.safetensors and no {INDEX}{hint}")
         self.files = [File(path) for path in files]
-        # The index says where a tensor is; a second copy in another file does not count.
-        self.where = {name: file for file, names in zip(self.files, files.values()) for name in names or file.entries}
+        self.where = {}
         for file, names in zip(self.files, files.values()):
-            for name in names or ():
+            for name in file.entries if names is None else names:
                 if name not in file.entries:
                     raise ModelError(f"{file.path}: tensor {name!r} is missing, though {INDEX} says it is there")
+                self.where[name] = file
 
     def names(self) -> list[str]:
         return list(self.where)
@@ -125,8 +128,8 @@ def _indexed_files(folder: Path) -> dict[Path, list[str]]:
         # A hub's cache links its files into a shared store, so the link itself may leave the folder; the name may not.
         if path.parent != folder or name in ("", ".", "..") or not name.endswith(".safetensors"):
             raise ModelError(f"{index}: {str(path)!r} is not the plain name of a safetensors file in this folder")
-        if len(name) > 255 or "\0" in name or not path.is_file():
-            raise ModelError(f"{index}: the file {name} that it names is not there")
+        if len(name) > 255 or not path.is_file():            # a longer name is an error of the system's own
+            raise ModelError(f"{index}: the file {name[:255]} that it names is not there")
     return files
 
 
