@@ -25,22 +25,25 @@ from lljax.errors import ConfigError, DataError, exit_cleanly
 from lljax.interop.base import open_base
 
 CONSOLE = Console()
-STDLIB_EXCLUDE = ("site-packages/*", "*/tests/*", "test/*", "*/test/*", "idlelib/idle_test/*", "lib2to3/*", "pydoc_data/*",
-                  "config-*/*", "encodings/*")
+STDLIB_EXCLUDE = ("site-packages/*", "*/tests/*", "test/*", "*/test/*", "idlelib/idle_test/*", "lib2to3/*",
+                  "pydoc_data/*", "config-*/*", "encodings/*")
 
 
 def make(folder: Path, arguments, include, exclude) -> None:
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder")
-    rows, characters = folders.write_jsonl(
-        folders.documents(folder, include, exclude, repository=arguments.repository), arguments.out)
+    skipped = []
+    texts = folders.documents(folder, include, exclude, repository=arguments.repository, out=arguments.out,
+                              skipped=skipped)
+    rows, characters = folders.write_jsonl(texts, arguments.out)
     if rows == 0:
         raise DataError(f"{folder}: no text file matches --include={','.join(include)}")
-    CONSOLE.print(f"{arguments.out}: {rows:,} documents, {characters:,} characters", highlight=False)
+    CONSOLE.print(f"{arguments.out}: {rows:,} documents, {characters:,} characters; {len(skipped):,} files skipped "
+                  "(empty, too large or no UTF-8 text)", highlight=False, markup=False, soft_wrap=True)
 
 
 def folder(arguments) -> None:
-    make(arguments.folder, arguments, arguments.include, arguments.exclude)
+    make(arguments.folder, arguments, arguments.include or ["*"], arguments.exclude)
 
 
 def stdlib(arguments) -> None:
@@ -100,7 +103,7 @@ def show(arguments) -> None:
     except ValueError as error:
         raise DataError(f"{rows[arguments.row].where}: {error}") from None
     CONSOLE.print(f"{rows[arguments.row].where}: {len(tokens):,} tokens, {mask.sum():,} trained (green, in [brackets])",
-                  highlight=False, markup=False)
+                  highlight=False, markup=False, soft_wrap=True)
     shown, edges = Text(), np.flatnonzero(np.diff(mask[:arguments.tokens].astype(int))) + 1
     for part, trained in zip(np.split(tokens[:arguments.tokens], edges), mask[[0, *edges]], strict=True):
         text = tokenizer.decode(part)
@@ -113,13 +116,14 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     makers = {}
     for name, run in (("folder", folder), ("stdlib", stdlib)):
-        makers[name] = command = commands.add_parser(name, help=f"JSONL from {'a folder' if name == 'folder' else 'the Python standard library'}")
+        source = "a folder" if name == "folder" else "the Python standard library"
+        makers[name] = command = commands.add_parser(name, help=f"JSONL from {source}")
         command.set_defaults(run=run)
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--repository", action="store_true", help="one document per folder of files")
     makers["folder"].add_argument("folder", type=Path)
-    makers["folder"].add_argument("--include", nargs="+", default=["*"])
-    makers["folder"].add_argument("--exclude", nargs="+", default=[])
+    makers["folder"].add_argument("--include", action="append", help="a pattern; may be repeated")
+    makers["folder"].add_argument("--exclude", action="append", default=[], help="a pattern; may be repeated")
     makers["stdlib"].add_argument("--with_tests", action="store_true", help="the library's own tests too")
     for run in (validate, stats, show):
         command = commands.add_parser(run.__name__)

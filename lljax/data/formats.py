@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import reprlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ class Document:
     messages: tuple[dict, ...] = ()
     prompt: str = ""
     text: str = ""
+    given: int = 0                           # how many of the messages are the prompt, not to be trained
 
     def texts(self) -> list[str]:
         return [self.prompt, self.text, *(message.get("content") or "" for message in self.messages)]
@@ -40,7 +43,7 @@ def read(paths) -> Iterator[Document | BadRow]:
     """Every row of JSONL files (also .gz) and of folders of them, in sorted order, without loading a file whole.
 
     Raises:
-      DataError: a path is missing, or a folder holds no JSONL.
+      DataError: a path is missing, or a folder holds no JSONL, or a .gz file is cut off.
     """
     for file in files(paths):
         for number, line in _lines(file):
@@ -57,7 +60,7 @@ def files(paths) -> list[Path]:
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
+            inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
             if not inside:
                 raise DataError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file")
             found += inside
@@ -82,7 +85,9 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes | BadRow]]:
                         pass
                 else:
                     yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except EOFError:
+        raise DataError(f"{file}: the file is cut off after line {number}; fetch or write it again") from None
+    except (zlib.error, OSError) as error:
         yield number + 1, BadRow(str(file), number + 1, f"the file cannot be read further ({error})")
 
 
@@ -103,8 +108,12 @@ def parse(line: bytes, where: str) -> Document:
             document = build(row, where)
             if any("\0" in text for text in document.texts()):
                 raise ValueError("a text holds a NUL character")
+            try:
+                document.content().encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError("a text holds half of a surrogate pair") from None
             return document
-    raise ValueError(f"unknown fields {sorted(row)[:6]}; a row has messages, query and response, instruction and output, "
+    raise ValueError(f"unknown fields {reprlib.repr(sorted(row))}; a row has messages, query and response, instruction and output, "
                      "prompt and completion, or text")
 
 
@@ -124,7 +133,7 @@ def _messages(messages) -> tuple[dict, ...]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {i} has no role")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise ValueError(f"message {i} ({message['role']}) has no text as its content")
+            raise ValueError(f"message {i} ({reprlib.repr(message['role'])}) has no text as its content")
     return tuple(messages)
 
 
@@ -151,7 +160,7 @@ def _instruction(row, where):
 
 def _prompt(row, where):
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return Document(where, messages=_messages(row["prompt"] + row["completion"]))
+        return Document(where, messages=_messages(row["prompt"] + row["completion"]), given=len(row["prompt"]))
     return Document(where, prompt=_text(row, "prompt", empty=True), text=_text(row, "completion"))
 
 

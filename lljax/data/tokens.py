@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from lljax.data import formats
 from lljax.data.formats import BadRow, Document
-from lljax.data.template import encode, with_template
+from lljax.data.template import PLAIN_TEMPLATE, encode, with_template
 from lljax.errors import DataError, ModelError
 
+ENCODING = 2                                 # raised when the same documents give other tokens or masks
 SHARES = (0.5, 0.9, 0.99)
 
 
@@ -73,7 +75,9 @@ def prepare(data, tokenizer, vocabulary: int, cache: Path, *, tokenizer_fingerpr
     """
     tokenizer = with_template(tokenizer)
     sources = {"train": list(data.train), "valid": list(data.valid)}
-    digest = hashlib.sha256(json.dumps([data.loss_on, data.valid_fraction, tokenizer_fingerprint]).encode())
+    how = [ENCODING, PLAIN_TEMPLATE, tokenizer.special_tokens_map, data.loss_on, data.valid_fraction,
+           tokenizer_fingerprint]
+    digest = hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode())
     for part, paths in sources.items():
         for file in formats.files(paths):
             with open(file, "rb") as opened:
@@ -83,17 +87,31 @@ def prepare(data, tokenizer, vocabulary: int, cache: Path, *, tokenizer_fingerpr
     if not (folder / "counts.json").exists():
         _build(folder, sources, data, tokenizer, vocabulary, progress)
     counts = json.loads((folder / "counts.json").read_text())
+    listed = cache.parent / "bad_rows.jsonl"
+    listed.unlink(missing_ok=True)
+    if counts["bad"]:
+        shutil.copyfile(folder / "bad_rows.jsonl", listed)
     _check(counts, data)
     return Documents(TokenStore(folder / "train"), TokenStore(folder / "valid"), fingerprint, counts["bad"])
 
 
 def _build(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    writers = {part: _Writer(unfinished / part) for part in sources}
+    """Writes `folder`, which appears when complete; another process may be building the same one."""
+    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        _fill(unfinished, sources, data, tokenizer, vocabulary, progress)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not (folder / "counts.json").exists():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _fill(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
+    writers = {part: _Writer(folder / part) for part in sources}
     rows, bad, first = 0, 0, ""
-    bad_rows = folder.parent.parent / "bad_rows.jsonl"
-    bad_rows.unlink(missing_ok=True)
     for part, paths in sources.items():
         for row in progress(formats.read(paths), f"tokenising {part}"):
             rows += 1
@@ -106,7 +124,7 @@ def _build(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None
             if isinstance(row, BadRow):
                 bad += 1
                 first = first or f"{row.file}:{row.line}: {row.reason}"
-                with open(bad_rows, "a") as listed:
+                with open(folder / "bad_rows.jsonl", "a") as listed:
                     listed.write(json.dumps(dataclasses.asdict(row)) + "\n")
                 continue
             if tokens.max() >= vocabulary:
@@ -116,8 +134,7 @@ def _build(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None
             writers["valid" if held_out else part].add(tokens, mask)
     for writer in writers.values():
         writer.close()
-    (unfinished / "counts.json").write_text(json.dumps({"rows": rows, "bad": bad, "first_bad": first}))
-    unfinished.rename(folder)
+    (folder / "counts.json").write_text(json.dumps({"rows": rows, "bad": bad, "first_bad": first}))
 
 
 def _check(counts: dict, data) -> None:
