@@ -83,8 +83,9 @@ def stats(arguments) -> None:
     lengths = np.asarray(lengths)
     table = Table("measure", "value")
     table.columns[1].justify = "right"
-    for name, value in {"documents": len(lengths), "unusable rows": bad, "tokens": lengths.sum(), "trained tokens": trained,
-                        "mean": lengths.mean(), "median": np.median(lengths), "90%": np.quantile(lengths, 0.9),
+    for name, value in {"documents": len(lengths), "unusable rows": bad, "tokens": lengths.sum(),
+                        "trained tokens": trained, "mean": lengths.mean(), "median": np.median(lengths),
+                        "90%": np.quantile(lengths, 0.9),
                         "99%": np.quantile(lengths, 0.99), "longest": lengths.max()}.items():
         table.add_row(name, f"{value:,.0f}")
     for limit in (512, 2048, 8192, 32_768, 131_072):

@@ -113,8 +113,8 @@ def parse(line: bytes, where: str) -> Document:
             except UnicodeEncodeError:
                 raise ValueError("a text holds half of a surrogate pair") from None
             return document
-    raise ValueError(f"unknown fields {reprlib.repr(sorted(row))}; a row has messages, query and response, instruction and output, "
-                     "prompt and completion, or text")
+    raise ValueError(f"unknown fields {reprlib.repr(sorted(row))}; a row has messages, query and response, "
+                     "instruction and output, prompt and completion, or text")
 
 
 def _text(row: dict, key: str, *, empty: bool = False) -> str:

@@ -128,8 +128,8 @@ def _fill(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
                     listed.write(json.dumps(dataclasses.asdict(row)) + "\n")
                 continue
             if tokens.max() >= vocabulary:
-                raise ModelError(f"the tokenizer gives token {tokens.max()} ({row.where}) but the model's vocabulary has "
-                                 f"{vocabulary}: they do not belong together")
+                raise ModelError(f"the tokenizer gives token {tokens.max()} ({row.where}) but the model's "
+                                 f"vocabulary has {vocabulary}: they do not belong together")
             held_out = part == "train" and share(row) < data.valid_fraction
             writers["valid" if held_out else part].add(tokens, mask)
     for writer in writers.values():
@@ -140,8 +140,9 @@ def _fill(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
 def _check(counts: dict, data) -> None:
     rows, bad = counts["rows"], counts["bad"]
     if bad > data.max_bad_fraction * rows:
-        raise DataError(f"{bad} of {rows} rows cannot be used, more than data.max_bad_fraction={data.max_bad_fraction}; "
-                        f"the first is {counts['first_bad']}; all are listed in bad_rows.jsonl")
+        raise DataError(f"{bad} of {rows} rows cannot be used, more than "
+                        f"data.max_bad_fraction={data.max_bad_fraction}; the first is {counts['first_bad']}; "
+                        "all are listed in bad_rows.jsonl")
     if rows == bad:
         raise DataError(f"data.train={tuple(data.train)} holds no usable row")
 

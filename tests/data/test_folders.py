@@ -1,4 +1,5 @@
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -37,6 +38,24 @@ def test_files_beyond_the_limit_are_left_out(tree, monkeypatch):
     assert list(folders.documents(tree, ("*.py",))) == ["### file: a/c.py\ny = 2\n"]
 
 
+def test_what_cannot_be_read_is_left_out_and_named(tree):
+    (tree / "link.py").symlink_to("nowhere")
+    with open(os.fsencode(tree) + b"/n\xff.py", "w") as file:
+        file.write("x")
+    skipped = []
+    assert len(list(folders.documents(tree, ("*.py",), skipped=skipped))) == 2
+    assert sorted(map(os.fsencode, skipped)) == [b"a/nul.py", b"empty.py", b"link.py", b"n\xff.py"]
+
+
+def test_the_output_is_not_its_own_input_and_stays_where_nothing_is_written(tree):
+    out = tree / "rows.jsonl"
+    for _ in range(2):
+        assert folders.write_jsonl(folders.documents(tree, out=out), out)[0] == 3
+    before = out.read_bytes()
+    assert folders.write_jsonl([], out) == (0, 0) and out.read_bytes() == before
+    assert not list(tree.glob("*.tmp"))
+
+
 def test_written_rows_are_read_back(tree, tmp_path):
     out = tmp_path / "new" / "rows.jsonl"
     rows, characters = folders.write_jsonl(folders.documents(tree), out)
@@ -67,6 +86,14 @@ def test_the_script_makes_checks_and_shows_documents(tree, tmp_path, tiny, comma
     assert code == 0 and "[### file: b.py" in shown and "<end>]" in shown
     code, table, _ = command("stats", out, f"--model={tiny}")
     assert code == 0 and "documents" in table and "longest" in table
+
+
+def test_the_script_takes_several_patterns_and_says_what_it_skipped(tree, tmp_path, command):
+    out = tmp_path / "[red]" / "rows.jsonl"
+    code, printed, _ = command("folder", "--include=*.py", "--include=*.md", "--exclude=b*", tree, f"--out={out}")
+    assert code == 0 and f"{out}: 2 documents" in printed and "2 files skipped" in printed
+    before = out.read_bytes()
+    assert command("folder", tree, "--include=*.none", f"--out={out}")[0] == 3 and out.read_bytes() == before
 
 
 def test_the_script_names_bad_rows_and_exits_with_3(tmp_path, command):

@@ -1,5 +1,6 @@
 import gzip
 import json
+import random
 
 import pytest
 
@@ -30,7 +31,8 @@ def test_every_row_form_becomes_the_conversation_or_text_it_says():
         ("system", "s"), ("user", "do\nthis"), ("assistant", "done")]
     assert turns(parse(instruction="do", input="", output="done")) == [("user", "do"), ("assistant", "done")]
     prompt, completion = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
-    assert turns(parse(prompt=prompt, completion=completion)) == [("user", "a"), ("assistant", "b")]
+    document = parse(prompt=prompt, completion=completion)
+    assert turns(document) == [("user", "a"), ("assistant", "b")] and document.given == 1
     document = parse(prompt="a", completion="b")
     assert (document.prompt, document.text) == ("a", "b")
     assert parse(text=" kept as it is\n").text == " kept as it is\n"
@@ -50,6 +52,8 @@ def test_further_keys_of_a_message_are_left_alone():
     (b'{"text": "a\\u0000b"}', "NUL"), (b'{"messages": []}', "'messages'"), (b'{"messages": {}}', "'messages'"),
     (b'{"messages": ["a"]}', "message 0 has no role"), (b'{"messages": [{"role": "user"}]}', "message 0 .* no text"),
     (b'{"messages": [{"role": "user", "content": "a\\u0000"}]}', "NUL"),
+    (b'{"text": "a\\ud800b"}', "surrogate"),
+    (b'{"messages": [{"role": "user", "content": "a\\ud800"}]}', "surrogate"),
     (b'{"query": "a", "response": ""}', "'response' is empty"),
     (b'{"query": "a", "response": "b", "history": "c"}', "history"),
     (b'{"query": "a", "response": "b", "history": [["c"]]}', "history"),
@@ -82,6 +86,49 @@ def test_folders_are_read_deep_and_in_sorted_order_with_gz(tmp_path):
 def test_a_file_that_only_claims_to_be_gzip_is_a_bad_row(tmp_path):
     (row,) = formats.read([write(tmp_path / "rows.jsonl.gz", b'{"text": "a"}')])
     assert isinstance(row, BadRow) and row.line == 1
+
+
+def compressed(rows: int) -> bytes:
+    rng = random.Random(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
+    lines = (json.dumps({"text": " ".join(rng.choices(words, k=30))}) for _ in range(rows))
+    return gzip.compress("\n".join(lines).encode(), mtime=0)
+
+
+def test_a_damaged_gz_is_a_bad_row_or_refused_as_cut_off(tmp_path):
+    raw, rng, bad = compressed(3000), random.Random(0), 0
+    for _ in range(30):
+        at = rng.randrange(15, len(raw) - 20)
+        file = tmp_path / "rows.jsonl.gz"
+        file.write_bytes(raw[:at] + rng.randbytes(8) + raw[at + 8:])
+        try:
+            rows = list(formats.read([file]))
+        except DataError:                      # the damage hid the end of the stream
+            continue
+        assert isinstance(rows[-1], BadRow)
+        bad += 1
+    assert bad > 10
+
+
+def test_a_gz_that_is_cut_off_is_refused(tmp_path):
+    raw = compressed(3000)
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(raw[:len(raw) // 2])
+    with pytest.raises(DataError, match="rows.jsonl.gz: the file is cut off"):
+        list(formats.read([file]))
+
+
+def test_a_folder_named_as_a_file_of_rows_is_not_read_as_one(tmp_path):
+    (tmp_path / "x.jsonl").mkdir()
+    write(tmp_path / "x.jsonl" / "a.jsonl", b'{"text": "ok"}')
+    assert [document.text for document in formats.read([tmp_path])] == ["ok"]
+
+
+@pytest.mark.parametrize("row", [{"secret " * 100: 1}, {"messages": [{"role": "secret\n" * 50, "content": 3}]}])
+def test_a_reason_is_one_short_line(row):
+    with pytest.raises(ValueError) as error:
+        parse(**row)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
 def test_missing_empty_and_foreign_paths_are_refused(tmp_path):

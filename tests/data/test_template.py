@@ -16,10 +16,27 @@ FORGETFUL = ("{% for m in messages %}{{ '<s>' + m.role + '\\n' }}{% if m.role ==
              "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}{{ m.content + '<e>\\n' }}"
              "{% endfor %}"
              "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}")
+# The generation prompt opens a thought that the history does not show, as in DeepSeek-R1; there as in Qwen3-Thinking.
+R1 = ("{% for m in messages %}{% if m.role == 'user' %}{{ '<b>' + m.content }}{% else %}"
+      "{{ '<s>' + m.content.split('</think>')[-1] + '<e>' }}{% endif %}{% endfor %}"
+      "{% if add_generation_prompt %}{{ '<s><think>\\n' }}{% endif %}")
+THINKING = FORGETFUL.replace("'<s>assistant\\n' }}{% endif %}", "'<s>assistant\\n<think>' }}{% endif %}")
+# Takes thoughts out of the content, and shows calls of tools.
+SPLITTING = FORGETFUL.replace(
+    "{{ m.content + '<e>\\n' }}", "{{ m.content.split('</think>')[-1] }}{% for call in m.tool_calls or [] %}"
+    "{{ '<call>' + call.function.name }}{% endfor %}{{ '<e>\\n' }}")
 ALTERNATING = ("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
                "{{ raise_exception('roles must alternate') }}{% endif %}{{ '[' + m.content + ']' }}{% endfor %}")
 TALK = [{"role": "user", "content": "yes or no?"}, {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "sure? yes or no"}, {"role": "assistant", "content": "no"}]
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def reply(content: str, **fields) -> dict:
+    return {"role": "assistant", "content": content} | fields
 
 
 def make(template=None, *, bos=False):
@@ -62,6 +79,55 @@ def test_replies_are_found_where_a_template_shows_the_last_one_otherwise():
     assert trained(make(FORGETFUL), thoughtful) == ["yes<e>", "<think>ho</think>no<e>"]
 
 
+def test_the_user_is_not_trained_where_the_history_drops_what_the_generation_prompt_opens():
+    assert trained(make(R1), TALK) == ["yes<e>", "no<e>"]
+    assert trained(make(R1), [user("q"), reply("<think>hm</think>yes")]) == ["yes<e>"]
+    assert trained(make(THINKING), TALK) == ["yes<e>", "</think>no<e>"]
+
+
+@pytest.mark.parametrize("content", ["<div>", "<think", "s", "e", ""])
+def test_a_reply_that_begins_as_a_dropped_thought_is_trained_whole(content):
+    assert trained(make(R1), [user("q"), reply(content)]) == [content + "<e>"]
+    assert trained(make(THINKING), [user("q"), reply(content), *TALK[:2]])[0] == content + "<e>"
+
+
+def test_a_conversation_that_starts_with_a_reply_does_not_train_what_stands_before_it():
+    for template in (None, CHATML, R1, FORGETFUL):
+        assert trained(make(template), [reply("Help."), *TALK[:1], reply("fine")])[0] == "Help.<e>"
+
+
+def test_replies_in_a_row_do_not_train_the_header_between_them():
+    talk = [user("q"), reply("one"), reply("two")]
+    assert trained(make(CHATML), talk) == trained(make(R1), talk) == ["one<e>", "two<e>"]
+    assert trained(make(FORGETFUL), talk) == ["one<e>", "<think></think>two<e>"]
+
+
+def test_thoughts_in_the_content_that_the_template_drops_are_not_looked_for():
+    talk = [user("q"), reply("<think>hm</think>yes"), user("yes?"), reply("no")]
+    assert trained(make(SPLITTING), talk) == ["yes<e>", "<think></think>no<e>"]
+
+
+def test_a_call_of_a_tool_is_trained_without_content():
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    talk = [user("q"), reply("", tool_calls=call), user("42"), reply("it is 42")]
+    assert trained(make(SPLITTING), talk) == ["<call>f<e>", "<think></think>it is 42<e>"]
+
+
+def test_a_content_that_the_template_does_not_show_is_refused():
+    hiding = FORGETFUL.replace("{{ m.content +", "{{ (m.content if loop.last else 'x') +")
+    with pytest.raises(ValueError, match="does not show message 1"):
+        trained(make(hiding), TALK)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_replies_of_a_prompt_of_messages_are_not_trained(template):
+    tokenizer = make(template)
+    tokens, mask = encode(Document("file:1", messages=(*TALK[:3], reply("gold")), given=3), tokenizer, "assistant")
+    assert tokenizer.decode(tokens[mask]).removeprefix("A:") == "gold<e>"
+    with pytest.raises(ValueError, match="no assistant message"):
+        encode(Document("file:1", messages=tuple(TALK[:3]), given=2), tokenizer, "assistant")
+
+
 def test_white_space_of_a_reply_is_trained():
     talk = [TALK[0], TALK[1] | {"content": "  code\n\n"}, TALK[2], TALK[3] | {"content": "é ü "}]
     assert trained(make(CHATML), talk) == ["  code\n\n<e>", "é ü <e>"]
@@ -88,6 +154,26 @@ def test_of_prompt_and_completion_the_completion_is_trained():
     tokenizer = make(bos=True)
     tokens, mask = encode(Document("file:1", prompt="ab", text="cd"), tokenizer, "assistant")
     assert tokenizer.decode(tokens) == "<b>abcd<e>" and tokenizer.decode(tokens[mask]) == "cd<e>"
+
+
+def test_a_completion_is_tokenised_together_with_its_prompt():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())      # puts a space before each text, as SentencePiece does
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["<e>"], show_progress=False)
+    backend.train_from_iterator(["ab 4 ="] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    tokens, mask = encode(Document("file:1", prompt="ab=", text="4"), tokenizer, "assistant")
+    assert tokenizer.decode(tokens) == "ab=4<e>" and tokenizer.decode(tokens[mask]) == "4<e>"
+
+
+@pytest.mark.parametrize("template", [None, MARKED])
+def test_a_document_longer_than_the_tokenizer_expects_prints_nothing(template, capfd):
+    tokenizer = make(template)
+    tokenizer.model_max_length = 4
+    encode(Document("file:1", messages=tuple(TALK)), tokenizer, "assistant")
+    encode(Document("file:1", text="a long text"), tokenizer, "assistant")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("messages,reason", [

@@ -21,13 +21,13 @@ def texts(count, start=0):
 
 @pytest.fixture
 def run(tmp_path, tokenizer):
-    def run(*paths, vocabulary=320, fingerprint="t", **fields):
+    def run(*paths, vocabulary=320, fingerprint="t", progress=lambda rows, title: rows, **fields):
         data = default_config().data
         data.train = paths
         for name, value in fields.items():
             data[name] = value
         return prepare(data, copy.deepcopy(tokenizer), vocabulary, tmp_path / "run" / "data",
-                       tokenizer_fingerprint=fingerprint)
+                       tokenizer_fingerprint=fingerprint, progress=progress)
     return run
 
 
@@ -61,6 +61,27 @@ def test_tokens_are_made_once_and_again_when_anything_they_depend_on_changes(tmp
     others = [run(file, fingerprint="u"), run(file, loss_on="everything"), run(file, valid_fraction=0.5),
               run(write(tmp_path / "c.jsonl", texts(20, start=1)))]
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+def test_the_tokens_that_end_a_document_are_among_what_the_cache_depends_on(tmp_path, tokenizer):
+    data = default_config().data
+    data.train = (write(tmp_path / "a.jsonl", texts(1)),)
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = tokenizer.convert_ids_to_tokens(5)
+    for one in (tokenizer, other):
+        store = prepare(data, copy.deepcopy(one), 320, tmp_path / "data", tokenizer_fingerprint="t").train
+        assert store.tokens(0)[-1] == one.eos_token_id
+
+
+def test_two_processes_may_make_the_same_tokens_at_once(tmp_path, run):
+    file = write(tmp_path / "a.jsonl", texts(5))
+
+    def overtaken(rows, title):
+        assert len(run(file).train) == 5                 # another one starts later and finishes first
+        return rows
+
+    assert len(run(file, progress=overtaken).train) == 5
+    assert len(list((tmp_path / "run" / "data").iterdir())) == 1
 
 
 def test_an_interrupted_build_is_not_taken_for_a_finished_one(tmp_path, run):
@@ -97,6 +118,15 @@ def test_bad_rows_are_listed_without_their_text(tmp_path, run):
     assert "secret" not in listed
     assert [(row["file"], row["line"], sorted(row)) for row in map(json.loads, listed.splitlines())] == [
         (file, line, ["file", "line", "reason"]) for line in (99, 100)]
+
+
+def test_the_listed_bad_rows_are_those_of_this_run_also_from_the_cache(tmp_path, run):
+    files = [write(tmp_path / f"{name}.jsonl", [*texts(1, start), "{"]) for start, name in enumerate("ab")]
+    for file in (*files, files[0]):
+        run(file, max_bad_fraction=0.9)
+        assert json.loads((tmp_path / "run" / "bad_rows.jsonl").read_text())["file"] == file
+    run(write(tmp_path / "c.jsonl", texts(3)))
+    assert not (tmp_path / "run" / "bad_rows.jsonl").exists()
 
 
 def test_too_many_bad_rows_stop_the_run_on_every_try(tmp_path, run):
