@@ -1,15 +1,14 @@
 """The Python face: prepare a model, train it, use it."""
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from lljax.build import load_base
+from lljax.build import load_base, stretched
 from lljax.config import default_config
 from lljax.errors import ConfigError
 from lljax.interop.base import open_base
-from lljax.models import lora, rope, spec
+from lljax.models import lora, spec
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
@@ -24,9 +23,10 @@ LORA_CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": ("q_proj", "k_proj", 
 def prepare_model(model, lora_config=None, *, dtype: str = "float32"):
     """`prepare_model(path)` -> (model, tokenizer); `prepare_model(model, lora_config)` -> the model with adapters.
 
-    path: a hub id, a folder, or a GGUF file. lora_config: a mapping (or an object with such attributes) of r, lora_alpha,
-    target_modules, task_type, use_longlora, longlora_sequence_length and longlora_scaling_factor. With `use_longlora`
-    embeddings and norms train too, and RoPE is interpolated linearly, by the factor, or so that it reaches the length.
+    path: a hub id, a folder, or a GGUF file. lora_config: a mapping (or an object with such attributes) of r,
+    lora_alpha, target_modules, task_type, use_longlora, longlora_sequence_length and longlora_scaling_factor. With
+    `use_longlora` embeddings and norms train too, and RoPE is interpolated linearly, by the factor, or so that it
+    reaches the length.
 
     Raises:
       ConfigError: an unknown field or an illegal value. ModelError: the base cannot be read.
@@ -40,10 +40,10 @@ def prepare_model(model, lora_config=None, *, dtype: str = "float32"):
 
 
 def train(model: Decoder, *, data, workdir: str, steps: int, length: int | None = None, **fields) -> Decoder:
-    """Trains a prepared model on JSONL `data` for `steps` and returns it; the same call again resumes.
+    """Trains a prepared model on JSONL `data` for `steps` and returns it; the same script again resumes.
 
-    length: tokens a row, by default all the model reads. Attention is shifted for the first three quarters of the steps
-    of a LongLoRA model and full for the rest. Further fields of the configuration go by their dotted names with "__" for
+    The arrays of `model` are given away: use the model that is returned. length: tokens a row, by default all the model
+    reads. Attention is shifted for the first three quarters of the steps of a LongLoRA model, then full. Further fields of the configuration go by their dotted names with "__" for
     ".", for example optimizer__learning_rate=1e-4.
     """
     settings = dict(model.settings)
@@ -53,8 +53,8 @@ def train(model: Decoder, *, data, workdir: str, steps: int, length: int | None 
     bulk = 3 * steps // 4 if settings.pop("longlora") else 0
     schedule = ((bulk, length, "shifted"),) if bulk else ()
     c = default_config()
-    settings |= {"data.train": (data,) if isinstance(data, str) else tuple(data), "context.length": model.spec.max_length,
-                 "context.schedule": (*schedule, (steps, length, "full"))}
+    settings |= {"data.train": (data,) if isinstance(data, str) else tuple(data),
+                 "context.length": model.spec.max_length, "context.schedule": (*schedule, (steps, length, "full"))}
     settings |= {name.replace("__", "."): value for name, value in fields.items()}
     try:
         c.update_from_flattened_dict(settings)
@@ -85,9 +85,7 @@ def _adapt(model: Decoder, c: dict) -> Decoder:
     if length is None:
         length = int(model.spec.rope.original_length * factor) if factor else model.spec.max_length
     kind = "linear" if c["use_longlora"] and (factor or length > model.spec.max_length) else "keep"
-    stretched = rope.extend(model.spec.rope, type=kind, factor=factor or "auto", length=length,
-                            max_length=model.spec.max_length)
-    model.spec = dataclasses.replace(model.spec, rope=stretched, max_length=length if stretched != model.spec.rope else model.spec.max_length)
+    model.spec = stretched(model.spec, type=kind, factor=factor or "auto", length=length)
     lora.attach(model, rank=c["r"], alpha=float(c["lora_alpha"]), targets=targets, also_train=also_train)
     for _, variable in declared(model):
         if variable.get_metadata("role") in also_train:

@@ -30,13 +30,17 @@ def extended_spec(hf_config: dict, context) -> DecoderSpec:
         raise ConfigError(f"context.length={context.length} exceeds the base's {spec.max_length} tokens and "
                           "context.rope.type='keep' does not stretch it: use linear, dynamic or yarn")
     factor = context.rope.factor if context.rope.factor == "auto" else float(context.rope.factor)
-    extended = rope.extend(spec.rope, type=context.rope.type, factor=factor, length=context.length,
-                           max_length=spec.max_length)
+    return stretched(spec, type=context.rope.type, factor=factor, length=context.length)
+
+
+def stretched(spec: DecoderSpec, *, type: str, factor: float | str, length: int) -> DecoderSpec:
+    """`spec` with its RoPE stretched to read `length` tokens, see lljax.models.rope.extend."""
+    extended = rope.extend(spec.rope, type=type, factor=factor, length=length, max_length=spec.max_length)
     if extended == spec.rope:
         return spec
     if spec.rope.type in ("llama3", "yarn", "longrope") and extended.type != spec.rope.type:
-        logging.warning("context.rope.type=%s replaces the base's own %s scaling", extended.type, spec.rope.type)
-    return dataclasses.replace(spec, rope=extended, max_length=context.length)
+        logging.warning("a %s RoPE replaces the base's own %s scaling", extended.type, spec.rope.type)
+    return dataclasses.replace(spec, rope=extended, max_length=length)
 
 
 def abstract_model(config, hf_config: dict) -> Decoder:

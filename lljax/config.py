@@ -118,6 +118,9 @@ def validate(c: ConfigDict) -> None:
                          ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("alarm.spike_z", 0.0)):
         if not get(c, field) >= least:
             raise ConfigError(f"{field}={get(c, field)}: it must be at least {least}")
+    if not c.checkpoint.every_minutes > 0:
+        raise ConfigError(f"checkpoint.every_minutes={c.checkpoint.every_minutes} would save at every step: use a larger "
+                          "number, or checkpoint.every_steps=1")
     for field in ("lora.dropout", "data.valid_fraction", "data.max_bad_fraction"):
         if not 0 <= get(c, field) < 1:
             raise ConfigError(f"{field}={get(c, field)}: it is a share, from 0 to below 1")

@@ -28,6 +28,7 @@ CONSOLE = Console()
 
 def evaluate(workdir: Path, lengths: list[int], documents: int) -> None:
     config, trained, base = restore_run(workdir)
+    lengths = lengths or doublings(trained.spec.rope.original_length, trained.spec.max_length)
     tokenizer = base.tokenizer()
     held_out = prepare(config.data, tokenizer, base.config["vocab_size"], workdir / "data",
                        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)).valid
@@ -54,10 +55,19 @@ def evaluate(workdir: Path, lengths: list[int], documents: int) -> None:
     write_report(workdir)
 
 
+def doublings(first: int, last: int) -> list[int]:
+    """`first`, twice, four times ... it, up to and with `last`."""
+    lengths = [min(first, last)]
+    while lengths[-1] < last:
+        lengths.append(min(2 * lengths[-1], last))
+    return lengths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--lengths", default="", help="comma-separated tokens; by default x1, x2, x4 ... up to the context")
+    parser.add_argument("--lengths", default="",
+                        help="comma-separated tokens; by default the base's context, twice it ... up to the new one")
     parser.add_argument("--documents", type=int, default=32, help="held-out documents that are read, at most")
     arguments = parser.parse_args()
     with exit_cleanly():
@@ -65,7 +75,7 @@ def main() -> None:
             lengths = sorted(int(length) for length in arguments.lengths.split(",") if length)
         except ValueError:
             raise ConfigError(f"--lengths={arguments.lengths}: comma-separated numbers of tokens") from None
-        evaluate(arguments.workdir, lengths or [512, 1024, 2048, 4096], arguments.documents)
+        evaluate(arguments.workdir, lengths, arguments.documents)
 
 
 if __name__ == "__main__":

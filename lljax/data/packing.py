@@ -5,7 +5,7 @@ import numpy as np
 
 from lljax.data.tokens import TokenStore
 
-IGNORED = -100                               # a target that is not predicted
+IGNORED = -100                               # a target that is not predicted, as in transformers
 BINS = 16                                    # rows filled side by side; more leave less padding, and mix epochs more
 
 

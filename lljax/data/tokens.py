@@ -54,7 +54,8 @@ def _map(path: Path, dtype) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """The outcome of `prepare`. fingerprint: of the content of the files and of how it was tokenised."""
+    """The outcome of `prepare`. fingerprint: of the content of the files and of how it was tokenised. bad: rows that
+    could not be used."""
 
     train: TokenStore
     valid: TokenStore

@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 
 from lljax.data.tokens import TokenStore
-from lljax.training.loss import IGNORED, cross_entropy
+from lljax.training.loss import cross_entropy
 
 
 def windows(store: TokenStore, longest: int, limit: int) -> np.ndarray:
-    """The first `longest` + 1 tokens of up to `limit` documents that are long enough, int32 [documents, longest + 1]."""
+    """The first `longest` + 1 tokens of up to `limit` documents that have them, int32 [documents, longest + 1]."""
     chosen = [i for i, n in enumerate(store.lengths) if n > longest][:limit]
     return np.stack([store.tokens(i)[:longest + 1] for i in chosen]).astype(np.int32) if chosen else \
         np.zeros((0, longest + 1), np.int32)
@@ -31,7 +31,7 @@ def perplexity(model: nnx.Module, texts: np.ndarray, length: int, *, dtype=jnp.f
         usable = (len(text) - 1) // length * length
         inputs, targets = (x.reshape(-1, length) for x in (text[:usable], text[1:usable + 1]))
         total += float(_loss(graphdef, state, inputs, targets, dtype, chunk))
-        count += int(np.sum(targets != IGNORED))
+        count += targets.size
     return math.exp(total / count) if count else math.nan
 
 

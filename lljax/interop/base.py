@@ -49,7 +49,7 @@ class FolderBase:
         return read_json(path) if path.is_file() else None
 
     def tokenizer(self):
-        from transformers import AutoTokenizer   # slow to import, and not every caller needs it
+        from transformers import AutoTokenizer  # slow to import, and not every caller needs it
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:

@@ -11,6 +11,7 @@ from flax import nnx
 from rich.progress import track
 
 from lljax import sharding
+from lljax.build import build_model, place
 from lljax.config import get, total_steps, validate
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.tokens import prepare
@@ -18,7 +19,6 @@ from lljax.errors import ConfigError, NumericAbort, Stopped
 from lljax.interop.base import open_base, tokenizer_fingerprint
 from lljax.models import lora
 from lljax.models.decoder import FULL
-from lljax.build import build_model, place
 from lljax.training.checkpoint import Checkpoints, abstract, check_identity
 from lljax.training.curriculum import Stage, stages
 from lljax.training.monitor import Monitor, read_metrics
@@ -28,14 +28,15 @@ from lljax.training.signals import StopRequest
 from lljax.training.step import StepSettings, from_items, make_evaluate, make_step, new_state, to_items
 
 # What a resumed run must have in common with its beginning, so that it ends as if it had not been interrupted.
-IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "context", "lora", "data.packing", "data.overlong", "optimizer",
-            "training.rows", "training.accumulate", "alarm")
+IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "context", "lora", "data.packing", "data.overlong",
+            "optimizer", "training.rows", "training.accumulate", "alarm")
 
 
 def train(config, workdir, *, model: nnx.Module | None = None) -> nnx.Module:
     """Runs `config` in `workdir`, or goes on with what was begun there; returns the trained model.
 
     model: a model of this configuration that is at hand (lljax.prepare_model); otherwise the base is read.
+      Its arrays are given away: use the model that is returned.
 
     Raises:
       ConfigError, ModelError, DataError: what the user gave cannot be used.
@@ -58,6 +59,8 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     tokenizer_id = tokenizer_fingerprint(tokenizer)
     documents = prepare(config.data, tokenizer, base.config["vocab_size"], workdir / "data",
                         tokenizer_fingerprint=tokenizer_id, progress=_progress)
+    if documents.bad:
+        logging.warning("%d rows could not be used: %s lists them", documents.bad, workdir / "bad_rows.jsonl")
     curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
     _write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
     _write_json(workdir / "data_statistics.json",
@@ -131,9 +134,9 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
                               "attention": stage.pattern.kind, "learning_rate": float(rate(step)), **metrics,
                               "tokens_per_second": batch["tokens"].size / seconds, "seconds": seconds})
                 step += 1
-                if trouble := _trouble(metrics, config.alarm):
+                if trouble := _trouble(metrics):
                     monitor.say(f"step {step}: {trouble}")
-                    if stops_run(metrics, config.alarm):
+                    if _stops(metrics, config.alarm):
                         save(wait=True)
                         checkpoints.close()
                         raise NumericAbort(f"step {step}: {trouble}; the state is saved in {checkpoints.folder}: lower "
@@ -157,7 +160,7 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     return nnx.merge(graphdef, state.trainable, frozen)
 
 
-def _trouble(metrics: dict, alarm) -> str:
+def _trouble(metrics: dict) -> str:
     """What is wrong with a step, or an empty text."""
     if metrics["nonfinite"]:
         return f"the gradient is not finite; skipped ({metrics['bad']} in a row)"
@@ -167,7 +170,7 @@ def _trouble(metrics: dict, alarm) -> str:
     return ""
 
 
-def stops_run(metrics: dict, alarm) -> bool:
+def _stops(metrics: dict, alarm) -> bool:
     return (metrics["nonfinite"] and alarm.nonfinite == "stop") or (metrics["spike"] and alarm.spike == "stop") or \
         metrics["bad"] >= alarm.max_bad_steps
 
@@ -183,9 +186,9 @@ def _evaluate(evaluate, trainable, frozen, store, config, mesh, length: int) -> 
 
 def _loader(store, config, stage: Stage):
     rows = config.training.rows * config.training.accumulate // jax.process_count()
-    return make_loader(store, length=stage.length, rows=rows, packing=config.data.packing, overlong=config.data.overlong,
-                       seed=config.seed + stage.number, process_index=jax.process_index(),
-                       process_count=jax.process_count())
+    return make_loader(store, length=stage.length, rows=rows, packing=config.data.packing,
+                       overlong=config.data.overlong, seed=config.seed + stage.number,
+                       process_index=jax.process_index(), process_count=jax.process_count())
 
 
 def _place(batch: dict, accumulate: int, mesh) -> dict:
@@ -197,8 +200,9 @@ def _place(batch: dict, accumulate: int, mesh) -> dict:
 
 def _check_rows(rows: int, mesh) -> None:
     if rows % mesh.devices.size:
+        multiple = -(-rows // mesh.devices.size) * mesh.devices.size
         raise ConfigError(f"training.rows={rows} do not spread evenly over the {mesh.devices.size} devices of mesh.data "
-                          f"and mesh.fsdp: use a multiple such as {-(-rows // mesh.devices.size) * mesh.devices.size}")
+                          f"and mesh.fsdp: use a multiple such as {multiple}")
 
 
 def marker_ids(markers, tokenizer) -> tuple[int, ...]:
@@ -211,8 +215,8 @@ def marker_ids(markers, tokenizer) -> tuple[int, ...]:
     for marker in markers:
         tokens = tokenizer(marker, add_special_tokens=False)["input_ids"]
         if len(tokens) != 1:
-            raise ConfigError(f"context.anchor_markers: {marker!r} is {len(tokens)} tokens of this tokenizer and must be "
-                              "one; use another marker")
+            raise ConfigError(f"context.anchor_markers: {marker!r} is {len(tokens)} tokens of this tokenizer and must "
+                              "be one; use another marker")
         ids += tokens
     return tuple(ids)
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-IGNORED = -100                               # a target that is not predicted, as in transformers
+from lljax.data.packing import IGNORED
 
 
 def cross_entropy(hidden, head, targets, *, chunk: int) -> jax.Array:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lljax.data.packing import IGNORED
 from lljax.models.layers import AttentionPattern
 from lljax.sharding import replicated
-from lljax.training.loss import IGNORED, cross_entropy
+from lljax.training.loss import cross_entropy
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +90,7 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
         tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1).astype(jnp.float32)
         loss, grads = loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         z = robust_z(jnp.log(norm), state.norms)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         spike = finite & (z > settings.spike_z)
