@@ -77,7 +77,8 @@ def test_accumulation_and_rows_are_the_same_step(run_config, tmp_path):
 
 
 @pytest.mark.parametrize("change,message", [
-    (("lora.rank", 8), "another lora.rank"), (("seed", 1), "another seed"), (("data.valid_fraction", 0.3), "another data")])
+    (("lora.rank", 8), "another lora.rank"), (("seed", 1), "another seed"),
+    (("data.valid_fraction", 0.3), "another data")])
 def test_another_run_is_not_resumed(run_config, tmp_path, change, message):
     run_config.context.schedule = ((1, 32, "full"),)
     loop.train(run_config, tmp_path)
@@ -113,7 +114,8 @@ def test_exports_give_our_logits_in_pytorch(run_config, tmp_path):
     load = transformers.AutoModelForCausalLM.from_pretrained
     compare(load(tmp_path / "merged"))
     compare(peft.PeftModel.from_pretrained(load(tmp_path / "split" / "base"), tmp_path / "split" / "adapter"))
-    config = transformers.AutoConfig.from_pretrained(base.path, **json.loads((tmp_path / "peft" / "rope.json").read_text()))
+    rope = json.loads((tmp_path / "peft" / "rope.json").read_text())
+    config = transformers.AutoConfig.from_pretrained(base.path, **rope)
     compare(peft.PeftModel.from_pretrained(load(base.path, config=config), tmp_path / "peft"))
 
 
@@ -168,13 +170,39 @@ def test_killed_at_ten_moments_ends_as_if_nothing_happened(tiny, documents, tmp_
     overrides = [f"--config.model.path={tiny}", f"--config.data.train=('{documents}',)", "--config.context.length=64",
                  "--config.context.schedule=((30,32,'shifted'),(60,64,'full'))", "--config.training.rows=8",
                  "--config.checkpoint.every_steps=5", "--config.data.valid_fraction=0.2"]
-    subprocess.run(command("configs/quickstart.py", tmp_path / "whole", *overrides), cwd=ROOT, check=True)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command("configs/quickstart.py", whole, *overrides), cwd=ROOT, check=True)
     rng = np.random.default_rng(0)
-    for _ in range(10):
-        process = subprocess.Popen(command("configs/quickstart.py", tmp_path / "killed", *overrides), cwd=ROOT)
-        time.sleep(rng.uniform(4, 25))
+    for step in sorted(rng.choice(np.arange(1, 60), 10, replace=False)):
+        process = subprocess.Popen(command("configs/quickstart.py", killed, *overrides), cwd=ROOT)
+        wait_for_step(killed, step, process)
+        time.sleep(rng.uniform(0, 0.5))      # within a step, a save, an evaluation, or on to a later step
         process.kill()
         process.wait()
-    subprocess.run(command("configs/quickstart.py", tmp_path / "killed", *overrides), cwd=ROOT, check=True)
-    assert_same(*(trained_leaves(restore_run(tmp_path / name)[1]) for name in ("whole", "killed")))
-    assert records(tmp_path / "whole") == records(tmp_path / "killed")
+    subprocess.run(command("configs/quickstart.py", killed, *overrides), cwd=ROOT, check=True)
+    assert_same(*(trained_leaves(restore_run(workdir)[1]) for workdir in (whole, killed)))
+    assert checksums(whole) == checksums(killed)
+    assert records(whole) == records(killed)
+
+
+@pytest.mark.slow
+def test_a_terminated_run_saves_and_exits_with_75_within_ten_seconds(tiny, documents, tmp_path):
+    process = subprocess.Popen(command("configs/quickstart.py", tmp_path / "run", f"--config.model.path={tiny}",
+                                       f"--config.data.train=('{documents}',)", "--config.training.rows=8"), cwd=ROOT)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.terminate()
+    assert process.wait(timeout=10) == 75
+    assert any(int(folder.name) >= 3 for folder in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+def wait_for_step(workdir, step, process):
+    while not (workdir / "metrics.jsonl").exists() or max((r["step"] for r in read_metrics(workdir)), default=0) < step:
+        if process.poll() is not None:       # it was done before it could be caught
+            return
+        time.sleep(0.02)
+
+
+def checksums(workdir):
+    """Of every leaf of the last checkpoint: what is trained, the optimizer, the random key."""
+    steps = [int(folder.name) for folder in (workdir / "checkpoints").iterdir()]
+    return json.loads((workdir / "checkpoints" / str(max(steps)) / "note" / "metadata").read_text())["leaves"]

@@ -81,8 +81,8 @@ def _scores(q, k, mask, masked: bool):
     return jnp.where(visible(mask())[:, None, :, None, :], scores, MASKED) if masked else scores
 
 
-def _slice(x, i, size):
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2)
+def _slice(x, i, size, axis=2):
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=axis)
 
 
 def _forward(bq, bk, q, k, v, mask):
@@ -124,9 +124,13 @@ def _attend_backward(bq, bk, saved, d_out):
     visit = _visit(mask, bq, bk)
     wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    # dk and dv are summed as [.., H, S]: products with small transposed operands, where a CPU is slow at transposing
+    # the weights of a block.
+    qt, d_out_t = (jnp.moveaxis(x, -1, 2) for x in (q, d_out))
 
     def query_block(carry, i):
         qi, doi, lsei, deltai = (_slice(x, i, bq) for x in (q, d_out, lse, delta))
+        qti, doti = (_slice(x, i, bq, axis=3) for x in (qt, d_out_t))
 
         def key_block(j, masked, carry):
             dqi, dk, dv = carry
@@ -135,20 +139,22 @@ def _attend_backward(bq, bk, saved, d_out):
             d_weights = wide("BKQRH,BKSH->BKQRS", doi, vj)
             d_scores = (weights * (d_weights - deltai[..., None])).astype(q.dtype)
             dqi += wide("BKQRS,BKSH->BKQRH", d_scores, kj)
-            dk = _add_at(dk, j, bk, wide("BKQRS,BKQRH->BKSH", d_scores, qi))
-            dv = _add_at(dv, j, bk, wide("BKQRS,BKQRH->BKSH", weights.astype(q.dtype), doi))
+            dk = _add_at(dk, j, bk, wide("BKHQR,BKQRS->BKHS", qti, d_scores))
+            dv = _add_at(dv, j, bk, wide("BKHQR,BKQRS->BKHS", doti, weights.astype(q.dtype)))
             return dqi, dk, dv
 
         dqi, dk, dv = visit(i, key_block, (jnp.zeros(qi.shape, jnp.float32), *carry))
         return (dk, dv), dqi.astype(q.dtype)
 
-    empty = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))  # float32: sums over every query block
+    # float32: sums over every query block
+    empty = tuple(jnp.zeros(jnp.moveaxis(x, 3, 2).shape, jnp.float32) for x in (k, v))
     (dk, dv), dq = jax.lax.scan(query_block, empty, jnp.arange(q.shape[2] // bq))
+    dk, dv = (jnp.moveaxis(x, 2, 3) for x in (dk, dv))
     return jnp.moveaxis(dq, 0, 2).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 def _add_at(x, j, size, update):
-    return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, j, size) + update, j * size, axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, j, size, axis=3) + update, j * size, axis=3)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
