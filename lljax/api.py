@@ -43,8 +43,8 @@ def train(model: Decoder, *, data, workdir: str, steps: int, length: int | None 
     """Trains a prepared model on JSONL `data` for `steps` and returns it; the same script again resumes.
 
     The arrays of `model` are given away: use the model that is returned. length: tokens a row, by default all the model
-    reads. Attention is shifted for the first three quarters of the steps of a LongLoRA model, then full. Further fields of the configuration go by their dotted names with "__" for
-    ".", for example optimizer__learning_rate=1e-4.
+    reads. Attention is shifted for the first three quarters of the steps of a LongLoRA model, then full. Further fields
+    of the configuration go by their dotted names with "__" for ".", for example optimizer__learning_rate=1e-4.
     """
     settings = dict(model.settings)
     if "lora.rank" not in settings:
