@@ -13,10 +13,10 @@ def get_config():
     c.model.dtype = "float32"                # what a CPU computes in
     c.context.length = 4_096                 # eight times what the base was trained for
     c.context.schedule = (                   # (until_step, length, attention): x2, x4, x8
-        (25, 1_024, "shifted"),
-        (50, 2_048, "shifted"),
-        (75, 4_096, "shifted"),
-        (100, 4_096, "full"),                # finish in full attention: retrieval needs it
+        (60, 1_024, "shifted"),
+        (110, 2_048, "shifted"),
+        (150, 4_096, "shifted"),
+        (240, 4_096, "full"),                # finish in full attention: retrieval needs it
     )
     c.context.rope.type = "yarn"             # loses least before training, see README
     c.lora.rank = 16
@@ -25,6 +25,7 @@ def get_config():
     c.data.train = ("data/stdlib.jsonl",)
     c.data.valid_fraction = 0.03             # the documents that the base has not seen either
     c.training.eval_rows = 16
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 1.5e-3
+    c.optimizer.learning_rate_ratio.embed = 0.2  # a row a step is too noisy for the embeddings at the full rate
     c.optimizer.warmup_steps = 10
     return c

@@ -78,7 +78,12 @@ def load_base(base, spec: DecoderSpec, dtype) -> Decoder:
     return model
 
 
-def place(model: Decoder, mesh: Mesh) -> None:
+def mesh_of(mesh) -> Mesh:
+    """The mesh that `config.mesh` describes, over every device there is."""
+    return sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, sequence=mesh.sequence, tensor=mesh.tensor)
+
+
+def move(model: Decoder, mesh: Mesh) -> None:
     """Moves the values of a model that is at hand onto `mesh`."""
     for _, variable in declared(model):
         value = variable.get_value()

@@ -86,6 +86,9 @@ def default_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = 1                          # copies of the weights, each with its own rows; -1: what is left
     c.mesh.fsdp = -1                         # devices the weights are spread over; rows are spread over them too
+    c.mesh.sequence = 1                      # devices the tokens of a row are spread over; the weights are spread too
+    c.mesh.tensor = 1                        # devices the heads, MLP and vocabulary are computed on in parallel
+    c.mesh.context_parallel = "auto"         # auto | allgather | ulysses | ring | halo, where sequence > 1
     return c.lock()
 
 
@@ -108,6 +111,7 @@ def validate(c: ConfigDict) -> None:
     _choice(c, "data.overlong", ("split", "truncate", "drop"))
     _choice(c, "optimizer.schedule", ("linear", "cosine", "constant"))
     _choice(c, "memory.remat", ("full", "none"))
+    _choice(c, "mesh.context_parallel", ("auto", "allgather", "ulysses", "ring", "halo"))
     _choice(c, "alarm.nonfinite", ("skip", "stop"))
     _choice(c, "alarm.spike", ("warn", "skip", "stop"))
     for field, least in (("context.length", 2), ("context.window", 1), ("context.anchors", 0), ("lora.rank", 1),
@@ -140,6 +144,9 @@ def validate(c: ConfigDict) -> None:
     if c.lora.adapter and c.train_type == "full":
         raise ConfigError(f"lora.adapter={c.lora.adapter!r} continues an adapter and train_type='full' has none: "
                           "use train_type='lora'")
+    if c.mesh.context_parallel != "auto" and c.mesh.sequence == 1:
+        raise ConfigError(f"mesh.context_parallel={c.mesh.context_parallel!r} and mesh.sequence=1: nothing is spread over "
+                          "tokens; set mesh.sequence, or mesh.context_parallel='auto'")
     _validate_context(c.context)
 
 

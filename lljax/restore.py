@@ -7,8 +7,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lljax import sharding
-from lljax.build import build_model
+from lljax.build import build_model, mesh_of
 from lljax.config import default_config
 from lljax.errors import ConfigError
 from lljax.interop.base import open_base
@@ -25,7 +24,7 @@ def restore_run(workdir, step: int | None = None):
     workdir = Path(workdir)
     config = read_config(workdir)
     base = open_base(config.model.path, config.model.revision)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = mesh_of(config.mesh)
     model = build_model(config, base, mesh)
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     checkpoints = Checkpoints(workdir, **config.checkpoint, read_only=True)

@@ -1,49 +1,110 @@
-"""The device mesh, and where each kind of array lives on it: one table from logical axes to mesh axes."""
+"""The device mesh, and where each kind of array lies on it: one table from logical axes to mesh axes."""
+
+import dataclasses
+import math
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lljax.errors import ConfigError
 
-# A weight is spread over fsdp along its first listed axis that divides; rows of a batch over data and fsdp both.
-RULES = {"vocab": "fsdp", "heads": "fsdp", "kv_heads": "fsdp", "mlp": "fsdp"}
-ROWS = ("data", "fsdp")
+AXES = ("data", "fsdp", "sequence", "tensor")
+ROWS, TOKENS = ("data", "fsdp"), "sequence"  # what a batch [B, T] is cut along
+# A weight is cut over `tensor` along these logical axes, and computed with in that form ...
+TENSOR = ("heads", "kv_heads", "mlp", "vocab")
+# ... and cut further over these mesh axes where it is kept; a layer's are gathered when its turn comes.
+STORAGE = ("fsdp", "sequence")
 
 
-def make_mesh(data: int, fsdp: int, devices=None) -> Mesh:
-    """A mesh with axes (data, fsdp) over all devices; one size may be -1 and is inferred.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a forward pass lies on a mesh; hashable, so that a compiled step depends on it.
+
+    context_parallel: none | allgather | ulysses | ring | halo, see lljax.attention.context_parallel.
+    zigzag: the tokens of a row were reordered for balance (`zigzag`).
+    """
+
+    mesh: Mesh
+    context_parallel: str = "none"
+    zigzag: bool = False
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh with axes (data, fsdp, sequence, tensor) over all devices; one size may be -1 and is inferred.
 
     Axis types are Auto: the compiler propagates shardings. (jax.make_mesh would default to Explicit.)
 
     Raises:
       ConfigError: the sizes do not make up the number of devices.
     """
-    devices = np.asarray(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp]
-    if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = devices.size // max(sizes)
-    if sizes[0] * sizes[1] != devices.size:
-        raise ConfigError(f"mesh.data={data} and mesh.fsdp={fsdp} do not make up the {devices.size} devices here: "
-                          "set one of them to -1")
-    return Mesh(devices.reshape(sizes), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    devices = np.asarray(jax.devices() if devices is None else devices).reshape(-1)
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    open_ = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(open_) == 1:
+        sizes[open_[0]] = devices.size // known
+    if len(open_) > 1 or math.prod(sizes.values()) != devices.size:
+        given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, (data, fsdp, sequence, tensor)))
+        raise ConfigError(f"{given} do not make up the {devices.size} devices here: set one of them to -1")
+    return Mesh(devices.reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def weight_spec(mesh: Mesh, axes: tuple, shape: tuple, *, kept: bool = True) -> PartitionSpec:
+    """How a weight with these logical axes is cut where it is kept, or (`kept=False`) where it is computed with.
+
+    The storage axes cut `embed` where they divide it, else the first of the tensor-parallel axes that they divide;
+    what nothing divides is whole on every device.
+    """
+    spec = [("tensor",) if axis in TENSOR and size % mesh.shape["tensor"] == 0 else () for axis, size in zip(axes, shape)]
+    if kept:
+        storage = math.prod(mesh.shape[axis] for axis in STORAGE)
+        for i in sorted(range(len(axes)), key=lambda i: axes[i] != "embed"):
+            cut = math.prod(mesh.shape[axis] for axis in spec[i]) * storage
+            if axes[i] in ("embed", *TENSOR) and shape[i] % cut == 0:
+                spec[i] += STORAGE
+                break
+    return PartitionSpec(*spec)
 
 
 def weight_sharding(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
-    """Where a weight with these logical axes lives; whole on every device where nothing divides."""
-    spec = [None] * len(shape)
-    for i, axis in enumerate(axes):
-        target = RULES.get(axis)
-        if target and shape[i] % mesh.shape[target] == 0:
-            spec[i] = target
-            break
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    """Where a weight with these logical axes is kept."""
+    return NamedSharding(mesh, weight_spec(mesh, axes, shape))
+
+
+def gathered(variables, layout: Layout | None, *, stacked: bool):
+    """`variables` (a Variable or a tree of them) in the form to compute with. stacked: of one layer of a stack, whose
+    values no longer have the axis that their metadata begins with."""
+    if layout is None:
+        return variables
+
+    def one(variable):
+        value, axes = variable.get_value(), variable.get_metadata("axes")[stacked:]
+        spec = weight_spec(layout.mesh, axes, value.shape, kept=False)
+        return variable.replace(jax.lax.with_sharding_constraint(value, NamedSharding(layout.mesh, spec)))
+    return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def constrain_activations(x: jax.Array, layout: Layout | None) -> jax.Array:
+    """x [B, T, ...] with its rows and tokens where the batch has them, whole along the rest."""
+    if layout is None:
+        return x
+    spec = PartitionSpec(ROWS, TOKENS, *(None,) * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-    """Where int32 arrays [..., B, T] live: B is the axis before the last, spread over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * (rank - 2), ROWS, None))
+    """Where int32 arrays [..., B, T] lie."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (rank - 2), ROWS, TOKENS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def zigzag(x: np.ndarray, parts: int) -> np.ndarray:
+    """Tokens [..., T] in an order in which each of `parts` devices has as much causal attention to do as the others:
+    device i of n holds the i-th chunk of 2n from the front and the i-th from the back. T % (2 * parts) == 0."""
+    chunks = np.split(x, 2 * parts, axis=-1)
+    return np.concatenate([chunks[j] for i in range(parts) for j in (i, 2 * parts - 1 - i)], axis=-1)

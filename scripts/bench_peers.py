@@ -28,15 +28,14 @@ RANK, ALPHA, TARGETS = 8, 16.0, ("q_proj", "v_proj")
 
 def lljax_step(model: str, length: int, attention: str):
     """A function that takes one optimizer step and returns its loss."""
-    import jax
     from flax import nnx
 
-    from lljax import sharding
-    from lljax.build import build_model
+    from lljax.build import build_model, mesh_of
     from lljax.interop.base import open_base
     from lljax.models import lora
     from lljax.training.curriculum import stages
     from lljax.training.optimizer import make_optimizer, roles_of
+    from lljax.training.placement import place
     from lljax.training.step import StepSettings, make_step, new_state
 
     c = default_config()
@@ -44,7 +43,7 @@ def lljax_step(model: str, length: int, attention: str):
     c.context.rope.type, c.context.length, c.context.schedule = "keep", length, ((1, length, attention),)
     c.lora.rank, c.lora.alpha, c.lora.targets, c.lora.also_train = RANK, ALPHA, TARGETS, ()
     c.optimizer.schedule, c.optimizer.warmup_steps, c.optimizer.beta2 = "constant", 0, 0.999
-    mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
+    mesh = mesh_of(c.mesh)
     base = open_base(c.model.path, c.model.revision)
     graphdef, trainable, frozen = nnx.split(build_model(c, base, mesh), lora.is_trainable, ...)
     optimizer = make_optimizer(c.optimizer, 1_000, roles_of(trainable))
@@ -55,8 +54,7 @@ def lljax_step(model: str, length: int, attention: str):
     tokens = row(length, base.config["vocab_size"])
     batch = {"tokens": tokens, "targets": np.append(tokens[1:], -100), "segments": np.ones(length),
              "positions": np.arange(length)}
-    where = sharding.batch_sharding(mesh, 3)
-    batch = {name: jax.device_put(np.asarray(x, np.int32)[None, None], where) for name, x in batch.items()}
+    batch = place({name: np.asarray(x, np.int32)[None] for name, x in batch.items()}, 1, mesh, None)
 
     def take():
         nonlocal state

@@ -1,7 +1,9 @@
-"""What may attend to what (`Mask`), and how it is computed (`attend`, over a table of implementations)."""
+"""What may attend to what (`Mask`), how it is computed (`attend`, over a table of implementations), and over which devices
+(`attend_parallel`)."""
 
 from lljax.attention.attend import IMPLEMENTATIONS, attend
+from lljax.attention.context_parallel import attend_parallel
 from lljax.attention.mask import Mask, causal
 from lljax.attention.shifted import attend_shifted
 
-__all__ = ["IMPLEMENTATIONS", "Mask", "attend", "attend_shifted", "causal"]
+__all__ = ["IMPLEMENTATIONS", "Mask", "attend", "attend_parallel", "attend_shifted", "causal"]

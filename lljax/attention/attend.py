@@ -1,12 +1,30 @@
 """One operation over a table of implementations."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from lljax.attention import blockwise
 from lljax.attention.mask import Mask
 
-# In order of preference. An entry takes (q, k, v, mask, *, scale).
-IMPLEMENTATIONS = {"blockwise": blockwise.attend}
+# What memory.remat = "attention" keeps of a layer.
+SAVED = ("attention_out", "attention_lse")
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """forward(q, k, v, mask, *, scale) -> (out, lse [B, T, N]); backward(q, k, v, mask, out, lse, d_out, *, scale) ->
+    float32 (dq, dk, dv). Both as in `lljax.attention.blockwise`."""
+
+    forward: Callable
+    backward: Callable
+
+
+# In order of preference.
+IMPLEMENTATIONS = {"blockwise": Implementation(blockwise.forward, blockwise.backward)}
 
 
 def attend(q, k, v, mask: Mask, *, scale: float, implementation: str | None = None) -> jax.Array:
@@ -17,8 +35,32 @@ def attend(q, k, v, mask: Mask, *, scale: float, implementation: str | None = No
     Raises:
       ValueError: no implementation has that name.
     """
-    if implementation is None:
-        implementation = next(iter(IMPLEMENTATIONS))
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[implementation](q, k, v, mask, scale=scale)
+    return _attend(implementation_of(implementation), scale, q, k, v, mask)
+
+
+def implementation_of(name: str | None) -> Implementation:
+    if name is None:
+        name = next(iter(IMPLEMENTATIONS))
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {name!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(implementation, scale, q, k, v, mask):
+    return implementation.forward(q, k, v, mask, scale=scale)[0]
+
+
+def _attend_forward(implementation, scale, q, k, v, mask):
+    out, lse = implementation.forward(q, k, v, mask, scale=scale)
+    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED))
+    return out, (q, k, v, mask, out, lse)
+
+
+def _attend_backward(implementation, scale, saved, d_out):
+    q, k, v, *_ = saved
+    grads = implementation.backward(*saved, d_out, scale=scale)
+    return *(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v))), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -15,35 +15,66 @@ from lljax.attention.mask import Mask, block, block_kinds, pad, visible
 MASKED, FLOOR = -1e30, -1e20                 # exp(MASKED - FLOOR) is 0, so a row masked throughout a block adds nothing
 
 
-def attend(q, k, v, mask: Mask, *, scale: float) -> jax.Array:
-    """Attention of q [B, T, N, H] over k, v [B, S, K, H]; returns [B, T, N, H]. A query that sees nothing gets zeros."""
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    if mask.anchors is not None:
-        k, v, mask = anchors_first(k, v, mask)
-    bq, bk = block_sizes(T, S, mask)
-    T_pad, S_pad = -(-T // bq) * bq, -(-S // bk) * bk
+def forward(q, k, v, mask: Mask, *, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Attention of q [B, T, N, H] over k, v [B, S, K, H]: the output, like q, and the log-sum-exp of each query's
+    scores, float32 [B, T, N]. A query that sees nothing gets zeros, and FLOOR."""
+    call = _Call(q, k, v, mask, scale)
+    out, lse = _forward(*call.blocks, call.q, call.k, call.v, call.mask)
+    return call.rows(out), call.rows(lse)
 
-    def heads_first(x, heads, length):       # [B, length, heads..., H] -> [B, K, length, ..., H]
-        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
-        return jnp.moveaxis(x.reshape(B, length, K, *heads, H), 2, 1)
 
-    out = _attend(bq, bk, heads_first(q * scale, (N // K,), T_pad), heads_first(k, (), S_pad),
-                  heads_first(v, (), S_pad), pad(mask, T_pad, S_pad))
-    return jnp.moveaxis(out, 1, 2).reshape(B, T_pad, N, H)[:, :T]
+def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `forward` for q, k and v in float32, given its results and the gradient of its output.
+
+    `out` and `lse` may be those of attention over more keys than `k`: the sum over parts of the keys is the gradient.
+    """
+    call = _Call(q, k, v, mask, scale)
+    dq, dk, dv = _backward(*call.blocks, call.q, call.k, call.v, call.mask, call.heads(out), call.heads(lse[..., None])[..., 0],
+                           call.heads(d_out))
+    return call.rows(dq) * scale, call.keys(dk), call.keys(dv)
+
+
+class _Call:
+    """The operands in the order that the loops want, padded to whole blocks: q [B, K, T, N / K, H] (scaled),
+    k, v [B, K, S, H]; and the way back."""
+
+    def __init__(self, q, k, v, mask: Mask, scale: float):
+        self.B, self.T, self.N, self.S = *q.shape[:3], k.shape[1]
+        self.K, self.order = k.shape[2], None
+        if mask.anchors is not None:
+            k, v, mask, self.order = anchors_first(k, v, mask)
+        self.blocks = bq, bk = block_sizes(self.T, self.S, mask)
+        self.T_pad, S_pad = -(-self.T // bq) * bq, -(-self.S // bk) * bk
+        self.q = self.heads(q * scale)
+        self.k, self.v = (jnp.moveaxis(_pad(x, S_pad), 2, 1) for x in (k, v))
+        self.mask = pad(mask, self.T_pad, S_pad)
+
+    def heads(self, x):                      # [B, T, N, H] -> [B, K, T, N / K, H]
+        return jnp.moveaxis(_pad(x, self.T_pad).reshape(self.B, self.T_pad, self.K, -1, x.shape[-1]), 2, 1)
+
+    def rows(self, x):                       # [B, K, T, N / K, ...] -> [B, T, N, ...]
+        return jnp.moveaxis(x, 1, 2).reshape(self.B, self.T_pad, self.N, *x.shape[4:])[:, :self.T]
+
+    def keys(self, x):                       # [B, K, H, S] -> [B, S, K, H]
+        x = jnp.moveaxis(x, 3, 1)[:, :self.S]
+        return x if self.order is None else jnp.take_along_axis(x, jnp.argsort(self.order, axis=1)[:, :, None, None], axis=1)
+
+
+def _pad(x, length):
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
 
 
 def anchors_first(k, v, mask: Mask):
     """Moves the anchors to the front of the keys, so that they fill few blocks wherever they stood in the row.
 
     The mask is decided from indices that move along, so the result does not change; the work does: a marker in every
-    paragraph would otherwise keep every block active.
+    paragraph would otherwise keep every block active. Returns the order [B, S] of the keys, too.
     """
     order = jnp.argsort(~mask.anchors, axis=1, stable=True)
     move = functools.partial(jnp.take_along_axis, indices=order, axis=1)
     segments = None if mask.k_segments is None else move(mask.k_segments)
     k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (k, v))
-    return k, v, mask.replace(k_index=move(mask.k_index), k_segments=segments, anchors=move(mask.anchors))
+    return k, v, mask.replace(k_index=move(mask.k_index), k_segments=segments, anchors=move(mask.anchors)), order
 
 
 def block_sizes(T: int, S: int, mask: Mask) -> tuple[int, int]:
@@ -53,11 +84,6 @@ def block_sizes(T: int, S: int, mask: Mask) -> tuple[int, int]:
     while size > 64 and size * 8 > reach:
         size //= 2
     return min(size, T), min(size, S)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(bq, bk, q, k, v, mask):
-    return _forward(bq, bk, q, k, v, mask)[0]
 
 
 def _visit(mask, bq, bk):
@@ -86,8 +112,7 @@ def _slice(x, i, size, axis=2):
 
 
 def _forward(bq, bk, q, k, v, mask):
-    """q [B, K, T, N / K, H], scaled; k, v [B, K, S, H]. Returns the output, like q, and the log-sum-exp of each
-    query's scores [B, K, T, N / K]."""
+    """Returns the output, like q, and the log-sum-exp [B, K, T, N / K]."""
     visit = _visit(mask, bq, bk)
     B, K, T, R, H = q.shape
 
@@ -114,13 +139,8 @@ def _forward(bq, bk, q, k, v, mask):
     return jnp.moveaxis(out, 0, 2).reshape(q.shape), jnp.moveaxis(lse, 0, 2).reshape(B, K, T, R)
 
 
-def _attend_forward(bq, bk, q, k, v, mask):
-    out, lse = _forward(bq, bk, q, k, v, mask)
-    return out, (q, k, v, mask, out, lse)
-
-
-def _attend_backward(bq, bk, saved, d_out):
-    q, k, v, mask, out, lse = saved
+def _backward(bq, bk, q, k, v, mask, out, lse, d_out):
+    """Returns float32 gradients: of q, like q; of k and v as [B, K, H, S]."""
     visit = _visit(mask, bq, bk)
     wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -144,17 +164,13 @@ def _attend_backward(bq, bk, saved, d_out):
             return dqi, dk, dv
 
         dqi, dk, dv = visit(i, key_block, (jnp.zeros(qi.shape, jnp.float32), *carry))
-        return (dk, dv), dqi.astype(q.dtype)
+        return (dk, dv), dqi
 
     # float32: sums over every query block
     empty = tuple(jnp.zeros(jnp.moveaxis(x, 3, 2).shape, jnp.float32) for x in (k, v))
     (dk, dv), dq = jax.lax.scan(query_block, empty, jnp.arange(q.shape[2] // bq))
-    dk, dv = (jnp.moveaxis(x, 2, 3) for x in (dk, dv))
-    return jnp.moveaxis(dq, 0, 2).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return jnp.moveaxis(dq, 0, 2).reshape(q.shape), dk, dv
 
 
 def _add_at(x, j, size, update):
     return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, j, size, axis=3) + update, j * size, axis=3)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)

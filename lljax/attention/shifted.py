@@ -25,11 +25,11 @@ def attend_shifted(q, k, v, mask: Mask, *, group: int, scale: float, implementat
     """
     outs = [attend(q[:, :, heads], k[:, :, shared], v[:, :, shared], scale=scale, implementation=implementation,
                    mask=mask.replace(group=group, shift=shift))
-            for heads, shared, shift in _parts(q.shape[2], k.shape[2], group // 2)]
+            for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)]
     return jnp.concatenate(outs, axis=2)
 
 
-def _parts(N: int, K: int, half: int):
+def parts(N: int, K: int, half: int):
     """Slices of query heads, the key/value heads that they read evenly, and their shift.
 
     Where the middle of the query heads falls inside the heads of one key/value head, that one stands alone.

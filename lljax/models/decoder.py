@@ -12,6 +12,7 @@ from lljax.models import rope
 from lljax.models.declare import declare, stack
 from lljax.models.layers import AttentionPattern, DecoderLayer, RMSNorm
 from lljax.models.spec import DecoderSpec
+from lljax.sharding import Layout, constrain_activations, gathered
 
 FULL = AttentionPattern()
 
@@ -51,23 +52,27 @@ class Decoder(nnx.Module):
         """The output matrix [V, D]; the embedding itself where the two are tied."""
         return (self.embed if self.lm_head is None else self.lm_head)[...]
 
-    def __call__(self, tokens, *, positions, segments=None, pattern: AttentionPattern = FULL, remat: str = "none",
-                 dtype=None, dropout_key=None, cache: Cache | None = None, rope_length=None):
+    def __call__(self, tokens, *, positions, segments=None, index=None, pattern: AttentionPattern = FULL,
+                 layout: Layout | None = None, remat: str = "none", dtype=None, dropout_key=None,
+                 cache: Cache | None = None, rope_length=None):
         """The hidden states [B, T, D] that `head` turns into logits.
 
         tokens, positions: int32 [B, T]; positions restart in each document of a packed row.
         segments: int32 [B, T] document of each token, 0 for padding; None for one document a row.
+        index: int32 [B, T] place of each token in its row; None for 0, 1, 2 ... Tokens may come in any order.
+        layout: how all of these lie on a mesh; None for one device.
         dtype: of the residual and of the compute; None for that of the weights.
         rope_length: positions in use, where a RoPE kind depends on it; None for the largest of `positions` + 1.
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
         """
-        x = jnp.take(self.embed[...], tokens, axis=0)
+        x = jnp.take(gathered(self.embed, layout, stacked=False).get_value(), tokens, axis=0)
         x = x.astype(dtype or self.layers.self_attn.q_proj.kernel.get_value().dtype)
+        x = constrain_activations(x, layout)
         frequencies = rope.frequencies(self.spec.rope, self.spec.H,
                                        jnp.max(positions) + 1 if rope_length is None else rope_length)
         rotation = rope.rotation(positions, frequencies)
         if cache is None:
-            mask, start, kv = self._mask(tokens, positions, segments, pattern), 0, None
+            mask, start, kv = self._mask(tokens, positions, segments, index, pattern), 0, None
         else:
             start, kv = cache.used, (cache.k, cache.v)
             cache, mask = _extend(cache, tokens.shape, segments)
@@ -80,7 +85,9 @@ class Decoder(nnx.Module):
 
             def layer(x, xs, mask=mask_here):
                 weights, key, kv = xs
-                return nnx.merge(graphdef, weights)(x, rotation, mask, pattern, kv, start, key)
+                weights = gathered(weights, layout, stacked=True)
+                x, kv = nnx.merge(graphdef, weights)(x, rotation, mask, pattern, layout, kv, start, key)
+                return constrain_activations(x, layout), kv
 
             if remat == "full":
                 layer = jax.checkpoint(layer, prevent_cse=False)
@@ -98,8 +105,9 @@ class Decoder(nnx.Module):
         """float32 [..., V] of hidden [..., D]."""
         return jnp.einsum("...D,VD->...V", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def _mask(self, tokens, positions, segments, pattern: AttentionPattern) -> Mask:
-        index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    def _mask(self, tokens, positions, segments, index, pattern: AttentionPattern) -> Mask:
+        if index is None:
+            index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         anchors = None
         if pattern.kind == "window" and (pattern.anchors or pattern.markers):
             anchors = (positions < pattern.anchors) | jnp.isin(tokens, jnp.asarray(pattern.markers, tokens.dtype))

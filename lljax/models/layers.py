@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lljax.attention import Mask, attend, attend_shifted
+from lljax.attention import Mask, attend_parallel
 from lljax.models.declare import declare
 from lljax.models.rope import rotate
 from lljax.models.spec import DecoderSpec
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, spec.norm_eps, hf=f"{hf}.k_norm") if spec.qk_norm else None
         self.H = H
 
-    def __call__(self, x, rotation, mask: Mask, pattern: AttentionPattern, cache=None, start=0, dropout_key=None):
+    def __call__(self, x, rotation, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0, dropout_key=None):
         """Attention over x [B, T, D], or over `cache` (k, v [B, S, K, H]) with x written to it from `start`.
 
         Returns the output [B, T, D] and the cache, updated.
@@ -81,11 +81,8 @@ class Attention(nnx.Module):
         if cache is not None:
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                                  for old, new in zip(cache, (k, v)))
-        scale = self.H ** -0.5
-        if pattern.kind == "shifted":
-            out = attend_shifted(q, k, v, mask, group=pattern.group, scale=scale)
-        else:
-            out = attend(q, k, v, mask, scale=scale)
+        group = pattern.group if pattern.kind == "shifted" else None
+        out = attend_parallel(q, k, v, mask, scale=self.H ** -0.5, group=group, layout=layout)
         return self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key), cache
 
 
@@ -110,7 +107,7 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.post_attention_layernorm")
         self.mlp = MLP(spec, f"{hf}.mlp")
 
-    def __call__(self, x, rotation, mask, pattern, cache=None, start=0, dropout_key=None):
-        update, cache = self.self_attn(self.input_layernorm(x), rotation, mask, pattern, cache, start, dropout_key)
+    def __call__(self, x, rotation, mask, pattern, layout=None, cache=None, start=0, dropout_key=None):
+        update, cache = self.self_attn(self.input_layernorm(x), rotation, mask, pattern, layout, cache, start, dropout_key)
         x = x + update
         return x + self.mlp(self.post_attention_layernorm(x), dropout_key), cache

@@ -2,16 +2,17 @@
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.progress import track
 
-from lljax import sharding
-from lljax.build import build_model, place
+from lljax.build import build_model, mesh_of, move
 from lljax.config import get, total_steps, validate
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.tokens import prepare
@@ -23,6 +24,7 @@ from lljax.training.checkpoint import Checkpoints, abstract, check_identity
 from lljax.training.curriculum import Stage, stages
 from lljax.training.monitor import Monitor, read_metrics
 from lljax.training.optimizer import learning_rate, make_optimizer, roles_of
+from lljax.training.placement import check_rows, layout_of, place, row_share
 from lljax.training.report import write_report
 from lljax.training.signals import StopRequest
 from lljax.training.step import StepSettings, from_items, make_evaluate, make_step, new_state, to_items
@@ -52,8 +54,8 @@ def train(config, workdir, *, model: nnx.Module | None = None) -> nnx.Module:
 
 def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     # ---------------------------------------------------------------- base, tokenizer, documents
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    _check_rows(config.training.rows, mesh)
+    mesh = mesh_of(config.mesh)
+    check_rows(config.training.rows, mesh)
     base = open_base(config.model.path, config.model.revision)
     tokenizer = base.tokenizer()
     tokenizer_id = tokenizer_fingerprint(tokenizer)
@@ -70,7 +72,13 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     if model is None:
         model = build_model(config, base, mesh)
     else:
-        place(model, mesh)
+        move(model, mesh)
+    spec = model.spec
+    layouts = [layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, spec, **_facts(config, mesh))
+               for stage in curriculum]
+    for stage, (layout, reason) in zip(curriculum, layouts):
+        if layout is not None:
+            logging.info("stage %s: context parallelism %s, %s", stage.label, layout.context_parallel, reason)
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     optimizer = make_optimizer(config.optimizer, total_steps(config), roles_of(trainable))
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
@@ -103,7 +111,8 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
         checkpoints.save(step, to_items(state), loader_state, identity, wait=wait)
 
     def evaluation(length):
-        values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, length)
+        layout, _ = layout_of(mesh, config.mesh.context_parallel, FULL, length, spec, **_facts(config, mesh))
+        values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, layout, length)
         monitor.evaluation(step, {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))})
 
     def evaluate_if_due(length):
@@ -118,14 +127,16 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
         for stage in curriculum:
             if step >= stage.stop:
                 continue
-            loader = _loader(documents.train, config, stage)
+            layout, _ = layouts[stage.number]
+            loader = _loader(documents.train, config, stage, mesh)
             if loader_state and loader_state["stage"] == stage.number:
                 loader.set_state(loader_state["state"])
             batch = next(loader)
             while step < stage.stop:
                 loader_state = {"stage": stage.number, "state": loader.get_state()}
                 began = time.monotonic()
-                state, metrics = step_fn(state, frozen, _place(batch, config.training.accumulate, mesh), stage.pattern)
+                placed = place(batch, config.training.accumulate, mesh, layout)
+                state, metrics = step_fn(state, frozen, placed, stage.pattern, layout)
                 if step + 1 < stage.stop:
                     batch = next(loader)     # read while the device computes
                 metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
@@ -175,34 +186,29 @@ def _stops(metrics: dict, alarm) -> bool:
         metrics["bad"] >= alarm.max_bad_steps
 
 
-def _evaluate(evaluate, trainable, frozen, store, config, mesh, length: int) -> float:
+def _facts(config, mesh) -> dict:
+    """What the choice of a context-parallel mode asks of the run and its devices."""
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    return {"bytes_per": jnp.dtype(config.model.dtype).itemsize, "memory": stats.get("bytes_limit", math.inf)}
+
+
+def _evaluate(evaluate, trainable, frozen, store, config, mesh, layout, length: int) -> float:
     """Mean loss over held-out pieces of `length` tokens, in full attention."""
     total, count = 0.0, 0
+    share, shares = row_share(mesh)
     for batch in eval_batches(store, length=length, rows=config.training.rows, limit=config.training.eval_rows):
-        loss, tokens = evaluate(trainable, frozen, jax.device_put(batch, sharding.batch_sharding(mesh, 2)), FULL)
+        mine = {name: np.split(x, shares)[share] for name, x in batch.items()}
+        placed = jax.tree.map(lambda x: x[0], place(mine, 1, mesh, layout))
+        loss, tokens = evaluate(trainable, frozen, placed, FULL, layout)
         total, count = total + float(loss), count + int(tokens)
     return total / max(count, 1)
 
 
-def _loader(store, config, stage: Stage):
-    rows = config.training.rows * config.training.accumulate // jax.process_count()
-    return make_loader(store, length=stage.length, rows=rows, packing=config.data.packing,
-                       overlong=config.data.overlong, seed=config.seed + stage.number,
-                       process_index=jax.process_index(), process_count=jax.process_count())
-
-
-def _place(batch: dict, accumulate: int, mesh) -> dict:
-    """This process' rows as part of the global batch [A, B, T] on the mesh."""
-    where = sharding.batch_sharding(mesh, 3)
-    return {name: jax.make_array_from_process_local_data(where, x.reshape(accumulate, -1, x.shape[-1]))
-            for name, x in batch.items()}
-
-
-def _check_rows(rows: int, mesh) -> None:
-    if rows % mesh.devices.size:
-        multiple = -(-rows // mesh.devices.size) * mesh.devices.size
-        raise ConfigError(f"training.rows={rows} do not spread evenly over the {mesh.devices.size} devices of mesh.data "
-                          f"and mesh.fsdp: use a multiple such as {multiple}")
+def _loader(store, config, stage: Stage, mesh):
+    share, shares = row_share(mesh)
+    return make_loader(store, length=stage.length, rows=config.training.rows * config.training.accumulate // shares,
+                       packing=config.data.packing, overlong=config.data.overlong, seed=config.seed + stage.number,
+                       process_index=share, process_count=shares)
 
 
 def marker_ids(markers, tokenizer) -> tuple[int, ...]:

@@ -4,17 +4,31 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lljax.data.packing import IGNORED
+from lljax.sharding import ROWS, TOKENS, Layout
 
 
-def cross_entropy(hidden, head, targets, *, chunk: int) -> jax.Array:
+def cross_entropy(hidden, head, targets, *, chunk: int, layout: Layout | None = None) -> jax.Array:
     """Sum of the cross-entropies of `targets` [B, T] under hidden [B, T, D] and head [V, D]; float32 scalar.
 
     Ignored targets (-100) count for nothing, in the value and in both gradients. Memory is O(chunk x V). Where a
     gradient is asked for it is formed together with the value, so logits are computed once; that of the head is formed
     only if the head trains. Logits, their softmax and the sums over chunks are float32.
     """
+    if layout is None:
+        return _in_chunks(hidden, head, targets, chunk)
+    tokens = (TOKENS, "tensor")              # where heads are cut, the tokens of the loss are
+
+    @functools.partial(jax.shard_map, mesh=layout.mesh, check_vma=False, out_specs=PartitionSpec(),
+                       in_specs=(PartitionSpec(ROWS, tokens), PartitionSpec(), PartitionSpec(ROWS, tokens)))
+    def of_all(hidden, head, targets):
+        return jax.lax.psum(_in_chunks(hidden, head, targets, chunk), layout.mesh.axis_names)
+    return of_all(hidden, head, targets)
+
+
+def _in_chunks(hidden, head, targets, chunk):
     D = hidden.shape[-1]
     tokens = targets.size
     chunk = min(chunk, tokens)

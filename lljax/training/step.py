@@ -10,7 +10,7 @@ from flax import nnx
 
 from lljax.data.packing import IGNORED
 from lljax.models.layers import AttentionPattern
-from lljax.sharding import replicated
+from lljax.sharding import Layout, replicated
 from lljax.training.loss import cross_entropy
 
 
@@ -67,26 +67,27 @@ def from_items(items: dict) -> TrainState:
 
 
 def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepSettings, like: TrainState):
-    """Returns step(state, frozen, batch, pattern) -> (state, metrics), jitted; one compilation per batch shape.
+    """Returns step(state, frozen, batch, pattern, layout) -> (state, metrics), jitted; one compilation per batch shape.
 
     The state stays where the state `like` lies.
 
-    The batch holds int32 arrays [A, B, T] (tokens, targets, segments, positions), A accumulated forward passes.
+    The batch holds int32 arrays [A, B, T] (tokens, targets, segments, positions, index), A accumulated forward passes.
     The loss is the mean over all predicted tokens of all A x B rows, so that accumulation changes nothing.
     A non-finite gradient is never applied; nor is a spike where settings say so. Metrics are float32 scalars.
     """
-    def total_loss(trainable, frozen, micro, key, pattern):
+    def total_loss(trainable, frozen, micro, key, pattern, layout):
         model = nnx.merge(graphdef, trainable, frozen)
-        hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], pattern=pattern,
-                       remat=settings.remat, dtype=jnp.dtype(settings.dtype), dropout_key=key)
-        return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk)
+        hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], index=micro["index"],
+                       pattern=pattern, layout=layout, remat=settings.remat, dtype=jnp.dtype(settings.dtype), dropout_key=key)
+        return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk, layout=layout)
 
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
-    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0, out_shardings=(shardings, None))
-    def step(state: TrainState, frozen, batch, pattern: AttentionPattern):
+    @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0, out_shardings=(shardings, None))
+    def step(state: TrainState, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        loss, grads = _accumulate(functools.partial(total_loss, pattern=pattern), state.trainable, frozen, batch, key)
+        loss_of = functools.partial(total_loss, pattern=pattern, layout=layout)
+        loss, grads = _accumulate(loss_of, state.trainable, frozen, batch, key)
         tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1).astype(jnp.float32)
         loss, grads = loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
 
@@ -134,12 +135,12 @@ def robust_z(x: jax.Array, history: jax.Array, least: int = 20) -> jax.Array:
 
 
 def make_evaluate(graphdef, settings: StepSettings):
-    """Returns evaluate(trainable, frozen, batch, pattern) -> (summed loss, predicted tokens) of a batch [B, T]."""
-    @functools.partial(jax.jit, static_argnums=3)
-    def evaluate(trainable, frozen, batch, pattern: AttentionPattern):
+    """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (summed loss, predicted tokens) of a batch [B, T]."""
+    @functools.partial(jax.jit, static_argnums=(3, 4))
+    def evaluate(trainable, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
         model = nnx.merge(graphdef, trainable, frozen)
-        hidden = model(batch["tokens"], positions=batch["positions"], segments=batch["segments"], pattern=pattern,
-                       dtype=jnp.dtype(settings.dtype))
-        return (cross_entropy(hidden, model.head, batch["targets"], chunk=settings.loss_chunk),
+        hidden = model(batch["tokens"], positions=batch["positions"], segments=batch["segments"], index=batch["index"],
+                       pattern=pattern, layout=layout, dtype=jnp.dtype(settings.dtype))
+        return (cross_entropy(hidden, model.head, batch["targets"], chunk=settings.loss_chunk, layout=layout),
                 jnp.sum(batch["targets"] != IGNORED))
     return evaluate

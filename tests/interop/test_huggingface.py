@@ -57,7 +57,7 @@ def test_trainable_weights_are_float32_and_frozen_ones_as_asked(hf_folder):
 
 
 def test_values_land_where_they_are_asked_to(hf_folder):
-    mesh = sharding.make_mesh(1, -1)
+    mesh = sharding.make_mesh(fsdp=-1)
     _, model = load(hf_folder(), shardings=lambda v: sharding.weight_sharding(
         mesh, v.get_metadata("axes"), v.get_value().shape))
     for _, variable in declared(model):

@@ -152,7 +152,7 @@ def configuration(base, folder, **changes):
 
 
 def build(base, folder, **changes):
-    return build_model(configuration(base, folder, **changes), open_base(str(base)), sharding.make_mesh(1, -1))
+    return build_model(configuration(base, folder, **changes), open_base(str(base)), sharding.make_mesh(fsdp=-1))
 
 
 def test_a_run_continues_from_an_adapter(adapter, trained, logits):

@@ -1,0 +1,310 @@
+"""Attention over tokens that are spread over the devices of the mesh axis `sequence`.
+
+  allgather  every device gathers all keys and values; in zigzag order for balance. Liu et al. call its cost "relatively
+             cheap": bytes 2 T K H a layer.
+  ulysses    heads are exchanged for tokens, so that a device attends for some heads over all tokens (Jacobs et al. 2023,
+             arXiv 2309.14509). More devices than key/value heads: the rest is gathered.
+  ring       keys and values go round, a neighbour at a time; memory O(T / devices) (Liu et al. 2023, arXiv 2310.01889).
+  halo       for groups and windows: a device fetches the few tokens before its own. Bytes do not grow with T.
+
+Each is exact for every mask it takes, in value and gradient; `choose` says which, and why.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lljax.attention.attend import attend, implementation_of
+from lljax.attention.mask import NEVER, Mask
+from lljax.attention.shifted import attend_shifted, parts
+from lljax.errors import ConfigError
+from lljax.sharding import ROWS, TOKENS, Layout
+
+HEADS = "tensor"
+MODES = ("allgather", "ulysses", "ring", "halo")
+
+
+def attend_parallel(q, k, v, mask: Mask, *, scale: float, group: int | None = None, layout: Layout | None = None) -> jax.Array:
+    """Attention of q [B, T, N, H] over k, v [B, T, K, H], all cut by `layout` over rows, tokens and heads.
+
+    group: S2-Attn in groups of as many tokens, on top of `mask`; None for every head alike.
+    """
+    if layout is None:
+        return _attend_heads(q, k, v, mask, group, 1, 0, scale=scale)
+    size, tensor = layout.mesh.shape[TOKENS], layout.mesh.shape[HEADS]
+    mode = {"none": _local, "allgather": _allgather, "ulysses": _ulysses, "ring": _ring_mode, "halo": _halo}[
+        layout.context_parallel]
+    tokens = PartitionSpec(ROWS, TOKENS)
+    heads = PartitionSpec(ROWS, TOKENS, HEADS)
+
+    @functools.partial(jax.shard_map, mesh=layout.mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,
+                       check_vma=False)
+    def run(q, k, v, mask):
+        return mode(q, k, v, mask, group, size=size, tensor=tensor, scale=scale, zigzag=layout.zigzag)
+    return run(q, k, v, mask)
+
+
+def _attend_heads(q, k, v, mask: Mask, group: int | None, shares: int, share, *, scale: float) -> jax.Array:
+    """Attention where the device holds the `share`-th of `shares` equal parts of the query heads."""
+    if group is None:
+        return attend(q, k, v, mask, scale=scale)
+    if shares == 1:
+        return attend_shifted(q, k, v, mask, group=group, scale=scale)
+    return attend(q, k, v, _shift_by_share(mask, group, shares, share), scale=scale)
+
+
+def _shift_by_share(mask: Mask, group: int, shares: int, share) -> Mask:
+    """The groups of the heads of one device. Which half they are of is known at run time only; moving every index by
+    half a group moves the groups the other way, and changes nothing else, for indices are only ever compared."""
+    offset = jnp.where(share < shares // 2, 0, group // 2)
+    k_index = jnp.where(mask.k_index == NEVER, NEVER, mask.k_index + offset)
+    return mask.replace(q_index=mask.q_index + offset, k_index=k_index, group=group, shift=0)
+
+
+def _share():
+    return jax.lax.axis_index(HEADS)
+
+
+# ---------------------------------------------------------------- none, allgather
+def _local(q, k, v, mask, group, *, size, tensor, scale, zigzag):
+    return _attend_heads(q, k, v, mask, group, tensor, _share(), scale=scale)
+
+
+def _allgather(q, k, v, mask, group, *, size, tensor, scale, zigzag):
+    gather = functools.partial(jax.lax.all_gather, axis_name=TOKENS, axis=1, tiled=True)
+    return _attend_heads(q, gather(k), gather(v), _of_keys(mask, gather), group, tensor, _share(), scale=scale)
+
+
+def _of_keys(mask: Mask, change) -> Mask:
+    """The mask with its key arrays changed."""
+    def one(x):
+        return None if x is None else change(x)
+    return mask.replace(k_index=one(mask.k_index), k_segments=one(mask.k_segments), anchors=one(mask.anchors))
+
+
+# ---------------------------------------------------------------- ulysses
+def ulysses_size(size: int, N: int, K: int) -> int:
+    """Devices among which heads are exchanged: as many as both kinds of heads can be dealt to, of the `size`."""
+    return math.gcd(size, math.gcd(N, K))
+
+
+def _ulysses(q, k, v, mask, group, *, size, tensor, scale, zigzag):
+    u = ulysses_size(size, q.shape[2], k.shape[2])
+    near = [[i * u + j for j in range(u)] for i in range(size // u)]       # who exchange heads
+    far = [[i * u + j for i in range(size // u)] for j in range(u)]        # who hold the same heads afterwards
+    deal = functools.partial(jax.lax.all_to_all, axis_name=TOKENS, split_axis=2, concat_axis=1, tiled=True,
+                             axis_index_groups=near)
+
+    def gather(x, groups):
+        return jax.lax.all_gather(x, TOKENS, axis=1, tiled=True, axis_index_groups=groups)
+    q, k, v = deal(q), deal(k), deal(v)
+    mask = jax.tree.map(lambda x: gather(x, near), mask)
+    if size > u:
+        k, v = gather(k, far), gather(v, far)
+        mask = _of_keys(mask, lambda x: gather(x, far))
+    share = _share() * u + jax.lax.axis_index(TOKENS) % u
+    out = _attend_heads(q, k, v, mask, group, tensor * u, share, scale=scale)
+    return jax.lax.all_to_all(out, TOKENS, split_axis=1, concat_axis=2, tiled=True, axis_index_groups=near)
+
+
+# ---------------------------------------------------------------- ring
+def _ring_mode(q, k, v, mask, group, *, size, tensor, scale, zigzag):
+    hops = size - 1 if zigzag else _hops(mask, group, q.shape[1], size)
+    if group is None:
+        return _ring(hops, size, scale, q, k, v, mask)
+    if tensor > 1:
+        return _ring(hops, size, scale, q, k, v, _shift_by_share(mask, group, tensor, _share()))
+    return jnp.concatenate([_ring(hops, size, scale, q[:, :, heads], k[:, :, shared], v[:, :, shared],
+                                  mask.replace(group=group, shift=shift))
+                            for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)], axis=2)
+
+
+def _hops(mask: Mask, group: int | None, T: int, size: int) -> int:
+    """How many neighbours back a query of a device of T tokens may look; the others' steps would be empty."""
+    limits = (size * T, group, mask.window if mask.anchors is None else None)
+    reach = min(limit for limit in limits if limit is not None)
+    return min(size - 1, -(-(reach - 1) // T))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ring(hops, size, scale, q, k, v, mask):
+    return _ring_forward(hops, size, scale, q, k, v, mask)[0]
+
+
+def _chunk(k, v, mask):
+    """What goes round: keys, values, and what the mask knows of them."""
+    return k, v, mask.k_index, mask.k_segments, mask.anchors
+
+
+def _pass_on(tree, size, by=1):
+    """Every device's arrays go to the one `by` places after it."""
+    order = [(i, (i + by) % size) for i in range(size)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, TOKENS, order), tree)
+
+
+def _ring_forward(hops, size, scale, q, k, v, mask):
+    forward = implementation_of(None).forward
+
+    def attend_chunk(out, lse, k, v, k_index, k_segments, anchors):
+        """Merges attention over one chunk into the output and its log-sum-exp, in float32."""
+        chunk_out, chunk_lse = forward(q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors),
+                                       scale=scale)
+        new = jnp.logaddexp(lse, chunk_lse)
+        return out * jnp.exp(lse - new)[..., None] + chunk_out * jnp.exp(chunk_lse - new)[..., None], new
+
+    def step(carry, _):
+        out, lse, chunk = carry
+        following = _pass_on(chunk, size)    # under way while this chunk is computed with
+        return (*attend_chunk(out, lse, *chunk), following), None
+
+    out, lse = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
+    (out, lse, chunk), _ = jax.lax.scan(step, (out, lse, _chunk(k, v, mask)), length=hops)
+    out, lse = attend_chunk(out, lse, *chunk)
+    out = out.astype(q.dtype)
+    return out, (q, k, v, mask, out, lse)
+
+
+def _ring_backward(hops, size, scale, saved, d_out):
+    q, k, v, mask, out, lse = saved
+
+    def backward(k, v, k_index, k_segments, anchors):
+        return implementation_of(None).backward(
+            q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors), out, lse, d_out, scale=scale)
+
+    def step(carry, _):
+        dq, chunk, d_chunk = carry
+        following = _pass_on(chunk, size)
+        dq_part, *d_part = backward(*chunk)
+        d_chunk = _pass_on(jax.tree.map(jnp.add, d_chunk, tuple(d_part)), size)
+        return (dq + dq_part, following, d_chunk), None
+
+    empty = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    carry, _ = jax.lax.scan(step, (jnp.zeros(q.shape, jnp.float32), _chunk(k, v, mask), empty), length=hops)
+    dq, chunk, d_chunk = carry
+    dq_part, *d_part = backward(*chunk)
+    dk, dv = _pass_on(jax.tree.map(jnp.add, d_chunk, tuple(d_part)), size, by=-hops)
+    return (dq + dq_part).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
+# ---------------------------------------------------------------- halo
+def halo_size(T: int, size: int, *, window: int | None, group: int | None, shift: int = 0) -> int:
+    """Tokens before its own that a device of T of `size` devices needs for its first query."""
+    limits = [(size - 1) * T]
+    if window is not None:
+        limits.append(window - 1)
+    if group is not None:
+        limits.append(max((i * T + (group - shift) % group) % group for i in range(1, size)))
+    return min(limits)
+
+
+def _halo(q, k, v, mask, group, *, size, tensor, scale, zigzag):
+    if group is None:
+        return _with_halo(q, k, v, mask, size, scale)
+    T = q.shape[1]
+    if tensor > 1:
+        reach = max(halo_size(T, size, window=mask.window, group=group, shift=shift) for shift in (0, group // 2))
+        return _with_halo(q, k, v, _shift_by_share(mask, group, tensor, _share()), size, scale, reach)
+    return jnp.concatenate([_with_halo(q[:, :, heads], k[:, :, shared], v[:, :, shared],
+                                       mask.replace(group=group, shift=shift), size, scale)
+                            for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)], axis=2)
+
+
+def _with_halo(q, k, v, mask, size, scale, reach=None):
+    if reach is None:
+        reach = halo_size(q.shape[1], size, window=mask.window, group=mask.group, shift=mask.shift)
+    if mask.anchors is not None:
+        return _with_anchors(q, k, v, mask, size, scale, reach)
+    return attend(q, *_extended(k, v, mask, size, reach), scale=scale)
+
+
+def _extended(k, v, mask, size, reach):
+    """k, v and the mask with the last `reach` tokens of the device before in front."""
+    if reach == 0:
+        return k, v, mask
+    last = jax.lax.axis_index(TOKENS) == 0   # the first device has none before it: what comes round is never seen
+
+    def extend(x):
+        return jnp.concatenate([_pass_on(x[:, -reach:], size), x], axis=1)
+    mask = _of_keys(mask, extend)
+    outside = (jnp.arange(mask.k_index.shape[1]) < reach) & last
+    return extend(k), extend(v), mask.replace(k_index=jnp.where(outside, NEVER, mask.k_index))
+
+
+def _with_anchors(q, k, v, mask, size, scale, reach):
+    """Window and anchors: the halo serves what is near, and each device sends the others its anchors, as many as there
+    is room for. A row with more of them on one device than that gathers all its keys."""
+    room = max(1, min(k.shape[1], k.shape[1] // 8 + 128))
+    fits = jax.lax.pmax(jnp.max(mask.anchors.sum(1)), TOKENS) <= room
+
+    def near_and_anchors(q, k, v, mask):
+        order = jnp.argsort(~mask.anchors, axis=1, stable=True)[:, :room]
+        gather = functools.partial(jax.lax.all_gather, axis_name=TOKENS, axis=1, tiled=True)
+
+        def anchors_of(x):                   # [B, T, ...] -> [B, size * room, ...]
+            return gather(jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1))
+        far = _of_keys(mask, anchors_of)
+        # An anchor of one's own or of the halo is there already; a place that holds no anchor is no key.
+        first = jnp.min(mask.q_index, axis=1, keepdims=True)
+        far = far.replace(k_index=jnp.where(far.anchors & (far.k_index < first - reach), far.k_index, NEVER))
+        near_k, near_v, near = _extended(k, v, mask, size, reach)
+        join = functools.partial(jnp.concatenate, axis=1)
+        both = near.replace(k_index=join([far.k_index, near.k_index]), anchors=join([far.anchors, near.anchors]),
+                            k_segments=None if near.k_segments is None else join([far.k_segments, near.k_segments]))
+        return attend(q, join([anchors_of(k), near_k]), join([anchors_of(v), near_v]), both, scale=scale)
+
+    def everything(q, k, v, mask):
+        gather = functools.partial(jax.lax.all_gather, axis_name=TOKENS, axis=1, tiled=True)
+        return attend(q, gather(k), gather(v), _of_keys(mask, gather), scale=scale)
+    return jax.lax.cond(fits, near_and_anchors, everything, q, k, v, mask)
+
+
+# ---------------------------------------------------------------- the choice
+def choose(wanted: str, *, T: int, size: int, tensor: int, N: int, K: int, H: int, group: int | None, windows,
+           bytes_per: int = 2, room: float = math.inf) -> tuple[str, bool, str]:
+    """(mode, zigzag, reason) for rows of T tokens on `size` devices; `wanted` is a mode or "auto".
+
+    windows: the window of each layer, None for a layer without. room: bytes for gathered keys and values.
+
+    Raises:
+      ConfigError: the wanted mode cannot serve this attention, or T cannot be cut.
+    """
+    if size == 1:
+        return "none", False, "one device holds every token of its rows"
+    if T % size:
+        raise ConfigError(f"rows of {T} tokens cannot be cut over mesh.sequence={size}: use a multiple, such as "
+                          f"{-(-T // size) * size}")
+    local, N, K = T // size, N // tensor, K // tensor
+    refusals = {}
+    reaches = [halo_size(local, size, window=window, group=group, shift=shift)
+               for window in set(windows) for shift in ((0,) if group is None else (0, group // 2))]
+    if max(reaches) > local:
+        refusals["halo"] = f"a query looks {max(reaches)} tokens back and a device holds {local}"
+    u = ulysses_size(size, N, K)
+    if u == 1:
+        refusals["ulysses"] = f"{N} query and {K} key/value heads cannot be dealt to {size} devices"
+    elif group is not None and u * tensor % 2:
+        refusals["ulysses"] = f"dealt to {u} devices, the heads of the two halves of S2-Attn do not part"
+    if wanted in refusals:
+        raise ConfigError(f"mesh.context_parallel={wanted!r} with rows of {T} tokens on mesh.sequence={size}: "
+                          f"{refusals[wanted]}; use 'auto'")
+    cost = {                                 # bytes that a device receives, a layer's forward pass
+        "halo": 2 * max(reaches) * K * H * bytes_per,
+        "ulysses": (2 * N + 2 * K) * local * H * (u - 1) / u * bytes_per + 2 * (T - local * u) * K / u * H * bytes_per,
+        "allgather": 2 * (T - local) * K * H * bytes_per,
+        "ring": 2 * (T - local) * K * H * bytes_per}
+    gathered = 2 * T * K * H * bytes_per
+    if wanted == "auto":
+        if gathered > room:
+            refusals["allgather"] = f"the keys and values of a layer are {gathered / 1e9:.1f} GB"
+        wanted = min((mode for mode in cost if mode not in refusals), key=cost.__getitem__)
+        reason = "fewest bytes" + "".join(f"; no {mode}: {why}" for mode, why in refusals.items())
+    else:
+        reason = "as configured"
+    balanced = wanted in ("allgather", "ring") and group is None and T % (2 * size) == 0
+    return wanted, balanced, f"{cost[wanted] / 1e6:.1f} MB a layer and device ({reason})"

@@ -1,0 +1,75 @@
+"""How the rows of a stage lie on the mesh: which context-parallel mode, in which order, and which process reads them."""
+
+import math
+
+import jax
+import numpy as np
+
+from lljax.attention.context_parallel import choose
+from lljax.errors import ConfigError
+from lljax.models.layers import AttentionPattern
+from lljax.models.spec import DecoderSpec
+from lljax.sharding import ROWS, Layout, batch_sharding, zigzag
+
+
+def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: DecoderSpec, *, bytes_per: int = 4,
+              memory: float = math.inf) -> tuple[Layout | None, str]:
+    """The layout of rows of `length` tokens under `pattern`, None on one device; and the reason for its mode.
+
+    wanted: `mesh.context_parallel`. memory: bytes of a device; gathered keys and values may take an eighth of it.
+
+    Raises:
+      ConfigError: the rows or the heads do not spread over the mesh, or the wanted mode cannot serve the pattern.
+    """
+    if mesh.size == 1:
+        return None, "one device"
+    sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
+    if spec.N % tensor or spec.K % tensor:
+        raise ConfigError(f"mesh.tensor={tensor} does not divide the {spec.N} query and {spec.K} key/value heads of the "
+                          f"model: use {math.gcd(spec.N, spec.K, tensor)}")
+    if pattern.kind == "shifted" and tensor % 2 and tensor > 1:
+        raise ConfigError(f"mesh.tensor={tensor} and a shifted stage: the two halves of the heads do not part; use an even one")
+    if length % (sequence * tensor):
+        multiple = math.lcm(sequence * tensor, 2)
+        raise ConfigError(f"context.schedule: rows of {length} tokens do not spread over mesh.sequence={sequence} x "
+                          f"mesh.tensor={tensor}: use a multiple such as {-(-length // multiple) * multiple}")
+    windows = [min((w for w in (window, pattern.window or None) if w), default=None) for window in spec.windows]
+    mode, balanced, reason = choose(wanted, T=length, size=sequence, tensor=tensor, N=spec.N, K=spec.K, H=spec.H,
+                                    group=pattern.group or None, windows=windows, bytes_per=bytes_per, room=memory / 8)
+    return Layout(mesh, mode, balanced), reason
+
+
+def row_share(mesh) -> tuple[int, int]:
+    """(share, shares): this process' devices hold the share-th of so many equal parts of the rows. Processes along
+    whose devices a row is cut have the same share and read the same rows."""
+    rows = math.prod(mesh.shape[axis] for axis in ROWS)
+    at = np.arange(rows).reshape(rows, 1)
+    mine = np.vectorize(lambda device: device.process_index)(mesh.devices.reshape(rows, -1)) == jax.process_index()
+    held = np.unique(np.broadcast_to(at, mine.shape)[mine])
+    return int(held[0]) // len(held), rows // len(held)
+
+
+def check_rows(rows: int, mesh) -> None:
+    """Raises ConfigError where `rows` do not spread evenly over the mesh."""
+    devices = math.prod(mesh.shape[axis] for axis in ROWS)
+    if rows % devices:
+        raise ConfigError(f"training.rows={rows} do not spread evenly over the {devices} devices of mesh.data and "
+                          f"mesh.fsdp: use a multiple such as {-(-rows // devices) * devices}")
+
+
+def place(batch: dict, accumulate: int, mesh, layout: Layout | None) -> dict:
+    """This process' rows, int32 [A * B_local, T] each, as its part of the global batch [A, B, T]; with `index`, the
+    places of the tokens in their rows."""
+    tokens = batch["tokens"]
+    share, shares = row_share(mesh)
+    batch = batch | {"index": np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)}
+    where = batch_sharding(mesh, 3)
+
+    def one(x):
+        x = x.reshape(accumulate, -1, x.shape[-1])
+        if layout is not None and layout.zigzag:
+            x = zigzag(x, mesh.shape["sequence"])
+        first, shape = share * x.shape[1], (accumulate, shares * x.shape[1], x.shape[2])
+        return jax.make_array_from_callback(shape, where, lambda at: x[
+            at[0], slice((at[1].start or 0) - first, (at[1].stop or shape[1]) - first), at[2]])
+    return {name: one(x) for name, x in batch.items()}

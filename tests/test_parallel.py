@@ -1,0 +1,116 @@
+"""The whole model over eight devices against one: the loss and the gradient of every trainable leaf."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lljax.build import move
+from lljax.errors import ConfigError
+from lljax.models import lora, spec
+from lljax.models.declare import declared
+from lljax.models.decoder import Decoder
+from lljax.models.layers import AttentionPattern
+from lljax.sharding import make_mesh
+from lljax.training.loss import cross_entropy
+from lljax.training.placement import layout_of, place
+
+T = 128
+HEADS = [(8, 8), (8, 2), (6, 2)]
+PATTERNS = {"full": AttentionPattern(), "window": AttentionPattern("window", window=12, anchors=2, markers=(7,)),
+            "shifted": AttentionPattern("shifted", group=16)}
+MESHES = {"sequence 8": {"sequence": 8}, "fsdp 2, sequence 4": {"fsdp": 2, "sequence": 4},
+          "data 2, sequence 2, tensor 2": {"data": 2, "sequence": 2, "tensor": 2}, "fsdp 8": {"fsdp": 8}}
+
+
+def config(N, K):
+    return {"model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": N, "num_key_value_heads": K, "head_dim": 8, "max_position_embeddings": T,
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True}
+
+
+def rows(count):
+    """Packed rows with restarting positions, the second ending in padding, a third of the targets ignored."""
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(1, 4, size=(count, T)), axis=1)
+    segments[1 % count, -T // 5:] = 0
+    starts = np.diff(segments, axis=1, prepend=-1) != 0
+    positions = np.arange(T) - np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
+    targets = np.where((rng.random((count, T)) < 0.3) | (segments == 0), -100, rng.integers(0, 64, (count, T)))
+    batch = {"tokens": rng.integers(0, 64, (count, T)), "targets": targets, "segments": segments, "positions": positions}
+    return {name: np.asarray(x, np.int32) for name, x in batch.items()}
+
+
+def decoder(N, K):
+    model = Decoder(spec.from_hf(config(N, K)))
+    lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",), also_train=("embed", "norm"))
+    rng = np.random.default_rng(0)
+    for _, variable in declared(model):      # B is zero at the start of a run, and A would have no gradient
+        variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.2, jnp.float32))
+    return model
+
+
+def loss_and_gradients(N, K, pattern, mesh, mode, count):
+    model = decoder(N, K)
+    move(model, mesh)
+    layout, _ = layout_of(mesh, mode, pattern, T, model.spec)
+    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
+
+    @jax.jit
+    def run(trainable, frozen, batch):
+        def loss(trainable):
+            model = nnx.merge(graphdef, trainable, frozen)
+            hidden = model(batch["tokens"], positions=batch["positions"], segments=batch["segments"], index=batch["index"],
+                           pattern=pattern, layout=layout, remat="full")
+            return cross_entropy(hidden, model.head, batch["targets"], chunk=48, layout=layout)
+        return jax.value_and_grad(loss)(trainable)
+    batch = jax.tree.map(lambda x: x[0], place(rows(count), 1, mesh, layout))
+    return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen), batch))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    seen = {}
+
+    def get(N, K, pattern, count):
+        key = N, K, pattern, count
+        if key not in seen:
+            mesh = make_mesh(devices=jax.devices()[:1])
+            seen[key] = loss_and_gradients(N, K, PATTERNS[pattern], mesh, "auto", count)
+        return seen[key]
+    return get
+
+
+def cases():
+    for N, K in HEADS:
+        for pattern in PATTERNS:
+            for mesh in MESHES:
+                for mode in ("auto", "allgather", "ulysses", "ring", "halo") if "sequence" in mesh else ("auto",):
+                    quick = (N, K) == (8, 2) and ((mesh[:4] == "data" and (mode == "auto" or pattern == "full")) or
+                                                  (mesh, pattern, mode) == ("fsdp 8", "full", "auto"))
+                    yield pytest.param(N, K, pattern, mesh, mode, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("N,K,pattern,mesh,mode", list(cases()))
+def test_loss_and_gradients_equal_one_device(one_device, N, K, pattern, mesh, mode):
+    count = 8 if mesh == "fsdp 8" else 2
+    wanted_loss, wanted = one_device(N, K, pattern, count)
+    try:
+        loss, gradients = loss_and_gradients(N, K, PATTERNS[pattern], make_mesh(**MESHES[mesh]), mode, count)
+    except ConfigError as refusal:
+        assert mode in ("halo", "ulysses") and "use 'auto'" in str(refusal)
+        return
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    for got, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        assert jnp.abs(got - leaf).max() <= 1e-5 * jnp.abs(leaf).max()
+
+
+def test_refusals_name_the_field_and_the_way_out():
+    model = spec.from_hf(config(6, 2))
+    with pytest.raises(ConfigError, match="mesh.tensor=4 does not divide.*use 2"):
+        layout_of(make_mesh(sequence=2, tensor=4), "auto", PATTERNS["full"], T, model)
+    with pytest.raises(ConfigError, match="rows of 129 tokens.*use a multiple such as 136"):
+        layout_of(make_mesh(sequence=8), "auto", PATTERNS["full"], 129, model)
+    with pytest.raises(ConfigError, match="set one of them to -1"):
+        make_mesh(data=3)
