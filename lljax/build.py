@@ -14,7 +14,7 @@ from lljax.interop.peft import load_adapter
 from lljax.models import lora, rope
 from lljax.models import spec as specs
 from lljax.models.declare import declared
-from lljax.models.decoder import Decoder
+from lljax.models.decoder import Decoder, runs
 from lljax.models.initialise import initialise
 from lljax.models.spec import DecoderSpec
 
@@ -45,7 +45,11 @@ def stretched(spec: DecoderSpec, *, type: str, factor: float | str, length: int)
 
 def abstract_model(config, hf_config: dict) -> Decoder:
     """The decoder of a run with its adapters attached and its trainable Variables marked; no values yet."""
-    model = Decoder(extended_spec(hf_config, config.context))
+    spec = extended_spec(hf_config, config.context)
+    if any(len(range(spec.L)[layers]) % config.memory.layers_per_residual for layers, _ in runs(spec.windows)):
+        raise ConfigError(f"memory.layers_per_residual={config.memory.layers_per_residual} does not divide the {spec.L} layers "
+                          "of the model (or a run of them with one window): use a divisor")
+    model = Decoder(spec)
     if config.train_type == "full":
         lora.mark_trainable(model)
     else:

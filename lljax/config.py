@@ -68,7 +68,10 @@ def default_config() -> ConfigDict:
     c.training.report_every = 0              # steps; 0: report.html at the end of the run only
 
     c.memory = ConfigDict()
-    c.memory.remat = "full"                  # full: keep one residual per layer | none: keep everything
+    c.memory.remat = "full"                  # full: keep one residual per layer | attention: its output too | none: all
+    c.memory.offload = False                 # residuals wait for the backward pass in the host's memory
+    c.memory.layers_per_residual = 1         # keep the residual of every so many layers only, for one more forward pass
+    c.memory.tile = 0                        # tokens a device projects and puts through the MLP at a time; 0: all
     c.memory.loss_chunk = 1024               # tokens whose logits exist at one time
 
     c.alarm = ConfigDict()
@@ -110,13 +113,14 @@ def validate(c: ConfigDict) -> None:
     _choice(c, "data.loss_on", ("assistant", "everything"))
     _choice(c, "data.overlong", ("split", "truncate", "drop"))
     _choice(c, "optimizer.schedule", ("linear", "cosine", "constant"))
-    _choice(c, "memory.remat", ("full", "none"))
+    _choice(c, "memory.remat", ("full", "attention", "none"))
     _choice(c, "mesh.context_parallel", ("auto", "allgather", "ulysses", "ring", "halo"))
     _choice(c, "alarm.nonfinite", ("skip", "stop"))
     _choice(c, "alarm.spike", ("warn", "skip", "stop"))
     for field, least in (("context.length", 2), ("context.window", 1), ("context.anchors", 0), ("lora.rank", 1),
                          ("training.rows", 1), ("training.accumulate", 1), ("training.eval_every", 0),
                          ("training.eval_rows", 1), ("training.report_every", 0), ("memory.loss_chunk", 1),
+                         ("memory.layers_per_residual", 1), ("memory.tile", 0),
                          ("optimizer.warmup_steps", 0), ("alarm.history", 1), ("alarm.max_bad_steps", 1),
                          ("checkpoint.every_steps", 1), ("checkpoint.keep", 1), ("optimizer.learning_rate", 0.0),
                          ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("alarm.spike_z", 0.0)):
@@ -144,6 +148,9 @@ def validate(c: ConfigDict) -> None:
     if c.lora.adapter and c.train_type == "full":
         raise ConfigError(f"lora.adapter={c.lora.adapter!r} continues an adapter and train_type='full' has none: "
                           "use train_type='lora'")
+    if c.memory.remat == "none" and (c.memory.offload or c.memory.layers_per_residual > 1):
+        raise ConfigError(f"memory.remat='none' keeps everything on the device: with memory.offload={c.memory.offload} and "
+                          f"memory.layers_per_residual={c.memory.layers_per_residual} use memory.remat='full'")
     if c.mesh.context_parallel != "auto" and c.mesh.sequence == 1:
         raise ConfigError(f"mesh.context_parallel={c.mesh.context_parallel!r} and mesh.sequence=1: nothing is spread over "
                           "tokens; set mesh.sequence, or mesh.context_parallel='auto'")

@@ -36,7 +36,7 @@ def lljax_step(model: str, length: int, attention: str):
     from lljax.training.curriculum import stages
     from lljax.training.optimizer import make_optimizer, roles_of
     from lljax.training.placement import place
-    from lljax.training.step import StepSettings, make_step, new_state
+    from lljax.training.step import make_step, new_state, step_settings
 
     c = default_config()
     c.model.path, c.model.dtype = model, "float32"
@@ -49,7 +49,7 @@ def lljax_step(model: str, length: int, attention: str):
     optimizer = make_optimizer(c.optimizer, 1_000, roles_of(trainable))
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
     state = new_state(trainable, optimizer, mesh, seed=0, history=c.alarm.history)
-    step = make_step(graphdef, optimizer, StepSettings("full", c.memory.loss_chunk, "float32", False, 6.0), state)
+    step = make_step(graphdef, optimizer, step_settings(c), state)
     pattern = stages(c.context, ())[0].pattern
     tokens = row(length, base.config["vocab_size"])
     batch = {"tokens": tokens, "targets": np.append(tokens[1:], -100), "segments": np.ones(length),

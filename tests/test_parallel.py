@@ -12,6 +12,7 @@ from lljax.models import lora, spec
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.layers import AttentionPattern
+from lljax.models.memory import Memory
 from lljax.sharding import make_mesh
 from lljax.training.loss import cross_entropy
 from lljax.training.placement import layout_of, place
@@ -51,7 +52,10 @@ def decoder(N, K):
     return model
 
 
-def loss_and_gradients(N, K, pattern, mesh, mode, count):
+TILED = Memory("attention", tile=24)
+
+
+def loss_and_gradients(N, K, pattern, mesh, mode, count, memory=TILED):
     model = decoder(N, K)
     move(model, mesh)
     layout, _ = layout_of(mesh, mode, pattern, T, model.spec)
@@ -62,7 +66,7 @@ def loss_and_gradients(N, K, pattern, mesh, mode, count):
         def loss(trainable):
             model = nnx.merge(graphdef, trainable, frozen)
             hidden = model(batch["tokens"], positions=batch["positions"], segments=batch["segments"], index=batch["index"],
-                           pattern=pattern, layout=layout, remat="full")
+                           pattern=pattern, layout=layout, memory=memory)
             return cross_entropy(hidden, model.head, batch["targets"], chunk=48, layout=layout)
         return jax.value_and_grad(loss)(trainable)
     batch = jax.tree.map(lambda x: x[0], place(rows(count), 1, mesh, layout))
@@ -77,7 +81,7 @@ def one_device():
         key = N, K, pattern, count
         if key not in seen:
             mesh = make_mesh(devices=jax.devices()[:1])
-            seen[key] = loss_and_gradients(N, K, PATTERNS[pattern], mesh, "auto", count)
+            seen[key] = loss_and_gradients(N, K, PATTERNS[pattern], mesh, "auto", count, Memory("full"))
         return seen[key]
     return get
 

@@ -11,6 +11,7 @@ from lljax.attention import Mask
 from lljax.models import rope
 from lljax.models.declare import declare, stack
 from lljax.models.layers import AttentionPattern, DecoderLayer, RMSNorm
+from lljax.models.memory import EVERYTHING, Memory, scan_layers
 from lljax.models.spec import DecoderSpec
 from lljax.sharding import Layout, constrain_activations, gathered
 
@@ -53,7 +54,7 @@ class Decoder(nnx.Module):
         return (self.embed if self.lm_head is None else self.lm_head)[...]
 
     def __call__(self, tokens, *, positions, segments=None, index=None, pattern: AttentionPattern = FULL,
-                 layout: Layout | None = None, remat: str = "none", dtype=None, dropout_key=None,
+                 layout: Layout | None = None, memory: Memory = EVERYTHING, dtype=None, dropout_key=None,
                  cache: Cache | None = None, rope_length=None):
         """The hidden states [B, T, D] that `head` turns into logits.
 
@@ -61,6 +62,7 @@ class Decoder(nnx.Module):
         segments: int32 [B, T] document of each token, 0 for padding; None for one document a row.
         index: int32 [B, T] place of each token in its row; None for 0, 1, 2 ... Tokens may come in any order.
         layout: how all of these lie on a mesh; None for one device.
+        memory: what the backward pass keeps.
         dtype: of the residual and of the compute; None for that of the weights.
         rope_length: positions in use, where a RoPE kind depends on it; None for the largest of `positions` + 1.
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
@@ -80,20 +82,18 @@ class Decoder(nnx.Module):
         graphdef, weights = nnx.split(self.layers)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L)
         out = []
-        for layers, window in _runs(self.spec.windows):
+        for layers, window in runs(self.spec.windows):
             mask_here = mask.replace(window=_narrower(window, pattern.window if pattern.kind == "window" else None))
 
             def layer(x, xs, mask=mask_here):
                 weights, key, kv = xs
                 weights = gathered(weights, layout, stacked=True)
-                x, kv = nnx.merge(graphdef, weights)(x, rotation, mask, pattern, layout, kv, start, key)
+                x, kv = nnx.merge(graphdef, weights)(x, rotation, mask, pattern, layout, memory, kv, start, key)
                 return constrain_activations(x, layout), kv
 
-            if remat == "full":
-                layer = jax.checkpoint(layer, prevent_cse=False)
             whole = layers == slice(0, self.spec.L)
             xs = (weights, keys, kv) if whole else jax.tree.map(lambda a: a[layers], (weights, keys, kv))
-            x, kv_out = jax.lax.scan(layer, x, xs)
+            x, kv_out = scan_layers(layer, x, xs, memory)
             out.append(kv_out)
         x = self.norm(x)
         if cache is None:
@@ -126,7 +126,7 @@ def _extend(cache: Cache, shape: tuple[int, int], segments):
             Mask(q_index, index, segments, k_segments))
 
 
-def _runs(windows):
+def runs(windows):
     """Consecutive layers of one window: (slice of layers, window). Nearly every model is a single run."""
     start = 0
     for window, run in itertools.groupby(windows):

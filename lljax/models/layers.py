@@ -11,6 +11,7 @@ from flax import nnx
 
 from lljax.attention import Mask, attend_parallel
 from lljax.models.declare import declare
+from lljax.models.memory import EVERYTHING, tiled
 from lljax.models.rope import rotate
 from lljax.models.spec import DecoderSpec
 
@@ -66,24 +67,24 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, spec.norm_eps, hf=f"{hf}.k_norm") if spec.qk_norm else None
         self.H = H
 
-    def __call__(self, x, rotation, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0, dropout_key=None):
-        """Attention over x [B, T, D], or over `cache` (k, v [B, S, K, H]) with x written to it from `start`.
-
-        Returns the output [B, T, D] and the cache, updated.
-        """
-        def heads(projection):
-            return projection(x, dropout_key).reshape(*x.shape[:2], -1, self.H)
-
-        q, k, v = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
+    def heads(self, x, dropout_key=None):
+        """Queries [B, T, N, H], keys and values [B, T, K, H] of x [B, T, D], before rotation."""
+        q, k, v = (projection(x, dropout_key).reshape(*x.shape[:2], -1, self.H)
+                   for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def mix(self, q, k, v, rotation, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
+        """Attention [B, T, N * H] of `heads`, or over `cache` (k, v [B, S, K, H]) with them written to it from `start`;
+        and the cache, updated. `o_proj` comes after it."""
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                                  for old, new in zip(cache, (k, v)))
         group = pattern.group if pattern.kind == "shifted" else None
         out = attend_parallel(q, k, v, mask, scale=self.H ** -0.5, group=group, layout=layout)
-        return self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key), cache
+        return out.reshape(*out.shape[:2], -1), cache
 
 
 class MLP(nnx.Module):
@@ -107,7 +108,15 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.post_attention_layernorm")
         self.mlp = MLP(spec, f"{hf}.mlp")
 
-    def __call__(self, x, rotation, mask, pattern, layout=None, cache=None, start=0, dropout_key=None):
-        update, cache = self.self_attn(self.input_layernorm(x), rotation, mask, pattern, layout, cache, start, dropout_key)
-        x = x + update
-        return x + self.mlp(self.post_attention_layernorm(x), dropout_key), cache
+    def __call__(self, x, rotation, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
+        def before(x, key):
+            return self.self_attn.heads(self.input_layernorm(x), key)
+
+        def after(xs, key):
+            x, mixed = xs
+            x = x + self.self_attn.o_proj(mixed, key)
+            return x + self.mlp(self.post_attention_layernorm(x), key)
+
+        q, k, v = tiled(before, x, dropout_key, memory, layout)
+        mixed, cache = self.self_attn.mix(q, k, v, rotation, mask, pattern, layout, cache, start)
+        return tiled(after, (x, mixed), dropout_key, memory, layout), cache

@@ -27,7 +27,7 @@ from lljax.training.optimizer import learning_rate, make_optimizer, roles_of
 from lljax.training.placement import check_rows, layout_of, place, row_share
 from lljax.training.report import write_report
 from lljax.training.signals import StopRequest
-from lljax.training.step import StepSettings, from_items, make_evaluate, make_step, new_state, to_items
+from lljax.training.step import from_items, make_evaluate, make_step, new_state, step_settings, to_items
 
 # What a resumed run must have in common with its beginning, so that it ends as if it had not been interrupted.
 IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "context", "lora", "data.packing", "data.overlong",
@@ -83,8 +83,7 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     optimizer = make_optimizer(config.optimizer, total_steps(config), roles_of(trainable))
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
     state = new_state(trainable, optimizer, mesh, seed=config.seed, history=config.alarm.history)
-    settings = StepSettings(config.memory.remat, config.memory.loss_chunk, config.model.dtype,
-                            config.alarm.spike != "warn", config.alarm.spike_z)
+    settings = step_settings(config)
     step_fn, evaluate = make_step(graphdef, optimizer, settings, state), make_evaluate(graphdef, settings)
     rate = learning_rate(config.optimizer, total_steps(config))
     counts = {"parameters": _size(trainable) + _size(frozen), "trainable": _size(trainable)}

@@ -10,6 +10,7 @@ from flax import nnx
 
 from lljax.data.packing import IGNORED
 from lljax.models.layers import AttentionPattern
+from lljax.models.memory import Memory
 from lljax.sharding import Layout, replicated
 from lljax.training.loss import cross_entropy
 
@@ -36,11 +37,18 @@ class TrainState:
 class StepSettings:
     """The static part of a step."""
 
-    remat: str
+    memory: Memory
     loss_chunk: int
     dtype: str                               # of the compute
     skip_spikes: bool
     spike_z: float
+
+
+def step_settings(config) -> StepSettings:
+    """What a configuration says of the step."""
+    m = config.memory
+    return StepSettings(Memory(m.remat, m.offload, m.layers_per_residual, m.tile), m.loss_chunk, config.model.dtype,
+                        config.alarm.spike != "warn", config.alarm.spike_z)
 
 
 def new_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mesh, *, seed: int,
@@ -78,7 +86,7 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
     def total_loss(trainable, frozen, micro, key, pattern, layout):
         model = nnx.merge(graphdef, trainable, frozen)
         hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], index=micro["index"],
-                       pattern=pattern, layout=layout, remat=settings.remat, dtype=jnp.dtype(settings.dtype), dropout_key=key)
+                       pattern=pattern, layout=layout, memory=settings.memory, dtype=jnp.dtype(settings.dtype), dropout_key=key)
         return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk, layout=layout)
 
     shardings = jax.tree.map(lambda x: x.sharding, like)

@@ -11,6 +11,7 @@ from flax import nnx
 from lljax.models.decoder import Decoder, empty_cache
 from lljax.models.initialise import initialise
 from lljax.models.layers import AttentionPattern
+from lljax.models.memory import Memory
 from lljax.models.spec import from_hf
 
 BASE = {"model_type": "llama", "vocab_size": 97, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -90,16 +91,20 @@ def test_a_model_whose_window_is_narrower_keeps_it():
     assert np.abs(before - after)[0, 13:].max() < 1e-6 < np.abs(before - after)[0, 12].max()
 
 
-def test_remat_changes_no_gradient():
-    model, tokens = build(), row(40)
+def test_what_is_kept_changes_no_gradient():
+    model, tokens = build(num_hidden_layers=4), row(40)
     graphdef, state = nnx.split(model)
 
-    def loss(state, remat):
-        out = nnx.merge(graphdef, state)(tokens, positions=jnp.arange(40)[None], remat=remat)
-        return jnp.sum(out ** 2)
-    a, b = (jax.jit(jax.grad(loss), static_argnums=1)(state, remat) for remat in ("full", "none"))
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+    def gradient(memory):
+        def loss(state):
+            out = nnx.merge(graphdef, state)(tokens, positions=jnp.arange(40)[None], memory=memory)
+            return jnp.sum(out ** 2)
+        return jax.jit(jax.grad(loss))(state)
+    wanted = gradient(Memory("none"))
+    for memory in (Memory("full"), Memory("attention"), Memory("full", tile=12), Memory("full", offload=True),
+                   Memory("attention", offload=True, layers_per_residual=2)):
+        for x, y in zip(jax.tree.leaves(gradient(memory)), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4, err_msg=str(memory))
 
 
 @pytest.mark.parametrize("changes", [{}, {"model_type": "mistral", "sliding_window": 8},

@@ -1,0 +1,89 @@
+"""What the backward pass keeps, where it keeps it, and how much of a layer exists at one time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lljax.attention.attend import SAVED
+from lljax.sharding import TOKENS, Layout
+
+RESIDUAL = "residual"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """remat: full (keep a layer's residual, compute the rest again) | attention (keep the output of attention and its
+    log-sum-exp as well) | none (keep everything). offload: residuals wait in the host's memory.
+    layers_per_residual: keep the residual of every so many layers only. tile: tokens whose projections and MLP exist at
+    one time on a device; 0 for all.
+    """
+
+    remat: str = "none"
+    offload: bool = False
+    layers_per_residual: int = 1
+    tile: int = 0
+
+
+EVERYTHING = Memory()
+
+
+def recomputed(layer, memory: Memory):
+    """`layer(x, xs) -> (x, ys)` so that its backward pass keeps what `memory` says, and computes the rest again."""
+    if memory.remat == "none":
+        return layer
+    saved = SAVED if memory.remat == "attention" else ()
+    if not memory.offload:
+        return jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*saved))
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved, names_which_can_be_offloaded=[RESIDUAL], offload_src="device",
+        offload_dst="pinned_host")
+
+    def named(x, xs):
+        # The name must be on a value made inside: what comes in is kept on the device whatever the policy says.
+        return layer(checkpoint_name(x, RESIDUAL), xs)
+    return jax.checkpoint(named, prevent_cse=False, policy=policy)
+
+
+def scan_layers(layer, x, xs, memory: Memory):
+    """`jax.lax.scan(layer, x, xs)` over the layers of a stack."""
+    each = memory.layers_per_residual
+    if each == 1:
+        return jax.lax.scan(recomputed(layer, memory), x, xs)
+    inner = recomputed(layer, dataclasses.replace(memory, offload=False))
+
+    def group(x, xs):
+        return jax.lax.scan(inner, x, xs)
+    grouped = jax.tree.map(lambda a: a.reshape(-1, each, *a.shape[1:]), xs)
+    x, ys = jax.lax.scan(recomputed(group, dataclasses.replace(memory, remat="full")), x, grouped)
+    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
+
+
+def tiled(f, xs, key, memory: Memory, layout: Layout | None):
+    """f(xs, key) for arrays [B, T, ...] where f acts on each token alone, `memory.tile` tokens at a time.
+
+    Tiles are cut from what each device holds; their inner values are computed again in the backward pass.
+    """
+    B, T = jax.tree.leaves(xs)[0].shape[:2]
+    parts = 1 if layout is None else layout.mesh.shape[TOKENS]
+    local, tile = T // parts, memory.tile
+    if not tile or local <= tile:
+        return f(xs, key)
+    tiles = -(-local // tile)
+
+    def cut(x):                              # [B, T, ...] -> [tiles, B, parts * tile, ...]
+        x = x.reshape(B, parts, local, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, tiles * tile - local), *((0, 0),) * (x.ndim - 3)))
+        x = x.reshape(B, parts, tiles, tile, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 0).reshape(tiles, B, parts * tile, *x.shape[4:])
+
+    def join(y):
+        y = jnp.moveaxis(y.reshape(tiles, B, parts, tile, *y.shape[3:]), 0, 2)
+        return y.reshape(B, parts, tiles * tile, *y.shape[4:])[:, :, :local].reshape(B, T, *y.shape[4:])
+
+    def one(operands):
+        xs, number = operands
+        return f(xs, None if key is None else jax.random.fold_in(key, number))
+    ys = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (jax.tree.map(cut, xs), jnp.arange(tiles)))
+    return jax.tree.map(join, ys)
