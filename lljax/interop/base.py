@@ -90,11 +90,22 @@ def open_base(path: str, revision: str = "main"):
     return FolderBase(path, _download(path, revision))
 
 
-def _download(path: str, revision: str) -> Path:
+def open_config(path: str, revision: str = "main") -> dict:
+    """The HF config alone; of a hub id nothing else is downloaded.
+
+    Raises:
+      ModelError: as `open_base`.
+    """
+    if Path(path).expanduser().exists() or Path(path).suffix == ".gguf":
+        return open_base(path, revision).config
+    return read_json(_download(path, revision, files=["config.json"]) / "config.json")
+
+
+def _download(path: str, revision: str, files=HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=files))
     except HFValidationError:
         raise ModelError(f"model.path={path!r}: no such folder, and not a hub id either") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

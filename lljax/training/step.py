@@ -54,15 +54,32 @@ def step_settings(config) -> StepSettings:
 def new_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mesh, *, seed: int,
               history: int) -> TrainState:
     """The state before the first step: the optimizer's moments lie where their leaves do, the rest on every device."""
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
+    state = _first_state(trainable, optimizer, seed, history)
+    where = _where(trainable, mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(x, where(path)), state)
 
-    def place(path, x):                      # a moment's path ends in the path of its leaf
-        leaf = next((leaf for name, leaf in leaves.items() if jax.tree_util.keystr(path).endswith(name)), None)
-        return jax.device_put(x, replicated(mesh) if leaf is None else leaf.sharding)
 
-    state = TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
-                       jnp.full(history, jnp.nan), jnp.int32(0))
-    return jax.tree_util.tree_map_with_path(place, state)
+def abstract_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mesh, *, history: int) -> TrainState:
+    """`new_state` as `jax.ShapeDtypeStruct`s with shardings, of a `trainable` of such."""
+    state = jax.eval_shape(lambda trainable: _first_state(trainable, optimizer, 0, history), trainable)
+    where = _where(trainable, mesh)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(path)), state)
+
+
+def _first_state(trainable, optimizer, seed: int, history: int) -> TrainState:
+    return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
+                      jnp.full(history, jnp.nan), jnp.int32(0))
+
+
+def _where(trainable, mesh):
+    """path -> sharding of a leaf of the state; the path of a moment ends in the path of its leaf."""
+    leaves = {jax.tree_util.keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
+
+    def where(path):
+        path = jax.tree_util.keystr(path)
+        return next((sharding for name, sharding in leaves.items() if path.endswith(name)), replicated(mesh))
+    return where
 
 
 def to_items(state: TrainState) -> dict:

@@ -1,0 +1,119 @@
+"""The devices that a run can be planned for: figures from the makers' data sheets, and how the compilers name them."""
+
+import dataclasses
+import re
+
+import jax
+from jax.experimental import topologies
+
+from lljax.errors import ConfigError
+
+GB, GiB = 10 ** 9, 2 ** 30
+
+# Chips of a TPU slice -> its shape. A v5p slice is named by its cores, two a chip.
+FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One chip. memory: bytes that a program can use. flops: dense bfloat16 products a second. bandwidth: bytes a second
+    of its memory. link: bytes a second to its neighbours, one way. host: bytes of host memory that go with one device of
+    a typical node. sm: compute capability, shared memory and multiprocessors of a GPU.
+    """
+
+    name: str
+    platform: str
+    memory: int
+    flops: float
+    bandwidth: float
+    link: float
+    host: int
+    sm: tuple = ()
+
+
+DEVICES = {device.name: device for device in (
+    Device("h100-80g", "cuda", 79 * GiB, 989e12, 3.35e12, 450e9, 240 * GB, (9, 0, 233_472, 132, 50 * 2 ** 20)),
+    Device("h200", "cuda", 140 * GiB, 989e12, 4.8e12, 450e9, 240 * GB, (9, 0, 233_472, 132, 50 * 2 ** 20)),
+    Device("b200", "cuda", 178 * GiB, 2_250e12, 8.0e12, 900e9, 240 * GB, (10, 0, 233_472, 148, 126 * 2 ** 20)),
+    Device("a100-80g", "cuda", 79 * GiB, 312e12, 2.04e12, 300e9, 128 * GB, (8, 0, 167_936, 108, 40 * 2 ** 20)),
+    Device("a10-24g", "cuda", int(22.0 * GiB), 125e12, 0.6e12, 32e9, 120 * GB, (8, 6, 102_400, 72, 6 * 2 ** 20)),
+    Device("l4", "cuda", int(22.0 * GiB), 121e12, 0.3e12, 32e9, 48 * GB, (8, 9, 102_400, 58, 48 * 2 ** 20)),
+    Device("rtx4090", "cuda", int(23.5 * GiB), 165e12, 1.01e12, 32e9, 64 * GB, (8, 9, 102_400, 128, 72 * 2 ** 20)),
+    Device("v5e", "tpu", int(15.75 * GiB), 197e12, 0.82e12, 200e9, 48 * GB),
+    Device("v5p", "tpu", int(95.74 * GiB), 459e12, 2.77e12, 600e9, 112 * GB),
+    Device("v6e", "tpu", int(31.25 * GiB), 918e12, 1.64e12, 448e9, 180 * GB),
+)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """`count` devices of one kind; `name` as the user wrote it."""
+
+    name: str
+    device: Device
+    count: int
+
+    def devices(self) -> list:
+        """Device descriptions that a program can be compiled for, where there are none.
+
+        Raises:
+          ConfigError: the compiler of the platform is not installed.
+        """
+        try:
+            return list(_topology(self).devices)
+        except Exception as error:           # a missing plugin is reported as many kinds of exception
+            extra = "plan-tpu" if self.device.platform == "tpu" else "plan-gpu"
+            line = next(iter(str(error).splitlines()), "")[:160]
+            raise ConfigError(f"--device={self.name}: no compiler for it here ({line}): pip install 'lljax[{extra}]'") from None
+
+
+def target(name: str) -> Target:
+    """h100-80g, h100-80g:8, v5e-8, v5p-128 (cores) ...
+
+    Raises:
+      ConfigError: no such device; the line lists those there are.
+    """
+    match = re.fullmatch(r"(v\d+[ep])-(\d+)|([a-z0-9-]+?)(?::(\d+))?", name)
+    kind = match and (match[1] or match[3])
+    if kind not in DEVICES:
+        raise ConfigError(f"--device={name}: there are {', '.join(DEVICES)}; name several GPUs as h100-80g:8 and a TPU slice as "
+                          "v5e-8")
+    count = int(match[2] or match[4] or 1)
+    device = DEVICES[kind]
+    if device.platform == "tpu":
+        count = count // 2 if kind == "v5p" else count
+        slices = CUBE if kind == "v5p" else FLAT
+        if count not in slices:
+            names = ", ".join(f"{kind}-{chips * (2 if kind == 'v5p' else 1)}" for chips in slices)
+            raise ConfigError(f"--device={name}: there is no such slice; there are {names}")
+    return Target(name, device, count)
+
+
+def _topology(target: Target):
+    if target.device.platform == "tpu":
+        shape = (CUBE if target.device.name == "v5p" else FLAT)[target.count]
+        # The compiler describes whole hosts of four chips or more; a single chip is a host cut down to one.
+        options = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if target.count == 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=f"{target.device.name}:{shape}", **options)
+    return topologies.get_topology_desc(platform="cuda", topology_name=target.device.name, target_config=_gpu(target.device),
+                                        topology=f"1x1x{target.count}")
+
+
+def _gpu(device: Device) -> str:
+    """A GpuTargetConfigProto in text form."""
+    major, minor, shared, cores, l2 = device.sm
+    return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+      shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {int(device.bandwidth)} l2_cache_size: {l2} clock_rate_ghz: 1.7
+      device_memory_size: {device.memory} shared_memory_per_block_optin: {shared - 1024}
+      cuda_compute_capability {{ major: {major} minor: {minor} }}
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+    runtime_version {{ major: 13 minor: 0 patch: 0 }} device_description_str: "{device.name}" """
+
+
+def here() -> list:
+    """The devices of this machine."""
+    return jax.devices()

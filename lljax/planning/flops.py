@@ -1,0 +1,60 @@
+"""Arithmetic of a training step, counted from the model's shapes. A product of [a, b] and [b, c] is 2abc FLOPs.
+
+Model FLOPs are what the mathematics needs; hardware FLOPs add what is computed again to save memory. Causal attention
+counts the pairs that are visible, half of T x T, as MaxText and the field do.
+"""
+
+import dataclasses
+
+from lljax.models.declare import declared
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    model: float
+    hardware: float
+
+
+def visible_pairs(pattern, T: int, window: int | None = None) -> float:
+    """Pairs of a query and a visible key in a row of T tokens of one document, of an average head."""
+    if pattern.kind == "shifted":
+        G = min(pattern.group, T)
+        return T * (G + 1) / 2
+    W = min(w for w in (window, pattern.window or None, T) if w)
+    anchors = min(pattern.anchors, T - W) if pattern.kind == "window" else 0
+    return W * (W + 1) / 2 + (T - W) * W + (T - W) * anchors
+
+
+def of_step(model, config, stage) -> Flops:
+    """Of one optimizer step on all devices. `model` may be abstract, with its trainable Variables marked."""
+    spec, T = model.spec, stage.length
+    rows = config.training.rows * config.training.accumulate
+    forward = backward = 0.0                 # per token, in the layers
+    head = trained_head = 0.0
+    for _, variable in declared(model):
+        role, shape = variable.get_metadata("role"), variable.get_value().shape
+        size = 2.0 * _product(shape)
+        trains = variable.get_metadata().get("trainable", False)
+        if role in ("kernel", "lora_a", "lora_b"):
+            forward += size
+            backward += size * (2 if trains else 1)          # of the input, and of the weight where it trains
+        elif role == "head" or (role == "embed" and model.lm_head is None):
+            head, trained_head = size, size if trains else 0.0
+    pairs = sum(visible_pairs(stage.pattern, T, window) for window in spec.windows) * spec.N * spec.H
+    attention = 4 * pairs                    # scores and their product with the values, forward
+    model_flops = rows * (T * (forward + backward + 2 * head + trained_head) + 3 * attention)
+    again = 0.0 if config.memory.remat == "none" else T * forward + (0 if config.memory.remat == "attention" else attention)
+    if config.memory.layers_per_residual > 1:
+        again += T * forward + attention
+    # Flash attention's backward pass computes the scores once more.
+    hardware = model_flops + rows * (again + attention / 2)
+    return Flops(model_flops, hardware)
+
+
+def _product(shape) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out
+
+

@@ -1,0 +1,70 @@
+"""What a compiled program sends between devices, read from its text."""
+
+import math
+import re
+from collections import Counter
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
+         "u64": 8, "f64": 8}
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes that one device receives in a run of the program, by kind of collective; bodies of loops count as often as
+    they run. `text` is `compiled.as_text()`."""
+    computations = _computations(text)
+    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
+    seen: dict[str, Counter] = {}
+
+    def of(name: str) -> Counter:
+        if name not in seen:
+            seen[name] = Counter()
+            for line in computations[name][1] if name in computations else ():
+                seen[name].update(_own(line))
+                times = _trips(line, computations)
+                for called in re.findall(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)="
+                                         r"\{?([^,}]*(?:, ?%[^,}]*)*)", line):
+                    for child in re.findall(r"%?([\w.-]+)", called):
+                        for kind, size in of(child).items():
+                            seen[name][kind] += times * size
+        return seen[name]
+    return dict(of(entry))
+
+
+def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
+    out, lines = {}, None
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            lines = []
+            out[head[2]] = (bool(head[1]), lines)
+        elif lines is not None:
+            lines.append(line)
+    return out
+
+
+def _own(line: str) -> Counter:
+    match = re.search(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(", line)
+    if not match:
+        return Counter()
+    shapes = [math.prod(map(int, filter(None, dims.split(",")))) * BYTES.get(dtype, 4)
+              for dtype, dims in re.findall(r"([a-z]+\d+|pred)\[([\d,]*)\]", match[1])]
+    size = max(shapes, default=0) if match[3] else sum(shapes)   # a started one lists its operand beside its result
+    if match[2] == "all-reduce":
+        size *= 2                            # a reduce-scatter and an all-gather of it
+    return Counter({match[2]: size})
+
+
+def _trips(line: str, computations) -> int:
+    """How often the body of a loop runs. The GPU and CPU compilers say it; for the TPU's the condition does, which compares
+    a counter with a constant. Anything else counts once."""
+    said = re.search(r' while\(.*known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)', line)
+    if said:
+        return int(said[1])
+    match = re.search(r" while\(.*condition=%?([\w.-]+)", line)
+    if not match:
+        return 1
+    condition = "\n".join(computations[match[1]][1])
+    constants = dict(re.findall(r"%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)", condition))
+    compared = re.search(r"compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT", condition)
+    return int(constants.get(compared[1], 1)) if compared else 1

@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lljax.planning.hlo import collective_bytes
+from lljax.sharding import make_mesh
+
+
+def test_a_gather_inside_a_loop_counts_as_often_as_it_runs():
+    mesh = make_mesh(fsdp=8)
+
+    def where(*spec):
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def f(x, weights):
+        def body(x, w):
+            return jnp.tanh(x @ jax.lax.with_sharding_constraint(w, where())), None
+        return jax.lax.scan(body, x, weights)[0].sum()
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=where("fsdp"))
+    weights = jax.ShapeDtypeStruct((7, 32, 32), jnp.float32, sharding=where(None, "fsdp"))
+    seen = collective_bytes(jax.jit(f, out_shardings=where()).lower(x, weights).compile().as_text())
+    assert seen["all-gather"] == 7 * 32 * 32 * 4
+    assert seen["all-reduce"] == 2 * 4
+
+
+def test_the_loop_of_a_tpu_program_is_read_from_its_condition():
+    text = """
+%body (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %all-gather.7 = bf16[1,512,512]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%x), channel_id=1, dimensions={1}
+}
+
+%condition (p: (s32[], bf16[8])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(7)
+  ROOT %lt.3 = pred[]{:T(512)} compare(%get-tuple-element.27, %constant.5), direction=LT
+}
+
+ENTRY %main (p: bf16[8]) -> bf16[8] {
+  %while.9 = (s32[]{:T(128)}, bf16[8]{0}) while(%tuple.17), condition=%condition, body=%body
+}
+"""
+    assert collective_bytes(text) == {"all-gather": 7 * 512 * 512 * 2}
