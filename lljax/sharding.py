@@ -30,6 +30,11 @@ class Layout:
     context_parallel: str = "none"
     zigzag: bool = False
 
+    @property
+    def platform(self) -> str:
+        """cpu | gpu | tpu, of the devices of the mesh: they may be descriptions of devices that are elsewhere."""
+        return self.mesh.devices.flat[0].platform
+
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh with axes (data, fsdp, sequence, tensor) over all devices; one size may be -1 and is inferred.

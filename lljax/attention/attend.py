@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from lljax.attention import blockwise
+from lljax.attention import blockwise, tpu
 from lljax.attention.mask import Mask
 
 # What memory.remat = "attention" keeps of a layer.
@@ -17,33 +17,39 @@ SAVED = ("attention_out", "attention_lse")
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """forward(q, k, v, mask, *, scale) -> (out, lse [B, T, N]); backward(q, k, v, mask, out, lse, d_out, *, scale) ->
-    float32 (dq, dk, dv). Both as in `lljax.attention.blockwise`."""
+    float32 (dq, dk, dv). Both as in `lljax.attention.blockwise`, and for every mask. platforms: where it runs; all if empty.
+    """
 
     forward: Callable
     backward: Callable
+    platforms: tuple[str, ...] = ()
 
 
 # In order of preference.
-IMPLEMENTATIONS = {"blockwise": Implementation(blockwise.forward, blockwise.backward)}
+IMPLEMENTATIONS = {"tpu": Implementation(tpu.forward, tpu.backward, ("tpu",)),
+                   "blockwise": Implementation(blockwise.forward, blockwise.backward)}
 
 
-def attend(q, k, v, mask: Mask, *, scale: float, implementation: str | None = None) -> jax.Array:
+def attend(q, k, v, mask: Mask, *, scale: float, implementation: str | Implementation | None = None) -> jax.Array:
     """Attention of q [B, T, N, H] over k, v [B, S, K, H] under `mask`; returns [B, T, N, H].
 
-    Query head n reads key/value head n // (N / K). `implementation=None` takes the first of the table.
+    Query head n reads key/value head n // (N / K). `implementation=None` takes the best for the platform of this process.
 
     Raises:
       ValueError: no implementation has that name.
     """
-    return _attend(implementation_of(implementation), scale, q, k, v, mask)
+    if implementation is None:
+        implementation = best(jax.default_backend())
+    if isinstance(implementation, str):
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"attention implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+        implementation = IMPLEMENTATIONS[implementation]
+    return _attend(implementation, scale, q, k, v, mask)
 
 
-def implementation_of(name: str | None) -> Implementation:
-    if name is None:
-        name = next(iter(IMPLEMENTATIONS))
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {name!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name]
+def best(platform: str) -> str:
+    """The name of the first implementation of the table that runs on `platform` (cpu | gpu | tpu)."""
+    return next(name for name, of in IMPLEMENTATIONS.items() if not of.platforms or platform in of.platforms)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

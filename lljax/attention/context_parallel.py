@@ -10,6 +10,7 @@
 Each is exact for every mask it takes, in value and gradient; `choose` says which, and why.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lljax.attention.attend import attend, implementation_of
+from lljax.attention.attend import IMPLEMENTATIONS, Implementation, attend, best
 from lljax.attention.mask import NEVER, Mask
 from lljax.attention.shifted import attend_shifted, parts
 from lljax.errors import ConfigError
@@ -33,7 +34,8 @@ def attend_parallel(q, k, v, mask: Mask, *, scale: float, group: int | None = No
     group: S2-Attn in groups of as many tokens, on top of `mask`; None for every head alike.
     """
     if layout is None:
-        return _attend_heads(q, k, v, mask, group, 1, 0, scale=scale)
+        return _attend_heads(q, k, v, mask, group, 1, 0, _How(scale, IMPLEMENTATIONS[best(jax.default_backend())]))
+    how = _How(scale, IMPLEMENTATIONS[best(layout.platform)])
     size, tensor = layout.mesh.shape[TOKENS], layout.mesh.shape[HEADS]
     mode = {"none": _local, "allgather": _allgather, "ulysses": _ulysses, "ring": _ring_mode, "halo": _halo}[
         layout.context_parallel]
@@ -43,17 +45,29 @@ def attend_parallel(q, k, v, mask: Mask, *, scale: float, group: int | None = No
     @functools.partial(jax.shard_map, mesh=layout.mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,
                        check_vma=False)
     def run(q, k, v, mask):
-        return mode(q, k, v, mask, group, size=size, tensor=tensor, scale=scale, zigzag=layout.zigzag)
+        return mode(q, k, v, mask, group, size=size, tensor=tensor, how=how, zigzag=layout.zigzag)
     return run(q, k, v, mask)
 
 
-def _attend_heads(q, k, v, mask: Mask, group: int | None, shares: int, share, *, scale: float) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What every mode passes on to the attention of a device."""
+
+    scale: float
+    implementation: Implementation
+
+    @property
+    def kwargs(self) -> dict:
+        return {"scale": self.scale, "implementation": self.implementation}
+
+
+def _attend_heads(q, k, v, mask: Mask, group: int | None, shares: int, share, how: _How) -> jax.Array:
     """Attention where the device holds the `share`-th of `shares` equal parts of the query heads."""
     if group is None:
-        return attend(q, k, v, mask, scale=scale)
+        return attend(q, k, v, mask, **how.kwargs)
     if shares == 1:
-        return attend_shifted(q, k, v, mask, group=group, scale=scale)
-    return attend(q, k, v, _shift_by_share(mask, group, shares, share), scale=scale)
+        return attend_shifted(q, k, v, mask, group=group, **how.kwargs)
+    return attend(q, k, v, _shift_by_share(mask, group, shares, share), **how.kwargs)
 
 
 def _shift_by_share(mask: Mask, group: int, shares: int, share) -> Mask:
@@ -69,13 +83,13 @@ def _share():
 
 
 # ---------------------------------------------------------------- none, allgather
-def _local(q, k, v, mask, group, *, size, tensor, scale, zigzag):
-    return _attend_heads(q, k, v, mask, group, tensor, _share(), scale=scale)
+def _local(q, k, v, mask, group, *, size, tensor, how, zigzag):
+    return _attend_heads(q, k, v, mask, group, tensor, _share(), how)
 
 
-def _allgather(q, k, v, mask, group, *, size, tensor, scale, zigzag):
+def _allgather(q, k, v, mask, group, *, size, tensor, how, zigzag):
     gather = functools.partial(jax.lax.all_gather, axis_name=TOKENS, axis=1, tiled=True)
-    return _attend_heads(q, gather(k), gather(v), _of_keys(mask, gather), group, tensor, _share(), scale=scale)
+    return _attend_heads(q, gather(k), gather(v), _of_keys(mask, gather), group, tensor, _share(), how)
 
 
 def _of_keys(mask: Mask, change) -> Mask:
@@ -91,7 +105,7 @@ def ulysses_size(size: int, N: int, K: int) -> int:
     return math.gcd(size, math.gcd(N, K))
 
 
-def _ulysses(q, k, v, mask, group, *, size, tensor, scale, zigzag):
+def _ulysses(q, k, v, mask, group, *, size, tensor, how, zigzag):
     u = ulysses_size(size, q.shape[2], k.shape[2])
     near = [[i * u + j for j in range(u)] for i in range(size // u)]       # who exchange heads
     far = [[i * u + j for i in range(size // u)] for j in range(u)]        # who hold the same heads afterwards
@@ -106,18 +120,18 @@ def _ulysses(q, k, v, mask, group, *, size, tensor, scale, zigzag):
         k, v = gather(k, far), gather(v, far)
         mask = _of_keys(mask, lambda x: gather(x, far))
     share = _share() * u + jax.lax.axis_index(TOKENS) % u
-    out = _attend_heads(q, k, v, mask, group, tensor * u, share, scale=scale)
+    out = _attend_heads(q, k, v, mask, group, tensor * u, share, how)
     return jax.lax.all_to_all(out, TOKENS, split_axis=1, concat_axis=2, tiled=True, axis_index_groups=near)
 
 
 # ---------------------------------------------------------------- ring
-def _ring_mode(q, k, v, mask, group, *, size, tensor, scale, zigzag):
+def _ring_mode(q, k, v, mask, group, *, size, tensor, how, zigzag):
     hops = size - 1 if zigzag else _hops(mask, group, q.shape[1], size)
     if group is None:
-        return _ring(hops, size, scale, q, k, v, mask)
+        return _ring(hops, size, how, q, k, v, mask)
     if tensor > 1:
-        return _ring(hops, size, scale, q, k, v, _shift_by_share(mask, group, tensor, _share()))
-    return jnp.concatenate([_ring(hops, size, scale, q[:, :, heads], k[:, :, shared], v[:, :, shared],
+        return _ring(hops, size, how, q, k, v, _shift_by_share(mask, group, tensor, _share()))
+    return jnp.concatenate([_ring(hops, size, how, q[:, :, heads], k[:, :, shared], v[:, :, shared],
                                   mask.replace(group=group, shift=shift))
                             for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)], axis=2)
 
@@ -130,8 +144,8 @@ def _hops(mask: Mask, group: int | None, T: int, size: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ring(hops, size, scale, q, k, v, mask):
-    return _ring_forward(hops, size, scale, q, k, v, mask)[0]
+def _ring(hops, size, how, q, k, v, mask):
+    return _ring_forward(hops, size, how, q, k, v, mask)[0]
 
 
 def _chunk(k, v, mask):
@@ -145,13 +159,13 @@ def _pass_on(tree, size, by=1):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, TOKENS, order), tree)
 
 
-def _ring_forward(hops, size, scale, q, k, v, mask):
-    forward = implementation_of(None).forward
+def _ring_forward(hops, size, how, q, k, v, mask):
+    forward = how.implementation.forward
 
     def attend_chunk(out, lse, k, v, k_index, k_segments, anchors):
         """Merges attention over one chunk into the output and its log-sum-exp, in float32."""
         chunk_out, chunk_lse = forward(q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors),
-                                       scale=scale)
+                                       scale=how.scale)
         new = jnp.logaddexp(lse, chunk_lse)
         return out * jnp.exp(lse - new)[..., None] + chunk_out * jnp.exp(chunk_lse - new)[..., None], new
 
@@ -167,12 +181,12 @@ def _ring_forward(hops, size, scale, q, k, v, mask):
     return out, (q, k, v, mask, out, lse)
 
 
-def _ring_backward(hops, size, scale, saved, d_out):
+def _ring_backward(hops, size, how, saved, d_out):
     q, k, v, mask, out, lse = saved
 
     def backward(k, v, k_index, k_segments, anchors):
-        return implementation_of(None).backward(
-            q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors), out, lse, d_out, scale=scale)
+        return how.implementation.backward(
+            q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors), out, lse, d_out, scale=how.scale)
 
     def step(carry, _):
         dq, chunk, d_chunk = carry
@@ -203,24 +217,24 @@ def halo_size(T: int, size: int, *, window: int | None, group: int | None, shift
     return min(limits)
 
 
-def _halo(q, k, v, mask, group, *, size, tensor, scale, zigzag):
+def _halo(q, k, v, mask, group, *, size, tensor, how, zigzag):
     if group is None:
-        return _with_halo(q, k, v, mask, size, scale)
+        return _with_halo(q, k, v, mask, size, how)
     T = q.shape[1]
     if tensor > 1:
         reach = max(halo_size(T, size, window=mask.window, group=group, shift=shift) for shift in (0, group // 2))
-        return _with_halo(q, k, v, _shift_by_share(mask, group, tensor, _share()), size, scale, reach)
+        return _with_halo(q, k, v, _shift_by_share(mask, group, tensor, _share()), size, how, reach)
     return jnp.concatenate([_with_halo(q[:, :, heads], k[:, :, shared], v[:, :, shared],
-                                       mask.replace(group=group, shift=shift), size, scale)
+                                       mask.replace(group=group, shift=shift), size, how)
                             for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)], axis=2)
 
 
-def _with_halo(q, k, v, mask, size, scale, reach=None):
+def _with_halo(q, k, v, mask, size, how, reach=None):
     if reach is None:
         reach = halo_size(q.shape[1], size, window=mask.window, group=mask.group, shift=mask.shift)
     if mask.anchors is not None:
-        return _with_anchors(q, k, v, mask, size, scale, reach)
-    return attend(q, *_extended(k, v, mask, size, reach), scale=scale)
+        return _with_anchors(q, k, v, mask, size, how, reach)
+    return attend(q, *_extended(k, v, mask, size, reach), **how.kwargs)
 
 
 def _extended(k, v, mask, size, reach):
@@ -236,7 +250,7 @@ def _extended(k, v, mask, size, reach):
     return extend(k), extend(v), mask.replace(k_index=jnp.where(outside, NEVER, mask.k_index))
 
 
-def _with_anchors(q, k, v, mask, size, scale, reach):
+def _with_anchors(q, k, v, mask, size, how, reach):
     """Window and anchors: the halo serves what is near, and each device sends the others its anchors, as many as there
     is room for. A row with more of them on one device than that gathers all its keys."""
     room = max(1, min(k.shape[1], k.shape[1] // 8 + 128))
@@ -256,11 +270,11 @@ def _with_anchors(q, k, v, mask, size, scale, reach):
         join = functools.partial(jnp.concatenate, axis=1)
         both = near.replace(k_index=join([far.k_index, near.k_index]), anchors=join([far.anchors, near.anchors]),
                             k_segments=None if near.k_segments is None else join([far.k_segments, near.k_segments]))
-        return attend(q, join([anchors_of(k), near_k]), join([anchors_of(v), near_v]), both, scale=scale)
+        return attend(q, join([anchors_of(k), near_k]), join([anchors_of(v), near_v]), both, **how.kwargs)
 
     def everything(q, k, v, mask):
         gather = functools.partial(jax.lax.all_gather, axis_name=TOKENS, axis=1, tiled=True)
-        return attend(q, gather(k), gather(v), _of_keys(mask, gather), scale=scale)
+        return attend(q, gather(k), gather(v), _of_keys(mask, gather), **how.kwargs)
     return jax.lax.cond(fits, near_and_anchors, everything, q, k, v, mask)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-import jax
 from jax.experimental import topologies
 
 from lljax.errors import ConfigError
@@ -77,8 +76,8 @@ def target(name: str) -> Target:
     match = re.fullmatch(r"(v\d+[ep])-(\d+)|([a-z0-9-]+?)(?::(\d+))?", name)
     kind = match and (match[1] or match[3])
     if kind not in DEVICES:
-        raise ConfigError(f"--device={name}: there are {', '.join(DEVICES)}; name several GPUs as h100-80g:8 and a TPU slice as "
-                          "v5e-8")
+        raise ConfigError(f"--device={name}: there are {', '.join(DEVICES)}; name several GPUs as h100-80g:8 and a TPU slice "
+                          "as v5e-8")
     count = int(match[2] or match[4] or 1)
     device = DEVICES[kind]
     if device.platform == "tpu":
@@ -113,7 +112,3 @@ def _gpu(device: Device) -> str:
     platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
     runtime_version {{ major: 13 minor: 0 patch: 0 }} device_description_str: "{device.name}" """
 
-
-def here() -> list:
-    """The devices of this machine."""
-    return jax.devices()

@@ -90,10 +90,10 @@ def plan_stage(config, hf_config: dict, target: Target, stage: Stage, *, efficie
     peak = memory.get("peak", 0) or base + weights + moments + memory["temp"]
     passes = 2 if config.memory.remat == "none" else 3       # the weights are read forward, again, and backward
     bounds = {"arithmetic": counted.hardware / (target.count * device.flops * efficiency),
-              "memory": config.training.accumulate * passes * base * (target.count if layout else 1) / device.bandwidth,
+              "memory": config.training.accumulate * passes * base * target.count / device.bandwidth,
               "network": sum(collectives.values()) / device.link}
     fits = memory["fits"] and peak <= device.memory * (1 - MARGIN) and memory["host"] <= (host or device.host)
-    return StagePlan(stage, layout.context_parallel if layout else "none", base, weights, moments, memory["temp"], peak,
+    return StagePlan(stage, layout.context_parallel, base, weights, moments, memory["temp"], peak,
                      memory["host"], fits, counted.model, counted.hardware, collectives,
                      shape[0] * shape[1] * shape[2], bounds, time.monotonic() - began)
 
@@ -147,8 +147,7 @@ def longest_context(config, hf_config: dict, target: Target, **options) -> tuple
 
     def fits(length):
         if length not in tried:
-            with config.unlocked():
-                changed = config.copy_and_resolve_references()
+            changed = config.copy_and_resolve_references()
             changed.context.length = max(length, changed.context.length)
             changed.context.schedule = ((last.stop, length, last.pattern.kind),)
             tried[length] = plan_stage(changed, hf_config, target, stages(changed.context)[0], **options)

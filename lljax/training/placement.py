@@ -14,14 +14,15 @@ from lljax.sharding import ROWS, Layout, batch_sharding, zigzag
 
 def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: DecoderSpec, *, bytes_per: int = 4,
               memory: float = math.inf) -> tuple[Layout | None, str]:
-    """The layout of rows of `length` tokens under `pattern`, None on one device; and the reason for its mode.
+    """The layout of rows of `length` tokens under `pattern`, None on the one device of this process; and the reason for
+    its mode.
 
     wanted: `mesh.context_parallel`. memory: bytes of a device; gathered keys and values may take an eighth of it.
 
     Raises:
       ConfigError: the rows or the heads do not spread over the mesh, or the wanted mode cannot serve the pattern.
     """
-    if mesh.size == 1:
+    if mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend():
         return None, "one device"
     sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
     if spec.N % tensor or spec.K % tensor:
