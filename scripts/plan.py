@@ -45,7 +45,8 @@ def show(plans, target) -> None:
             p.base, p.trainable, p.optimizer, p.temporary, p.peak, p.host)), "yes" if p.fits else "NO")
     CONSOLE.print(table)
     table = Table(title=f"a step, at {EFFICIENCY.value:.0%} of peak arithmetic")
-    for column in ("stage", "model PFLOP", "hardware PFLOP", "received GB a device", "bound by", "seconds", "tokens/s", "compiled in"):
+    for column in ("stage", "model PFLOP", "hardware PFLOP", "received GB a device", "bound by", "seconds", "tokens/s",
+                   "compiled in"):
         table.add_column(column, justify="left" if column in ("stage", "bound by") else "right")
     total = 0.0
     for p in plans:

@@ -91,8 +91,8 @@ def cases():
         for pattern in PATTERNS:
             for mesh in MESHES:
                 for mode in ("auto", "allgather", "ulysses", "ring", "halo") if "sequence" in mesh else ("auto",):
-                    quick = (N, K) == (8, 2) and ((mesh[:4] == "data" and (mode == "auto" or (pattern, mode) == ("full", "ring"))) or
-                                                  (mesh, pattern, mode) == ("fsdp 8", "full", "auto"))
+                    three = mesh.startswith("data") and (mode == "auto" or (pattern, mode) == ("full", "ring"))
+                    quick = (N, K) == (8, 2) and (three or (mesh, pattern) == ("fsdp 8", "full"))
                     yield pytest.param(N, K, pattern, mesh, mode, marks=() if quick else pytest.mark.slow)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from lljax.attention import blockwise, tpu
+from lljax.attention import blockwise, gpu, tpu
 from lljax.attention.mask import Mask
 
 # What memory.remat = "attention" keeps of a layer.
@@ -16,8 +16,8 @@ SAVED = ("attention_out", "attention_lse")
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """forward(q, k, v, mask, *, scale) -> (out, lse [B, T, N]); backward(q, k, v, mask, out, lse, d_out, *, scale) ->
-    float32 (dq, dk, dv). Both as in `lljax.attention.blockwise`, and for every mask. platforms: where it runs; all if empty.
+    """forward(q, k, v, mask, *, scale) -> (out, lse [B, T, N]); backward(q, k, v, mask, out, lse, d_out, *, scale,
+    dtype) -> (dq, dk, dv). Both as in `lljax.attention.blockwise`, and for every mask. platforms: where it runs; all if empty.
     """
 
     forward: Callable
@@ -27,6 +27,7 @@ class Implementation:
 
 # In order of preference.
 IMPLEMENTATIONS = {"tpu": Implementation(tpu.forward, tpu.backward, ("tpu",)),
+                   "triton": Implementation(gpu.forward, gpu.backward, ("gpu",)),
                    "blockwise": Implementation(blockwise.forward, blockwise.backward)}
 
 
@@ -64,9 +65,7 @@ def _attend_forward(implementation, scale, q, k, v, mask):
 
 
 def _attend_backward(implementation, scale, saved, d_out):
-    q, k, v, *_ = saved
-    grads = implementation.backward(*saved, d_out, scale=scale)
-    return *(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v))), None
+    return *implementation.backward(*saved, d_out, scale=scale, dtype=saved[0].dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -23,15 +23,16 @@ def forward(q, k, v, mask: Mask, *, scale: float) -> tuple[jax.Array, jax.Array]
     return call.rows(out), call.rows(lse)
 
 
-def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of `forward` for q, k and v in float32, given its results and the gradient of its output.
+def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float,
+             dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `forward` for q, k and v in `dtype`, given its results and the gradient of its output.
 
     `out` and `lse` may be those of attention over more keys than `k`: the sum over parts of the keys is the gradient.
     """
     call = _Call(q, k, v, mask, scale)
     dq, dk, dv = _backward(*call.blocks, call.q, call.k, call.v, call.mask, call.heads(out), call.heads(lse[..., None])[..., 0],
                            call.heads(d_out))
-    return call.rows(dq) * scale, call.keys(dk), call.keys(dv)
+    return tuple(x.astype(dtype) for x in (call.rows(dq) * scale, call.keys(dk), call.keys(dv)))
 
 
 class _Call:

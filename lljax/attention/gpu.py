@@ -1,6 +1,6 @@
-"""Flash attention on NVIDIA GPUs: cuDNN's, for the masks that it can express, and our own in Triton, for every mask.
+"""Flash attention for NVIDIA GPUs: Pallas kernels through Triton, for every mask.
 
-The Triton kernels follow Dao 2023, arXiv 2307.08691, algorithms 1 and 2, as `lljax.attention.blockwise` does. A block
+They follow Dao 2023, arXiv 2307.08691, algorithms 1 and 2, as `lljax.attention.blockwise` does. A block
 of queries loops over blocks of keys only where the mask leaves something. Nothing dense is kept: XLA reduces the mask
 to the smallest and largest index, segment and group of each block, and to six numbers that bound the loops of a block.
 """
@@ -18,79 +18,6 @@ from lljax.attention.mask import NEVER, Mask, group_of, pad
 
 LOG2_E = math.log2(math.e)                   # the GPU has an instruction for powers of two only
 PAIRS_AT_ONCE = 2 ** 22                      # pairs of blocks that are told apart at once: a few bytes each
-
-
-class UnsupportedMask(Exception):
-    """The reason, in one line, why an implementation cannot serve a mask."""
-
-
-# ---------------------------------------------------------------- cuDNN
-def cudnn(q, k, v, mask: Mask, *, scale: float, ordered: bool = False, _implementation: str = "cudnn") -> jax.Array:
-    """Attention of q [B, T, N, H] over k, v [B, T, K, H], in bfloat16 or float16, under a mask of window and groups.
-
-    ordered: a promise that q_index and k_index are 0, 1, ... T - 1 in every row: traced arrays do not tell.
-
-    Raises:
-      UnsupportedMask: cuDNN cannot express the mask.
-    """
-    B, T = q.shape[:2]
-    _refuse_what_cudnn_cannot(mask, T, k.shape[1], ordered)
-    G = T if mask.group is None else min(mask.group, T)
-    shift = 0 if mask.group is None else mask.shift % mask.group
-    window = None if mask.window is None else (mask.window - 1, 0)
-    q, k, v = (_fold(x, G, shift) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, local_window_size=window,
-                                       implementation=_implementation)
-    return _unfold(out, B, T, shift)
-
-
-def _refuse_what_cudnn_cannot(mask: Mask, T: int, S: int, ordered: bool):
-    for refused, reason in ((not ordered, "tokens that are not promised to be in order"),
-                            (T != S, f"{T} queries of {S} keys"),
-                            (mask.q_segments is not None, "segments"), (mask.anchors is not None, "anchors")):
-        if refused:
-            raise UnsupportedMask(f"cuDNN attention cannot express {reason}: use 'triton' or 'blockwise'")
-
-
-def _fold(x, G: int, shift: int):
-    """[B, T, ...] -> [B * groups, G, ...], the first of `shift` tokens unless that is 0. A short group is filled up
-    behind, where causality hides the filling."""
-    rest = x[:, shift:]
-    rest = _pad(rest, {1: -(-rest.shape[1] // G) * G})
-    return (jnp.concatenate([_pad(x[:, :shift], {1: G}), rest], axis=1) if shift else rest).reshape(-1, G, *x.shape[2:])
-
-
-def _unfold(x, B: int, T: int, shift: int):
-    """The inverse of `_fold` for B rows of T tokens."""
-    G, x = x.shape[1], x.reshape(B, -1, *x.shape[2:])
-    return (jnp.concatenate([x[:, :shift], x[:, G:]], axis=1) if shift else x)[:, :T]
-
-
-# ---------------------------------------------------------------- Triton
-def triton(q, k, v, mask: Mask, *, scale: float, interpret: bool = False) -> jax.Array:
-    """Attention of q [B, T, N, H] over k, v [B, S, K, H] under any `mask`; returns [B, T, N, H].
-
-    float32 operands are multiplied in TF32, as jax does on a GPU by default.
-    interpret: run the kernels on any platform, slowly, and in true float32.
-    """
-    return _triton(scale, interpret, q, k, v, mask)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _triton(scale, interpret, q, k, v, mask):
-    return forward(q, k, v, mask, scale=scale, interpret=interpret)[0]
-
-
-def _triton_forward(scale, interpret, q, k, v, mask):
-    out, lse = forward(q, k, v, mask, scale=scale, interpret=interpret)
-    return out, (q, k, v, mask, out, lse)
-
-
-def _triton_backward(scale, interpret, saved, d_out):
-    return *backward(*saved, d_out, scale=scale, interpret=interpret, dtype=saved[0].dtype), None
-
-
-_triton.defvjp(_triton_forward, _triton_backward)
 
 
 def forward(q, k, v, mask: Mask, *, scale: float, interpret: bool = False) -> tuple[jax.Array, jax.Array]:

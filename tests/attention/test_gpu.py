@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from test_attention import B, assert_equal, make, masks, packed_segments
 
-from lljax.attention import Mask, causal, gpu, reference
+from lljax.attention import Mask, attend, causal, gpu, reference
+from lljax.attention.attend import Implementation
 from lljax.attention.mask import NEVER, visible
 
 HEADS = [(8, 8), (8, 2), (9, 3), (6, 1)]
 T = 300                                      # no multiple of a block, and long enough for full blocks
-TRITON = functools.partial(gpu.triton, interpret=True)
-CUDNN = functools.partial(gpu.cudnn, ordered=True, _implementation="xla")
+TRITON = functools.partial(attend, implementation=Implementation(functools.partial(gpu.forward, interpret=True),
+                                                                 functools.partial(gpu.backward, interpret=True)))
 
 # The interpreted kernels are small: the time goes to compiling them.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -149,45 +150,21 @@ def test_loops_visit_what_is_visible_and_take_for_full_what_is(kind, size=32, T=
             assert (some == visited).all() and (full == all_).all()
 
 
-# ---------------------------------------------------------------- cuDNN
-@pytest.mark.parametrize("changes,N,K", [
-    ({}, 8, 8), ({"window": 50}, 8, 2), ({"group": 70}, 9, 3), ({"group": 70, "shift": 35}, 6, 1),
-    ({"group": 128, "shift": 64, "window": 30}, 8, 2), ({"group": 100, "shift": 50}, 9, 3),
-    ({"group": 1000, "shift": 100}, 8, 2), ({"group": 1000, "shift": 500}, 8, 2)], ids=str)
-def test_cudnn_folds_groups_into_the_batch(changes, N, K):
-    assert_equals_reference(CUDNN, *make(T, N, K), causal(B, T).replace(**changes))
-
-
-@pytest.mark.parametrize("reason,changes", [("segments", {"q_segments": jnp.ones((B, 8), jnp.int32)}),
-                                            ("anchors", {"anchors": jnp.ones((B, 8), bool), "window": 2}),
-                                            ("8 queries of 9 keys", {})])
-def test_cudnn_refuses_what_it_cannot_express(reason, changes):
-    q, k, v = make(8, 2, 2, S=9 if "9 keys" in reason else 8)
-    with pytest.raises(gpu.UnsupportedMask, match=reason):
-        CUDNN(q, k, v, causal(B, 8).replace(**changes), scale=1.0)
-
-
-def test_cudnn_refuses_tokens_that_may_be_out_of_order():
-    with pytest.raises(gpu.UnsupportedMask, match="in order"):
-        gpu.cudnn(*make(8, 2, 2), causal(B, 8), scale=1.0)
-
-
 # ---------------------------------------------------------------- compiled for GPUs that are not there
 COMPILE = """
 import functools, json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from lljax.attention import Mask, gpu
+from lljax.attention import Mask, attend
 
-target, implementation = sys.argv[1:]
-attend = {"triton": gpu.triton, "cudnn": functools.partial(gpu.cudnn, ordered=True)}[implementation]
+target = sys.argv[1]
 topology = topologies.get_topology_desc(platform="cuda", topology_name="gpu", target_config=target, topology="1x1x1")
 one = jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 def temp(T, N=32, K=8, H=128):
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
     index = array(1, T, dtype=jnp.int32)
-    loss = lambda q, k, v, mask: attend(q, k, v, mask, scale=H ** -0.5).astype(jnp.float32).sum()
+    loss = lambda q, k, v, mask: attend(q, k, v, mask, scale=H ** -0.5, implementation="triton").astype(jnp.float32).sum()
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     compiled = step.lower(array(1, T, N, H), array(1, T, K, H), array(1, T, K, H), Mask(index, index)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
@@ -220,12 +197,12 @@ def target_config(device: dict) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(cuda_plugin() is None, reason="jax has no CUDA plugin here")
-@pytest.mark.parametrize("device,implementation", [("H100", "triton"), ("H100", "cudnn"), ("A10", "triton")])
-def test_compiles_for_a_gpu_in_memory_that_grows_with_T_only(device, implementation):
+@pytest.mark.parametrize("device", ["H100", "A10"])
+def test_compiles_for_a_gpu_in_memory_that_grows_with_T_only(device):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
                                 "PYTHONPATH": str(Path(gpu.__file__).parents[2])}
     config = target_config({"H100": H100, "A10": A10}[device])
-    run = subprocess.run([sys.executable, "-c", COMPILE, config, implementation], env=environment, capture_output=True,
+    run = subprocess.run([sys.executable, "-c", COMPILE, config], env=environment, capture_output=True,
                          text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     short, long = json.loads(run.stdout.splitlines()[-1])
