@@ -34,7 +34,9 @@ def attend_parallel(q, k, v, mask: Mask, *, scale: float, group: int | None = No
     group: S2-Attn in groups of as many tokens, on top of `mask`; None for every head alike.
     """
     if layout is None:
-        return _attend_heads(q, k, v, mask, group, 1, 0, _How(scale, IMPLEMENTATIONS[best(jax.default_backend())]))
+        # Of several devices the compiler may have cut the arrays, and it cannot cut a kernel.
+        name = best(jax.default_backend()) if jax.device_count() == 1 else "blockwise"
+        return _attend_heads(q, k, v, mask, group, 1, 0, _How(scale, IMPLEMENTATIONS[name]))
     how = _How(scale, IMPLEMENTATIONS[best(layout.platform)])
     size, tensor = layout.mesh.shape[TOKENS], layout.mesh.shape[HEADS]
     mode = {"none": _local, "allgather": _allgather, "ulysses": _ulysses, "ring": _ring_mode, "halo": _halo}[
