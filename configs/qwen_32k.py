@@ -27,4 +27,5 @@ def get_config():
     c.optimizer.warmup_steps = 100
     c.training.accumulate = 8                # rows an optimizer step, one at a time
     c.training.eval_every = 500
+    c.mesh.fsdp, c.mesh.sequence = 1, -1     # a row over all devices there are, and the weights with it
     return c

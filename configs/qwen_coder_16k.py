@@ -28,4 +28,5 @@ def get_config():
     c.optimizer.learning_rate = 1e-4
     c.training.accumulate = 8
     c.training.eval_every = 200
+    c.mesh.fsdp, c.mesh.sequence = 1, -1     # a row over all devices there are, and the weights with it
     return c
