@@ -18,7 +18,7 @@ def get_config():
         (150, 4_096, "shifted"),
         (240, 4_096, "full"),                # finish in full attention: retrieval needs it
     )
-    c.context.rope.type = "yarn"             # loses least before training, see README
+    c.context.rope.type = "yarn"
     c.lora.rank = 16
     c.lora.alpha = 32.0
     c.lora.targets = ("all-linear",)

@@ -82,9 +82,9 @@ def load_base(base, spec: DecoderSpec, dtype) -> Decoder:
     return model
 
 
-def mesh_of(mesh) -> Mesh:
-    """The mesh that `config.mesh` describes, over every device there is."""
-    return sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, sequence=mesh.sequence, tensor=mesh.tensor)
+def mesh_of(mesh, devices=None) -> Mesh:
+    """The mesh that `config.mesh` describes, over `devices` or every device there is."""
+    return sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, sequence=mesh.sequence, tensor=mesh.tensor, devices=devices)
 
 
 def move(model: Decoder, mesh: Mesh) -> None:

@@ -21,8 +21,9 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
+from lljax.command_line import read_flags
 from lljax.config import validate
-from lljax.errors import ConfigError, exit_cleanly
+from lljax.errors import exit_cleanly
 from lljax.interop.base import open_config
 from lljax.planning import plan as planning
 from lljax.planning.devices import GiB, target
@@ -80,11 +81,7 @@ def advice(config, plans, target) -> str:
 def main(argv) -> None:
     logging.basicConfig(level=logging.ERROR)
     with exit_cleanly():
-        try:
-            flags.mark_flags_as_required(["config", "device"])
-            flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise ConfigError(str(error).strip().splitlines()[0]) from None
+        read_flags(argv, "config", "device")
         config, chosen = CONFIG.value, target(DEVICE.value)
         with config.unlocked():
             config.data.train = config.data.train or ("-",)  # no document is read

@@ -72,9 +72,9 @@ class _Call:
         self.bq, self.bk, self.interpret = bq, bk, interpret
         self.T_pad, self.S_pad = -(-self.T // bq) * bq, -(-self.S // bk) * bk
         self.H_pad = max(16, pl.next_power_of_2(self.H))
-        anchored, self.order = mask.window is not None and mask.anchors is not None, None
+        anchored, self.places = mask.window is not None and mask.anchors is not None, None
         if anchored:
-            k, v, mask, self.order = anchors_first(k, v, mask)
+            k, v, mask, self.places = anchors_first(k, v, mask)
         self.k, self.v = (_pad(x, {1: self.S_pad, 3: self.H_pad}) for x in (k, v))
         self.window, mask = mask.window, pad(mask if anchored else mask.replace(anchors=None), self.T_pad, self.S_pad)
         real = mask.k_index != NEVER
@@ -95,9 +95,9 @@ class _Call:
 
     def keys_back(self, x):                  # [B, S, K, H] as the caller ordered it
         x = x[:, :self.S, :, :self.H]
-        if self.order is None:
+        if self.places is None:
             return x
-        return jnp.take_along_axis(x, jnp.argsort(self.order, axis=1)[:, :, None, None], axis=1)
+        return jnp.take_along_axis(x, self.places[:, :, None, None], axis=1)
 
     def over_queries(self, kernel, given, results):
         """Runs `kernel` for each block of queries of each head."""

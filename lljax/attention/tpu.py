@@ -80,8 +80,7 @@ class _Call:
         self.S, self.K = k.shape[1:3]
         self.R, self.scale, self.interpret, self.place = self.N // self.K, scale, interpret, None
         if mask.anchors is not None and mask.window is not None:
-            self.place = places_of_anchors_first(mask.anchors)
-            k, v, mask, _ = anchors_first(k, v, mask)
+            k, v, mask, self.place = anchors_first(k, v, mask)
         self.mask = mask
         self.bq, self.bk = blocks or block_sizes(self.B, self.T, self.S, self.H, q.dtype, mask)
         self.T_pad, self.S_pad = _up(self.T, self.bq), _up(self.S, self.bk)
@@ -111,13 +110,6 @@ class _Call:
     def keys(self, x):                       # [B, K, S, H] -> [B, S, K, H]
         x = jnp.swapaxes(x, 1, 2)[:, :self.S]
         return x if self.place is None else jnp.take_along_axis(x, self.place[:, :, None, None], axis=1)
-
-
-def places_of_anchors_first(anchors) -> jax.Array:
-    """Where each key went, for `anchors_first`: int32 [B, S]. Counted, for a sort takes a TPU compiler seconds."""
-    before = jnp.cumsum(anchors, axis=1, dtype=jnp.int32)
-    others = before[:, -1:] + jnp.arange(anchors.shape[1], dtype=jnp.int32) - before
-    return jnp.where(anchors, before - 1, others)
 
 
 # ---------------------------------------------------------------- the mask
@@ -253,10 +245,7 @@ def _forward(call: _Call) -> tuple[jax.Array, jax.Array]:
             acc[...] = jnp.zeros_like(acc)
 
         def update(masked):
-            scores = _dot(q, k, 1, 1)
-            if masked:
-                see = visible(_columns(q_rows, call.q_names), _rows(k_rows, call.k_names))
-                scores = jnp.where(see, scores, MASKED)
+            scores = _scores(call, q, k, q_rows, k_rows, masked)
             new_top = jnp.maximum(top[...], scores.max(-1, keepdims=True))
             weights = jnp.exp(scores - new_top)
             shrink = jnp.exp(top[...] - new_top)
@@ -291,10 +280,7 @@ def _backward_queries(call: _Call, d_out, lse, delta, dtype) -> jax.Array:
             acc[...] = jnp.zeros_like(acc)
 
         def update(masked):
-            scores = _dot(q, k, 1, 1)
-            if masked:
-                see = visible(_columns(q_rows, call.q_names), _rows(k_rows, call.k_names))
-                scores = jnp.where(see, scores, MASKED)
+            scores = _scores(call, q, k, q_rows, k_rows, masked)
             weights = jnp.exp(scores - _column(lse[0]))
             d_scores = weights * (_dot(d_out, v, 1, 1) - _column(delta[0]))
             acc[...] += _dot(d_scores.astype(k.dtype), k, 1, 0)
@@ -346,6 +332,14 @@ def _backward_keys(call: _Call, d_out, lse, delta, dtype) -> tuple[jax.Array, ja
         "attention_backward_keys", kernel, call, visits, products=4, by_keys=True,
         operands=[*call.operands, (d_out, "q"), (lse, "statistic"), (delta, "statistic")],
         outputs=[(call.k.shape, dtype, "k")] * 2, scratch=[(call.bk, call.H)] * 2)
+
+
+def _scores(call: _Call, q, k, q_rows, k_rows, masked: bool) -> jax.Array:
+    """Of a pair of blocks, [queries, keys]."""
+    scores = _dot(q, k, 1, 1)
+    if not masked:
+        return scores
+    return jnp.where(visible(_columns(q_rows, call.q_names), _rows(k_rows, call.k_names)), scores, MASKED)
 
 
 def _dot(a, b, axis_a: int, axis_b: int) -> jax.Array:

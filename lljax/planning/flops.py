@@ -5,6 +5,7 @@ counts the pairs that are visible, half of T x T, as MaxText and the field do.
 """
 
 import dataclasses
+import math
 
 from lljax.models.declare import declared
 
@@ -33,7 +34,7 @@ def of_step(model, config, stage) -> Flops:
     head = trained_head = 0.0
     for _, variable in declared(model):
         role, shape = variable.get_metadata("role"), variable.get_value().shape
-        size = 2.0 * _product(shape)
+        size = 2.0 * math.prod(shape)
         trains = variable.get_metadata().get("trainable", False)
         if role in ("kernel", "lora_a", "lora_b"):
             forward += size
@@ -49,12 +50,3 @@ def of_step(model, config, stage) -> Flops:
     # Flash attention's backward pass computes the scores once more.
     hardware = model_flops + rows * (again + attention / 2)
     return Flops(model_flops, hardware)
-
-
-def _product(shape) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
-
-

@@ -4,6 +4,7 @@ Memory comes from the compiler; arithmetic is counted by `lljax.planning.flops`;
 """
 
 import dataclasses
+import math
 import re
 import time
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lljax import sharding
-from lljax.build import abstract_model
+from lljax.build import abstract_model, mesh_of
 from lljax.errors import ConfigError
 from lljax.models import lora
 from lljax.models.declare import declared
@@ -68,11 +69,10 @@ def plan(config, hf_config: dict, target: Target, *, efficiency: float = 0.5, ho
 def plan_stage(config, hf_config: dict, target: Target, stage: Stage, *, efficiency: float = 0.5,
                host: int | None = None) -> StagePlan:
     """Compiles one stage's step for the target."""
-    device, m = target.device, config.mesh
-    mesh = sharding.make_mesh(data=m.data, fsdp=m.fsdp, sequence=m.sequence, tensor=m.tensor, devices=target.devices())
+    device, mesh = target.device, mesh_of(config.mesh, target.devices())
     check_rows(config.training.rows, mesh)
     model = _abstract(config, hf_config, mesh)
-    layout, _ = layout_of(mesh, m.context_parallel, stage.pattern, stage.length, model.spec,
+    layout, _ = layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, model.spec,
                           bytes_per=jnp.dtype(config.model.dtype).itemsize, memory=device.memory)
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     optimizer = make_optimizer(config.optimizer, stage.stop, roles_of(trainable))
@@ -87,11 +87,11 @@ def plan_stage(config, hf_config: dict, target: Target, stage: Stage, *, efficie
     memory, collectives = _compile(step, state, frozen, batch, stage.pattern, layout)
     counted = flops.of_step(model, config, stage)
     base, weights, moments = _bytes(frozen), _bytes(trainable), _bytes(state.optimizer)
-    peak = memory.get("peak", 0) or base + weights + moments + memory["temp"]
     passes = 2 if config.memory.remat == "none" else 3       # the weights are read forward, again, and backward
     bounds = {"arithmetic": counted.hardware / (target.count * device.flops * efficiency),
               "memory": config.training.accumulate * passes * base * target.count / device.bandwidth,
               "network": sum(collectives.values()) / device.link}
+    peak = memory["peak"]
     fits = memory["fits"] and peak <= device.memory * (1 - MARGIN) and memory["host"] <= (host or device.host)
     return StagePlan(stage, layout.context_parallel, base, weights, moments, memory["temp"], peak,
                      memory["host"], fits, counted.model, counted.hardware, collectives,
@@ -127,13 +127,7 @@ def _compile(step, *arguments) -> tuple[dict, dict]:
 
 def _bytes(tree) -> int:
     """Of one device."""
-    total = 0
-    for x in jax.tree.leaves(tree):
-        size = x.dtype.itemsize
-        for n in x.sharding.shard_shape(x.shape):
-            size *= n
-        total += size
-    return total
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def longest_context(config, hf_config: dict, target: Target, **options) -> tuple[int, list[StagePlan]]:

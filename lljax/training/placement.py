@@ -1,5 +1,6 @@
 """How the rows of a stage lie on the mesh: which context-parallel mode, in which order, and which process reads them."""
 
+import functools
 import math
 
 import jax
@@ -40,6 +41,7 @@ def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: D
     return Layout(mesh, mode, balanced), reason
 
 
+@functools.lru_cache                         # asked for at every step
 def row_share(mesh) -> tuple[int, int]:
     """(share, shares): this process' devices hold the share-th of so many equal parts of the rows. Processes along
     whose devices a row is cut have the same share and read the same rows."""

@@ -139,7 +139,7 @@ def test_loops_visit_what_is_visible_and_take_for_full_what_is(kind, size=32, T=
     q, k, v = make(T, 2, 2)
     mask = all_masks(T)[kind]
     call = gpu._Call(q, k, v, mask, size, size, True)
-    if call.order is not None:
+    if call.places is not None:
         mask = gpu.anchors_first(k, v, mask)[2]
     pairs = np.asarray(visible(mask)).reshape(B, 10, size, 10, size)
     for spans, axes in ((call.spans_of_queries(), (0, 1, 2)), (call.spans_of_keys(), (0, 2, 1))):
