@@ -40,14 +40,14 @@ def start(peer_timeout: float) -> None:
       ConfigError: the environment names a run of several processes and leaves out how to join it.
     """
     if any(name in os.environ for name in ENVIRONMENT[1:]):
-        address, count, index = _from_environment()
+        (address, count, index), detect = _from_environment(), "deactivate"
     else:
-        address, count, index = None, _detected(), None
+        address, count, index, detect = None, _detected(), None, None
     if count == 1:
         return
     _end_on_abort()
     jax.config.update("jax_enable_preemption_service", False)    # it takes SIGTERM; lljax.training.signals has its own
-    jax.distributed.initialize(address, count, index, initialization_timeout=JOIN_SECONDS,
+    jax.distributed.initialize(address, count, index, cluster_detection_method=detect, initialization_timeout=JOIN_SECONDS,
                                heartbeat_timeout_seconds=int(peer_timeout), shutdown_timeout_seconds=int(peer_timeout))
 
 
@@ -81,6 +81,9 @@ def _detected() -> int:
         except Exception as error:           # of whatever library reads the environment
             raise ConfigError(f"jax takes this for a {cluster.__name__} and cannot read it ({_first_line(error)}): set "
                               f"{', '.join(ENVIRONMENT)}, or JAX_NUM_PROCESSES=1 to run alone") from None
+    if (count := int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))) > 1:    # Open MPI 5, of which jax knows no address
+        raise ConfigError(f"mpirun has started {count} processes and this jax does not find the first: pass it "
+                          f"{', '.join(ENVIRONMENT)} (JAX_PROCESS_ID=$OMPI_COMM_WORLD_RANK)")
     return 1
 
 

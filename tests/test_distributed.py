@@ -22,7 +22,6 @@ from lljax.training.monitor import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = re.compile("^(JAX_(COORDINATOR|NUM_PROC|PROCESS_ID)|SLURM_|OMPI_|KUBERNETES_|JOB_COMPLETION|TPU_|MEGASCALE_)")
-TWO_STAGES = "((30,32,'shifted'),(60,64,'full'))"
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +29,17 @@ def start(tiny, documents, tmp_path_factory):
     """start(workdir, processes, devices of each, *overrides) -> the processes; those that still run end with the test."""
     cache, started = tmp_path_factory.mktemp("compiled"), []
 
-    def start(workdir, processes=2, devices=1, *overrides):
+    def start(workdir, processes=2, devices=1, *overrides, command=None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         environment = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)} | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        command = [sys.executable, "scripts/train.py", "--config=configs/quickstart.py", f"--workdir={workdir}",
-                   f"--config.model.path={tiny}", f"--config.data.train=('{documents}',)", "--config.training.rows=8",
-                   "--config.context.length=64", "--config.mesh.peer_timeout=10", *overrides]
+        command = command or [
+            sys.executable, "scripts/train.py", "--config=configs/quickstart.py", f"--workdir={workdir}",
+            f"--config.model.path={tiny}", f"--config.data.train=('{documents}',)", "--config.training.rows=8",
+            "--config.context.length=32", "--config.lora.targets=('q_proj',)", "--config.mesh.peer_timeout=10", *overrides]
         joining = [{"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(i)}
                    for i in range(processes)] if processes > 1 else [{}]
         run = [subprocess.Popen(command, cwd=ROOT, env=environment | joins, text=True, stdout=subprocess.DEVNULL,
@@ -74,6 +74,31 @@ def checksums(workdir):
     return last, json.loads((workdir / "checkpoints" / str(last) / "note" / "metadata").read_text())["leaves"]
 
 
+AGREE = """
+import os, sys, time
+from pathlib import Path
+from lljax import distributed
+folder, me = Path(sys.argv[1]), os.environ["JAX_PROCESS_ID"]
+with distributed.session():
+    distributed.start(10.0)
+    assert distributed.from_all({"me": me}) == [{"me": "0"}, {"me": "1"}]
+    assert distributed.any_of(me == "1") and not distributed.any_of(False)
+    def work():
+        (folder / me).touch()
+        return sorted(path.name for path in folder.iterdir())
+    assert distributed.first_then_others(work) == ["0", "1"][:int(me) + 1]
+    if me == "1":
+        sys.exit(3)
+    while True:
+        distributed.any_of(False)
+"""
+
+
+def test_two_processes_agree_take_turns_and_end_together(start, tmp_path):
+    assert [code for code, _ in ends(start(tmp_path, 2, 1, command=[sys.executable, "-c", AGREE, str(tmp_path)]))] == [69, 3]
+
+
+@pytest.mark.slow
 def test_two_processes_are_one_run_that_one_device_reads(start, tmp_path):
     run = start(tmp_path, 2, 1, "--config.context.schedule=((3,32,'full'),)", "--config.mesh.sequence=2",
                 "--config.mesh.fsdp=1", "--config.data.valid_fraction=0.0")
@@ -84,15 +109,15 @@ def test_two_processes_are_one_run_that_one_device_reads(start, tmp_path):
     assert {len(leaf.devices()) for leaf in jax.tree.leaves(nnx.state(model))} == {1}
 
 
-KILLED = ("--config.checkpoint.every_steps=5", "--config.training.eval_every=20", "--config.training.eval_rows=8",
-          f"--config.context.schedule={TWO_STAGES}")
+OFTEN = ("--config.checkpoint.every_steps=5", "--config.training.eval_every=20", "--config.training.eval_rows=8",
+         "--config.context.schedule=((60,32,'full'),)")
 
 
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     """A run of two processes of two devices that nothing has interrupted."""
     workdir = tmp_path_factory.mktemp("whole")
-    assert [code for code, _ in ends(start(workdir, 2, 2, *KILLED))] == [0, 0]
+    assert [code for code, _ in ends(start(workdir, 2, 2, *OFTEN))] == [0, 0]
     return workdir
 
 
@@ -100,37 +125,37 @@ def whole(start, tmp_path_factory):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_one_is_killed_the_other_says_so_and_the_same_command_ends_as_if_nothing_had_happened(
         start, whole, tmp_path, killed):
-    run = start(tmp_path, 2, 2, *KILLED)
+    run = start(tmp_path, 2, 2, *OFTEN)
     wait_for_step(tmp_path, 12, run)
     run[killed].kill()
     began = time.monotonic()
     code, line = ends(run, timeout=60)[1 - killed]
     assert code == 69 and time.monotonic() - began < 30
     assert line.startswith(f"PeerLost: process {1 - killed} of 2 ends because another has ended") and "same command" in line
-    assert [code for code, _ in ends(start(tmp_path, 2, 2, *KILLED))] == [0, 0]
+    assert [code for code, _ in ends(start(tmp_path, 2, 2, *OFTEN))] == [0, 0]
     assert checksums(tmp_path) == checksums(whole)
     assert records(tmp_path) == records(whole)
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_after_the_same_step_and_one_process_goes_on_with_the_same_rows(start, whole, tmp_path):
-    run = start(tmp_path, 2, 2, *KILLED)
+    run = start(tmp_path, 2, 2, *OFTEN)
     wait_for_step(tmp_path, 12, run)
     run[1].send_signal(signal.SIGTERM)
     assert len(set(ends(run))) == 1 and run[0].returncode == 75
     assert checksums(tmp_path)[0] == max(record["step"] for record in records(tmp_path)) < 60
-    assert ends(start(tmp_path, 1, 1, *KILLED))[0][0] == 0
+    assert ends(start(tmp_path, 1, 1, *OFTEN))[0][0] == 0
     assert_same_rows(tmp_path, whole)
 
 
 @pytest.mark.slow
 def test_a_run_of_eight_devices_goes_on_with_four_and_then_as_two_processes(start, whole, tmp_path):
     for step, processes, devices in ((8, 1, 8), (35, 1, 4)):
-        run = start(tmp_path, processes, devices, *KILLED)
+        run = start(tmp_path, processes, devices, *OFTEN)
         wait_for_step(tmp_path, step, run)
         run[0].terminate()
         assert ends(run)[0][0] == 75
-    assert [code for code, _ in ends(start(tmp_path, 2, 1, *KILLED))] == [0, 0]
+    assert [code for code, _ in ends(start(tmp_path, 2, 1, *OFTEN))] == [0, 0]
     assert_same_rows(tmp_path, whole)
 
 
@@ -185,4 +210,4 @@ def test_alone_every_agreement_is_with_oneself():
     assert distributed.any_of(True) and not distributed.any_of(False)
     assert distributed.first_then_others(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError), distributed.session():
-        1 / 0
+        raise ZeroDivisionError

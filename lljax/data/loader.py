@@ -18,7 +18,7 @@ def make_loader(store: TokenStore, *, length: int, rows: int, packing: bool, ove
     epoch has its own. `get_state()` and `set_state()` resume it exactly; the state is JSON, and the same whatever is wanted.
 
     Every process packs the whole stream, so that batches and state do not depend on how many there are. It costs each a
-    copy of the tokens of all, about 50 million a second, while the device computes.
+    copy of the tokens of all while the device computes: 13 million tokens a CPU second in rows of 8k, 50 in rows of 1M.
 
     Raises:
       DataError: no document leaves a piece to train on.

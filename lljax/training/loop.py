@@ -67,6 +67,10 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
         logging.warning("%d rows could not be used: %s lists them", documents.bad, workdir / "bad_rows.jsonl")
     curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
     _write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+    wait()
+    if not all(from_all((workdir / "config.json").is_file())):
+        raise ConfigError(f"--workdir={workdir}: not every process sees what the first one writes there: name a folder on a "
+                          "file system that they share")
     _write_json(workdir / "data_statistics.json",
                 {"train": documents.train.statistics(), "valid": documents.valid.statistics()})
 
