@@ -79,6 +79,7 @@ import os, sys, time
 from pathlib import Path
 from lljax import distributed
 folder, me = Path(sys.argv[1]), os.environ["JAX_PROCESS_ID"]
+distributed.LEAVE_SECONDS = 1
 with distributed.session():
     distributed.start(10.0)
     assert distributed.from_all({"me": me}) == [{"me": "0"}, {"me": "1"}]
