@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -92,4 +91,4 @@ def move(model: Decoder, mesh: Mesh) -> None:
     for _, variable in declared(model):
         value = variable.get_value()
         where = sharding.weight_sharding(mesh, variable.get_metadata("axes"), value.shape)
-        variable.set_value(jax.device_put(value, where))
+        variable.set_value(sharding.put(value, where))

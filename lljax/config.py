@@ -92,6 +92,7 @@ def default_config() -> ConfigDict:
     c.mesh.sequence = 1                      # devices the tokens of a row are spread over; the weights are spread too
     c.mesh.tensor = 1                        # devices the heads, MLP and vocabulary are computed on in parallel
     c.mesh.context_parallel = "auto"         # auto | allgather | ulysses | ring | halo, where sequence > 1
+    c.mesh.peer_timeout = 100.0              # seconds without a sign of life after which a process counts as lost
     return c.lock()
 
 
@@ -126,6 +127,9 @@ def validate(c: ConfigDict) -> None:
                          ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("alarm.spike_z", 0.0)):
         if not get(c, field) >= least:
             raise ConfigError(f"{field}={get(c, field)}: it must be at least {least}")
+    if not c.mesh.peer_timeout >= 10:
+        raise ConfigError(f"mesh.peer_timeout={c.mesh.peer_timeout}: a process that is merely busy would count as lost; use at "
+                          "least 10 seconds")
     if not c.checkpoint.every_minutes > 0:
         raise ConfigError(f"checkpoint.every_minutes={c.checkpoint.every_minutes} would save at every step: use a larger "
                           "number, or checkpoint.every_steps=1")

@@ -26,6 +26,12 @@ class DataError(LljaxError):
     exit_code = 3
 
 
+class PeerLost(LljaxError):
+    """Another process of the run has ended or does not answer; the same command resumes from the last checkpoint."""
+
+    exit_code = 69
+
+
 class NumericAbort(LljaxError):
     """Too many steps in a row had an unusable gradient; the last good state was saved."""
 

@@ -7,16 +7,19 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lljax.build import build_model, mesh_of
+from lljax.build import build_model
 from lljax.config import default_config
 from lljax.errors import ConfigError
 from lljax.interop.base import open_base
 from lljax.models import lora
+from lljax.sharding import make_mesh
 from lljax.training.checkpoint import Checkpoints, abstract
 
 
 def restore_run(workdir, step: int | None = None):
     """Returns (config, model, base): the model with the values of its last checkpoint, or of that of `step`.
+
+    It lies on one device, whatever mesh it was trained on: exporting, evaluating and generating spread over no more.
 
     Raises:
       ConfigError: the folder holds no run, or no such checkpoint.
@@ -24,8 +27,7 @@ def restore_run(workdir, step: int | None = None):
     workdir = Path(workdir)
     config = read_config(workdir)
     base = open_base(config.model.path, config.model.revision)
-    mesh = mesh_of(config.mesh)
-    model = build_model(config, base, mesh)
+    model = build_model(config, base, make_mesh(devices=jax.local_devices()[:1]))
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     checkpoints = Checkpoints(workdir, **config.checkpoint, read_only=True)
     restored = checkpoints.restore({"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}, step)

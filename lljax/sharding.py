@@ -104,6 +104,17 @@ def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * (rank - 2), ROWS, TOKENS))
 
 
+def put(x, where) -> jax.Array:
+    """`x`, which every process holds alike, laid out as the sharding `where`; None is the default device.
+
+    jax.device_put would send it round to see that it is alike, and finds that a NaN is not.
+    """
+    if where is None or where.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, where)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda at: x[at])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

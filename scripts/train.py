@@ -9,6 +9,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from lljax import distributed
 from lljax.command_line import read_flags
 from lljax.errors import exit_cleanly
 from lljax.training.loop import train
@@ -21,8 +22,9 @@ def main(argv) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("absl", "jax", "orbax", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    with exit_cleanly():
+    with distributed.session(), exit_cleanly():
         read_flags(argv, "config", "workdir")
+        distributed.start(CONFIG.value.mesh.peer_timeout)
         train(CONFIG.value, WORKDIR.value)
 
 

@@ -11,23 +11,29 @@ from lljax.errors import DataError
 
 
 def make_loader(store: TokenStore, *, length: int, rows: int, packing: bool, overlong: str, seed: int,
-                process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
+                mine: np.ndarray | None = None) -> grain.DatasetIterator:
     """An endless iterator of batches, dicts of int32 [rows, length]: tokens, targets, segments, positions.
 
-    `rows` is per process. The order is a function of the seed; each epoch has its own. Processes read disjoint pieces.
-    `get_state()` and `set_state()` resume it exactly; the state is JSON.
+    mine: the numbers of the rows that are wanted of each batch, by default all. The order is a function of the seed; each
+    epoch has its own. `get_state()` and `set_state()` resume it exactly; the state is JSON, and the same whatever is wanted.
+
+    Every process packs the whole stream, so that batches and state do not depend on how many there are. It costs each a
+    copy of the tokens of all while the device computes: 13 million tokens a CPU second in rows of 8k, 50 in rows of 1M.
 
     Raises:
       DataError: no document leaves a piece to train on.
     """
     pieces = Pieces(store, length, overlong)
-    if len(pieces) < process_count:
-        raise DataError(f"data.train leaves {len(pieces)} pieces of at most {length} tokens (data.overlong={overlong!r}) "
-                        f"for {process_count} processes: add documents, or set data.overlong='split'")
-    dataset = grain.MapDataset.source(pieces).shuffle(seed=seed % 2 ** 32)[process_index::process_count].repeat()
+    if not len(pieces):
+        raise DataError(f"data.train leaves no piece of at most {length} tokens (data.overlong={overlong!r}): add documents, "
+                        "or set data.overlong='split'")
+    dataset = grain.MapDataset.source(pieces).shuffle(seed=seed % 2 ** 32).repeat()
     # Reading ahead would be lost work on every resume, and reading is a copy from mapped memory.
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-    return iter(pack(stream, length, packing=packing).batch(rows, drop_remainder=True))
+
+    def stack(batch):
+        return {name: np.stack([batch[i][name] for i in (range(rows) if mine is None else mine)]) for name in batch[0]}
+    return iter(pack(stream, length, packing=packing).batch(rows, drop_remainder=True, batch_fn=stack))
 
 
 def eval_batches(store: TokenStore, *, length: int, rows: int, limit: int) -> Iterator[dict[str, np.ndarray]]:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lljax.errors import ModelError
 from lljax.models.declare import LoraWeight, Weight, declared
+from lljax.sharding import put
 
 HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints still carry
 
@@ -55,7 +56,7 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
             for i, name in enumerate(names):
                 value = _set_layer(value, read(name), i)
         else:
-            value = jax.device_put(jnp.asarray(read(names[0])), sharding)
+            value = put(read(names[0]), sharding)
         variable.set_value(value)
     ignored = sorted(name for name in available - used if not name.endswith(HARMLESS) and name != "lm_head.weight")
     if ignored:

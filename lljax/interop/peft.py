@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,6 +13,7 @@ from lljax.interop.base import read_json
 from lljax.interop.huggingface import hf_names, hf_shape, hf_value, is_stacked, tensors
 from lljax.models.declare import LoraWeight, Weight, declared
 from lljax.models.lora import linear_layers
+from lljax.sharding import put
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -97,7 +96,7 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
         layers = [np.asarray(file.read(name), np.float32) for name in names]
         layers = [layer.T if variable.get_metadata("transpose") else layer for layer in layers]
         value = np.stack(layers) if is_stacked(variable) else layers[0]
-        variable.set_value(jax.device_put(jnp.asarray(value), shardings(variable) if shardings else None))
+        variable.set_value(put(value, shardings(variable) if shardings else None))
     head, embed = (PREFIX + name for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if model.spec.tied and {head, embed} <= file.entries.keys():
         if not np.array_equal(file.read(head), file.read(embed)):

@@ -16,7 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from lljax.distributed import any_of, first, from_all
 from lljax.errors import ConfigError, LljaxError
+
+GATHERED = 1 << 28                           # bytes of an array that every device may hold for its checksum; else by layers
 
 
 class Checkpoints:
@@ -34,19 +37,18 @@ class Checkpoints:
         self._last = clock()
 
     def _open(self):
-        if not self._read_only:              # what a killed process left half-written (Orbax does it in a thread)
+        if not self._read_only and first():  # what a killed process left half-written (Orbax does it in a thread)
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=not self._read_only)
         return ocp.CheckpointManager(self.folder, options=options)
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step`. The clock of process 0 decides for all."""
-        late = _from_all(self._clock() - self._last >= self.every_seconds)[0]
-        return step % self.every_steps == 0 or late
+        """Whether to save after `step`. The clock of any process decides for all."""
+        return step % self.every_steps == 0 or any_of(self._clock() - self._last >= self.every_seconds)
 
     def save(self, step: int, items: dict, loader_state: dict, identity: dict, *, wait: bool = False) -> None:
-        """Saves named pytrees, the loader state of every process and the run's identity, in the background.
+        """Saves named pytrees, the loader state (the same in every process) and the run's identity, in the background.
 
         The host copy is taken before this returns, so the arrays may be donated afterwards. A step that is saved
         already is left as it is. What goes wrong in the background is a warning, and the next save tries again.
@@ -60,7 +62,7 @@ class Checkpoints:
         self._last = self._clock()
         if step not in self._manager.all_steps():
             leaves = {name: describe(item) for name, item in items.items()}
-            note = {"identity": identity, "loader": _from_all(loader_state), "leaves": leaves}
+            note = {"identity": identity, "loader": loader_state, "leaves": leaves}
             arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
             try:
                 self._manager.save(step, args=ocp.args.Composite(note=ocp.args.JsonSave(note), **arguments), force=True)
@@ -97,11 +99,10 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(steps):
             found, reason = self._try(candidate, like)
-            reasons = [reason for reason in _from_all(reason) if reason]
-            if not reasons:
+            if not reason:
                 self._set_aside(damaged, candidate)
                 return candidate, *found
-            damaged[candidate] = reasons[0]
+            damaged[candidate] = reason
         if damaged:                          # all of them: more likely the machine's fault, so none is moved
             listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
             raise ConfigError(f"{self.folder}: no checkpoint can be restored ({listed}): repair the folder, ask for "
@@ -109,23 +110,25 @@ class Checkpoints:
         return None
 
     def _try(self, step: int, like: dict):
-        """((items, loader state), "") or (None, what is damaged)."""
+        """((items, loader state), "") or (None, what is damaged); what another process finds counts too."""
         try:
             note = self._note(step)
             saved = note["leaves"]
             _same_model({name: saved.get(name, {}) for name in like}, like, self.folder / str(step))
             restored = self._manager.restore(step, args=ocp.args.Composite(
                 **{name: ocp.args.StandardRestore(item) for name, item in like.items()}))
-            items = {name: restored[name] for name in like}
-            for name, item in items.items():
-                for leaf, (*_, checksum) in describe(item).items():
-                    if checksum != saved[name][leaf][-1]:
-                        return None, f"the checksum of {name}{leaf} differs"
-            return (items, note["loader"][jax.process_index() % len(note["loader"])]), ""
+            reason = ""
         except (LljaxError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise                            # not the checkpoint's fault
         except Exception as error:           # Orbax reports damage as many kinds of exception
-            return None, _first_line(error)
+            reason = _first_line(error)
+        if reasons := [reason for reason in from_all(reason) if reason]:
+            return None, reasons[0]
+        items = {name: restored[name] for name in like}
+        wrong = [f"the checksum of {name}{leaf} differs" for name, item in items.items()
+                 for leaf, (*_, checksum) in describe(item).items() if checksum != saved[name][leaf][-1]]
+        wrong = sum(from_all(wrong), [])
+        return ((items, note["loader"]), "") if not wrong else (None, wrong[0])
 
     def _set_aside(self, damaged: dict[int, str], good: int) -> None:
         for step, reason in damaged.items():
@@ -135,10 +138,10 @@ class Checkpoints:
                 aside, number = aside.with_name(f"damaged-checkpoint-{step}-{number}"), number + 1
             logging.warning("the checkpoint of step %d is damaged (%s): going on from step %d%s", step, reason, good,
                             "" if self._read_only else f"; the damaged one is kept as {aside}")
-            if not self._read_only and jax.process_index() == 0:
+            if not self._read_only and first():
                 (self.folder / str(step)).rename(aside)
         if damaged and not self._read_only:
-            _from_all(None)                  # nobody looks before all are moved
+            from_all(None)                   # nobody looks before all are moved
             self._manager.reload()
 
     def _note(self, step: int) -> dict:
@@ -173,9 +176,16 @@ def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
 def describe(item) -> dict[str, list]:
     """[shape, dtype, crc32] of every leaf by its path. The crc is of the whole array, however it is sharded."""
     def one(x):
-        whole = np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
-        return [list(x.shape), str(x.dtype), zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8))]
+        crc = 0
+        for part in [x] if x.nbytes <= GATHERED else (x[i] for i in range(len(x))):
+            whole = np.asarray(part) if _at_hand(part) else multihost_utils.process_allgather(part, tiled=True)
+            crc = zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8), crc)
+        return [list(x.shape), str(x.dtype), crc]
     return {jax.tree_util.keystr(path): one(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(item)}
+
+
+def _at_hand(x: jax.Array) -> bool:
+    return x.is_fully_addressable or x.is_fully_replicated
 
 
 def check_identity(saved: dict, now: dict) -> None:
@@ -202,16 +212,6 @@ def _same_model(saved: dict, like: dict, where: Path) -> None:
             if old != new:
                 raise ConfigError(f"{where}: it holds {name}{leaf} as {old} and this configuration needs {new}: use "
                                   "the configuration of that run, or give a new --workdir")
-
-
-def _from_all(value) -> list:
-    """The JSON value that each process gives, in their order; every process must call this."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
-    padded = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
-    return [json.loads(row[:n].tobytes()) for row, n in zip(padded, lengths)]
 
 
 def _first_line(error: Exception) -> str:

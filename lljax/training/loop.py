@@ -16,6 +16,7 @@ from lljax.build import build_model, mesh_of, move
 from lljax.config import get, total_steps, validate
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.tokens import prepare
+from lljax.distributed import first, first_then_others, from_all, wait
 from lljax.errors import ConfigError, NumericAbort, Stopped
 from lljax.interop.base import open_base, tokenizer_fingerprint
 from lljax.models import lora
@@ -24,7 +25,7 @@ from lljax.training.checkpoint import Checkpoints, abstract, check_identity
 from lljax.training.curriculum import Stage, stages
 from lljax.training.monitor import Monitor, read_metrics
 from lljax.training.optimizer import learning_rate, make_optimizer, roles_of
-from lljax.training.placement import check_rows, layout_of, place, row_share
+from lljax.training.placement import check_rows, layout_of, place, row_share, rows_of_share
 from lljax.training.report import write_report
 from lljax.training.signals import StopRequest
 from lljax.training.step import from_items, make_evaluate, make_step, new_state, step_settings, to_items
@@ -59,12 +60,17 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     base = open_base(config.model.path, config.model.revision)
     tokenizer = base.tokenizer()
     tokenizer_id = tokenizer_fingerprint(tokenizer)
-    documents = prepare(config.data, tokenizer, base.config["vocab_size"], workdir / "data",
-                        tokenizer_fingerprint=tokenizer_id, progress=_progress)
+    documents = first_then_others(lambda: prepare(
+        config.data, tokenizer, base.config["vocab_size"], workdir / "data", tokenizer_fingerprint=tokenizer_id,
+        progress=_progress))
     if documents.bad:
         logging.warning("%d rows could not be used: %s lists them", documents.bad, workdir / "bad_rows.jsonl")
     curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
     _write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+    wait()
+    if not all(from_all((workdir / "config.json").is_file())):
+        raise ConfigError(f"--workdir={workdir}: not every process sees what the first one writes there: name a folder on a "
+                          "file system that they share")
     _write_json(workdir / "data_statistics.json",
                 {"train": documents.train.statistics(), "valid": documents.valid.statistics()})
 
@@ -109,9 +115,16 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     def save(wait=False):
         checkpoints.save(step, to_items(state), loader_state, identity, wait=wait)
 
+    def leave_if_asked():
+        if stop.agreed():
+            save(wait=True)
+            checkpoints.close()
+            raise Stopped(f"stopped after step {step}, state saved: the same command goes on from there")
+
     def evaluation(length):
         layout, _ = layout_of(mesh, config.mesh.context_parallel, FULL, length, spec, **_facts(config, mesh))
-        values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, layout, length)
+        values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, layout, length,
+                           leave_if_asked)
         monitor.evaluation(step, {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))})
 
     def evaluate_if_due(length):
@@ -131,6 +144,7 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
             if loader_state and loader_state["stage"] == stage.number:
                 loader.set_state(loader_state["state"])
             batch = next(loader)
+            tokens = config.training.rows * config.training.accumulate * stage.length
             while step < stage.stop:
                 loader_state = {"stage": stage.number, "state": loader.get_state()}
                 began = time.monotonic()
@@ -142,7 +156,7 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
                 seconds = time.monotonic() - began
                 monitor.step({"step": step + 1, "stage": stage.number, "length": stage.length,
                               "attention": stage.pattern.kind, "learning_rate": float(rate(step)), **metrics,
-                              "tokens_per_second": batch["tokens"].size / seconds, "seconds": seconds})
+                              "tokens_per_second": tokens / seconds, "seconds": seconds})
                 step += 1
                 if trouble := _trouble(metrics):
                     monitor.say(f"step {step}: {trouble}")
@@ -151,14 +165,11 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
                         checkpoints.close()
                         raise NumericAbort(f"step {step}: {trouble}; the state is saved in {checkpoints.folder}: lower "
                                            "optimizer.learning_rate or look at the data of these steps")
-                if stop.requested:
-                    save(wait=True)
-                    checkpoints.close()
-                    raise Stopped(f"stopped after step {step}, state saved: the same command goes on from there")
+                leave_if_asked()
                 if checkpoints.due(step):
                     save()
                 evaluate_if_due(stage.length)
-                if config.training.report_every and step % config.training.report_every == 0:
+                if config.training.report_every and step % config.training.report_every == 0 and first():
                     write_report(workdir)
 
         # ------------------------------------------------------------ the end
@@ -166,7 +177,9 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
             evaluation(curriculum[-1].length)
         save(wait=True)
     checkpoints.close()
-    write_report(workdir)
+    if first():
+        write_report(workdir)
+    wait()
     return nnx.merge(graphdef, state.trainable, frozen)
 
 
@@ -187,12 +200,13 @@ def _stops(metrics: dict, alarm) -> bool:
 
 def _facts(config, mesh) -> dict:
     """What the choice of a context-parallel mode asks of the run and its devices."""
-    stats = mesh.devices.flat[0].memory_stats() or {}
-    return {"bytes_per": jnp.dtype(config.model.dtype).itemsize, "memory": stats.get("bytes_limit", math.inf)}
+    stats = mesh.local_devices[0].memory_stats() or {}
+    return {"bytes_per": jnp.dtype(config.model.dtype).itemsize,
+            "memory": min(from_all(stats.get("bytes_limit", math.inf)))}
 
 
-def _evaluate(evaluate, trainable, frozen, store, config, mesh, layout, length: int) -> float:
-    """Mean loss over held-out pieces of `length` tokens, in full attention."""
+def _evaluate(evaluate, trainable, frozen, store, config, mesh, layout, length: int, leave_if_asked) -> float:
+    """Mean loss over held-out pieces of `length` tokens, in full attention. A run that leaves evaluates when it resumes."""
     total, count = 0.0, 0
     share, shares = row_share(mesh)
     for batch in eval_batches(store, length=length, rows=config.training.rows, limit=config.training.eval_rows):
@@ -200,14 +214,15 @@ def _evaluate(evaluate, trainable, frozen, store, config, mesh, layout, length: 
         placed = jax.tree.map(lambda x: x[0], place(mine, 1, mesh, layout))
         loss, tokens = evaluate(trainable, frozen, placed, FULL, layout)
         total, count = total + float(loss), count + int(tokens)
+        leave_if_asked()
     return total / max(count, 1)
 
 
 def _loader(store, config, stage: Stage, mesh):
-    share, shares = row_share(mesh)
-    return make_loader(store, length=stage.length, rows=config.training.rows * config.training.accumulate // shares,
-                       packing=config.data.packing, overlong=config.data.overlong, seed=config.seed + stage.number,
-                       process_index=share, process_count=shares)
+    rows, accumulate = config.training.rows, config.training.accumulate
+    return make_loader(store, length=stage.length, rows=rows * accumulate, packing=config.data.packing,
+                       overlong=config.data.overlong, seed=config.seed + stage.number,
+                       mine=rows_of_share(rows, accumulate, mesh))
 
 
 def marker_ids(markers, tokenizer) -> tuple[int, ...]:
@@ -227,7 +242,7 @@ def marker_ids(markers, tokenizer) -> tuple[int, ...]:
 
 
 def _evaluated(workdir: Path, step: int) -> bool:
-    return any(record["step"] == step and "eval" in record for record in read_metrics(workdir))
+    return from_all(any(record["step"] == step and "eval" in record for record in read_metrics(workdir)))[0]
 
 
 def _progress(items, title):
@@ -246,4 +261,5 @@ def _size(tree) -> int:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2))
+    if first():
+        path.write_text(json.dumps(content, indent=2))

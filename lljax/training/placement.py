@@ -52,6 +52,12 @@ def row_share(mesh) -> tuple[int, int]:
     return int(held[0]) // len(held), rows // len(held)
 
 
+def rows_of_share(rows: int, accumulate: int, mesh) -> np.ndarray:
+    """The numbers of the rows that this process holds, of `accumulate` times `rows`; `place` takes them in this order."""
+    share, shares = row_share(mesh)
+    return np.arange(accumulate * rows).reshape(accumulate, shares, -1)[:, share].reshape(-1)
+
+
 def check_rows(rows: int, mesh) -> None:
     """Raises ConfigError where `rows` do not spread evenly over the mesh."""
     devices = math.prod(mesh.shape[axis] for axis in ROWS)

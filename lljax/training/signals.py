@@ -1,13 +1,14 @@
-"""SIGTERM and Ctrl-C: asked to stop, a run saves and leaves."""
+"""SIGTERM and Ctrl-C: asked to stop, a run saves and leaves, all of its processes after the same step."""
 
 import signal
 import threading
 
+from lljax.distributed import any_of
 from lljax.errors import Stopped
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT do not kill. `requested` is what the loop polls between steps.
+    """A context in which SIGTERM and SIGINT do not kill. `agreed()` is what the loop polls between steps.
 
     Until `defer()` is called there is nothing to save and a signal raises `Stopped` at once. A second Ctrl-C while
     saving is taken at its word.
@@ -19,6 +20,10 @@ class StopRequest:
 
     def defer(self) -> None:
         self._deferred = True
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; every process must call this."""
+        return any_of(self.requested)
 
     def __enter__(self):
         # Python gives signals to the main thread only: elsewhere (a notebook's worker, a server) they stay as they are.

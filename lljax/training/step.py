@@ -11,7 +11,7 @@ from flax import nnx
 from lljax.data.packing import IGNORED
 from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
-from lljax.sharding import Layout, replicated
+from lljax.sharding import Layout, put, replicated
 from lljax.training.loss import cross_entropy
 
 
@@ -56,7 +56,7 @@ def new_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mes
     """The state before the first step: the optimizer's moments lie where their leaves do, the rest on every device."""
     state = _first_state(trainable, optimizer, seed, history)
     where = _where(trainable, mesh)
-    return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(x, where(path)), state)
+    return jax.tree_util.tree_map_with_path(lambda path, x: put(x, where(path)), state)
 
 
 def abstract_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mesh, *, history: int) -> TrainState:

@@ -39,13 +39,13 @@ def trained_tokens(store) -> list[int]:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("process", [(0, 1), (1, 3)])
-def test_resuming_anywhere_gives_the_batches_that_would_have_come(store, packing, process):
-    arguments = {"packing": packing, "process_index": process[0], "process_count": process[1]}
+@pytest.mark.parametrize("mine", [None, [1]])
+def test_resuming_anywhere_gives_the_batches_that_would_have_come(store, packing, mine):
+    arguments = {"packing": packing, "mine": mine}
     stream = loader(store, **arguments)
     epochs = 3 * len(Pieces(store, T, "split"))          # one piece a row: batches beyond the third epoch
     states, batches = [], []
-    for _ in range(epochs // 2 // process[1] + 4):
+    for _ in range(epochs // 2 + 4):
         states.append(json.dumps(stream.get_state()))
         batches.append(content(next(stream)))
     for k in range(0, len(batches) - 3, 5):
@@ -66,21 +66,31 @@ def test_batches_have_the_shape_and_type_of_the_contract(store):
     assert all(x.shape == (5, T) and x.dtype == np.int32 for x in batch.values())
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_together_read_everything_once_an_epoch_in_an_order_of_its_own(store, processes):
-    pieces, epochs = len(Pieces(store, T, "split")), ([], [])
-    for index in range(processes):
-        stream = loader(store, rows=1, packing=False, process_index=index, process_count=processes)
-        for epoch in epochs:
-            epoch += [next(stream) for _ in range(len(range(index, pieces, processes)))]
+@pytest.mark.parametrize("packing", [True, False])
+def test_shares_of_a_batch_are_its_rows_and_leave_the_same_state(store, packing):
+    whole, shares = loader(store, rows=4, packing=packing), [loader(store, rows=4, packing=packing, mine=m)
+                                                             for m in ([0, 2], [1, 3])]
+    for _ in range(20):
+        batch, parts = next(whole), [next(share) for share in shares]
+        for name, x in batch.items():
+            np.testing.assert_array_equal(x[[0, 2, 1, 3]], np.concatenate([part[name] for part in parts]))
+        assert whole.get_state() == shares[0].get_state() == shares[1].get_state()
+
+
+def test_an_epoch_reads_everything_once_in_an_order_of_its_own(store):
+    stream, pieces = loader(store, rows=1, packing=False), len(Pieces(store, T, "split"))
+    epochs = [[next(stream) for _ in range(pieces)] for _ in range(2)]
     for epoch in epochs:
         assert predicted(epoch) == trained_tokens(store)
     assert [content(batch) for batch in epochs[0]] != [content(batch) for batch in epochs[1]]
 
 
-def test_no_piece_for_a_process_is_refused(store):
-    with pytest.raises(DataError, match=r"data\.overlong='drop'"):
-        loader(store, length=2, overlong="drop", process_count=50)
+def test_no_piece_is_refused(tmp_path):
+    writer = _Writer(tmp_path / "long")
+    writer.add(np.arange(9, dtype=np.uint32), np.ones(9, bool))
+    writer.close()
+    with pytest.raises(DataError, match=r"no piece of at most 2 tokens \(data\.overlong='drop'\)"):
+        loader(TokenStore(tmp_path / "long"), length=2, overlong="drop")
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7])

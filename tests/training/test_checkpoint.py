@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lljax.errors import ConfigError, LljaxError
-from lljax.training.checkpoint import Checkpoints, abstract, check_identity
+from lljax.training import checkpoint
+from lljax.training.checkpoint import Checkpoints, abstract, check_identity, describe
 
 IDENTITY = {"base": "b" * 64, "tokenizer": "t", "data": "d", "lora.rank": 8}
 
@@ -81,6 +82,13 @@ def test_a_part_of_the_items_restores_alone(tmp_path):
     saved(tmp_path, 10)
     before = {"trainable": state(mesh(8), 10)["trainable"]}
     assert bits(checkpoints(tmp_path).restore(jax.tree.map(abstract, before))[1]) == bits(before)
+
+
+def test_an_array_gathered_by_layers_has_the_checksum_of_the_whole(monkeypatch):
+    items = state(mesh(8))
+    whole = describe(items)
+    monkeypatch.setattr(checkpoint, "GATHERED", 50)
+    assert describe(items) == whole
 
 
 def test_what_changes_after_save_returns_is_not_in_the_checkpoint(tmp_path):
