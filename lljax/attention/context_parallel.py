@@ -34,10 +34,10 @@ def attend_parallel(q, k, v, mask: Mask, *, scale: float, group: int | None = No
     group: S2-Attn in groups of as many tokens, on top of `mask`; None for every head alike.
     """
     if layout is None:
-        # Of several devices the compiler may have cut the arrays, and it cannot cut a kernel.
-        name = best(jax.default_backend()) if jax.device_count() == 1 else "blockwise"
-        return _attend_heads(q, k, v, mask, group, 1, 0, _How(scale, IMPLEMENTATIONS[name]))
-    how = _How(scale, IMPLEMENTATIONS[best(layout.platform)])
+        # Of several devices the compiler may have cut the arrays, and it cannot cut a kernel: a CPU has none.
+        platform = jax.default_backend() if jax.device_count() == 1 else "cpu"
+        return _attend_heads(q, k, v, mask, group, 1, 0, _How(scale, platform))
+    how = _How(scale, layout.platform)
     size, tensor = layout.mesh.shape[TOKENS], layout.mesh.shape[HEADS]
     mode = {"none": _local, "allgather": _allgather, "ulysses": _ulysses, "ring": _ring_mode, "halo": _halo}[
         layout.context_parallel]
@@ -56,11 +56,11 @@ class _How:
     """What every mode passes on to the attention of a device."""
 
     scale: float
-    implementation: Implementation
+    platform: str
 
     @property
     def kwargs(self) -> dict:
-        return {"scale": self.scale, "implementation": self.implementation}
+        return {"scale": self.scale, "platform": self.platform}
 
 
 def _attend_heads(q, k, v, mask: Mask, group: int | None, shares: int, share, how: _How) -> jax.Array:
@@ -90,8 +90,17 @@ def _local(q, k, v, mask, group, *, size, tensor, how, zigzag):
 
 
 def _allgather(q, k, v, mask, group, *, size, tensor, how, zigzag):
-    gather = functools.partial(jax.lax.all_gather, axis_name=TOKENS, axis=1, tiled=True)
+    def gather(x):
+        x = jax.lax.all_gather(x, TOKENS, axis=1, tiled=True)
+        return _in_order(x, size) if zigzag else x
     return _attend_heads(q, gather(k), gather(v), _of_keys(mask, gather), group, tensor, _share(), how)
+
+
+def _in_order(x, size: int):
+    """[B, S, ...] from the order of `lljax.sharding.zigzag` back into that of the row. The mask does not ask for it: the
+    ranges of the blocks of a kernel are narrow only so."""
+    chunks = jnp.split(x, 2 * size, axis=1)  # chunk j is with device i = min(j, 2 size - 1 - j), its first or its second
+    return jnp.concatenate([chunks[2 * min(j, 2 * size - 1 - j) + (j >= size)] for j in range(2 * size)], axis=1)
 
 
 def _of_keys(mask: Mask, change) -> Mask:
@@ -150,6 +159,11 @@ def _ring(hops, size, how, q, k, v, mask):
     return _ring_forward(hops, size, how, q, k, v, mask)[0]
 
 
+def _pair(how: _How, q, k, mask: Mask) -> Implementation:
+    """What attends to one chunk of the keys, which are not those of the queries."""
+    return IMPLEMENTATIONS[best(how.platform, q, k, mask.replace(ordered=False))]
+
+
 def _chunk(k, v, mask):
     """What goes round: keys, values, and what the mask knows of them."""
     return k, v, mask.k_index, mask.k_segments, mask.anchors
@@ -162,7 +176,7 @@ def _pass_on(tree, size, by=1):
 
 
 def _ring_forward(hops, size, how, q, k, v, mask):
-    forward = how.implementation.forward
+    forward = _pair(how, q, k, mask).forward
 
     def attend_chunk(out, lse, k, v, k_index, k_segments, anchors):
         """Merges attention over one chunk into the output and its log-sum-exp, in float32."""
@@ -185,10 +199,11 @@ def _ring_forward(hops, size, how, q, k, v, mask):
 
 def _ring_backward(hops, size, how, saved, d_out):
     q, k, v, mask, out, lse = saved
+    pair = _pair(how, q, k, mask)
 
     def backward(k, v, k_index, k_segments, anchors):
-        return how.implementation.backward(
-            q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors), out, lse, d_out, scale=how.scale)
+        return pair.backward(q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors), out, lse, d_out,
+                             scale=how.scale)
 
     def step(carry, _):
         dq, chunk, d_chunk = carry
