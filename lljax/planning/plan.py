@@ -1,6 +1,7 @@
 """What a run needs, before any weight is read: every stage's real step compiled for the real target.
 
-Memory comes from the compiler; arithmetic is counted by `lljax.planning.flops`; traffic is read from the program.
+Memory comes from the compiler, but for the workspace of cuDNN, which only a device would tell it; arithmetic is counted by
+`lljax.planning.flops`; traffic is read from the program.
 """
 
 import dataclasses
