@@ -53,18 +53,18 @@ class How:
     """What every mode passes on to the attention of a device."""
 
     scale: float
-    implementation: Implementation
+    platform: str
 
     @property
     def kwargs(self) -> dict:
-        return {"scale": self.scale, "implementation": self.implementation}
+        return {"scale": self.scale, "platform": self.platform}
 
 
 def how_of(scale: float, layout: Layout | None) -> How:
     if layout is not None:
-        return How(scale, IMPLEMENTATIONS[best(layout.platform)])
-    # Of several devices the compiler may have cut the arrays, and it cannot cut a kernel.
-    return How(scale, IMPLEMENTATIONS[best(jax.default_backend()) if jax.device_count() == 1 else "blockwise"])
+        return How(scale, layout.platform)
+    # Of several devices the compiler may have cut the arrays, and it cannot cut a kernel: a CPU has none.
+    return How(scale, jax.default_backend() if jax.device_count() == 1 else "cpu")
 
 
 def attend_heads(q, k, v, mask: Mask, group: int | None, shares: int, share, how: How) -> jax.Array:
@@ -94,8 +94,17 @@ def _local(q, k, v, mask, group, *, size, tensor, how, zigzag):
 
 
 def _allgather(q, k, v, mask, group, *, size, tensor, how, zigzag):
-    gather = functools.partial(jax.lax.all_gather, axis_name=TOKENS, axis=1, tiled=True)
+    def gather(x):
+        x = jax.lax.all_gather(x, TOKENS, axis=1, tiled=True)
+        return _in_order(x, size) if zigzag else x
     return attend_heads(q, gather(k), gather(v), _of_keys(mask, gather), group, tensor, share_of_heads(), how)
+
+
+def _in_order(x, size: int):
+    """[B, S, ...] from the order of `lljax.sharding.zigzag` back into that of the row. The mask does not ask for it: the
+    ranges of the blocks of a kernel are narrow only so."""
+    chunks = jnp.split(x, 2 * size, axis=1)  # chunk j is with device i = min(j, 2 size - 1 - j), its first or its second
+    return jnp.concatenate([chunks[2 * min(j, 2 * size - 1 - j) + (j >= size)] for j in range(2 * size)], axis=1)
 
 
 def _of_keys(mask: Mask, change) -> Mask:
@@ -154,6 +163,11 @@ def _ring(hops, size, how, q, k, v, mask):
     return _ring_forward(hops, size, how, q, k, v, mask)[0]
 
 
+def _pair(how: _How, q, k, mask: Mask) -> Implementation:
+    """What attends to one chunk of the keys, which are not those of the queries."""
+    return IMPLEMENTATIONS[best(how.platform, q, k, mask.replace(ordered=False))]
+
+
 def _chunk(k, v, mask):
     """What goes round: keys, values, and what the mask knows of them."""
     return k, v, mask.k_index, mask.k_segments, mask.anchors
@@ -166,7 +180,7 @@ def _pass_on(tree, size, by=1):
 
 
 def _ring_forward(hops, size, how, q, k, v, mask):
-    forward = how.implementation.forward
+    forward = _pair(how, q, k, mask).forward
 
     def attend_chunk(out, lse, k, v, k_index, k_segments, anchors):
         """Merges attention over one chunk into the output and its log-sum-exp, in float32."""
@@ -189,10 +203,11 @@ def _ring_forward(hops, size, how, q, k, v, mask):
 
 def _ring_backward(hops, size, how, saved, d_out):
     q, k, v, mask, out, lse = saved
+    pair = _pair(how, q, k, mask)
 
     def backward(k, v, k_index, k_segments, anchors):
-        return how.implementation.backward(
-            q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors), out, lse, d_out, scale=how.scale)
+        return pair.backward(q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors), out, lse, d_out,
+                             scale=how.scale)
 
     def step(carry, _):
         dq, chunk, d_chunk = carry

@@ -23,6 +23,7 @@ class Mask:
     window: number of tokens a query sees, itself included; None for no limit.
     group, shift: tokens see only their own group of `group` tokens, the first of which is cut short to `shift`
       tokens (0: not cut); None for one group.
+    ordered: a promise: queries and keys are the same tokens, one after the other, from the start of a row or group.
     """
 
     q_index: jax.Array
@@ -33,15 +34,19 @@ class Mask:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     group: int | None = dataclasses.field(default=None, metadata={"static": True})
     shift: int = dataclasses.field(default=0, metadata={"static": True})
+    ordered: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def replace(self, **changes) -> "Mask":
+        """The mask with some fields changed. Other indices are not promised to be in order."""
+        if "q_index" in changes or "k_index" in changes:
+            changes = {"ordered": False} | changes
         return dataclasses.replace(self, **changes)
 
 
 def causal(B: int, T: int, segments: jax.Array | None = None) -> Mask:
     """The plain causal mask of rows of T tokens; documents of a packed row (`segments` [B, T]) do not see each other."""
     index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    return Mask(index, index, segments, segments)
+    return Mask(index, index, segments, segments, ordered=True)
 
 
 def group_of(mask: Mask, index: jax.Array) -> jax.Array:

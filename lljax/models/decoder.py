@@ -106,12 +106,13 @@ class Decoder(nnx.Module):
         return jnp.einsum("...D,VD->...V", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def _mask(self, tokens, positions, segments, index, pattern: AttentionPattern) -> Mask:
-        if index is None:
+        ordered = index is None
+        if ordered:
             index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         anchors = None
         if pattern.kind == "window" and (pattern.anchors or pattern.markers):
             anchors = (positions < pattern.anchors) | jnp.isin(tokens, jnp.asarray(pattern.markers, tokens.dtype))
-        return Mask(index, index, segments, segments, anchors)
+        return Mask(index, index, segments, segments, anchors, ordered=ordered)
 
 
 def _extend(cache: Cache, shape: tuple[int, int], segments):

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""What a compiled program sends between devices, and what its calls of cuDNN need, read from its text."""
 
 import math
 import re
@@ -32,6 +32,20 @@ def collective_bytes(text: str) -> dict[str, int]:
                             seen[name][kind] += times * size
         return seen[name]
     return dict(of(entry))
+
+
+def cudnn_workspace(text: str) -> int:
+    """Bytes that the largest backward pass of cuDNN's attention works in. Where there is no device the compiler puts 0.
+
+    A sum like q and one row of statistics in float32 (cudnn-frontend, `get_fe_workspace_size_node` of the backward node),
+    and with K < N the gradients of k and v of every query head before they are summed, taken to be kept.
+    """
+    calls = re.findall(r"= \((\w+)\[([\d,]+)\]\S* \w+\[([\d,]+)\][^\n]*\"__cudnn\$fmhaSoftmaxBackward\"", text)
+
+    def size(dtype, q, k):                   # [B, N, T, H], [B, K, S, H]
+        (B, N, T, H), (_, K, S, _) = (map(int, x.split(",")) for x in (q, k))
+        return 4 * B * N * T * (H + 1) + (2 * B * N * S * H * BYTES[dtype] if N > K else 0)
+    return max((size(*call) for call in calls), default=0)
 
 
 def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:

@@ -1,6 +1,7 @@
 """What a run needs, before any weight is read: every stage's real step compiled for the real target.
 
-Memory comes from the compiler; arithmetic is counted by `lljax.planning.flops`; traffic is read from the program.
+Memory comes from the compiler, but for the workspace of cuDNN, which only a device would tell it; arithmetic is counted by
+`lljax.planning.flops`; traffic is read from the program.
 """
 
 import dataclasses
@@ -119,10 +120,10 @@ def _compile(step, *arguments) -> tuple[dict, dict]:
         size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
         peak = int(float(size) * (2 ** 30 if unit == "G" else 2 ** 20))
         return {"fits": False, "peak": peak, "temp": peak, "host": 0}, {}
-    m = compiled.memory_analysis()
-    peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    return ({"fits": True, "peak": peak, "temp": m.temp_size_in_bytes, "host": m.host_temp_size_in_bytes},
-            hlo.collective_bytes(compiled.as_text()))
+    m, text = compiled.memory_analysis(), compiled.as_text()
+    temp = m.temp_size_in_bytes + hlo.cudnn_workspace(text)
+    peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + temp
+    return {"fits": True, "peak": peak, "temp": temp, "host": m.host_temp_size_in_bytes}, hlo.collective_bytes(text)
 
 
 def _bytes(tree) -> int:

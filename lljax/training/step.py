@@ -40,6 +40,7 @@ class StepSettings:
     memory: Memory
     loss_chunk: int
     dtype: str                               # of the compute
+    packed: bool                             # rows may hold several documents
     skip_spikes: bool
     spike_z: float
 
@@ -48,7 +49,7 @@ def step_settings(config) -> StepSettings:
     """What a configuration says of the step."""
     m = config.memory
     return StepSettings(Memory(m.remat, m.offload, m.layers_per_residual, m.tile), m.loss_chunk, config.model.dtype,
-                        config.alarm.spike != "warn", config.alarm.spike_z)
+                        config.data.packing, config.alarm.spike != "warn", config.alarm.spike_z)
 
 
 def new_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mesh, *, seed: int,
@@ -102,8 +103,10 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
     """
     def total_loss(trainable, frozen, micro, key, pattern, layout):
         model = nnx.merge(graphdef, trainable, frozen)
-        hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], index=micro["index"],
-                       pattern=pattern, layout=layout, memory=settings.memory, dtype=jnp.dtype(settings.dtype), dropout_key=key)
+        # A row of one document has its padding behind, where causality hides it.
+        hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"] if settings.packed else None,
+                       index=_index(micro, layout), pattern=pattern, layout=layout, memory=settings.memory,
+                       dtype=jnp.dtype(settings.dtype), dropout_key=key)
         return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk, layout=layout)
 
     shardings = jax.tree.map(lambda x: x.sharding, like)
@@ -135,6 +138,11 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
     return step
 
 
+def _index(batch, layout: Layout | None):
+    """The places of the tokens in their rows where they are not 0, 1, 2 ..., which kernels serve better unsaid."""
+    return batch["index"] if layout is not None and layout.zigzag else None
+
+
 def _accumulate(loss_of, trainable, frozen, batch, key):
     """Sums loss and gradient over the leading axis of the batch, in float32."""
     value_and_grad = jax.value_and_grad(loss_of)
@@ -160,12 +168,13 @@ def robust_z(x: jax.Array, history: jax.Array, least: int = 20) -> jax.Array:
 
 
 def make_evaluate(graphdef, settings: StepSettings):
-    """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (summed loss, predicted tokens) of a batch [B, T]."""
+    """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (summed loss, predicted tokens) of a batch [B, T] whose
+    rows hold one document each."""
     @functools.partial(jax.jit, static_argnums=(3, 4))
     def evaluate(trainable, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
         model = nnx.merge(graphdef, trainable, frozen)
-        hidden = model(batch["tokens"], positions=batch["positions"], segments=batch["segments"], index=batch["index"],
-                       pattern=pattern, layout=layout, dtype=jnp.dtype(settings.dtype))
+        hidden = model(batch["tokens"], positions=batch["positions"], index=_index(batch, layout), pattern=pattern,
+                       layout=layout, dtype=jnp.dtype(settings.dtype))
         return (cross_entropy(hidden, model.head, batch["targets"], chunk=settings.loss_chunk, layout=layout),
                 jnp.sum(batch["targets"] != IGNORED))
     return evaluate

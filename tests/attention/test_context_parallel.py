@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_attention import assert_equal
 
 from lljax.attention import attend, attend_shifted, causal
-from lljax.attention.context_parallel import attend_parallel, choose, halo_size
+from lljax.attention.context_parallel import _in_order, attend_parallel, choose, halo_size
 from lljax.errors import ConfigError
 from lljax.sharding import ROWS, TOKENS, Layout, make_mesh, zigzag
 
@@ -113,3 +113,8 @@ def test_a_halo_reaches_exactly_to_the_start_of_the_group():
     assert halo_size(64, 8, window=None, group=64, shift=32) == 32
     assert halo_size(64, 8, window=10, group=64, shift=32) == 9
     assert halo_size(48, 8, window=None, group=64) == max((i * 48) % 64 for i in range(1, 8))
+
+
+def test_gathered_keys_come_back_into_the_order_of_the_row():
+    row = np.arange(48)[None]
+    np.testing.assert_array_equal(_in_order(jnp.asarray(zigzag(row, 4)), 4), row)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lljax.planning.hlo import collective_bytes
+from lljax.planning.hlo import collective_bytes, cudnn_workspace
 from lljax.sharding import make_mesh
 
 
@@ -39,3 +39,14 @@ ENTRY %main (p: bf16[8]) -> bf16[8] {
 }
 """
     assert collective_bytes(text) == {"all-gather": 7 * 512 * 512 * 2}
+
+
+def test_the_workspace_of_cudnn_is_that_of_its_largest_backward_pass():
+    call = ('  %{name}.1 = (bf16[{q}]{{3,1,2,0}}, bf16[{k}]{{3,1,2,0}}, bf16[{k}]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q), '
+            'custom_call_target="__cudnn$fmhaSoftmax{backward}"\n')
+    grouped = call.format(name="a", q="1,32,4096,128", k="1,8,4096,128", backward="Backward")
+    alike = call.format(name="b", q="17,8,1024,64", k="17,8,1024,64", backward="Backward")
+    forward = call.format(name="c", q="9,32,4096,128", k="9,8,4096,128", backward="")
+    assert cudnn_workspace(forward) == 0
+    assert cudnn_workspace(forward + alike) == 4 * 17 * 8 * 1024 * 65
+    assert cudnn_workspace(grouped + alike) == 4 * 32 * 4096 * 129 + 2 * 2 * 32 * 4096 * 128
