@@ -17,8 +17,8 @@ STEP, COMPILED_STEP, DATA = "train", "train, compiled", "data"  # names of the l
 # A collective by the compiler's name, by that of the JAX primitive it came from, or by that of the NCCL kernel.
 COLLECTIVE = re.compile(r"%?(ragged-)?(all[-_](gather|reduce|to[-_]all)|reduce[-_]scatter|collective[-_](permute|broadcast)|"
                         r"async-collective-(start|done)|psum|pmax|pmin|ppermute|nccl)", re.IGNORECASE)
-# What holds other operations, or only moves data beside them.
-NO_WORK = re.compile(r"%?(while|conditional|call|tuple|copy-(start|done)|Memcpy|Memset)\b")
+# What holds other operations, or moves data beside them.
+NO_WORK = re.compile(r"%?(while|conditional|call|tuple|copy-(start|done)|Memcpy\w*|Memset)\b")
 
 Interval = tuple[float, float]               # start and stop, ns
 
