@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One XLA flag. platform: gpu | tpu. purpose: what it is for and what was seen. source: who documents it."""
+    """One XLA flag. platform: gpu | tpu. source: who documents or uses it."""
 
     name: str
     value: bool | int | str
@@ -27,6 +27,8 @@ FLAGS = (
     Flag("xla_gpu_enable_pipelined_host_offloading", True, "gpu",
          "host offload: a layer's residual is brought back while the layer before it is computed",
          "openxla/xla xla/debug_options_flags.cc"),
+    Flag("xla_tpu_enable_async_all_to_all", True, "tpu",
+         "async collectives: Ulysses' exchanges of heads and tokens run beside computing", "libtpu; MaxText's run scripts"),
 )
 
 

@@ -2,15 +2,19 @@
 
 import json
 import os
+import time
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lljax.devices import DEVICES
 from lljax.errors import ConfigError
+from lljax.sharding import make_mesh, replicated
 from lljax.training import loop
 from lljax.training.monitor import read_metrics
-from lljax.training.profile import COLLECTIVE, NO_WORK, Tracer, divide, merged, read_steps
+from lljax.training.profile import COLLECTIVE, NO_WORK, Tracer, divide, merged, read_steps, waiting_for_data
 
 
 @pytest.mark.parametrize("text", ["3", "3:3", "5:2", "0:2", "a:b", "-1:4", "1:2:3", ""])
@@ -51,6 +55,23 @@ def test_what_holds_others_is_no_work_of_its_own():
         assert not NO_WORK.match(name) and not COLLECTIVE.match(name)
 
 
+def test_a_trace_of_a_program_with_collectives_is_read(tmp_path):
+    mesh = make_mesh(fsdp=8)
+    x = jax.device_put(jnp.ones((512, 512)), NamedSharding(mesh, PartitionSpec("fsdp")))
+    f = jax.jit(lambda x: x @ jax.lax.with_sharding_constraint(x, replicated(mesh)))
+    with Tracer(tmp_path, range(1, 3), step=0) as tracer:
+        for number in (1, 2):
+            with tracer.step(number, compiles=number == 1):
+                jax.block_until_ready(f(x))
+                with waiting_for_data():
+                    time.sleep(0.05)
+            tracer.done(number)
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert found["steps"] == [2] and found["devices"] == 8
+    assert found["computing"] > 0 and found["collectives"] > 0 and 0.04 < found["data"] < found["seconds"]
+
+
+@pytest.mark.slow
 def test_a_run_is_traced_timed_and_told(run_config, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(loop, "of_kind", lambda kind: DEVICES["l4"])
     run_config.context.schedule, run_config.data.valid_fraction = ((3, 32, "full"),), 0.0
