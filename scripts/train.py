@@ -22,7 +22,7 @@ PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "first:stop, steps to
 def main(argv) -> None:
     # A library that was imported above has set logging up its own way.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for noisy in ("absl", "jax", "orbax", "httpx"):
+    for noisy in ("absl", "jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with exit_cleanly():
         read_flags(argv, "config", "workdir")
