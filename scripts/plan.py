@@ -23,10 +23,11 @@ from rich.table import Table
 
 from lljax.command_line import read_flags
 from lljax.config import validate
+from lljax.devices import GiB
 from lljax.errors import exit_cleanly
 from lljax.interop.base import open_config
 from lljax.planning import plan as planning
-from lljax.planning.devices import GiB, target
+from lljax.planning.devices import target
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), see configs/.", lock_config=True)
 DEVICE = flags.DEFINE_string("device", None, "h100-80g:8, a100-80g, a10-24g, l4, rtx4090, h200, b200, v5e-8, v5p-8, v6e-8 ...")

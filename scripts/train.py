@@ -1,6 +1,6 @@
 """Trains what a config file says; the same command again goes on where it stopped.
 
-python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/qwen_32k [--config.lora.rank=16 ...]
+python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/qwen_32k [--config.lora.rank=16 ...] [--profile_steps=20:23]
 """
 
 import logging
@@ -13,19 +13,22 @@ from lljax import distributed
 from lljax.command_line import read_flags
 from lljax.errors import exit_cleanly
 from lljax.training.loop import train
+from lljax.training.profile import read_steps
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), see configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints, metrics and report.")
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "first:stop, steps to trace into WORKDIR/profile for TensorBoard.")
 
 
 def main(argv) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("absl", "jax", "orbax", "httpx"):
+    # A library that was imported above has set logging up its own way.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for noisy in ("absl", "jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with distributed.session(), exit_cleanly():
         read_flags(argv, "config", "workdir")
         distributed.start(CONFIG.value.mesh.peer_timeout)
-        train(CONFIG.value, WORKDIR.value)
+        train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value))
 
 
 if __name__ == "__main__":

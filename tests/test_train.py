@@ -23,7 +23,7 @@ from lljax.training import loop
 from lljax.training.monitor import read_metrics
 
 ROOT = Path(__file__).parent.parent
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "data_seconds", "compile")
 
 
 def trained_leaves(model):
@@ -42,6 +42,7 @@ def assert_same(a, b):
 def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(run_config, tmp_path):
     whole = loop.train(run_config, tmp_path / "whole")
     assert [r["length"] for r in records(tmp_path / "whole") if "loss" in r] == [32] * 4 + [64] * 4
+    assert [r["step"] for r in read_metrics(tmp_path / "whole") if r.get("compile")] == [1, 5]
 
     def stop_after(step):
         """Raises the signal from inside the run, as soon as `step` is recorded."""

@@ -163,7 +163,7 @@ def _ring(hops, size, how, q, k, v, mask):
     return _ring_forward(hops, size, how, q, k, v, mask)[0]
 
 
-def _pair(how: _How, q, k, mask: Mask) -> Implementation:
+def _pair(how: How, q, k, mask: Mask) -> Implementation:
     """What attends to one chunk of the keys, which are not those of the queries."""
     return IMPLEMENTATIONS[best(how.platform, q, k, mask.replace(ordered=False))]
 

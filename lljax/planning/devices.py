@@ -1,48 +1,16 @@
-"""The devices that a run can be planned for: figures from the makers' data sheets, and how the compilers name them."""
+"""The devices that a run can be planned for, as the compilers name them."""
 
 import dataclasses
 import re
 
 from jax.experimental import topologies
 
+from lljax.devices import DEVICES, Device
 from lljax.errors import ConfigError
-
-GB, GiB = 10 ** 9, 2 ** 30
 
 # Chips of a TPU slice -> its shape. A v5p slice is named by its cores, two a chip.
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """One chip. memory: bytes that a program can use. flops: dense bfloat16 products a second. bandwidth: bytes a second
-    of its memory. link: bytes a second to its neighbours, one way. host: bytes of host memory that go with one device of
-    a typical node. sm: compute capability, shared memory and multiprocessors of a GPU.
-    """
-
-    name: str
-    platform: str
-    memory: int
-    flops: float
-    bandwidth: float
-    link: float
-    host: int
-    sm: tuple = ()
-
-
-DEVICES = {device.name: device for device in (
-    Device("h100-80g", "cuda", 79 * GiB, 989e12, 3.35e12, 450e9, 240 * GB, (9, 0, 233_472, 132, 50 * 2 ** 20)),
-    Device("h200", "cuda", 140 * GiB, 989e12, 4.8e12, 450e9, 240 * GB, (9, 0, 233_472, 132, 50 * 2 ** 20)),
-    Device("b200", "cuda", 178 * GiB, 2_250e12, 8.0e12, 900e9, 240 * GB, (10, 0, 233_472, 148, 126 * 2 ** 20)),
-    Device("a100-80g", "cuda", 79 * GiB, 312e12, 2.04e12, 300e9, 128 * GB, (8, 0, 167_936, 108, 40 * 2 ** 20)),
-    Device("a10-24g", "cuda", int(22.0 * GiB), 125e12, 0.6e12, 32e9, 120 * GB, (8, 6, 102_400, 72, 6 * 2 ** 20)),
-    Device("l4", "cuda", int(22.0 * GiB), 121e12, 0.3e12, 32e9, 48 * GB, (8, 9, 102_400, 58, 48 * 2 ** 20)),
-    Device("rtx4090", "cuda", int(23.5 * GiB), 165e12, 1.01e12, 32e9, 64 * GB, (8, 9, 102_400, 128, 72 * 2 ** 20)),
-    Device("v5e", "tpu", int(15.75 * GiB), 197e12, 0.82e12, 200e9, 48 * GB),
-    Device("v5p", "tpu", int(95.74 * GiB), 459e12, 2.77e12, 600e9, 112 * GB),
-    Device("v6e", "tpu", int(31.25 * GiB), 918e12, 1.64e12, 448e9, 180 * GB),
-)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a run needs, before any weight is read: every stage's real step compiled for the real target.
 
 Memory comes from the compiler, but for the workspace of cuDNN, which only a device would tell it; arithmetic is counted by
-`lljax.planning.flops`; traffic is read from the program.
+`lljax.training.flops`; traffic is read from the program.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from lljax.build import abstract_model, mesh_of
 from lljax.errors import ConfigError
 from lljax.models import lora
 from lljax.models.declare import declared
-from lljax.planning import flops, hlo
+from lljax.planning import hlo
 from lljax.planning.devices import Target
+from lljax.training import flops
 from lljax.training.curriculum import Stage, stages
 from lljax.training.optimizer import make_optimizer, roles_of
 from lljax.training.placement import check_rows, layout_of

@@ -112,6 +112,21 @@ def bar_chart(title: str, edges: list[float], counts: list[int], axis: str) -> s
     return _svg(title, body)
 
 
+def share_bar(title: str, parts: dict[str, float]) -> str:
+    """An SVG of one bar cut into parts, each as long as its share of their sum."""
+    total, height = sum(parts.values()), 34
+    body, at = [f'<text class="name" x="{LEFT}" y="13">{escape(title)}</text>'], float(LEFT)
+    for i, (name, value) in enumerate(parts.items()):
+        width = value / total * (WIDTH - LEFT - RIGHT)
+        body.append(f'<rect class="part{i}" x="{_n(at)}" y="26" width="{_n(width)}" height="{height}">'
+                    f'<title>{escape(name)}: {value / total:.1%}</title></rect>')
+        if width > 44:
+            body.append(f'<text class="share" x="{_n(at + width / 2)}" y="{26 + height / 2 + 4:.0f}" text-anchor="middle">'
+                        f'{value / total:.0%}</text>')
+        at += width
+    return _svg(title, body, 26 + height + 6)
+
+
 def smoothed(y: np.ndarray, window: int, groups: np.ndarray) -> np.ndarray:
     """The median of the finite values among the `window` (odd) around each, never across `groups`. float64 [n].
 
@@ -143,8 +158,8 @@ def short_length(tokens: int) -> str:
     return compact(tokens)
 
 
-def _svg(title: str, body: list[str]) -> str:
-    return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">' + "".join(body) + "</svg>")
+def _svg(title: str, body: list[str], height: int = HEIGHT) -> str:
+    return (f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">' + "".join(body) + "</svg>")
 
 
 def _steps_scale(lines, marks) -> Scale:

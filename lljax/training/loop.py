@@ -16,16 +16,19 @@ from lljax.build import build_model, mesh_of, move
 from lljax.config import get, total_steps, validate
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.tokens import prepare
+from lljax.devices import of_kind
 from lljax.distributed import first, first_then_others, from_all, wait
 from lljax.errors import ConfigError, NumericAbort, Stopped
 from lljax.interop.base import open_base, tokenizer_fingerprint
 from lljax.models import lora
 from lljax.models.decoder import FULL
+from lljax.training import flops
 from lljax.training.checkpoint import Checkpoints, abstract, check_identity
 from lljax.training.curriculum import Stage, stages
 from lljax.training.monitor import Monitor, read_metrics
 from lljax.training.optimizer import learning_rate, make_optimizer, roles_of
 from lljax.training.placement import check_rows, layout_of, place, row_share, rows_of_share
+from lljax.training.profile import Tracer, waiting_for_data
 from lljax.training.report import write_report
 from lljax.training.signals import StopRequest
 from lljax.training.step import from_items, make_evaluate, make_step, new_state, step_settings, to_items
@@ -35,11 +38,12 @@ IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "context", "lora"
             "optimizer", "training.rows", "training.accumulate", "alarm")
 
 
-def train(config, workdir, *, model: nnx.Module | None = None) -> nnx.Module:
+def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: range | None = None) -> nnx.Module:
     """Runs `config` in `workdir`, or goes on with what was begun there; returns the trained model.
 
     model: a model of this configuration that is at hand (lljax.prepare_model); otherwise the base is read.
       Its arrays are given away: use the model that is returned.
+    profile_steps: steps to trace, see lljax.training.profile.
 
     Raises:
       ConfigError, ModelError, DataError: what the user gave cannot be used.
@@ -47,13 +51,16 @@ def train(config, workdir, *, model: nnx.Module | None = None) -> nnx.Module:
       Stopped: SIGTERM or Ctrl-C; state saved.
     """
     validate(config)
+    if profile_steps and profile_steps[-1] > total_steps(config):
+        raise ConfigError(f"--profile_steps={profile_steps.start}:{profile_steps.stop}: the run ends after step "
+                          f"{total_steps(config)}")
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop:
-        return _train(config, workdir, model, stop)
+        return _train(config, workdir, model, profile_steps, stop)
 
 
-def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
+def _train(config, workdir: Path, model, profile_steps: range | None, stop: StopRequest) -> nnx.Module:
     # ---------------------------------------------------------------- base, tokenizer, documents
     mesh = mesh_of(config.mesh)
     check_rows(config.training.rows, mesh)
@@ -85,6 +92,7 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     for stage, (layout, reason) in zip(curriculum, layouts):
         if layout is not None:
             logging.info("stage %s: context parallelism %s, %s", stage.label, layout.context_parallel, reason)
+    arithmetic = [flops.of_step(model, config, stage).model for stage in curriculum]
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     optimizer = make_optimizer(config.optimizer, total_steps(config), roles_of(trainable))
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
@@ -93,10 +101,11 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
     step_fn, evaluate = make_step(graphdef, optimizer, settings, state), make_evaluate(graphdef, settings)
     rate = learning_rate(config.optimizer, total_steps(config))
     counts = {"parameters": _size(trainable) + _size(frozen), "trainable": _size(trainable)}
+    kind = mesh.devices.flat[0].device_kind
+    device = of_kind(kind)
     logging.info("%s: %s parameters, %s trainable, on %d x %s", config.model.path, f"{counts['parameters']:,}",
-                 f"{counts['trainable']:,}", mesh.devices.size, mesh.devices.flat[0].device_kind)
-    _write_json(workdir / "run.json", counts | {"devices": mesh.devices.size,
-                                                "device": mesh.devices.flat[0].device_kind})
+                 f"{counts['trainable']:,}", mesh.devices.size, kind)
+    _write_json(workdir / "run.json", counts | {"devices": mesh.devices.size, "device": kind})
 
     # ---------------------------------------------------------------- resume
     identity = {"base": base.fingerprint(), "tokenizer": tokenizer_id, "data": documents.fingerprint,
@@ -133,7 +142,8 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
             evaluation(length)
 
     stop.defer()
-    with Monitor(workdir, total_steps=total_steps(config), step=step) as monitor:
+    with Monitor(workdir, total_steps=total_steps(config), step=step) as monitor, \
+            Tracer(workdir, profile_steps, step=step) as tracer:
         # A run may have been stopped between the save of a step and its evaluation.
         evaluate_if_due(next(stage.length for stage in curriculum if step <= stage.stop))
         for stage in curriculum:
@@ -143,21 +153,31 @@ def _train(config, workdir: Path, model, stop: StopRequest) -> nnx.Module:
             loader = _loader(documents.train, config, stage, mesh)
             if loader_state and loader_state["stage"] == stage.number:
                 loader.set_state(loader_state["state"])
-            batch = next(loader)
+            batch, compiles = next(loader), True
             tokens = config.training.rows * config.training.accumulate * stage.length
             while step < stage.stop:
                 loader_state = {"stage": stage.number, "state": loader.get_state()}
-                began = time.monotonic()
-                placed = place(batch, config.training.accumulate, mesh, layout)
-                state, metrics = step_fn(state, frozen, placed, stage.pattern, layout)
-                if step + 1 < stage.stop:
-                    batch = next(loader)     # read while the device computes
-                metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+                began, waited = time.monotonic(), 0.0
+                with tracer.step(step + 1, compiles=compiles):
+                    placed = place(batch, config.training.accumulate, mesh, layout)
+                    state, metrics = step_fn(state, frozen, placed, stage.pattern, layout)
+                    if step + 1 < stage.stop:
+                        asked = time.monotonic()
+                        with waiting_for_data():
+                            batch = next(loader)     # read while the device computes
+                        # A batch that was there before the device was done delayed nothing.
+                        waited = (time.monotonic() - asked) * metrics["loss"].is_ready()
+                    metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
                 seconds = time.monotonic() - began
+                speed = {"tokens_per_second": tokens / seconds, "seconds": seconds, "data_seconds": waited}
+                if device:
+                    speed["mfu"] = arithmetic[stage.number] / (seconds * mesh.devices.size * device.flops)
+                if compiles:
+                    speed["compile"], compiles = True, False
                 monitor.step({"step": step + 1, "stage": stage.number, "length": stage.length,
-                              "attention": stage.pattern.kind, "learning_rate": float(rate(step)), **metrics,
-                              "tokens_per_second": tokens / seconds, "seconds": seconds})
+                              "attention": stage.pattern.kind, "learning_rate": float(rate(step)), **metrics, **speed})
                 step += 1
+                tracer.done(step)
                 if trouble := _trouble(metrics):
                     monitor.say(f"step {step}: {trouble}")
                     if _stops(metrics, config.alarm):

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-FIELDS = {"loss": ".4f", "tokens_per_second": ",.0f"}
+SPEED = {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}  # shown where the record has them
 PLAIN_EVERY = 10.0                           # seconds between lines where no terminal shows a bar
 
 
@@ -33,10 +33,10 @@ class Monitor:
         self._output = sys.stderr if first else open(os.devnull, "w")
         self._console = Console(file=self._output)
         self._bar = Progress(TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
-                             TextColumn("loss {task.fields[loss]}  {task.fields[tokens_per_second]} tokens/s"),
+                             TextColumn("loss {task.fields[loss]}  {task.fields[speed]}"),
                              TextColumn("left"), TimeRemainingColumn(), console=self._console,
                              disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("", total=total_steps, completed=step, stage="", loss="-", tokens_per_second="-")
+        self._task = self._bar.add_task("", total=total_steps, completed=step, stage="", loss="-", speed="")
         self._total, self._said, self._started, self._first = total_steps, -math.inf, time.monotonic(), step
 
     def __enter__(self):
@@ -49,12 +49,17 @@ class Monitor:
         self._file.close()
 
     def step(self, record: dict) -> None:
-        """One optimizer step. `record` has step, stage, length, attention, loss, grad_norm, tokens_per_second ..."""
+        """One optimizer step. `record` has step, stage, length, attention, loss, grad_norm, tokens_per_second ...
+
+        data_seconds: how long the next batch was read, where the device was done before it came; else 0. mfu: model FLOPs a
+        second by the peak of the devices, where that is known. compile: the step's program was made in it.
+        """
         self._write(record)
         for name, value in record.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(f"train/{name}", value, record["step"])
-        shown = {name: format(record[name], spec) for name, spec in FIELDS.items()}
+        shown = {"loss": f"{record['loss']:.4f}",
+                 "speed": "  ".join(text.format(record[name]) for name, text in SPEED.items() if name in record)}
         stage = f"{record['length']:,} {record['attention']}"
         self._bar.update(self._task, completed=record["step"], stage=stage, **shown)
         if self._bar.disable and (time.monotonic() - self._said > PLAIN_EVERY or record["step"] == self._total):
@@ -62,7 +67,7 @@ class Monitor:
             done = record["step"] - self._first
             left = (self._said - self._started) / done * (self._total - record["step"])
             print(f"step {record['step']}/{self._total}  {stage}  loss {shown['loss']}  "
-                  f"{shown['tokens_per_second']} tokens/s  left {_duration(left)}", file=self._output, flush=True)
+                  f"{shown['speed']}  left {_duration(left)}", file=self._output, flush=True)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self._write({"step": step, "eval": values})

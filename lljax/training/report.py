@@ -15,6 +15,7 @@ from lljax.errors import ConfigError
 from lljax.training import charts
 from lljax.training.charts import Band, Line, Mark, compact
 from lljax.training.monitor import read_metrics
+from lljax.training.profile import Breakdown
 
 STYLE = Path(__file__).parent.parent / "assets" / "report.css"
 COMMANDS = (
@@ -25,6 +26,7 @@ COMMANDS = (
     ("Talk to it", "python scripts/generate.py --workdir={run} --prompt='...'"),
     ("Serve the merged model", "vllm serve {run}/export/merged --max-model-len {length}"),
 )
+SPEEDS = ("tokens_per_second", "mfu")        # say nothing of a step whose program was made in it
 MOST_EVALUATIONS = 40                        # the newest, in the table of those while training
 UNKNOWN, NUMBER = "&#8211;", " class='number'"
 
@@ -50,7 +52,8 @@ PAGE = """<!doctype html>
 def write_report(workdir) -> Path:
     """Writes `workdir`/report.html from what lies there (what is missing is left out) and returns its path.
 
-    Reads config.json, run.json, metrics.jsonl, data_statistics.json, and evaluation.json: {"tables": [{"columns":
+    Reads config.json, run.json, metrics.jsonl, data_statistics.json, profile.json (a `lljax.training.profile.Breakdown`), and
+    evaluation.json: {"tables": [{"columns":
     [name, ...], "rows": [[cell, ...], ...], "caption": text}]}.
 
     Raises:
@@ -66,6 +69,7 @@ def write_report(workdir) -> Path:
     sections = (
         ("Curves", _curves(steps, evaluations)),
         ("Evaluation", _tables(_read(workdir / "evaluation.json").get("tables", []) + _while_training(evaluations))),
+        ("Where the time goes", _time(steps, _read(workdir / "profile.json"))),
         ("Data", _data(_read(workdir / "data_statistics.json"))),
         ("What to do with it", _commands(workdir, config, steps)),
         ("Configuration", _configuration(config)),
@@ -98,6 +102,8 @@ def _summary(config: dict, run: dict, steps: list[dict]) -> str:
         losses = losses[np.isfinite(losses)][-20:]
         facts.append(("trained tokens", compact(tokens), f"{tokens:,.0f} predicted"))
         facts.append(("time in steps", duration(np.nansum(_column(steps, "seconds"))), ""))
+        if (mfu := _usual(steps, "mfu")).size:
+            facts.append(("MFU", f"{100 * np.median(mfu):.3g}%", "of the peak in bfloat16, median"))
         if len(losses):
             facts.append(("loss at the end", _figures(float(losses.mean())),
                           f"mean of {len(losses)} steps" if len(losses) > 1 else ""))
@@ -117,13 +123,19 @@ def _curves(steps: list[dict], evaluations: list[dict]) -> str:
         return "<p>No step was recorded yet.</p>"
     x, stage = _column(steps, "step"), _stages(steps)
     bands, held, marks = _bands(steps, stage), _held_out(evaluations), _marks(steps)
+    compiled = np.array([bool(r.get("compile")) for r in steps])
     window = min(101, max(5, len(steps) // 50 | 1))
     figures = []
     for name, title, options in (
             ("loss", "Loss", {}), ("grad_norm", "Gradient norm", {"log": True, "marks": marks}),
             ("learning_rate", "Learning rate", {"from_zero": True}),
-            ("tokens_per_second", "Tokens per second", {"from_zero": True})):
+            ("tokens_per_second", "Tokens per second", {"from_zero": True}),
+            ("mfu", "Model FLOPs utilisation", {"from_zero": True})):
         y = _column(steps, name)
+        if name in SPEEDS:
+            y = np.where(compiled, np.nan, y)
+            if name == "mfu" and not np.isfinite(y).any():   # the devices' peak is not known
+                continue
         if name == "learning_rate":
             lines, legend, readings = [Line(x, y, "smooth")], [], {title.lower(): Line(x, y, "raw")}
         else:
@@ -138,7 +150,9 @@ def _curves(steps: list[dict], evaluations: list[dict]) -> str:
                        if any(mark.kind == kind for mark in marks)]
         chart = charts.line_chart(title, lines, bands=bands, readings=readings, **options)
         missing = len(y) - int(np.isfinite(y).sum())
-        if missing:
+        if name in SPEEDS and compiled.any():
+            legend.append(("", f"without {compiled.sum():,} steps that compiled"))
+        elif missing:
             legend.append(("", f"{missing:,} of {len(y):,} steps not finite"))
         figures.append(_figure(chart, legend) if chart else _figure(f"<p>{title}: no value to draw</p>", legend[-1:]))
     return f"<div class='charts'>{''.join(figures)}</div>"
@@ -181,6 +195,34 @@ def _held_out(evaluations: list[dict]) -> list[Line]:
               if name.partition("@")[0] == "loss"]
     points = [point for point in points if math.isfinite(point[1])]
     return [Line(*np.array(points).T, "held")] if points else []
+
+
+# -------------------------------------------------------------------- time
+def _time(steps: list[dict], profile: dict) -> str:
+    """What a trace says of a step, and without one what the loop measured: how long the devices waited for data."""
+    waited, seconds = _usual(steps, "data_seconds"), _usual(steps, "seconds")
+    said = ""
+    if waited.size and seconds.sum():
+        said = (f"<p>Waiting for data: {waited.sum() / seconds.sum():.1%} of the time in steps, the longest "
+                f"{duration(waited.max())}.</p>")
+    if not profile:
+        return said
+    found = Breakdown(**profile)
+    parts = found.parts()
+    chart = charts.share_bar(f"A step of {duration(found.seconds)}", parts)
+    traced = f"steps {found.steps[0]:,} to {found.steps[-1]:,}" if len(found.steps) > 1 else f"step {found.steps[0]:,}"
+    table = {"columns": ["", "seconds a step", "%"],
+             "rows": [[name, value, round(100 * value / found.seconds, 1)] for name, value in parts.items()]
+             + [["collectives behind computing", found.hidden, round(100 * found.hidden / found.seconds, 1)]],
+             "caption": f"From the trace of {traced}, the average of {found.devices} devices"}
+    legend = [(f"part{i}", name) for i, name in enumerate(parts)]
+    return said + _tables([table]) + f"<div class='charts'>{_figure(chart, legend)}</div>"
+
+
+def _usual(steps: list[dict], name: str) -> np.ndarray:
+    """The finite values of a field in the steps that did not compile."""
+    y = _column([record for record in steps if not record.get("compile")], name)
+    return y[np.isfinite(y)]
 
 
 # -------------------------------------------------------------------- tables

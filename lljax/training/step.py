@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lljax.compiler_flags import compiler_options
 from lljax.data.packing import IGNORED
 from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
@@ -110,8 +112,12 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
         return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk, layout=layout)
 
     shardings = jax.tree.map(lambda x: x.sharding, like)
+    options = compiler_options(like.step.sharding)
+    if options:
+        logging.info("compiler options: %s", " ".join(f"{name}={value}" for name, value in options.items()))
 
-    @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0, out_shardings=(shardings, None))
+    @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0, out_shardings=(shardings, None),
+                       compiler_options=options)
     def step(state: TrainState, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         loss_of = functools.partial(total_loss, pattern=pattern, layout=layout)

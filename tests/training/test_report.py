@@ -90,6 +90,10 @@ def test_nothing_is_fetched_from_anywhere(tmp_path):
     assert not re.search(r"(?:src|href)\s*=|@import|url\(|https?://", text.replace("http://www.w3.org/2000/svg", ""))
 
 
+def test_where_the_peak_is_not_known_there_is_no_utilisation(tmp_path):
+    assert "utilisation" not in page(tmp_path, [record(s) for s in range(1, 6)])
+
+
 def test_light_and_dark_and_a_phone(tmp_path):
     text = page(tmp_path, [record(1)])
     assert "prefers-color-scheme: dark" in text.replace(":dark", ": dark") and 'name="viewport"' in text
@@ -151,3 +155,20 @@ def test_the_script_writes_it_and_refuses_a_folder_without_a_run(tmp_path):
     assert done.returncode == 0 and done.stdout.strip().endswith("report.html")
     refused = script(tmp_path)
     assert refused.returncode == 2 and "no run was started there" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_steps_that_compiled_are_left_out_of_the_speeds(tmp_path):
+    slow = {"seconds": 100.0, "tokens_per_second": 1.0, "mfu": 0.001, "data_seconds": 0.0, "compile": True}
+    steps = [record(1, **slow)] + [record(s, mfu=0.4, data_seconds=0.25) for s in range(2, 6)]
+    text = page(tmp_path, steps)
+    assert "<dd>40%</dd>" in text and "without 1 steps that compiled" in text and "25.0% of the time in steps" in text
+
+
+def test_a_trace_shows_as_a_bar_of_parts_that_make_up_the_step(tmp_path):
+    profile = {"steps": [20, 21, 22], "devices": 8, "seconds": 2.0, "computing": 1.2, "collectives": 0.5, "data": 0.1,
+               "hidden": 0.3}
+    text = page(tmp_path, [record(1)], profile=profile)
+    widths = [float(w) for w in re.findall(r'class="part\d" x="[\d.]+" y="26" width="([\d.]+)"', text)]
+    assert len(widths) == 4 and sum(widths) == pytest.approx(480, abs=0.3) and widths[0] == pytest.approx(288, abs=0.1)
+    for told in ("steps 20 to 22", "8 devices", "A step of 2.0 s", "waiting for data", "collectives behind computing"):
+        assert told in text, told

@@ -8,7 +8,7 @@ import pytest
 from lljax.attention import causal
 from lljax.attention.mask import visible
 from lljax.models.layers import AttentionPattern
-from lljax.planning.flops import visible_pairs
+from lljax.training.flops import visible_pairs
 
 
 @pytest.mark.parametrize("pattern,window", [
