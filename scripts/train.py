@@ -18,8 +18,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoi
 
 
 def main(argv) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("absl", "jax", "orbax", "httpx"):
+    # force: a library that was imported has set up logging already, for warnings alone.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for noisy in ("absl", "jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with exit_cleanly():
         read_flags(argv, "config", "workdir")
