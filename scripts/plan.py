@@ -12,7 +12,8 @@ import math
 import os
 import sys
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+               "TF_CPP_MIN_LOG_LEVEL": "2"}
 for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
                     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
     os.environ.setdefault(name, value)
@@ -74,7 +75,7 @@ def advise(config, hf_config, target, plans, options) -> None:
 
 
 def main(argv) -> None:
-    logging.basicConfig(level=logging.ERROR)
+    logging.basicConfig(level=logging.ERROR, force=True)
     with exit_cleanly():
         read_flags(argv, "config", "device")
         config, chosen = CONFIG.value, target(DEVICE.value)

@@ -120,8 +120,10 @@ def room(config, hf_config: dict, target: Target, worst: StagePlan, options: Opt
     for count in counts(target.device):
         if count < target.count or held(worst) * target.count > count * target.device.memory:
             continue
+        if count == target.count and (count == 1 or not spread):     # as it is now
+            continue
         for changes in (spread, spread | everything):
-            if not enough() and (changes and changes != everything or count > target.count):
+            if not enough():
                 attempt(changes, target if count == target.count else sized(target.device, count))
     return found, plans
 
