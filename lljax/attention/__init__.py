@@ -5,5 +5,7 @@ from lljax.attention.attend import IMPLEMENTATIONS, attend
 from lljax.attention.context_parallel import attend_parallel
 from lljax.attention.mask import Mask, causal
 from lljax.attention.shifted import attend_shifted
+from lljax.attention.streamed import attend_tile, first_halo, tile_reach
 
-__all__ = ["IMPLEMENTATIONS", "Mask", "attend", "attend_parallel", "attend_shifted", "causal"]
+__all__ = ["IMPLEMENTATIONS", "Mask", "attend", "attend_parallel", "attend_shifted", "attend_tile", "causal", "first_halo",
+           "tile_reach"]

@@ -25,6 +25,8 @@ from lljax.errors import ConfigError
 from lljax.sharding import ROWS, TOKENS, Layout
 
 HEADS = "tensor"
+CUT = PartitionSpec(ROWS, TOKENS)            # how [B, T] lies on the mesh
+CUT_HEADS = PartitionSpec(ROWS, TOKENS, HEADS)           # ... and [B, T, heads, H]
 MODES = ("allgather", "ulysses", "ring", "halo")
 
 
@@ -33,26 +35,21 @@ def attend_parallel(q, k, v, mask: Mask, *, scale: float, group: int | None = No
 
     group: S2-Attn in groups of as many tokens, on top of `mask`; None for every head alike.
     """
+    how = how_of(scale, layout)
     if layout is None:
-        # Of several devices the compiler may have cut the arrays, and it cannot cut a kernel.
-        name = best(jax.default_backend()) if jax.device_count() == 1 else "blockwise"
-        return _attend_heads(q, k, v, mask, group, 1, 0, _How(scale, IMPLEMENTATIONS[name]))
-    how = _How(scale, IMPLEMENTATIONS[best(layout.platform)])
+        return attend_heads(q, k, v, mask, group, 1, 0, how)
     size, tensor = layout.mesh.shape[TOKENS], layout.mesh.shape[HEADS]
     mode = {"none": _local, "allgather": _allgather, "ulysses": _ulysses, "ring": _ring_mode, "halo": _halo}[
         layout.context_parallel]
-    tokens = PartitionSpec(ROWS, TOKENS)
-    heads = PartitionSpec(ROWS, TOKENS, HEADS)
 
-    @functools.partial(jax.shard_map, mesh=layout.mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,
-                       check_vma=False)
     def run(q, k, v, mask):
         return mode(q, k, v, mask, group, size=size, tensor=tensor, how=how, zigzag=layout.zigzag)
-    return run(q, k, v, mask)
+    return jax.shard_map(run, mesh=layout.mesh, in_specs=(CUT_HEADS, CUT_HEADS, CUT_HEADS, CUT), out_specs=CUT_HEADS,
+                         check_vma=False)(q, k, v, mask)
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
+class How:
     """What every mode passes on to the attention of a device."""
 
     scale: float
@@ -63,7 +60,14 @@ class _How:
         return {"scale": self.scale, "implementation": self.implementation}
 
 
-def _attend_heads(q, k, v, mask: Mask, group: int | None, shares: int, share, how: _How) -> jax.Array:
+def how_of(scale: float, layout: Layout | None) -> How:
+    if layout is not None:
+        return How(scale, IMPLEMENTATIONS[best(layout.platform)])
+    # Of several devices the compiler may have cut the arrays, and it cannot cut a kernel.
+    return How(scale, IMPLEMENTATIONS[best(jax.default_backend()) if jax.device_count() == 1 else "blockwise"])
+
+
+def attend_heads(q, k, v, mask: Mask, group: int | None, shares: int, share, how: How) -> jax.Array:
     """Attention where the device holds the `share`-th of `shares` equal parts of the query heads."""
     if group is None:
         return attend(q, k, v, mask, **how.kwargs)
@@ -80,18 +84,18 @@ def _shift_by_share(mask: Mask, group: int, shares: int, share) -> Mask:
     return mask.replace(q_index=mask.q_index + offset, k_index=k_index, group=group, shift=0)
 
 
-def _share():
+def share_of_heads():
     return jax.lax.axis_index(HEADS)
 
 
 # ---------------------------------------------------------------- none, allgather
 def _local(q, k, v, mask, group, *, size, tensor, how, zigzag):
-    return _attend_heads(q, k, v, mask, group, tensor, _share(), how)
+    return attend_heads(q, k, v, mask, group, tensor, share_of_heads(), how)
 
 
 def _allgather(q, k, v, mask, group, *, size, tensor, how, zigzag):
     gather = functools.partial(jax.lax.all_gather, axis_name=TOKENS, axis=1, tiled=True)
-    return _attend_heads(q, gather(k), gather(v), _of_keys(mask, gather), group, tensor, _share(), how)
+    return attend_heads(q, gather(k), gather(v), _of_keys(mask, gather), group, tensor, share_of_heads(), how)
 
 
 def _of_keys(mask: Mask, change) -> Mask:
@@ -121,8 +125,8 @@ def _ulysses(q, k, v, mask, group, *, size, tensor, how, zigzag):
     if size > u:
         k, v = gather(k, far), gather(v, far)
         mask = _of_keys(mask, lambda x: gather(x, far))
-    share = _share() * u + jax.lax.axis_index(TOKENS) % u
-    out = _attend_heads(q, k, v, mask, group, tensor * u, share, how)
+    share = share_of_heads() * u + jax.lax.axis_index(TOKENS) % u
+    out = attend_heads(q, k, v, mask, group, tensor * u, share, how)
     return jax.lax.all_to_all(out, TOKENS, split_axis=1, concat_axis=2, tiled=True, axis_index_groups=near)
 
 
@@ -132,7 +136,7 @@ def _ring_mode(q, k, v, mask, group, *, size, tensor, how, zigzag):
     if group is None:
         return _ring(hops, size, how, q, k, v, mask)
     if tensor > 1:
-        return _ring(hops, size, how, q, k, v, _shift_by_share(mask, group, tensor, _share()))
+        return _ring(hops, size, how, q, k, v, _shift_by_share(mask, group, tensor, share_of_heads()))
     return jnp.concatenate([_ring(hops, size, how, q[:, :, heads], k[:, :, shared], v[:, :, shared],
                                   mask.replace(group=group, shift=shift))
                             for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)], axis=2)
@@ -225,7 +229,7 @@ def _halo(q, k, v, mask, group, *, size, tensor, how, zigzag):
     T = q.shape[1]
     if tensor > 1:
         reach = max(halo_size(T, size, window=mask.window, group=group, shift=shift) for shift in (0, group // 2))
-        return _with_halo(q, k, v, _shift_by_share(mask, group, tensor, _share()), size, how, reach)
+        return _with_halo(q, k, v, _shift_by_share(mask, group, tensor, share_of_heads()), size, how, reach)
     return jnp.concatenate([_with_halo(q[:, :, heads], k[:, :, shared], v[:, :, shared],
                                        mask.replace(group=group, shift=shift), size, how)
                             for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)], axis=2)
@@ -243,13 +247,18 @@ def _extended(k, v, mask, size, reach):
     """k, v and the mask with the last `reach` tokens of the device before in front."""
     if reach == 0:
         return k, v, mask
-    last = jax.lax.axis_index(TOKENS) == 0   # the first device has none before it: what comes round is never seen
+    last = jax.tree.map(lambda x: x[:, -reach:], (k, v, mask.k_index, mask.k_segments, mask.anchors))
+    k, v, k_index, k_segments, anchors = jax.tree.map(
+        lambda before, own: jnp.concatenate([before, own], axis=1), from_before(last, size),
+        (k, v, mask.k_index, mask.k_segments, mask.anchors))
+    return k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors)
 
-    def extend(x):
-        return jnp.concatenate([_pass_on(x[:, -reach:], size), x], axis=1)
-    mask = _of_keys(mask, extend)
-    outside = (jnp.arange(mask.k_index.shape[1]) < reach) & last
-    return extend(k), extend(v), mask.replace(k_index=jnp.where(outside, NEVER, mask.k_index))
+
+def from_before(last, size):
+    """(k, v, k_index, ...) of the device before, given one's own to pass on. The first device has none before it: what
+    comes round to it is never seen."""
+    k, v, k_index, *rest = _pass_on(last, size)
+    return k, v, jnp.where(jax.lax.axis_index(TOKENS) == 0, NEVER, k_index), *rest
 
 
 def _with_anchors(q, k, v, mask, size, how, reach):

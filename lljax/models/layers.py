@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lljax.attention import Mask, attend_parallel
+from lljax.attention import Mask, attend_parallel, attend_tile, first_halo, tile_reach
+from lljax.attention.mask import NEVER
 from lljax.models.declare import declare
-from lljax.models.memory import EVERYTHING, tiled
+from lljax.models.memory import EVERYTHING, cuts, in_tiles, tiled
 from lljax.models.rope import rotate
 from lljax.models.spec import DecoderSpec
 
@@ -25,6 +26,11 @@ class AttentionPattern:
     window: int = 0                          # tokens, for window
     anchors: int = 0                         # first tokens of each document, for window
     markers: tuple[int, ...] = ()            # token ids that are anchors wherever they stand, for window
+
+    @property
+    def groups(self) -> int | None:
+        """Tokens of a group, None where the row is not cut into groups."""
+        return self.group if self.kind == "shifted" else None
 
 
 class RMSNorm(nnx.Module):
@@ -82,8 +88,7 @@ class Attention(nnx.Module):
         if cache is not None:
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                                  for old, new in zip(cache, (k, v)))
-        group = pattern.group if pattern.kind == "shifted" else None
-        out = attend_parallel(q, k, v, mask, scale=self.H ** -0.5, group=group, layout=layout)
+        out = attend_parallel(q, k, v, mask, scale=self.H ** -0.5, group=pattern.groups, layout=layout)
         return out.reshape(*out.shape[:2], -1), cache
 
 
@@ -109,14 +114,36 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(spec, f"{hf}.mlp")
 
     def __call__(self, x, rotation, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
-        def before(x, key):
-            return self.self_attn.heads(self.input_layernorm(x), key)
-
-        def after(xs, key):
-            x, mixed = xs
-            x = x + self.self_attn.o_proj(mixed, key)
-            return x + self.mlp(self.post_attention_layernorm(x), key)
-
-        q, k, v = tiled(before, x, dropout_key, memory, layout)
+        if cache is None and cuts(x.shape[1], memory, layout):
+            reach = tile_reach(x.shape[1], mask, pattern.groups, memory.tile, layout)
+            if reach is not None:
+                return self._streamed(x, rotation, mask, pattern, layout, memory, reach, dropout_key), None
+        q, k, v = tiled(self._before, x, dropout_key, memory, layout)
         mixed, cache = self.self_attn.mix(q, k, v, rotation, mask, pattern, layout, cache, start)
-        return tiled(after, (x, mixed), dropout_key, memory, layout), cache
+        return tiled(self._after, (x, mixed), dropout_key, memory, layout), cache
+
+    def _before(self, x, key):
+        return self.self_attn.heads(self.input_layernorm(x), key)
+
+    def _after(self, xs, key):
+        x, mixed = xs
+        x = x + self.self_attn.o_proj(mixed, key)
+        return x + self.mlp(self.post_attention_layernorm(x), key)
+
+    def _streamed(self, x, rotation, mask, pattern, layout, memory, reach, key):
+        """The whole layer a tile at a time, each over its own keys and those of the `reach` tokens before it: of a row,
+        nothing but the layer's input and output exists at one time."""
+        def tile(halo, xs, key):
+            x, rotation, mask, real = xs
+            q, k, v = self._before(x, key)
+            mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
+            mixed, halo = attend_tile(rotate(q, *rotation), rotate(k, *rotation), v, mask, halo,
+                                      scale=self.self_attn.H ** -0.5, group=pattern.groups, layout=layout)
+            return halo, self._after((x, mixed.reshape(*mixed.shape[:2], -1)), key)
+
+        def keys(x, rotation):
+            _, k, v = self._before(x, key)
+            return rotate(k, *rotation), v
+        halo = first_halo(keys, (x, rotation), mask, reach, layout)
+        real = jnp.ones(x.shape[:2], bool)
+        return in_tiles(tile, halo, (x, rotation, mask, real), key, memory, layout)[1]

@@ -29,20 +29,22 @@ class Memory:
 EVERYTHING = Memory()
 
 
-def recomputed(layer, memory: Memory):
-    """`layer(x, xs) -> (x, ys)` so that its backward pass keeps what `memory` says, and computes the rest again."""
+def recomputed(layer, memory: Memory, name: str = RESIDUAL):
+    """`layer(x, xs) -> (x, ys)` so that its backward pass keeps what `memory` says, and computes the rest again.
+
+    name: of the residual; one `recomputed` inside another needs its own, or the outer one keeps both."""
     if memory.remat == "none":
         return layer
-    saved = SAVED if memory.remat == "attention" else ()
+    saved = _saved(memory)
     if not memory.offload:
         return jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*saved))
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=saved, names_which_can_be_offloaded=[RESIDUAL], offload_src="device",
+        names_which_can_be_saved=saved, names_which_can_be_offloaded=[name], offload_src="device",
         offload_dst="pinned_host")
 
     def named(x, xs):
         # The name must be on a value made inside: what comes in is kept on the device whatever the policy says.
-        return layer(checkpoint_name(x, RESIDUAL), xs)
+        return layer(checkpoint_name(x, name), xs)
     return jax.checkpoint(named, prevent_cse=False, policy=policy)
 
 
@@ -51,7 +53,7 @@ def scan_layers(layer, x, xs, memory: Memory):
     each = memory.layers_per_residual
     if each == 1:
         return jax.lax.scan(recomputed(layer, memory), x, xs)
-    inner = recomputed(layer, dataclasses.replace(memory, offload=False))
+    inner = recomputed(layer, memory, "inner_residual")
 
     def group(x, xs):
         return jax.lax.scan(inner, x, xs)
@@ -61,15 +63,26 @@ def scan_layers(layer, x, xs, memory: Memory):
 
 
 def tiled(f, xs, key, memory: Memory, layout: Layout | None):
-    """f(xs, key) for arrays [B, T, ...] where f acts on each token alone, `memory.tile` tokens at a time.
+    """f(xs, key) for arrays [B, T, ...] where f acts on each token alone, `memory.tile` tokens at a time."""
+    if not cuts(jax.tree.leaves(xs)[0].shape[1], memory, layout):
+        return f(xs, key)
+    return in_tiles(lambda carry, xs, key: (carry, f(xs, key)), None, xs, key, memory, layout)[1]
 
-    Tiles are cut from what each device holds; their inner values are computed again in the backward pass.
+
+def cuts(T: int, memory: Memory, layout: Layout | None) -> bool:
+    """Whether `memory.tile` cuts what a device holds of a row of T tokens."""
+    return 0 < memory.tile < T // _parts(layout)
+
+
+def in_tiles(f, carry, xs, key, memory: Memory, layout: Layout | None):
+    """The last carry, and ys, of f(carry, xs, key) -> (carry, ys) over the tiles of arrays [B, T, ...], first to last.
+
+    Tiles are cut from what each device holds, the last one filled up with zeros; what is inside f is computed again in
+    the backward pass, but for what `memory.remat` keeps of attention.
     """
     B, T = jax.tree.leaves(xs)[0].shape[:2]
-    parts = 1 if layout is None else layout.mesh.shape[TOKENS]
-    local, tile = T // parts, memory.tile
-    if not tile or local <= tile:
-        return f(xs, key)
+    parts, tile = _parts(layout), memory.tile
+    local = T // parts
     tiles = -(-local // tile)
 
     def cut(x):                              # [B, T, ...] -> [tiles, B, parts * tile, ...]
@@ -82,8 +95,17 @@ def tiled(f, xs, key, memory: Memory, layout: Layout | None):
         y = jnp.moveaxis(y.reshape(tiles, B, parts, tile, *y.shape[3:]), 0, 2)
         return y.reshape(B, parts, tiles * tile, *y.shape[4:])[:, :, :local].reshape(B, T, *y.shape[4:])
 
-    def one(operands):
+    def one(carry, operands):
         xs, number = operands
-        return f(xs, None if key is None else jax.random.fold_in(key, number))
-    ys = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (jax.tree.map(cut, xs), jnp.arange(tiles)))
-    return jax.tree.map(join, ys)
+        return f(carry, xs, None if key is None else jax.random.fold_in(key, number))
+    one = jax.checkpoint(one, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*_saved(memory)))
+    carry, ys = jax.lax.scan(one, carry, (jax.tree.map(cut, xs), jnp.arange(tiles)))
+    return carry, jax.tree.map(join, ys)
+
+
+def _parts(layout: Layout | None) -> int:
+    return 1 if layout is None else layout.mesh.shape[TOKENS]
+
+
+def _saved(memory: Memory) -> tuple[str, ...]:
+    return SAVED if memory.remat == "attention" else ()

@@ -107,6 +107,26 @@ def test_what_is_kept_changes_no_gradient():
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4, err_msg=str(memory))
 
 
+@pytest.mark.parametrize("pattern,N,K,memory", [
+    (AttentionPattern("shifted", group=16), 5, 1, Memory("full", True, 2, tile=12)),
+    (AttentionPattern("window", window=10), 6, 2, Memory("attention", tile=17))], ids=["shifted", "window"])
+def test_layers_streamed_in_tiles_change_nothing(pattern, N, K, memory):
+    """Tiles that do not divide the row or the group; packed and padded rows."""
+    graphdef, state = nnx.split(build(N, K))
+    tokens = row(40, B=2)
+    segments = jnp.asarray([[1] * 7 + [2] * 33, [1] * 25 + [0] * 15])
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, 36)), jnp.float32) * (segments > 0)[..., None]
+
+    def gradient(memory):
+        def loss(state):
+            model = nnx.merge(graphdef, state)
+            out = model(tokens, positions=jnp.arange(40)[None].repeat(2, 0), segments=segments, pattern=pattern, memory=memory)
+            return jnp.sum(out * weights)
+        return jax.jit(jax.value_and_grad(loss))(state)
+    for x, y in zip(jax.tree.leaves(gradient(memory)), jax.tree.leaves(gradient(Memory("none"))), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("changes", [{}, {"model_type": "mistral", "sliding_window": 8},
                                      {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
                                       "max_window_layers": 1}])
