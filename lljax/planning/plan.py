@@ -79,7 +79,7 @@ def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: O
     need, program = fit.compile_step(label, parts, batch, stage.pattern, layout)
     seconds = time.monotonic() - began
     collectives = hlo.collective_bytes(program.as_text()) if program else {}
-    counted = flops.of_step(model, config, stage)
+    counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"])
     passes = 2 if config.memory.remat == "none" else 3       # the weights are read forward, again, and backward
     bounds = {"arithmetic": counted.hardware / (target.count * device.flops * options.efficiency),
               "memory": A * passes * need.base * target.count / device.bandwidth,
