@@ -9,15 +9,9 @@ Compiles the real training step of every stage for the real device, with no weig
 
 import logging
 import math
-import os
 import sys
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-               "TF_CPP_MIN_LOG_LEVEL": "2"}
-for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-                    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
-    os.environ.setdefault(name, value)
-
+import off_device  # noqa: F401
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
