@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -57,13 +58,28 @@ def abstract_model(config, hf_config: dict) -> Decoder:
     return model
 
 
+def placed_model(config, hf_config: dict, mesh: Mesh) -> Decoder:
+    """`abstract_model` with the dtype that each value will have and its place on `mesh`: enough to compile with."""
+    model = abstract_model(config, hf_config)
+    for _, variable in declared(model):
+        dtype = jnp.float32 if variable.get_metadata().get("trainable", False) else jnp.dtype(config.model.dtype)
+        variable.set_value(jax.ShapeDtypeStruct(variable.get_value().shape, dtype, sharding=_place(variable, mesh)))
+    return model
+
+
 def build_model(config, base, mesh: Mesh) -> Decoder:
-    """The decoder of a run, with its values on `mesh`: the base's, those of `lora.adapter`, fresh ones elsewhere."""
+    """The decoder of a run, with its values on `mesh`."""
     model = abstract_model(config, base.config)
+    fill(model, config, base, mesh)
+    return model
+
+
+def fill(model: Decoder, config, base, mesh: Mesh) -> None:
+    """Puts the values of a run into its abstract model: the base's, those of `lora.adapter`, fresh ones elsewhere."""
     dtype = jnp.dtype(config.model.dtype)
 
     def shardings(variable):
-        return sharding.weight_sharding(mesh, variable.get_metadata("axes"), variable.get_value().shape)
+        return _place(variable, mesh)
 
     if config.model.init == "pretrained":
         load_weights(model, base, dtype=dtype, shardings=shardings)
@@ -71,7 +87,6 @@ def build_model(config, base, mesh: Mesh) -> Decoder:
         load_adapter(model, config.lora.adapter, shardings=shardings)
     deviation = base.config.get("initializer_range", 0.02)
     initialise(model, config.seed, deviation=deviation, dtype=dtype, shardings=shardings)
-    return model
 
 
 def load_base(base, spec: DecoderSpec, dtype) -> Decoder:
@@ -89,6 +104,8 @@ def mesh_of(mesh, devices=None) -> Mesh:
 def move(model: Decoder, mesh: Mesh) -> None:
     """Moves the values of a model that is at hand onto `mesh`."""
     for _, variable in declared(model):
-        value = variable.get_value()
-        where = sharding.weight_sharding(mesh, variable.get_metadata("axes"), value.shape)
-        variable.set_value(sharding.put(value, where))
+        variable.set_value(sharding.put(variable.get_value(), _place(variable, mesh)))
+
+
+def _place(variable, mesh: Mesh):
+    return sharding.weight_sharding(mesh, variable.get_metadata("axes"), variable.get_value().shape)

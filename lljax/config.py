@@ -73,6 +73,7 @@ def default_config() -> ConfigDict:
     c.memory.layers_per_residual = 1         # keep the residual of every so many layers only, for one more forward pass
     c.memory.tile = 0                        # tokens a device projects and puts through the MLP at a time; 0: all
     c.memory.loss_chunk = 1024               # tokens whose logits exist at one time
+    c.memory.refuse = True                   # stop before the first step where the plan exceeds the device; False: try it
 
     c.alarm = ConfigDict()
     c.alarm.nonfinite = "skip"               # skip | stop: a NaN or Inf gradient (never applied)

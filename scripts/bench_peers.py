@@ -28,15 +28,11 @@ RANK, ALPHA, TARGETS = 8, 16.0, ("q_proj", "v_proj")
 
 def lljax_step(model: str, length: int, attention: str):
     """A function that takes one optimizer step and returns its loss."""
-    from flax import nnx
-
     from lljax.build import build_model, mesh_of
     from lljax.interop.base import open_base
-    from lljax.models import lora
     from lljax.training.curriculum import stages
-    from lljax.training.optimizer import make_optimizer, roles_of
     from lljax.training.placement import place
-    from lljax.training.step import make_step, new_state, step_settings
+    from lljax.training.step import take_apart
 
     c = default_config()
     c.model.path, c.model.dtype = model, "float32"
@@ -45,11 +41,8 @@ def lljax_step(model: str, length: int, attention: str):
     c.optimizer.schedule, c.optimizer.warmup_steps, c.optimizer.beta2 = "constant", 0, 0.999
     mesh = mesh_of(c.mesh)
     base = open_base(c.model.path, c.model.revision)
-    graphdef, trainable, frozen = nnx.split(build_model(c, base, mesh), lora.is_trainable, ...)
-    optimizer = make_optimizer(c.optimizer, 1_000, roles_of(trainable))
-    trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
-    state = new_state(trainable, optimizer, mesh, seed=0, history=c.alarm.history)
-    step = make_step(graphdef, optimizer, step_settings(c), state)
+    parts = take_apart(c, build_model(c, base, mesh), mesh)
+    state = parts.state
     pattern = stages(c.context, ())[0].pattern
     tokens = row(length, base.config["vocab_size"])
     batch = {"tokens": tokens, "targets": np.append(tokens[1:], -100), "segments": np.ones(length),
@@ -58,7 +51,7 @@ def lljax_step(model: str, length: int, attention: str):
 
     def take():
         nonlocal state
-        state, metrics = step(state, frozen, batch, pattern)
+        state, metrics = parts.step(state, parts.frozen, batch, pattern)
         return float(metrics["loss"])
     return take
 

@@ -21,7 +21,7 @@ PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "first:stop, steps to
 
 
 def main(argv) -> None:
-    # A library that was imported above has set logging up its own way.
+    # force: a library that was imported has set up logging already, for warnings alone.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

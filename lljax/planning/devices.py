@@ -50,16 +50,31 @@ def target(name: str) -> Target:
     device = DEVICES[kind]
     if device.platform == "tpu":
         count = count // 2 if kind == "v5p" else count
-        slices = CUBE if kind == "v5p" else FLAT
-        if count not in slices:
-            names = ", ".join(f"{kind}-{chips * (2 if kind == 'v5p' else 1)}" for chips in slices)
+        if count not in _slices(device):
+            names = ", ".join(sized(device, chips).name for chips in _slices(device))
             raise ConfigError(f"--device={name}: there is no such slice; there are {names}")
     return Target(name, device, count)
 
 
+def counts(device: Device) -> tuple[int, ...]:
+    """The numbers of devices of a kind that can be had, ascending."""
+    return tuple(_slices(device)) if device.platform == "tpu" else (1, 2, 4, 8, 16, 32, 64)
+
+
+def sized(device: Device, count: int) -> Target:
+    """`count` devices of a kind, by the name that `target` reads."""
+    if device.platform == "tpu":
+        return Target(f"{device.name}-{count * (2 if device.name == 'v5p' else 1)}", device, count)
+    return Target(f"{device.name}:{count}", device, count)
+
+
+def _slices(device: Device) -> dict:
+    return CUBE if device.name == "v5p" else FLAT
+
+
 def _topology(target: Target):
     if target.device.platform == "tpu":
-        shape = (CUBE if target.device.name == "v5p" else FLAT)[target.count]
+        shape = _slices(target.device)[target.count]
         # The compiler describes whole hosts of four chips or more; a single chip is a host cut down to one.
         options = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if target.count == 1 else {}
         return topologies.get_topology_desc(platform="tpu", topology_name=f"{target.device.name}:{shape}", **options)

@@ -26,11 +26,12 @@ def visible_pairs(pattern, T: int, window: int | None = None) -> float:
     return W * (W + 1) / 2 + (T - W) * W + (T - W) * anchors
 
 
-def of_step(model, config, stage) -> Flops:
-    """Of one optimizer step on all devices. `model` may be abstract, with its trainable Variables marked."""
-    spec, T = model.spec, stage.length
+def of_step(model, config, stage, *, parts: int = 1) -> Flops:
+    """Of one optimizer step on all devices. `model` may be abstract, with its trainable Variables marked. parts: devices that
+    a row is spread over."""
+    spec, T, memory = model.spec, stage.length, config.memory
     rows = config.training.rows * config.training.accumulate
-    forward = backward = 0.0                 # per token, in the layers
+    forward = backward = last = 0.0          # per token, in the layers
     head = trained_head = 0.0
     for _, variable in declared(model):
         role, shape = variable.get_metadata("role"), variable.get_value().shape
@@ -39,13 +40,20 @@ def of_step(model, config, stage) -> Flops:
         if role in ("kernel", "lora_a", "lora_b"):
             forward += size
             backward += size * (2 if trains else 1)          # of the input, and of the weight where it trains
+            last += size if "down_proj.weight" in variable.get_metadata("hf") else 0.0
         elif role == "head" or (role == "embed" and model.lm_head is None):
             head, trained_head = size, size if trains else 0.0
     pairs = sum(visible_pairs(stage.pattern, T, window) for window in spec.windows) * spec.N * spec.H
     attention = 4 * pairs                    # scores and their product with the values, forward
     model_flops = rows * (T * (forward + backward + 2 * head + trained_head) + 3 * attention)
-    again = 0.0 if config.memory.remat == "none" else T * forward + (0 if config.memory.remat == "attention" else attention)
-    if config.memory.layers_per_residual > 1:
+    # A tile computes its inner values again, attention among them where the tile holds a whole layer; with remat that is the
+    # only time. No gradient needs the value of a layer's last product.
+    again, tiled = 0.0, 0 < memory.tile < T // parts
+    if memory.remat != "none" or tiled:
+        again = T * (forward - last)
+    if memory.remat == "full" or (memory.remat == "none" and tiled and (stage.pattern.kind != "full" or any(spec.windows))):
+        again += attention
+    if memory.layers_per_residual > 1:
         again += T * forward + attention
     # Flash attention's backward pass computes the scores once more.
     hardware = model_flops + rows * (again + attention / 2)

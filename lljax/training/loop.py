@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from rich.progress import track
 
-from lljax.build import build_model, mesh_of, move
+from lljax.build import fill, mesh_of, move, placed_model
 from lljax.config import get, total_steps, validate
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.tokens import prepare
@@ -20,18 +20,17 @@ from lljax.devices import of_kind
 from lljax.distributed import first, first_then_others, from_all, wait
 from lljax.errors import ConfigError, NumericAbort, Stopped
 from lljax.interop.base import open_base, tokenizer_fingerprint
-from lljax.models import lora
 from lljax.models.decoder import FULL
-from lljax.training import flops
+from lljax.training import fit, flops
 from lljax.training.checkpoint import Checkpoints, abstract, check_identity
 from lljax.training.curriculum import Stage, stages
 from lljax.training.monitor import Monitor, read_metrics
-from lljax.training.optimizer import learning_rate, make_optimizer, roles_of
-from lljax.training.placement import check_rows, layout_of, place, row_share, rows_of_share
+from lljax.training.optimizer import learning_rate
+from lljax.training.placement import abstract_batch, check_rows, layout_of, place, row_share, rows_of_share
 from lljax.training.profile import Tracer, waiting_for_data
 from lljax.training.report import write_report
 from lljax.training.signals import StopRequest
-from lljax.training.step import from_items, make_evaluate, make_step, new_state, step_settings, to_items
+from lljax.training.step import from_items, make_evaluate, step_settings, take_apart, to_items
 
 # What a resumed run must have in common with its beginning, so that it ends as if it had not been interrupted.
 IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "context", "lora", "data.packing", "data.overlong",
@@ -81,28 +80,25 @@ def _train(config, workdir: Path, model, profile_steps: range | None, stop: Stop
     _write_json(workdir / "data_statistics.json",
                 {"train": documents.train.statistics(), "valid": documents.valid.statistics()})
 
-    # ---------------------------------------------------------------- model, optimizer
-    if model is None:
-        model = build_model(config, base, mesh)
-    else:
+    # ---------------------------------------------------------------- model and optimizer, in outline
+    at_hand = model is not None
+    if at_hand:
         move(model, mesh)
-    spec = model.spec
+    else:
+        model = placed_model(config, base.config, mesh)
+    parts, spec = take_apart(config, model, mesh), model.spec
     layouts = [layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, spec, **_facts(config, mesh))
                for stage in curriculum]
     for stage, (layout, reason) in zip(curriculum, layouts):
         if layout is not None:
             logging.info("stage %s: context parallelism %s, %s", stage.label, layout.context_parallel, reason)
-    arithmetic = [flops.of_step(model, config, stage).model for stage in curriculum]
-    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
-    optimizer = make_optimizer(config.optimizer, total_steps(config), roles_of(trainable))
-    trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
-    state = new_state(trainable, optimizer, mesh, seed=config.seed, history=config.alarm.history)
-    settings = step_settings(config)
-    step_fn, evaluate = make_step(graphdef, optimizer, settings, state), make_evaluate(graphdef, settings)
+    evaluate = make_evaluate(parts.graphdef, step_settings(config))
     rate = learning_rate(config.optimizer, total_steps(config))
-    counts = {"parameters": _size(trainable) + _size(frozen), "trainable": _size(trainable)}
+    trainable = _size(parts.state.trainable)
+    counts = {"parameters": trainable + _size(parts.frozen), "trainable": trainable}
     kind = mesh.devices.flat[0].device_kind
     device = of_kind(kind)
+    arithmetic = [flops.of_step(model, config, stage, parts=mesh.shape["sequence"]).model for stage in curriculum]
     logging.info("%s: %s parameters, %s trainable, on %d x %s", config.model.path, f"{counts['parameters']:,}",
                  f"{counts['trainable']:,}", mesh.devices.size, kind)
     _write_json(workdir / "run.json", counts | {"devices": mesh.devices.size, "device": kind})
@@ -112,13 +108,22 @@ def _train(config, workdir: Path, model, profile_steps: range | None, stop: Stop
                 **_flat({field: get(config, field) for field in IDENTITY})}
     checkpoints = Checkpoints(workdir, every_steps=config.checkpoint.every_steps,
                               every_minutes=config.checkpoint.every_minutes, keep=config.checkpoint.keep)
-    step, loader_state = 0, None
+    step, loader_state, state = 0, None, None
     if begun := checkpoints.identity():
         check_identity(begun, identity)
-        if restored := checkpoints.restore(jax.tree.map(abstract, to_items(state))):
+        if restored := checkpoints.restore(jax.tree.map(abstract, to_items(parts.state))):
             step, items, loader_state = restored
             state = from_items(items)
             logging.info("resumed at step %d", step)
+
+    # ---------------------------------------------------------------- plan, and then weights
+    programs = _compile(parts, config, mesh, spec.L, [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts)
+                                                      if step < stage.stop])
+    if not at_hand:
+        fill(model, config, base, mesh)
+        parts = take_apart(config, model, mesh)
+    graphdef, frozen, state = parts.graphdef, parts.frozen, state or parts.state
+    del model, parts                         # a resumed run does not keep its first values
 
     # ---------------------------------------------------------------- steps
     def save(wait=False):
@@ -153,14 +158,14 @@ def _train(config, workdir: Path, model, profile_steps: range | None, stop: Stop
             loader = _loader(documents.train, config, stage, mesh)
             if loader_state and loader_state["stage"] == stage.number:
                 loader.set_state(loader_state["state"])
-            batch, compiles = next(loader), True
+            batch = next(loader)
             tokens = config.training.rows * config.training.accumulate * stage.length
             while step < stage.stop:
                 loader_state = {"stage": stage.number, "state": loader.get_state()}
                 began, waited = time.monotonic(), 0.0
-                with tracer.step(step + 1, compiles=compiles):
+                with tracer.step(step + 1):
                     placed = place(batch, config.training.accumulate, mesh, layout)
-                    state, metrics = step_fn(state, frozen, placed, stage.pattern, layout)
+                    state, metrics = programs[stage.number](state, frozen, placed)
                     if step + 1 < stage.stop:
                         asked = time.monotonic()
                         with waiting_for_data():
@@ -172,8 +177,6 @@ def _train(config, workdir: Path, model, profile_steps: range | None, stop: Stop
                 speed = {"tokens_per_second": tokens / seconds, "seconds": seconds, "data_seconds": waited}
                 if device:
                     speed["mfu"] = arithmetic[stage.number] / (seconds * mesh.devices.size * device.flops)
-                if compiles:
-                    speed["compile"], compiles = True, False
                 monitor.step({"step": step + 1, "stage": stage.number, "length": stage.length,
                               "attention": stage.pattern.kind, "learning_rate": float(rate(step)), **metrics, **speed})
                 step += 1
@@ -201,6 +204,22 @@ def _train(config, workdir: Path, model, profile_steps: range | None, stop: Stop
         write_report(workdir)
     wait()
     return nnx.merge(graphdef, state.trainable, frozen)
+
+
+def _compile(parts, config, mesh, L: int, remaining: list) -> dict:
+    """The compiled step of each of the `remaining` (stage, layout), by the stage's number. Logs what they need of a device,
+    and refuses those that cannot fit."""
+    needs, programs = [], {}
+    for stage, layout in remaining:
+        batch = abstract_batch(config.training.accumulate, config.training.rows, stage.length, mesh)
+        need, programs[stage.number] = fit.compile_step(stage.label, parts, batch, stage.pattern, layout)
+        needs.append(need)
+    memory, host = fit.capacity(mesh)
+    if needs:                                # none where the run is over
+        logging.info(fit.as_text(fit.table(needs, memory, host, f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, "
+                                           f"{memory / fit.GiB:.2f} GiB")))
+    fit.check(needs, memory, host, config, L)
+    return programs
 
 
 def _trouble(metrics: dict) -> str:

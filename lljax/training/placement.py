@@ -66,6 +66,12 @@ def check_rows(rows: int, mesh) -> None:
                           f"mesh.fsdp: use a multiple such as {-(-rows // devices) * devices}")
 
 
+def abstract_batch(accumulate: int, rows: int, length: int, mesh) -> dict:
+    """The batches [A, B, T] that `place` makes, as `jax.ShapeDtypeStruct`s."""
+    shape = jax.ShapeDtypeStruct((accumulate, rows, length), np.int32, sharding=batch_sharding(mesh, 3))
+    return dict.fromkeys(("tokens", "targets", "segments", "positions", "index"), shape)
+
+
 def place(batch: dict, accumulate: int, mesh, layout: Layout | None) -> dict:
     """This process' rows, int32 [A * B_local, T] each, as its part of the global batch [A, B, T]; with `index`, the
     places of the tokens in their rows."""

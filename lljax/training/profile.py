@@ -13,7 +13,7 @@ from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation, Trace
 
 from lljax.errors import ConfigError
 
-STEP, COMPILED_STEP, DATA = "train", "train, compiled", "data"  # names of the loop's own marks in a trace
+STEP, DATA = "train", "data"                 # names of the loop's own marks in a trace
 # A collective by the compiler's name, by that of the JAX primitive it came from, or by that of the NCCL kernel.
 COLLECTIVE = re.compile(r"%?(ragged-)?(all[-_](gather|reduce|to[-_]all)|reduce[-_]scatter|collective[-_](permute|broadcast)|"
                         r"async-collective-(start|done)|psum|pmax|pmin|ppermute|nccl)", re.IGNORECASE)
@@ -57,14 +57,14 @@ class Tracer:
         if self._tracing:                    # the run ended among the steps
             self._stop()
 
-    def step(self, number: int, *, compiles: bool):
-        """A context for a step; compiles: the program is made in it, so that its time says nothing of others."""
+    def step(self, number: int):
+        """A context for a step."""
         if number in self._steps and not self._tracing:
             options = ProfileOptions()
             options.python_tracer_level = 0  # it slows the host down, and the loop has its own marks
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._tracing = True
-        return StepTraceAnnotation(COMPILED_STEP if compiles else STEP, step_num=number)
+        return StepTraceAnnotation(STEP, step_num=number)
 
     def done(self, number: int) -> None:
         """Ends the trace after its last step."""
@@ -77,7 +77,7 @@ class Tracer:
         found = breakdown(max(self._folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime))
         logging.info("trace of steps %d to %d: tensorboard --logdir %s", self._steps[0], self._steps[-1], self._folder)
         if found is None:
-            logging.warning("no step without compilation was traced: choose later ones for a breakdown")
+            logging.warning("the trace holds no whole step")
             return
         logging.info("a step of %.3f s: %s", found.seconds, ", ".join(
             f"{name} {seconds / found.seconds:.1%}" for name, seconds in found.parts().items()))
@@ -112,7 +112,7 @@ class Breakdown:
 
 
 def breakdown(path: Path) -> Breakdown | None:
-    """Reads a trace (an XSpace protocol buffer); None where it has no step of which no part is compilation."""
+    """Reads a trace (an XSpace protocol buffer); None where it has no whole step."""
     steps, reading, work, waits = {}, [], defaultdict(list), defaultdict(list)
     for plane in ProfileData.from_file(str(path)).planes:
         for line in plane.lines:

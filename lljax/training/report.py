@@ -26,7 +26,6 @@ COMMANDS = (
     ("Talk to it", "python scripts/generate.py --workdir={run} --prompt='...'"),
     ("Serve the merged model", "vllm serve {run}/export/merged --max-model-len {length}"),
 )
-SPEEDS = ("tokens_per_second", "mfu")        # say nothing of a step whose program was made in it
 MOST_EVALUATIONS = 40                        # the newest, in the table of those while training
 UNKNOWN, NUMBER = "&#8211;", " class='number'"
 
@@ -102,7 +101,7 @@ def _summary(config: dict, run: dict, steps: list[dict]) -> str:
         losses = losses[np.isfinite(losses)][-20:]
         facts.append(("trained tokens", compact(tokens), f"{tokens:,.0f} predicted"))
         facts.append(("time in steps", duration(np.nansum(_column(steps, "seconds"))), ""))
-        if (mfu := _usual(steps, "mfu")).size:
+        if (mfu := _finite_values(steps, "mfu")).size:
             facts.append(("MFU", f"{100 * np.median(mfu):.3g}%", "of the peak in bfloat16, median"))
         if len(losses):
             facts.append(("loss at the end", _figures(float(losses.mean())),
@@ -123,7 +122,6 @@ def _curves(steps: list[dict], evaluations: list[dict]) -> str:
         return "<p>No step was recorded yet.</p>"
     x, stage = _column(steps, "step"), _stages(steps)
     bands, held, marks = _bands(steps, stage), _held_out(evaluations), _marks(steps)
-    compiled = np.array([bool(r.get("compile")) for r in steps])
     window = min(101, max(5, len(steps) // 50 | 1))
     figures = []
     for name, title, options in (
@@ -132,10 +130,8 @@ def _curves(steps: list[dict], evaluations: list[dict]) -> str:
             ("tokens_per_second", "Tokens per second", {"from_zero": True}),
             ("mfu", "Model FLOPs utilisation", {"from_zero": True})):
         y = _column(steps, name)
-        if name in SPEEDS:
-            y = np.where(compiled, np.nan, y)
-            if name == "mfu" and not np.isfinite(y).any():   # the devices' peak is not known
-                continue
+        if name == "mfu" and not np.isfinite(y).any():   # the devices' peak is not known
+            continue
         if name == "learning_rate":
             lines, legend, readings = [Line(x, y, "smooth")], [], {title.lower(): Line(x, y, "raw")}
         else:
@@ -150,9 +146,7 @@ def _curves(steps: list[dict], evaluations: list[dict]) -> str:
                        if any(mark.kind == kind for mark in marks)]
         chart = charts.line_chart(title, lines, bands=bands, readings=readings, **options)
         missing = len(y) - int(np.isfinite(y).sum())
-        if name in SPEEDS and compiled.any():
-            legend.append(("", f"without {compiled.sum():,} steps that compiled"))
-        elif missing:
+        if missing:
             legend.append(("", f"{missing:,} of {len(y):,} steps not finite"))
         figures.append(_figure(chart, legend) if chart else _figure(f"<p>{title}: no value to draw</p>", legend[-1:]))
     return f"<div class='charts'>{''.join(figures)}</div>"
@@ -200,7 +194,7 @@ def _held_out(evaluations: list[dict]) -> list[Line]:
 # -------------------------------------------------------------------- time
 def _time(steps: list[dict], profile: dict) -> str:
     """What a trace says of a step, and without one what the loop measured: how long the devices waited for data."""
-    waited, seconds = _usual(steps, "data_seconds"), _usual(steps, "seconds")
+    waited, seconds = _finite_values(steps, "data_seconds"), _finite_values(steps, "seconds")
     said = ""
     if waited.size and seconds.sum():
         said = (f"<p>Waiting for data: {waited.sum() / seconds.sum():.1%} of the time in steps, the longest "
@@ -219,9 +213,9 @@ def _time(steps: list[dict], profile: dict) -> str:
     return said + _tables([table]) + f"<div class='charts'>{_figure(chart, legend)}</div>"
 
 
-def _usual(steps: list[dict], name: str) -> np.ndarray:
-    """The finite values of a field in the steps that did not compile."""
-    y = _column([record for record in steps if not record.get("compile")], name)
+def _finite_values(steps: list[dict], name: str) -> np.ndarray:
+    """The finite values of a field."""
+    y = _column(steps, name)
     return y[np.isfinite(y)]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,14 @@ import optax
 from flax import nnx
 
 from lljax.compiler_flags import compiler_options
+from lljax.config import total_steps
 from lljax.data.packing import IGNORED
+from lljax.models import lora
 from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
 from lljax.sharding import Layout, put, replicated
 from lljax.training.loss import cross_entropy
+from lljax.training.optimizer import make_optimizer, roles_of
 
 
 @jax.tree_util.register_dataclass
@@ -54,25 +58,35 @@ def step_settings(config) -> StepSettings:
                         config.data.packing, config.alarm.spike != "warn", config.alarm.spike_z)
 
 
-def new_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mesh, *, seed: int,
-              history: int) -> TrainState:
-    """The state before the first step: the optimizer's moments lie where their leaves do, the rest on every device."""
-    state = _first_state(trainable, optimizer, seed, history)
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model taken apart for training. step: see make_step. State and frozen weights are abstract where the model is."""
+
+    graphdef: nnx.GraphDef
+    state: TrainState
+    frozen: nnx.State
+    step: Callable
+
+
+def take_apart(config, model: nnx.Module, mesh) -> Parts:
+    """What a run steps with: the state before its first step, the weights that stay, and the step."""
+    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
+    optimizer = make_optimizer(config.optimizer, total_steps(config), roles_of(trainable))
+    trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
+    state = _first_state(trainable, optimizer, mesh, config.seed, config.alarm.history)
+    return Parts(graphdef, state, frozen, make_step(graphdef, optimizer, step_settings(config), state))
+
+
+def _first_state(trainable, optimizer, mesh, seed: int, history: int) -> TrainState:
+    """The optimizer's moments lie where their leaves do, the rest on every device."""
+    def first(trainable):
+        return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
+                          jnp.full(history, jnp.nan), jnp.int32(0))
     where = _where(trainable, mesh)
-    return jax.tree_util.tree_map_with_path(lambda path, x: put(x, where(path)), state)
-
-
-def abstract_state(trainable: nnx.State, optimizer: optax.GradientTransformation, mesh, *, history: int) -> TrainState:
-    """`new_state` as `jax.ShapeDtypeStruct`s with shardings, of a `trainable` of such."""
-    state = jax.eval_shape(lambda trainable: _first_state(trainable, optimizer, 0, history), trainable)
-    where = _where(trainable, mesh)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(path)), state)
-
-
-def _first_state(trainable, optimizer, seed: int, history: int) -> TrainState:
-    return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
-                      jnp.full(history, jnp.nan), jnp.int32(0))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(path)), jax.eval_shape(first, trainable))
+    return jax.tree_util.tree_map_with_path(lambda path, x: put(x, where(path)), first(trainable))
 
 
 def _where(trainable, mesh):

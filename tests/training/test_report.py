@@ -157,13 +157,6 @@ def test_the_script_writes_it_and_refuses_a_folder_without_a_run(tmp_path):
     assert refused.returncode == 2 and "no run was started there" in refused.stderr and refused.stderr.count("\n") == 1
 
 
-def test_steps_that_compiled_are_left_out_of_the_speeds(tmp_path):
-    slow = {"seconds": 100.0, "tokens_per_second": 1.0, "mfu": 0.001, "data_seconds": 0.0, "compile": True}
-    steps = [record(1, **slow)] + [record(s, mfu=0.4, data_seconds=0.25) for s in range(2, 6)]
-    text = page(tmp_path, steps)
-    assert "<dd>40%</dd>" in text and "without 1 steps that compiled" in text and "25.0% of the time in steps" in text
-
-
 def test_a_trace_shows_as_a_bar_of_parts_that_make_up_the_step(tmp_path):
     profile = {"steps": [20, 21, 22], "devices": 8, "seconds": 2.0, "computing": 1.2, "collectives": 0.5, "data": 0.1,
                "hidden": 0.3}
