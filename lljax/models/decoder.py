@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
 
             whole = layers == slice(0, self.spec.L)
             xs = (weights, keys, kv) if whole else jax.tree.map(lambda a: a[layers], (weights, keys, kv))
-            x, kv_out = scan_layers(layer, x, xs, memory)
+            x, kv_out = scan_layers(layer, x, xs, memory, layout)
             out.append(kv_out)
         x = self.norm(x)
         if cache is None:

@@ -1,15 +1,17 @@
 """What the backward pass keeps, where it keeps it, and how much of a layer exists at one time."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lljax.attention.attend import SAVED
-from lljax.sharding import TOKENS, Layout
+from lljax.sharding import ROWS, TOKENS, Layout
 
 RESIDUAL = "residual"
+MOST_AT_ONCE = 2 ** 31                       # bytes; the TPU compiler aborts on a copy of 4 GiB to the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Memory:
 EVERYTHING = Memory()
 
 
-def recomputed(layer, memory: Memory, name: str = RESIDUAL):
+def recomputed(layer, memory: Memory, *, name: str = RESIDUAL, pieces: int = 1):
     """`layer(x, xs) -> (x, ys)` so that its backward pass keeps what `memory` says, and computes the rest again.
 
-    name: of the residual; one `recomputed` inside another needs its own, or the outer one keeps both."""
+    name: of the residual; one `recomputed` inside another needs its own, or the outer one keeps both. pieces: in which a
+    residual goes to the host.
+    """
     if memory.remat == "none":
         return layer
     saved = _saved(memory)
@@ -44,21 +48,24 @@ def recomputed(layer, memory: Memory, name: str = RESIDUAL):
 
     def named(x, xs):
         # The name must be on a value made inside: what comes in is kept on the device whatever the policy says.
-        return layer(checkpoint_name(x, name), xs)
+        parts = jnp.array_split(x, pieces, axis=-1)
+        return layer(jnp.concatenate([checkpoint_name(part, name) for part in parts], axis=-1), xs)
     return jax.checkpoint(named, prevent_cse=False, policy=policy)
 
 
-def scan_layers(layer, x, xs, memory: Memory):
+def scan_layers(layer, x, xs, memory: Memory, layout: Layout | None):
     """`jax.lax.scan(layer, x, xs)` over the layers of a stack."""
     each = memory.layers_per_residual
+    devices = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in (*ROWS, TOKENS))
+    pieces = -(-x.size * x.dtype.itemsize // (devices * MOST_AT_ONCE))
     if each == 1:
-        return jax.lax.scan(recomputed(layer, memory), x, xs)
-    inner = recomputed(layer, memory, "inner_residual")
+        return jax.lax.scan(recomputed(layer, memory, pieces=pieces), x, xs)
+    inner = recomputed(layer, memory, name="inner_residual", pieces=pieces)
 
     def group(x, xs):
         return jax.lax.scan(inner, x, xs)
     grouped = jax.tree.map(lambda a: a.reshape(-1, each, *a.shape[1:]), xs)
-    x, ys = jax.lax.scan(recomputed(group, dataclasses.replace(memory, remat="full")), x, grouped)
+    x, ys = jax.lax.scan(recomputed(group, dataclasses.replace(memory, remat="full"), pieces=pieces), x, grouped)
     return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
 
 

@@ -18,7 +18,8 @@ def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: D
     """The layout of rows of `length` tokens under `pattern`, None on the one device of this process; and the reason for
     its mode.
 
-    wanted: `mesh.context_parallel`. memory: bytes of a device; gathered keys and values may take an eighth of it.
+    wanted: `mesh.context_parallel`. memory: bytes of a device; gathered keys and values may take a sixteenth of it: with their
+    gradients and copies in the order of a kernel they exist some five times.
 
     Raises:
       ConfigError: the rows or the heads do not spread over the mesh, or the wanted mode cannot serve the pattern.
@@ -37,7 +38,7 @@ def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: D
                           f"mesh.tensor={tensor}: use a multiple such as {-(-length // multiple) * multiple}")
     windows = [min((w for w in (window, pattern.window or None) if w), default=None) for window in spec.windows]
     mode, balanced, reason = choose(wanted, T=length, size=sequence, tensor=tensor, N=spec.N, K=spec.K, H=spec.H,
-                                    group=pattern.group or None, windows=windows, bytes_per=bytes_per, room=memory / 8)
+                                    group=pattern.group or None, windows=windows, bytes_per=bytes_per, room=memory / 16)
     return Layout(mesh, mode, balanced), reason
 
 
