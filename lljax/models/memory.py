@@ -11,7 +11,6 @@ from lljax.attention.attend import SAVED
 from lljax.sharding import ROWS, TOKENS, Layout
 
 RESIDUAL = "residual"
-MOST_AT_ONCE = 2 ** 31                       # bytes; the TPU compiler aborts on a copy of 4 GiB to the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,7 @@ def recomputed(layer, memory: Memory, *, name: str = RESIDUAL, pieces: int = 1):
 def scan_layers(layer, x, xs, memory: Memory, layout: Layout | None):
     """`jax.lax.scan(layer, x, xs)` over the layers of a stack."""
     each = memory.layers_per_residual
-    devices = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in (*ROWS, TOKENS))
-    pieces = -(-x.size * x.dtype.itemsize // (devices * MOST_AT_ONCE))
+    pieces = _pieces(x, layout)
     if each == 1:
         return jax.lax.scan(recomputed(layer, memory, pieces=pieces), x, xs)
     inner = recomputed(layer, memory, name="inner_residual", pieces=pieces)
@@ -67,6 +65,15 @@ def scan_layers(layer, x, xs, memory: Memory, layout: Layout | None):
     grouped = jax.tree.map(lambda a: a.reshape(-1, each, *a.shape[1:]), xs)
     x, ys = jax.lax.scan(recomputed(group, dataclasses.replace(memory, remat="full"), pieces=pieces), x, grouped)
     return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
+
+
+def _pieces(x, layout: Layout | None) -> int:
+    """In how many pieces a residual goes to the host: the TPU's compiler aborts on a copy of 4 GiB. Elsewhere in one, for
+    putting it together again costs memory."""
+    if (jax.default_backend() if layout is None else layout.platform) != "tpu":
+        return 1
+    devices = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in (*ROWS, TOKENS))
+    return -(-x.size * x.dtype.itemsize // (devices * 2 ** 31))
 
 
 def tiled(f, xs, key, memory: Memory, layout: Layout | None):

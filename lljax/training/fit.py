@@ -45,7 +45,7 @@ def compile_step(label: str, parts, batch: dict, pattern, layout) -> tuple[Need,
         program = parts.step.lower(parts.state, parts.frozen, batch, pattern, layout).compile()
     except jax.errors.JaxRuntimeError as error:
         # The TPU compiler refuses what does not fit, and says by how much.
-        used = re.search(r"Used ([\d.]+)([GM]) of|([\d.]+)([GM]) exceeds", str(error))
+        used = re.search(r"Used ([\d.]+)([GM]) of|([\d.]+)([GM])\)? exceeds", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
         size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
