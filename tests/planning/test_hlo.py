@@ -23,6 +23,29 @@ def test_a_gather_inside_a_loop_counts_as_often_as_it_runs():
     assert seen["all-reduce"] == 2 * 4
 
 
+def test_a_tpu_collective_that_goes_on_beside_other_work_counts_once():
+    text = """
+%fused_computation.1 (p: bf16[1,8,64]) -> (bf16[1,8,64], bf16[1,64,64]) {
+  %all-gather.1 = bf16[1,64,64]{2,1,0} all-gather(%p), channel_id=3, dimensions={1}
+}
+
+%async_collective_fusion.2 (p: bf16[1,8,64]) -> (bf16[1,8,64], bf16[1,64,64]) {
+  %all-gather.2 = bf16[1,64,64]{2,1,0} all-gather(%p), channel_id=3, dimensions={1}
+}
+
+%fused_computation.3 (p: bf16[1,8,64]) -> bf16[1,64,64] {
+  %all-gather.3 = bf16[1,64,64]{2,1,0} all-gather(%p), channel_id=3, dimensions={1}
+}
+
+ENTRY %main (p: bf16[1,8,64]) -> bf16[1,64,64] {
+  %async-collective-start.7 = (bf16[1,8,64], bf16[1,64,64]) fusion(%p), kind=kCustom, calls=%fused_computation.1
+  %fusion.8 = (bf16[4,4], bf16[1,8,64]) fusion(%async-collective-start.7), kind=kOutput, calls=%async_collective_fusion.2
+  ROOT %async-collective-done.9 = bf16[1,64,64] fusion(%fusion.8), kind=kCustom, calls=%fused_computation.3
+}
+"""
+    assert collective_bytes(text) == {"all-gather": 64 * 64 * 2}
+
+
 def test_the_loop_of_a_tpu_program_is_read_from_its_condition():
     text = """
 %body (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
