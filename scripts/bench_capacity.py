@@ -52,7 +52,7 @@ ROWS = (
     Row("a10-24g", 64 * K, "full", find=True),
     Row("v5e-8", 512 * K, "full"),
     Row("v5e-8", 1 * M, "shifted"),
-    Row("v5p-8", 2 * M, "full"),
+    Row("v5p-8", 2 * M, "full", each=2),
     Row("v5e-1", 32 * K, "full"),
 )
 
@@ -77,7 +77,7 @@ def measure(row: Row, options: Options, console) -> list[str]:
         plan = max((p for p in plans if p.fits), key=lambda p: p.stage.length)
     else:
         plan = plan_stage(config, LLAMA, of, stages(config.context)[0], options)
-    if not plan.fits and search.held(plan) > of.device.memory * 0.9:
+    if not plan.fits and search.held(plan) > options.room(of)[0]:
         console.print(f"{row.name}: {search.held(plan) / GiB:.2f} GiB of weights on a device of "
                       f"{of.device.memory / GiB:.2f}: quantise the base, or spread it over more devices")
     received = sum(plan.collectives.values()) / 1e9

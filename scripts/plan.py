@@ -51,6 +51,9 @@ def show(plans, target, options) -> None:
                       max(p.bounds, key=p.bounds.get), f"{p.seconds:.2f}", f"{p.tokens / p.seconds:,.0f}",
                       f"{p.compile_seconds:.0f} s")
     CONSOLE.print(table)
+    for p in plans:
+        if p.need.context_parallel != "none":
+            CONSOLE.print(f"{p.need.label}: context parallelism {p.need.context_parallel}, {p.reason}")
 
 
 def advise(config, hf_config, target, plans, options) -> None:
@@ -59,7 +62,7 @@ def advise(config, hf_config, target, plans, options) -> None:
     found, tried = search.room(config, hf_config, target, worst, options)
     if tried:
         CONSOLE.print(fit.table([p.need for p in tried], *options.room(target), "what was tried"))
-    if search.held(worst) > target.device.memory:
+    if search.held(worst) > options.room(target)[0]:
         least = math.ceil(search.held(worst) * target.count / target.device.memory)
         CONSOLE.print(f"Weights and optimizer alone are {search.held(worst) / GiB:.2f} GiB of a device of "
                       f"{target.device.memory / GiB:.2f}: quantise the base, or spread it over {least} devices or more.")

@@ -44,6 +44,7 @@ class StagePlan:
 
     stage: Stage
     need: fit.Need
+    reason: str                              # for the context-parallel mode
     fits: bool
     model_flops: float
     hardware_flops: float
@@ -71,8 +72,8 @@ def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: O
     device, mesh, label = target.device, mesh_of(config.mesh, target.devices()), label or stage.label
     check_rows(config.training.rows, mesh)
     model = placed_model(config, hf_config, mesh)
-    layout, _ = layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, model.spec,
-                          bytes_per=jnp.dtype(config.model.dtype).itemsize, memory=device.memory)
+    layout, reason = layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, model.spec,
+                               bytes_per=jnp.dtype(config.model.dtype).itemsize, memory=device.memory)
     options.progress(f"{label} for {target.name}")
     began = time.monotonic()
     A, B, T = config.training.accumulate, config.training.rows, stage.length
@@ -88,5 +89,5 @@ def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: O
     bounds = {"arithmetic": counted.hardware / (target.count * device.flops * options.efficiency),
               "memory": A * passes * need.base * target.count / device.bandwidth,
               "network": sum(collectives.values()) / device.link}
-    return StagePlan(stage, need, need.fits(*options.room(target)), counted.model, counted.hardware, collectives, A * B * T,
-                     bounds, seconds)
+    return StagePlan(stage, need, reason, need.fits(*options.room(target)), counted.model, counted.hardware, collectives,
+                     A * B * T, bounds, seconds)
