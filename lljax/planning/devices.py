@@ -5,7 +5,7 @@ import re
 
 from jax.experimental import topologies
 
-from lljax.devices import DEVICES, Device
+from lljax.devices import DEVICES, KINDS, Device
 from lljax.errors import ConfigError
 
 # Chips of a TPU slice -> its shape. A v5p slice is named by its cores, two a chip.
@@ -78,8 +78,13 @@ def _topology(target: Target):
         # The compiler describes whole hosts of four chips or more; a single chip is a host cut down to one.
         options = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if target.count == 1 else {}
         return topologies.get_topology_desc(platform="tpu", topology_name=f"{target.device.name}:{shape}", **options)
-    return topologies.get_topology_desc(platform="cuda", topology_name=target.device.name, target_config=_gpu(target.device),
+    return topologies.get_topology_desc(platform="cuda", topology_name=_kind(target.device), target_config=_gpu(target.device),
                                         topology=f"1x1x{target.count}")
+
+
+def _kind(device: Device) -> str:
+    """What JAX calls the device; by that name its kernels look up the architecture."""
+    return next(kind for kind, name in KINDS.items() if name == device.name)
 
 
 def _gpu(device: Device) -> str:
@@ -93,5 +98,5 @@ def _gpu(device: Device) -> str:
       cuda_compute_capability {{ major: {major} minor: {minor} }}
       registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
     platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-    runtime_version {{ major: 13 minor: 0 patch: 0 }} device_description_str: "{device.name}" """
+    runtime_version {{ major: 13 minor: 0 patch: 0 }} device_description_str: "{_kind(device)}" """
 
