@@ -36,6 +36,11 @@ class Layout:
         return self.mesh.devices.flat[0].platform
 
 
+def token_parts(layout: Layout | None) -> int:
+    """Over how many devices the tokens of a row are spread; None is the layout of one device."""
+    return 1 if layout is None else layout.mesh.shape[TOKENS]
+
+
 def make_mesh(*, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh with axes (data, fsdp, sequence, tensor) over all devices; one size may be -1 and is inferred.
 

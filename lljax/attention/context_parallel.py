@@ -27,7 +27,6 @@ from lljax.sharding import ROWS, TOKENS, Layout
 HEADS = "tensor"
 CUT = PartitionSpec(ROWS, TOKENS)            # how [B, T] lies on the mesh
 CUT_HEADS = PartitionSpec(ROWS, TOKENS, HEADS)           # ... and [B, T, heads, H]
-MODES = ("allgather", "ulysses", "ring", "halo")
 
 
 def attend_parallel(q, k, v, mask: Mask, *, scale: float, group: int | None = None, layout: Layout | None = None) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lljax.attention.context_parallel import CUT, CUT_HEADS, HEADS, attend_heads, from_before, how_of, share_of_heads
 from lljax.attention.mask import NEVER, Mask
-from lljax.sharding import TOKENS, Layout
+from lljax.sharding import Layout, token_parts
 
 HALO = (CUT_HEADS, CUT_HEADS, CUT, CUT)      # how (k, v, k_index, k_segments) lie on the mesh
 
@@ -20,7 +20,7 @@ def tile_reach(T: int, mask: Mask, group: int | None, tile: int, layout: Layout 
     than a tile."""
     if mask.anchors is not None or layout is not None and (layout.zigzag or layout.context_parallel not in ("none", "halo")):
         return None
-    local = T // _devices(layout)
+    local = T // token_parts(layout)
     starts = [device + start for device in range(0, T, local) for start in range(0, local, tile)]
     limits = [T]
     if mask.window is not None:
@@ -35,7 +35,7 @@ def first_halo(keys, xs, mask: Mask, reach: int, layout: Layout | None):
 
     keys: function of arrays like `xs` [B, T, ...] that returns k and v of their tokens.
     """
-    devices = _devices(layout)
+    devices = token_parts(layout)
 
     def last(x):                             # the last tokens of what each device holds of [B, T, ...]
         x = x.reshape(x.shape[0], devices, -1, *x.shape[2:])
@@ -66,7 +66,3 @@ def attend_tile(q, k, v, mask: Mask, halo, *, scale: float, group: int | None, l
         return run(q, k, v, mask, halo)
     return jax.shard_map(run, mesh=layout.mesh, in_specs=(CUT_HEADS, CUT_HEADS, CUT_HEADS, CUT, HALO),
                          out_specs=(CUT_HEADS, HALO), check_vma=False)(q, k, v, mask, halo)
-
-
-def _devices(layout: Layout | None) -> int:
-    return 1 if layout is None else layout.mesh.shape[TOKENS]

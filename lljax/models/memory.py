@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lljax.attention.attend import SAVED
-from lljax.sharding import ROWS, TOKENS, Layout
+from lljax.attention.saved import SAVED
+from lljax.sharding import ROWS, Layout, token_parts
 
 RESIDUAL = "residual"
 
@@ -72,7 +72,7 @@ def _pieces(x, layout: Layout | None) -> int:
     putting it together again costs memory."""
     if (jax.default_backend() if layout is None else layout.platform) != "tpu":
         return 1
-    devices = 1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in (*ROWS, TOKENS))
+    devices = token_parts(layout) * (1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in ROWS))
     return -(-x.size * x.dtype.itemsize // (devices * 2 ** 31))
 
 
@@ -85,7 +85,7 @@ def tiled(f, xs, key, memory: Memory, layout: Layout | None):
 
 def cuts(T: int, memory: Memory, layout: Layout | None) -> bool:
     """Whether `memory.tile` cuts what a device holds of a row of T tokens."""
-    return 0 < memory.tile < T // _parts(layout)
+    return 0 < memory.tile < T // token_parts(layout)
 
 
 def in_tiles(f, carry, xs, key, memory: Memory, layout: Layout | None):
@@ -95,7 +95,7 @@ def in_tiles(f, carry, xs, key, memory: Memory, layout: Layout | None):
     the backward pass, but for what `memory.remat` keeps of attention.
     """
     B, T = jax.tree.leaves(xs)[0].shape[:2]
-    parts, tile = _parts(layout), memory.tile
+    parts, tile = token_parts(layout), memory.tile
     local = T // parts
     tiles = -(-local // tile)
 
@@ -115,10 +115,6 @@ def in_tiles(f, carry, xs, key, memory: Memory, layout: Layout | None):
     one = jax.checkpoint(one, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*_saved(memory)))
     carry, ys = jax.lax.scan(one, carry, (jax.tree.map(cut, xs), jnp.arange(tiles)))
     return carry, jax.tree.map(join, ys)
-
-
-def _parts(layout: Layout | None) -> int:
-    return 1 if layout is None else layout.mesh.shape[TOKENS]
 
 
 def _saved(memory: Memory) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lljax.devices import GiB
+from lljax.distributed import from_all
 from lljax.errors import ConfigError
 
 
@@ -63,10 +64,11 @@ def _bytes(tree) -> int:
 
 
 def capacity(mesh) -> tuple[float, float]:
-    """Bytes of a device of this process and of the host's memory that goes with it."""
-    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    """Bytes of a device and of the host's memory that goes with it; the least of all processes, which must all call this."""
+    here = mesh.local_devices
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(here)
-    return (here[0].memory_stats() or {}).get("bytes_limit", host), host
+    memory = (here[0].memory_stats() or {}).get("bytes_limit", host)
+    return tuple(min(each) for each in zip(*from_all([memory, host])))
 
 
 def table(needs: list[Need], memory: float, host: float, title: str) -> Table:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -239,9 +238,7 @@ def _stops(metrics: dict, alarm) -> bool:
 
 def _facts(config, mesh) -> dict:
     """What the choice of a context-parallel mode asks of the run and its devices."""
-    stats = mesh.local_devices[0].memory_stats() or {}
-    return {"bytes_per": jnp.dtype(config.model.dtype).itemsize,
-            "memory": min(from_all(stats.get("bytes_limit", math.inf)))}
+    return {"bytes_per": jnp.dtype(config.model.dtype).itemsize, "memory": fit.capacity(mesh)[0]}
 
 
 def _evaluate(evaluate, trainable, frozen, store, config, mesh, layout, length: int, leave_if_asked) -> float:

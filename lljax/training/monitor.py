@@ -52,7 +52,7 @@ class Monitor:
         """One optimizer step. `record` has step, stage, length, attention, loss, grad_norm, tokens_per_second ...
 
         data_seconds: how long the next batch was read, where the device was done before it came; else 0. mfu: model FLOPs a
-        second by the peak of the devices, where that is known. compile: the step's program was made in it.
+        second by the peak of the devices, where that is known.
         """
         self._write(record)
         for name, value in record.items():

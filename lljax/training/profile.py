@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation, TraceAnnotation
 
+from lljax.distributed import first
 from lljax.errors import ConfigError
 
 STEP, DATA = "train", "data"                 # names of the loop's own marks in a trace
@@ -47,7 +48,7 @@ class Tracer:
         if steps and steps[-1] <= step:
             logging.warning("--profile_steps=%d:%d: nothing to trace, step %d was taken before", steps.start, steps.stop, step)
         self._folder = Path(workdir) / "profile"
-        self._steps = steps if steps and jax.process_index() == 0 else range(0)
+        self._steps = steps if steps and first() else range(0)
         self._tracing = False
 
     def __enter__(self):
