@@ -87,7 +87,10 @@ def hf_value(variable: nnx.Variable, layer: int = 0) -> np.ndarray:
 def hf_names(variable: nnx.Variable) -> list[str]:
     """The HF name of each layer of a Variable."""
     name = variable.get_metadata("hf")
-    return [name.format(layer=i) for i in range(variable.get_value().shape[0])] if is_stacked(variable) else [name]
+    if not is_stacked(variable):
+        return [name]
+    first, step = variable.get_metadata("layers")
+    return [name.format(layer=first + i * step) for i in range(variable.get_value().shape[0])]
 
 
 def hf_shape(variable: nnx.Variable) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ class Weight(nnx.Param):
     """A parameter of the base model.
 
     Metadata:
-      hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis L.
+      hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis of layers.
+      layers: of a stacked Weight, (first, step): it holds the layers first, first + step, ... of the model.
       transpose: HF stores the (per-layer) matrix the other way round ([out, in]; ours is [in, out]).
       axes: logical axis names, one per dimension (see lljax.sharding).
       role: "kernel" | "bias" | "embed" | "norm" | "head": the name by which optimizer groups and
@@ -32,11 +33,11 @@ class LoraWeight(nnx.Variable):
     """
 
 
-def declare(shape, *, axes, hf, role, init="normal", transpose=False, kind=Weight):
+def declare(shape, *, axes, hf, role, init="normal", transpose=False, kind=Weight, **more):
     """An abstract float32 Variable of `kind` with the metadata described in `Weight`."""
     assert len(shape) == len(axes), (hf, shape, axes)
     return kind(jax.ShapeDtypeStruct(tuple(shape), jnp.float32), hf=hf, transpose=transpose, axes=tuple(axes),
-                role=role, init=init)
+                role=role, init=init, **more)
 
 
 def declared(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
@@ -46,10 +47,11 @@ def declared(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
             yield path, node
 
 
-def stack(layer: nnx.Module, L: int) -> nnx.Module:
-    """Gives every Variable of an abstract `layer` a leading axis of L layers, to be scanned over."""
+def stack(layer: nnx.Module, times: int, first: int, step: int) -> nnx.Module:
+    """Gives every Variable of an abstract `layer` a leading axis, to be scanned over: it stands for `times` layers of the
+    model, the `first` and every `step`-th after it."""
     for _, variable in declared(layer):
         value = variable.get_value()
-        variable.set_value(jax.ShapeDtypeStruct((L, *value.shape), value.dtype))
-        variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
+        variable.set_value(jax.ShapeDtypeStruct((times, *value.shape), value.dtype))
+        variable.set_metadata(axes=("layers", *variable.get_metadata("axes")), layers=(first, step))
     return layer

@@ -1,7 +1,6 @@
 """The decoder: embed, scan over the stacked layers, norm. One file for every family; the spec says what differs."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from lljax.models import rope
 from lljax.models.declare import declare, stack
 from lljax.models.layers import AttentionPattern, DecoderLayer, RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, scan_layers
-from lljax.models.spec import DecoderSpec
+from lljax.models.spec import DecoderSpec, LayerSpec
 from lljax.sharding import Layout, constrain_activations, gathered
 
 FULL = AttentionPattern()
@@ -23,18 +22,19 @@ FULL = AttentionPattern()
 class Cache:
     """Keys and values of the tokens read so far.
 
-    k, v: [L, B, S, K, H]. segments: int32 [B, S], 0 for padding. used: tokens read so far, int32.
+    kv: for each stack of layers k and v, [layers of it, B, S, K, H]. segments: int32 [B, S], 0 for padding. used: tokens
+    read so far, int32.
     """
 
-    k: jax.Array
-    v: jax.Array
+    kv: tuple[tuple[jax.Array, jax.Array], ...]
     segments: jax.Array
     used: jax.Array
 
 
 def empty_cache(spec: DecoderSpec, B: int, S: int, dtype=jnp.float32) -> Cache:
-    shape = (spec.L, B, S, spec.K, spec.H)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((B, S), jnp.int32), jnp.int32(0))
+    stacks = [times for _, places, times in repeats(spec.layers) for _ in places]
+    kv = tuple(tuple(jnp.zeros((times, B, S, spec.K, spec.H), dtype) for _ in "kv") for times in stacks)
+    return Cache(kv, jnp.zeros((B, S), jnp.int32), jnp.int32(0))
 
 
 class Decoder(nnx.Module):
@@ -43,7 +43,9 @@ class Decoder(nnx.Module):
     def __init__(self, spec: DecoderSpec):
         self.spec = spec
         self.embed = declare((spec.V, spec.D), axes=("vocab", "embed"), hf="model.embed_tokens.weight", role="embed")
-        self.layers = stack(DecoderLayer(spec), spec.L)
+        # Layers that take turns are a stack each, in the order of `repeats`.
+        self.layers = nnx.List([stack(DecoderLayer(spec, layer), times, first + place, len(places))
+                                for first, places, times in repeats(spec.layers) for place, layer in enumerate(places)])
         self.norm = RMSNorm(spec.D, spec.norm_eps, hf="model.norm")
         self.lm_head = None if spec.tied else declare((spec.V, spec.D), axes=("vocab", "embed"),
                                                       hf="lm_head.weight", role="head")
@@ -68,38 +70,36 @@ class Decoder(nnx.Module):
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
         """
         x = jnp.take(gathered(self.embed, layout, stacked=False).get_value(), tokens, axis=0)
-        x = x.astype(dtype or self.layers.self_attn.q_proj.kernel.get_value().dtype)
+        x = x.astype(dtype or self.layers[0].self_attn.q_proj.kernel.get_value().dtype)
         x = constrain_activations(x, layout)
-        frequencies = rope.frequencies(self.spec.rope, self.spec.H,
-                                       jnp.max(positions) + 1 if rope_length is None else rope_length)
-        rotation = rope.rotation(positions, frequencies)
+        length = jnp.max(positions) + 1 if rope_length is None else rope_length
+        rotations = tuple(rope.rotation(positions, rope.frequencies(each, self.spec.H, length)) for each in self.spec.ropes)
         if cache is None:
-            mask, start, kv = self._mask(tokens, positions, segments, index, pattern), 0, None
+            mask, start, kv = self._mask(tokens, positions, segments, index, pattern), 0, (None,) * len(self.layers)
         else:
-            start, kv = cache.used, (cache.k, cache.v)
+            start, kv = cache.used, cache.kv
             cache, mask = _extend(cache, tokens.shape, segments)
 
-        graphdef, weights = nnx.split(self.layers)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L)
-        out = []
-        for layers, window in runs(self.spec.windows):
-            mask_here = mask.replace(window=_narrower(window, pattern.window if pattern.kind == "window" else None))
-
-            def layer(x, xs, mask=mask_here):
+        def layer_of(graphdef):
+            def layer(x, xs):
                 weights, key, kv = xs
                 weights = gathered(weights, layout, stacked=True)
-                x, kv = nnx.merge(graphdef, weights)(x, rotation, mask, pattern, layout, memory, kv, start, key)
+                x, kv = nnx.merge(graphdef, weights)(x, rotations, mask, pattern, layout, memory, kv, start, key)
                 return constrain_activations(x, layout), kv
+            return layer
 
-            whole = layers == slice(0, self.spec.L)
-            xs = (weights, keys, kv) if whole else jax.tree.map(lambda a: a[layers], (weights, keys, kv))
-            x, kv_out = scan_layers(layer, x, xs, memory, layout)
-            out.append(kv_out)
+        keys, out = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L), []
+        for first, places, times in repeats(self.spec.layers):
+            layers, xs = [], []
+            for place in range(len(places)):
+                graphdef, weights = nnx.split(self.layers[len(out) + place])
+                mine = slice(first + place, first + times * len(places), len(places))
+                layers.append(layer_of(graphdef))
+                xs.append((weights, None if keys is None else keys[mine], kv[len(out) + place]))
+            x, kv_out = scan_layers(layers, x, tuple(xs), memory, layout)
+            out.extend(kv_out)
         x = self.norm(x)
-        if cache is None:
-            return x
-        k, v = jax.tree.map(lambda *parts: jnp.concatenate(parts), *out) if len(out) > 1 else out[0]
-        return x, dataclasses.replace(cache, k=k, v=v)
+        return x if cache is None else (x, dataclasses.replace(cache, kv=tuple(out)))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] of hidden [..., D]."""
@@ -127,14 +127,19 @@ def _extend(cache: Cache, shape: tuple[int, int], segments):
             Mask(q_index, index, segments, k_segments))
 
 
-def runs(windows):
-    """Consecutive layers of one window: (slice of layers, window). Nearly every model is a single run."""
-    start = 0
-    for window, run in itertools.groupby(windows):
-        stop = start + len(list(run))
-        yield slice(start, stop), window
-        start = stop
-
-
-def _narrower(a: int | None, b: int | None) -> int | None:
-    return min((w for w in (a, b) if w is not None), default=None)
+def repeats(layers: tuple[LayerSpec, ...]) -> list[tuple[int, tuple[LayerSpec, ...], int]]:
+    """The layers as patterns that repeat: (first layer, pattern, times), one after the other. The longest stretch first, of
+    the shortest pattern that makes it; nearly every model is one pattern of one layer."""
+    found, first = [], 0
+    while first < len(layers):
+        best = (1, 1)                        # layers of the pattern, times
+        for period in range(1, (len(layers) - first) // 2 + 1):
+            pattern, times = layers[first:first + period], 1
+            while layers[first + times * period:first + (times + 1) * period] == pattern:
+                times += 1
+            if times > 1 and times * period > best[0] * best[1]:
+                best = period, times
+        period, times = best
+        found.append((first, layers[first:first + period], times))
+        first += period * times
+    return found

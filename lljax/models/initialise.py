@@ -21,11 +21,17 @@ def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=j
         if not isinstance(shape, jax.ShapeDtypeStruct):
             continue
         wanted = jnp.float32 if variable.get_metadata().get("trainable", False) else dtype
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(variable.get_metadata("hf").encode()))
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(_name(variable).encode()))
         draw = INITS[variable.get_metadata("init")]
         make = jax.jit(lambda key: draw(key, shape.shape, deviation).astype(wanted),
                        out_shardings=shardings(variable) if shardings else None)
         variable.set_value(make(key))
+
+
+def _name(variable: nnx.Variable) -> str:
+    """Its HF name, and from which layer on it holds a stack: a name of which there is one."""
+    first, _ = variable.get_metadata().get("layers", (0, 1))
+    return variable.get_metadata("hf") + (f" from {first}" if first else "")
 
 
 def _he_uniform(key, shape, deviation):

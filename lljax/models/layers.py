@@ -14,7 +14,7 @@ from lljax.attention.mask import NEVER
 from lljax.models.declare import declare
 from lljax.models.memory import EVERYTHING, cuts, in_tiles, tiled
 from lljax.models.rope import rotate
-from lljax.models.spec import DecoderSpec
+from lljax.models.spec import DecoderSpec, LayerSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
     def mix(self, q, k, v, rotation, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
         """Attention [B, T, N * H] of `heads`, or over `cache` (k, v [B, S, K, H]) with them written to it from `start`;
         and the cache, updated. `o_proj` comes after it."""
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                                  for old, new in zip(cache, (k, v)))
@@ -107,13 +107,17 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, spec: DecoderSpec, hf: str = "model.layers.{layer}"):
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str = "model.layers.{layer}"):
+        self.layer = layer
         self.input_layernorm = RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.input_layernorm")
         self.self_attn = Attention(spec, f"{hf}.self_attn")
         self.post_attention_layernorm = RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.post_attention_layernorm")
         self.mlp = MLP(spec, f"{hf}.mlp")
 
-    def __call__(self, x, rotation, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
+    def __call__(self, x, rotations, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
+        """x [B, T, D] after the layer, and its `cache`. rotations: one for each of `DecoderSpec.ropes`."""
+        rotation = None if self.layer.rope is None else rotations[self.layer.rope]
+        mask = mask.replace(window=_narrower(self.layer.window, pattern.window or None))
         if cache is None and cuts(x.shape[1], memory, layout):
             reach = tile_reach(x.shape[1], mask, pattern.groups, memory.tile, layout)
             if reach is not None:
@@ -137,13 +141,17 @@ class DecoderLayer(nnx.Module):
             x, rotation, mask, real = xs
             q, k, v = self._before(x, key)
             mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
-            mixed, halo = attend_tile(rotate(q, *rotation), rotate(k, *rotation), v, mask, halo,
+            mixed, halo = attend_tile(rotate(q, rotation), rotate(k, rotation), v, mask, halo,
                                       scale=self.self_attn.H ** -0.5, group=pattern.groups, layout=layout)
             return halo, self._after((x, mixed.reshape(*mixed.shape[:2], -1)), key)
 
         def keys(x, rotation):
             _, k, v = self._before(x, key)
-            return rotate(k, *rotation), v
+            return rotate(k, rotation), v
         halo = first_halo(keys, (x, rotation), mask, reach, layout)
         real = jnp.ones(x.shape[:2], bool)
         return in_tiles(tile, halo, (x, rotation, mask, real), key, memory, layout)[1]
+
+
+def _narrower(a: int | None, b: int | None) -> int | None:
+    return min((w for w in (a, b) if w is not None), default=None)

@@ -25,11 +25,12 @@ class Lora(nnx.Module):
         kernel = linear.kernel
         *layers, D, F = kernel.get_value().shape
         axes, name = kernel.get_metadata("axes"), kernel.get_metadata("hf").removesuffix(".weight")
+        held = {"layers": kernel.get_metadata("layers")} if layers else {}
         # B starts at zero, so that the adapted model starts as the base; A as in PEFT, uniform by fan-in.
         self.a = declare((*layers, D, rank), axes=(*axes[:-1], "rank"), hf=f"{name}.lora_A.weight", role="lora_a",
-                         init="he_uniform", transpose=True, kind=LoraWeight)
+                         init="he_uniform", transpose=True, kind=LoraWeight, **held)
         self.b = declare((*layers, rank, F), axes=(*axes[:-2], "rank", axes[-1]), hf=f"{name}.lora_B.weight",
-                         role="lora_b", init="zeros", transpose=True, kind=LoraWeight)
+                         role="lora_b", init="zeros", transpose=True, kind=LoraWeight, **held)
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.salt = zlib.crc32(name.encode())            # layers of one model drop different units
@@ -52,13 +53,14 @@ def attach(model: nnx.Module, *, rank: int, alpha: float, targets, rslora: bool 
     Raises:
       ConfigError: a target or a role matches nothing; the line lists the candidates.
     """
-    linears = {name: module for name, module in linear_layers(model)}
+    linears = list(linear_layers(model))
     for target in targets:
-        chosen = [name for name in linears if matches(target, name)]
+        chosen = [linear for name, linear in linears if matches(target, name)]
         if not chosen:
-            raise ConfigError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(linears)}")
-        for name in chosen:
-            linears[name].lora = Lora(linears[name], rank=rank, alpha=alpha, rslora=rslora, dropout=dropout)
+            names = ", ".join(dict.fromkeys(name for name, _ in linears))
+            raise ConfigError(f"lora.targets: {target!r} matches no linear layer; there are {names}")
+        for linear in chosen:
+            linear.lora = Lora(linear, rank=rank, alpha=alpha, rslora=rslora, dropout=dropout)
     roles = {variable.get_metadata("role") for _, variable in declared(model)}
     for role in also_train:
         if role not in ROLES:
@@ -81,10 +83,11 @@ def is_trainable(path, variable) -> bool:
 
 
 def linear_layers(model: nnx.Module):
-    """(dotted name, module) of every linear layer that can be adapted, for example "self_attn.q_proj"."""
+    """(dotted name, module) of every linear layer that can be adapted, for example "self_attn.q_proj". A name comes once
+    for each stack of layers."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
-            yield ".".join(str(part) for part in path if part != "layers"), module
+            yield ".".join(str(part) for part in (path[2:] if path[:1] == ("layers",) else path)), module
 
 
 def matches(target: str, name: str) -> bool:

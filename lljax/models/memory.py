@@ -1,6 +1,7 @@
 """What the backward pass keeps, where it keeps it, and how much of a layer exists at one time."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -52,19 +53,44 @@ def recomputed(layer, memory: Memory, *, name: str = RESIDUAL, pieces: int = 1):
     return jax.checkpoint(named, prevent_cse=False, policy=policy)
 
 
-def scan_layers(layer, x, xs, memory: Memory, layout: Layout | None):
-    """`jax.lax.scan(layer, x, xs)` over the layers of a stack."""
-    each = memory.layers_per_residual
+def scan_layers(layers, x, xs, memory: Memory, layout: Layout | None):
+    """Runs x through layers that differ by a repeated pattern: `layers[0]`, `layers[1]`, ..., and again `layers[0]`, as often
+    as the leading axis of `xs` is long. Compiled once, however often.
+
+    layers: functions (x, xs) -> (x, ys), one for each place of the pattern; xs: as many trees; returns x, and as many ys.
+    """
+    each, period = memory.layers_per_residual, len(layers)
     pieces = _pieces(x, layout)
     if each == 1:
-        return jax.lax.scan(recomputed(layer, memory, pieces=pieces), x, xs)
-    inner = recomputed(layer, memory, name="inner_residual", pieces=pieces)
+        return jax.lax.scan(_in_turn([recomputed(layer, memory, pieces=pieces) for layer in layers]), x, xs)
+    inner = [recomputed(layer, memory, name="inner_residual", pieces=pieces) for layer in layers]
+    outer = functools.partial(recomputed, memory=dataclasses.replace(memory, remat="full"), pieces=pieces)
+    if each < period:
+        def cut(places):
+            return tuple(tuple(places[i:i + each]) for i in range(0, period, each))
+        x, ys = jax.lax.scan(_in_turn([outer(_in_turn(places)) for places in cut(inner)]), x, cut(xs))
+        return x, sum(ys, ())
 
     def group(x, xs):
-        return jax.lax.scan(inner, x, xs)
-    grouped = jax.tree.map(lambda a: a.reshape(-1, each, *a.shape[1:]), xs)
-    x, ys = jax.lax.scan(recomputed(group, dataclasses.replace(memory, remat="full"), pieces=pieces), x, grouped)
+        return jax.lax.scan(_in_turn(inner), x, xs)
+    grouped = jax.tree.map(lambda a: a.reshape(-1, each // period, *a.shape[1:]), xs)
+    x, ys = jax.lax.scan(outer(group), x, grouped)
     return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
+
+
+def groups_layers(each: int, period: int, times: int) -> bool:
+    """Whether `times` repeats of a pattern of `period` layers can keep one residual per `each` layers."""
+    return period % each == 0 or (each % period == 0 and times % (each // period) == 0)
+
+
+def _in_turn(layers):
+    def run(x, xs):
+        ys = []
+        for layer, operands in zip(layers, xs, strict=True):
+            x, y = layer(x, operands)
+            ys.append(y)
+        return x, tuple(ys)
+    return run
 
 
 def _pieces(x, layout: Layout | None) -> int:

@@ -58,8 +58,12 @@ def rotation(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.Array,
     return jnp.sin(angles) * frequencies.scale, jnp.cos(angles) * frequencies.scale
 
 
-def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Rotates x [B, T, N, H]; dimension i pairs with i + H / 2, as in transformers. Computed in float32."""
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Rotates x [B, T, N, H], if there is a rotation; dimension i pairs with i + H / 2, as in transformers. Computed in
+    float32."""
+    if rotation is None:
+        return x
+    sin, cos = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     sin, cos = sin[:, :, None], cos[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -43,15 +43,16 @@ def of_step(model, config, stage, *, parts: int = 1) -> Flops:
             last += size if "down_proj.weight" in variable.get_metadata("hf") else 0.0
         elif role == "head" or (role == "embed" and model.lm_head is None):
             head, trained_head = size, size if trains else 0.0
-    pairs = sum(visible_pairs(stage.pattern, T, window) for window in spec.windows) * spec.N * spec.H
+    pairs = sum(visible_pairs(stage.pattern, T, layer.window) for layer in spec.layers) * spec.N * spec.H
     attention = 4 * pairs                    # scores and their product with the values, forward
     model_flops = rows * (T * (forward + backward + 2 * head + trained_head) + 3 * attention)
     # A tile computes its inner values again, attention among them where the tile holds a whole layer; with remat that is the
     # only time. No gradient needs the value of a layer's last product.
     again, tiled = 0.0, 0 < memory.tile < T // parts
+    windowed = stage.pattern.kind != "full" or any(layer.window for layer in spec.layers)
     if memory.remat != "none" or tiled:
         again = T * (forward - last)
-    if memory.remat == "full" or (memory.remat == "none" and tiled and (stage.pattern.kind != "full" or any(spec.windows))):
+    if memory.remat == "full" or (memory.remat == "none" and tiled and windowed):
         again += attention
     if memory.layers_per_residual > 1:
         again += T * forward + attention

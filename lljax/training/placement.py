@@ -36,7 +36,7 @@ def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: D
         multiple = math.lcm(sequence * tensor, 2)
         raise ConfigError(f"context.schedule: rows of {length} tokens do not spread over mesh.sequence={sequence} x "
                           f"mesh.tensor={tensor}: use a multiple such as {-(-length // multiple) * multiple}")
-    windows = [min((w for w in (window, pattern.window or None) if w), default=None) for window in spec.windows]
+    windows = [min((w for w in (layer.window, pattern.window or None) if w), default=None) for layer in spec.layers]
     mode, balanced, reason = choose(wanted, T=length, size=sequence, tensor=tensor, N=spec.N, K=spec.K, H=spec.H,
                                     group=pattern.group or None, windows=windows, bytes_per=bytes_per, room=memory / 16)
     return Layout(mesh, mode, balanced), reason

@@ -118,7 +118,8 @@ def test_untouched_tensors_are_copied_bitwise_and_merged_ones_rounded_once(hf_fo
     base, model = trained(hf_folder(dtype=torch.float16), also_train=(), targets=("q_proj",), dtype=jnp.bfloat16)
     export_merged(model, base, tmp_path / "out")
     out = open_base(str(tmp_path / "out"))
-    a, b = np.asarray(model.layers.self_attn.q_proj.lora.a[...]), np.asarray(model.layers.self_attn.q_proj.lora.b[...])
+    lora_q = model.layers[0].self_attn.q_proj.lora
+    a, b = np.asarray(lora_q.a[...]), np.asarray(lora_q.b[...])
     for name in out.names():
         assert out.dtype(name) == np.float16
         if "q_proj" in name:

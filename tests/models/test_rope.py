@@ -100,14 +100,14 @@ def test_rotation_equals_transformers_up_to_a_million_positions(theta, H):
     assert all(part.dtype == jnp.float32 and part.shape == (2, 40, H // 2) for part in got)
     np.testing.assert_allclose(got[0], sin[..., :H // 2], atol=1e-5)
     np.testing.assert_allclose(got[1], cos[..., :H // 2], atol=1e-5)
-    np.testing.assert_allclose(rope.rotate(jnp.asarray(q), *got), wanted, atol=5e-5)
+    np.testing.assert_allclose(rope.rotate(jnp.asarray(q), got), wanted, atol=5e-5)
 
 
 def test_rotate_computes_in_float32_and_returns_the_dtype_it_got():
     x = jax.random.normal(jax.random.key(0), (1, 5, 2, 16), jnp.bfloat16)
     rotation = rope.rotation(jnp.arange(1000, 1005)[None], rope.frequencies(RopeSpec(), 16, 1005))
-    wanted = rope.rotate(x.astype(jnp.float32), *rotation)
-    got = rope.rotate(x, *rotation)
+    wanted = rope.rotate(x.astype(jnp.float32), rotation)
+    got = rope.rotate(x, rotation)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got.astype(jnp.float32), wanted.astype(jnp.bfloat16).astype(jnp.float32))
 
@@ -117,8 +117,8 @@ def test_scores_depend_on_the_distance_alone():
     frequencies = rope.frequencies(spec, 32, 2048)
 
     def score(i, j):
-        return jnp.sum(rope.rotate(q, *rope.rotation(jnp.array([[i]]), frequencies))
-                       * rope.rotate(k, *rope.rotation(jnp.array([[j]]), frequencies)))
+        return jnp.sum(rope.rotate(q, rope.rotation(jnp.array([[i]]), frequencies))
+                       * rope.rotate(k, rope.rotation(jnp.array([[j]]), frequencies)))
 
     np.testing.assert_allclose(score(7, 3), score(1007, 1003), atol=1e-3)
     assert abs(score(7, 3) - score(7, 4)) > 0.01

@@ -1,6 +1,5 @@
 """DecoderSpec against transformers' config classes: defaults, biases, windows, and what is refused."""
 
-import dataclasses
 import json
 
 import pytest
@@ -32,11 +31,12 @@ def theirs(family, **fields):
 
 
 def assert_equal(family, fields):
-    ours = dataclasses.asdict(from_hf({"model_type": family} | fields))
-    wanted = theirs(family, **fields)
-    assert {name: ours[name] for name in wanted} == wanted
+    ours, wanted = from_hf({"model_type": family} | fields), theirs(family, **fields)
+    windows = wanted.pop("windows")
+    assert {name: getattr(ours, name) for name in wanted} == wanted
+    assert tuple(layer.window for layer in ours.layers) == windows
     parameters = CONFIGS[family](**fields).rope_parameters
-    assert (ours["rope"]["type"], ours["rope"]["theta"]) == (parameters["rope_type"], parameters["rope_theta"])
+    assert (ours.rope.type, ours.rope.theta) == (parameters["rope_type"], parameters["rope_theta"])
 
 
 def test_every_family_is_tested():
