@@ -102,7 +102,7 @@ def load_base(base, spec: DecoderSpec, dtype) -> Decoder:
 
 def mesh_of(mesh, devices=None) -> Mesh:
     """The mesh that `config.mesh` describes, over `devices` or every device there is."""
-    return sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, sequence=mesh.sequence, tensor=mesh.tensor, devices=devices)
+    return sharding.make_mesh(**{axis: mesh[axis] for axis in sharding.AXES}, devices=devices)
 
 
 def move(model: Decoder, mesh: Mesh) -> None:

@@ -90,6 +90,7 @@ def default_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = 1                          # copies of the weights, each with its own rows; -1: what is left
     c.mesh.fsdp = -1                         # devices the weights are spread over; rows are spread over them too
+    c.mesh.expert = 1                        # devices the experts of a layer are spread over; otherwise as fsdp
     c.mesh.sequence = 1                      # devices the tokens of a row are spread over; the weights are spread too
     c.mesh.tensor = 1                        # devices the heads, MLP and vocabulary are computed on in parallel
     c.mesh.context_parallel = "auto"         # auto | allgather | ulysses | ring | halo, where sequence > 1

@@ -10,12 +10,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lljax.errors import ConfigError
 
-AXES = ("data", "fsdp", "sequence", "tensor")
-ROWS, TOKENS = ("data", "fsdp"), "sequence"  # what a batch [B, T] is cut along
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+ROWS, TOKENS = ("data", "fsdp", "expert"), "sequence"  # what a batch [B, T] is cut along
 # A weight is cut over `tensor` along these logical axes, and computed with in that form ...
 TENSOR = ("heads", "kv_heads", "mlp", "vocab")
 # ... and cut further over these mesh axes where it is kept; a layer's are gathered when its turn comes.
-STORAGE = ("fsdp", "sequence")
+STORAGE = ("sequence", "fsdp", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,13 @@ def token_parts(layout: Layout | None) -> int:
     return 1 if layout is None else layout.mesh.shape[TOKENS]
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh with axes (data, fsdp, sequence, tensor) over all devices; one size may be -1 and is inferred.
+def row_parts(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, sequence: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh with axes (data, fsdp, expert, sequence, tensor) over all devices; one size may be -1 and is inferred.
 
     Axis types are Auto: the compiler propagates shardings. (jax.make_mesh would default to Explicit.)
 
@@ -50,14 +55,14 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 
       ConfigError: the sizes do not make up the number of devices.
     """
     devices = np.asarray(jax.devices() if devices is None else devices).reshape(-1)
-    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+    given = sizes = {"data": data, "fsdp": fsdp, "expert": expert, "sequence": sequence, "tensor": tensor}
     open_ = [axis for axis, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(open_) == 1:
-        sizes[open_[0]] = devices.size // known
+        sizes = sizes | {open_[0]: devices.size // known}
     if len(open_) > 1 or math.prod(sizes.values()) != devices.size:
-        given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, (data, fsdp, sequence, tensor)))
-        raise ConfigError(f"{given} do not make up the {devices.size} devices here: set one of them to -1")
+        named = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items())
+        raise ConfigError(f"{named} do not make up the {devices.size} devices here: set one of them to -1")
     return Mesh(devices.reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

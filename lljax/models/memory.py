@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lljax.attention.saved import SAVED
-from lljax.sharding import ROWS, Layout, token_parts
+from lljax.sharding import Layout, row_parts, token_parts
 
 RESIDUAL = "residual"
 
@@ -98,7 +97,7 @@ def _pieces(x, layout: Layout | None) -> int:
     putting it together again costs memory."""
     if (jax.default_backend() if layout is None else layout.platform) != "tpu":
         return 1
-    devices = token_parts(layout) * (1 if layout is None else math.prod(layout.mesh.shape[axis] for axis in ROWS))
+    devices = 1 if layout is None else token_parts(layout) * row_parts(layout.mesh)
     return -(-x.size * x.dtype.itemsize // (devices * 2 ** 31))
 
 

@@ -9,6 +9,7 @@ from lljax.errors import ConfigError
 from lljax.models.spec import from_hf
 from lljax.planning.devices import Target, counts, sized
 from lljax.planning.plan import Options, StagePlan, plan_stage
+from lljax.sharding import row_parts
 from lljax.training import fit
 from lljax.training.curriculum import stages
 from lljax.training.fit import words
@@ -38,15 +39,15 @@ def largest_batch(config, hf_config: dict, target: Target, options: Options) -> 
         changed = config.copy_and_resolve_references()
         changed.training.rows = rows
         return plan_stage(changed, hf_config, target, last, options, label=f"{last.label}, {rows} rows")
-    best, plans = _largest(of, config.training.rows, mesh.shape["data"] * mesh.shape["fsdp"], 0, "rows")
+    best, plans = _largest(of, config.training.rows, row_parts(mesh), 0, "rows")
     return f"The largest batch that fits is training.rows={best}", plans
 
 
 def fewest_devices(config, hf_config: dict, target: Target, options: Options) -> tuple[str, list[StagePlan]]:
     """The fewest devices of the kind of `target` that fit the last stage, and the plans tried, the next fewer among them."""
     if -1 not in config.mesh.values():
-        raise ConfigError("--search=devices: the mesh is of a fixed number of devices: set the one of mesh.data, mesh.fsdp, "
-                          "mesh.sequence and mesh.tensor that is to grow to -1")
+        raise ConfigError("--search=devices: the mesh is of a fixed number of devices: set the axis of it that is to grow, "
+                          "such as mesh.sequence, to -1")
     last, plans, refused = stages(config.context)[-1], [], ""
     for count in counts(target.device):
         of = sized(target.device, count)
@@ -115,7 +116,7 @@ def room(config, hf_config: dict, target: Target, worst: StagePlan, options: Opt
             if not enough() and changes != everything:
                 attempt(changes, target)
         found.append(found.pop(0))           # what costs most comes last
-    spread = {field: value for field, value in (("mesh.data", 1), ("mesh.fsdp", 1), ("mesh.sequence", -1))
+    spread = {field: value for field, value in (("mesh.data", 1), ("mesh.fsdp", 1), ("mesh.expert", 1), ("mesh.sequence", -1))
               if get(config, field) != value}
     for count in counts(target.device):
         if count < target.count or held(worst) * target.count > count * target.device.memory:

@@ -10,7 +10,7 @@ from lljax.attention.context_parallel import choose
 from lljax.errors import ConfigError
 from lljax.models.layers import AttentionPattern
 from lljax.models.spec import DecoderSpec
-from lljax.sharding import ROWS, Layout, batch_sharding, zigzag
+from lljax.sharding import Layout, batch_sharding, row_parts, zigzag
 
 
 def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: DecoderSpec, *, bytes_per: int = 4,
@@ -46,7 +46,7 @@ def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: D
 def row_share(mesh) -> tuple[int, int]:
     """(share, shares): this process' devices hold the share-th of so many equal parts of the rows. Processes along
     whose devices a row is cut have the same share and read the same rows."""
-    rows = math.prod(mesh.shape[axis] for axis in ROWS)
+    rows = row_parts(mesh)
     at = np.arange(rows).reshape(rows, 1)
     mine = np.vectorize(lambda device: device.process_index)(mesh.devices.reshape(rows, -1)) == jax.process_index()
     held = np.unique(np.broadcast_to(at, mine.shape)[mine])
@@ -61,10 +61,10 @@ def rows_of_share(rows: int, accumulate: int, mesh) -> np.ndarray:
 
 def check_rows(rows: int, mesh) -> None:
     """Raises ConfigError where `rows` do not spread evenly over the mesh."""
-    devices = math.prod(mesh.shape[axis] for axis in ROWS)
+    devices = row_parts(mesh)
     if rows % devices:
-        raise ConfigError(f"training.rows={rows} do not spread evenly over the {devices} devices of mesh.data and "
-                          f"mesh.fsdp: use a multiple such as {-(-rows // devices) * devices}")
+        raise ConfigError(f"training.rows={rows} do not spread evenly over the {devices} devices of mesh.data, "
+                          f"mesh.fsdp and mesh.expert: use a multiple such as {-(-rows // devices) * devices}")
 
 
 def abstract_batch(accumulate: int, rows: int, length: int, mesh) -> dict:

@@ -135,7 +135,7 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
     def step(state: TrainState, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         loss_of = functools.partial(total_loss, pattern=pattern, layout=layout)
-        loss, grads = _accumulate(loss_of, state.trainable, frozen, batch, key)
+        loss, grads = accumulate(loss_of, state.trainable, frozen, batch, key)
         tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1).astype(jnp.float32)
         loss, grads = loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
 
@@ -163,7 +163,7 @@ def _index(batch, layout: Layout | None):
     return batch["index"] if layout is not None and layout.zigzag else None
 
 
-def _accumulate(loss_of, trainable, frozen, batch, key):
+def accumulate(loss_of, trainable, frozen, batch, key):
     """Sums loss and gradient over the leading axis of the batch, in float32."""
     value_and_grad = jax.value_and_grad(loss_of)
     A = batch["tokens"].shape[0]

@@ -37,7 +37,7 @@ def compiled(monkeypatch):
         return types.SimpleNamespace(stage=stage, need=need, fits=size <= target.device.memory / GiB)
     monkeypatch.setattr(search, "plan_stage", plan_stage)
     monkeypatch.setattr(search, "mesh_of", lambda mesh, devices: types.SimpleNamespace(
-        shape={"data": 1, "fsdp": 1, "sequence": 3, "tensor": 1}))
+        shape={"data": 1, "fsdp": 1, "expert": 1, "sequence": 3, "tensor": 1}))
     monkeypatch.setattr("lljax.planning.devices.Target.devices", lambda self: [])
     return seen
 
