@@ -39,6 +39,9 @@ def stretched(spec: DecoderSpec, *, type: str, factor: float | str, length: int)
     extended = rope.extend(spec.rope, type=type, factor=factor, length=length, max_length=spec.max_length)
     if extended == spec.rope:
         return spec
+    if spec.family == "phi3":
+        raise ConfigError(f"context.rope.type={type!r}: transformers reads a phi3 model with no RoPE but its own, so nothing "
+                          "could load what was trained; use context.rope.type='keep'")
     if spec.rope.type in ("llama3", "yarn", "longrope") and extended.type != spec.rope.type:
         logging.warning("a %s RoPE replaces the base's own %s scaling", extended.type, spec.rope.type)
     return dataclasses.replace(spec, rope=extended, max_length=length)

@@ -11,27 +11,28 @@ import jax
 import jax.numpy as jnp
 
 from lljax.attention.mask import Mask, block, block_kinds, pad, visible
+from lljax.attention.softcap import capped, through_cap
 
 MASKED, FLOOR = -1e30, -1e20                 # exp(MASKED - FLOOR) is 0, so a row masked throughout a block adds nothing
 
 
-def forward(q, k, v, mask: Mask, *, scale: float) -> tuple[jax.Array, jax.Array]:
+def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None = None) -> tuple[jax.Array, jax.Array]:
     """Attention of q [B, T, N, H] over k, v [B, S, K, H]: the output, like q, and the log-sum-exp of each query's
     scores, float32 [B, T, N]. A query that sees nothing gets zeros, and FLOOR."""
     call = _Call(q, k, v, mask, scale)
-    out, lse = _forward(*call.blocks, call.q, call.k, call.v, call.mask)
+    out, lse = _forward(*call.blocks, softcap, call.q, call.k, call.v, call.mask)
     return call.rows(out), call.rows(lse)
 
 
-def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float,
+def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float, softcap: float | None = None,
              dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `forward` for q, k and v in `dtype`, given its results and the gradient of its output.
 
     `out` and `lse` may be those of attention over more keys than `k`: the sum over parts of the keys is the gradient.
     """
     call = _Call(q, k, v, mask, scale)
-    dq, dk, dv = _backward(*call.blocks, call.q, call.k, call.v, call.mask, call.heads(out), call.heads(lse[..., None])[..., 0],
-                           call.heads(d_out))
+    dq, dk, dv = _backward(*call.blocks, softcap, call.q, call.k, call.v, call.mask, call.heads(out),
+                           call.heads(lse[..., None])[..., 0], call.heads(d_out))
     return tuple(x.astype(dtype) for x in (call.rows(dq) * scale, call.keys(dk), call.keys(dv)))
 
 
@@ -110,9 +111,9 @@ def _visit(mask, bq, bk):
     return visit
 
 
-def _scores(q, k, mask, masked: bool):
+def _scores(q, k, mask, masked: bool, softcap):
     """Scores [B, K, bq, N / K, bk] of a pair of blocks, in float32 as the softmax needs."""
-    scores = jnp.einsum("BKQRH,BKSH->BKQRS", q, k, preferred_element_type=jnp.float32)
+    scores = capped(jnp.einsum("BKQRH,BKSH->BKQRS", q, k, preferred_element_type=jnp.float32), softcap)
     return jnp.where(visible(mask())[:, None, :, None, :], scores, MASKED) if masked else scores
 
 
@@ -120,7 +121,7 @@ def _slice(x, i, size, axis=2):
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=axis)
 
 
-def _forward(bq, bk, q, k, v, mask):
+def _forward(bq, bk, softcap, q, k, v, mask):
     """Returns the output, like q, and the log-sum-exp [B, K, T, N / K]."""
     visit = _visit(mask, bq, bk)
     B, K, T, R, H = q.shape
@@ -130,7 +131,7 @@ def _forward(bq, bk, q, k, v, mask):
 
         def key_block(j, masked, carry):
             top, total, out = carry
-            scores = _scores(qi, _slice(k, j, bk), lambda: block(mask, i * bq, bq, j * bk, bk), masked)
+            scores = _scores(qi, _slice(k, j, bk), lambda: block(mask, i * bq, bq, j * bk, bk), masked, softcap)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -148,7 +149,7 @@ def _forward(bq, bk, q, k, v, mask):
     return jnp.moveaxis(out, 0, 2).reshape(q.shape), jnp.moveaxis(lse, 0, 2).reshape(B, K, T, R)
 
 
-def _backward(bq, bk, q, k, v, mask, out, lse, d_out):
+def _backward(bq, bk, softcap, q, k, v, mask, out, lse, d_out):
     """Returns float32 gradients: of q, like q; of k and v as [B, K, H, S]."""
     visit = _visit(mask, bq, bk)
     wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -164,9 +165,10 @@ def _backward(bq, bk, q, k, v, mask, out, lse, d_out):
         def key_block(j, masked, carry):
             dqi, dk, dv = carry
             kj, vj = _slice(k, j, bk), _slice(v, j, bk)
-            weights = jnp.exp(_scores(qi, kj, lambda: block(mask, i * bq, bq, j * bk, bk), masked) - lsei[..., None])
+            scores = _scores(qi, kj, lambda: block(mask, i * bq, bq, j * bk, bk), masked, softcap)
+            weights = jnp.exp(scores - lsei[..., None])
             d_weights = wide("BKQRH,BKSH->BKQRS", doi, vj)
-            d_scores = (weights * (d_weights - deltai[..., None])).astype(q.dtype)
+            d_scores = through_cap(weights * (d_weights - deltai[..., None]), scores, softcap).astype(q.dtype)
             dqi += wide("BKQRS,BKSH->BKQRH", d_scores, kj)
             dk = _add_at(dk, j, bk, wide("BKHQR,BKQRS->BKHS", qti, d_scores))
             dv = _add_at(dv, j, bk, wide("BKHQR,BKQRS->BKHS", doti, weights.astype(q.dtype)))

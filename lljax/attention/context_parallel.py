@@ -29,12 +29,13 @@ CUT = PartitionSpec(ROWS, TOKENS)            # how [B, T] lies on the mesh
 CUT_HEADS = PartitionSpec(ROWS, TOKENS, HEADS)           # ... and [B, T, heads, H]
 
 
-def attend_parallel(q, k, v, mask: Mask, *, scale: float, group: int | None = None, layout: Layout | None = None) -> jax.Array:
+def attend_parallel(q, k, v, mask: Mask, *, scale: float, softcap: float | None = None, group: int | None = None,
+                    layout: Layout | None = None) -> jax.Array:
     """Attention of q [B, T, N, H] over k, v [B, T, K, H], all cut by `layout` over rows, tokens and heads.
 
     group: S2-Attn in groups of as many tokens, on top of `mask`; None for every head alike.
     """
-    how = how_of(scale, layout)
+    how = how_of(scale, softcap, layout)
     if layout is None:
         return attend_heads(q, k, v, mask, group, 1, 0, how)
     size, tensor = layout.mesh.shape[TOKENS], layout.mesh.shape[HEADS]
@@ -52,18 +53,19 @@ class How:
     """What every mode passes on to the attention of a device."""
 
     scale: float
+    softcap: float | None
     platform: str
 
     @property
     def kwargs(self) -> dict:
-        return {"scale": self.scale, "platform": self.platform}
+        return {"scale": self.scale, "softcap": self.softcap, "platform": self.platform}
 
 
-def how_of(scale: float, layout: Layout | None) -> How:
+def how_of(scale: float, softcap: float | None, layout: Layout | None) -> How:
     if layout is not None:
-        return How(scale, layout.platform)
+        return How(scale, softcap, layout.platform)
     # Of several devices the compiler may have cut the arrays, and it cannot cut a kernel: a CPU has none.
-    return How(scale, jax.default_backend() if jax.device_count() == 1 else "cpu")
+    return How(scale, softcap, jax.default_backend() if jax.device_count() == 1 else "cpu")
 
 
 def attend_heads(q, k, v, mask: Mask, group: int | None, shares: int, share, how: How) -> jax.Array:
@@ -164,7 +166,7 @@ def _ring(hops, size, how, q, k, v, mask):
 
 def _pair(how: How, q, k, mask: Mask) -> Implementation:
     """What attends to one chunk of the keys, which are not those of the queries."""
-    return IMPLEMENTATIONS[best(how.platform, q, k, mask.replace(ordered=False))]
+    return IMPLEMENTATIONS[best(how.platform, q, k, mask.replace(ordered=False), how.softcap)]
 
 
 def _chunk(k, v, mask):
@@ -184,7 +186,7 @@ def _ring_forward(hops, size, how, q, k, v, mask):
     def attend_chunk(out, lse, k, v, k_index, k_segments, anchors):
         """Merges attention over one chunk into the output and its log-sum-exp, in float32."""
         chunk_out, chunk_lse = forward(q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors),
-                                       scale=how.scale)
+                                       scale=how.scale, softcap=how.softcap)
         new = jnp.logaddexp(lse, chunk_lse)
         return out * jnp.exp(lse - new)[..., None] + chunk_out * jnp.exp(chunk_lse - new)[..., None], new
 
@@ -206,7 +208,7 @@ def _ring_backward(hops, size, how, saved, d_out):
 
     def backward(k, v, k_index, k_segments, anchors):
         return pair.backward(q, k, v, mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors), out, lse, d_out,
-                             scale=how.scale)
+                             scale=how.scale, softcap=how.softcap)
 
     def step(carry, _):
         dq, chunk, d_chunk = carry

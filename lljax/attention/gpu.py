@@ -15,24 +15,26 @@ from jax.experimental.pallas import triton as plgpu
 
 from lljax.attention.blockwise import FLOOR, MASKED, anchors_first
 from lljax.attention.mask import NEVER, Mask, group_of, pad
+from lljax.attention.softcap import capped, through_cap
 
 LOG2_E = math.log2(math.e)                   # the GPU has an instruction for powers of two only
 PAIRS_AT_ONCE = 2 ** 22                      # pairs of blocks that are told apart at once: a few bytes each
 
 
-def forward(q, k, v, mask: Mask, *, scale: float, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None = None,
+            interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Attention of q [B, T, N, H] over k, v [B, S, K, H]: the output, like q, and the log-sum-exp of each query's
     scores, float32 [B, T, N]. A query that sees nothing gets zeros, and FLOOR."""
     call = _Call(q, k, v, mask, *forward_blocks(q.shape[3], q.dtype), interpret)
     q = call.queries(q)
     lse = jax.ShapeDtypeStruct((call.B, call.N, q.shape[1]), jnp.float32)
-    kernel = functools.partial(_forward_kernel, scale=scale)
+    kernel = functools.partial(_forward_kernel, scale=scale, softcap=_base_2(softcap))
     out, lse = call.over_queries(kernel, {"BTNH": (q,)}, [("BTNH", q), ("BNT", lse)])
     return call.queries_back(out), jnp.moveaxis(lse, 1, 2)[:, :call.T]
 
 
-def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float, interpret: bool = False,
-             dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float, softcap: float | None = None,
+             interpret: bool = False, dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `forward` for q, k and v, given its results and the gradient of its output.
 
     `out` and `lse` may be those of attention over more keys than `k`: the sum over parts of the keys is the gradient.
@@ -44,9 +46,15 @@ def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float, interpret: b
     q, d_out = call.queries(q), call.queries(d_out.astype(q.dtype))
     given = {"BTNH": (q, d_out), "BNT": (call.statistics(lse), call.statistics(delta))}
     like = lambda x: jax.ShapeDtypeStruct(x.shape, dtype)
-    dq, = call.over_queries(functools.partial(_dq_kernel, scale=scale), given, [("BTNH", like(q))])
-    dk, dv = call.over_keys(functools.partial(_dkv_kernel, scale=scale), given, [("BSKH", like(call.k))] * 2)
+    how = {"scale": scale, "softcap": _base_2(softcap)}
+    dq, = call.over_queries(functools.partial(_dq_kernel, **how), given, [("BTNH", like(q))])
+    dk, dv = call.over_keys(functools.partial(_dkv_kernel, **how), given, [("BSKH", like(call.k))] * 2)
     return call.queries_back(dq), call.keys_back(dk), call.keys_back(dv)
+
+
+def _base_2(softcap: float | None) -> float | None:
+    """Of scores that are powers of two."""
+    return None if softcap is None else softcap * LOG2_E
 
 
 def forward_blocks(H: int, dtype) -> tuple[int, int]:
@@ -250,7 +258,7 @@ def _tokens(ref, at, axis: int):
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, q_rows, k_rows, q_range, k_range, spans, out_ref, lse_ref, *,
-                    bk, window, scale):
+                    bk, window, scale, softcap):
     """A block of queries of one head: q, out [bq, H], lse [bq]; all keys of its head: k, v [S, H]."""
     q, (bq, H) = q_ref[...], q_ref.shape
     q_own, q_tokens = _block_range(q_range), _tokens(q_rows, slice(None), 1)
@@ -258,7 +266,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, q_rows, k_rows, q_range, k_range, spans
     def pair(j, masked, carry):
         top, total, out = carry
         at = pl.ds(j * bk, bk)
-        scores = plgpu.dot(q, k_ref[at, :], trans_b=True) * (scale * LOG2_E)
+        scores = capped(plgpu.dot(q, k_ref[at, :], trans_b=True) * (scale * LOG2_E), softcap)
         if masked:
             scores = jnp.where(_some(window, q_tokens, _tokens(k_rows, at, 0)), scores, MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
@@ -277,7 +285,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, q_rows, k_rows, q_range, k_range, spans
 
 
 def _dq_kernel(q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, q_rows, k_rows, q_range, k_range, spans, dq_ref, *,
-               bk, window, scale):
+               bk, window, scale, softcap):
     """The gradient of a block of queries of one head; shapes as in `_forward_kernel`."""
     q, d_out, lse, delta = q_ref[...], d_out_ref[...], lse_ref[...] * LOG2_E, delta_ref[...]
     q_own, q_tokens = _block_range(q_range), _tokens(q_rows, slice(None), 1)
@@ -285,19 +293,20 @@ def _dq_kernel(q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, q_rows, k_row
     def pair(j, masked, dq):
         at = pl.ds(j * bk, bk)
         k = k_ref[at, :]
-        scores = plgpu.dot(q, k, trans_b=True) * (scale * LOG2_E)
+        scores = capped(plgpu.dot(q, k, trans_b=True) * (scale * LOG2_E), softcap)
         if masked:
             scores = jnp.where(_some(window, q_tokens, _tokens(k_rows, at, 0)), scores, MASKED)
         weights = jnp.exp2(scores - lse[:, None])
         d_weights = plgpu.dot(d_out, v_ref[at, :], trans_b=True)
-        return dq + plgpu.dot((weights * (d_weights - delta[:, None])).astype(k.dtype), k)
+        d_scores = through_cap(weights * (d_weights - delta[:, None]), scores, softcap)
+        return dq + plgpu.dot(d_scores.astype(k.dtype), k)
 
     some = lambda j: _some(window, q_own, _block_range(k_range, j))
     dq_ref[...] = (_visit(spans, some, pair, jnp.zeros(q.shape, jnp.float32)) * scale).astype(dq_ref.dtype)
 
 
 def _dkv_kernel(q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, q_rows, k_rows, q_range, k_range, spans,
-                dk_ref, dv_ref, *, bq, window, scale):
+                dk_ref, dv_ref, *, bq, window, scale, softcap):
     """The gradients of a block of keys [bk, H] of one key/value head, summed over the R query heads that read it:
     q, d_out [T, R, H], lse, delta [R, T]. Weights are [bk, bq], so that none is ever transposed."""
     k, v = k_ref[...], v_ref[...]
@@ -309,12 +318,12 @@ def _dkv_kernel(q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, q_rows, k_ro
             dk, dv = carry
             at = pl.ds(i * bq, bq)
             q, d_out, lse, delta = q_ref[at, r, :], d_out_ref[at, r, :], lse_ref[r, at] * LOG2_E, delta_ref[r, at]
-            scores = plgpu.dot(k, q, trans_b=True) * (scale * LOG2_E)
+            scores = capped(plgpu.dot(k, q, trans_b=True) * (scale * LOG2_E), softcap)
             if masked:
                 scores = jnp.where(_some(window, _tokens(q_rows, at, 0), k_tokens), scores, MASKED)
             weights = jnp.exp2(scores - lse[None])
             dv += plgpu.dot(weights.astype(d_out.dtype), d_out)
-            d_scores = weights * (plgpu.dot(v, d_out, trans_b=True) - delta[None])
+            d_scores = through_cap(weights * (plgpu.dot(v, d_out, trans_b=True) - delta[None]), scores, softcap)
             return dk + plgpu.dot(d_scores.astype(q.dtype), q), dv
         return _visit(spans, some, pair, carry)
 

@@ -48,12 +48,12 @@ def first_halo(keys, xs, mask: Mask, reach: int, layout: Layout | None):
                          check_vma=False)(*keys(*xs), index, segments)
 
 
-def attend_tile(q, k, v, mask: Mask, halo, *, scale: float, group: int | None, layout: Layout | None):
+def attend_tile(q, k, v, mask: Mask, halo, *, scale: float, softcap: float | None, group: int | None, layout: Layout | None):
     """Attention of q [B, T, N, H] over `halo` and k, v [B, T, K, H], of a tile of every device; and the next tile's halo.
 
     mask: of the T tokens of the tile, in the order of the row. group: as in `attend_parallel`.
     """
-    how = how_of(scale, layout)
+    how = how_of(scale, softcap, layout)
     shares = 1 if layout is None else layout.mesh.shape[HEADS]
 
     def run(q, k, v, mask, halo):

@@ -18,29 +18,31 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lljax.attention.blockwise import FLOOR, MASKED, anchors_first
 from lljax.attention.mask import NEVER, Mask, group_of
+from lljax.attention.softcap import capped, through_cap
 
 LANES = 128
 
 
-def forward(q, k, v, mask: Mask, *, scale: float, interpret: bool = False, blocks=None) -> tuple[jax.Array, jax.Array]:
+def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None = None, interpret: bool = False,
+            blocks=None) -> tuple[jax.Array, jax.Array]:
     """Attention of q [B, T, N, H] over k, v [B, S, K, H]: the output, like q, and the log-sum-exp of each query's
     scores, float32 [B, T, N]. A query that sees nothing gets zeros, and FLOOR.
 
     interpret: run the kernels as plain XLA, on any platform; slow. blocks: (queries, keys) of a block, for tests.
     """
-    call = _Call(q, k, v, mask, scale, interpret, blocks)
+    call = _Call(q, k, v, mask, scale, softcap, interpret, blocks)
     out, lse = _forward(call)
     return call.rows(out), call.rows(jnp.swapaxes(lse, 3, 4))[..., 0]
 
 
-def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float, dtype=jnp.float32, interpret: bool = False,
-             blocks=None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float, softcap: float | None = None, dtype=jnp.float32,
+             interpret: bool = False, blocks=None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `forward` for q, k and v, given its results and the gradient of its output.
 
     `out` and `lse` may be those of attention over more keys than `k`: the sum over parts of the keys is the gradient.
     dtype: of the gradients; the sums are float32 in any case.
     """
-    call = _Call(q, k, v, mask, scale, interpret, blocks)
+    call = _Call(q, k, v, mask, scale, softcap, interpret, blocks)
     # float32: a small difference of large sums is taken with it
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     operands = call.heads(d_out), call.statistic(lse), call.statistic(delta)
@@ -75,10 +77,11 @@ class _Call:
     """The operands in the order that the kernels want, padded to whole blocks: q [B, K, R, T, H] (scaled), R = N / K;
     k, v [B, K, S, H]; q_rows, k_rows [B, names, length], what the mask compares; and the way back."""
 
-    def __init__(self, q, k, v, mask: Mask, scale: float, interpret: bool, blocks):
+    def __init__(self, q, k, v, mask: Mask, scale: float, softcap: float | None, interpret: bool, blocks):
         self.B, self.T, self.N, self.H = q.shape
         self.S, self.K = k.shape[1:3]
-        self.R, self.scale, self.interpret, self.place = self.N // self.K, scale, interpret, None
+        self.R, self.scale, self.softcap = self.N // self.K, scale, softcap
+        self.interpret, self.place = interpret, None
         if mask.anchors is not None and mask.window is not None:
             k, v, mask, self.place = anchors_first(k, v, mask)
         self.mask = mask
@@ -282,7 +285,7 @@ def _backward_queries(call: _Call, d_out, lse, delta, dtype) -> jax.Array:
         def update(masked):
             scores = _scores(call, q, k, q_rows, k_rows, masked)
             weights = jnp.exp(scores - _column(lse[0]))
-            d_scores = weights * (_dot(d_out, v, 1, 1) - _column(delta[0]))
+            d_scores = through_cap(weights * (_dot(d_out, v, 1, 1) - _column(delta[0])), scores, call.softcap)
             acc[...] += _dot(d_scores.astype(k.dtype), k, 1, 0)
 
         visits.visit(table, b, i, step, update)
@@ -312,13 +315,13 @@ def _backward_keys(call: _Call, d_out, lse, delta, dtype) -> tuple[jax.Array, ja
             dv_acc[...] = jnp.zeros_like(dv_acc)
 
         def update(masked):
-            scores = _dot(k, q, 1, 1)
+            scores = capped(_dot(k, q, 1, 1), call.softcap)
             if masked:
                 see = visible(_rows(q_rows, call.q_names), _columns(k_rows, call.k_names))
                 scores = jnp.where(see, scores, MASKED)
             weights = jnp.exp(scores - lse[...])
             dv_acc[...] += _dot(weights.astype(d_out.dtype), d_out, 1, 0)
-            d_scores = weights * (_dot(v, d_out, 1, 1) - delta[...])
+            d_scores = through_cap(weights * (_dot(v, d_out, 1, 1) - delta[...]), scores, call.softcap)
             dk_acc[...] += _dot(d_scores.astype(q.dtype), q, 1, 0)
 
         visits.visit(table, b, j, step, update)
@@ -336,7 +339,7 @@ def _backward_keys(call: _Call, d_out, lse, delta, dtype) -> tuple[jax.Array, ja
 
 def _scores(call: _Call, q, k, q_rows, k_rows, masked: bool) -> jax.Array:
     """Of a pair of blocks, [queries, keys]."""
-    scores = _dot(q, k, 1, 1)
+    scores = capped(_dot(q, k, 1, 1), call.softcap)
     if not masked:
         return scores
     return jnp.where(visible(_columns(q_rows, call.q_names), _rows(k_rows, call.k_names)), scores, MASKED)

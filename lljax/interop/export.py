@@ -12,11 +12,10 @@ from flax import nnx
 
 from lljax.errors import ConfigError
 from lljax.interop import safetensors
-from lljax.interop.huggingface import hf_names, hf_shape, hf_value
+from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value, joined, parts_of
 from lljax.interop.peft import write_adapter
-from lljax.models import rope
-from lljax.models.declare import Weight, declared
 from lljax.models.lora import linear_layers
+from lljax.models.spec import rope_to_hf
 
 SHARD_BYTES = 5 << 30
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -32,16 +31,16 @@ def export_peft(model: nnx.Module, base, out: Path) -> str:
 
     def write(folder):
         config = write_adapter(model, folder, base_name=base.path)
-        (folder / "rope.json").write_text(json.dumps(rope.to_hf(model.spec.rope, model.spec.max_length), indent=2) + "\n")
+        (folder / "rope.json").write_text(json.dumps(rope_to_hf(model.spec), indent=2) + "\n")
         return config
     config = _complete(out, write)
     if config["modules_to_save"]:
         note = ("# vLLM takes no adapter with modules_to_save: export with --format=split or --format=merged to serve "
                 "it.")
     else:
-        overrides = json.dumps(rope.to_hf(model.spec.rope, model.spec.max_length))
+        overrides = json.dumps(rope_to_hf(model.spec))
         note = (f"# vllm serve {base.path} --enable-lora --lora-modules adapter={out} --max-lora-rank "
-                f"{_vllm_rank(config['r'])} --max-model-len {model.spec.max_length} --hf-overrides '{overrides}'")
+                f"{_vllm_rank(config)} --max-model-len {model.spec.max_length} --hf-overrides '{overrides}'")
     gguf = Path(base.path).suffix == ".gguf"
     source = f"{str(Path(base.path).parent)!r}, gguf_file={Path(base.path).name!r}" if gguf else repr(base.path)
     return (f"# rope.json holds the RoPE that the adapter was trained with; an adapter cannot carry it itself.\n"
@@ -73,15 +72,16 @@ def export_split(model: nnx.Module, base, out: Path, *, max_shard_bytes: int = S
         (folder / "adapter").mkdir()
         _write_model(model, base, folder / "base", merge=False, dtype=None, max_shard_bytes=max_shard_bytes)
         return write_adapter(model, folder / "adapter", base_name=str(out / "base"), whole_modules=False)
-    rank = _vllm_rank(_complete(out, write)["r"])
+    rank = _vllm_rank(_complete(out, write))
     return (f"# vllm serve {out}/base --enable-lora --lora-modules adapter={out}/adapter --max-lora-rank {rank} "
             f"--max-model-len {model.spec.max_length}\n"
             f"import peft, transformers\nmodel = transformers.AutoModelForCausalLM.from_pretrained('{out}/base')\n"
             f"model = peft.PeftModel.from_pretrained(model, '{out}/adapter')")
 
 
-def _vllm_rank(rank: int) -> int:
-    """The least value of --max-lora-rank that admits the adapter."""
+def _vllm_rank(config: dict) -> int:
+    """The least value of --max-lora-rank that admits an adapter with this adapter_config."""
+    rank = max([config["r"], *config["rank_pattern"].values()])
     return min((allowed for allowed in VLLM_RANKS if allowed >= rank), default=rank)
 
 
@@ -89,32 +89,29 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
     """A HF checkpoint of the model's base weights, with the factors added to them where `merge`."""
     tokenizer = base.tokenizer()             # first: a base without one is noticed before the long write
     # A run that trained every weight needs none of the base's, which may have none.
-    frozen = any(isinstance(v, Weight) and not v.get_metadata().get("trainable", False) for _, v in declared(model))
-    available = set(base.names()) if frozen else set()
-    updates = {}                             # HF name -> (its Lora, layer)
+    parts_of_tensors = parts_of(model)
+    trained = {name: parts[0][0].get_metadata().get("trainable", False) for name, parts in parts_of_tensors.items()}
+    available = set() if all(trained.values()) else set(base.names())
+    updates = {}                             # HF name -> [(which of its rows, their Lora, layer)]
     for _, linear in linear_layers(model) if merge else ():
-        if linear.lora is not None:
-            updates |= {name: (linear.lora, i) for i, name in enumerate(hf_names(linear.kernel))}
+        for i, name in enumerate(hf_names(linear.kernel)) if linear.lora is not None else ():
+            updates.setdefault(name, []).append((hf_rows(linear.kernel), linear.lora, i))
     sources: dict[str, Callable[[], np.ndarray]] = {}
-    for _, variable in declared(model):
-        if isinstance(variable, Weight):
-            trained = variable.get_metadata().get("trainable", False)
-            for i, name in enumerate(hf_names(variable)):
-                if trained or name not in available:
-                    sources[name] = lambda v=variable, i=i: hf_value(v, i)
-                elif name in updates:        # to the base's own weight: the run's copy may be rounded
-                    sources[name] = lambda name=name: _merged(base.read(name), *updates[name])
-                else:                        # bitwise as it was, whatever dtype the run computed in
-                    sources[name] = lambda name=name: base.read(name)
+    for name, parts in parts_of_tensors.items():
+        if trained[name] or name not in available:
+            sources[name] = lambda parts=parts: joined(hf_value(variable, i) for variable, i in parts)
+        elif name in updates:                # to the base's own weight: the run's copy may be rounded
+            sources[name] = lambda name=name: _merged(base.read(name), updates[name])
+        else:                                # bitwise as it was, whatever dtype the run computed in
+            sources[name] = lambda name=name: base.read(name)
     named = dtype or base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"
     default = np.dtype(getattr(ml_dtypes, named, named))
     wanted = {name: base.dtype(name) if name in available and not dtype else default for name in sources}
-    layout = {name: (wanted[name], hf_shape(variable)) for _, variable in declared(model)
-              if isinstance(variable, Weight) for name in hf_names(variable)}
+    layout = {name: (wanted[name], hf_shape(parts[0][0])) for name, parts in parts_of_tensors.items()}
     safetensors.write_sharded(folder, layout, lambda name: np.asarray(sources[name]()).astype(wanted[name]),
                               max_shard_bytes=max_shard_bytes)
     spec = model.spec
-    config = dict(base.config) | rope.to_hf(spec.rope, spec.max_length)
+    config = dict(base.config) | rope_to_hf(spec)
     if dtype:
         config |= {"dtype": dtype, "torch_dtype": dtype}     # in the spelling of transformers 5 and the one before
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -124,9 +121,12 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
     tokenizer.save_pretrained(folder)
 
 
-def _merged(weight: np.ndarray, lora, i: int) -> np.ndarray:
-    """The weight [out, in] plus its low-rank update, in float32."""
-    return weight.astype(np.float32) + lora.scale * (hf_value(lora.b, i) @ hf_value(lora.a, i))
+def _merged(weight: np.ndarray, updates) -> np.ndarray:
+    """The weight [out, in] plus the low-rank updates of its rows, in float32."""
+    weight = weight.astype(np.float32)       # a copy
+    for rows, lora, i in updates:
+        weight[rows] += lora.scale * (hf_value(lora.b, i) @ hf_value(lora.a, i))
+    return weight
 
 
 def _complete(out: Path, write):

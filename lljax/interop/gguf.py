@@ -4,7 +4,6 @@ Key names: the `gguf` package's constants. Tensor names and the q/k permutation:
 """
 
 import contextlib
-import functools
 import hashlib
 import re
 from pathlib import Path
@@ -16,11 +15,15 @@ from lljax.errors import ModelError
 from lljax.interop import gguf_tokenizer
 from lljax.models.rope import RopeSpec, base_frequencies, llama3_frequencies
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")              # Mistral models call themselves llama
+# HF's model_type and class of each. Mistral models call themselves llama.
+ARCHITECTURES = {"llama": ("llama", "LlamaForCausalLM"), "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+                 "qwen3": ("qwen3", "Qwen3ForCausalLM"), "gemma3": ("gemma3_text", "Gemma3ForCausalLM")}
 LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
          "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+GEMMA = {"post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+         "post_ffw_norm": "post_feedforward_layernorm"}
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -31,7 +34,8 @@ class GgufBase:
         self.path, self.file, self.generation_config = path, file, None
         with self._reading("not a GGUF file that can be read"):
             self._reader = gguf.GGUFReader(file)
-            self._tensors = {_hf_name(t.name): t for t in self._reader.tensors if t.name != "rope_freqs.weight"}
+            names = LAYER | (GEMMA if self._architecture == "gemma3" else {})
+            self._tensors = {_hf_name(t.name, names): t for t in self._reader.tensors if t.name != "rope_freqs.weight"}
             self.config = self._config()
 
     @contextlib.contextmanager
@@ -61,6 +65,8 @@ class GgufBase:
             heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
             if heads and self._architecture == "llama":
                 array = _unpermute(array, self.config[heads])
+            if self._architecture == "gemma3" and name.endswith("norm.weight"):
+                array = array - 1            # llama.cpp stores what the norm multiplies by
             return array
 
     def fingerprint(self) -> str:
@@ -95,8 +101,7 @@ class GgufBase:
         if vocabulary is None:
             raise ModelError(f"{self.path}: tensor 'token_embd.weight' is missing")
         config = {
-            "model_type": a, "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                                                "qwen3": "Qwen3ForCausalLM"}[a]],
+            "model_type": ARCHITECTURES[a][0], "architectures": [ARCHITECTURES[a][1]],
             "vocab_size": vocabulary, "hidden_size": D, "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"), "num_attention_heads": N,
             "num_key_value_heads": need("attention.head_count_kv", N),
@@ -108,6 +113,11 @@ class GgufBase:
             "hidden_act": "silu", "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"), "torch_dtype": "float16",
         }
+        if a == "gemma3":                    # only the largest scales scores by another number than its head size
+            scored = D // N if config["num_hidden_layers"] == 62 else config["head_dim"]
+            config |= {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+                       "rope_theta": need("rope.freq_base", 1_000_000.0), "query_pre_attn_scalar": scored,
+                       "sliding_window": need("attention.sliding_window")}
         if a == "llama":
             config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._tensors
         return config | {"rope_scaling": self._rope_scaling(a, config["rope_theta"], config["head_dim"])}
@@ -146,11 +156,10 @@ class GgufBase:
             return gguf_tokenizer.build(self.path, fields, self._field("tokenizer.chat_template"))
 
 
-@functools.cache
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, layer: dict) -> str:
     stem, _, kind = name.rpartition(".")
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
-        return f"model.layers.{match[1]}.{LAYER.get(match[2], match[2])}.{kind}"
+        return f"model.layers.{match[1]}.{layer.get(match[2], match[2])}.{kind}"
     return f"{WHOLE.get(stem, stem)}.{kind}"
 
 

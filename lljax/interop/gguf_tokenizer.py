@@ -79,7 +79,8 @@ def _sentencepiece(path: str, fields: dict) -> tokenizers.Tokenizer:
               for k in range(1, len(token)) if token[:k] in index and token[k:] in index]
     backend = tokenizers.Tokenizer(models.BPE(index, [merge[3:] for merge in sorted(merges)], unk_token=tokens[0],
                                               fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    prefix = fields.get("add_space_prefix", True)            # not in Gemma's
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+                                         *[decoders.Strip(" ", 1, 0)] * prefix])
     return backend

@@ -45,10 +45,10 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
         used.update(names)
         wanted = jnp.float32 if variable.get_metadata().get("trainable", False) else dtype
         sharding = shardings(variable) if shardings else None
-        transpose = variable.get_metadata("transpose")
+        transpose, rows = variable.get_metadata("transpose"), hf_rows(variable)
 
-        def read(name, transpose=transpose, wanted=wanted):
-            array = base.read(name)
+        def read(name, transpose=transpose, wanted=wanted, rows=rows):
+            array = base.read(name)[rows]
             return np.asarray(array.T if transpose else array, dtype=wanted)
 
         if is_stacked(variable):
@@ -70,11 +70,33 @@ def _set_layer(stacked, layer, i):
 
 
 def tensors(model: nnx.Module, kind=Weight) -> Iterator[tuple[str, np.ndarray]]:
-    """(HF name, array in HF orientation) of every Variable of `kind`, one layer of a stacked one at a time."""
+    """(HF name, array in HF orientation) of every Variable of `kind`, one tensor at a time."""
+    for name, parts in parts_of(model, kind).items():
+        yield name, joined(hf_value(variable, i) for variable, i in parts)
+
+
+def parts_of(model: nnx.Module, kind=Weight) -> dict[str, list[tuple[nnx.Variable, int]]]:
+    """What each HF tensor is made of, in the order of its rows: a Variable, and which of its layers. Nearly always one."""
+    parts = {}
     for _, variable in declared(model):
         if isinstance(variable, kind):
             for i, name in enumerate(hf_names(variable)):
-                yield name, hf_value(variable, i)
+                parts.setdefault(name, []).append((variable, i))
+    return {name: sorted(of, key=lambda part: hf_rows(part[0]).start or 0) for name, of in parts.items()}
+
+
+def joined(arrays) -> np.ndarray:
+    """One HF tensor from its parts."""
+    arrays = list(arrays)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def hf_rows(variable: nnx.Variable) -> slice:
+    """Which rows of its HF tensors a Variable holds."""
+    if "part" not in variable.get_metadata():
+        return slice(None)
+    first, _ = variable.get_metadata("part")
+    return slice(first, first + variable.get_value().shape[-1])
 
 
 def hf_value(variable: nnx.Variable, layer: int = 0) -> np.ndarray:
@@ -96,7 +118,8 @@ def hf_names(variable: nnx.Variable) -> list[str]:
 def hf_shape(variable: nnx.Variable) -> tuple[int, ...]:
     """The shape of each of its HF tensors."""
     shape = variable.get_value().shape[is_stacked(variable):]
-    return shape[::-1] if variable.get_metadata("transpose") else shape
+    shape = shape[::-1] if variable.get_metadata("transpose") else shape
+    return (variable.get_metadata("part")[1], *shape[1:]) if "part" in variable.get_metadata() else shape
 
 
 def is_stacked(variable: nnx.Variable) -> bool:

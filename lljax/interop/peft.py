@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from flax import nnx
 from lljax.errors import ModelError
 from lljax.interop import safetensors
 from lljax.interop.base import read_json
-from lljax.interop.huggingface import hf_names, hf_shape, hf_value, is_stacked, tensors
+from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value, is_stacked, tensors
 from lljax.models.declare import LoraWeight, Weight, declared
 from lljax.models.lora import linear_layers
 from lljax.sharding import put
@@ -113,7 +114,9 @@ def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modu
 
     whole_modules: with the embeddings, norms and heads that trained (`modules_to_save`), or the factors alone.
     """
-    arrays = {PREFIX + name: array for name, array in tensors(model, LoraWeight)}
+    fused, factors = _fused(model)
+    arrays = {PREFIX + name: array for name, array in tensors(model, LoraWeight) if name not in factors}
+    arrays |= {PREFIX + name: array for name, array in factors.items()}
     saved = set()
     for _, variable in declared(model) if whole_modules else ():
         if isinstance(variable, Weight) and variable.get_metadata().get("trainable", False):
@@ -123,12 +126,14 @@ def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modu
     tied = model.spec.tied and "embed_tokens" in saved
     if tied:                                 # PEFT takes a tied head without a tensor of its own for the base's
         arrays[PREFIX + "lm_head.weight"] = arrays[PREFIX + "model.embed_tokens.weight"]
-    adapted = {name: module for name, module in linear_layers(model) if module.lora is not None}
-    lora = next(iter(adapted.values())).lora
+    lora = next(module.lora for _, module in linear_layers(model) if module.lora is not None)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": lora.rank,
         "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "target_modules": sorted(_short_names(model, adapted)),
+        "fan_in_fan_out": False, "inference_mode": True, "target_modules": sorted(_short_names(model)),
+        # The scale of a pair is that of its parts.
+        "rank_pattern": {name: count * lora.rank for name, count in fused.items()},
+        "alpha_pattern": {name: (math.sqrt(count) if lora.rslora else count) * lora.alpha for name, count in fused.items()},
         "modules_to_save": sorted(saved) or None, "ensure_weight_tying": tied,
     }
     layout = safetensors.layout(arrays.items())
@@ -137,8 +142,34 @@ def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modu
     return config
 
 
-def _short_names(model, adapted) -> set[str]:
+def _fused(model) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Layers of ours that are rows of one in HF are adapted there by one pair: A of all of them, one below the other, and a
+    B with theirs as blocks. Returns how many such layers each has by its name, and the factors by theirs."""
+    counts, parts, factors = {}, {}, {}
+    for _, linear in linear_layers(model):
+        if linear.lora is not None and "part" in linear.kernel.get_metadata():
+            for i, (a, b) in enumerate(zip(hf_names(linear.lora.a), hf_names(linear.lora.b))):
+                parts.setdefault((a, b), []).append((linear, i))
+    for (a, b), of in parts.items():
+        rank = sum(linear.lora.rank for linear, _ in of)
+        counts[_hf_dotted("", of[0][0])] = len(of)
+        factors[a] = np.concatenate([hf_value(linear.lora.a, i) for linear, i in of])
+        factors[b] = np.zeros((hf_shape(of[0][0].kernel)[0], rank), np.float32)
+        for n, (linear, i) in enumerate(of):
+            columns = slice(n * linear.lora.rank, (n + 1) * linear.lora.rank)
+            factors[b][hf_rows(linear.kernel), columns] = hf_value(linear.lora.b, i)
+    return counts, factors
+
+
+def _hf_dotted(name: str, linear) -> str:
+    """The dotted name of a linear layer in HF, where several of ours may be one."""
+    hf = linear.kernel.get_metadata("hf").removesuffix(".weight").rpartition(".")[2]
+    return ".".join(part for part in (name.rpartition(".")[0], hf) if part)
+
+
+def _short_names(model) -> set[str]:
     """Names that PEFT, which matches by suffix, takes for exactly the adapted layers."""
-    every = [name for name, _ in linear_layers(model)]
+    every = [_hf_dotted(name, linear) for name, linear in linear_layers(model)]
+    adapted = {_hf_dotted(name, linear) for name, linear in linear_layers(model) if linear.lora is not None}
     short = {name.rpartition(".")[2] for name in adapted}
     return short if all((name in adapted) == (name.rpartition(".")[2] in short) for name in every) else set(adapted)

@@ -17,6 +17,8 @@ class Weight(nnx.Param):
     Metadata:
       hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis of layers.
       layers: of a stacked Weight, (first, step): it holds the layers first, first + step, ... of the model.
+      part: of a Weight that HF keeps with others in one tensor, (first, all): the first of its rows there, and how many rows
+        that tensor has.
       transpose: HF stores the (per-layer) matrix the other way round ([out, in]; ours is [in, out]).
       axes: logical axis names, one per dimension (see lljax.sharding).
       role: "kernel" | "bias" | "embed" | "norm" | "head": the name by which optimizer groups and
@@ -26,7 +28,7 @@ class Weight(nnx.Param):
 
 
 class LoraWeight(nnx.Variable):
-    """A low-rank factor, with the metadata of `Weight`; role is "lora_a" or "lora_b".
+    """A low-rank factor, with the metadata of `Weight`; role is "lora_a" or "lora_b". `part` is that of the weight it adapts.
 
     Its `hf` is the PEFT name without the "base_model.model." prefix, for example
     "model.layers.{layer}.self_attn.q_proj.lora_A.weight".

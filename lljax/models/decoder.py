@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lljax.attention import Mask
+from lljax.attention.softcap import capped
 from lljax.models import rope
 from lljax.models.declare import declare, stack
 from lljax.models.layers import AttentionPattern, DecoderLayer, RMSNorm
@@ -46,7 +47,7 @@ class Decoder(nnx.Module):
         # Layers that take turns are a stack each, in the order of `repeats`.
         self.layers = nnx.List([stack(DecoderLayer(spec, layer), times, first + place, len(places))
                                 for first, places, times in repeats(spec.layers) for place, layer in enumerate(places)])
-        self.norm = RMSNorm(spec.D, spec.norm_eps, hf="model.norm")
+        self.norm = RMSNorm(spec.D, spec.norm_eps, hf="model.norm", plus_one=spec.norm_plus_one)
         self.lm_head = None if spec.tied else declare((spec.V, spec.D), axes=("vocab", "embed"),
                                                       hf="lm_head.weight", role="head")
 
@@ -71,6 +72,8 @@ class Decoder(nnx.Module):
         """
         x = jnp.take(gathered(self.embed, layout, stacked=False).get_value(), tokens, axis=0)
         x = x.astype(dtype or self.layers[0].self_attn.q_proj.kernel.get_value().dtype)
+        if self.spec.embed_scale != 1:
+            x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
         x = constrain_activations(x, layout)
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
         rotations = tuple(rope.rotation(positions, rope.frequencies(each, self.spec.H, length)) for each in self.spec.ropes)
@@ -103,7 +106,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] of hidden [..., D]."""
-        return jnp.einsum("...D,VD->...V", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...D,VD->...V", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return capped(logits, self.spec.logit_softcap)
 
     def _mask(self, tokens, positions, segments, index, pattern: AttentionPattern) -> Mask:
         ordered = index is None

@@ -1,9 +1,12 @@
 """The modules of a decoder layer. Each declares its parameters once; see lljax.models.declare.
 
-Formulas follow transformers `models/llama/modeling_llama.py` and `models/qwen3/modeling_qwen3.py`.
+Formulas follow transformers `models/llama/modeling_llama.py`, `models/qwen3/modeling_qwen3.py` and
+`models/gemma2/modeling_gemma2.py`.
 """
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -34,22 +37,31 @@ class AttentionPattern:
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, size: int, eps: float, *, hf: str, axis: str | None = None):
-        self.weight = declare((size,), axes=(axis,), hf=f"{hf}.weight", role="norm", init="ones")
-        self.eps = eps
+    """x / rms(x) * weight; or times 1 + weight (`plus_one`), which Gemma takes in float32 too."""
+
+    def __init__(self, size: int, eps: float, *, hf: str, axis: str | None = None, plus_one: bool = False):
+        self.weight = declare((size,), axes=(axis,), hf=f"{hf}.weight", role="norm", init="zeros" if plus_one else "ones")
+        self.eps, self.plus_one = eps, plus_one
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis, in float32: the mean of squares of a bfloat16 row loses its low bits."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ bias) (+ low-rank update); kernel is [in, out]. `lora` is filled by lljax.models.lora.attach."""
+    """x @ kernel (+ bias) (+ low-rank update); kernel is [in, out]. `lora` is filled by lljax.models.lora.attach.
 
-    def __init__(self, shape: tuple[int, int], *, axes: tuple, hf: str, bias: bool = False):
-        self.kernel = declare(shape, axes=axes, hf=f"{hf}.weight", role="kernel", transpose=True)
+    part: its outputs are some of those of the HF layer `hf`, see `declare.Weight`.
+    """
+
+    def __init__(self, shape: tuple[int, int], *, axes: tuple, hf: str, bias: bool = False,
+                 part: tuple[int, int] | None = None):
+        more = {} if part is None else {"part": part}
+        self.kernel = declare(shape, axes=axes, hf=f"{hf}.weight", role="kernel", transpose=True, **more)
         self.bias = declare(shape[1:], axes=axes[1:], hf=f"{hf}.bias", role="bias", init="zeros") if bias else None
         self.lora = nnx.data(None)
 
@@ -65,13 +77,16 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, spec: DecoderSpec, hf: str):
         D, N, K, H = spec.D, spec.N, spec.K, spec.H
-        self.q_proj = Linear((D, N * H), axes=("embed", "heads"), hf=f"{hf}.q_proj", bias=spec.qkv_bias)
-        self.k_proj = Linear((D, K * H), axes=("embed", "kv_heads"), hf=f"{hf}.k_proj", bias=spec.qkv_bias)
-        self.v_proj = Linear((D, K * H), axes=("embed", "kv_heads"), hf=f"{hf}.v_proj", bias=spec.qkv_bias)
+        names = named_or_fused(f"{hf}.qkv_proj" if spec.fused else None, hf, q_proj=N * H, k_proj=K * H, v_proj=K * H)
+        self.q_proj = Linear((D, N * H), axes=("embed", "heads"), bias=spec.qkv_bias, **names["q_proj"])
+        self.k_proj = Linear((D, K * H), axes=("embed", "kv_heads"), bias=spec.qkv_bias, **names["k_proj"])
+        self.v_proj = Linear((D, K * H), axes=("embed", "kv_heads"), bias=spec.qkv_bias, **names["v_proj"])
         self.o_proj = Linear((N * H, D), axes=("heads", "embed"), hf=f"{hf}.o_proj", bias=spec.output_bias)
-        self.q_norm = RMSNorm(H, spec.norm_eps, hf=f"{hf}.q_norm") if spec.qk_norm else None
-        self.k_norm = RMSNorm(H, spec.norm_eps, hf=f"{hf}.k_norm") if spec.qk_norm else None
-        self.H = H
+        norm = functools.partial(RMSNorm, H, spec.norm_eps, plus_one=spec.norm_plus_one)
+        self.q_norm = norm(hf=f"{hf}.q_norm") if spec.qk_norm else None
+        self.k_norm = norm(hf=f"{hf}.k_norm") if spec.qk_norm else None
+        self.H, self.softcap = H, spec.attention_softcap
+        self.scale = H ** -0.5 if spec.attention_scale is None else spec.attention_scale
 
     def heads(self, x, dropout_key=None):
         """Queries [B, T, N, H], keys and values [B, T, K, H] of x [B, T, D], before rotation."""
@@ -88,30 +103,47 @@ class Attention(nnx.Module):
         if cache is not None:
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                                  for old, new in zip(cache, (k, v)))
-        out = attend_parallel(q, k, v, mask, scale=self.H ** -0.5, group=pattern.groups, layout=layout)
+        out = attend_parallel(q, k, v, mask, scale=self.scale, softcap=self.softcap, group=pattern.groups, layout=layout)
         return out.reshape(*out.shape[:2], -1), cache
 
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}        # jax's gelu is the approximation by tanh
+
+
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), Shazeer 2020, arXiv 2002.05202."""
+    """down(activation(gate(x)) * up(x)), Shazeer 2020, arXiv 2002.05202."""
 
     def __init__(self, spec: DecoderSpec, hf: str):
         D, F, bias = spec.D, spec.F, spec.mlp_bias
-        self.gate_proj = Linear((D, F), axes=("embed", "mlp"), hf=f"{hf}.gate_proj", bias=bias)
-        self.up_proj = Linear((D, F), axes=("embed", "mlp"), hf=f"{hf}.up_proj", bias=bias)
+        self.activation = spec.activation
+        names = named_or_fused(f"{hf}.gate_up_proj" if spec.fused else None, hf, gate_proj=F, up_proj=F)
+        self.gate_proj = Linear((D, F), axes=("embed", "mlp"), bias=bias, **names["gate_proj"])
+        self.up_proj = Linear((D, F), axes=("embed", "mlp"), bias=bias, **names["up_proj"])
         self.down_proj = Linear((F, D), axes=("mlp", "embed"), hf=f"{hf}.down_proj", bias=bias)
 
     def __call__(self, x: jax.Array, dropout_key=None) -> jax.Array:
-        hidden = jax.nn.silu(self.gate_proj(x, dropout_key)) * self.up_proj(x, dropout_key)
+        hidden = ACTIVATIONS[self.activation](self.gate_proj(x, dropout_key)) * self.up_proj(x, dropout_key)
         return self.down_proj(hidden, dropout_key)
+
+
+def named_or_fused(fused: str | None, hf: str, **sizes: int) -> dict:
+    """How each of several projections of `sizes` outputs is called in HF: by its own name, or as rows of `fused`."""
+    if fused is None:
+        return {name: {"hf": f"{hf}.{name}"} for name in sizes}
+    firsts = itertools.accumulate(sizes.values(), initial=0)
+    return {name: {"hf": fused, "part": (first, sum(sizes.values()))} for name, first in zip(sizes, firsts)}
 
 
 class DecoderLayer(nnx.Module):
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str = "model.layers.{layer}"):
         self.layer = layer
-        self.input_layernorm = RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.input_layernorm")
+        def norm(name):
+            return RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.{name}", plus_one=spec.norm_plus_one)
+        self.input_layernorm = norm("input_layernorm")
         self.self_attn = Attention(spec, f"{hf}.self_attn")
-        self.post_attention_layernorm = RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.post_attention_layernorm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm") if spec.norms_after else None
+        self.post_feedforward_layernorm = norm("post_feedforward_layernorm") if spec.norms_after else None
         self.mlp = MLP(spec, f"{hf}.mlp")
 
     def __call__(self, x, rotations, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
@@ -131,8 +163,12 @@ class DecoderLayer(nnx.Module):
 
     def _after(self, xs, key):
         x, mixed = xs
-        x = x + self.self_attn.o_proj(mixed, key)
-        return x + self.mlp(self.post_attention_layernorm(x), key)
+        mixed = self.self_attn.o_proj(mixed, key)
+        if self.post_feedforward_layernorm is None:
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x), key)
+        x = x + self.post_attention_layernorm(mixed)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), key))
 
     def _streamed(self, x, rotation, mask, pattern, layout, memory, reach, key):
         """The whole layer a tile at a time, each over its own keys and those of the `reach` tokens before it: of a row,
@@ -142,7 +178,8 @@ class DecoderLayer(nnx.Module):
             q, k, v = self._before(x, key)
             mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
             mixed, halo = attend_tile(rotate(q, rotation), rotate(k, rotation), v, mask, halo,
-                                      scale=self.self_attn.H ** -0.5, group=pattern.groups, layout=layout)
+                                      scale=self.self_attn.scale, softcap=self.self_attn.softcap, group=pattern.groups,
+                                      layout=layout)
             return halo, self._after((x, mixed.reshape(*mixed.shape[:2], -1)), key)
 
         def keys(x, rotation):

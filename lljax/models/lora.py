@@ -25,7 +25,7 @@ class Lora(nnx.Module):
         kernel = linear.kernel
         *layers, D, F = kernel.get_value().shape
         axes, name = kernel.get_metadata("axes"), kernel.get_metadata("hf").removesuffix(".weight")
-        held = {"layers": kernel.get_metadata("layers")} if layers else {}
+        held = {name: value for name, value in kernel.get_metadata().items() if name in ("layers", "part")}
         # B starts at zero, so that the adapted model starts as the base; A as in PEFT, uniform by fan-in.
         self.a = declare((*layers, D, rank), axes=(*axes[:-1], "rank"), hf=f"{name}.lora_A.weight", role="lora_a",
                          init="he_uniform", transpose=True, kind=LoraWeight, **held)
@@ -33,7 +33,8 @@ class Lora(nnx.Module):
                          role="lora_b", init="zeros", transpose=True, kind=LoraWeight, **held)
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.salt = zlib.crc32(name.encode())            # layers of one model drop different units
+        # Layers of one model drop different units.
+        self.salt = zlib.crc32(name.encode()) + held.get("part", (0,))[0]
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """x [..., in] -> [..., out]. No dropout without a key."""

@@ -19,7 +19,8 @@ from lljax.errors import ConfigError, ModelError
 class RopeSpec:
     """Rotary embedding and how it is stretched. Field names follow transformers' `rope_parameters`.
 
-    `original_length` is the context, in tokens, that the frequencies were trained for.
+    `original_length` is the context, in tokens, that the frequencies were trained for. `partial`: share of each head that
+    turns, its first dimensions; the others carry no position.
     Optional fields are None when the checkpoint leaves them to the formula's default.
     """
 
@@ -27,6 +28,7 @@ class RopeSpec:
     theta: float = 10_000.0
     factor: float = 1.0
     original_length: int = 2048
+    partial: float = 1.0
     attention_factor: float | None = None
     # yarn
     beta_fast: float = 32.0
@@ -43,30 +45,37 @@ class RopeSpec:
 
 
 class Frequencies(NamedTuple):
-    inverse: jax.Array                       # float32 [H / 2], radians per position
+    inverse: jax.Array                       # float32 [turning dimensions / 2], radians per position
     scale: float                             # of sine and cosine (yarn, longrope), 1 elsewhere
 
 
 def frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
-    """The frequencies for a sequence of `length` positions (may be traced; only dynamic and longrope look at it)."""
-    return KINDS[spec.type](spec, H, length)
+    """The frequencies for a sequence of `length` positions (may be traced; only dynamic and longrope look at it) and heads of
+    H, of which `turning` turn: that is the H of the functions below."""
+    return KINDS[spec.type](spec, turning(spec, H), length)
+
+
+def turning(spec: RopeSpec, H: int) -> int:
+    """How many dimensions of a head of H turn."""
+    return int(H * spec.partial)
 
 
 def rotation(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.Array, jax.Array]:
-    """Sine and cosine, float32 [B, T, H / 2], of positions int32 [B, T]."""
+    """Sine and cosine, float32 [B, T, turning dimensions / 2], of positions int32 [B, T]."""
     angles = positions.astype(jnp.float32)[..., None] * frequencies.inverse
     return jnp.sin(angles) * frequencies.scale, jnp.cos(angles) * frequencies.scale
 
 
 def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """Rotates x [B, T, N, H], if there is a rotation; dimension i pairs with i + H / 2, as in transformers. Computed in
-    float32."""
+    """Rotates x [B, T, N, H], if there is a rotation; of the dimensions that turn, the first half pairs with the second, as
+    in transformers. Computed in float32."""
     if rotation is None:
         return x
-    sin, cos = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    sin, cos = sin[:, :, None], cos[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    sin, cos = (part[:, :, None] for part in rotation)
+    turned = x[..., :2 * sin.shape[-1]]
+    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
+    rest = [] if turned.shape == x.shape else [x[..., turned.shape[-1]:].astype(jnp.float32)]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1).astype(x.dtype)
 
 
 def wavelengths(theta: float, H: int) -> np.ndarray:
@@ -173,7 +182,7 @@ def extend(spec: RopeSpec, *, type: str, factor: float | str, length: int, max_l
         raise ConfigError(f"context.rope.factor={factor} stretches {spec.original_length} tokens to "
                           f"{int(factor * spec.original_length)}, short of context.length={length}: use 'auto' or "
                           f"{math.ceil(length / spec.original_length)}")
-    return RopeSpec(type, theta=spec.theta, factor=float(factor), original_length=spec.original_length)
+    return RopeSpec(type, theta=spec.theta, factor=float(factor), original_length=spec.original_length, partial=spec.partial)
 
 
 def from_hf(hf_config: dict) -> RopeSpec:
@@ -182,13 +191,14 @@ def from_hf(hf_config: dict) -> RopeSpec:
     Where both are present the legacy form wins, as it does in transformers.
 
     Raises:
-      ModelError: an unknown kind, one without the fields it needs, or a RoPE of part of the head or by layer type.
+      ModelError: an unknown kind, one without the fields it needs, or a RoPE by layer type.
     """
     given = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise ModelError("config.json: rope_parameters has to be one flat object, the same for every layer")
-    if given.get("partial_rotary_factor", hf_config.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise ModelError("config.json: partial_rotary_factor is not supported; RoPE turns the whole head")
+    partial = given.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor") or 1.0
+    if not (isinstance(partial, (int, float)) and 0 < partial <= 1):
+        raise ModelError(f"config.json: partial_rotary_factor={partial!r} is no share of the head: above 0, at most 1")
     kind = given.get("rope_type", given.get("type", "default"))
     kind = {"su": "longrope"}.get(kind, kind)
     if kind not in KINDS:
@@ -210,7 +220,7 @@ def from_hf(hf_config: dict) -> RopeSpec:
     fields |= {name: given.get(name) for name in OPTIONAL}
     if kind == "longrope" and fields["factor"] is None:
         fields["factor"] = max_length / original
-    return RopeSpec(kind, original_length=original, **{k: v for k, v in fields.items() if v is not None})
+    return RopeSpec(kind, original_length=original, partial=partial, **{k: v for k, v in fields.items() if v is not None})
 
 
 OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor",
@@ -242,6 +252,8 @@ def to_hf(spec: RopeSpec, max_length: int) -> dict:
                        if getattr(spec, name) is not None}
     if spec.attention_factor is not None:
         parameters["attention_factor"] = float(spec.attention_factor)
+    if spec.partial != 1:
+        parameters["partial_rotary_factor"] = spec.partial
     stays = spec.type in ("linear", "dynamic")
     legacy = {} if spec.type == "default" else {"rope_scaling": dict(parameters)}
     return {"rope_parameters": parameters, "rope_theta": float(spec.theta), **legacy,

@@ -39,6 +39,14 @@ class DecoderSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm_plus_one: bool = False              # norms multiply by 1 + weight
+    norms_after: bool = False                # what attention and MLP add to the residual is normalised, too
+    activation: str = "silu"                 # of the MLP: silu | gelu_tanh
+    fused: bool = False                      # HF keeps q, k and v in one tensor, and gate and up in another
+    embed_scale: float = 1.0                 # what embeddings are multiplied by
+    attention_scale: float | None = None     # what scores are multiplied by; None for H ** -0.5
+    attention_softcap: float | None = None   # see lljax.attention.softcap
+    logit_softcap: float | None = None
 
     @property
     def L(self) -> int:
@@ -51,27 +59,76 @@ class DecoderSpec:
 
 
 def _flag(name: str):
-    return lambda c: c.get(name, False)
+    return _default(name, False)
+
+
+def _default(name: str, value):
+    return lambda c: c.get(name, value)
 
 
 def _windows(*windows: int | None) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(window) for window in windows)
 
 
-def _upper_layers(c: dict) -> tuple[LayerSpec, ...]:
-    """Qwen: a sliding window from layer `max_window_layers` on, or as `layer_types` says, where it is switched on."""
-    L, window = c["num_hidden_layers"], c.get("sliding_window", 4096)
-    if not c.get("use_sliding_window", False):
-        return _windows(*(None,) * L)
-    types = c.get("layer_types") or ["full_attention" if i < c.get("max_window_layers", 28) else "sliding_attention"
-                                     for i in range(L)]
+def _sliding(c: dict, otherwise) -> list[bool]:
+    """Whether each layer slides, as `layer_types` says; where it is absent, as otherwise(layer) does."""
+    L = c["num_hidden_layers"]
+    types = c.get("layer_types") or ["sliding_attention" if otherwise(i) else "full_attention" for i in range(L)]
     for i, kind in enumerate(types):
         if kind not in ("full_attention", "sliding_attention"):
             raise ModelError(f"config.json: layer_types[{i}] {kind!r} is none of full_attention, sliding_attention")
     if len(types) != L:
         raise ModelError(f"config.json: layer_types has {len(types)} entries for num_hidden_layers={L}")
-    return _windows(*(window if kind == "sliding_attention" else None for kind in types))
+    return [kind == "sliding_attention" for kind in types]
 
+
+def _upper_layers(c: dict) -> tuple[LayerSpec, ...]:
+    """Qwen: a sliding window from layer `max_window_layers` on, or as `layer_types` says, where it is switched on."""
+    if not c.get("use_sliding_window", False):
+        return _windows(*(None,) * c["num_hidden_layers"])
+    window = c.get("sliding_window", 4096)
+    return _windows(*(window if slides else None for slides in _sliding(c, lambda i: i >= c.get("max_window_layers", 28))))
+
+
+def _local_and_global(period):
+    """Gemma: all layers but each `period`-th slide; Gemma 3's sliding ones have the second RoPE."""
+    def layers(c: dict) -> tuple[LayerSpec, ...]:
+        slides, window = _sliding(c, lambda i: (i + 1) % period(c)), c.get("sliding_window", 4096)
+        local = 1 if c["model_type"] == "gemma3_text" else 0
+        return tuple(LayerSpec(window, rope=local) if slide else LayerSpec() for slide in slides)
+    return layers
+
+
+def _ropes_by_layer(c: dict) -> tuple[dict, dict]:
+    """Gemma 3's config.json, with the RoPE of the global layers alone, and with that of the local ones. Its
+    max_position_embeddings counts a linear factor in, as vLLM takes it; elsewhere it does not (lljax.models.rope.to_hf)."""
+    given = c.get("rope_parameters") or {}
+    if not isinstance(given, dict) or not all(isinstance(kind, dict) for kind in given.values()):
+        raise ModelError("config.json: rope_parameters of a gemma3_text model has an object for each of full_attention, "
+                         "sliding_attention")
+    main = {"rope_theta": c.get("rope_theta", 1_000_000.0), **given.get("full_attention", {}), **(c.get("rope_scaling") or {})}
+    local = {"rope_theta": c.get("rope_local_base_freq", 10_000.0), **given.get("sliding_attention", {})}
+    kind, factor = main.get("rope_type", main.get("type")), main.get("factor")
+    if kind == "linear" and isinstance(factor, (int, float)) and factor >= 1:
+        c = c | {"max_position_embeddings": int(c["max_position_embeddings"] / factor)}
+    return tuple(c | {"rope_parameters": rope_parameters, "rope_scaling": None} for rope_parameters in (main, local))
+
+
+def rope_to_hf(spec: DecoderSpec) -> dict:
+    """The config.json entries of a decoder's RoPE, see lljax.models.rope.to_hf."""
+    entries = rope.to_hf(spec.rope, spec.max_length)
+    if not spec.more_ropes:
+        return entries
+    local = rope.to_hf(spec.more_ropes[0], spec.max_length)["rope_parameters"]
+    if spec.rope.type == "linear":
+        entries["max_position_embeddings"] = int(spec.rope.original_length * spec.rope.factor)
+    return entries | {"rope_local_base_freq": local["rope_theta"],
+                      "rope_parameters": {"full_attention": entries["rope_parameters"], "sliding_attention": local}}
+
+
+GEMMA = {"activation": "gelu_tanh", "norm_plus_one": True, "norms_after": True, "qkv_bias": _flag("attention_bias"),
+         "output_bias": _flag("attention_bias"), "embed_scale": lambda c: c["hidden_size"] ** 0.5,
+         "attention_scale": lambda c: c.get("query_pre_attn_scalar", 256) ** -0.5}
 
 # What differs between families, as defaults of the fields above: values, or functions of the HF config.
 FAMILIES = {
@@ -81,10 +138,23 @@ FAMILIES = {
     "qwen2": {"qkv_bias": True, "layers": _upper_layers},
     "qwen3": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "qk_norm": True,
               "layers": _upper_layers},
+    "gemma2": GEMMA | {"layers": _local_and_global(lambda c: 2), "attention_softcap": _default("attn_logit_softcapping", 50.0),
+                       "logit_softcap": _default("final_logit_softcapping", 30.0)},
+    "gemma3_text": GEMMA | {"layers": _local_and_global(lambda c: c.get("sliding_window_pattern", 6)), "qk_norm": True,
+                            "logit_softcap": _default("final_logit_softcapping", None)},
+    "phi3": {"fused": True, "layers": lambda c: _windows(*(c.get("sliding_window"),) * c["num_hidden_layers"])},
+    "internlm3": {"qkv_bias": lambda c: c.get("qkv_bias", c.get("attention_bias", False)),
+                  "output_bias": lambda c: c.get("bias", c.get("mlp_bias", False)),
+                  "mlp_bias": lambda c: c.get("bias", c.get("mlp_bias", False))},
 }
-KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}      # where config.json has none; llama: as many as query heads
-HEAD_SIZE = {"qwen3": 128}                               # the others: hidden_size // num_attention_heads
-MAX_LENGTH = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
+# Where config.json has none. The others: as many key/value heads as query heads, and hidden_size // num_attention_heads.
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma2": 4, "gemma3_text": 4, "internlm3": 2}
+HEAD_SIZE = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256, "internlm3": 128}
+MAX_LENGTH = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "gemma2": 8192, "gemma3_text": 131_072,
+              "phi3": 4096, "internlm3": 32_768}
+NORM_EPS = {"phi3": 1e-5, "internlm3": 1e-5}             # the others: 1e-6
+TIED = ("gemma2", "gemma3_text")
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}         # ours: HF's name
 
 
 def from_hf(hf_config: dict) -> DecoderSpec:
@@ -102,21 +172,29 @@ def from_hf(hf_config: dict) -> DecoderSpec:
                   "max_position_embeddings", *optional):
         if not isinstance(c.get(field), int) or c[field] < 1:
             raise ModelError(f"config.json: {field} is {c.get(field)!r}; a number of at least 1 is needed")
-    if c.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"config.json: hidden_act {c['hidden_act']!r} is not supported; silu is")
-    D, N, L = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
+    row = {"layers": lambda c: _windows(*(None,) * c["num_hidden_layers"])} | FAMILIES[family]
+    wanted = ACTIVATIONS[row.get("activation", "silu")]
+    if (given := c.get("hidden_activation") or c.get("hidden_act") or wanted) != wanted:
+        raise ModelError(f"config.json: hidden_act {given!r} of model_type {family!r} is not supported; {wanted} is")
+    if c.get("use_bidirectional_attention"):
+        raise ModelError("config.json: use_bidirectional_attention is not supported; a decoder looks back only")
+    D, N = c["hidden_size"], c["num_attention_heads"]
     K = c.get("num_key_value_heads", KV_HEADS.get(family)) or N
-    H = c.get("head_dim") or HEAD_SIZE.get(family, D // N)
-    fields = {"layers": (LayerSpec(),) * L} | FAMILIES[family]
-    fields = {name: value(c) if callable(value) else value for name, value in fields.items()}
+    H = c.get("head_dim", HEAD_SIZE.get(family)) or D // N
+    fields = {name: value(c) if callable(value) else value for name, value in row.items()}
     if N % K:
         raise ModelError(f"config.json: num_attention_heads={N} is no multiple of num_key_value_heads={K}")
     if H % 2:
         raise ModelError(f"config.json: head_dim={H} is odd, and RoPE turns pairs")
-    rope_spec = rope.from_hf(c)
-    for name in ("short_factor", "long_factor") if rope_spec.type == "longrope" else ():
-        if (given := len(getattr(rope_spec, name))) != H // 2:
-            raise ModelError(f"config.json: {name} has {given} entries; head_dim={H} needs {H // 2}")
-    return DecoderSpec(family, V=c["vocab_size"], D=D, N=N, K=K, H=H, F=c["intermediate_size"], rope=rope_spec,
-                       max_length=rope.reach(rope_spec, c["max_position_embeddings"]),
-                       norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False), **fields)
+    main, *others = (rope.from_hf(each) for each in (_ropes_by_layer(c) if family == "gemma3_text" else (c,)))
+    turning = rope.turning(main, H)
+    if turning % 2:
+        raise ModelError(f"config.json: partial_rotary_factor={main.partial} turns {turning} of head_dim={H} dimensions, and "
+                         "RoPE turns pairs")
+    for name in ("short_factor", "long_factor") if main.type == "longrope" else ():
+        if (given := len(getattr(main, name))) != turning // 2:
+            raise ModelError(f"config.json: {name} has {given} entries; head_dim={H} needs {turning // 2}")
+    return DecoderSpec(family, V=c["vocab_size"], D=D, N=N, K=K, H=H, F=c["intermediate_size"], rope=main,
+                       more_ropes=tuple(others), max_length=rope.reach(main, c["max_position_embeddings"]),
+                       norm_eps=c.get("rms_norm_eps", NORM_EPS.get(family, 1e-6)),
+                       tied=c.get("tie_word_embeddings", family in TIED), **fields)

@@ -123,7 +123,8 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
         hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"] if settings.packed else None,
                        index=_index(micro, layout), pattern=pattern, layout=layout, memory=settings.memory,
                        dtype=jnp.dtype(settings.dtype), dropout_key=key)
-        return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk, layout=layout)
+        return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk, softcap=model.spec.logit_softcap,
+                             layout=layout)
 
     shardings = jax.tree.map(lambda x: x.sharding, like)
     options = compiler_options(like.step.sharding)
@@ -195,6 +196,7 @@ def make_evaluate(graphdef, settings: StepSettings):
         model = nnx.merge(graphdef, trainable, frozen)
         hidden = model(batch["tokens"], positions=batch["positions"], index=_index(batch, layout), pattern=pattern,
                        layout=layout, dtype=jnp.dtype(settings.dtype))
-        return (cross_entropy(hidden, model.head, batch["targets"], chunk=settings.loss_chunk, layout=layout),
+        return (cross_entropy(hidden, model.head, batch["targets"], chunk=settings.loss_chunk,
+                              softcap=model.spec.logit_softcap, layout=layout),
                 jnp.sum(batch["targets"] != IGNORED))
     return evaluate

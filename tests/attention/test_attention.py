@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lljax.attention import IMPLEMENTATIONS, Mask, attend, causal, reference
+from lljax.attention.attend import UnsupportedMask, best
 from lljax.attention.mask import NEVER, block_kinds, visible
 
 B, H = 3, 16
@@ -65,6 +66,20 @@ def test_equals_the_dense_reference(implementation, kind, T, N, K):
     mask = masks(T)[kind]
     assert_equal(value_and_gradients(named(implementation), q, k, v, mask),
                  value_and_gradients(reference.attend, q, k, v, mask))
+
+
+@pytest.mark.parametrize("implementation", EVERYWHERE)
+def test_soft_capped_scores_equal_the_dense_reference(implementation):
+    q, k, v = make(150, 6, 2)
+    assert_equal(*(value_and_gradients(functools.partial(attend, softcap=0.7), q, k, v, masks(150)["window"])
+                   for attend in (named(implementation), reference.attend)))
+
+
+def test_what_cannot_cap_scores_says_so_and_the_next_is_taken():
+    q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
+    assert [best("gpu", q, q, causal(1, 8), softcap) for softcap in (None, 50.0)] == ["cudnn", "triton"]
+    with pytest.raises(UnsupportedMask, match="'cudnn' cannot serve soft-capped scores"):
+        attend(q, q, q, causal(1, 8), scale=1.0, softcap=50.0, implementation="cudnn")
 
 
 @pytest.mark.parametrize("implementation", EVERYWHERE)

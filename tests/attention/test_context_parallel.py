@@ -17,6 +17,7 @@ HEADS = [(8, 8), (8, 2), (6, 2)]
 MESHES = {"8": {"sequence": 8}, "2 x 4": {"fsdp": 2, "sequence": 4}, "4 x 2 heads": {"sequence": 4, "tensor": 2}}
 PATTERNS = {"full": (None, None, False), "window": (None, 50, False), "window and anchors": (None, 50, True),
             "shifted": (64, None, False), "shifted, wide": (96, None, False)}
+CAPPED = ("window", "shifted, wide")         # these with soft-capped scores, too
 
 
 def inputs(N, K, packed, window, anchored):
@@ -34,9 +35,9 @@ def reorder(tree, parts, axis=1):
     return jax.tree.map(lambda x: jnp.asarray(np.moveaxis(zigzag(np.moveaxis(np.asarray(x), axis, -1), parts), -1, axis)), tree)
 
 
-def run(q, k, v, weights, mask, group, layout):
+def run(q, k, v, weights, mask, group, layout, softcap=None):
     def loss(q, k, v):
-        out = attend_parallel(q, k, v, mask, scale=0.3, group=group, layout=layout)
+        out = attend_parallel(q, k, v, mask, scale=0.3, softcap=softcap, group=group, layout=layout)
         return jnp.sum(out * weights), out
     where = NamedSharding(layout.mesh, PartitionSpec(ROWS, TOKENS))
     q, k, v, weights, mask = jax.device_put((q, k, v, weights, mask), where)
@@ -44,12 +45,12 @@ def run(q, k, v, weights, mask, group, layout):
     return out, *grads
 
 
-def one_device(q, k, v, weights, mask, group):
+def one_device(q, k, v, weights, mask, group, softcap=None):
     def loss(q, k, v):
         if group is None:
-            out = attend(q, k, v, mask, scale=0.3)
+            out = attend(q, k, v, mask, scale=0.3, softcap=softcap)
         else:
-            out = attend_shifted(q, k, v, mask, group=group, scale=0.3)
+            out = attend_shifted(q, k, v, mask, group=group, scale=0.3, softcap=softcap)
         return jnp.sum(out * weights), out
     (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
     return out, *grads
@@ -69,7 +70,8 @@ def test_every_mode_equals_one_device(N, K, pattern, mesh):
     group, window, anchored = PATTERNS[pattern]
     packed = pattern != "window"
     arrays = inputs(N, K, packed, window, anchored)
-    wanted = one_device(*arrays, group)
+    softcap = 1.5 if pattern in CAPPED else None
+    wanted = one_device(*arrays, group, softcap)
     mesh = make_mesh(**MESHES[mesh])
     size, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
     for mode in ("allgather", "ulysses", "ring", "halo"):
@@ -80,7 +82,7 @@ def test_every_mode_equals_one_device(N, K, pattern, mesh):
             continue
         assert chosen == mode
         here = reorder(arrays, size) if balanced else arrays
-        got = run(*here, group, Layout(mesh, mode, balanced))
+        got = run(*here, group, Layout(mesh, mode, balanced), softcap)
         assert_equal(got, reorder(wanted, size) if balanced else wanted)
 
 

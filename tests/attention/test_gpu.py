@@ -68,6 +68,12 @@ def test_triton_equals_the_dense_reference(kind, N, K):
     assert_equals_reference(TRITON, *make(T, N, K), all_masks(T)[kind])
 
 
+def test_triton_with_soft_capped_scores():
+    q, k, v = make(T, 4, 2)
+    assert_equal(*(value_and_gradients(functools.partial(attend, softcap=0.7), q, k, v, masks(T)["window"])
+                   for attend in (TRITON, reference.attend)))
+
+
 def test_triton_takes_tokens_in_any_order():
     """Queries and keys permuted apart, with a group and a window; a head size that is no power of two."""
     rng = np.random.default_rng(3)

@@ -45,6 +45,12 @@ def test_equals_the_dense_reference(kind, N, K):
     assert_equals_the_reference(*make(T, N, K), masks(T)[kind])
 
 
+def test_soft_capped_scores_equal_the_dense_reference():
+    q, k, v = make(T, 4, 2)
+    assert_equal(*(value_and_gradients(functools.partial(f, softcap=0.7), q, k, v, masks(T)["window"])
+                   for f in (attend, reference.attend)))
+
+
 @pytest.mark.parametrize("kind", ["anchors", "shifted groups"])
 def test_tokens_may_come_in_any_order(kind):
     """Queries of one device in zigzag order, keys of all of them: S != T, too."""

@@ -1,16 +1,15 @@
 """Tiny random models as transformers saves them, and the same models here with an adapter that has been trained."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
+from families import FAMILIES, our_logits, torch_logits, write_torch
 from flax import nnx
 
 from lljax.interop.base import open_base
@@ -20,43 +19,16 @@ from lljax.models.declare import Weight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.spec import from_hf
 
-SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
-FAMILIES = {"llama": (transformers.LlamaConfig, {}), "mistral": (transformers.MistralConfig, {"head_dim": 8}),
-            "qwen2": (transformers.Qwen2Config, {}), "qwen3": (transformers.Qwen3Config, {"head_dim": 16})}
-TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))     # beyond max_position_embeddings
-
 
 class Trained(NamedTuple):
     base: object
     model: nnx.Module
 
 
-def torch_logits(model) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(torch.from_numpy(TOKENS)).logits.float().numpy()
-
-
-@functools.partial(jax.jit, static_argnums=0)              # compiled once for all models of one kind
-def forward(graphdef, state):
-    model, positions = nnx.merge(graphdef, state), jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-    return model.logits(model(jnp.asarray(TOKENS), positions=positions))
-
-
-def our_logits(model) -> np.ndarray:
-    return np.asarray(forward(*nnx.split(model)))
-
-
 def write_folder(folder, family="llama", tied=True, dtype=torch.float32, shards="5GB", **changes):
     """A folder with config, weights and tokenizer of a random model."""
-    torch.manual_seed(0)
-    config_class, fields = FAMILIES[family]
-    config = config_class(**(SIZES | fields | changes), tie_word_embeddings=tied)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():                    # norms and biases away from their trivial start
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    changes = {"num_hidden_layers": FAMILIES[family][1].get("num_hidden_layers", 2), "tie_word_embeddings": tied} | changes
+    write_torch(folder, family, dtype=dtype, shards=shards, **changes)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", model_max_length=64)

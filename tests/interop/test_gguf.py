@@ -29,8 +29,10 @@ def weights(architecture, tied):
              "ffn_gate.weight": (F, D), "ffn_up.weight": (F, D), "ffn_down.weight": (D, F)}
     if architecture == "qwen2":
         layer |= {"attn_q.bias": (N * H,), "attn_k.bias": (K * H,), "attn_v.bias": (K * H,)}
-    if architecture == "qwen3":
+    if architecture in ("qwen3", "gemma3"):
         layer |= {"attn_q_norm.weight": (H,), "attn_k_norm.weight": (H,)}
+    if architecture == "gemma3":
+        layer |= {"post_attention_norm.weight": (D,), "post_ffw_norm.weight": (D,)}
     shapes = {"token_embd.weight": (V, D), "output_norm.weight": (D,)} | ({} if tied else {"output.weight": (V, D)})
     shapes |= {f"blk.{i}.{name}": shape for i in range(L) for name, shape in layer.items()}
     rng = np.random.default_rng(0)
@@ -50,6 +52,7 @@ def write(path, architecture="llama", *, tied=False, kind=gguf.GGMLQuantizationT
         "tokenizer.ggml.merges": ["a b", "ab c", "Ġ a"], "tokenizer.ggml.bos_token_id": words.index("<s>"),
         "tokenizer.ggml.eos_token_id": words.index("</s>"), "tokenizer.ggml.add_bos_token": True,
         "tokenizer.chat_template": "{{ messages[0].content }}",
+        f"{a}.attention.sliding_window": 20 if a == "gemma3" else None,
     } | (metadata or {})
     tensors = weights(a, tied)
     writer = gguf.GGUFWriter(path, a)
@@ -85,6 +88,8 @@ def logits(model, tokens):
 
 def assert_logits_of_transformers(path, model, tokens, atol):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    for layer in theirs.model.layers:        # which for Gemma 3 it takes from the class' default, the file has no entry for it
+        layer.self_attn.scaling = H ** -0.5
     with torch.no_grad():
         wanted = theirs.eval()(torch.from_numpy(tokens)).logits.numpy()
     np.testing.assert_allclose(logits(model, tokens), wanted, atol=atol)
@@ -92,8 +97,8 @@ def assert_logits_of_transformers(path, model, tokens, atol):
 
 
 # transformers does not read the head size of a qwen3 file: its parity is held by the HF folder's tests.
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture,tied", [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False),
+                                                ("gemma3", True)])
 def test_logits_equal_those_of_transformers(tmp_path, architecture, tied):
     path = tmp_path / "model.gguf"
     write(path, architecture, tied=tied)

@@ -223,8 +223,8 @@ def test_the_legacy_entry_wins_over_the_new_one_as_in_transformers():
     ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0"),
     ({"rope_scaling": {**LLAMA31, "low_freq_factor": None}}, "'low_freq_factor'"),
     ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "'long_factor'"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": "half"}}, "partial_rotary"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}, "every layer"),
 ])
 def test_config_json_that_cannot_be_right_is_refused(config, named):

@@ -13,7 +13,8 @@ from lljax.models.decoder import Decoder
 from lljax.models.spec import FAMILIES, from_hf
 
 CONFIGS = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
-           "qwen3": transformers.Qwen3Config}
+           "qwen3": transformers.Qwen3Config, "gemma2": transformers.Gemma2Config, "gemma3_text": transformers.Gemma3TextConfig,
+           "phi3": transformers.Phi3Config, "internlm3": transformers.InternLM3Config}
 SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6}
 NEEDED = list(SIZES)
 
@@ -36,7 +37,8 @@ def assert_equal(family, fields):
     assert {name: getattr(ours, name) for name in wanted} == wanted
     assert tuple(layer.window for layer in ours.layers) == windows
     parameters = CONFIGS[family](**fields).rope_parameters
-    assert (ours.rope.type, ours.rope.theta) == (parameters["rope_type"], parameters["rope_theta"])
+    kinds = [parameters[kind] for kind in ("full_attention", "sliding_attention")] if ours.more_ropes else [parameters]
+    assert [(r.type, r.theta) for r in ours.ropes] == [(kind["rope_type"], kind["rope_theta"]) for kind in kinds]
 
 
 def test_every_family_is_tested():
@@ -71,6 +73,13 @@ CASES = [
     ("qwen3", {"num_key_value_heads": 2}), ("qwen3", {"num_key_value_heads": 6, "head_dim": 16}),
     ("qwen3", {"num_key_value_heads": 2, "attention_bias": True}),
     ("qwen3", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2}),
+    ("gemma2", {"num_key_value_heads": 2, "head_dim": 16}), ("gemma2", {"num_key_value_heads": 3, "sliding_window": 20}),
+    ("gemma3_text", {"num_key_value_heads": 2, "sliding_window": 20, "sliding_window_pattern": 2, "num_hidden_layers": 5}),
+    ("gemma3_text", {"num_key_value_heads": 2, "attention_bias": True, "tie_word_embeddings": False, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default"}}}),
+    ("phi3", {"pad_token_id": 0}), ("phi3", {"num_key_value_heads": 2, "sliding_window": 20, "pad_token_id": 0}),
+    ("internlm3", {}), ("internlm3", {"num_key_value_heads": 3, "attention_bias": True, "mlp_bias": True, "head_dim": None}),
 ]
 NAMED = [pytest.param(family, fields, id=f"{family} {', '.join(fields)}") for family, fields in CASES]
 
@@ -84,7 +93,7 @@ def test_spec_equals_transformers(family, fields):
 def test_parameters_have_the_names_and_shapes_of_transformers(family, fields):
     """Biases, q/k norms, head sizes and tying, as the torch model has them."""
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES, **fields))
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](**(SIZES | fields)))
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     ours = Decoder(from_hf({"model_type": family} | SIZES | fields))
     assert {name: hf_shape(variable) for _, variable in declared(ours) for name in hf_names(variable)} == wanted
@@ -111,6 +120,11 @@ def test_max_length_is_what_the_model_reads_not_what_it_was_trained_for(scaling,
     ({"model_type": "gemma"}, "'gemma'.*llama, mistral, qwen2, qwen3"),
     ({"model_type": None}, "model_type None"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*silu"),
+    ({"model_type": "gemma2", "num_key_value_heads": 2, "hidden_activation": "silu"}, "hidden_act 'silu'.*gelu_pytorch_tanh"),
+    ({"model_type": "gemma2", "num_key_value_heads": 2, "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ({"model_type": "gemma3_text", "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default"}}, "full_attention"),
+    ({"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 turns 3 of head_dim=8"),
+    ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 is no share"),
     ({"num_key_value_heads": 4}, "num_attention_heads=6.*num_key_value_heads=4"),
     ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
     ({"head_dim": 7}, "head_dim=7 is odd"),

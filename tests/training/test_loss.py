@@ -14,18 +14,19 @@ def make(B=2, T=37, D=16, V=50, ignored=0.3, seed=0):
             jnp.asarray(targets, jnp.int32))
 
 
-def dense(hidden, head, targets):
-    logs = jax.nn.log_softmax(hidden @ head.T)
+def dense(hidden, head, targets, softcap=None):
+    logits = hidden @ head.T
+    logs = jax.nn.log_softmax(logits if softcap is None else softcap * jnp.tanh(logits / softcap))
     picked = jnp.take_along_axis(logs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
     return -jnp.sum(jnp.where(targets == -100, 0, picked))
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 10, 1024])
-def test_equals_the_dense_loss_and_its_gradients(chunk):
+@pytest.mark.parametrize("chunk,softcap", [(1, None), (8, None), (10, None), (1024, None), (10, 3.0)])
+def test_equals_the_dense_loss_and_its_gradients(chunk, softcap):
     hidden, head, targets = make()
-    for got, wanted in zip(
-            jax.value_and_grad(lambda h, w: 3 * cross_entropy(h, w, targets, chunk=chunk), (0, 1))(hidden, head),
-            jax.value_and_grad(lambda h, w: 3 * dense(h, w, targets), (0, 1))(hidden, head), strict=True):
+    ours = lambda h, w: 3 * cross_entropy(h, w, targets, chunk=chunk, softcap=softcap)
+    theirs = lambda h, w: 3 * dense(h, w, targets, softcap)
+    for got, wanted in zip(*(jax.value_and_grad(f, (0, 1))(hidden, head) for f in (ours, theirs)), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
 
 

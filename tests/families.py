@@ -1,0 +1,170 @@
+"""Tiny random models of every family as transformers makes them, the same models here, and how far the two are apart.
+
+For the tests and scripts/bench_parity.py; needs torch, transformers and peft. A family is a row of FAMILIES.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import safetensors.numpy
+import torch
+import transformers
+from flax import nnx
+
+from lljax.interop.base import open_base
+from lljax.interop.huggingface import load_weights, tensors
+from lljax.interop.peft import write_adapter
+from lljax.models import lora
+from lljax.models.declare import LoraWeight, declared
+from lljax.models.decoder import Decoder, empty_cache
+from lljax.models.spec import from_hf
+from lljax.training.loss import cross_entropy
+
+SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 20, "final_logit_softcapping": 3.0}
+LOCAL_AND_GLOBAL = {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+PART_OF_THE_HEAD = {"rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75,
+                    "original_max_position_embeddings": 32, "short_factor": [1.0, 1.2, 1.5, 2.0, 2.5, 3.0],
+                    "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0]}
+# The name begins with the model_type.
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {}),
+    "llama with biases": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama tied with heads of their own size": (transformers.LlamaConfig, {
+        "tie_word_embeddings": True, "head_dim": 16, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 20, "head_dim": 8, "num_key_value_heads": 1}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2 with a window in the upper layers": (transformers.Qwen2Config, {
+        "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "num_key_value_heads": 6}),
+    "gemma2": (transformers.Gemma2Config, GEMMA | {"attn_logit_softcapping": 2.0}),
+    "gemma3_text": (transformers.Gemma3TextConfig, GEMMA | {
+        "num_hidden_layers": 7, "sliding_window_pattern": 3, "rope_parameters": LOCAL_AND_GLOBAL}),
+    "phi3": (transformers.Phi3Config, {"sliding_window": 20, "pad_token_id": 0, "eos_token_id": 1}),
+    "phi3 turning part of the head": (transformers.Phi3Config, {
+        "hidden_size": 96, "pad_token_id": 0, "eos_token_id": 1, "rope_parameters": PART_OF_THE_HEAD}),
+    "internlm3": (transformers.InternLM3Config, {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+}
+TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))     # beyond max_position_embeddings
+
+
+def write_torch(folder, family: str, *, dtype=torch.float32, shards: str = "5GB", seed: int = 0, **changes):
+    """A random torch model of the family, which is also saved to `folder`."""
+    torch.manual_seed(seed)
+    config_class, fields = FAMILIES[family]
+    config = config_class(**(SIZES | fields | changes), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():                    # norms and biases away from their trivial start
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    return model
+
+
+def read(folder) -> tuple:
+    """(base, our model of it) in float32."""
+    base = open_base(str(folder))
+    model = Decoder(from_hf(base.config))
+    load_weights(model, base, dtype=jnp.float32)
+    return base, model
+
+
+def torch_logits(model, tokens=TOKENS) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(tokens)).logits.float().numpy()
+
+
+def our_logits(model, tokens=TOKENS) -> np.ndarray:
+    return np.asarray(_logits(*nnx.split(model), jnp.asarray(tokens)))
+
+
+@functools.partial(jax.jit, static_argnums=0)              # compiled once for all models of one kind
+def _logits(graphdef, state, tokens):
+    model = nnx.merge(graphdef, state)
+    return model.logits(model(tokens, positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)))
+
+
+# ---------------------------------------------------------------- how far apart
+def measure(family: str, folder: Path) -> dict[str, float]:
+    """The largest difference of every kind. Of the round trip: the number of tensors that are not bitwise as they were."""
+    theirs = write_torch(folder, family)
+    base, model = read(folder)
+    plain = our_logits(model)
+    found = {"logits": _apart(plain, torch_logits(theirs)), "round trip": changed(base, model), "cache": cached(model, plain)}
+    adapt(model)
+    (folder / "adapter").mkdir()
+    write_adapter(model, folder / "adapter", base_name=base.path)
+    adapted = peft.PeftModel.from_pretrained(theirs, folder / "adapter", is_trainable=True)
+    found["PEFT"] = _apart(our_logits(model), torch_logits(adapted))
+    found["gradient"] = gradient(model, adapted, folder / "adapter")
+    return {name: found[name] for name in ("logits", "gradient", "round trip", "PEFT", "cache")}
+
+
+def _apart(a, b) -> float:
+    return float(np.abs(a - b).max())
+
+
+def changed(base, model) -> int:
+    """Tensors of the base that our model does not give back bitwise, or gives and the base has not."""
+    returned = dict(tensors(model))
+    names = set(base.names()) - ({"lm_head.weight"} if model.spec.tied else set())
+    return len(names ^ set(returned)) + sum(not np.array_equal(returned[name], base.read(name))
+                                            for name in names & set(returned))
+
+
+def adapt(model) -> None:
+    """Factors of rank 2 on every linear layer, none of them zero."""
+    lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",))
+    rng = np.random.default_rng(0)
+    for _, variable in declared(model):
+        if isinstance(variable, LoraWeight):
+            variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.1, jnp.float32))
+
+
+def cached(model, whole) -> float:
+    """Logits read through the cache in three pieces, against those of the whole rows."""
+    cache, parts = empty_cache(model.spec, len(TOKENS), TOKENS.shape[1] + 8), []
+    for start, stop in ((0, 70), (70, 140), (140, 141), (141, 142)):
+        logits, cache = _read(*nnx.split(model), jnp.asarray(TOKENS[:, start:stop]), cache)
+        parts.append(logits)
+    return _apart(np.concatenate(parts, axis=1), whole[:, :142])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(graphdef, state, tokens, cache):
+    model = nnx.merge(graphdef, state)
+    positions = jnp.broadcast_to(cache.used + jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, cache = model(tokens, positions=positions, cache=cache, rope_length=TOKENS.shape[1])
+    return model.logits(hidden), cache
+
+
+def gradient(model, adapted, folder: Path) -> float:
+    """The gradient of the cross-entropy for every factor, against PEFT's and in parts of the largest of them. Of a pair that
+    PEFT has for several layers of ours, the blocks that are ours."""
+    logits = adapted(torch.from_numpy(TOKENS[:, :-1])).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(TOKENS[:, 1:]).flatten()).backward()
+    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
+    ours = _gradient(graphdef, trainable, frozen, jnp.asarray(TOKENS))
+    write_adapter(nnx.merge(graphdef, ours, frozen), folder, base_name="")
+    ours = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    theirs = {name.replace(".default", ""): factor for name, factor in adapted.named_parameters() if factor.grad is not None}
+    assert set(theirs) == set(ours)
+    worst = max(_apart(*(x[factor.detach().numpy() != 0] for x in (ours[name], factor.grad.numpy())))
+                for name, factor in theirs.items())
+    return worst / max(float(factor.grad.abs().max()) for factor in theirs.values())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(graphdef, trainable, frozen, tokens):
+    def loss(trainable):
+        model = nnx.merge(graphdef, trainable, frozen)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        hidden = model(inputs, positions=jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape))
+        return cross_entropy(hidden, model.head, targets, chunk=100, softcap=model.spec.logit_softcap) / targets.size
+    return jax.grad(loss)(trainable)
