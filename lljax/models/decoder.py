@@ -14,6 +14,7 @@ from lljax.models.layers import AttentionPattern, DecoderLayer, RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, scan_layers
 from lljax.models.spec import DecoderSpec
 from lljax.sharding import Layout, constrain_activations, gathered
+from lljax.vocabulary import lookup
 
 FULL = AttentionPattern()
 
@@ -67,9 +68,8 @@ class Decoder(nnx.Module):
         rope_length: positions in use, where a RoPE kind depends on it; None for the largest of `positions` + 1.
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
         """
-        x = jnp.take(gathered(self.embed, layout, stacked=False).get_value(), tokens, axis=0)
-        x = x.astype(dtype or self.layers.self_attn.q_proj.kernel.get_value().dtype)
-        x = constrain_activations(x, layout)
+        dtype = dtype or self.layers.self_attn.q_proj.kernel.get_value().dtype
+        x = lookup(self.embed[...], tokens, dtype=dtype, layout=layout)
         frequencies = rope.frequencies(self.spec.rope, self.spec.H,
                                        jnp.max(positions) + 1 if rope_length is None else rope_length)
         rotation = rope.rotation(positions, frequencies)
@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
 
             def layer(x, xs, mask=mask_here):
                 weights, key, kv = xs
-                weights = gathered(weights, layout, stacked=True)
+                weights = gathered(weights, layout)
                 x, kv = nnx.merge(graphdef, weights)(x, rotation, mask, pattern, layout, memory, kv, start, key)
                 return constrain_activations(x, layout), kv
 
