@@ -12,8 +12,9 @@ from lljax.errors import ConfigError
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 ROWS, TOKENS = ("data", "fsdp", "expert"), "sequence"  # what a batch [B, T] is cut along
-# A weight is cut over `tensor` along these logical axes, and computed with in that form ...
-TENSOR = ("heads", "kv_heads", "mlp", "vocab")
+# A weight is cut along these logical axes, and computed with in that form ...
+VOCABULARY = ("sequence", "tensor")          # how is told in lljax.vocabulary
+COMPUTED = {"heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": VOCABULARY, "experts": ("expert",)}
 # ... and cut further over these mesh axes where it is kept; a layer's are gathered when its turn comes.
 STORAGE = ("sequence", "fsdp", "expert")
 
@@ -69,16 +70,18 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, sequence: int = 
 def weight_spec(mesh: Mesh, axes: tuple, shape: tuple, *, kept: bool = True) -> PartitionSpec:
     """How a weight with these logical axes is cut where it is kept, or (`kept=False`) where it is computed with.
 
-    The storage axes cut `embed` where they divide it, else the first of the tensor-parallel axes that they divide;
-    what nothing divides is whole on every device.
+    The storage axes cut `vocab` or `embed` where they divide it, else the first of the other axes that they divide; what
+    nothing divides is whole on every device.
     """
-    spec = [("tensor",) if axis in TENSOR and size % mesh.shape["tensor"] == 0 else () for axis, size in zip(axes, shape)]
+    def parts(names):
+        return math.prod(mesh.shape[name] for name in names)
+    spec = [COMPUTED[axis] if axis in COMPUTED and size % parts(COMPUTED[axis]) == 0 else () for axis, size in zip(axes, shape)]
     if kept:
-        storage = math.prod(mesh.shape[axis] for axis in STORAGE)
-        for i in sorted(range(len(axes)), key=lambda i: axes[i] != "embed"):
-            cut = math.prod(mesh.shape[axis] for axis in spec[i]) * storage
-            if axes[i] in ("embed", *TENSOR) and shape[i] % cut == 0:
-                spec[i] += STORAGE
+        more = tuple(name for name in STORAGE if not any(name in cut for cut in spec))
+        order = ("vocab", "embed", *COMPUTED)
+        for i in sorted((i for i, axis in enumerate(axes) if axis in order), key=lambda i: order.index(axes[i])):
+            if shape[i] % parts(spec[i] + more) == 0:
+                spec[i] += more
                 break
     return PartitionSpec(*spec)
 
@@ -88,14 +91,14 @@ def weight_sharding(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
     return NamedSharding(mesh, weight_spec(mesh, axes, shape))
 
 
-def gathered(variables, layout: Layout | None, *, stacked: bool):
-    """`variables` (a Variable or a tree of them) in the form to compute with. stacked: of one layer of a stack, whose
-    values no longer have the axis that their metadata begins with."""
+def gathered(variables, layout: Layout | None):
+    """A tree of Variables of one layer of a stack in the form to compute with; their values no longer have the axis that
+    their metadata begins with."""
     if layout is None:
         return variables
 
     def one(variable):
-        value, axes = variable.get_value(), variable.get_metadata("axes")[stacked:]
+        value, axes = variable.get_value(), variable.get_metadata("axes")[1:]
         spec = weight_spec(layout.mesh, axes, value.shape, kept=False)
         return variable.replace(jax.lax.with_sharding_constraint(value, NamedSharding(layout.mesh, spec)))
     return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))

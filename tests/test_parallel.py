@@ -28,7 +28,7 @@ MESHES = {"sequence 8": {"sequence": 8}, "expert 2, sequence 4": {"expert": 2, "
 
 
 def config(N, K):
-    return {"model_type": "qwen3", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    return {"model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": N, "num_key_value_heads": K, "head_dim": 8, "max_position_embeddings": T,
             "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True}
 
@@ -40,8 +40,8 @@ def rows(count):
     segments[1 % count, -T // 5:] = 0
     starts = np.diff(segments, axis=1, prepend=-1) != 0
     positions = np.arange(T) - np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
-    targets = np.where((rng.random((count, T)) < 0.3) | (segments == 0), -100, rng.integers(0, 64, (count, T)))
-    batch = {"tokens": rng.integers(0, 64, (count, T)), "targets": targets, "segments": segments, "positions": positions}
+    targets = np.where((rng.random((count, T)) < 0.3) | (segments == 0), -100, rng.integers(0, 61, (count, T)))
+    batch = {"tokens": rng.integers(0, 61, (count, T)), "targets": targets, "segments": segments, "positions": positions}
     return {name: np.asarray(x, np.int32) for name, x in batch.items()}
 
 

@@ -14,6 +14,7 @@ from lljax.models.layers import AttentionPattern, DecoderLayer, RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, scan_layers
 from lljax.models.spec import DecoderSpec, LayerSpec
 from lljax.sharding import Layout, constrain_activations, gathered
+from lljax.vocabulary import lookup
 
 FULL = AttentionPattern()
 
@@ -70,11 +71,10 @@ class Decoder(nnx.Module):
         rope_length: positions in use, where a RoPE kind depends on it; None for the largest of `positions` + 1.
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
         """
-        x = jnp.take(gathered(self.embed, layout, stacked=False).get_value(), tokens, axis=0)
-        x = x.astype(dtype or self.layers[0].self_attn.q_proj.kernel.get_value().dtype)
+        dtype = dtype or self.layers[0].self_attn.q_proj.kernel.get_value().dtype
+        x = lookup(self.embed[...], tokens, dtype=dtype, layout=layout)
         if self.spec.embed_scale != 1:
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
-        x = constrain_activations(x, layout)
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
         rotations = tuple(rope.rotation(positions, rope.frequencies(each, self.spec.H, length)) for each in self.spec.ropes)
         if cache is None:
@@ -86,7 +86,7 @@ class Decoder(nnx.Module):
         def layer_of(graphdef):
             def layer(x, xs):
                 weights, key, kv = xs
-                weights = gathered(weights, layout, stacked=True)
+                weights = gathered(weights, layout)
                 x, kv = nnx.merge(graphdef, weights)(x, rotations, mask, pattern, layout, memory, kv, start, key)
                 return constrain_activations(x, layout), kv
             return layer

@@ -56,6 +56,8 @@ def of_step(model, config, stage, *, parts: int = 1) -> Flops:
         again += attention
     if memory.layers_per_residual > 1:
         again += T * forward + attention
+    if parts > 1:                            # the slices of the head go round twice
+        again += T * head
     # Flash attention's backward pass computes the scores once more.
     hardware = model_flops + rows * (again + attention / 2)
     return Flops(model_flops, hardware)

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of more than a chunk of tokens."""
+"""Next-token cross-entropy that never holds the logits of more than a chunk of tokens, nor more of the head than its slices."""
 
 import functools
 
@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 
 from lljax.attention.softcap import capped, through_cap
 from lljax.data.packing import IGNORED
-from lljax.sharding import ROWS, TOKENS, Layout
+from lljax.sharding import ROWS, TOKENS, VOCABULARY, Layout
+from lljax.vocabulary import around, passed_on, slices, spread
 
 
 def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = None,
@@ -16,70 +17,95 @@ def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = 
     """Sum of the cross-entropies of `targets` [B, T] under hidden [B, T, D] and head [V, D]; float32 scalar.
 
     Ignored targets (-100) count for nothing, in the value and in both gradients. Memory is O(chunk x V). Where a
-    gradient is asked for it is formed together with the value, so logits are computed once; that of the head is formed
-    only if the head trains. softcap: of the logits, see lljax.attention.softcap. Logits, their softmax and the sums over
-    chunks are float32.
+    gradient is asked for it is formed together with the value; that of the head is formed only if the head trains. On one
+    device logits are computed once; where the head is spread over devices its slices go round twice, for the log-sum-exp
+    and for the gradient. softcap: of the logits, see lljax.attention.softcap. Logits, their softmax and the sums over chunks
+    are float32.
     """
     if layout is None:
-        return _in_chunks(hidden, head, targets, chunk, softcap)
+        return _in_chunks(hidden, head, targets, chunk, head.shape[0], 1, softcap)
     tokens = (TOKENS, "tensor")              # where heads are cut, the tokens of the loss are
 
     @functools.partial(jax.shard_map, mesh=layout.mesh, check_vma=False, out_specs=PartitionSpec(),
-                       in_specs=(PartitionSpec(ROWS, tokens), PartitionSpec(), PartitionSpec(ROWS, tokens)))
-    def of_all(hidden, head, targets):
-        return jax.lax.psum(_in_chunks(hidden, head, targets, chunk, softcap), layout.mesh.axis_names)
-    return of_all(hidden, head, targets)
+                       in_specs=(PartitionSpec(ROWS, tokens), PartitionSpec(VOCABULARY), PartitionSpec(ROWS, tokens)))
+    def of_all(hidden, part, targets):
+        total = _in_chunks(hidden, part, targets, chunk, head.shape[0], slices(layout.mesh), softcap)
+        return jax.lax.psum(total, layout.mesh.axis_names)
+    return of_all(hidden, spread(head, layout.mesh), targets)
 
 
-def _in_chunks(hidden, head, targets, chunk, softcap):
+def _in_chunks(hidden, head, targets, chunk, V, n, softcap):
     D = hidden.shape[-1]
     tokens = targets.size
     chunk = min(chunk, tokens)
     padded = -(-tokens // chunk) * chunk
     hidden = jnp.pad(hidden.reshape(tokens, D), ((0, padded - tokens), (0, 0))).reshape(-1, chunk, D)
     targets = jnp.pad(targets.reshape(tokens), (0, padded - tokens), constant_values=IGNORED).reshape(-1, chunk)
-    return _cross_entropy(hidden, head, targets, softcap)
+    return _cross_entropy(hidden, head, targets, V, n, softcap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _cross_entropy(hidden, head, targets, softcap):
-    """hidden [chunks, C, D], head [V, D], targets [chunks, C]."""
-    def one(total, xs):
-        loss, _, _ = _chunk_loss(*xs, head, softcap)
-        return total + loss, None
-    return jax.lax.scan(one, jnp.float32(0), (hidden, targets))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _cross_entropy(hidden, head, targets, V, n, softcap):
+    """hidden [chunks, C, D], head [V / n, D] (the device's of n slices), targets [chunks, C]."""
+    return _loss(targets, *_statistics(hidden, head, targets, V, n, softcap))
 
 
-def _chunk_loss(hidden, targets, head, softcap):
-    """Loss of one chunk, its logits [C, V] and their log-sum-exp [C, 1]."""
-    logits = jnp.einsum("CD,VD->CV", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    logits = capped(logits, softcap)
-    lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    of_target = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)
-    return jnp.sum(jnp.where(targets[:, None] == IGNORED, 0.0, lse - of_target)), logits, lse
+def _loss(targets, lse, of_target):
+    return jnp.sum(jnp.where(targets == IGNORED, 0.0, lse - of_target))
 
 
-def _forward(hidden, head, targets, softcap):
+def _logits(h, part, first, V, softcap):
+    """float32 [C, V / n] of h [C, D] and a slice of the head that begins with row `first`."""
+    logits = jnp.einsum("CD,VD->CV", h, part.astype(h.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(first + jnp.arange(len(part)) < V, capped(logits, softcap), -jnp.inf)
+
+
+def _seen(logits, t, first):
+    """What a slice tells of the tokens t [C]: their log-sum-exp, and the logit of the target, 0 where it is in another."""
+    at = jnp.take_along_axis(logits, jnp.clip(t - first, 0, logits.shape[1] - 1)[:, None], axis=-1)[:, 0]
+    inside = (t >= first) & (t < first + logits.shape[1])
+    return jax.nn.logsumexp(logits, axis=-1), jnp.where(inside, at, 0.0)
+
+
+def _statistics(hidden, head, targets, V, n, softcap):
+    """The log-sum-exp of the logits and the logit of the target, float32 [chunks, C] each."""
+    def of_slice(seen, part, first):
+        def of_chunk(_, xs):
+            h, t, lse, of_target = xs
+            more_lse, more_of_target = _seen(_logits(h, part, first, V, softcap), t, first)
+            return None, (jnp.logaddexp(lse, more_lse), of_target + more_of_target)
+        return jax.lax.scan(of_chunk, None, (hidden, targets, *seen))[1]
+    nothing = jnp.full(targets.shape, -jnp.inf), jnp.zeros(targets.shape, jnp.float32)
+    return around(of_slice, nothing, head, n)
+
+
+def _forward(hidden, head, targets, V, n, softcap):
     wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     hidden, head, targets, trained = hidden.value, head.value, targets.value, head.perturbed
 
-    def one(carry, xs):
-        total, d_head = carry
-        h, t = xs
-        loss, logits, lse = _chunk_loss(h, t, head, softcap)
-        d_logits = jnp.exp(logits - lse) - jax.nn.one_hot(t, head.shape[0], dtype=jnp.float32)
-        d_logits = through_cap(jnp.where(t[:, None] == IGNORED, 0.0, d_logits), logits, softcap).astype(h.dtype)
-        d_hidden = wide("CV,VD->CD", d_logits, head.astype(h.dtype))
-        if trained:
-            d_head += wide("CV,CD->VD", d_logits, h)
-        return (total + loss, d_head), d_hidden.astype(h.dtype)
+    def of_slice(carry, part, first):
+        d_hidden, d_head, seen = carry
 
-    d_head = jnp.zeros(head.shape if trained else (), jnp.float32)
-    (total, d_head), d_hidden = jax.lax.scan(one, (jnp.float32(0), d_head), (hidden, targets))
-    return total, (d_hidden, d_head.astype(head.dtype) if trained else None)
+        def of_chunk(d_head, xs):
+            h, t, d_h, seen = xs
+            logits = _logits(h, part, first, V, softcap)
+            lse, of_target = _seen(logits, t, first) if n == 1 else seen
+            d_logits = jnp.exp(logits - lse[:, None]) - jax.nn.one_hot(t - first, len(part), dtype=jnp.float32)
+            d_logits = through_cap(jnp.where(t[:, None] == IGNORED, 0.0, d_logits), logits, softcap).astype(h.dtype)
+            more = wide("CV,VD->CD", d_logits, part.astype(h.dtype)).astype(h.dtype)
+            if trained:
+                d_head += wide("CV,CD->VD", d_logits, h)
+            return d_head, (more if n == 1 else d_h + more, (lse, of_target))
+        d_head, (d_hidden, seen) = jax.lax.scan(of_chunk, d_head, (hidden, targets, d_hidden, seen))
+        return d_hidden, passed_on(d_head, n) if trained else None, seen
+
+    d_head = jnp.zeros(head.shape, jnp.float32) if trained else None
+    first = (None, None) if n == 1 else (jnp.zeros_like(hidden), _statistics(hidden, head, targets, V, n, softcap))
+    d_hidden, d_head, seen = around(of_slice, (first[0], d_head, first[1]), head, n)
+    return _loss(targets, *seen), (d_hidden, d_head.astype(head.dtype) if trained else None)
 
 
-def _backward(softcap, saved, d_total):
+def _backward(V, n, softcap, saved, d_total):
     d_hidden, d_head = saved
     return d_hidden * d_total.astype(d_hidden.dtype), None if d_head is None else d_head * d_total, None
 

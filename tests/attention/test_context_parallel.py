@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_attention import assert_equal
 
-from lljax.attention import attend, attend_shifted, causal
+from lljax.attention import Mask, attend, attend_shifted, causal
 from lljax.attention.context_parallel import _in_order, attend_parallel, choose, halo_size
 from lljax.errors import ConfigError
 from lljax.sharding import ROWS, TOKENS, Layout, make_mesh, zigzag
@@ -84,6 +84,26 @@ def test_every_mode_equals_one_device(N, K, pattern, mesh):
         here = reorder(arrays, size) if balanced else arrays
         got = run(*here, group, Layout(mesh, mode, balanced), softcap)
         assert_equal(got, reorder(wanted, size) if balanced else wanted)
+
+
+def temporaries(mode, size):
+    """Bytes of a device for a step of 256 tokens a device."""
+    mesh = make_mesh(sequence=size, devices=jax.devices()[:size])
+    layout = Layout(mesh, mode)
+
+    def of(shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((1, 256 * size, *shape), dtype, sharding=NamedSharding(mesh, PartitionSpec(ROWS, TOKENS)))
+
+    def loss(q, k, v, index):
+        return jnp.sum(attend_parallel(q, k, v, Mask(index, index, None, None, None), scale=0.1, layout=layout) ** 2)
+    arrays = of((8, 64)), of((4, 64)), of((4, 64)), of((), jnp.int32)
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_a_ring_holds_no_more_of_a_longer_row_on_more_devices():
+    keys = 2 * 4 * 256 * 4 * 64 * 4          # bytes of keys and values of the four devices that are more
+    assert temporaries("ring", 8) <= 1.01 * temporaries("ring", 4)
+    assert temporaries("allgather", 8) >= temporaries("allgather", 4) + keys
 
 
 def test_more_anchors_than_there_is_room_for():
