@@ -12,6 +12,7 @@ from lljax.models import rope
 from lljax.models.declare import declare, stack
 from lljax.models.layers import AttentionPattern, DecoderLayer, RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, scan_layers
+from lljax.models.quantize import dequantised
 from lljax.models.spec import DecoderSpec
 from lljax.sharding import Layout, constrain_activations, gathered
 
@@ -87,7 +88,7 @@ class Decoder(nnx.Module):
 
             def layer(x, xs, mask=mask_here):
                 weights, key, kv = xs
-                weights = gathered(weights, layout, stacked=True)
+                weights = dequantised(gathered(weights, layout, stacked=True), x.dtype)
                 x, kv = nnx.merge(graphdef, weights)(x, rotation, mask, pattern, layout, memory, kv, start, key)
                 return constrain_activations(x, layout), kv
 
