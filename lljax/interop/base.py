@@ -88,10 +88,18 @@ def open_base(path: str, revision: str = "main"):
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ModelError(f"model.path={path!r}: the folder has no config.json")
-        return FolderBase(path, local)
+        return _folder(path, local)
     if local.exists():
         raise ModelError(f"model.path={path!r} is neither a folder nor a .gguf file")
-    return FolderBase(path, _download(path, revision))
+    return _folder(path, _download(path, revision))
+
+
+def _folder(path: str, folder: Path) -> FolderBase:
+    base = FolderBase(path, folder)
+    if base.config.get("quantization_config"):
+        from lljax.interop.quantized import QuantisedFolder
+        return QuantisedFolder(path, folder)
+    return base
 
 
 def open_config(path: str, revision: str = "main") -> dict:

@@ -115,7 +115,7 @@ def dequantise(value: Quantised, dtype) -> jax.Array:
     """The dense kernel [..., in, out]; products are float32, as bitsandbytes' are, and rounded once."""
     form, codes = value.form, value.codes
     if form.bits == 4:
-        codes = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
+        codes = unpack(codes)
     if form.format == "fp8":
         x = codes.astype(jnp.float32)
     elif form.format in ("int4", "int8"):
@@ -147,6 +147,13 @@ def pack(codes):
     return codes[..., :half, :] | codes[..., half:, :] << 4
 
 
+def unpack(codes: jax.Array) -> jax.Array:
+    """The inverse of `pack`; one elementwise expression, which compilers fuse."""
+    *lead, half, out = codes.shape
+    shifts = jnp.array([0, 4], jnp.uint8)[:, None, None]
+    return (codes[..., None, :, :] >> shifts & 15).reshape(*lead, 2 * half, out)
+
+
 def _quantise_scales(scale):
     """(codes, outer, offset) of scales [..., blocks, out], see `Quantised`; bitsandbytes `quantize_4bit`."""
     *lead, blocks, out = scale.shape
@@ -170,11 +177,16 @@ def _scales(value: Quantised) -> jax.Array:
 
 
 def _lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
-    """table[codes], a bit of the code at a time: a gather is slow on a TPU, and no compiler fuses it there."""
-    if len(table) == 1:
-        return table[0]
-    half = len(table) // 2
-    return jnp.where(codes & half != 0, _lookup(table[half:], codes), _lookup(table[:half], codes))
+    """table[codes]; on a TPU, where a gather goes element by element, by choosing a bit of the code at a time."""
+    def choose(codes, table=table):
+        if len(table) == 1:
+            return table[0]
+        half = len(table) // 2
+        return jnp.where(codes & half != 0, choose(codes, table[half:]), choose(codes, table[:half]))
+
+    def gather(codes):
+        return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+    return jax.lax.platform_dependent(codes, tpu=choose, default=gather)
 
 
 def _middles(table: np.ndarray) -> np.ndarray:
