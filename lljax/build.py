@@ -11,12 +11,14 @@ from lljax import sharding
 from lljax.errors import ConfigError
 from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import load_adapter
-from lljax.models import lora, rope
+from lljax.interop.quantized import form_of
+from lljax.models import lora, quantize, rope
 from lljax.models import spec as specs
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder, repeats
 from lljax.models.initialise import initialise
 from lljax.models.memory import groups_layers
+from lljax.models.quantize import Form
 from lljax.models.spec import DecoderSpec
 
 
@@ -62,15 +64,27 @@ def abstract_model(config, hf_config: dict) -> Decoder:
     else:
         lora.attach(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets,
                     rslora=config.lora.rslora, dropout=config.lora.dropout, also_train=config.lora.also_train)
+    _quantise(model, form_of(config.model.quantize, hf_config), jnp.dtype(config.model.dtype))
     return model
+
+
+def _quantise(model: Decoder, form: Form | None, dtype) -> None:
+    """Makes the frozen kernels of an abstract model quantised ones."""
+    for _, variable in declared(model) if form else ():
+        if variable.get_metadata("role") == "kernel" and not variable.get_metadata().get("trainable", False):
+            variable.set_value(quantize.abstract(variable.get_value().shape, form, dtype))
 
 
 def placed_model(config, hf_config: dict, mesh: Mesh) -> Decoder:
     """`abstract_model` with the dtype that each value will have and its place on `mesh`: enough to compile with."""
     model = abstract_model(config, hf_config)
     for _, variable in declared(model):
-        dtype = jnp.float32 if variable.get_metadata().get("trainable", False) else jnp.dtype(config.model.dtype)
-        variable.set_value(jax.ShapeDtypeStruct(variable.get_value().shape, dtype, sharding=_place(variable, mesh)))
+        value = variable.get_value()
+        if not isinstance(value, quantize.Quantised):
+            trains = variable.get_metadata().get("trainable", False)
+            value = jax.ShapeDtypeStruct(value.shape, jnp.float32 if trains else jnp.dtype(config.model.dtype))
+        variable.set_value(jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), value,
+                                        _place(variable, mesh)))
     return model
 
 
@@ -96,9 +110,10 @@ def fill(model: Decoder, config, base, mesh: Mesh) -> None:
     initialise(model, config.seed, deviation=deviation, dtype=dtype, shardings=shardings)
 
 
-def load_base(base, spec: DecoderSpec, dtype) -> Decoder:
-    """The base alone under `spec`, to compare with or to talk to."""
+def load_base(base, spec: DecoderSpec, dtype, quantise: str = "none") -> Decoder:
+    """The base alone under `spec`, to compare with or to talk to; quantise: as `model.quantize`."""
     model = Decoder(spec)
+    _quantise(model, form_of(quantise, base.config), dtype)
     load_weights(model, base, dtype=dtype)
     return model
 
@@ -111,8 +126,8 @@ def mesh_of(mesh, devices=None) -> Mesh:
 def move(model: Decoder, mesh: Mesh) -> None:
     """Moves the values of a model that is at hand onto `mesh`."""
     for _, variable in declared(model):
-        variable.set_value(sharding.put(variable.get_value(), _place(variable, mesh)))
+        variable.set_value(jax.tree.map(sharding.put, variable.get_value(), _place(variable, mesh)))
 
 
 def _place(variable, mesh: Mesh):
-    return sharding.weight_sharding(mesh, variable.get_metadata("axes"), variable.get_value().shape)
+    return sharding.value_sharding(mesh, variable.get_metadata("axes"), variable.get_value())

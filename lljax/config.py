@@ -17,6 +17,7 @@ def default_config() -> ConfigDict:
     c.model.revision = "main"                # branch, tag or commit, where path is a hub id
     c.model.init = "pretrained"              # pretrained | random (config.json and tokenizer are all that is read)
     c.model.dtype = "bfloat16"               # bfloat16 | float32: frozen weights and compute; trainable ones stay float32
+    c.model.quantize = "none"                # none | nf4 | nf4-double | int4 | int8 | fp8: how the frozen kernels are held
 
     c.context = ConfigDict()
     c.context.length = 8192                  # tokens the finished model is to read
@@ -112,6 +113,7 @@ def validate(c: ConfigDict) -> None:
     _choice(c, "train_type", ("lora", "full"))
     _choice(c, "model.init", ("pretrained", "random"))
     _choice(c, "model.dtype", ("bfloat16", "float32"))
+    _choice(c, "model.quantize", ("none", "nf4", "nf4-double", "int4", "int8", "fp8"))
     _choice(c, "context.rope.type", ("keep", "linear", "dynamic", "yarn"))
     _choice(c, "data.loss_on", ("assistant", "everything"))
     _choice(c, "data.overlong", ("split", "truncate", "drop"))
@@ -154,6 +156,12 @@ def validate(c: ConfigDict) -> None:
     if c.lora.adapter and c.train_type == "full":
         raise ConfigError(f"lora.adapter={c.lora.adapter!r} continues an adapter and train_type='full' has none: "
                           "use train_type='lora'")
+    if c.model.quantize != "none" and c.train_type == "full":
+        raise ConfigError(f"model.quantize={c.model.quantize!r} holds frozen kernels and train_type='full' has none: use "
+                          "train_type='lora' or model.quantize='none'")
+    if c.model.quantize != "none" and c.memory.remat == "none":
+        raise ConfigError(f"memory.remat='none' keeps every layer's kernels as model.quantize={c.model.quantize!r} makes them "
+                          "dense: use memory.remat='full' or 'attention'")
     if c.memory.remat == "none" and (c.memory.offload or c.memory.layers_per_residual > 1):
         raise ConfigError(f"memory.remat='none' keeps everything on the device: with memory.offload={c.memory.offload} and "
                           f"memory.layers_per_residual={c.memory.layers_per_residual} use memory.remat='full'")

@@ -91,6 +91,16 @@ def weight_sharding(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
     return NamedSharding(mesh, weight_spec(mesh, axes, shape))
 
 
+def value_sharding(mesh: Mesh, axes: tuple, value, *, kept: bool = True):
+    """Where the value of a Variable is kept, or computed with; of a quantised one, where each of its arrays is."""
+    return each(lambda array, axes: NamedSharding(mesh, weight_spec(mesh, axes, array.shape, kept=kept)), value, axes)
+
+
+def each(f, value, axes: tuple):
+    """f(array, its logical axes) of a value, or of the arrays that a quantised one is made of (lljax.models.quantize)."""
+    return value.each(f, axes) if hasattr(value, "each") else f(value, axes)
+
+
 def gathered(variables, layout: Layout | None):
     """A tree of Variables of one layer of a stack in the form to compute with; their values no longer have the axis that
     their metadata begins with."""
@@ -99,8 +109,7 @@ def gathered(variables, layout: Layout | None):
 
     def one(variable):
         value, axes = variable.get_value(), variable.get_metadata("axes")[1:]
-        spec = weight_spec(layout.mesh, axes, value.shape, kept=False)
-        return variable.replace(jax.lax.with_sharding_constraint(value, NamedSharding(layout.mesh, spec)))
+        return variable.replace(jax.lax.with_sharding_constraint(value, value_sharding(layout.mesh, axes, value, kept=False)))
     return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 

@@ -3,7 +3,8 @@
 python scripts/bench_capacity.py --rows=h100       # the rows whose name holds the word; needs the plan-gpu extra
 python scripts/bench_capacity.py --rows=v5         # needs the plan-tpu extra, and minutes a row
 
-One row of tokens a step, LoRA of rank 64 on q, k, v and o, a frozen bfloat16 base, AdamW in float32. No weight is read.
+One row of tokens a step, AdamW in float32. LoRA of rank 64 on q, k, v and o over a frozen bfloat16 base; over a quantised
+one, of rank 32 on every linear layer. No weight is read.
 """
 
 import argparse
@@ -31,17 +32,18 @@ LLAMA = {"model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "int
 @dataclasses.dataclass(frozen=True)
 class Row:
     """attention: of the stage; shifted in groups of 8,192. each: memory.layers_per_residual. find: look for the longest
-    row that fits, from `length` on."""
+    row that fits, from `length` on. base: model.quantize, or "trained": train_type="full"."""
 
     device: str
     length: int
     attention: str
     each: int = 1
     find: bool = False
+    base: str = "none"
 
     @property
     def name(self) -> str:
-        return f"{self.device} {self.attention} {self.length // K}k"
+        return f"{self.device} {self.attention} {self.length // K}k" + (f" {self.base}" if self.base != "none" else "")
 
 
 ROWS = (
@@ -54,6 +56,13 @@ ROWS = (
     Row("v5e-8", 1 * M, "shifted"),
     Row("v5p-8", 2 * M, "full", each=2),
     Row("v5e-1", 32 * K, "full"),
+    Row("h100-80g", 1 * M, "full", each=2, base="nf4"),
+    Row("a10-24g", 128 * K, "full", base="nf4"),
+    Row("rtx4080-16g", 64 * K, "full", base="nf4"),
+    Row("rtx4060-8g", 8 * K, "full", base="nf4-double"),
+    Row("v5e-1", 32 * K, "full", base="nf4"),
+    Row("h100-80g", 32 * K, "full", base="trained"),
+    Row("h100-80g", 32 * K, "shifted", base="nf4"),
 )
 
 
@@ -62,6 +71,10 @@ def config_of(row: Row):
     c.model.path, c.data.train = "-", ("-",)             # neither is read
     c.context.length, c.context.schedule, c.context.group = row.length, ((1, row.length, row.attention),), 8192
     c.lora.rank, c.lora.alpha, c.lora.also_train = 64, 128.0, ()
+    if row.base == "trained":
+        c.train_type = "full"
+    elif row.base != "none":
+        c.model.quantize, c.lora.rank, c.lora.targets = row.base, 32, ("all-linear",)
     c.memory.tile, c.memory.offload, c.memory.layers_per_residual = 4096, True, row.each
     c.mesh.fsdp, c.mesh.sequence = 1, -1
     validate(c)
@@ -81,7 +94,7 @@ def measure(row: Row, options: Options, console) -> list[str]:
         console.print(f"{row.name}: {search.held(plan) / GiB:.2f} GiB of weights on a device of "
                       f"{of.device.memory / GiB:.2f}: quantise the base, or spread it over more devices")
     received = sum(plan.collectives.values()) / 1e9
-    return [row.device, f"{plan.stage.length:,} {row.attention}", plan.need.context_parallel, str(row.each),
+    return [row.device, row.base, f"{plan.stage.length:,} {row.attention}", plan.need.context_parallel, str(row.each),
             f"{plan.need.peak / GiB:.1f}", f"{plan.need.host / GiB:.1f}", "yes" if plan.fits else "NO",
             f"{plan.tokens / plan.seconds:,.0f}", f"{received:.1f}", f"{plan.compile_seconds:.0f}"]
 
@@ -93,9 +106,9 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, force=True)
     console = Console(width=140)
     table = Table(title="Llama-3.1-8B, a row a step; GiB and GB of a device; tokens/s at most, at 40% of peak arithmetic")
-    for column in ("device", "stage", "parallel", "layers per residual", "peak", "host", "fits", "tokens/s", "received",
+    for column in ("device", "base", "stage", "parallel", "layers per residual", "peak", "host", "fits", "tokens/s", "received",
                    "compiled in s"):
-        table.add_column(column, justify="left" if column in ("device", "stage", "parallel", "fits") else "right")
+        table.add_column(column, justify="left" if column in ("device", "base", "stage", "parallel", "fits") else "right")
     with exit_cleanly():
         rows = [row for row in ROWS if wanted in row.name]
         if not rows:

@@ -16,7 +16,8 @@ class FolderBase:
     """A folder with config.json, safetensors and a tokenizer. The interface of every base:
 
     path: what the user named. config: HF config.json as a dict. names(), shape(name), read(name): tensors under their
-    HF names and in HF orientation. tokenizer(): a transformers fast tokenizer. fingerprint(): tells bases apart.
+    HF names and in HF orientation. stored(name, form): a kernel as it is stored, where it is quantised in that form.
+    tokenizer(): a transformers fast tokenizer. fingerprint(): tells bases apart.
     """
 
     def __init__(self, path: str, folder: Path):
@@ -41,6 +42,9 @@ class FolderBase:
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors.read(name)
+
+    def stored(self, name: str, form):
+        return None
 
     @property
     def generation_config(self) -> dict | None:
@@ -84,10 +88,18 @@ def open_base(path: str, revision: str = "main"):
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ModelError(f"model.path={path!r}: the folder has no config.json")
-        return FolderBase(path, local)
+        return _folder(path, local)
     if local.exists():
         raise ModelError(f"model.path={path!r} is neither a folder nor a .gguf file")
-    return FolderBase(path, _download(path, revision))
+    return _folder(path, _download(path, revision))
+
+
+def _folder(path: str, folder: Path) -> FolderBase:
+    base = FolderBase(path, folder)
+    if base.config.get("quantization_config"):
+        from lljax.interop.quantized import QuantisedFolder
+        return QuantisedFolder(path, folder)
+    return base
 
 
 def open_config(path: str, revision: str = "main") -> dict:

@@ -112,6 +112,7 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
                               max_shard_bytes=max_shard_bytes)
     spec = model.spec
     config = dict(base.config) | rope_to_hf(spec)
+    config.pop("quantization_config", None)  # what is written is dense
     if dtype:
         config |= {"dtype": dtype, "torch_dtype": dtype}     # in the spelling of transformers 5 and the one before
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

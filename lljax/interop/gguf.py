@@ -69,6 +69,9 @@ class GgufBase:
                 array = array - 1            # llama.cpp stores what the norm multiplies by
             return array
 
+    def stored(self, name: str, form):
+        return None                          # of its blocks none is one of ours
+
     def fingerprint(self) -> str:
         """sha256 over the size, the metadata and the table of tensors; the weights are not read."""
         with open(self.file, "rb") as opened:

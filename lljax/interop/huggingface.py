@@ -1,5 +1,6 @@
 """Weights between HuggingFace tensors and declared Variables, one tensor at a time in both directions."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from flax import nnx
 
 from lljax.errors import ModelError
 from lljax.models.declare import LoraWeight, Weight, declared
+from lljax.models.quantize import Quantised, dequantise, quantise
 from lljax.sharding import put
 
 HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints still carry
@@ -20,14 +22,12 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
     """Fills every base Variable of an abstract model from `base` (lljax.interop.base); adapters stay abstract.
 
     Trainable Variables become float32, the others `dtype`. `shardings(variable)`, where given, is where a value goes.
-    The host holds about one tensor at a time: a stacked value is allocated in place and written layer by layer.
+    The host holds about one tensor at a time: a stacked value is allocated in place and written layer by layer. Kernels
+    that are quantised in the abstract model are quantised on the way, or taken as they are where the base has them so.
 
     Raises:
-      ModelError: a tensor is missing, has another shape or is quantised; the line names it.
+      ModelError: a tensor is missing, has another shape, or is of a type that is no weight's; the line names it.
     """
-    if base.config.get("quantization_config"):
-        raise ModelError(f"{base.path}: config.json has a quantization_config, and quantised weights are not "
-                         "supported: use the model they were made from")
     available, used = set(base.names()), set()
     for _, variable in declared(model):
         if isinstance(variable, LoraWeight):
@@ -40,19 +40,25 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
                 raise ModelError(f"{base.path}: tensor {name!r} has shape {base.shape(name)}, and config.json makes it "
                                  f"{hf_shape(variable)}")
             if not jnp.issubdtype(base.dtype(name), jnp.floating) or base.dtype(name).itemsize < 2:
-                raise ModelError(f"{base.path}: tensor {name!r} is {base.dtype(name)}: quantised weights are not "
-                                 "supported, use the model they were made from")
+                raise ModelError(f"{base.path}: tensor {name!r} is {base.dtype(name)}, and config.json has no "
+                                 "quantization_config that says how to read it")
         used.update(names)
         wanted = jnp.float32 if variable.get_metadata().get("trainable", False) else dtype
         sharding = shardings(variable) if shardings else None
         transpose, rows = variable.get_metadata("transpose"), hf_rows(variable)
 
-        def read(name, transpose=transpose, wanted=wanted, rows=rows):
+        outline = variable.get_value()
+
+        def read(name, transpose=transpose, wanted=wanted, rows=rows, outline=outline):
+            whole = rows == slice(None)      # a part of a fused tensor is quantised anew
+            stored = base.stored(name, outline.form) if whole and isinstance(outline, Quantised) else None
+            if stored is not None:
+                return dataclasses.replace(stored, dtype=outline.dtype)
             array = base.read(name)[rows]
             return np.asarray(array.T if transpose else array, dtype=wanted)
 
         if is_stacked(variable):
-            value = jax.jit(functools.partial(jnp.zeros, variable.get_value().shape, wanted), out_shardings=sharding)()
+            value = jax.jit(functools.partial(_zeros, outline, wanted), out_shardings=sharding)()
             for i, name in enumerate(names):
                 value = _set_layer(value, read(name), i)
         else:
@@ -64,9 +70,15 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
                         len(ignored), ", ".join(ignored[:3]))
 
 
+def _zeros(outline, dtype):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype if isinstance(outline, Quantised) else dtype), outline)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(stacked, layer, i):
-    return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, axis=0)
+    if isinstance(stacked, Quantised) and not isinstance(layer, Quantised):
+        layer = quantise(layer, stacked.form, stacked.dtype)
+    return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, axis=0), stacked, layer)
 
 
 def tensors(model: nnx.Module, kind=Weight) -> Iterator[tuple[str, np.ndarray]]:
@@ -102,7 +114,8 @@ def hf_rows(variable: nnx.Variable) -> slice:
 def hf_value(variable: nnx.Variable, layer: int = 0) -> np.ndarray:
     """One layer of a Variable, in HF orientation, on the host."""
     value = variable.get_value()
-    array = np.asarray(value[layer] if is_stacked(variable) else value)
+    value = jax.tree.map(lambda x: x[layer], value) if is_stacked(variable) else value
+    array = np.asarray(dequantise(value, value.dtype) if isinstance(value, Quantised) else value)
     return array.T if variable.get_metadata("transpose") else array
 
 

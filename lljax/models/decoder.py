@@ -12,6 +12,7 @@ from lljax.models import rope
 from lljax.models.declare import declare, stack
 from lljax.models.layers import AttentionPattern, DecoderLayer, RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, scan_layers
+from lljax.models.quantize import dequantised
 from lljax.models.spec import DecoderSpec, LayerSpec
 from lljax.sharding import Layout, constrain_activations, gathered
 from lljax.vocabulary import lookup
@@ -86,7 +87,7 @@ class Decoder(nnx.Module):
         def layer_of(graphdef):
             def layer(x, xs):
                 weights, key, kv = xs
-                weights = gathered(weights, layout)
+                weights = dequantised(gathered(weights, layout), x.dtype)
                 x, kv = nnx.merge(graphdef, weights)(x, rotations, mask, pattern, layout, memory, kv, start, key)
                 return constrain_activations(x, layout), kv
             return layer

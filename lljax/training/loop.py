@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from lljax.devices import of_kind
 from lljax.distributed import first, first_then_others, from_all, wait
 from lljax.errors import ConfigError, NumericAbort, Stopped
 from lljax.interop.base import open_base, tokenizer_fingerprint
+from lljax.models import lora
+from lljax.models.declare import declared
 from lljax.models.decoder import FULL
 from lljax.training import fit, flops
 from lljax.training.checkpoint import Checkpoints, abstract, check_identity
@@ -32,8 +35,8 @@ from lljax.training.signals import StopRequest
 from lljax.training.step import from_items, make_evaluate, step_settings, take_apart, to_items
 
 # What a resumed run must have in common with its beginning, so that it ends as if it had not been interrupted.
-IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "context", "lora", "data.packing", "data.overlong",
-            "optimizer", "training.rows", "training.accumulate", "alarm")
+IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "model.quantize", "context", "lora", "data.packing",
+            "data.overlong", "optimizer", "training.rows", "training.accumulate", "alarm")
 
 
 def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: range | None = None) -> nnx.Module:
@@ -93,8 +96,8 @@ def _train(config, workdir: Path, model, profile_steps: range | None, stop: Stop
             logging.info("stage %s: context parallelism %s, %s", stage.label, layout.context_parallel, reason)
     evaluate = make_evaluate(parts.graphdef, step_settings(config))
     rate = learning_rate(config.optimizer, total_steps(config))
-    trainable = _size(parts.state.trainable)
-    counts = {"parameters": trainable + _size(parts.frozen), "trainable": trainable}
+    sizes = [(math.prod(variable.get_value().shape), lora.is_trainable(path, variable)) for path, variable in declared(model)]
+    counts = {"parameters": sum(size for size, _ in sizes), "trainable": sum(size for size, trains in sizes if trains)}
     kind = mesh.devices.flat[0].device_kind
     device = of_kind(kind)
     arithmetic = [flops.of_step(model, config, stage, parts=mesh.shape["sequence"]).model for stage in curriculum]
@@ -290,10 +293,6 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     for key, value in tree.items():
         out |= _flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": value}
     return out
-
-
-def _size(tree) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -1,0 +1,193 @@
+"""Frozen kernels in four or eight bits: codes, and a scale for each block of inputs of an output.
+
+Formats: nf4, the quantiles of a normal distribution, and nf4-double, whose scales are in eight bits in turn (QLoRA, Dettmers
+et al. 2023, arXiv 2305.14314, section 3; the tables and blocks are bitsandbytes'); int4 and int8, (code - zero) * scale;
+fp8, e4m3 * scale. A quantised kernel is held by the `Weight` that would hold the dense one, and becomes dense a layer at a
+time, inside the scan over layers (`dequantised`).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+NF4 = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+                -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+                0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+                1.0], np.float32)            # arXiv 2305.14314, appendix E
+OUTER = 256                                  # scales that share a scale of their own, in nf4-double
+
+
+def _dynamic() -> np.ndarray:
+    """The 256 values of bitsandbytes' dynamic map: seven decades, each with twice the values of the one below.
+
+    Dettmers et al. 2021, arXiv 2110.02861, section 2.1; bitsandbytes `create_dynamic_map`, whose float32 differs in the last
+    bit from one CPU to another.
+    """
+    edges = [np.linspace(0.1, 1, 2 ** decade + 1) for decade in range(7)]
+    positive = np.concatenate([10.0 ** (decade - 6) * (e[:-1] + e[1:]) / 2 for decade, e in enumerate(edges)])
+    return np.sort(np.concatenate([-positive, [0.0], positive, [1.0]])).astype(np.float32)
+
+
+DYNAMIC = _dynamic()
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """format: see above. block: inputs that share a scale. zero: a block has a zero point of its own (int4, int8)."""
+
+    format: str
+    block: int
+    zero: bool = False
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.format in ("int8", "fp8") else 4
+
+
+FORMS = {form.format: form for form in (Form("nf4", 64), Form("nf4-double", 64), Form("int4", 64), Form("int8", 64),
+                                        Form("fp8", 128))}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A kernel [..., in, out] with any leading axes, its inputs filled up to whole blocks.
+
+    codes: [..., blocks, block, out] float8_e4m3fn, or uint8; of four bits [..., blocks, block / 2, out], the first half of a
+    block in the low bits and the second in the high. scale: float32 [..., blocks, out], or its codes, uint8, where
+    `outer` float32 [..., ceil(out * blocks / 256)] scales those in the order [out, blocks] and `offset` float32 [...] is
+    added. zero: int16 [..., blocks, out] or None. rows: in. dtype: of the dense kernel.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None
+    outer: jax.Array | None
+    offset: jax.Array | None
+    form: Form = dataclasses.field(metadata={"static": True})
+    rows: int = dataclasses.field(metadata={"static": True})
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-3], self.rows, self.codes.shape[-1])
+
+    def each(self, f, axes: tuple):
+        """f(array, its logical axes) of each array, given the axes of the dense kernel (lljax.sharding.each)."""
+        *lead, inputs, outputs = axes
+        of = {"codes": (*lead, inputs, None, outputs), "scale": (*lead, inputs, outputs), "zero": (*lead, inputs, outputs),
+              "outer": (*lead, None), "offset": tuple(lead)}
+        return dataclasses.replace(self, **{name: None if getattr(self, name) is None else f(getattr(self, name), axes)
+                                            for name, axes in of.items()})
+
+
+def quantise(kernel: jax.Array, form: Form, dtype) -> Quantised:
+    """A dense kernel [..., in, out] in `form`, to the nearest code; `dtype` is what it counts as when it is dense again."""
+    *lead, rows, out = kernel.shape
+    blocks = -(-rows // form.block)
+    x = jnp.pad(kernel.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, blocks * form.block - rows), (0, 0)])
+    x = x.reshape(*lead, blocks, form.block, out)
+    largest = jnp.max(jnp.abs(x), axis=-2)
+    top = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}.get(form.format, 1.0)
+    scale = largest / top
+    x = x / jnp.where(scale == 0, 1.0, scale)[..., None, :]
+    zero = outer = offset = None
+    if form.format == "fp8":
+        codes = x.astype(jnp.float8_e4m3fn)
+    elif form.format in ("int4", "int8"):
+        middle = 1 << form.bits - 1
+        codes = (jnp.round(x) + middle).astype(jnp.uint8)
+        zero = jnp.full(scale.shape, middle, jnp.int16) if form.zero else None
+    else:
+        codes = sum((x > middle).astype(jnp.uint8) for middle in _middles(NF4))
+    if form.bits == 4:
+        codes = pack(codes)
+    if form.format == "nf4-double":
+        scale, outer, offset = _quantise_scales(scale)
+    return Quantised(codes, scale, zero, outer, offset, form, rows, jnp.dtype(dtype))
+
+
+def dequantise(value: Quantised, dtype) -> jax.Array:
+    """The dense kernel [..., in, out]; products are float32, as bitsandbytes' are, and rounded once."""
+    form, codes = value.form, value.codes
+    if form.bits == 4:
+        codes = unpack(codes)
+    if form.format == "fp8":
+        x = codes.astype(jnp.float32)
+    elif form.format in ("int4", "int8"):
+        zero = jnp.int16(1 << form.bits - 1) if value.zero is None else value.zero[..., None, :]
+        x = codes.astype(jnp.float32) - zero.astype(jnp.float32)
+    else:
+        x = _lookup(NF4, codes)
+    x = (x * _scales(value)[..., None, :]).astype(dtype)
+    *lead, blocks, block, out = x.shape
+    return x.reshape(*lead, blocks * block, out)[..., :value.rows, :]
+
+
+def dequantised(variables, dtype):
+    """A tree of Variables with its quantised values dense."""
+    def one(variable):
+        value = variable.get_value()
+        return variable.replace(dequantise(value, dtype)) if isinstance(value, Quantised) else variable
+    return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def abstract(shape: tuple[int, ...], form: Form, dtype) -> Quantised:
+    """What `quantise` gives of a kernel of this shape, with `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(functools.partial(quantise, form=form, dtype=dtype), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def pack(codes):
+    """Codes below 16 [..., block, out], two to a byte [..., block / 2, out]."""
+    half = codes.shape[-2] // 2
+    return codes[..., :half, :] | codes[..., half:, :] << 4
+
+
+def unpack(codes: jax.Array) -> jax.Array:
+    """The inverse of `pack`; one elementwise expression, which compilers fuse."""
+    *lead, half, out = codes.shape
+    shifts = jnp.array([0, 4], jnp.uint8)[:, None, None]
+    return (codes[..., None, :, :] >> shifts & 15).reshape(*lead, 2 * half, out)
+
+
+def _quantise_scales(scale):
+    """(codes, outer, offset) of scales [..., blocks, out], see `Quantised`; bitsandbytes `quantize_4bit`."""
+    *lead, blocks, out = scale.shape
+    flat = jnp.swapaxes(scale, -1, -2).reshape(*lead, blocks * out)
+    offset = jnp.mean(flat, axis=-1)
+    flat = jnp.pad(flat - offset[..., None], [(0, 0)] * len(lead) + [(0, -flat.shape[-1] % OUTER)])
+    flat = flat.reshape(*lead, -1, OUTER)
+    outer = jnp.max(jnp.abs(flat), axis=-1)
+    codes = jnp.searchsorted(_middles(DYNAMIC), flat / jnp.where(outer == 0, 1.0, outer)[..., None]).astype(jnp.uint8)
+    codes = codes.reshape(*lead, -1)[..., :blocks * out].reshape(*lead, out, blocks)
+    return jnp.swapaxes(codes, -1, -2), outer, offset
+
+
+def _scales(value: Quantised) -> jax.Array:
+    """float32 [..., blocks, out]."""
+    if value.outer is None:
+        return value.scale
+    *lead, blocks, out = value.scale.shape
+    outer = jnp.repeat(value.outer, OUTER, axis=-1)[..., :blocks * out].reshape(*lead, out, blocks)
+    return _lookup(DYNAMIC, value.scale) * jnp.swapaxes(outer, -1, -2) + value.offset[..., None, None]
+
+
+def _lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
+    """table[codes]; on a TPU, where a gather goes element by element, by choosing a bit of the code at a time."""
+    def choose(codes, table=table):
+        if len(table) == 1:
+            return table[0]
+        half = len(table) // 2
+        return jnp.where(codes & half != 0, choose(codes, table[half:]), choose(codes, table[:half]))
+
+    def gather(codes):
+        return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+    return jax.lax.platform_dependent(codes, tpu=choose, default=gather)
+
+
+def _middles(table: np.ndarray) -> np.ndarray:
+    return (table[:-1] + table[1:]) / np.float32(2)
