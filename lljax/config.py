@@ -48,12 +48,13 @@ def default_config() -> ConfigDict:
     c.data.max_bad_fraction = 0.01           # share of unreadable rows above which the run stops
 
     c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 2e-4
+    c.optimizer.name = "adamw"               # adamw | adafactor | lion | muon (adamw for what is not a matrix)
+    c.optimizer.learning_rate = 2e-4         # lion wants a third to a tenth of what the others do
     c.optimizer.schedule = "cosine"          # linear | cosine | constant, after the warm-up
     c.optimizer.warmup_steps = 20
-    c.optimizer.beta1 = 0.9
-    c.optimizer.beta2 = 0.95
-    c.optimizer.eps = 1e-8
+    c.optimizer.beta1 = 0.9                  # all but adafactor
+    c.optimizer.beta2 = 0.95                 # all but adafactor
+    c.optimizer.eps = 1e-8                   # all but adafactor and lion
     c.optimizer.clip_norm = 1.0              # global norm
     c.optimizer.learning_rate_ratio = ConfigDict({  # by role; LoRA+ (arXiv 2402.12354) is lora_b = 16
         "lora_a": 1.0, "lora_b": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0, "bias": 1.0})
@@ -97,6 +98,11 @@ def default_config() -> ConfigDict:
     return c.lock()
 
 
+READS = {                                    # fields of the optimizer that not all read, by its name
+    "adamw": ("beta1", "beta2", "eps"), "adafactor": (), "lion": ("beta1", "beta2"), "muon": ("beta1", "beta2", "eps"),
+}
+
+
 def total_steps(config: ConfigDict) -> int:
     """Optimizer steps of the whole run: the end of the last stage."""
     return config.context.schedule[-1][0]
@@ -114,6 +120,7 @@ def validate(c: ConfigDict) -> None:
     _choice(c, "context.rope.type", ("keep", "linear", "dynamic", "yarn"))
     _choice(c, "data.loss_on", ("assistant", "everything"))
     _choice(c, "data.overlong", ("split", "truncate", "drop"))
+    _choice(c, "optimizer.name", tuple(READS))
     _choice(c, "optimizer.schedule", ("linear", "cosine", "constant"))
     _choice(c, "memory.remat", ("full", "attention", "none"))
     _choice(c, "mesh.context_parallel", ("auto", "allgather", "ulysses", "ring", "halo"))
@@ -159,7 +166,17 @@ def validate(c: ConfigDict) -> None:
     if c.mesh.context_parallel != "auto" and c.mesh.sequence == 1:
         raise ConfigError(f"mesh.context_parallel={c.mesh.context_parallel!r} and mesh.sequence=1: nothing is spread over "
                           "tokens; set mesh.sequence, or mesh.context_parallel='auto'")
+    _validate_optimizer(c)
     _validate_context(c.context)
+
+
+def _validate_optimizer(c: ConfigDict) -> None:
+    name, default = c.optimizer.name, default_config().optimizer
+    for field in sorted(set().union(*READS.values()) - set(READS[name])):
+        value, usual = get(c.optimizer, field), get(default, field)
+        if value != usual:
+            raise ConfigError(f"optimizer.{field}={value} and optimizer.name={name!r}, which does not read it: leave it at "
+                              f"{usual}, or use another optimizer")
 
 
 def _validate_context(context: ConfigDict) -> None:

@@ -83,6 +83,14 @@ def weight_sharding(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
     return NamedSharding(mesh, weight_spec(mesh, axes, shape))
 
 
+def cut_alike(sharding: NamedSharding, shape: tuple) -> NamedSharding:
+    """`sharding` for an array of another shape and the same rank: cut along those axes that still divide."""
+    def cut(names):
+        return math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+    spec = [names if size % cut(names) == 0 else None for names, size in zip(sharding.spec, shape)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
 def gathered(variables, layout: Layout | None, *, stacked: bool):
     """`variables` (a Variable or a tree of them) in the form to compute with. stacked: of one layer of a stack, whose
     values no longer have the axis that their metadata begins with."""
