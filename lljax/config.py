@@ -48,7 +48,7 @@ def default_config() -> ConfigDict:
     c.data.max_bad_fraction = 0.01           # share of unreadable rows above which the run stops
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"               # adamw | adafactor | lion | muon (adamw for what is not a matrix)
+    c.optimizer.name = "adamw"               # adamw | adafactor | lion | muon (adamw for what is no matrix) | adamw8bit
     c.optimizer.learning_rate = 2e-4         # lion wants a third to a tenth of what the others do
     c.optimizer.schedule = "cosine"          # linear | cosine | constant, after the warm-up
     c.optimizer.warmup_steps = 20
@@ -100,6 +100,7 @@ def default_config() -> ConfigDict:
 
 READS = {                                    # fields of the optimizer that not all read, by its name
     "adamw": ("beta1", "beta2", "eps"), "adafactor": (), "lion": ("beta1", "beta2"), "muon": ("beta1", "beta2", "eps"),
+    "adamw8bit": ("beta1", "beta2", "eps"),
 }
 
 

@@ -12,6 +12,8 @@ import optax
 import optax.contrib
 from flax import nnx
 
+from lljax.training.eight_bit import scale_by_adam_8bit
+
 MATRICES = ("kernel", "lora_a", "lora_b")    # roles of what multiplies an activation: [in, out], or a stack of them
 
 
@@ -100,5 +102,9 @@ def _muon(o, role):
     return optax.chain(optax.contrib.scale_by_muon(beta=o.beta1, weight_dimension_numbers=numbers), optax.stateless(like_adamw))
 
 
-DIRECTIONS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "muon": _muon}
+def _adamw8bit(o, role):
+    return scale_by_adam_8bit(b1=o.beta1, b2=o.beta2, eps=o.eps)
+
+
+DIRECTIONS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "muon": _muon, "adamw8bit": _adamw8bit}
 BY_LAYER = ("adafactor",)                    # those that would take the layers of a stack for a dimension
