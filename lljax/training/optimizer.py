@@ -38,8 +38,7 @@ def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTr
     """
     def of_group(group):
         role, _, stacked = group.partition("/")
-        direction = DIRECTIONS[optimizer.name](optimizer, role)
-        return optax.chain(per_layer(direction) if stacked and optimizer.name in BY_LAYER else direction,
+        return optax.chain(DIRECTIONS[optimizer.name](optimizer, role, per_layer if stacked else lambda x: x),
                            optax.add_decayed_weights(optimizer.weight_decay[role]),
                            optax.scale_by_learning_rate(learning_rate(optimizer, steps, optimizer.learning_rate_ratio[role])))
     present = sorted(set(jax.tree.leaves(groups)))
@@ -72,27 +71,27 @@ def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTra
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(o, role):
+def _adamw(o, role, each):
     """Kingma & Ba 2014, arXiv 1412.6980."""
     return optax.scale_by_adam(b1=o.beta1, b2=o.beta2, eps=o.eps)
 
 
-def _adafactor(o, role):
+def _adafactor(o, role, each):
     """Shazeer & Stern 2018, arXiv 1804.04235: second moments of a matrix as a row and a column, no first ones. Without its
     scaling by the size of the weight, so that a learning rate means what it means elsewhere."""
-    return optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.clip_by_block_rms(1.0))
+    return each(optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.clip_by_block_rms(1.0)))
 
 
-def _lion(o, role):
+def _lion(o, role, each):
     """Chen et al. 2023, arXiv 2302.06675: the sign of a momentum."""
     return optax.scale_by_lion(b1=o.beta1, b2=o.beta2)
 
 
-def _muon(o, role):
+def _muon(o, role, each):
     """Jordan 2024, github.com/KellerJordan/Muon: the momentum of a matrix, made orthogonal; AdamW for the other leaves. An
     update has the root mean square 0.2 of AdamW's, as Liu et al. 2025, arXiv 2502.16982, eq. 4."""
     if role not in MATRICES:
-        return _adamw(o, role)
+        return _adamw(o, role, each)
 
     def numbers(params):
         return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(-2, -1), params)
@@ -102,9 +101,18 @@ def _muon(o, role):
     return optax.chain(optax.contrib.scale_by_muon(beta=o.beta1, weight_dimension_numbers=numbers), optax.stateless(like_adamw))
 
 
-def _adamw8bit(o, role):
+def _adamw8bit(o, role, each):
     return scale_by_adam_8bit(b1=o.beta1, b2=o.beta2, eps=o.eps)
 
 
-DIRECTIONS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "muon": _muon, "adamw8bit": _adamw8bit}
-BY_LAYER = ("adafactor",)                    # those that would take the layers of a stack for a dimension
+def _galore(o, role, each):
+    """Zhao et al. 2024, arXiv 2403.03507: Adam in the leading subspace of the gradient of each matrix, taken anew every so many
+    steps; AdamW for the other leaves. The subspace is of the longer axis, which leaves the shorter one to the moments."""
+    if role != "kernel":
+        return _adamw(o, role, each)
+    return each(optax.contrib.scale_by_galore(o.galore.rank, o.galore.update_every, o.galore.scale, _adamw(o, role, each)))
+
+
+# Of the fields of `optimizer`, the role and `per_layer` (or nothing, for leaves that are no stack): what comes before decay.
+DIRECTIONS = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "muon": _muon, "adamw8bit": _adamw8bit,
+              "galore": _galore}

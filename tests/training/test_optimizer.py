@@ -109,6 +109,25 @@ def test_muon_makes_the_momentum_of_each_matrix_orthogonal_and_leaves_the_rest_t
         np.testing.assert_allclose(update, 0.2 * np.sqrt(12) * x, atol=1e-3)
 
 
+@pytest.mark.parametrize("rank,gap", [(2, 3), (8, 1)])
+def test_galore_is_adam_in_the_leading_subspace(rank, gap):
+    got, _ = ours("galore", **{"galore.rank": rank, "galore.update_every": gap, "galore.scale": 0.5})
+    for layer in range(3):
+        w, m, v = leaves(0)["kernel"][layer], 0, 0
+        for t in range(1, 5):
+            g = leaves(t)["kernel"][layer]
+            if (t - 1) % gap == 0:           # [in, out] = [8, 12]: of the outputs
+                q = np.linalg.svd(g)[2][:rank].T
+            r = g @ q
+            m, v = 0.9 * m + 0.1 * r, 0.95 * v + 0.05 * r * r
+            n = m / (1 - 0.9 ** t) / (np.sqrt(v / (1 - 0.95 ** t)) + 1e-8)
+            w = w - RATE * (0.5 * n @ q.T + DECAY * w)
+        np.testing.assert_allclose(got["kernel"][layer], w, atol=1e-5)
+    adamw, _ = ours("adamw")
+    for name in ("norm", "embed", "head"):
+        np.testing.assert_array_equal(got[name], adamw[name])
+
+
 @pytest.mark.parametrize("name", READS)
 def test_layers_of_a_stack_do_not_mix(name):
     (straight, _), (turned, _) = ours(name), ours(name, order=(2, 0, 1))
