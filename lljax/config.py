@@ -49,12 +49,17 @@ def default_config() -> ConfigDict:
     c.data.max_bad_fraction = 0.01           # share of unreadable rows above which the run stops
 
     c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 2e-4
+    c.optimizer.name = "adamw"               # adamw | adafactor | lion | muon | adamw8bit | galore (where every weight trains)
+    c.optimizer.learning_rate = 2e-4         # lion wants a third to a tenth of what the others do
     c.optimizer.schedule = "cosine"          # linear | cosine | constant, after the warm-up
     c.optimizer.warmup_steps = 20
-    c.optimizer.beta1 = 0.9
-    c.optimizer.beta2 = 0.95
-    c.optimizer.eps = 1e-8
+    c.optimizer.beta1 = 0.9                  # all but adafactor
+    c.optimizer.beta2 = 0.95                 # all but adafactor
+    c.optimizer.eps = 1e-8                   # all but adafactor and lion
+    c.optimizer.galore = ConfigDict()        # galore
+    c.optimizer.galore.rank = 128            # of the subspace in which a matrix has moments
+    c.optimizer.galore.update_every = 200    # steps between two subspaces
+    c.optimizer.galore.scale = 0.25          # of the update of a matrix, beside its learning rate
     c.optimizer.clip_norm = 1.0              # global norm
     c.optimizer.learning_rate_ratio = ConfigDict({  # by role; LoRA+ (arXiv 2402.12354) is lora_b = 16
         "lora_a": 1.0, "lora_b": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0, "bias": 1.0})
@@ -99,6 +104,13 @@ def default_config() -> ConfigDict:
     return c.lock()
 
 
+READS = {                                    # fields of the optimizer that not all read, by its name
+    "adamw": ("beta1", "beta2", "eps"), "adafactor": (), "lion": ("beta1", "beta2"), "muon": ("beta1", "beta2", "eps"),
+    "adamw8bit": ("beta1", "beta2", "eps"),
+    "galore": ("beta1", "beta2", "eps", "galore.rank", "galore.update_every", "galore.scale"),
+}
+
+
 def total_steps(config: ConfigDict) -> int:
     """Optimizer steps of the whole run: the end of the last stage."""
     return config.context.schedule[-1][0]
@@ -117,6 +129,7 @@ def validate(c: ConfigDict) -> None:
     _choice(c, "context.rope.type", ("keep", "linear", "dynamic", "yarn"))
     _choice(c, "data.loss_on", ("assistant", "everything"))
     _choice(c, "data.overlong", ("split", "truncate", "drop"))
+    _choice(c, "optimizer.name", tuple(READS))
     _choice(c, "optimizer.schedule", ("linear", "cosine", "constant"))
     _choice(c, "memory.remat", ("full", "attention", "none"))
     _choice(c, "mesh.context_parallel", ("auto", "allgather", "ulysses", "ring", "halo"))
@@ -126,7 +139,9 @@ def validate(c: ConfigDict) -> None:
                          ("training.rows", 1), ("training.accumulate", 1), ("training.eval_every", 0),
                          ("training.eval_rows", 1), ("training.report_every", 0), ("memory.loss_chunk", 1),
                          ("memory.layers_per_residual", 1), ("memory.tile", 0),
-                         ("optimizer.warmup_steps", 0), ("alarm.history", 1), ("alarm.max_bad_steps", 1),
+                         ("optimizer.warmup_steps", 0),
+                         ("optimizer.galore.rank", 1), ("optimizer.galore.update_every", 1),
+                         ("alarm.history", 1), ("alarm.max_bad_steps", 1),
                          ("checkpoint.every_steps", 1), ("checkpoint.keep", 1), ("optimizer.learning_rate", 0.0),
                          ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("alarm.spike_z", 0.0)):
         if not get(c, field) >= least:
@@ -168,7 +183,20 @@ def validate(c: ConfigDict) -> None:
     if c.mesh.context_parallel != "auto" and c.mesh.sequence == 1:
         raise ConfigError(f"mesh.context_parallel={c.mesh.context_parallel!r} and mesh.sequence=1: nothing is spread over "
                           "tokens; set mesh.sequence, or mesh.context_parallel='auto'")
+    _validate_optimizer(c)
     _validate_context(c.context)
+
+
+def _validate_optimizer(c: ConfigDict) -> None:
+    name, default = c.optimizer.name, default_config().optimizer
+    if name == "galore" and c.train_type != "full":
+        raise ConfigError(f"optimizer.name={name!r} and train_type={c.train_type!r}: it is for training every weight; set "
+                          "train_type='full', or optimizer.name='adamw'")
+    for field in sorted(set().union(*READS.values()) - set(READS[name])):
+        value, usual = get(c.optimizer, field), get(default, field)
+        if value != usual:
+            raise ConfigError(f"optimizer.{field}={value} and optimizer.name={name!r}, which does not read it: leave it at "
+                              f"{usual}, or use another optimizer")
 
 
 def _validate_context(context: ConfigDict) -> None:

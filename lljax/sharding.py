@@ -91,6 +91,14 @@ def weight_sharding(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
     return NamedSharding(mesh, weight_spec(mesh, axes, shape))
 
 
+def cut_alike(sharding: NamedSharding, shape: tuple) -> NamedSharding:
+    """`sharding` for an array of another shape and the same rank: cut along those axes that still divide."""
+    def cut(names):
+        return math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+    spec = [names if size % cut(names) == 0 else None for names, size in zip(sharding.spec, shape)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
 def value_sharding(mesh: Mesh, axes: tuple, value, *, kept: bool = True):
     """Where the value of a Variable is kept, or computed with; of a quantised one, where each of its arrays is."""
     return each(lambda array, axes: NamedSharding(mesh, weight_spec(mesh, axes, array.shape, kept=kept)), value, axes)

@@ -36,6 +36,10 @@ def test_every_shipped_config_is_legal(path):
     ({"data.valid_fraction": 0.1, "data.valid": ("v.jsonl",)}, "both hold documents out"),
     ({"training.eval_every": 5}, "nothing to evaluate"),
     ({"optimizer.schedule": "cos"}, "none of linear, cosine, constant"),
+    ({"optimizer.name": "sgd"}, "none of adamw, adafactor"),
+    ({"optimizer.name": "lion", "optimizer.eps": 1e-6}, "optimizer.eps=1e-06 and.*'lion', which does not read it"),
+    ({"optimizer.galore.rank": 8}, "optimizer.galore.rank=8 and.*'adamw', which does not read it"),
+    ({"optimizer.name": "galore"}, "set train_type='full'"),
     ({"lora.dropout": 1.0}, "from 0 to below 1"),
     ({"model.path": ""}, "model.path is empty"),
 ])

@@ -16,9 +16,9 @@ from lljax.data.packing import IGNORED
 from lljax.models import lora
 from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
-from lljax.sharding import Layout, put, replicated
+from lljax.sharding import Layout, cut_alike, put, replicated
 from lljax.training.loss import cross_entropy
-from lljax.training.optimizer import make_optimizer, roles_of
+from lljax.training.optimizer import groups_of, make_optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +71,7 @@ class Parts:
 def take_apart(config, model: nnx.Module, mesh) -> Parts:
     """What a run steps with: the state before its first step, the weights that stay, and the step."""
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
-    optimizer = make_optimizer(config.optimizer, total_steps(config), roles_of(trainable))
+    optimizer = make_optimizer(config.optimizer, total_steps(config), groups_of(trainable))
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
     state = _first_state(trainable, optimizer, mesh, config.seed, config.alarm.history)
     return Parts(graphdef, state, frozen, make_step(graphdef, optimizer, step_settings(config), state))
@@ -85,17 +85,21 @@ def _first_state(trainable, optimizer, mesh, seed: int, history: int) -> TrainSt
     where = _where(trainable, mesh)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(path)), jax.eval_shape(first, trainable))
-    return jax.tree_util.tree_map_with_path(lambda path, x: put(x, where(path)), first(trainable))
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(path, x)), jax.eval_shape(first, trainable))
+    return jax.tree_util.tree_map_with_path(lambda path, x: put(x, where(path, x)), first(trainable))
 
 
 def _where(trainable, mesh):
-    """path -> sharding of a leaf of the state; the path of a moment ends in the path of its leaf."""
-    leaves = {jax.tree_util.keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
+    """(path, array) -> sharding of a leaf of the state; the path of a moment ends in the path of its leaf. A moment is cut as
+    its leaf is, along the axes that divide; one of another rank is whole on every device."""
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
 
-    def where(path):
+    def where(path, x):
         path = jax.tree_util.keystr(path)
-        return next((sharding for name, sharding in leaves.items() if path.endswith(name)), replicated(mesh))
+        leaf = next((leaf for name, leaf in leaves.items() if path.endswith(name)), None)
+        if leaf is None or leaf.ndim != x.ndim:
+            return replicated(mesh)
+        return leaf.sharding if leaf.shape == x.shape else cut_alike(leaf.sharding, x.shape)
     return where
 
 

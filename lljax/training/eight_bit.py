@@ -1,0 +1,95 @@
+"""Adam with moments of eight bits, blockwise: Dettmers et al. 2021, arXiv 2110.02861.
+
+A block is a stretch of the last axis with one float32 scale. A code is the paper's dynamic tree, in closed form: of its bits,
+the place of the highest one is the decimal exponent and the rest a linear fraction of that decade, so that values from the
+largest of a block down to 1e-6 (first moments) or 1e-8 (second ones) of it keep a code. Arithmetic alone: a search in a
+table holds its bounds for every weight.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+BLOCK = 256
+
+
+class Moment(NamedTuple):
+    """codes: int8 (signed) or uint8 of the leaf's shape. scale: float32, the same rank, one per block of the last axis."""
+
+    codes: optax.Params
+    scale: optax.Params
+
+
+class State(NamedTuple):
+    count: jax.Array
+    mu: Moment
+    nu: Moment
+
+
+def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` whose state takes two bytes a weight; its arithmetic is float32."""
+    def init(params):
+        def moment(dtype):
+            return Moment(jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params),
+                          jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], x.shape[-1] // block(x.shape[-1]))), params))
+        return State(jnp.int32(0), moment(jnp.int8), moment(jnp.uint8))
+
+    def update(updates, state, params=None):
+        count = state.count + 1
+        mu = jax.tree.map(lambda g, c, s: b1 * decode(c, s) + (1 - b1) * g, updates, *state.mu)
+        nu = jax.tree.map(lambda g, c, s: b2 * decode(c, s) + (1 - b2) * g * g, updates, *state.nu)
+        updates = jax.tree.map(lambda m, v: m / (1 - b1 ** count) / (jnp.sqrt(v / (1 - b2 ** count)) + eps), mu, nu)
+        return updates, State(count, _encode_all(mu, jnp.int8), _encode_all(nu, jnp.uint8))
+    return optax.GradientTransformation(init, update)
+
+
+def block(size: int) -> int:
+    """Values that share a scale along an axis of `size`: the largest divisor up to 256."""
+    return next(n for n in range(min(BLOCK, size), 0, -1) if size % n == 0)
+
+
+def encode(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of float32 x [..., n]; uint8 for x >= 0.
+
+    A value above 0 never gets the code 0 of uint8: a second moment that vanished under a first one that did not would
+    make a step without bound. It becomes the smallest that there is, and the step smaller than it should be.
+    """
+    bits = _bits(dtype)
+    parts = x.reshape(*x.shape[:-1], -1, block(x.shape[-1]))
+    # The largest value of a block is the middle of the last code's stretch, and so comes back as it was.
+    scale = jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / _value(jnp.int32(2 ** bits - 1), bits)
+    share = jnp.abs(parts) / jnp.where(scale == 0, 1.0, scale)
+    decade = jnp.clip(jnp.floor(jnp.log10(jnp.maximum(share, 1e-30))) + bits, 0, bits - 1)
+    levels = jnp.exp2(decade)
+    fraction = (share * 10.0 ** (bits - 1 - decade) - 0.1) / 0.9
+    codes = levels + jnp.clip(jnp.floor(fraction * levels), 0, levels - 1)
+    if dtype == jnp.uint8:
+        codes = jnp.where(parts > 0, codes, 0)
+    else:                                    # below half of the smallest: 0
+        codes = jnp.where(share < 0.5 * 10.0 ** (1 - bits), 0, codes) * jnp.sign(parts)
+    return codes.astype(jnp.int32).astype(dtype).reshape(x.shape), scale[..., 0]
+
+
+def decode(codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """float32 [..., n]."""
+    parts = codes.astype(jnp.int32).reshape(*scale.shape, -1)
+    value = jnp.sign(parts) * _value(jnp.abs(parts), _bits(codes.dtype)) * scale[..., None]
+    return value.reshape(codes.shape)
+
+
+def _value(code, bits: int):
+    """Of a code from 0 (which is 0) to 2 ** bits - 1, as a share of the scale."""
+    decade = 31 - jax.lax.clz(jnp.maximum(code, 1))
+    levels = jnp.exp2(decade.astype(jnp.float32))
+    return jnp.where(code == 0, 0.0, 10.0 ** (decade - (bits - 1)) * (0.1 + 0.9 * (code - levels + 0.5) / levels))
+
+
+def _bits(dtype) -> int:
+    return 8 if dtype == jnp.uint8 else 7
+
+
+def _encode_all(tree, dtype) -> Moment:
+    pairs = jax.tree.map(lambda x: encode(x, dtype), tree)
+    return Moment(*jax.tree.transpose(jax.tree.structure(tree), jax.tree.structure((0, 0)), pairs))

@@ -1,0 +1,186 @@
+"""Each optimizer against another's arithmetic, layer by layer, and in a training step on a tiny model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.optimization import Adafactor
+
+from lljax.build import fill, mesh_of, placed_model
+from lljax.config import READS, default_config
+from lljax.interop.base import open_base
+from lljax.models.decoder import FULL
+from lljax.training.checkpoint import Checkpoints, abstract, describe
+from lljax.training.optimizer import make_optimizer
+from lljax.training.placement import layout_of, place
+from lljax.training.step import take_apart
+
+SHAPES = {"kernel": (3, 8, 12), "norm": (3, 8), "embed": (10, 8), "head": (8,)}      # the first two: three layers
+GROUPS = {"kernel": "kernel/3", "norm": "norm/3", "embed": "embed", "head": "head"}
+DECAY, RATE = 0.1, 0.01
+
+
+def leaves(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) * scale for name, shape in SHAPES.items()}
+
+
+def optimizer_of(name, **changes):
+    c = default_config().optimizer
+    c.update({"name": name, "learning_rate": RATE, "warmup_steps": 0, "schedule": "constant", "clip_norm": 1e9})
+    c.learning_rate_ratio.embed, c.weight_decay.kernel = 2.0, DECAY
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def ours(name, steps=4, order=(0, 1, 2), **changes):
+    """The leaves after some steps whose gradients are random, their layers taken in another order; and the last state."""
+    def permuted(tree):
+        return {name: jnp.asarray(x[np.array(order)] if name in ("kernel", "norm") else x) for name, x in tree.items()}
+    optimizer = make_optimizer(optimizer_of(name, **changes), steps, GROUPS)
+    params = permuted(leaves(0))
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+    for i in range(steps):
+        params, state = step(params, state, permuted(leaves(i + 1)))
+    return jax.tree.map(np.asarray, params), state
+
+
+def by_layer(tree):
+    """Every layer of a stacked leaf by itself."""
+    return {(name, i): x for name, all in tree.items() for i, x in enumerate(all if name in ("kernel", "norm") else [all])}
+
+
+def by_torch(make, steps=4):
+    """The same steps, each layer a parameter of `make(parameters, lr, weight_decay)`."""
+    out = {}
+    for (name, i), x in by_layer(leaves(0)).items():
+        parameter = torch.nn.Parameter(torch.tensor(x))
+        optimizer = make([parameter], RATE * (2.0 if name == "embed" else 1.0), DECAY if name == "kernel" else 0.0)
+        for step in range(steps):
+            parameter.grad = torch.tensor(by_layer(leaves(step + 1))[name, i])
+            optimizer.step()
+        out[name, i] = parameter.detach().numpy()
+    return out
+
+
+def numpy_lion(parameters, lr, weight_decay):
+    """Chen et al. 2023, algorithm 2, in the place of a torch optimizer."""
+    class Lion:
+        momentum = 0.0
+
+        def step(self):
+            p, g = parameters[0].detach().numpy(), parameters[0].grad.numpy()
+            p -= lr * (np.sign(0.9 * self.momentum + 0.1 * g) + weight_decay * p)
+            self.momentum = 0.95 * self.momentum + 0.05 * g
+    return Lion()
+
+
+THEIRS = {
+    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd),
+    "adafactor": lambda p, lr, wd: Adafactor(p, lr=lr, weight_decay=wd, scale_parameter=False, relative_step=False),
+    "lion": numpy_lion,
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_the_update_is_that_of_another_implementation(name):
+    wanted, (got, _) = by_torch(THEIRS[name]), ours(name)
+    for key, x in by_layer(got).items():
+        # transformers' Adafactor decays before it adds the update, not after.
+        np.testing.assert_allclose(x, wanted[key], atol=2e-5, err_msg=str(key))
+
+
+def test_muon_makes_the_momentum_of_each_matrix_orthogonal_and_leaves_the_rest_to_adamw():
+    (got, _), (adamw, _) = ours("muon", steps=1), ours("adamw", steps=1)
+    for name in ("norm", "embed", "head"):
+        np.testing.assert_array_equal(got[name], adamw[name])
+    for before, after, gradient in zip(leaves(0)["kernel"], got["kernel"], leaves(1)["kernel"]):
+        update = (before * (1 - RATE * DECAY) - after) / RATE
+        x = gradient / np.linalg.norm(gradient)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        np.testing.assert_allclose(update, 0.2 * np.sqrt(12) * x, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank,gap", [(2, 3), (8, 1)])
+def test_galore_is_adam_in_the_leading_subspace(rank, gap):
+    got, _ = ours("galore", **{"galore.rank": rank, "galore.update_every": gap, "galore.scale": 0.5})
+    for layer in range(3):
+        w, m, v = leaves(0)["kernel"][layer], 0, 0
+        for t in range(1, 5):
+            g = leaves(t)["kernel"][layer]
+            if (t - 1) % gap == 0:           # [in, out] = [8, 12]: of the outputs
+                q = np.linalg.svd(g)[2][:rank].T
+            r = g @ q
+            m, v = 0.9 * m + 0.1 * r, 0.95 * v + 0.05 * r * r
+            n = m / (1 - 0.9 ** t) / (np.sqrt(v / (1 - 0.95 ** t)) + 1e-8)
+            w = w - RATE * (0.5 * n @ q.T + DECAY * w)
+        np.testing.assert_allclose(got["kernel"][layer], w, atol=1e-5)
+    adamw, _ = ours("adamw")
+    for name in ("norm", "embed", "head"):
+        np.testing.assert_array_equal(got[name], adamw[name])
+
+
+@pytest.mark.parametrize("name", READS)
+def test_layers_of_a_stack_do_not_mix(name):
+    (straight, _), (turned, _) = ours(name), ours(name, order=(2, 0, 1))
+    for leaf in ("kernel", "norm"):
+        np.testing.assert_allclose(straight[leaf][np.array([2, 0, 1])], turned[leaf], atol=1e-6)
+
+
+def tiny_steps(run_config, name, steps, devices=1, **changes):
+    """The losses of steps on one batch, and the last state."""
+    run_config.train_type = "full"
+    run_config.optimizer.update({"name": name, "learning_rate": 3e-3 if name != "lion" else 1e-3})
+    run_config.update_from_flattened_dict(changes)
+    base, mesh = open_base(run_config.model.path, ""), mesh_of(run_config.mesh, jax.devices()[:devices])
+    model = placed_model(run_config, base.config, mesh)
+    layout, _ = layout_of(mesh, "auto", FULL, 32, model.spec)
+    fill(model, run_config, base, mesh)
+    parts = take_apart(run_config, model, mesh)
+    tokens = np.random.default_rng(0).integers(0, 300, (run_config.training.accumulate * 8, 32)).astype(np.int32)
+    rows = {"tokens": tokens, "targets": tokens, "segments": np.ones_like(tokens),
+            "positions": np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape)}
+    batch, state, losses = place(rows, run_config.training.accumulate, mesh, layout), parts.state, []
+    for _ in range(steps):
+        state, metrics = parts.step(state, parts.frozen, batch, FULL, layout)
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_restored_state_goes_on_bitwise(name, tmp_path):
+    optimizer = make_optimizer(optimizer_of(name), 4, GROUPS)
+
+    @jax.jit
+    def step(items, grads):
+        updates, state = optimizer.update(grads, items["state"], items["params"])
+        return {"params": jax.tree.map(jnp.add, items["params"], updates), "state": state}
+    params = jax.tree.map(jnp.asarray, leaves(0))
+    items = step({"params": params, "state": optimizer.init(params)}, leaves(1))
+    checkpoints = Checkpoints(tmp_path, every_steps=1, every_minutes=1.0, keep=1)
+    checkpoints.save(1, items, {}, {}, wait=True)
+    _, restored, _ = checkpoints.restore(jax.tree.map(abstract, items))
+    assert describe(step(restored, leaves(2))) == describe(step(items, leaves(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READS)
+def test_the_loss_falls(run_config, name):
+    losses, _ = tiny_steps(run_config, name, 6)
+    assert losses[-1] < losses[0] - 0.3, losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READS)
+def test_eight_devices_take_the_steps_of_one(run_config, name):
+    alone, _ = tiny_steps(run_config, name, 4)
+    together, _ = tiny_steps(run_config, name, 4, devices=8, **{"mesh.fsdp": 4, "mesh.tensor": 2})
+    np.testing.assert_allclose(together, alone, rtol=2e-3)
