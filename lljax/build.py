@@ -13,7 +13,7 @@ from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import load_adapter
 from lljax.models import lora, rope
 from lljax.models import spec as specs
-from lljax.models.declare import declared
+from lljax.models.declare import declared, dtype_of
 from lljax.models.decoder import Decoder, repeats
 from lljax.models.initialise import initialise
 from lljax.models.memory import groups_layers
@@ -69,7 +69,7 @@ def placed_model(config, hf_config: dict, mesh: Mesh) -> Decoder:
     """`abstract_model` with the dtype that each value will have and its place on `mesh`: enough to compile with."""
     model = abstract_model(config, hf_config)
     for _, variable in declared(model):
-        dtype = jnp.float32 if variable.get_metadata().get("trainable", False) else jnp.dtype(config.model.dtype)
+        dtype = dtype_of(variable, jnp.dtype(config.model.dtype))
         variable.set_value(jax.ShapeDtypeStruct(variable.get_value().shape, dtype, sharding=_place(variable, mesh)))
     return model
 

@@ -56,9 +56,11 @@ def default_config() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.clip_norm = 1.0              # global norm
     c.optimizer.learning_rate_ratio = ConfigDict({  # by role; LoRA+ (arXiv 2402.12354) is lora_b = 16
-        "lora_a": 1.0, "lora_b": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0, "bias": 1.0})
+        "lora_a": 1.0, "lora_b": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0, "bias": 1.0,
+        "router": 1.0})
     c.optimizer.weight_decay = ConfigDict({  # by role
-        "lora_a": 0.0, "lora_b": 0.0, "embed": 0.0, "norm": 0.0, "head": 0.0, "kernel": 0.0, "bias": 0.0})
+        "lora_a": 0.0, "lora_b": 0.0, "embed": 0.0, "norm": 0.0, "head": 0.0, "kernel": 0.0, "bias": 0.0,
+        "router": 0.0})
 
     c.training = ConfigDict()
     c.training.rows = 1                      # rows a forward pass, over all devices
