@@ -139,7 +139,10 @@ def changed(base, model) -> int:
 
 def adapt(model) -> None:
     """Factors of rank 2 on every linear layer that PEFT adapts, none of them zero."""
-    lora.attach(model, rank=2, alpha=4.0, targets=(r"self_attn\..*", r".*\.experts\..*") if model.spec.moe else ("all-linear",))
+    targets = ("all-linear",)
+    if model.spec.moe:                       # what PEFT knows of, see lljax.interop.peft
+        targets = (r"self_attn\..*", r"mlp\.(shared_expert\.)?\w*" if model.spec.family == "qwen2_moe" else r".*\.experts\..*")
+    lora.attach(model, rank=2, alpha=4.0, targets=targets)
     rng = np.random.default_rng(0)
     for _, variable in declared(model):
         if isinstance(variable, LoraWeight):

@@ -147,20 +147,23 @@ def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modu
 
 
 def _check_experts(model) -> None:
-    """transformers 5 holds the experts of a layer together, gate and up as one, and PEFT takes every target that is named like
-    a projection of an expert to be one."""
+    """transformers 5 holds the experts of a layer together, gate and up as one; PEFT translates the factors of each, and takes
+    everything named like a projection of an expert to be one. It does not know of qwen2_moe."""
     if model.spec.moe is None:
         return
-    gate, up, _ = projections = model.spec.moe.projections
-    adapted = {name for name, linear in linear_layers(model) if linear.lora is not None}
+    family, (gate, up, _) = model.spec.family, model.spec.moe.projections
+    adapted = sorted({name for name, linear in linear_layers(model) if linear.lora is not None})
     experts = {name.rpartition(".")[2] for name in adapted if ".experts." in name}
-    others = sorted(name for name in adapted if name.rpartition(".")[2] in projections and ".experts." not in name)
-    if others:
-        raise ConfigError(f"--format=peft: PEFT takes {others[0]!r} of a {model.spec.family} model for a part of its experts: "
-                          "use --format=merged, or train with lora.targets that leave it out")
-    if (gate in experts) != (up in experts):
-        raise ConfigError(f"--format=peft: PEFT adapts {gate} and {up} of experts together or not at all, and lora.targets "
-                          "names one of them: use --format=merged")
+    others = [name for name in adapted if name.rpartition(".")[2] in model.spec.moe.projections and ".experts." not in name]
+    if family == "qwen2_moe" and experts:
+        refused = f"PEFT does not load factors of the experts of a {family} model"
+    elif family != "qwen2_moe" and others:
+        refused = f"PEFT takes {others[0]} of a {family} model for a part of its experts"
+    elif (gate in experts) != (up in experts):
+        refused = f"PEFT adapts {gate} and {up} of experts together or not at all, and lora.targets names one of them"
+    else:
+        return
+    raise ConfigError(f"an adapter cannot be written: {refused}; export with --format=merged")
 
 
 def _fused(model) -> tuple[dict[str, int], dict[str, np.ndarray]]:
