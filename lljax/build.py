@@ -14,7 +14,7 @@ from lljax.interop.peft import load_adapter
 from lljax.interop.quantized import form_of
 from lljax.models import lora, quantize, rope
 from lljax.models import spec as specs
-from lljax.models.declare import declared
+from lljax.models.declare import declared, dtype_of
 from lljax.models.decoder import Decoder, repeats, share_residuals
 from lljax.models.initialise import initialise
 from lljax.models.quantize import Form
@@ -80,8 +80,7 @@ def placed_model(config, hf_config: dict, mesh: Mesh) -> Decoder:
     for _, variable in declared(model):
         value = variable.get_value()
         if not isinstance(value, quantize.Quantised):
-            trains = variable.get_metadata().get("trainable", False)
-            value = jax.ShapeDtypeStruct(value.shape, jnp.float32 if trains else jnp.dtype(config.model.dtype))
+            value = jax.ShapeDtypeStruct(value.shape, dtype_of(variable, jnp.dtype(config.model.dtype)))
         variable.set_value(jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), value,
                                         _place(variable, mesh)))
     return model

@@ -62,9 +62,11 @@ def default_config() -> ConfigDict:
     c.optimizer.galore.scale = 0.25          # of the update of a matrix, beside its learning rate
     c.optimizer.clip_norm = 1.0              # global norm
     c.optimizer.learning_rate_ratio = ConfigDict({  # by role; LoRA+ (arXiv 2402.12354) is lora_b = 16
-        "lora_a": 1.0, "lora_b": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0, "bias": 1.0})
+        "lora_a": 1.0, "lora_b": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0, "bias": 1.0,
+        "router": 1.0})
     c.optimizer.weight_decay = ConfigDict({  # by role
-        "lora_a": 0.0, "lora_b": 0.0, "embed": 0.0, "norm": 0.0, "head": 0.0, "kernel": 0.0, "bias": 0.0})
+        "lora_a": 0.0, "lora_b": 0.0, "embed": 0.0, "norm": 0.0, "head": 0.0, "kernel": 0.0, "bias": 0.0,
+        "router": 0.0})
 
     c.training = ConfigDict()
     c.training.rows = 1                      # rows a forward pass, over all devices

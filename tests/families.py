@@ -4,6 +4,7 @@ For the tests and scripts/bench_parity.py; needs torch, transformers and peft. A
 """
 
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import safetensors.numpy
+import scipy.linalg
 import torch
 import transformers
 from flax import nnx
@@ -32,6 +34,12 @@ LOCAL_AND_GLOBAL = {"full_attention": {"rope_type": "linear", "factor": 4.0, "ro
 PART_OF_THE_HEAD = {"rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75,
                     "original_max_position_embeddings": 32, "short_factor": [1.0, 1.2, 1.5, 2.0, 2.5, 3.0],
                     "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0]}
+SIGMOID = {"moe_intermediate_size": 20, "n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
+           "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2}
+LATENT = {"num_key_value_heads": 6, "q_lora_rank": 24, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
+          "v_head_dim": 10, "rope_parameters": {
+              "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 5000.0, "mscale": 1.0,
+              "mscale_all_dim": 0.8}}
 # The name begins with the model_type.
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {}),
@@ -50,6 +58,16 @@ FAMILIES = {
     "phi3 turning part of the head": (transformers.Phi3Config, {
         "hidden_size": 96, "pad_token_id": 0, "eos_token_id": 1, "rope_parameters": PART_OF_THE_HEAD}),
     "internlm3": (transformers.InternLM3Config, {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20}),
+    "qwen2_moe": (transformers.Qwen2MoeConfig, {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [1]}),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True, "head_dim": 16}),
+    "glm4_moe": (transformers.Glm4MoeConfig, SIGMOID | {"use_qk_norm": True, "attention_bias": True, "head_dim": 16}),
+    "deepseek_v3": (transformers.DeepseekV3Config, SIGMOID | LATENT),
+    "deepseek_v3 with no latent for queries": (transformers.DeepseekV3Config, SIGMOID | LATENT | {
+        "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
 }
 TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))     # beyond max_position_embeddings
 
@@ -61,7 +79,8 @@ def write_torch(folder, family: str, *, dtype=torch.float32, shards: str = "5GB"
     config = config_class(**(SIZES | fields | changes), attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():                    # norms and biases away from their trivial start
-        for parameter in model.parameters():
+        corrections = (buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias"))
+        for parameter in (*model.parameters(), *corrections):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards)
     return model
@@ -119,8 +138,11 @@ def changed(base, model) -> int:
 
 
 def adapt(model) -> None:
-    """Factors of rank 2 on every linear layer, none of them zero."""
-    lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",))
+    """Factors of rank 2 on every linear layer that PEFT adapts, none of them zero."""
+    targets = ("all-linear",)
+    if model.spec.moe:                       # what PEFT knows of, see lljax.interop.peft
+        targets = (r"self_attn\..*", r"mlp\.(shared_expert\.)?\w*" if model.spec.family == "qwen2_moe" else r".*\.experts\..*")
+    lora.attach(model, rank=2, alpha=4.0, targets=targets)
     rng = np.random.default_rng(0)
     for _, variable in declared(model):
         if isinstance(variable, LoraWeight):
@@ -153,11 +175,35 @@ def gradient(model, adapted, folder: Path) -> float:
     ours = _gradient(graphdef, trainable, frozen, jnp.asarray(TOKENS))
     write_adapter(nnx.merge(graphdef, ours, frozen), folder, base_name="")
     ours = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    ours = fused_experts(ours)
     theirs = {name.replace(".default", ""): factor for name, factor in adapted.named_parameters() if factor.grad is not None}
     assert set(theirs) == set(ours)
     worst = max(_apart(*(x[factor.detach().numpy() != 0] for x in (ours[name], factor.grad.numpy())))
                 for name, factor in theirs.items())
     return worst / max(float(factor.grad.abs().max()) for factor in theirs.values())
+
+
+def fused_experts(factors: dict) -> dict:
+    """The factors of experts as PEFT holds them in memory: gate and up by one pair, all experts in one matrix."""
+    def pattern(name):
+        return re.sub(r"\.experts\.\d+\.(gate_proj|up_proj|w1|w3)", ".experts.base_layer",
+                      re.sub(r"\.experts\.\d+\.(down_proj|w2)", ".experts", name)).replace("block_sparse_moe", "mlp")
+    held = {}
+    for name, factor in factors.items():
+        held.setdefault(pattern(name), {})[name] = factor
+    for name, of in held.items():
+        if ".experts." not in name:
+            held[name], = of.values()
+            continue
+        kinds = sorted({key.split(".")[-3] for key in of})                # gate before up, w1 before w3
+        experts = [[of[key] for key in sorted(of, key=lambda key: int(key.split(".experts.")[1].split(".")[0]))
+                    if key.split(".")[-3] == kind] for kind in kinds]
+        if "lora_A" in name:
+            held[name] = np.concatenate([np.concatenate(both) for both in zip(*experts)])
+        else:                                # [out, rank, expert]
+            blocks = np.stack([scipy.linalg.block_diag(*both) for both in zip(*experts)], axis=-1)
+            held[name] = blocks.reshape(blocks.shape[0], -1)
+    return held
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -45,8 +45,8 @@ def rows(count):
     return {name: np.asarray(x, np.int32) for name, x in batch.items()}
 
 
-def decoder(N, K):
-    model = Decoder(spec.from_hf(config(N, K)))
+def decoder(N, K, family):
+    model = Decoder(spec.from_hf(config(N, K) | family))
     lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",), also_train=("embed", "norm"))
     rng = np.random.default_rng(0)
     for _, variable in declared(model):      # B is zero at the start of a run, and A would have no gradient
@@ -55,10 +55,17 @@ def decoder(N, K):
 
 
 TILED = Memory("attention", tile=24)
+NO_CHANGE = {}
+EXPERTS = {
+    "qwen2_moe": {"model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+                  "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2},
+    "deepseek_v3": {"model_type": "deepseek_v3", "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 10,
+                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}}
 
 
-def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TILED):
-    model = decoder(N, K)
+def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TILED, family=NO_CHANGE):
+    model = decoder(N, K, family)
     move(model, mesh)
     layout, _ = layout_of(mesh, mode, pattern, T, model.spec)
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
@@ -112,8 +119,25 @@ def test_loss_and_gradients_equal_one_device(one_device, N, K, pattern, mesh, mo
         assert jnp.abs(got - leaf).max() <= 1e-5 * jnp.abs(leaf).max()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["full", "shifted"])
+@pytest.mark.parametrize("sizes", [{"expert": 2, "fsdp": 2, "sequence": 2}, {"expert": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_equal_one_device(family, sizes, pattern):
+    def run(mesh, **more):
+        return loss_and_gradients(8, 2, PATTERNS[pattern], mesh, "auto", 4, family=EXPERTS[family], **more)
+    wanted_loss, wanted = run(make_mesh(devices=jax.devices()[:1]), passes=1, memory=Memory("full"))
+    loss, gradients = run(make_mesh(**sizes))
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    for got, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        assert jnp.abs(got - leaf).max() <= 1e-5 * jnp.abs(leaf).max()
+
+
 def test_refusals_name_the_field_and_the_way_out():
     model = spec.from_hf(config(6, 2))
+    with pytest.raises(ConfigError, match="mesh.expert=8 does not divide the 6 experts.*use 2"):
+        layout_of(make_mesh(expert=8), "auto", PATTERNS["full"], T, spec.from_hf(
+            config(6, 2) | EXPERTS["qwen2_moe"] | {"num_experts": 6}))
     with pytest.raises(ConfigError, match="mesh.tensor=4 does not divide.*use 2"):
         layout_of(make_mesh(sequence=2, tensor=4), "auto", PATTERNS["full"], T, model)
     with pytest.raises(ConfigError, match="rows of 129 tokens.*use a multiple such as 136"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from lljax.errors import ModelError
-from lljax.models.declare import LoraWeight, Weight, declared
+from lljax.models.declare import LoraWeight, Weight, declared, dtype_of
 from lljax.models.quantize import Quantised, dequantise, quantise
 from lljax.sharding import put
 
@@ -43,7 +44,7 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
                 raise ModelError(f"{base.path}: tensor {name!r} is {base.dtype(name)}, and config.json has no "
                                  "quantization_config that says how to read it")
         used.update(names)
-        wanted = jnp.float32 if variable.get_metadata().get("trainable", False) else dtype
+        wanted = dtype_of(variable, dtype)
         sharding = shardings(variable) if shardings else None
         transpose, rows = variable.get_metadata("transpose"), hf_rows(variable)
 
@@ -57,10 +58,10 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
             array = base.read(name)[rows]
             return np.asarray(array.T if transpose else array, dtype=wanted)
 
-        if is_stacked(variable):
+        if held := stacked(variable):
             value = jax.jit(functools.partial(_zeros, outline, wanted), out_shardings=sharding)()
             for i, name in enumerate(names):
-                value = _set_layer(value, read(name), i)
+                value = _set_part(value, read(name), np.unravel_index(i, outline.shape[:held]))
         else:
             value = put(read(names[0]), sharding)
         variable.set_value(value)
@@ -75,10 +76,10 @@ def _zeros(outline, dtype):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked, layer, i):
-    if isinstance(stacked, Quantised) and not isinstance(layer, Quantised):
-        layer = quantise(layer, stacked.form, stacked.dtype)
-    return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, axis=0), stacked, layer)
+def _set_part(whole, part, at):
+    if isinstance(whole, Quantised) and not isinstance(part, Quantised):
+        part = quantise(part, whole.form, whole.dtype)
+    return jax.tree.map(lambda all, one: all.at[at].set(one), whole, part)
 
 
 def tensors(model: nnx.Module, kind=Weight) -> Iterator[tuple[str, np.ndarray]]:
@@ -111,29 +112,32 @@ def hf_rows(variable: nnx.Variable) -> slice:
     return slice(first, first + variable.get_value().shape[-1])
 
 
-def hf_value(variable: nnx.Variable, layer: int = 0) -> np.ndarray:
-    """One layer of a Variable, in HF orientation, on the host."""
+def hf_value(variable: nnx.Variable, i: int = 0) -> np.ndarray:
+    """What it has of the i-th of its HF tensors (`hf_names`), in HF orientation, on the host."""
     value = variable.get_value()
-    value = jax.tree.map(lambda x: x[layer], value) if is_stacked(variable) else value
+    if held := stacked(variable):
+        at = np.unravel_index(i, value.shape[:held])
+        value = jax.tree.map(lambda x: x[at], value)
     array = np.asarray(dequantise(value, value.dtype) if isinstance(value, Quantised) else value)
     return array.T if variable.get_metadata("transpose") else array
 
 
 def hf_names(variable: nnx.Variable) -> list[str]:
-    """The HF name of each layer of a Variable."""
-    name = variable.get_metadata("hf")
-    if not is_stacked(variable):
-        return [name]
-    first, step = variable.get_metadata("layers")
-    return [name.format(layer=first + i * step) for i in range(variable.get_value().shape[0])]
+    """Its HF tensors: layer after layer, and of each layer expert after expert."""
+    name, shape = variable.get_metadata("hf"), variable.get_value().shape
+    first, step = variable.get_metadata().get("layers", (0, 1))
+    ranges = {"layer": range(first, first + shape[0] * step, step), "expert": range(shape[stacked(variable) - 1])}
+    varying = [kind for kind in ranges if f"{{{kind}}}" in name]
+    return [name.format(**dict(zip(varying, at))) for at in itertools.product(*(ranges[kind] for kind in varying))]
 
 
 def hf_shape(variable: nnx.Variable) -> tuple[int, ...]:
     """The shape of each of its HF tensors."""
-    shape = variable.get_value().shape[is_stacked(variable):]
+    shape = variable.get_value().shape[stacked(variable):]
     shape = shape[::-1] if variable.get_metadata("transpose") else shape
     return (variable.get_metadata("part")[1], *shape[1:]) if "part" in variable.get_metadata() else shape
 
 
-def is_stacked(variable: nnx.Variable) -> bool:
-    return variable.get_metadata("axes")[0] == "layers"
+def stacked(variable: nnx.Variable) -> int:
+    """How many of its leading axes, of layers and of experts, count HF tensors."""
+    return sum(kind in variable.get_metadata("hf") for kind in ("{layer}", "{expert}"))

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
-from lljax.errors import ModelError
+from lljax.errors import ConfigError, ModelError
 from lljax.interop import safetensors
 from lljax.interop.base import read_json
-from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value, is_stacked, tensors
+from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value, tensors
 from lljax.models.declare import LoraWeight, Weight, declared
 from lljax.models.lora import linear_layers
 from lljax.sharding import put
@@ -96,7 +96,7 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
         left -= set(names)
         layers = [np.asarray(file.read(name), np.float32) for name in names]
         layers = [layer.T if variable.get_metadata("transpose") else layer for layer in layers]
-        value = np.stack(layers) if is_stacked(variable) else layers[0]
+        value = np.stack(layers).reshape(variable.get_value().shape)
         variable.set_value(put(value, shardings(variable) if shardings else None))
     head, embed = (PREFIX + name for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if model.spec.tied and {head, embed} <= file.entries.keys():
@@ -113,7 +113,11 @@ def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modu
     """Writes the adapter of a model to an existing folder; returns its adapter_config.
 
     whole_modules: with the embeddings, norms and heads that trained (`modules_to_save`), or the factors alone.
+
+    Raises:
+      ConfigError: PEFT would read the factors of experts in another way.
     """
+    _check_experts(model)
     fused, factors = _fused(model)
     arrays = {PREFIX + name: array for name, array in tensors(model, LoraWeight) if name not in factors}
     arrays |= {PREFIX + name: array for name, array in factors.items()}
@@ -140,6 +144,26 @@ def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modu
     safetensors.write(folder / WEIGHTS, layout, lambda name: arrays[name])
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return config
+
+
+def _check_experts(model) -> None:
+    """transformers 5 holds the experts of a layer together, gate and up as one; PEFT translates the factors of each, and takes
+    everything named like a projection of an expert to be one. It does not know of qwen2_moe."""
+    if model.spec.moe is None:
+        return
+    family, (gate, up, _) = model.spec.family, model.spec.moe.projections
+    adapted = sorted({name for name, linear in linear_layers(model) if linear.lora is not None})
+    experts = {name.rpartition(".")[2] for name in adapted if ".experts." in name}
+    others = [name for name in adapted if name.rpartition(".")[2] in model.spec.moe.projections and ".experts." not in name]
+    if family == "qwen2_moe" and experts:
+        refused = f"PEFT does not load factors of the experts of a {family} model"
+    elif family != "qwen2_moe" and others:
+        refused = f"PEFT takes {others[0]} of a {family} model for a part of its experts"
+    elif (gate in experts) != (up in experts):
+        refused = f"PEFT adapts {gate} and {up} of experts together or not at all, and lora.targets names one of them"
+    else:
+        return
+    raise ConfigError(f"an adapter cannot be written: {refused}; export with --format=merged")
 
 
 def _fused(model) -> tuple[dict[str, int], dict[str, np.ndarray]]:

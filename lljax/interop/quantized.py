@@ -228,9 +228,8 @@ class Gptq(Grouped):
         out, rows = self.shape(kernel)
         per, group = 32 // self.bits, rows if self.group == -1 else self.group
         count = -(-rows // group)
-        if kernel.has(".g_idx"):
-            if not np.array_equal(kernel.read(".g_idx", (rows,), np.int32), np.arange(rows) // group):
-                kernel.refuse("its g_idx is out of order (act-order), which is not supported")
+        if kernel.has(".g_idx") and not np.array_equal(kernel.read(".g_idx", (rows,), np.int32), np.arange(rows) // group):
+            kernel.refuse("its g_idx is out of order (act-order), which is not supported")
         codes = _unpacked(kernel.read(".qweight", (rows // per, out), np.int32).T, self.bits).T
         zeros = _unpacked(kernel.read(".qzeros", (count, out // per), np.int32), self.bits).astype(np.int16) + self.shift
         return codes, kernel.read(".scales", (count, out), *FLOATS), zeros

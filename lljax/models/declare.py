@@ -15,13 +15,14 @@ class Weight(nnx.Param):
     """A parameter of the base model.
 
     Metadata:
-      hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis of layers.
+      hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis of layers, one of several experts "{expert}"
+        and the next axis.
       layers: of a stacked Weight, (first, step): it holds the layers first, first + step, ... of the model.
       part: of a Weight that HF keeps with others in one tensor, (first, all): the first of its rows there, and how many rows
         that tensor has.
       transpose: HF stores the (per-layer) matrix the other way round ([out, in]; ours is [in, out]).
       axes: logical axis names, one per dimension (see lljax.sharding).
-      role: "kernel" | "bias" | "embed" | "norm" | "head": the name by which optimizer groups and
+      role: "kernel" | "bias" | "embed" | "norm" | "head" | "router": the name by which optimizer groups and
         `lora.also_train` refer to it.
       init: "normal" | "zeros" | "ones" | "he_uniform".
     """
@@ -40,6 +41,12 @@ def declare(shape, *, axes, hf, role, init="normal", transpose=False, kind=Weigh
     assert len(shape) == len(axes), (hf, shape, axes)
     return kind(jax.ShapeDtypeStruct(tuple(shape), jnp.float32), hf=hf, transpose=transpose, axes=tuple(axes),
                 role=role, init=init, **more)
+
+
+def dtype_of(variable: nnx.Variable, dtype):
+    """Of its value, where the run has `dtype`: what trains, and what chooses experts, is float32."""
+    keep = variable.get_metadata().get("trainable", False) or variable.get_metadata("role") == "router"
+    return jnp.float32 if keep else dtype
 
 
 def declared(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:

@@ -10,7 +10,8 @@ from lljax.attention import Mask
 from lljax.attention.softcap import capped
 from lljax.models import rope
 from lljax.models.declare import declare, stack
-from lljax.models.layers import AttentionPattern, DecoderLayer, RMSNorm
+from lljax.models.decoder_layer import DecoderLayer
+from lljax.models.layers import AttentionPattern, RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
 from lljax.models.quantize import dequantised
 from lljax.models.spec import DecoderSpec, LayerSpec
@@ -72,12 +73,13 @@ class Decoder(nnx.Module):
         rope_length: positions in use, where a RoPE kind depends on it; None for the largest of `positions` + 1.
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
         """
-        dtype = dtype or self.layers[0].self_attn.q_proj.kernel.get_value().dtype
+        dtype = dtype or self.layers[0].self_attn.o_proj.kernel.get_value().dtype
         x = lookup(self.embed[...], tokens, dtype=dtype, layout=layout)
         if self.spec.embed_scale != 1:
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
-        rotations = tuple(rope.rotation(positions, rope.frequencies(each, self.spec.H, length)) for each in self.spec.ropes)
+        rotations = tuple(rope.rotation(positions, rope.frequencies(each, self.spec.rotary, length))
+                          for each in self.spec.ropes)
         if cache is None:
             mask, start, kv = self._mask(tokens, positions, segments, index, pattern), 0, (None,) * len(self.layers)
         else:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lljax.models.declare import declared
+from lljax.models.declare import declared, dtype_of
 
 
 def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=jnp.float32, shardings=None) -> None:
@@ -20,7 +20,7 @@ def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=j
         shape = variable.get_value()
         if not isinstance(shape, jax.ShapeDtypeStruct):
             continue
-        wanted = jnp.float32 if variable.get_metadata().get("trainable", False) else dtype
+        wanted = dtype_of(variable, dtype)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(_name(variable).encode()))
         draw = INITS[variable.get_metadata("init")]
         make = jax.jit(lambda key: draw(key, shape.shape, deviation).astype(wanted),

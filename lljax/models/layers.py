@@ -1,4 +1,4 @@
-"""The modules of a decoder layer. Each declares its parameters once; see lljax.models.declare.
+"""What decoder layers are made of. Each module declares its parameters once; see lljax.models.declare.
 
 Formulas follow transformers `models/llama/modeling_llama.py`, `models/qwen3/modeling_qwen3.py` and
 `models/gemma2/modeling_gemma2.py`.
@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lljax.attention import Mask, attend_parallel, attend_tile, first_halo, tile_reach
-from lljax.attention.mask import NEVER
+from lljax.attention import Mask, attend_parallel
 from lljax.models.declare import declare
-from lljax.models.memory import EVERYTHING, cuts, in_tiles, tiled
 from lljax.models.rope import rotate
-from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.models.spec import DecoderSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +83,7 @@ class Attention(nnx.Module):
         norm = functools.partial(RMSNorm, H, spec.norm_eps, plus_one=spec.norm_plus_one)
         self.q_norm = norm(hf=f"{hf}.q_norm") if spec.qk_norm else None
         self.k_norm = norm(hf=f"{hf}.k_norm") if spec.qk_norm else None
-        self.H, self.softcap = H, spec.attention_softcap
-        self.scale = H ** -0.5 if spec.attention_scale is None else spec.attention_scale
+        self.H, self.scale, self.softcap = H, spec.scale, spec.attention_softcap
 
     def heads(self, x, dropout_key=None):
         """Queries [B, T, N, H], keys and values [B, T, K, H] of x [B, T, D], before rotation."""
@@ -104,7 +101,11 @@ class Attention(nnx.Module):
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                                  for old, new in zip(cache, (k, v)))
         out = attend_parallel(q, k, v, mask, scale=self.scale, softcap=self.softcap, group=pattern.groups, layout=layout)
-        return out.reshape(*out.shape[:2], -1), cache
+        return self.join(out), cache
+
+    def join(self, out):
+        """What `o_proj` takes, [B, T, N * H], of the heads [B, T, N, H] that attention gives."""
+        return out.reshape(*out.shape[:2], -1)
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}        # jax's gelu is the approximation by tanh
@@ -113,8 +114,8 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}        # jax's gel
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)), Shazeer 2020, arXiv 2002.05202."""
 
-    def __init__(self, spec: DecoderSpec, hf: str):
-        D, F, bias = spec.D, spec.F, spec.mlp_bias
+    def __init__(self, spec: DecoderSpec, hf: str, *, F: int):
+        D, bias = spec.D, spec.mlp_bias
         self.activation = spec.activation
         names = named_or_fused(f"{hf}.gate_up_proj" if spec.fused else None, hf, gate_proj=F, up_proj=F)
         self.gate_proj = Linear((D, F), axes=("embed", "mlp"), bias=bias, **names["gate_proj"])
@@ -132,63 +133,3 @@ def named_or_fused(fused: str | None, hf: str, **sizes: int) -> dict:
         return {name: {"hf": f"{hf}.{name}"} for name in sizes}
     firsts = itertools.accumulate(sizes.values(), initial=0)
     return {name: {"hf": fused, "part": (first, sum(sizes.values()))} for name, first in zip(sizes, firsts)}
-
-
-class DecoderLayer(nnx.Module):
-    def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str = "model.layers.{layer}"):
-        self.layer = layer
-        def norm(name):
-            return RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.{name}", plus_one=spec.norm_plus_one)
-        self.input_layernorm = norm("input_layernorm")
-        self.self_attn = Attention(spec, f"{hf}.self_attn")
-        self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm") if spec.norms_after else None
-        self.post_feedforward_layernorm = norm("post_feedforward_layernorm") if spec.norms_after else None
-        self.mlp = MLP(spec, f"{hf}.mlp")
-
-    def __call__(self, x, rotations, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
-        """x [B, T, D] after the layer, and its `cache`. rotations: one for each of `DecoderSpec.ropes`."""
-        rotation = None if self.layer.rope is None else rotations[self.layer.rope]
-        mask = mask.replace(window=_narrower(self.layer.window, pattern.window or None))
-        if cache is None and cuts(x.shape[1], memory, layout):
-            reach = tile_reach(x.shape[1], mask, pattern.groups, memory.tile, layout)
-            if reach is not None:
-                return self._streamed(x, rotation, mask, pattern, layout, memory, reach, dropout_key), None
-        q, k, v = tiled(self._before, x, dropout_key, memory, layout)
-        mixed, cache = self.self_attn.mix(q, k, v, rotation, mask, pattern, layout, cache, start)
-        return tiled(self._after, (x, mixed), dropout_key, memory, layout), cache
-
-    def _before(self, x, key):
-        return self.self_attn.heads(self.input_layernorm(x), key)
-
-    def _after(self, xs, key):
-        x, mixed = xs
-        mixed = self.self_attn.o_proj(mixed, key)
-        if self.post_feedforward_layernorm is None:
-            x = x + mixed
-            return x + self.mlp(self.post_attention_layernorm(x), key)
-        x = x + self.post_attention_layernorm(mixed)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), key))
-
-    def _streamed(self, x, rotation, mask, pattern, layout, memory, reach, key):
-        """The whole layer a tile at a time, each over its own keys and those of the `reach` tokens before it: of a row,
-        nothing but the layer's input and output exists at one time."""
-        def tile(halo, xs, key):
-            x, rotation, mask, real = xs
-            q, k, v = self._before(x, key)
-            mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
-            mixed, halo = attend_tile(rotate(q, rotation), rotate(k, rotation), v, mask, halo,
-                                      scale=self.self_attn.scale, softcap=self.self_attn.softcap, group=pattern.groups,
-                                      layout=layout)
-            return halo, self._after((x, mixed.reshape(*mixed.shape[:2], -1)), key)
-
-        def keys(x, rotation):
-            _, k, v = self._before(x, key)
-            return rotate(k, rotation), v
-        halo = first_halo(keys, (x, rotation), mask, reach, layout)
-        real = jnp.ones(x.shape[:2], bool)
-        return in_tiles(tile, halo, (x, rotation, mask, real), key, memory, layout)[1]
-
-
-def _narrower(a: int | None, b: int | None) -> int | None:
-    return min((w for w in (a, b) if w is not None), default=None)

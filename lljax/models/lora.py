@@ -9,6 +9,7 @@ import re
 import zlib
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lljax.errors import ConfigError
@@ -36,12 +37,12 @@ class Lora(nnx.Module):
         # Layers of one model drop different units.
         self.salt = zlib.crc32(name.encode()) + held.get("part", (0,))[0]
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        """x [..., in] -> [..., out]. No dropout without a key."""
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None, dot=jnp.matmul) -> jax.Array:
+        """x [..., in] -> [..., out]. No dropout without a key. dot: the product with a factor."""
         if self.dropout and dropout_key is not None:
             keep = jax.random.bernoulli(jax.random.fold_in(dropout_key, self.salt), 1 - self.dropout, x.shape)
-            x = jax.numpy.where(keep, x / (1 - self.dropout), 0)
-        return (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * self.scale
+            x = jnp.where(keep, x / (1 - self.dropout), 0)
+        return dot(dot(x, self.a[...].astype(x.dtype)), self.b[...].astype(x.dtype)) * self.scale
 
 
 def attach(model: nnx.Module, *, rank: int, alpha: float, targets, rslora: bool = False, dropout: float = 0.0,
@@ -85,10 +86,12 @@ def is_trainable(path, variable) -> bool:
 
 def linear_layers(model: nnx.Module):
     """(dotted name, module) of every linear layer that can be adapted, for example "self_attn.q_proj". A name comes once
-    for each stack of layers."""
+    for each stack of layers, and stands for all experts of a layer."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
-            yield ".".join(str(part) for part in (path[2:] if path[:1] == ("layers",) else path)), module
+            kernel = module.kernel.get_metadata()
+            name = kernel["hf"].removesuffix(".weight").removeprefix("model.layers.{layer}.").replace(".{expert}", "")
+            yield (f"{name.rpartition('.')[0]}.{path[-1]}" if "part" in kernel else name), module
 
 
 def matches(target: str, name: str) -> bool:

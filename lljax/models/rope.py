@@ -122,13 +122,15 @@ def yarn_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
     long = wavelengths(spec.theta, H)
     inverse = 1 / (np.float32(spec.factor) * long) * (1 - kept) + 1 / long * kept
 
-    def magnitude(weight):
-        return 1.0 if spec.factor <= 1 else 0.1 * weight * math.log(spec.factor) + 1.0
-
     scale = spec.attention_factor
     if scale is None and spec.mscale and spec.mscale_all_dim:
-        scale = magnitude(spec.mscale) / magnitude(spec.mscale_all_dim)
-    return Frequencies(jnp.asarray(inverse.astype(np.float32)), magnitude(1.0) if scale is None else scale)
+        scale = magnitude(spec, spec.mscale) / magnitude(spec, spec.mscale_all_dim)
+    return Frequencies(jnp.asarray(inverse.astype(np.float32)), magnitude(spec, 1.0) if scale is None else scale)
+
+
+def magnitude(spec: RopeSpec, weight: float) -> float:
+    """By how much yarn lengthens queries and keys, to keep attention as sharp over more of them."""
+    return 1.0 if spec.factor <= 1 else 0.1 * weight * math.log(spec.factor) + 1.0
 
 
 def llama3_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:

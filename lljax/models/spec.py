@@ -11,11 +11,54 @@ from lljax.models.rope import RopeSpec
 
 
 @dataclasses.dataclass(frozen=True)
+class MoESpec:
+    """The experts that take the place of the MLP, and how tokens are sent to them.
+
+    score: what a router logit counts for. softmax | sigmoid: over all experts, before the best are taken |
+      softmax_of_best: over the best, after.
+    normalise: the weights of a token's experts are made to sum to 1; then they are multiplied by `scale`.
+    groups, best_groups: experts are taken from the best groups only, by the sum of a group's best two.
+    correction: a bias per expert counts for the choice and not for the weight.
+    on_input: the weight multiplies what goes into an expert, not what comes out.
+    """
+
+    E: int                                   # routed experts
+    k: int                                   # of them, those of a token
+    F: int                                   # MLP width of one
+    score: str = "softmax"
+    normalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    best_groups: int = 1
+    correction: bool = False
+    on_input: bool = False
+    shared: int = 0                          # MLP width of the expert that every token takes; 0 for none
+    shared_gate: bool = False                # its output is multiplied by a sigmoid of the token
+    # HF names below the layer: of the block, of the router and the shared expert in it, of an expert's gate, up and down.
+    block: str = "mlp"
+    router: str = "gate"
+    shared_name: str = "shared_experts"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class MLASpec:
+    """The sizes of multi-head latent attention."""
+
+    q_rank: int | None                       # of the latent that queries are made of; None for none
+    kv_rank: int                             # of the latent that keys and values are made of
+    rope: int                                # dimensions of a query or key that RoPE turns
+    v: int                                   # dimensions of a value
+    interleaved: bool                        # RoPE pairs neighbours
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """What may differ between the layers of one decoder."""
 
     window: int | None = None                # tokens that a query sees, itself included; None for full attention
     rope: int | None = 0                     # which of `DecoderSpec.ropes` turns it; None for no RoPE
+    moe: bool = False                        # experts (`DecoderSpec.moe`) in the place of the MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +90,8 @@ class DecoderSpec:
     attention_scale: float | None = None     # what scores are multiplied by; None for H ** -0.5
     attention_softcap: float | None = None   # see lljax.attention.softcap
     logit_softcap: float | None = None
+    moe: MoESpec | None = None
+    mla: MLASpec | None = None
 
     @property
     def L(self) -> int:
@@ -56,6 +101,18 @@ class DecoderSpec:
     def ropes(self) -> tuple[RopeSpec, ...]:
         """Those that `LayerSpec.rope` counts."""
         return (self.rope, *self.more_ropes)
+
+    @property
+    def rotary(self) -> int:
+        """Dimensions of a head that RoPE may turn."""
+        return self.mla.rope if self.mla else self.H
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        if self.mla and self.rope.type != "default" and self.rope.mscale_all_dim:
+            return self.H ** -0.5 * rope.magnitude(self.rope, self.rope.mscale_all_dim) ** 2
+        return self.H ** -0.5 if self.attention_scale is None else self.attention_scale
 
 
 def _flag(name: str):
@@ -134,6 +191,57 @@ def rope_to_hf(spec: DecoderSpec) -> dict:
                       "rope_parameters": {"full_attention": entries["rope_parameters"], "sliding_attention": local}}
 
 
+def _number(c: dict, *names: str) -> int:
+    """The first of these fields that is there.
+
+    Raises:
+      ModelError: there is none, or it is no number of at least 1.
+    """
+    name = next((name for name in names if c.get(name) is not None), names[0])
+    if not isinstance(c.get(name), int) or c[name] < 1:
+        raise ModelError(f"config.json: {name} is {c.get(name)!r}; a number of at least 1 is needed")
+    return c[name]
+
+
+def _softmax_moe(c: dict) -> MoESpec:
+    """Qwen."""
+    shared = c["model_type"] == "qwen2_moe"
+    return MoESpec(_number(c, "num_experts", "num_local_experts"), _number(c, "num_experts_per_tok"),
+                   _number(c, "moe_intermediate_size"), normalise=c.get("norm_topk_prob", False),
+                   shared_name="shared_expert", shared_gate=shared,
+                   shared=_number(c, "shared_expert_intermediate_size") if shared else 0)
+
+
+def _sigmoid_moe(c: dict) -> MoESpec:
+    """DeepSeek-V3 and GLM-4.5."""
+    F = _number(c, "moe_intermediate_size")
+    return MoESpec(_number(c, "n_routed_experts", "num_local_experts"), _number(c, "num_experts_per_tok"), F,
+                   score="sigmoid", correction=True, normalise=c.get("norm_topk_prob", True),
+                   scale=c.get("routed_scaling_factor", 1.0), groups=_number(c, "n_group"),
+                   best_groups=_number(c, "topk_group"), shared=F * _number({"n_shared_experts": 1, **c}, "n_shared_experts"))
+
+
+def _mixtral_moe(c: dict) -> MoESpec:
+    return MoESpec(_number(c, "num_local_experts"), _number(c, "num_experts_per_tok"), c["intermediate_size"], normalise=True,
+                   block="block_sparse_moe", projections=("w1", "w3", "w2"))
+
+
+def _sparse_layers(c: dict, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+    """Qwen: experts in every `decoder_sparse_step`-th layer, but for `mlp_only_layers`."""
+    dense, step = c.get("mlp_only_layers") or (), c.get("decoder_sparse_step", 1)
+    return tuple(dataclasses.replace(layer, moe=i not in dense and (i + 1) % step == 0) for i, layer in enumerate(layers))
+
+
+def _dense_first(c: dict) -> tuple[LayerSpec, ...]:
+    dense = c.get("first_k_dense_replace", 0)
+    return tuple(LayerSpec(moe=i >= dense) for i in range(c["num_hidden_layers"]))
+
+
+def _latent(c: dict) -> MLASpec:
+    return MLASpec(c.get("q_lora_rank") and _number(c, "q_lora_rank"), _number(c, "kv_lora_rank"),
+                   _number(c, "qk_rope_head_dim"), _number(c, "v_head_dim"), c.get("rope_interleave", True))
+
+
 GEMMA = {"activation": "gelu_tanh", "norm_plus_one": True, "norms_after": True, "qkv_bias": _flag("attention_bias"),
          "output_bias": _flag("attention_bias"), "embed_scale": lambda c: c["hidden_size"] ** 0.5,
          "attention_scale": lambda c: _positive(c, "query_pre_attn_scalar", 256) ** -0.5}
@@ -154,13 +262,26 @@ FAMILIES = {
     "internlm3": {"qkv_bias": lambda c: c.get("qkv_bias", c.get("attention_bias", False)),
                   "output_bias": lambda c: c.get("bias", c.get("mlp_bias", False)),
                   "mlp_bias": lambda c: c.get("bias", c.get("mlp_bias", False))},
+    "mixtral": {"moe": _mixtral_moe,
+                "layers": lambda c: (LayerSpec(c.get("sliding_window"), moe=True),) * c["num_hidden_layers"]},
+    "qwen2_moe": {"qkv_bias": lambda c: c.get("qkv_bias", True), "moe": _softmax_moe,
+                  "layers": lambda c: _sparse_layers(c, _upper_layers(c))},
+    "qwen3_moe": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "qk_norm": True,
+                  "moe": _softmax_moe, "layers": lambda c: _sparse_layers(c, _windows(*(
+                      c.get("sliding_window", 4096) if c.get("use_sliding_window") else None,) * c["num_hidden_layers"]))},
+    "glm4_moe": {"qkv_bias": _flag("attention_bias"), "qk_norm": _flag("use_qk_norm"), "moe": _sigmoid_moe,
+                 "layers": _dense_first},
+    "deepseek_v3": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "moe": _sigmoid_moe,
+                    "mla": _latent, "layers": _dense_first},
 }
 # Where config.json has none. The others: as many key/value heads as query heads, and hidden_size // num_attention_heads.
-KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma2": 4, "gemma3_text": 4, "internlm3": 2}
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma2": 4, "gemma3_text": 4, "internlm3": 2,
+            "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8}
 HEAD_SIZE = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256, "internlm3": 128}
 MAX_LENGTH = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "gemma2": 8192, "gemma3_text": 131_072,
-              "phi3": 4096, "internlm3": 32_768}
-NORM_EPS = {"phi3": 1e-5, "internlm3": 1e-5}             # the others: 1e-6
+              "phi3": 4096, "internlm3": 32_768, "mixtral": 131_072, "qwen2_moe": 32_768, "qwen3_moe": 32_768,
+              "glm4_moe": 131_072, "deepseek_v3": 4096}
+NORM_EPS = dict.fromkeys(("phi3", "internlm3", "mixtral", "glm4_moe"), 1e-5)             # the others: 1e-6
 TIED = ("gemma2", "gemma3_text")
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}         # ours: HF's name
 
@@ -189,20 +310,37 @@ def from_hf(hf_config: dict) -> DecoderSpec:
     D, N = c["hidden_size"], c["num_attention_heads"]
     K = c.get("num_key_value_heads", KV_HEADS.get(family)) or N
     H = c.get("head_dim", HEAD_SIZE.get(family)) or D // N
+    if family == "glm4_moe":
+        c = {"partial_rotary_factor": 0.5, **c}
     fields = {name: value(c) if callable(value) else value for name, value in row.items()}
+    rotary = H
+    if mla := fields.get("mla"):             # head_dim is another thing there
+        K, H, rotary = N, _number(c, "qk_nope_head_dim") + mla.rope, mla.rope
+        if mla.v > H:
+            raise ModelError(f"config.json: v_head_dim={mla.v} exceeds the {H} dimensions of a query, which is not supported")
+    if moe := fields.get("moe"):
+        _check_experts(moe)
     if N % K:
         raise ModelError(f"config.json: num_attention_heads={N} is no multiple of num_key_value_heads={K}")
     if H % 2:
         raise ModelError(f"config.json: head_dim={H} is odd, and RoPE turns pairs")
     main, *others = (rope.from_hf(each) for each in (_ropes_by_layer(c) if family == "gemma3_text" else (c,)))
-    turning = rope.turning(main, H)
+    turning = rope.turning(main, rotary)
     if turning % 2:
-        raise ModelError(f"config.json: partial_rotary_factor={main.partial} turns {turning} of head_dim={H} dimensions, and "
+        raise ModelError(f"config.json: partial_rotary_factor={main.partial} turns {turning} of {rotary} dimensions, and "
                          "RoPE turns pairs")
     for name in ("short_factor", "long_factor") if main.type == "longrope" else ():
         if (given := len(getattr(main, name))) != turning // 2:
-            raise ModelError(f"config.json: {name} has {given} entries; head_dim={H} needs {turning // 2}")
+            raise ModelError(f"config.json: {name} has {given} entries; head_dim={rotary} needs {turning // 2}")
     return DecoderSpec(family, V=c["vocab_size"], D=D, N=N, K=K, H=H, F=c["intermediate_size"], rope=main,
                        more_ropes=tuple(others), max_length=rope.reach(main, c["max_position_embeddings"]),
                        norm_eps=c.get("rms_norm_eps", NORM_EPS.get(family, 1e-6)),
                        tied=c.get("tie_word_embeddings", family in TIED), **fields)
+
+
+def _check_experts(moe: MoESpec) -> None:
+    if moe.k > moe.E:
+        raise ModelError(f"config.json: num_experts_per_tok={moe.k} exceeds the {moe.E} experts there are")
+    if moe.E % moe.groups or not moe.k <= moe.best_groups * (moe.E // moe.groups) <= moe.E:
+        raise ModelError(f"config.json: n_group={moe.groups} and topk_group={moe.best_groups} do not divide {moe.E} experts so "
+                         f"that num_experts_per_tok={moe.k} can be chosen")

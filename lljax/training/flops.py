@@ -37,14 +37,17 @@ def of_step(model, config, stage, *, parts: int = 1) -> Flops:
         role, shape = variable.get_metadata("role"), variable.get_value().shape
         size = 2.0 * math.prod(shape)
         trains = variable.get_metadata().get("trainable", False)
-        if role in ("kernel", "lora_a", "lora_b"):
+        if "experts" in variable.get_metadata("axes"):
+            size *= spec.moe.k / spec.moe.E                  # a token takes the k best
+        if role in ("kernel", "lora_a", "lora_b", "router"):
             forward += size
             backward += size * (2 if trains else 1)          # of the input, and of the weight where it trains
-            last += size if "down_proj.weight" in variable.get_metadata("hf") else 0.0
+            last += size if variable.get_metadata("hf").endswith((".down_proj.weight", ".w2.weight")) else 0.0
         elif role == "head" or (role == "embed" and model.lm_head is None):
             head, trained_head = size, size if trains else 0.0
-    pairs = sum(visible_pairs(stage.pattern, T, layer.window) for layer in spec.layers) * spec.N * spec.H
-    attention = 4 * pairs                    # scores and their product with the values, forward
+    pairs = sum(visible_pairs(stage.pattern, T, layer.window) for layer in spec.layers) * spec.N
+    # Scores, and their product with the values, forward.
+    attention = 2 * pairs * (spec.H + (spec.mla.v if spec.mla else spec.H))
     model_flops = rows * (T * (forward + backward + 2 * head + trained_head) + 3 * attention)
     # A tile computes its inner values again, attention among them where the tile holds a whole layer; with remat that is the
     # only time. No gradient needs the value of a layer's last product.

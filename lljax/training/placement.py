@@ -22,7 +22,7 @@ def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: D
     gradients and copies in the order of a kernel they exist some five times.
 
     Raises:
-      ConfigError: the rows or the heads do not spread over the mesh, or the wanted mode cannot serve the pattern.
+      ConfigError: the rows, heads or experts do not spread over the mesh, or the wanted mode cannot serve the pattern.
     """
     if mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend():
         return None, "one device"
@@ -30,6 +30,9 @@ def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: D
     if spec.N % tensor or spec.K % tensor:
         raise ConfigError(f"mesh.tensor={tensor} does not divide the {spec.N} query and {spec.K} key/value heads of the "
                           f"model: use {math.gcd(spec.N, spec.K, tensor)}")
+    if spec.moe and spec.moe.E % mesh.shape["expert"]:
+        raise ConfigError(f"mesh.expert={mesh.shape['expert']} does not divide the {spec.moe.E} experts of a layer: use "
+                          f"{math.gcd(spec.moe.E, mesh.shape['expert'])}")
     if pattern.kind == "shifted" and tensor % 2 and tensor > 1:
         raise ConfigError(f"mesh.tensor={tensor} and a shifted stage: the two halves of the heads do not part; use an even one")
     if length % (sequence * tensor):

@@ -1,0 +1,167 @@
+"""The experts of a layer against a loop over all of them, values and gradients."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lljax.build import move
+from lljax.models import grouped, lora
+from lljax.models.declare import declared
+from lljax.models.memory import Memory, tiled
+from lljax.models.moe import MoE
+from lljax.models.spec import MoESpec
+from lljax.sharding import Layout, batch_sharding, make_mesh
+
+B, T, D = 2, 60, 12
+ROUTERS = {
+    "softmax": {},
+    "softmax, normalised": {"normalise": True, "shared": 6, "shared_gate": True},
+    "softmax of the best": {"score": "softmax_of_best"},
+    "sigmoid, corrected, groups, scaled": {"score": "sigmoid", "normalise": True, "correction": True, "groups": 4,
+                                           "best_groups": 2, "scale": 2.5, "shared": 10},
+    "sigmoid on the input": {"score": "sigmoid", "on_input": True, "k": 1, "shared": 6},
+}
+
+
+def build(**fields):
+    moe = MoESpec(**({"E": 8, "k": 3, "F": 10} | fields))
+    model = MoE(SimpleNamespace(D=D, moe=moe, mlp_bias=False, activation="silu", fused=False), "model.layers.0.mlp")
+    lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",))
+    rng = np.random.default_rng(0)
+    for _, variable in declared(model):
+        variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.4, jnp.float32))
+    return model
+
+
+def dense(model, x):
+    """Every expert for every token, and a weight of zero where it was not chosen."""
+    moe, gate = model.moe, model.gate
+    weights = jnp.zeros((*x.shape[:-1], moe.E))
+    logits = x @ gate.weight[...]
+    scores = jax.nn.sigmoid(logits) if moe.score == "sigmoid" else jax.nn.softmax(logits)
+    ranks = scores + (gate.correction[...] if moe.correction else 0)
+    if moe.groups > 1:
+        groups = jnp.split(ranks, moe.groups, axis=-1)
+        worth = jnp.stack([jnp.sort(g)[..., -2:].sum(-1) for g in groups], axis=-1)
+        least = jnp.sort(worth)[..., -moe.best_groups, None]
+        ranks = jnp.concatenate([jnp.where(w >= least, g, -9) for g, w in
+                                 zip(groups, jnp.split(worth, moe.groups, axis=-1))], axis=-1)
+    chosen = ranks >= jnp.sort(ranks)[..., -moe.k, None]
+    weights = jnp.where(chosen, scores, 0)
+    if moe.normalise or moe.score == "softmax_of_best":
+        weights /= weights.sum(-1, keepdims=True)
+    weights *= moe.scale
+
+    def linear(layer, x):                    # of every expert: [E, B, T, in] -> [E, B, T, out]
+        a, b = layer.lora.a[...][:, None], layer.lora.b[...][:, None]
+        return x @ layer.kernel[...][:, None] + layer.lora.scale * (x @ a) @ b
+    weights, chosen = jnp.moveaxis(weights, -1, 0)[..., None], jnp.moveaxis(chosen, -1, 0)[..., None]
+    into = x * (weights if moe.on_input else jnp.ones_like(weights))
+    hidden = jax.nn.silu(linear(model.experts.gate_proj, into)) * linear(model.experts.up_proj, into)
+    y = jnp.sum(linear(model.experts.down_proj, hidden) * (chosen if moe.on_input else weights), axis=0)
+    if moe.shared:
+        shared = model.shared(x)
+        y += shared * jax.nn.sigmoid(model.shared_gate(x)) if moe.shared_gate else shared
+    return y
+
+
+def value_and_gradients(model, apply, x):
+    """Of a loss in x and in every weight."""
+    graphdef, weights = nnx.split(model)
+
+    def loss(weights, x):
+        return jnp.mean(jnp.sin(apply(nnx.merge(graphdef, weights), x)))
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(nnx.as_pure(weights), x)
+
+
+def assert_same(got, wanted, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert jnp.abs(a - b).max() <= tolerance * jnp.abs(b).max() + 1e-7
+
+
+X = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)), jnp.float32)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_experts_equal_a_loop_over_all_of_them(router, monkeypatch):
+    monkeypatch.setattr(grouped, "BLOCK", 32)            # so that an expert has several blocks, and a block several experts
+    model = build(**ROUTERS[router])
+    assert_same(value_and_gradients(model, lambda model, x: model(x), X), value_and_gradients(model, dense, X))
+
+
+def test_a_tile_at_a_time_and_computed_again():
+    model = build(shared=6)
+
+    def in_tiles(model, x):
+        return tiled(lambda x, key: model(x, key), x, None, Memory("full", tile=16), None)
+    assert_same(value_and_gradients(model, jax.checkpoint(in_tiles), X), value_and_gradients(model, dense, X))
+
+
+def test_every_token_may_go_to_one_expert():
+    model = build(E=4, k=2)
+    model.gate.weight.set_value(model.gate.weight[...].at[:, 1:3].set(50.0 * jnp.ones((D, 2))))
+    x = jnp.abs(X)
+    assert_same(value_and_gradients(model, lambda model, x: model(x), x), value_and_gradients(model, dense, x), 1e-4)
+
+
+def test_bfloat16_compute():
+    model = build()
+    y = nnx.jit(lambda model, x: model(x))(model, X.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    assert np.median(jnp.abs(y - dense(model, X)) / jnp.abs(dense(model, X)).max()) < 0.01
+
+
+@pytest.mark.parametrize("sizes", [(7, 0, 30, 3), (0, 0, 0, 0), (0, 64, 0, 0), (16, 16, 16, 16), (1, 0, 0, 62)])
+def test_blocks_equal_ragged_dot(sizes, monkeypatch):
+    monkeypatch.setattr(grouped, "BLOCK", 16)
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(64, 5), (4, 5, 7)]))
+    sizes = jnp.asarray(sizes)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(dot, x, w):
+        rows = jnp.arange(64)[:, None] < sizes.sum()
+        return jax.value_and_grad(lambda x, w: jnp.sum(jnp.where(rows, jnp.sin(dot(x, w, sizes)), 0)), (0, 1))(x, w)
+    assert_same(run(grouped.blocked_dot, x, w), run(jax.lax.ragged_dot, x, w))
+
+
+# ---------------------------------------------------------------- over eight devices
+
+MESHES = [{"expert": 2, "fsdp": 2, "sequence": 2}, {"expert": 4, "tensor": 2}, {"expert": 8}, {"data": 2, "sequence": 4}]
+ROWS = np.random.default_rng(1).normal(size=(8, 24, D)).astype(np.float32)
+
+
+def over(mesh, model, memory):
+    move(model, mesh)
+    layout = Layout(mesh)
+
+    def apply(model, x):
+        return tiled(lambda x, key: model(x, key, layout), x, None, memory, layout)
+    return value_and_gradients(model, jax.checkpoint(apply), jax.device_put(ROWS, batch_sharding(mesh, 2)))
+
+
+def cases():
+    for sizes in MESHES:
+        for router in ROUTERS:
+            quick = "corrected" in router and sizes == MESHES[0]
+            yield pytest.param(router, sizes, marks=() if quick else pytest.mark.slow, id=f"{router}, {sizes}")
+
+
+@pytest.mark.parametrize("router,sizes", list(cases()))
+def test_experts_over_devices_equal_one_device(router, sizes):
+    wanted = value_and_gradients(build(**ROUTERS[router]), lambda model, x: model(x), ROWS)
+    assert_same(over(make_mesh(**sizes), build(**ROUTERS[router]), Memory("full", tile=4)), wanted)
+
+
+@pytest.mark.slow
+def test_no_token_is_dropped_where_all_go_to_the_experts_of_one_device():
+    def crowded():
+        model = build(E=8, k=2)
+        model.gate.weight.set_value(model.gate.weight[...].at[:, :2].set(50.0).at[:, 2:].set(-50.0))
+        return model
+    mesh = make_mesh(expert=4, sequence=2)
+    assert_same(over(mesh, crowded(), Memory("full")), value_and_gradients(crowded(), lambda model, x: model(x), ROWS))
