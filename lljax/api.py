@@ -12,6 +12,7 @@ from lljax.models import lora, spec
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
+from lljax.models.quantize import FORMS
 from lljax.training import loop
 
 # The fields of `lora_config` and what they are where they are not given.
@@ -20,21 +21,23 @@ LORA_CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": ("q_proj", "k_proj", 
                "longlora_scaling_factor": None}
 
 
-def prepare_model(model, lora_config=None, *, dtype: str = "float32"):
+def prepare_model(model, lora_config=None, *, dtype: str = "float32", quantize: str = "none"):
     """`prepare_model(path)` -> (model, tokenizer); `prepare_model(model, lora_config)` -> the model with adapters.
 
-    path: a hub id, a folder, or a GGUF file. lora_config: a mapping (or an object with such attributes) of r,
-    lora_alpha, target_modules, task_type, use_longlora, longlora_sequence_length and longlora_scaling_factor. With
-    `use_longlora` embeddings and norms train too, and RoPE is interpolated linearly, by the factor, or so that it
+    path: a hub id, a folder, or a GGUF file. quantize: as `model.quantize`. lora_config: a mapping (or an object with
+    such attributes) of r, lora_alpha, target_modules, task_type, use_longlora, longlora_sequence_length and
+    longlora_scaling_factor. With `use_longlora` embeddings and norms train too, and RoPE is interpolated linearly, by the factor, or so that it
     reaches the length.
 
     Raises:
       ConfigError: an unknown field or an illegal value. ModelError: the base cannot be read.
     """
     if lora_config is None:
+        if quantize not in ("none", *FORMS):
+            raise ConfigError(f"prepare_model: quantize={quantize!r} is none of none, {', '.join(FORMS)}")
         base = open_base(model)
-        decoder = load_base(base, spec.from_hf(base.config), jnp.dtype(dtype))
-        decoder.settings = (("model.path", model), ("model.dtype", dtype))
+        decoder = load_base(base, spec.from_hf(base.config), jnp.dtype(dtype), quantize)
+        decoder.settings = (("model.path", model), ("model.dtype", dtype), ("model.quantize", quantize))
         return decoder, base.tokenizer()
     return _adapt(model, _read(lora_config))
 

@@ -12,12 +12,13 @@ from lljax.errors import ConfigError
 TRAIN_TYPES = {                              # what each sets, before the fields of the file
     "lora": {"lora.also_train": ()},
     "longlora": {"lora.also_train": ("embed", "norm")},
+    "qlora": {"lora.also_train": (), "model.quantize": "nf4-double"},
     "full": {"train_type": "full"},
 }
 FIELDS = {                                   # flat name -> field of the tree
     "model": "model.path", "context_length": "context.length", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha",
     "seed": "seed", "dtype": "model.dtype", "learning_rate": "optimizer.learning_rate", "batch_size": "training.rows",
-    "gradient_accumulation": "training.accumulate",
+    "gradient_accumulation": "training.accumulate", "quantize": "model.quantize",
 }
 NESTED = {
     "scheduler": {"type": "optimizer.schedule", "warmup_steps": "optimizer.warmup_steps", "total_steps": None},
@@ -48,8 +49,6 @@ def read(path: str) -> ConfigDict:
     _known(path, given, (*FIELDS, *NESTED, *OTHERS))
     c = default_config()
     train_type = given.get("train_type", "lora")
-    if train_type == "qlora":
-        raise ConfigError(f"{path}: train_type: qlora is not supported yet; use lora or longlora")
     _choose(path, "train_type", train_type, TRAIN_TYPES)
     if given.get("sequence_parallel", False) not in (False, 1):
         raise ConfigError(f"{path}: sequence_parallel={given['sequence_parallel']}: a sequence is not split over devices yet")

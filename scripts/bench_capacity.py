@@ -92,7 +92,7 @@ def measure(row: Row, options: Options, console) -> list[str]:
         plan = plan_stage(config, LLAMA, of, stages(config.context)[0], options)
     if not plan.fits and search.held(plan) > options.room(of)[0]:
         console.print(f"{row.name}: {search.held(plan) / GiB:.2f} GiB of weights on a device of "
-                      f"{of.device.memory / GiB:.2f}: quantise the base, or spread it over more devices")
+                      f"{of.device.memory / GiB:.2f}: quantise the base (model.quantize), or spread it over more devices")
     received = sum(plan.collectives.values()) / 1e9
     return [row.device, row.base, f"{plan.stage.length:,} {row.attention}", plan.need.context_parallel, str(row.each),
             f"{plan.need.peak / GiB:.1f}", f"{plan.need.host / GiB:.1f}", "yes" if plan.fits else "NO",

@@ -37,8 +37,8 @@ def evaluate(workdir: Path, lengths: list[int], documents: int) -> None:
         raise DataError(f"no held-out document has more than {max(lengths)} tokens: shorten --lengths, or hold more out "
                         "with data.valid_fraction")
     dtype = jnp.dtype(config.model.dtype)
-    models = {"base": load_base(base, spec.from_hf(base.config), dtype),
-              "base, RoPE stretched": load_base(base, trained.spec, dtype), "trained": trained}
+    models = {"base": load_base(base, spec.from_hf(base.config), dtype, config.model.quantize),
+              "base, RoPE stretched": load_base(base, trained.spec, dtype, config.model.quantize), "trained": trained}
     columns = ["perplexity at", *(f"{length:,}" for length in lengths)]
     table = Table(*columns)
     rows = []

@@ -28,7 +28,7 @@ from lljax.planning.devices import target
 from lljax.training import fit
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), see configs/.", lock_config=True)
-DEVICE = flags.DEFINE_string("device", None, "h100-80g:8, a100-80g, a10-24g, l4, rtx4090, rtx4080-16g, rtx4060-8g, h200, b200, v5e-8, v5p-8, v6e-8 ...")
+DEVICE = flags.DEFINE_string("device", None, "h100-80g:8, a100-80g, a10-24g, l4, rtx4090, rtx4060-8g, b200, v5e-8, v5p-8 ...")
 SEARCHES = {"context": search.longest_context, "batch": search.largest_batch, "devices": search.fewest_devices}
 SEARCH = flags.DEFINE_enum("search", None, list(SEARCHES), "Find the longest last stage, or the most rows of it, or the fewest "
                            "devices, that fit.")
@@ -65,7 +65,7 @@ def advise(config, hf_config, target, plans, options) -> None:
     if search.held(worst) > options.room(target)[0]:
         least = math.ceil(search.held(worst) * target.count / target.device.memory)
         CONSOLE.print(f"Weights and optimizer alone are {search.held(worst) / GiB:.2f} GiB of a device of "
-                      f"{target.device.memory / GiB:.2f}: quantise the base, or spread it over {least} devices or more.")
+                      f"{target.device.memory / GiB:.2f}: quantise the base (model.quantize), or spread it over {least} devices or more.")
     if found:
         CONSOLE.print(f"It does not fit. Compiled, and fits: {'; or '.join(found)}.")
     else:

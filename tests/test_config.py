@@ -65,10 +65,15 @@ def test_yaml_stages_end_in_full_attention(tmp_path):
     validate(c)
 
 
+def test_yaml_qlora_is_a_lora_over_a_base_in_nf4(tmp_path):
+    c = yaml(tmp_path, "train_type: qlora\nscheduler: {total_steps: 9}\n")
+    assert c.model.quantize == "nf4-double" and c.lora.also_train == ()
+    validate(c)
+
+
 @pytest.mark.parametrize("text,message", [
     ("lora_rnak: 3", "did you mean 'lora_rank'"),
     ("scheduler: {warmup: 3}", "did you mean 'warmup_steps'"),
-    ("train_type: qlora", "not supported yet"),
     ("lora_rank: many", "lora_rank='many'"),
     ("scheduler: {total_steps: 5}\ncontext_schedule: [{max_length: 32, steps: 4}]", "make them equal"),
     ("scheduler: {total_steps: [", "not YAML"),

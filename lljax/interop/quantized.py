@@ -287,8 +287,8 @@ class CompressedTensors(Grouped):
             raise ModelError(f"config.json: compressed-tensors of format {format!r}, {bits!r} bits of type {kind!r}, strategy "
                              f"{strategy!r} is not supported; pack-quantized int4 and int8 and float-quantized fp8 are")
         if w.get("actorder") in ("group", "dynamic", True):
-            raise ModelError("config.json: compressed-tensors with actorder='group' (act-order) is not supported: quantise with "
-                             "actorder='weight' or without")
+            raise ModelError("config.json: compressed-tensors with actorder='group' (act-order) is not supported: quantise "
+                             "with actorder='weight' or without")
 
     def shape(self, kernel):
         if self.form.format == "fp8":
@@ -324,8 +324,8 @@ class Fp8(Grouped):
         sound = isinstance(self.block, (list, tuple)) and len(self.block) == 2 and all(
             isinstance(n, int) and n > 0 for n in self.block)
         if c.get("fmt", "e4m3") != "e4m3" or not sound:
-            raise ModelError(f"config.json: fp8 with fmt={c.get('fmt')!r} and weight_block_size={self.block!r} is not supported; "
-                             "e4m3 in blocks such as [128, 128] is")
+            raise ModelError(f"config.json: fp8 with fmt={c.get('fmt')!r} and weight_block_size={self.block!r} is not "
+                             "supported; e4m3 in blocks such as [128, 128] is")
         self.form = Form("fp8", self.block[1])
 
     def shape(self, kernel):

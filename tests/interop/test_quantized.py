@@ -126,9 +126,8 @@ def quantised(hf_folder):
     """make(kind) -> (a folder whose kernels are quantised, {name: the kernel that each stands for})."""
     def make(kind, **changes):
         writer, config, _ = KINDS[kind]
-        folder = hf_folder(hidden_size=96, intermediate_size=160, num_attention_heads=6, head_dim=16,
-                           num_key_value_heads=2, name=kind) if "fp8" in kind else \
-            hf_folder(hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=32, name=kind)
+        D, F, N = (96, 160, 6) if "fp8" in kind else (128, 192, 4)   # blocks that a side does not fill
+        folder = hf_folder(hidden_size=D, intermediate_size=F, num_attention_heads=N, num_key_value_heads=2, name=kind)
         base, tensors, dense = open_base(str(folder)), {}, {}
         for name in base.names():
             if name.endswith("_proj.weight"):
