@@ -16,7 +16,9 @@ ROPES = {
     "longrope": {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32},
 }
 STRETCHED = [family for family in FAMILIES if family != "llama" and family.split()[0] in ("llama", "mistral", "qwen2", "qwen3")]
-TABLE = [family for family in FAMILIES if family not in STRETCHED]
+SLOW = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3 with no latent for queries")
+TABLE = [pytest.param(family, marks=pytest.mark.slow if family in SLOW else ())
+         for family in FAMILIES if family not in STRETCHED]
 
 
 def rope_parameters(family, kind):
