@@ -14,9 +14,8 @@ from lljax.interop.peft import load_adapter
 from lljax.models import lora, rope
 from lljax.models import spec as specs
 from lljax.models.declare import declared, dtype_of
-from lljax.models.decoder import Decoder, repeats
+from lljax.models.decoder import Decoder, repeats, share_residuals
 from lljax.models.initialise import initialise
-from lljax.models.memory import groups_layers
 from lljax.models.spec import DecoderSpec
 
 
@@ -50,12 +49,12 @@ def stretched(spec: DecoderSpec, *, type: str, factor: float | str, length: int)
 def abstract_model(config, hf_config: dict) -> Decoder:
     """The decoder of a run with its adapters attached and its trainable Variables marked; no values yet."""
     spec = extended_spec(hf_config, config.context)
-    each, stretches = config.memory.layers_per_residual, [(len(places), times) for _, places, times in repeats(spec.layers)]
-    if not all(groups_layers(each, *stretch) for stretch in stretches):
-        shape = " + ".join(f"{times} x {period}" for period, times in stretches)
-        usable = [n for n in range(1, spec.L + 1) if all(groups_layers(n, *stretch) for stretch in stretches)]
-        raise ConfigError(f"memory.layers_per_residual={each} does not divide the {spec.L} layers of the model (alike in turn: "
-                          f"{shape}): use one of {', '.join(map(str, usable))}")
+    each = config.memory.layers_per_residual
+    if not share_residuals(spec.layers, each):
+        shape = " + ".join(f"{times} x {len(places)}" for _, places, times in repeats(spec.layers))
+        usable = [n for n in range(1, spec.L + 1) if share_residuals(spec.layers, n)]
+        raise ConfigError(f"memory.layers_per_residual={each} does not divide the {spec.L} layers of the model, which come "
+                          f"as {shape} (times x pattern): use one of {', '.join(map(str, usable))}")
     model = Decoder(spec)
     if config.train_type == "full":
         lora.mark_trainable(model)

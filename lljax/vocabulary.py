@@ -27,16 +27,13 @@ def spread(table: jax.Array, mesh: Mesh) -> jax.Array:
 
 def around(f, carry, table: jax.Array, n: int):
     """Inside shard_map: f(carry, slice, its first row) -> carry for each of the n slices; every device begins with its own."""
-    if n == 1:
-        return f(carry, table, 0)
-    at = jax.lax.axis_index(VOCABULARY)
-
     def one(carry, step):
         carry, part = carry
         following = passed_on(part, n)       # under way while this slice is computed with
-        return (f(carry, part, (at - step) % n * len(part)), following), None
-    (carry, part), _ = jax.lax.scan(one, (carry, table), jnp.arange(n - 1))
-    return f(carry, part, (at + 1) % n * len(part))
+        return (f(carry, part, _first_row(step, n, len(part))), following), None
+    if n > 1:
+        (carry, table), _ = jax.lax.scan(one, (carry, table), jnp.arange(n - 1))
+    return f(carry, table, _first_row(n - 1, n, len(table)))
 
 
 def passed_on(x: jax.Array, n: int) -> jax.Array:
@@ -47,20 +44,53 @@ def passed_on(x: jax.Array, n: int) -> jax.Array:
 def lookup(table: jax.Array, tokens: jax.Array, *, dtype, layout: Layout | None) -> jax.Array:
     """table[tokens] for table [V, D] and tokens [B, T]: [B, T, D] in `dtype`."""
     if layout is None:
-        return _rows(table, tokens, 0, dtype)
+        return _lookup(table, tokens, dtype, 1)
     n = slices(layout.mesh)
-
-    @functools.partial(jax.shard_map, mesh=layout.mesh, check_vma=False, out_specs=PartitionSpec(ROWS, TOKENS),
-                       in_specs=(PartitionSpec(VOCABULARY), PartitionSpec(ROWS, TOKENS)))
-    def of_device(table, tokens):
-        x = jnp.zeros((*tokens.shape, table.shape[1]), dtype)
-        return around(lambda x, part, first: x + _rows(part, tokens, first, dtype), x, table, n)
-    return of_device(spread(table, layout.mesh), tokens)
+    return jax.shard_map(lambda table, tokens: _lookup(table, tokens, dtype, n), mesh=layout.mesh, check_vma=False,
+                         in_specs=(PartitionSpec(VOCABULARY), PartitionSpec(ROWS, TOKENS)),
+                         out_specs=PartitionSpec(ROWS, TOKENS))(spread(table, layout.mesh), tokens)
 
 
-def _rows(part, tokens, first, dtype):
-    """Rows of a slice that begins with row `first` of the table; zeros for tokens of other slices."""
-    def one(token):
-        at = token - first
-        return jnp.where((at >= 0) & (at < len(part)), jnp.take(part, at, axis=0, mode="clip"), 0).astype(dtype)
-    return jax.lax.map(one, tokens.reshape(-1), batch_size=CHUNK).reshape(*tokens.shape, -1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _lookup(table, tokens, dtype, n):
+    """table [V / n, D]: the slice of this device."""
+    def of_slice(x, part, first):
+        at, inside = tokens - first, _inside(tokens, first, len(part))
+        return jnp.where(inside[..., None], jnp.take(part, at, axis=0, mode="clip").astype(dtype), x)
+    return around(of_slice, jnp.zeros((*tokens.shape, table.shape[1]), dtype), table, n)
+
+
+def _forward(table, tokens, dtype, n):
+    return _lookup(table, tokens, dtype, n), (table, tokens)
+
+
+def _backward(dtype, n, saved, d_x):
+    """The gradient of a slice goes round, each device adding that of its tokens; a chunk of it is float32 at one time."""
+    table, tokens = saved                    # of the table only the shape is used: nothing is kept for it
+    rows = len(table)
+    chunk = min(CHUNK, tokens.size)
+    more = -tokens.size % chunk
+    d_x = jnp.pad(d_x.reshape(tokens.size, -1), ((0, more), (0, 0))).reshape(-1, chunk, d_x.shape[-1])
+    tokens = jnp.pad(tokens.reshape(-1), (0, more)).reshape(-1, chunk)
+
+    def of_slice(d_part, step):
+        first = _first_row(step, n, rows)
+
+        def of_chunk(d_part, xs):
+            tokens, d_x = xs
+            at = jnp.where(_inside(tokens, first, rows), tokens - first, rows)
+            return d_part.at[at].add(d_x.astype(d_part.dtype), mode="drop"), None
+        return passed_on(jax.lax.scan(of_chunk, d_part, (tokens, d_x))[0], n), None
+    return jax.lax.scan(of_slice, jnp.zeros_like(table), jnp.arange(n))[0], None
+
+
+_lookup.defvjp(_forward, _backward)
+
+
+def _first_row(step, n: int, rows: int):
+    """The row of the table with which the slice begins that a device holds after so many steps."""
+    return (jax.lax.axis_index(VOCABULARY) - step) % n * rows if n > 1 else 0
+
+
+def _inside(tokens, first, rows: int):
+    return (tokens >= first) & (tokens < first + rows)

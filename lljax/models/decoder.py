@@ -12,7 +12,7 @@ from lljax.models import rope
 from lljax.models.declare import declare, stack
 from lljax.models.decoder_layer import DecoderLayer
 from lljax.models.layers import AttentionPattern, RMSNorm
-from lljax.models.memory import EVERYTHING, Memory, scan_layers
+from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
 from lljax.models.spec import DecoderSpec, LayerSpec
 from lljax.sharding import Layout, constrain_activations, gathered
 from lljax.vocabulary import lookup
@@ -119,6 +119,11 @@ class Decoder(nnx.Module):
         if pattern.kind == "window" and (pattern.anchors or pattern.markers):
             anchors = (positions < pattern.anchors) | jnp.isin(tokens, jnp.asarray(pattern.markers, tokens.dtype))
         return Mask(index, index, segments, segments, anchors, ordered=ordered)
+
+
+def share_residuals(layers: tuple[LayerSpec, ...], each: int) -> bool:
+    """Whether one residual per `each` layers can be kept: see `repeats`."""
+    return all(groups_layers(each, len(places), times) for _, places, times in repeats(layers))
 
 
 def _extend(cache: Cache, shape: tuple[int, int], segments):

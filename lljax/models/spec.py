@@ -123,6 +123,13 @@ def _default(name: str, value):
     return lambda c: c.get(name, value)
 
 
+def _positive(c: dict, name: str, default: int):
+    value = c.get(name, default)
+    if not isinstance(value, (int, float)) or value <= 0:
+        raise ModelError(f"config.json: {name} is {value!r}; a number above 0 is needed")
+    return value
+
+
 def _windows(*windows: int | None) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(window) for window in windows)
 
@@ -160,7 +167,8 @@ def _ropes_by_layer(c: dict) -> tuple[dict, dict]:
     """Gemma 3's config.json, with the RoPE of the global layers alone, and with that of the local ones. Its
     max_position_embeddings counts a linear factor in, as vLLM takes it; elsewhere it does not (lljax.models.rope.to_hf)."""
     given = c.get("rope_parameters") or {}
-    if not isinstance(given, dict) or not all(isinstance(kind, dict) for kind in given.values()):
+    given = {kind: of or {} for kind, of in given.items()} if isinstance(given, dict) else None
+    if given is None or not all(isinstance(of, dict) for of in given.values()):
         raise ModelError("config.json: rope_parameters of a gemma3_text model has an object for each of full_attention, "
                          "sliding_attention")
     main = {"rope_theta": c.get("rope_theta", 1_000_000.0), **given.get("full_attention", {}), **(c.get("rope_scaling") or {})}
@@ -236,7 +244,7 @@ def _latent(c: dict) -> MLASpec:
 
 GEMMA = {"activation": "gelu_tanh", "norm_plus_one": True, "norms_after": True, "qkv_bias": _flag("attention_bias"),
          "output_bias": _flag("attention_bias"), "embed_scale": lambda c: c["hidden_size"] ** 0.5,
-         "attention_scale": lambda c: c.get("query_pre_attn_scalar", 256) ** -0.5}
+         "attention_scale": lambda c: _positive(c, "query_pre_attn_scalar", 256) ** -0.5}
 
 # What differs between families, as defaults of the fields above: values, or functions of the HF config.
 FAMILIES = {
@@ -248,7 +256,7 @@ FAMILIES = {
               "layers": _upper_layers},
     "gemma2": GEMMA | {"layers": _local_and_global(lambda c: 2), "attention_softcap": _default("attn_logit_softcapping", 50.0),
                        "logit_softcap": _default("final_logit_softcapping", 30.0)},
-    "gemma3_text": GEMMA | {"layers": _local_and_global(lambda c: c.get("sliding_window_pattern", 6)), "qk_norm": True,
+    "gemma3_text": GEMMA | {"layers": _local_and_global(lambda c: _positive(c, "sliding_window_pattern", 6)), "qk_norm": True,
                             "logit_softcap": _default("final_logit_softcapping", None)},
     "phi3": {"fused": True, "layers": lambda c: _windows(*(c.get("sliding_window"),) * c["num_hidden_layers"])},
     "internlm3": {"qkv_bias": lambda c: c.get("qkv_bias", c.get("attention_bias", False)),

@@ -108,7 +108,7 @@ def room(config, hf_config: dict, target: Target, worst: StagePlan, options: Opt
     def enough():
         return len(found) == 3 or len(plans) == MOST_TRIES
 
-    steps = fit.ways(config, from_hf(hf_config).L)
+    steps = fit.ways(config, from_hf(hf_config).layers)
     sums = [_merged(steps[:n]) for n in range(2, len(steps) + 1)]
     everything = _merged(steps)
     if held(worst) < target.device.memory and steps and attempt(everything, target):

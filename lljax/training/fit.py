@@ -13,6 +13,7 @@ from rich.table import Table
 from lljax.devices import GiB
 from lljax.distributed import from_all
 from lljax.errors import ConfigError
+from lljax.models.decoder import share_residuals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +90,20 @@ def as_text(table: Table) -> str:
     return out.getvalue().rstrip()
 
 
-def check(needs: list[Need], memory: float, host: float, config, L: int) -> None:
+def check(needs: list[Need], memory: float, host: float, config, layers) -> None:
     """Raises ConfigError where a stage cannot fit; a compiled one may be tried with memory.refuse=False."""
     for n in needs:
         if n.fits(memory, host) or (n.compiled and not config.memory.refuse):
             continue
         what, need, has = ("host", n.host, host) if n.peak <= memory and n.compiled else ("device", n.peak, memory)
-        listed = "; ".join(words(way) for way in ways(config, L)[:3])
+        listed = "; ".join(words(way) for way in ways(config, layers)[:3])
         anyway = "; memory.refuse=False tries it as it is" if n.compiled else ""
         raise ConfigError(f"stage {n.label} needs {need / GiB:.2f} GiB of a {what}'s memory and there are {has / GiB:.2f}: "
                           f"set {listed}, or spread it over more devices{anyway}")
 
 
-def ways(config, L: int) -> list[dict]:
-    """Changes that make room for a model of L layers, each alone, those first that cost least time."""
+def ways(config, layers) -> list[dict]:
+    """Changes that make room for a model of `layers` (`DecoderSpec.layers`), each alone, those first that cost least time."""
     m = config.memory
     out = [{"memory.remat": "full"}] if m.remat != "full" else []
     if not m.tile or m.tile > 4096:
@@ -110,7 +111,8 @@ def ways(config, L: int) -> list[dict]:
     if not m.offload:
         out.append({"memory.offload": True} | ({"memory.remat": "full"} if m.remat == "none" else {}))
     if m.remat != "none":
-        out += [{"memory.layers_per_residual": each} for each in (2, 4) if each > m.layers_per_residual and L % each == 0]
+        out += [{"memory.layers_per_residual": each} for each in (2, 4)
+                if each > m.layers_per_residual and share_residuals(layers, each)]
     return out
 
 

@@ -116,7 +116,7 @@ def _train(config, workdir: Path, model, profile_steps: range | None, stop: Stop
             logging.info("resumed at step %d", step)
 
     # ---------------------------------------------------------------- plan, and then weights
-    programs = _compile(parts, config, mesh, spec.L, [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts)
+    programs = _compile(parts, config, mesh, spec.layers, [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts)
                                                       if step < stage.stop])
     if not at_hand:
         fill(model, config, base, mesh)
@@ -205,7 +205,7 @@ def _train(config, workdir: Path, model, profile_steps: range | None, stop: Stop
     return nnx.merge(graphdef, state.trainable, frozen)
 
 
-def _compile(parts, config, mesh, L: int, remaining: list) -> dict:
+def _compile(parts, config, mesh, layers, remaining: list) -> dict:
     """The compiled step of each of the `remaining` (stage, layout), by the stage's number. Logs what they need of a device,
     and refuses those that cannot fit."""
     needs, programs = [], {}
@@ -217,7 +217,7 @@ def _compile(parts, config, mesh, L: int, remaining: list) -> dict:
     if needs:                                # none where the run is over
         logging.info(fit.as_text(fit.table(needs, memory, host, f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, "
                                            f"{memory / fit.GiB:.2f} GiB")))
-    fit.check(needs, memory, host, config, L)
+    fit.check(needs, memory, host, config, layers)
     return programs
 
 

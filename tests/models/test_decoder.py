@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lljax.models.decoder import Decoder, empty_cache
+from lljax.models.decoder import Decoder, empty_cache, repeats
 from lljax.models.initialise import initialise
 from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
@@ -105,6 +105,44 @@ def test_what_is_kept_changes_no_gradient():
                    Memory("attention", offload=True, layers_per_residual=2)):
         for x, y in zip(jax.tree.leaves(gradient(memory)), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4, err_msg=str(memory))
+
+
+@pytest.mark.parametrize("kinds,patterns", [
+    ("AAAA", "A4"), ("AB", "A1 B1"), ("DDDMMMMM", "D3 M5"), ("AAAAAB" * 4 + "AA", "AAAAAB4 A2"), ("ABABABA", "AB3 A1"),
+    ("AABB" * 3, "AABB3"), ("ABCD", "A1 B1 C1 D1")])
+def test_layers_are_cut_into_patterns_that_repeat(kinds, patterns):
+    found = repeats(tuple(kinds))
+    assert " ".join(f"{''.join(pattern)}{times}" for _, pattern, times in found) == patterns
+    assert "".join("".join(pattern) * times for _, pattern, times in found) == kinds
+    assert [first for first, *_ in found] == [sum(len(p) * n for _, p, n in found[:i]) for i in range(len(found))]
+
+
+ALTERNATING = {"model_type": "gemma3_text", "sliding_window": 10, "sliding_window_pattern": 4, "query_pre_attn_scalar": 8}
+
+
+def test_the_program_of_layers_that_alternate_does_not_grow_with_their_number():
+    def lines(L):
+        graphdef, state = nnx.split(Decoder(from_hf(BASE | ALTERNATING | {
+            "num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": L})))
+        run = lambda state: nnx.merge(graphdef, state)(row(16), positions=jnp.arange(16)[None])
+        return len(str(jax.make_jaxpr(run)(state)).splitlines())
+    assert lines(8) == lines(32) < lines(9)
+
+
+@pytest.mark.slow
+def test_layers_that_alternate_may_share_a_residual():
+    """Within a pattern of four, and across two of them."""
+    graphdef, state = nnx.split(build(**ALTERNATING, num_hidden_layers=8))
+
+    def gradient(memory):
+        def loss(state):
+            return jnp.sum(nnx.merge(graphdef, state)(row(24), positions=jnp.arange(24)[None], memory=memory) ** 2)
+        return jax.jit(jax.grad(loss))(state)
+    wanted = gradient(Memory("none"))
+    for each in (2, 8):
+        got = gradient(Memory("full", layers_per_residual=each))
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("pattern,N,K,memory", [

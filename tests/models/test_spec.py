@@ -133,6 +133,8 @@ MOE = {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 8, "n
     ({"model_type": "gemma2", "num_key_value_heads": 2, "hidden_activation": "silu"}, "hidden_act 'silu'.*gelu_pytorch_tanh"),
     ({"model_type": "gemma2", "num_key_value_heads": 2, "use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ({"model_type": "gemma3_text", "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default"}}, "full_attention"),
+    ({"model_type": "gemma2", "num_key_value_heads": 2, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+    ({"model_type": "gemma3_text", "num_key_value_heads": 2, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
     ({"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 turns 3 of head_dim=8"),
     ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 is no share"),
     ({"num_key_value_heads": 4}, "num_attention_heads=6.*num_key_value_heads=4"),

@@ -7,6 +7,7 @@ import pytest
 
 from lljax.config import default_config
 from lljax.errors import ConfigError
+from lljax.models.spec import LayerSpec
 from lljax.sharding import make_mesh
 from lljax.training import fit, loop
 
@@ -27,9 +28,9 @@ def test_what_cannot_fit_is_one_line_with_advice(changes, refuse, message):
     config = default_config()
     config.memory.refuse = refuse
     if message is None:
-        return fit.check([need(**changes)], 2 * fit.GiB, 4 * fit.GiB, config, 4)
+        return fit.check([need(**changes)], 2 * fit.GiB, 4 * fit.GiB, config, (LayerSpec(),) * 4)
     with pytest.raises(ConfigError, match=message):
-        fit.check([need(**changes)], 2 * fit.GiB, 4 * fit.GiB, config, 4)
+        fit.check([need(**changes)], 2 * fit.GiB, 4 * fit.GiB, config, (LayerSpec(),) * 4)
 
 
 def test_a_refusal_of_the_tpu_compiler_is_read():
