@@ -103,7 +103,11 @@ def our_logits(model, tokens=TOKENS) -> np.ndarray:
     return np.asarray(_logits(*nnx.split(model), jnp.asarray(tokens)))
 
 
-@functools.partial(jax.jit, static_argnums=0)              # compiled once for all models of one kind
+# Compiled once for all models of one kind; of models so small the time goes to compiling.
+jit = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@jit
 def _logits(graphdef, state, tokens):
     model = nnx.merge(graphdef, state)
     return model.logits(model(tokens, positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)))
@@ -114,13 +118,15 @@ def measure(family: str, folder: Path) -> dict[str, float]:
     """The largest difference of every kind. Of the round trip: the number of tensors that are not bitwise as they were."""
     theirs = write_torch(folder, family)
     base, model = read(folder)
-    plain = our_logits(model)
-    found = {"logits": _apart(plain, torch_logits(theirs)), "round trip": changed(base, model), "cache": cached(model, plain)}
-    adapt(model)
+    lora.attach(model, rank=2, alpha=4.0, targets=targets(model.spec))
+    fill(model, 0.0)
+    found = {"logits": _apart(our_logits(model), torch_logits(theirs)), "round trip": changed(base, model)}
+    fill(model, 0.1)
+    logits = our_logits(model)
     (folder / "adapter").mkdir()
     write_adapter(model, folder / "adapter", base_name=base.path)
     adapted = peft.PeftModel.from_pretrained(theirs, folder / "adapter", is_trainable=True)
-    found["PEFT"] = _apart(our_logits(model), torch_logits(adapted))
+    found["PEFT"], found["cache"] = _apart(logits, torch_logits(adapted)), cached(model, logits)
     found["gradient"] = gradient(model, adapted, folder / "adapter")
     return {name: found[name] for name in ("logits", "gradient", "round trip", "PEFT", "cache")}
 
@@ -137,28 +143,31 @@ def changed(base, model) -> int:
                                             for name in names & set(returned))
 
 
-def adapt(model) -> None:
-    """Factors of rank 2 on every linear layer that PEFT adapts, none of them zero."""
-    targets = ("all-linear",)
-    if model.spec.moe:                       # what PEFT knows of, see lljax.interop.peft
-        targets = (r"self_attn\..*", r"mlp\.(shared_expert\.)?\w*" if model.spec.family == "qwen2_moe" else r".*\.experts\..*")
-    lora.attach(model, rank=2, alpha=4.0, targets=targets)
+def targets(spec) -> tuple[str, ...]:
+    """The linear layers that PEFT adapts, see lljax.interop.peft."""
+    if spec.moe is None:
+        return ("all-linear",)
+    return (r"self_attn\..*", r"mlp\.(shared_expert\.)?\w*" if spec.family == "qwen2_moe" else r".*\.experts\..*")
+
+
+def fill(model, size: float) -> None:
+    """Random factors of this size."""
     rng = np.random.default_rng(0)
     for _, variable in declared(model):
         if isinstance(variable, LoraWeight):
-            variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.1, jnp.float32))
+            variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * size, jnp.float32))
 
 
 def cached(model, whole) -> float:
-    """Logits read through the cache in three pieces, against those of the whole rows."""
+    """Logits read through the cache in five pieces, against those of the whole rows."""
     cache, parts = empty_cache(model.spec, len(TOKENS), TOKENS.shape[1] + 8), []
-    for start, stop in ((0, 70), (70, 140), (140, 141), (141, 142)):
-        logits, cache = _read(*nnx.split(model), jnp.asarray(TOKENS[:, start:stop]), cache)
+    for piece in np.split(TOKENS, 5, axis=1):
+        logits, cache = _read(*nnx.split(model), jnp.asarray(piece), cache)
         parts.append(logits)
-    return _apart(np.concatenate(parts, axis=1), whole[:, :142])
+    return _apart(np.concatenate(parts, axis=1), whole)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit
 def _read(graphdef, state, tokens, cache):
     model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(cache.used + jnp.arange(tokens.shape[1]), tokens.shape)
@@ -206,7 +215,7 @@ def fused_experts(factors: dict) -> dict:
     return held
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit
 def _gradient(graphdef, trainable, frozen, tokens):
     def loss(trainable):
         model = nnx.merge(graphdef, trainable, frozen)

@@ -327,8 +327,8 @@ def from_hf(hf_config: dict) -> DecoderSpec:
     main, *others = (rope.from_hf(each) for each in (_ropes_by_layer(c) if family == "gemma3_text" else (c,)))
     turning = rope.turning(main, rotary)
     if turning % 2:
-        raise ModelError(f"config.json: partial_rotary_factor={main.partial} turns {turning} of {rotary} dimensions, and "
-                         "RoPE turns pairs")
+        raise ModelError(f"config.json: partial_rotary_factor={main.partial} turns {turning} of head_dim={rotary} dimensions, "
+                         "and RoPE turns pairs")
     for name in ("short_factor", "long_factor") if main.type == "longrope" else ():
         if (given := len(getattr(main, name))) != turning // 2:
             raise ModelError(f"config.json: {name} has {given} entries; head_dim={rotary} needs {turning // 2}")

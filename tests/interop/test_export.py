@@ -244,3 +244,23 @@ def test_the_base_itself_is_not_changed(hf_folder, trained, tmp_path):
     export_split(model, base, tmp_path / "out")
     for file in folder.iterdir():
         assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
+
+
+# ---------------------------------------------------------------- experts
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3"])
+def test_a_merged_model_with_experts_gives_our_logits(hf_folder, trained, logits, tmp_path, family):
+    base, model = trained(hf_folder(family, False), targets=("all-linear",))
+    export_merged(model, base, tmp_path / "merged", max_shard_bytes=100_000)
+    close(logits(load(tmp_path / "merged")), logits(model))
+
+
+@pytest.mark.parametrize("family,targets,named", [
+    ("qwen2_moe", ("gate_proj", "up_proj"), "does not load factors of the experts of a qwen2_moe model"),
+    ("deepseek_v3", ("q_b_proj", "down_proj"), r"takes mlp\.down_proj of a deepseek_v3 model for a part of its experts"),
+    ("qwen3_moe", ("gate_proj",), "adapts gate_proj and up_proj of experts together")])
+def test_adapters_that_peft_would_read_in_another_way_are_refused(hf_folder, trained, tmp_path, family, targets, named):
+    base, model = trained(hf_folder(family, False), targets=targets)
+    with pytest.raises(ConfigError, match=f"{named}.*--format=merged"):
+        export_peft(model, base, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

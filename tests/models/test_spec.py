@@ -1,5 +1,6 @@
 """DecoderSpec against transformers' config classes: defaults, biases, windows, and what is refused."""
 
+import functools
 import json
 
 import pytest
@@ -15,18 +16,23 @@ from lljax.models.spec import FAMILIES, from_hf
 CONFIGS = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
            "qwen3": transformers.Qwen3Config, "gemma2": transformers.Gemma2Config, "gemma3_text": transformers.Gemma3TextConfig,
            "phi3": transformers.Phi3Config, "internlm3": transformers.InternLM3Config}
+# A config.json of these says how many experts there are.
+WITH_EXPERTS = {"mixtral": transformers.MixtralConfig, "qwen2_moe": transformers.Qwen2MoeConfig,
+                "qwen3_moe": transformers.Qwen3MoeConfig,
+                "glm4_moe": functools.partial(transformers.Glm4MoeConfig, head_dim=128),     # by default RoPE would turn 21
+                "deepseek_v3": transformers.DeepseekV3Config}
 SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6}
 NEEDED = list(SIZES)
 
 
 def theirs(family, **fields):
     """What transformers makes of a config.json with `fields`, in our terms."""
-    c = CONFIGS[family](**fields)
+    c = (CONFIGS | WITH_EXPERTS)[family](**fields)
     L, window = c.num_hidden_layers, getattr(c, "sliding_window", None)
     types = getattr(c, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * L
     return {"V": c.vocab_size, "D": c.hidden_size, "N": c.num_attention_heads, "K": c.num_key_value_heads,
-            "H": getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, "F": c.intermediate_size,
-            "L": L, "norm_eps": c.rms_norm_eps, "tied": c.tie_word_embeddings,
+            "H": getattr(c, "qk_head_dim", None) or getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+            "F": c.intermediate_size, "L": L, "norm_eps": c.rms_norm_eps, "tied": c.tie_word_embeddings,
             "max_length": c.max_position_embeddings,
             "windows": tuple(window if kind == "sliding_attention" else None for kind in types)}
 
@@ -36,18 +42,18 @@ def assert_equal(family, fields):
     windows = wanted.pop("windows")
     assert {name: getattr(ours, name) for name in wanted} == wanted
     assert tuple(layer.window for layer in ours.layers) == windows
-    parameters = CONFIGS[family](**fields).rope_parameters
+    parameters = (CONFIGS | WITH_EXPERTS)[family](**fields).rope_parameters
     kinds = [parameters[kind] for kind in ("full_attention", "sliding_attention")] if ours.more_ropes else [parameters]
     assert [(r.type, r.theta) for r in ours.ropes] == [(kind["rope_type"], kind["rope_theta"]) for kind in kinds]
 
 
 def test_every_family_is_tested():
-    assert set(CONFIGS) == set(FAMILIES)
+    assert set(CONFIGS | WITH_EXPERTS) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | WITH_EXPERTS)
 def test_default_config_in_full(family):
-    full = json.loads(CONFIGS[family]().to_json_string(use_diff=False))
+    full = json.loads((CONFIGS | WITH_EXPERTS)[family]().to_json_string(use_diff=False))
     assert_equal(family, {name: value for name, value in full.items() if name != "model_type"})
 
 
@@ -116,6 +122,10 @@ def test_max_length_is_what_the_model_reads_not_what_it_was_trained_for(scaling,
     assert spec.max_length == tokens
 
 
+MOE = {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2,
+       "moe_intermediate_size": 8}
+
+
 @pytest.mark.parametrize("fields,named", [
     ({"model_type": "gemma"}, "'gemma'.*llama, mistral, qwen2, qwen3"),
     ({"model_type": None}, "model_type None"),
@@ -139,6 +149,10 @@ def test_max_length_is_what_the_model_reads_not_what_it_was_trained_for(scaling,
       "layer_types": ["full_attention"] * 2}, "layer_types has 2 entries for num_hidden_layers=3"),
     ({"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True,
       "layer_types": ["chunked_attention"] * 3}, "layer_types.*'chunked_attention'"),
+    (MOE | {"num_experts": None}, "num_experts is None"),
+    (MOE | {"num_experts_per_tok": 9}, "num_experts_per_tok=9 exceeds the 8 experts"),
+    (MOE | {"model_type": "glm4_moe", "n_routed_experts": 8, "n_group": 3, "topk_group": 1},
+     "n_group=3 and topk_group=1.* 8 experts"),
     *[({name: None}, name) for name in NEEDED],
 ])
 def test_config_json_that_cannot_be_right_is_refused(fields, named):

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lljax.sharding import Layout, make_mesh
 from lljax.training.loss import cross_entropy
 
 
@@ -73,3 +74,12 @@ def test_bfloat16_sums_in_float32():
     half = cross_entropy(hidden.astype(jnp.bfloat16), head, targets, chunk=64)
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, dense(hidden, head, targets), rtol=5e-3)
+
+
+def test_capped_logits_of_a_head_that_is_spread_over_devices():
+    """50 rows on 4 devices: the padding of the last slice is far beyond the cap."""
+    hidden, head, targets = make(T=32)
+    layout = Layout(make_mesh(sequence=4, devices=jax.devices()[:4]), "ring")
+    got, wanted = (jax.jit(jax.value_and_grad(lambda h, w: cross_entropy(h, w, targets, chunk=8, softcap=2.0, layout=where),
+                                              (0, 1)))(hidden, head) for where in (layout, None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
