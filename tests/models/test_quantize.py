@@ -105,7 +105,8 @@ def loss_and_gradients(config, base, mesh):
     return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen)))
 
 
-@pytest.mark.parametrize("format,mesh", [("nf4-double", {"data": 2, "fsdp": 2, "tensor": 2}), ("fp8", {"fsdp": 8})])
+@pytest.mark.parametrize("format,mesh", [
+    pytest.param("nf4-double", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow), ("fp8", {"fsdp": 8})])
 def test_spread_over_devices_equals_one_device(run_config, format, mesh):
     run_config.model.quantize = format
     base = open_base(run_config.model.path)
