@@ -24,10 +24,10 @@ LORA_CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": ("q_proj", "k_proj", 
 def prepare_model(model, lora_config=None, *, dtype: str = "float32", quantize: str = "none"):
     """`prepare_model(path)` -> (model, tokenizer); `prepare_model(model, lora_config)` -> the model with adapters.
 
-    path: a hub id, a folder, or a GGUF file. quantize: as `model.quantize`. lora_config: a mapping (or an object with
-    such attributes) of r, lora_alpha, target_modules, task_type, use_longlora, longlora_sequence_length and
-    longlora_scaling_factor. With `use_longlora` embeddings and norms train too, and RoPE is interpolated linearly, by the factor, or so that it
-    reaches the length.
+    path: a hub id, a folder, or a GGUF file. quantize: as `model.quantize`. lora_config: a mapping (or an object with such
+    attributes) of r, lora_alpha, target_modules, task_type, use_longlora, longlora_sequence_length and
+    longlora_scaling_factor. With `use_longlora` embeddings and norms train too, and RoPE is interpolated linearly, by the
+    factor, or so that it reaches the length.
 
     Raises:
       ConfigError: an unknown field or an illegal value. ModelError: the base cannot be read.

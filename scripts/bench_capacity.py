@@ -32,7 +32,8 @@ LLAMA = {"model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "int
 @dataclasses.dataclass(frozen=True)
 class Row:
     """attention: of the stage; shifted in groups of 8,192. each: memory.layers_per_residual. find: look for the longest
-    row that fits, from `length` on. base: model.quantize, or "trained": train_type="full"."""
+    row that fits, from `length` on. base: model.quantize, or "trained": train_type="full". tile: memory.tile, and four times
+    memory.loss_chunk."""
 
     device: str
     length: int
@@ -40,6 +41,7 @@ class Row:
     each: int = 1
     find: bool = False
     base: str = "none"
+    tile: int = 4096
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ ROWS = (
     Row("h100-80g", 1 * M, "full", each=2, base="nf4"),
     Row("a10-24g", 128 * K, "full", base="nf4"),
     Row("rtx4080-16g", 64 * K, "full", base="nf4"),
-    Row("rtx4060-8g", 8 * K, "full", base="nf4-double"),
+    Row("rtx4060-8g", 8 * K, "full", base="nf4-double", tile=1024),
     Row("v5e-1", 32 * K, "full", base="nf4"),
     Row("h100-80g", 32 * K, "full", base="trained"),
     Row("h100-80g", 32 * K, "shifted", base="nf4"),
@@ -75,7 +77,8 @@ def config_of(row: Row):
         c.train_type = "full"
     elif row.base != "none":
         c.model.quantize, c.lora.rank, c.lora.targets = row.base, 32, ("all-linear",)
-    c.memory.tile, c.memory.offload, c.memory.layers_per_residual = 4096, True, row.each
+    c.memory.tile, c.memory.offload, c.memory.layers_per_residual = row.tile, True, row.each
+    c.memory.loss_chunk = row.tile // 4
     c.mesh.fsdp, c.mesh.sequence = 1, -1
     validate(c)
     return c

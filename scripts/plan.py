@@ -65,7 +65,8 @@ def advise(config, hf_config, target, plans, options) -> None:
     if search.held(worst) > options.room(target)[0]:
         least = math.ceil(search.held(worst) * target.count / target.device.memory)
         CONSOLE.print(f"Weights and optimizer alone are {search.held(worst) / GiB:.2f} GiB of a device of "
-                      f"{target.device.memory / GiB:.2f}: quantise the base (model.quantize), or spread it over {least} devices or more.")
+                      f"{target.device.memory / GiB:.2f}: quantise the base (model.quantize), or spread it over {least} "
+                      "devices or more.")
     if found:
         CONSOLE.print(f"It does not fit. Compiled, and fits: {'; or '.join(found)}.")
     else:

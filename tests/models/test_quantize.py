@@ -105,16 +105,16 @@ def loss_and_gradients(config, base, mesh):
     return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen)))
 
 
-@pytest.mark.parametrize("format", ["nf4-double", "fp8"])
-def test_spread_over_devices_equals_one_device(run_config, format):
+@pytest.mark.parametrize("format,mesh", [
+    pytest.param("nf4-double", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow), ("fp8", {"fsdp": 8})])
+def test_spread_over_devices_equals_one_device(run_config, format, mesh):
     run_config.model.quantize = format
     base = open_base(run_config.model.path)
     loss, gradients = loss_and_gradients(run_config, base, make_mesh(devices=jax.devices()[:1]))
-    for mesh in (make_mesh(fsdp=8), make_mesh(data=2, fsdp=2, tensor=2)):
-        spread_loss, spread = loss_and_gradients(run_config, base, mesh)
-        np.testing.assert_allclose(spread_loss, loss, rtol=1e-5)
-        for got, wanted in zip(jax.tree.leaves(spread), jax.tree.leaves(gradients), strict=True):
-            assert np.abs(got - wanted).max() <= 2e-5 * np.abs(wanted).max()
+    spread_loss, spread = loss_and_gradients(run_config, base, make_mesh(**mesh))
+    np.testing.assert_allclose(spread_loss, loss, rtol=1e-5)
+    for got, wanted in zip(jax.tree.leaves(spread), jax.tree.leaves(gradients), strict=True):
+        assert np.abs(got - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
 def test_codes_and_scales_are_cut_alike_over_the_devices_that_divide_them(run_config):
