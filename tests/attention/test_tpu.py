@@ -138,7 +138,7 @@ def test_anchors_do_not_lengthen_every_visit():
     """One marker every 40 tokens; the visit of a late query is its window and the anchors, not what lies between."""
     mask = causal(B, 2048).replace(window=64, anchors=jnp.broadcast_to(jnp.arange(2048) % 40 == 0, (B, 2048)))
     q, k, v = make(2048, 1, 1)
-    call = tpu._Call(q, k, v, mask, 1.0, True, (64, 64))
+    call = tpu._Call(q, k, v, mask, 1.0, None, True, (64, 64))
     made = tpu._Visits(call.q_extremes, call.k_extremes, tpu.block_kinds)
     assert made.longest <= 1 + 3             # 52 anchors fill one block; a window of 64 touches two or three
 
@@ -146,7 +146,7 @@ def test_anchors_do_not_lengthen_every_visit():
 @pytest.mark.parametrize("changes", [{}, {"window": 96}, {"group": 128}])
 def test_the_cost_counts_the_pairs_of_blocks_that_are_computed(changes):
     mask = causal(B, 512).replace(**changes)
-    call = tpu._Call(*make(512, 4, 2), mask, 1.0, True, (64, 32))
+    call = tpu._Call(*make(512, 4, 2), mask, 1.0, None, True, (64, 32))
     pairs = visits(mask, 64, 32)[0][1].sum()
     assert tpu._cost(call, 2, []).flops == pairs * 64 * 32 * 4 * (2 * 2 * 16)
 
@@ -158,7 +158,7 @@ def test_a_million_tokens_take_little_scalar_memory():
     q = jax.ShapeDtypeStruct((1, 2 ** 20, 4, 128), jnp.bfloat16)
 
     def table(q, mask):
-        call = tpu._Call(q, q, q, mask, 1.0, False, None)
+        call = tpu._Call(q, q, q, mask, 1.0, None, False, None)
         return tpu._Visits(call.q_extremes, call.k_extremes, tpu.block_kinds).table
     assert jax.eval_shape(table, q, mask).size * 4 < 400_000
 

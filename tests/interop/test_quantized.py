@@ -178,7 +178,7 @@ def test_kernels_are_what_the_format_defines_dense_and_as_they_are_stored(quanti
 def test_another_format_quantises_anew_and_none_is_dense(quantised):
     folder, dense = quantised("gptq")
     base = open_base(str(folder))
-    values = {format: load_base(base, spec.from_hf(base.config), jnp.float32, format).layers.mlp.up_proj.kernel.get_value()
+    values = {format: load_base(base, spec.from_hf(base.config), jnp.float32, format).layers[0].mlp.up_proj.kernel.get_value()
               for format in ("none", "int8")}
     wanted = dense["model.layers.0.mlp.up_proj.weight"].T
     assert_equal_bits(values["none"][0], wanted)

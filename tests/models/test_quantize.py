@@ -121,7 +121,7 @@ def test_codes_and_scales_are_cut_alike_over_the_devices_that_divide_them(run_co
     run_config.model.quantize, run_config.mesh.fsdp, run_config.mesh.tensor = "nf4", 4, 2
     hf_config = open_base(run_config.model.path).config | {"hidden_size": 512, "intermediate_size": 1024}
     model = placed_model(run_config, hf_config, mesh_of(run_config.mesh))
-    up, down = (layer.kernel.get_value() for layer in (model.layers.mlp.up_proj, model.layers.mlp.down_proj))
+    up, down = (layer.kernel.get_value() for layer in (model.layers[0].mlp.up_proj, model.layers[0].mlp.down_proj))
     assert up.codes.sharding.shard_shape(up.codes.shape) == (2, 2, 32, 512)      # embed over fsdp, mlp over tensor
     assert up.scale.sharding.shard_shape(up.scale.shape) == (2, 2, 512)
     assert down.codes.sharding.shard_shape(down.codes.shape) == (2, 8, 32, 128)
@@ -158,7 +158,7 @@ def test_lora_over_an_nf4_base_learns(run_config, tmp_path):
     model = loop.train(run_config, tmp_path)
     losses = [record["loss"] for record in read_metrics(tmp_path) if "loss" in record]
     assert losses[-1] < losses[0] - 0.5
-    assert isinstance(model.layers.mlp.up_proj.kernel.get_value(), Quantised)
+    assert isinstance(model.layers[0].mlp.up_proj.kernel.get_value(), Quantised)
 
 
 @pytest.mark.parametrize("fields,line", [
