@@ -22,16 +22,19 @@ def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=j
             continue
         wanted = dtype_of(variable, dtype)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(_name(variable).encode()))
-        draw = INITS[variable.get_metadata("init")]
-        make = jax.jit(lambda key: draw(key, shape.shape, deviation).astype(wanted),
-                       out_shardings=shardings(variable) if shardings else None)
-        variable.set_value(make(key))
+        draw = jax.jit(_draw, static_argnums=(1, 2, 3, 4), out_shardings=shardings(variable) if shardings else None)
+        variable.set_value(draw(key, variable.get_metadata("init"), shape.shape, deviation, wanted))
 
 
 def _name(variable: nnx.Variable) -> str:
     """Its HF name, from which layer on it holds a stack, and from which row on it is part: a name of which there is one."""
     (layer, _), (row, _) = (variable.get_metadata().get(name, (0, 0)) for name in ("layers", "part"))
     return variable.get_metadata("hf") + (f" from {layer}" if layer else "") + (f" row {row}" if row else "")
+
+
+def _draw(key, init, shape, deviation, dtype):
+    """At the top of the module, so that what was compiled for one Variable serves the next of its shape."""
+    return INITS[init](key, shape, deviation).astype(dtype)
 
 
 def _he_uniform(key, shape, deviation):

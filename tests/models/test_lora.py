@@ -17,9 +17,14 @@ CONFIG = {"model_type": "llama", "vocab_size": 50, "hidden_size": 24, "intermedi
           "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 
 
-def build(**arguments):
+def attached(**arguments):
     model = Decoder(from_hf(CONFIG | {"tie_word_embeddings": arguments.pop("tied", True)}))
     lora.attach(model, **({"rank": 4, "alpha": 8.0, "targets": ("q_proj",)} | arguments))
+    return model
+
+
+def build(**arguments):
+    model = attached(**arguments)
     initialise(model, 0, deviation=0.2)
     return model
 
@@ -50,11 +55,11 @@ def randomise(model):
     ((r".*layers\.\d+\.mlp\.(up|gate)_proj",), ["mlp.gate_proj", "mlp.up_proj"]),
 ])
 def test_targets_are_short_names_or_regular_expressions(targets, names):
-    assert sorted(adapted(build(targets=targets))) == names
+    assert sorted(adapted(attached(targets=targets))) == names
 
 
 def test_all_linear_adapts_every_linear_layer():
-    assert len(adapted(build(targets=("all-linear",)))) == 7
+    assert len(adapted(attached(targets=("all-linear",)))) == 7
 
 
 def test_a_target_that_matches_nothing_is_refused_with_the_candidates():
