@@ -86,11 +86,6 @@ def weight_spec(mesh: Mesh, axes: tuple, shape: tuple, *, kept: bool = True) -> 
     return PartitionSpec(*spec)
 
 
-def weight_sharding(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
-    """Where a weight with these logical axes is kept."""
-    return NamedSharding(mesh, weight_spec(mesh, axes, shape))
-
-
 def cut_alike(sharding: NamedSharding, shape: tuple) -> NamedSharding:
     """`sharding` for an array of another shape and the same rank: cut along those axes that still divide."""
     def cut(names):

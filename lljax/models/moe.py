@@ -36,7 +36,7 @@ class Router(nnx.Module):
         """
         moe = self.moe
         logits = jnp.matmul(x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision="highest")
-        scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "softmax_of_best": lambda x: x}[moe.score](logits)
+        scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[moe.score](logits)
         ranks = scores if self.correction is None else scores + self.correction[...]
         if moe.best_groups < moe.groups:
             grouped = ranks.reshape(-1, moe.groups, moe.E // moe.groups)
@@ -45,8 +45,6 @@ class Router(nnx.Module):
             ranks = jnp.where(best[..., None], grouped, -jnp.inf).reshape(ranks.shape)
         choice = jax.lax.top_k(jax.lax.stop_gradient(ranks), moe.k)[1]
         weights = jnp.take_along_axis(scores, choice, axis=1)
-        if moe.score == "softmax_of_best":
-            weights = jax.nn.softmax(weights)
         if moe.normalise:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         return weights * moe.scale, choice
@@ -113,7 +111,7 @@ class MoE(nnx.Module):
         if layout is None:
             weights, choice = self.gate(x.reshape(-1, x.shape[-1]))
             return combine(self.experts, x.reshape(-1, x.shape[-1]), weights, choice, dropout_key,
-                           on_input=self.moe.on_input, platform=jax.default_backend()).astype(x.dtype).reshape(x.shape)
+                           platform=jax.default_backend()).astype(x.dtype).reshape(x.shape)
         mesh, n = layout.mesh, layout.mesh.shape["expert"]
         graphdef, weights = nnx.split((self.gate, self.experts))
 
@@ -131,7 +129,7 @@ class MoE(nnx.Module):
                 key = jax.random.fold_in(key, jax.lax.axis_index((*ROWS, TOKENS)))
             if n > 1:
                 tokens, weight, choice = (jax.lax.all_gather(a, "expert", tiled=True) for a in (tokens, weight, choice))
-            y = combine(experts, tokens, weight, choice, key, on_input=self.moe.on_input, platform=layout.platform,
+            y = combine(experts, tokens, weight, choice, key, platform=layout.platform,
                         share=jax.lax.axis_index("expert"), shares=n).astype(x.dtype)
             if n > 1:
                 y = jax.lax.psum_scatter(y, "expert", tiled=True)
@@ -139,7 +137,7 @@ class MoE(nnx.Module):
         return run(weights, x, dropout_key)
 
 
-def combine(experts, x, weights, choice, key, *, on_input: bool, platform: str, share=0, shares: int = 1) -> jax.Array:
+def combine(experts, x, weights, choice, key, *, platform: str, share=0, shares: int = 1) -> jax.Array:
     """float32 [M, D]: the weighted sum of what the experts at hand say of each token of x [M, D].
 
     experts: the `share`-th of `shares` equal parts of all. weights, choice: [M, k], see Router. However many of the M k pairs
@@ -159,12 +157,8 @@ def combine(experts, x, weights, choice, key, *, on_input: bool, platform: str, 
         pair = jnp.where(at < ends[-1], jax.lax.dynamic_slice_in_dim(order, first, rows), M * k)
         row = jnp.where((place >= first) & (place < jnp.minimum(first + rows, ends[-1])), place - first, rows)
         sizes = jnp.diff(jnp.clip(ends - first, 0, rows), prepend=0)
-        own = weights.reshape(-1).at[pair].get(mode="fill", fill_value=0)
-        inside = spread(x, pair, row)
-        if on_input:
-            inside = (inside * own[:, None]).astype(x.dtype)
-        outside = experts(inside, sizes, key, platform)
-        return collect(outside, jnp.ones_like(weights) if on_input else weights, pair, row)
+        outside = experts(spread(x, pair, row), sizes, key, platform)
+        return collect(outside, weights, pair, row)
 
     if shares == 1:
         return piece(0)

@@ -14,12 +14,10 @@ from lljax.models.rope import RopeSpec
 class MoESpec:
     """The experts that take the place of the MLP, and how tokens are sent to them.
 
-    score: what a router logit counts for. softmax | sigmoid: over all experts, before the best are taken |
-      softmax_of_best: over the best, after.
+    score: what a router logit counts for, before the best experts are taken: softmax | sigmoid.
     normalise: the weights of a token's experts are made to sum to 1; then they are multiplied by `scale`.
     groups, best_groups: experts are taken from the best groups only, by the sum of a group's best two.
     correction: a bias per expert counts for the choice and not for the weight.
-    on_input: the weight multiplies what goes into an expert, not what comes out.
     """
 
     E: int                                   # routed experts
@@ -31,7 +29,6 @@ class MoESpec:
     groups: int = 1
     best_groups: int = 1
     correction: bool = False
-    on_input: bool = False
     shared: int = 0                          # MLP width of the expert that every token takes; 0 for none
     shared_gate: bool = False                # its output is multiplied by a sigmoid of the token
     # HF names below the layer: of the block, of the router and the shared expert in it, of an expert's gate, up and down.

@@ -58,11 +58,11 @@ def test_trainable_weights_are_float32_and_frozen_ones_as_asked(hf_folder):
 
 def test_values_land_where_they_are_asked_to(hf_folder):
     mesh = sharding.make_mesh(fsdp=-1)
-    _, model = load(hf_folder(), shardings=lambda v: sharding.weight_sharding(
-        mesh, v.get_metadata("axes"), v.get_value().shape))
+    _, model = load(hf_folder(), shardings=lambda v: sharding.value_sharding(
+        mesh, v.get_metadata("axes"), v.get_value()))
     for _, variable in declared(model):
         value = variable.get_value()
-        wanted = sharding.weight_sharding(mesh, variable.get_metadata("axes"), value.shape)
+        wanted = sharding.value_sharding(mesh, variable.get_metadata("axes"), value)
         assert value.sharding.is_equivalent_to(wanted, value.ndim), variable.get_metadata("hf")
     assert any(not v.get_value().sharding.is_fully_replicated for _, v in declared(model))
 
