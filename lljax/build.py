@@ -12,6 +12,7 @@ from lljax.errors import ConfigError
 from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import load_adapter
 from lljax.interop.quantized import form_of
+from lljax.interop.started import StartedBase, starts_from_base
 from lljax.models import lora, quantize, rope
 from lljax.models import spec as specs
 from lljax.models.declare import declared, dtype_of
@@ -62,7 +63,9 @@ def abstract_model(config, hf_config: dict) -> Decoder:
         lora.mark_trainable(model)
     else:
         lora.attach(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets,
-                    rslora=config.lora.rslora, dropout=config.lora.dropout, also_train=config.lora.also_train)
+                    rslora=config.lora.rslora, dropout=config.lora.dropout, dora=config.lora.dora, init=config.lora.init,
+                    seed=config.seed, rank_pattern=config.lora.rank_pattern, alpha_pattern=config.lora.alpha_pattern,
+                    also_train=config.lora.also_train)
     _quantise(model, form_of(config.model.quantize, hf_config), jnp.dtype(config.model.dtype))
     return model
 
@@ -100,7 +103,11 @@ def fill(model: Decoder, config, base, mesh: Mesh) -> None:
     def shardings(variable):
         return _place(variable, mesh)
 
-    if config.model.init == "pretrained":
+    if starts_from_base(model):
+        started = StartedBase(base, model)
+        load_weights(model, started, dtype=dtype, shardings=shardings)
+        started.give_factors(shardings)
+    elif config.model.init == "pretrained":
         load_weights(model, base, dtype=dtype, shardings=shardings)
     if config.lora.adapter:
         load_adapter(model, config.lora.adapter, shardings=shardings)

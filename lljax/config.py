@@ -1,6 +1,7 @@
 """The default configuration tree. Every run is this tree with some fields changed; `validate()` refuses the rest."""
 
 import math
+import re
 
 from ml_collections import ConfigDict
 
@@ -34,7 +35,11 @@ def default_config() -> ConfigDict:
     c.lora.rank = 8
     c.lora.alpha = 16.0
     c.lora.dropout = 0.0
+    c.lora.rank_pattern = ()                 # ranks of single modules: ((name or regular expression, rank), ...), first match
+    c.lora.alpha_pattern = ()                # alphas of single modules, likewise
     c.lora.rslora = False                    # scale alpha / sqrt(rank) instead of alpha / rank
+    c.lora.dora = False                      # DoRA (arXiv 2402.09353): a trained magnitude for every output beside the factors
+    c.lora.init = "default"                  # default (no change at first) | pissa | pissa_niter_N (N rounds) | olora | loftq
     c.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj")  # short names or regular expressions
     c.lora.also_train = ("embed", "norm")    # roles trained whole beside the factors: embed, norm, head
     c.lora.adapter = ""                      # folder of a PEFT adapter to continue from
@@ -62,15 +67,16 @@ def default_config() -> ConfigDict:
     c.optimizer.galore.scale = 0.25          # of the update of a matrix, beside its learning rate
     c.optimizer.clip_norm = 1.0              # global norm
     c.optimizer.learning_rate_ratio = ConfigDict({  # by role; LoRA+ (arXiv 2402.12354) is lora_b = 16
-        "lora_a": 1.0, "lora_b": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0, "bias": 1.0,
-        "router": 1.0})
+        "lora_a": 1.0, "lora_b": 1.0, "lora_magnitude": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0,
+        "bias": 1.0, "router": 1.0})
     c.optimizer.weight_decay = ConfigDict({  # by role
-        "lora_a": 0.0, "lora_b": 0.0, "embed": 0.0, "norm": 0.0, "head": 0.0, "kernel": 0.0, "bias": 0.0,
-        "router": 0.0})
+        "lora_a": 0.0, "lora_b": 0.0, "lora_magnitude": 0.0, "embed": 0.0, "norm": 0.0, "head": 0.0, "kernel": 0.0,
+        "bias": 0.0, "router": 0.0})
 
     c.training = ConfigDict()
     c.training.rows = 1                      # rows a forward pass, over all devices
     c.training.accumulate = 1                # forward passes an optimizer step
+    c.training.neftune_alpha = 0.0           # noise on the embeddings (NEFTune, arXiv 2310.05914; 5 is usual); 0: none
     c.training.eval_every = 0                # steps; 0: at the end of the run only
     c.training.eval_rows = 16                # held-out rows an evaluation reads
     c.training.report_every = 0              # steps; 0: report.html at the end of the run only
@@ -145,7 +151,8 @@ def validate(c: ConfigDict) -> None:
                          ("optimizer.galore.rank", 1), ("optimizer.galore.update_every", 1),
                          ("alarm.history", 1), ("alarm.max_bad_steps", 1),
                          ("checkpoint.every_steps", 1), ("checkpoint.keep", 1), ("optimizer.learning_rate", 0.0),
-                         ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("alarm.spike_z", 0.0)):
+                         ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("training.neftune_alpha", 0.0),
+                         ("alarm.spike_z", 0.0)):
         if not get(c, field) >= least:
             raise ConfigError(f"{field}={get(c, field)}: it must be at least {least}")
     if not c.mesh.peer_timeout >= 10:
@@ -170,6 +177,24 @@ def validate(c: ConfigDict) -> None:
     if c.model.init == "random" and c.train_type == "lora":
         raise ConfigError("model.init='random' leaves train_type='lora' with a frozen random base: use "
                           "train_type='full' or model.init='pretrained'")
+    for field, kinds, least in (("lora.rank_pattern", int, 1), ("lora.alpha_pattern", (int, float), 0.0)):
+        for pair in get(c, field):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
+                    and isinstance(pair[1], kinds) and pair[1] >= least):
+                raise ConfigError(f"{field}: {pair!r} is no pair of a name or regular expression and a number of at least "
+                                  f"{least}, such as ('q_proj', 16)")
+    if not re.fullmatch(r"default|pissa|pissa_niter_[1-9]\d*|olora|loftq", c.lora.init):
+        raise ConfigError(f"lora.init={c.lora.init!r} is none of default, pissa, pissa_niter_4 (or another number), olora, "
+                          "loftq")
+    if c.lora.init == "loftq" and c.model.quantize == "none":
+        raise ConfigError("lora.init='loftq' makes up for what quantising loses and model.quantize='none' loses nothing: set "
+                          "model.quantize='nf4', or lora.init='default'")
+    if c.train_type == "full" and (c.lora.dora or c.lora.init != "default"):
+        raise ConfigError(f"lora.dora={c.lora.dora} and lora.init={c.lora.init!r} are for adapters, and train_type='full' has "
+                          "none: use lora.dora=False and lora.init='default', or train_type='lora'")
+    if c.lora.adapter and c.lora.init != "default":
+        raise ConfigError(f"lora.adapter={c.lora.adapter!r} and lora.init={c.lora.init!r} both give the factors their first "
+                          "values: use lora.init='default'")
     if c.lora.adapter and c.train_type == "full":
         raise ConfigError(f"lora.adapter={c.lora.adapter!r} continues an adapter and train_type='full' has none: "
                           "use train_type='lora'")

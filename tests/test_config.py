@@ -41,6 +41,11 @@ def test_every_shipped_config_is_legal(path):
     ({"optimizer.galore.rank": 8}, "optimizer.galore.rank=8 and.*'adamw', which does not read it"),
     ({"optimizer.name": "galore"}, "set train_type='full'"),
     ({"lora.dropout": 1.0}, "from 0 to below 1"),
+    ({"lora.dora": True, "train_type": "full"}, "lora.dora=True.*train_type='full' has none"),
+    ({"lora.init": "pizza"}, "none of default, pissa"),
+    ({"lora.init": "pissa", "lora.adapter": "x"}, "use lora.init='default'"),
+    ({"lora.rank_pattern": (("q_proj", 0),)}, "lora.rank_pattern: .*a number of at least 1"),
+    ({"lora.alpha_pattern": ("q_proj", 3)}, "lora.alpha_pattern: 'q_proj' is no pair"),
     ({"model.path": ""}, "model.path is empty"),
 ])
 def test_what_cannot_work_is_refused_with_the_way_out(changes, message):

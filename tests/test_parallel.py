@@ -45,9 +45,14 @@ def rows(count):
     return {name: np.asarray(x, np.int32) for name, x in batch.items()}
 
 
-def decoder(N, K, family):
-    model = Decoder(spec.from_hf(config(N, K) | family))
-    lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",), also_train=("embed", "norm"))
+VARIANTS = {"dora": {"dora": True, "rank_pattern": (("q_proj", 3),)},
+            "tables": {"targets": ("all-linear", "embed_tokens", "lm_head"), "also_train": ("norm",)}}
+
+
+def decoder(N, K, family, **variant):
+    tied = {"tie_word_embeddings": "embed" in variant.get("also_train", ("embed",))}
+    model = Decoder(spec.from_hf(config(N, K) | tied | family))
+    lora.attach(model, **(dict(rank=2, alpha=4.0, targets=("all-linear",), also_train=("embed", "norm")) | variant))
     rng = np.random.default_rng(0)
     for _, variable in declared(model):      # B is zero at the start of a run, and A would have no gradient
         variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.2, jnp.float32))
@@ -64,8 +69,8 @@ EXPERTS = {
                     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}}
 
 
-def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TILED, family=NO_CHANGE):
-    model = decoder(N, K, family)
+def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TILED, family=NO_CHANGE, **variant):
+    model = decoder(N, K, family, **variant)
     move(model, mesh)
     layout, _ = layout_of(mesh, mode, pattern, T, model.spec)
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
@@ -76,7 +81,8 @@ def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TIL
             model = nnx.merge(graphdef, trainable, frozen)
             hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], index=micro["index"],
                            pattern=pattern, layout=layout, memory=memory)
-            return cross_entropy(hidden, model.head, micro["targets"], chunk=48, layout=layout)
+            return cross_entropy(hidden, model.head, micro["targets"], chunk=48, layout=layout,
+                                 update=model.head_update(hidden))
         return accumulate(loss, trainable, frozen, batch, jax.random.key(0))
     batch = place(rows(2 * count), passes, mesh, layout)
     return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen), batch))
@@ -131,6 +137,19 @@ def test_experts_equal_one_device(family, sizes, pattern):
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
     for got, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
         assert jnp.abs(got - leaf).max() <= 1e-5 * jnp.abs(leaf).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mesh", ["data 2, sequence 2, tensor 2", "fsdp 2, expert 4"])
+def test_variants_of_the_adapter_equal_one_device(variant, mesh):
+    def of(mesh, **fields):
+        return loss_and_gradients(8, 2, PATTERNS["full"], mesh, "auto", 8, **fields, **VARIANTS[variant])
+    wanted_loss, wanted = of(make_mesh(devices=jax.devices()[:1]), passes=1, memory=Memory("full"))
+    loss, gradients = of(make_mesh(**MESHES[mesh]))
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    for got, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        assert jnp.abs(got - leaf).max() <= 2e-5 * jnp.abs(leaf).max()
 
 
 def test_refusals_name_the_field_and_the_way_out():

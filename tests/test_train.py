@@ -15,7 +15,9 @@ import torch
 from flax import nnx
 
 import lljax
+from lljax.build import build_model, load_base, mesh_of
 from lljax.errors import ConfigError, NumericAbort, Stopped
+from lljax.interop.base import open_base
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.models import lora
 from lljax.restore import restore_run
@@ -63,6 +65,51 @@ def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(run_config, tmp_pat
     parts = loop.train(run_config, tmp_path / "parts")
     assert_same(trained_leaves(whole), trained_leaves(parts))
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
+
+
+def test_a_base_that_pissa_changed_is_the_same_when_the_run_goes_on(run_config, tmp_path):
+    run_config.lora.init, run_config.lora.dora = "pissa", True
+    base = open_base(run_config.model.path)
+    first, again = (build_model(run_config, base, mesh_of(run_config.mesh)) for _ in range(2))
+    whole = load_base(base, first.spec, "float32")
+    assert_same(jax.tree.leaves(nnx.as_pure(nnx.state(first))), jax.tree.leaves(nnx.as_pure(nnx.state(again))))
+    linear, kernel = first.layers[0].self_attn.q_proj, whole.layers[0].self_attn.q_proj.kernel[...]
+    assert np.abs(linear.kernel[...] - kernel).max() > 0.01
+    together = linear.kernel[...] + linear.lora.scale * linear.lora.a[...] @ linear.lora.b[...]
+    np.testing.assert_allclose(together, kernel, atol=1e-5)
+    np.testing.assert_allclose(linear.lora.magnitude[...], np.linalg.norm(kernel, axis=1), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init,dora", [("pissa", False), ("pissa_niter_2", True), ("olora", False)])
+def test_runs_of_other_first_factors_resume_bitwise_and_export(run_config, tmp_path, init, dora):
+    import transformers
+    run_config.lora.init, run_config.lora.dora, run_config.training.neftune_alpha = init, dora, 5.0
+    run_config.lora.dropout = 0.1
+    whole = loop.train(run_config, tmp_path / "whole")
+    original = loop.Monitor.step
+
+    def step_and_stop(self, record):
+        original(self, record)
+        if record["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+    loop.Monitor.step = step_and_stop
+    try:
+        with pytest.raises(Stopped):
+            loop.train(run_config, tmp_path / "parts")
+    finally:
+        loop.Monitor.step = original
+    assert_same(trained_leaves(whole), trained_leaves(loop.train(run_config, tmp_path / "parts")))
+
+    _, model, base = restore_run(tmp_path / "parts")
+    export_merged(model, base, tmp_path / "merged")
+    tokens = np.random.default_rng(0).integers(0, 300, size=(2, 60))
+    graphdef, state = nnx.split(whole)
+    ours = jax.jit(lambda state: (model := nnx.merge(graphdef, state)).logits(
+        model(tokens, positions=np.broadcast_to(np.arange(60), (2, 60)))))(state)
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(torch.from_numpy(tokens)).logits
+    np.testing.assert_allclose(theirs, ours, atol=1e-3)
 
 
 def test_accumulation_and_rows_are_the_same_step(run_config, tmp_path):

@@ -39,5 +39,6 @@ def perplexity(model: nnx.Module, texts: np.ndarray, length: int, *, dtype=jnp.f
 def _loss(graphdef, state, inputs, targets, dtype, chunk):
     model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
-    return cross_entropy(model(inputs, positions=positions, dtype=dtype), model.head, targets, chunk=chunk,
-                         softcap=model.spec.logit_softcap)
+    hidden = model(inputs, positions=positions, dtype=dtype)
+    return cross_entropy(hidden, model.head, targets, chunk=chunk, softcap=model.spec.logit_softcap,
+                         update=model.head_update(hidden))

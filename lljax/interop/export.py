@@ -14,7 +14,8 @@ from lljax.errors import ConfigError
 from lljax.interop import safetensors
 from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value, joined, parts_of
 from lljax.interop.peft import write_adapter
-from lljax.models.lora import linear_layers
+from lljax.interop.started import StartedBase, owns_kernel, starts_from_base
+from lljax.models.lora import adaptable
 from lljax.models.spec import rope_to_hf
 
 SHARD_BYTES = 5 << 30
@@ -28,13 +29,18 @@ def export_peft(model: nnx.Module, base, out: Path) -> str:
       ConfigError: the run trained every weight, or `out` is taken.
     """
     _needs_adapter(model, "peft")
+    if any(owns_kernel(lora) for _, _, lora in adaptable(model)):
+        raise ConfigError("--format=peft: the kernels that lora.init='loftq' quantised are in no base that PEFT could load: "
+                          "use --format=split, which writes them too, or --format=merged")
 
     def write(folder):
-        config = write_adapter(model, folder, base_name=base.path)
+        config = write_adapter(model, folder, base_name=base.path, base=base)
         (folder / "rope.json").write_text(json.dumps(rope_to_hf(model.spec), indent=2) + "\n")
         return config
     config = _complete(out, write)
-    if config["modules_to_save"]:
+    if reason := _not_plain(model):
+        note = f"# vLLM takes no adapter with {reason}: export with --format=merged to serve it."
+    elif config["modules_to_save"]:
         note = ("# vLLM takes no adapter with modules_to_save: export with --format=split or --format=merged to serve "
                 "it.")
     else:
@@ -66,17 +72,28 @@ def export_split(model: nnx.Module, base, out: Path, *, max_shard_bytes: int = S
     """`out`/base: the base with the tuned embeddings and norms and its RoPE written in; `out`/adapter: the factors
     alone, which vLLM's --enable-lora takes. Returns how to serve them."""
     _needs_adapter(model, "split")
+    if reason := _not_plain(model):
+        raise ConfigError(f"--format=split is for servers that take plain LoRA, and this adapter has {reason}: use "
+                          "--format=merged or --format=peft")
 
     def write(folder):
         (folder / "base").mkdir()
         (folder / "adapter").mkdir()
         _write_model(model, base, folder / "base", merge=False, dtype=None, max_shard_bytes=max_shard_bytes)
-        return write_adapter(model, folder / "adapter", base_name=str(out / "base"), whole_modules=False)
+        return write_adapter(model, folder / "adapter", base_name=str(out / "base"), base=base, whole_modules=False)
     rank = _vllm_rank(_complete(out, write))
     return (f"# vllm serve {out}/base --enable-lora --lora-modules adapter={out}/adapter --max-lora-rank {rank} "
             f"--max-model-len {model.spec.max_length}\n"
             f"import peft, transformers\nmodel = transformers.AutoModelForCausalLM.from_pretrained('{out}/base')\n"
             f"model = peft.PeftModel.from_pretrained(model, '{out}/adapter')")
+
+
+def _not_plain(model) -> str:
+    """What the adapter has that vLLM, which knows one rank and one scale, does not take; or an empty text."""
+    loras = [lora for _, _, lora in adaptable(model) if lora is not None]
+    if any(lora.magnitude is not None for lora in loras):
+        return "the magnitudes of DoRA"
+    return "several ranks or scales" if len({(lora.rank, lora.scale) for lora in loras}) > 1 else ""
 
 
 def _vllm_rank(config: dict) -> int:
@@ -92,16 +109,22 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
     parts_of_tensors = parts_of(model)
     trained = {name: parts[0][0].get_metadata().get("trainable", False) for name, parts in parts_of_tensors.items()}
     available = set() if all(trained.values()) else set(base.names())
-    updates = {}                             # HF name -> [(which of its rows, their Lora, layer)]
-    for _, linear in linear_layers(model) if merge else ():
-        for i, name in enumerate(hf_names(linear.kernel)) if linear.lora is not None else ():
-            updates.setdefault(name, []).append((hf_rows(linear.kernel), linear.lora, i))
+    updates, own = {}, {}                    # HF name -> [(which of its rows, their Lora, layer)]; -> [(kernel, layer)]
+    for _, weight, lora in adaptable(model):
+        for i, name in enumerate(hf_names(weight)) if lora is not None else ():
+            if merge:
+                updates.setdefault(name, []).append((hf_rows(weight), lora, i))
+            if owns_kernel(lora):
+                own.setdefault(name, []).append((weight, i))
+    started = StartedBase(base, model) if starts_from_base(model) else base
     sources: dict[str, Callable[[], np.ndarray]] = {}
     for name, parts in parts_of_tensors.items():
         if trained[name] or name not in available:
             sources[name] = lambda parts=parts: joined(hf_value(variable, i) for variable, i in parts)
+        elif name in own:                    # they belong to the factors, also where these are not merged
+            sources[name] = lambda name=name: _merged(_replaced(base.read(name), own[name]), updates.get(name, ()))
         elif name in updates:                # to the base's own weight: the run's copy may be rounded
-            sources[name] = lambda name=name: _merged(base.read(name), updates[name])
+            sources[name] = lambda name=name: _merged(started.read(name), updates[name])
         else:                                # bitwise as it was, whatever dtype the run computed in
             sources[name] = lambda name=name: base.read(name)
     named = dtype or base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"
@@ -122,11 +145,22 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
     tokenizer.save_pretrained(folder)
 
 
+def _replaced(weight: np.ndarray, kernels) -> np.ndarray:
+    """The weight [out, in] with those of its rows that the run has kernels of its own for."""
+    weight = weight.astype(np.float32)       # a copy
+    for kernel, i in kernels:
+        weight[hf_rows(kernel)] = hf_value(kernel, i)
+    return weight
+
+
 def _merged(weight: np.ndarray, updates) -> np.ndarray:
-    """The weight [out, in] plus the low-rank updates of its rows, in float32."""
+    """The weight [out, in] of the adapted layer, or of several whose rows it holds, in float32."""
     weight = weight.astype(np.float32)       # a copy
     for rows, lora, i in updates:
-        weight[rows] += lora.scale * (hf_value(lora.b, i) @ hf_value(lora.a, i))
+        update = hf_value(lora.b, i) @ hf_value(lora.a, i)
+        weight[rows] += lora.scale * (update.T if lora.looks_up else update)
+        if lora.magnitude is not None:
+            weight[rows] *= (hf_value(lora.magnitude, i) / np.linalg.norm(weight[rows], axis=1))[:, None]
     return weight
 
 
@@ -152,5 +186,5 @@ def _complete(out: Path, write):
 
 
 def _needs_adapter(model, format: str) -> None:
-    if not any(linear.lora is not None for _, linear in linear_layers(model)):
+    if all(lora is None for _, _, lora in adaptable(model)):
         raise ConfigError(f"--format={format} exports an adapter, and this run trained every weight: use --format=merged")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import logging
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from lljax.errors import ModelError
-from lljax.models.declare import LoraWeight, Weight, declared, dtype_of
+from lljax.models.declare import LoraWeight, Weight, declared, dtype_of, hf_names, stacked
 from lljax.models.quantize import Quantised, dequantise, quantise
 from lljax.sharding import put
 
@@ -122,22 +121,8 @@ def hf_value(variable: nnx.Variable, i: int = 0) -> np.ndarray:
     return array.T if variable.get_metadata("transpose") else array
 
 
-def hf_names(variable: nnx.Variable) -> list[str]:
-    """Its HF tensors: layer after layer, and of each layer expert after expert."""
-    name, shape = variable.get_metadata("hf"), variable.get_value().shape
-    first, step = variable.get_metadata().get("layers", (0, 1))
-    ranges = {"layer": range(first, first + shape[0] * step, step), "expert": range(shape[stacked(variable) - 1])}
-    varying = [kind for kind in ranges if f"{{{kind}}}" in name]
-    return [name.format(**dict(zip(varying, at))) for at in itertools.product(*(ranges[kind] for kind in varying))]
-
-
 def hf_shape(variable: nnx.Variable) -> tuple[int, ...]:
     """The shape of each of its HF tensors."""
     shape = variable.get_value().shape[stacked(variable):]
     shape = shape[::-1] if variable.get_metadata("transpose") else shape
     return (variable.get_metadata("part")[1], *shape[1:]) if "part" in variable.get_metadata() else shape
-
-
-def stacked(variable: nnx.Variable) -> int:
-    """How many of its leading axes, of layers and of experts, count HF tensors."""
-    return sum(kind in variable.get_metadata("hf") for kind in ("{layer}", "{expert}"))

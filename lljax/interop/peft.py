@@ -1,7 +1,9 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
 
+import collections
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,22 +13,25 @@ from flax import nnx
 from lljax.errors import ConfigError, ModelError
 from lljax.interop import safetensors
 from lljax.interop.base import read_json
-from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value, tensors
-from lljax.models.declare import LoraWeight, Weight, declared
-from lljax.models.lora import linear_layers
+from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value
+from lljax.interop.started import StartedBase, owns_kernel, starts_from_base
+from lljax.models.declare import Weight, declared
+from lljax.models.lora import TABLES, adaptable, of_pattern
 from lljax.sharding import put
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 # What changes the mathematics and is not read here, with the value that means "not used".
-UNSUPPORTED = {"use_dora": (None, False), "bias": (None, "none"), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
-               "fan_in_fan_out": (None, False), "layers_to_transform": (None, []), "lora_bias": (None, False),
-               "trainable_token_indices": (None, []), "layer_replication": (None, []), "exclude_modules": (None, []),
+UNSUPPORTED = {"bias": (None, "none"), "fan_in_fan_out": (None, False),
+               "layers_to_transform": (None, []), "lora_bias": (None, False), "trainable_token_indices": (None, []),
+               "layer_replication": (None, []), "exclude_modules": (None, []),
                "alora_invocation_tokens": (None, []), "target_parameters": (None, []), "use_qalora": (None, False),
                "use_bdlora": (None, False), "arrow_config": (None,), "monteclora_config": (None,),
                "kasa_config": (None,), "velora_config": (None,),
                # pissa, olora, corda and loftq change the base's weights when they start.
                "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
+# Tables of the base that PEFT writes beside the factors of one of them.
+BESIDE = ("model.embed_tokens.weight", "model.embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
 MODULES = {"embed": "embed_tokens", "head": "lm_head"}   # modules_to_save by role; norms have several names
 
 
@@ -36,6 +41,9 @@ class AdapterConfig(NamedTuple):
     rslora: bool
     targets: tuple[str, ...]
     also_train: tuple[str, ...]
+    rank_pattern: tuple = ()                 # (pattern, value) each, as lora.attach takes them
+    alpha_pattern: tuple = ()
+    dora: bool = False
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -58,10 +66,13 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         saved = tuple(c.get("modules_to_save") or ())
         if not all(isinstance(name, str) for name in targets + saved) or int(c["r"]) < 1:
             raise ValueError("target_modules and modules_to_save hold names, and r is at least 1")
+        ranks = tuple((name, int(rank)) for name, rank in (c.get("rank_pattern") or {}).items())
+        alphas = tuple((name, float(alpha)) for name, alpha in (c.get("alpha_pattern") or {}).items())
         roles = {role for role, name in MODULES.items() if name in saved}
         roles |= {"norm"} if any(name.endswith("norm") for name in saved) else set()
-        return AdapterConfig(int(c["r"]), float(c["lora_alpha"]), bool(c.get("use_rslora")), targets, tuple(sorted(roles)))
-    except (KeyError, TypeError, ValueError) as error:
+        return AdapterConfig(int(c["r"]), float(c["lora_alpha"]), bool(c.get("use_rslora")), targets, tuple(sorted(roles)),
+                             ranks, alphas, bool(c.get("use_dora")))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: {type(error).__name__}: {error}") from None
 
 
@@ -72,11 +83,16 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
       ModelError: a tensor is missing, left over, or has another shape; the model scales its factors in another way.
     """
     config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
-    for _, linear in linear_layers(model):   # shapes do not show these, and they change what the factors mean
-        lora = linear.lora
-        if lora is not None and (lora.alpha, lora.rslora) != (config.alpha, config.rslora):
-            raise ModelError(f"{folder}: the adapter has alpha={config.alpha} and rslora={config.rslora}: set "
-                             "lora.alpha and lora.rslora as it has them")
+    for name, weight, lora in adaptable(model):  # shapes do not show these, and they change what the factors mean
+        if lora is None:
+            continue
+        if "part" in weight.get_metadata():
+            raise ModelError(f"{folder}: {name} is a part of {_hf_dotted(name, weight)}, whose one pair of factors is not "
+                             "that of its parts; merge this adapter with PEFT and use the merged model as the base")
+        alpha = of_pattern(config.alpha_pattern, name, weight, "alpha_pattern", config.alpha)
+        if (lora.alpha, lora.rslora, lora.magnitude is not None) != (alpha, config.rslora, config.dora):
+            raise ModelError(f"{folder}: the adapter has alpha={alpha}, rslora={config.rslora} and dora={config.dora}: set "
+                             "lora.alpha, lora.alpha_pattern, lora.rslora and lora.dora as it has them")
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file; adapters are read from safetensors only")
     file = safetensors.File(path)
@@ -92,7 +108,7 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
                 raise ModelError(f"{path}: tensor {name!r} is missing")
             if file.entries[name][1] != hf_shape(variable):
                 raise ModelError(f"{path}: tensor {name!r} has shape {file.entries[name][1]}, and the model has "
-                                 f"{hf_shape(variable)}: set lora.rank and lora.targets as in the adapter")
+                                 f"{hf_shape(variable)}: set lora.rank, lora.rank_pattern and lora.targets as in the adapter")
         left -= set(names)
         layers = [np.asarray(file.read(name), np.float32) for name in names]
         layers = [layer.T if variable.get_metadata("transpose") else layer for layer in layers]
@@ -104,23 +120,25 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
             raise ModelError(f"{path}: lm_head was trained apart from the embedding it is tied to; this model has no "
                              "place for both")
         left.discard(head)
+    if any(lora is not None for name, _, lora in adaptable(model) if name in TABLES):
+        left -= {PREFIX + name for name in BESIDE}
     if left:
         raise ModelError(f"{path}: {len(left)} tensors have no place in this configuration, such as {sorted(left)[0]!r}: "
                          "name their modules in lora.targets or lora.also_train")
 
 
-def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modules: bool = True) -> dict:
+def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, base=None, whole_modules: bool = True) -> dict:
     """Writes the adapter of a model to an existing folder; returns its adapter_config.
 
+    base: the base, which is needed where the factors started from it (lljax.models.start), and where DoRA adapts some of the
+      layers that are one in HF.
     whole_modules: with the embeddings, norms and heads that trained (`modules_to_save`), or the factors alone.
 
     Raises:
       ConfigError: PEFT would read the factors of experts in another way.
     """
     _check_experts(model)
-    fused, factors = _fused(model)
-    arrays = {PREFIX + name: array for name, array in tensors(model, LoraWeight) if name not in factors}
-    arrays |= {PREFIX + name: array for name, array in factors.items()}
+    arrays, scales = _factors(model, base)
     saved = set()
     for _, variable in declared(model) if whole_modules else ():
         if isinstance(variable, Weight) and variable.get_metadata().get("trainable", False):
@@ -130,14 +148,13 @@ def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modu
     tied = model.spec.tied and "embed_tokens" in saved
     if tied:                                 # PEFT takes a tied head without a tensor of its own for the base's
         arrays[PREFIX + "lm_head.weight"] = arrays[PREFIX + "model.embed_tokens.weight"]
-    lora = next(module.lora for _, module in linear_layers(model) if module.lora is not None)
+    lora = next(lora for _, _, lora in adaptable(model) if lora is not None)
+    (rank, ranks), (alpha, alphas) = (_pattern({name: scale[i] for name, scale in scales.items()}) for i in (0, 1))
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": lora.rank,
-        "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "target_modules": sorted(_short_names(model)),
-        # The scale of a pair is that of its parts.
-        "rank_pattern": {name: count * lora.rank for name, count in fused.items()},
-        "alpha_pattern": {name: (math.sqrt(count) if lora.rslora else count) * lora.alpha for name, count in fused.items()},
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
+        "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora, "use_dora": lora.magnitude is not None, "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "target_modules": sorted(_short_names(model)),
         "modules_to_save": sorted(saved) or None, "ensure_weight_tying": tied,
     }
     layout = safetensors.layout(arrays.items())
@@ -152,7 +169,7 @@ def _check_experts(model) -> None:
     if model.spec.moe is None:
         return
     family, (gate, up, _) = model.spec.family, model.spec.moe.projections
-    adapted = sorted({name for name, linear in linear_layers(model) if linear.lora is not None})
+    adapted = sorted({name for name, _, lora in adaptable(model) if lora is not None})
     experts = {name.rpartition(".")[2] for name in adapted if ".experts." in name}
     others = [name for name in adapted if name.rpartition(".")[2] in model.spec.moe.projections and ".experts." not in name]
     if family == "qwen2_moe" and experts:
@@ -166,34 +183,83 @@ def _check_experts(model) -> None:
     raise ConfigError(f"an adapter cannot be written: {refused}; export with --format=merged")
 
 
-def _fused(model) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Layers of ours that are rows of one in HF are adapted there by one pair: A of all of them, one below the other, and a
-    B with theirs as blocks. Returns how many such layers each has by its name, and the factors by theirs."""
-    counts, parts, factors = {}, {}, {}
-    for _, linear in linear_layers(model):
-        if linear.lora is not None and "part" in linear.kernel.get_metadata():
-            for i, (a, b) in enumerate(zip(hf_names(linear.lora.a), hf_names(linear.lora.b))):
-                parts.setdefault((a, b), []).append((linear, i))
-    for (a, b), of in parts.items():
-        rank = sum(linear.lora.rank for linear, _ in of)
-        counts[_hf_dotted("", of[0][0])] = len(of)
-        factors[a] = np.concatenate([hf_value(linear.lora.a, i) for linear, i in of])
-        factors[b] = np.zeros((hf_shape(of[0][0].kernel)[0], rank), np.float32)
-        for n, (linear, i) in enumerate(of):
-            columns = slice(n * linear.lora.rank, (n + 1) * linear.lora.rank)
-            factors[b][hf_rows(linear.kernel), columns] = hf_value(linear.lora.b, i)
-    return counts, factors
+def _factors(model, base) -> tuple[dict[str, np.ndarray], dict[str, tuple]]:
+    """The tensors of an adapter by name, and the rank and alpha of each adapted HF module by its name.
+
+    Where the factors started from the base they get twice the rank: the trained and the negated first ones side by side belong
+    on the base as it was. Layers of ours that are rows of one in HF are adapted there by one pair: A of all of them, one below
+    the other, and a B with theirs as blocks.
+    """
+    started = StartedBase(base, model) if starts_from_base(model) else None
+    modules, arrays, scales = {}, {}, {}
+    for _, weight, lora in adaptable(model):
+        for i, name in enumerate(hf_names(weight)) if lora is not None else ():
+            modules.setdefault(name, []).append((weight, lora, i))
+    for name, of in modules.items():
+        pairs = []
+        for weight, lora, i in of:
+            a, b = hf_value(lora.a, i), hf_value(lora.b, i)
+            if started is not None and not owns_kernel(lora):
+                first_a, first_b = started.factors(name, hf_rows(weight))
+                a, b = np.concatenate([a, first_a]), np.concatenate([b, -first_b], axis=1)
+            pairs.append((a, b))
+        weight, lora, i = of[0]
+        a, b, magnitude = np.concatenate([a for a, _ in pairs]), pairs[0][1], lora.magnitude
+        if "part" in weight.get_metadata():
+            b, column = np.zeros((hf_shape(weight)[0], len(a)), np.float32), 0
+            for (part, own, _), (_, own_b) in zip(of, pairs):
+                b[hf_rows(part), column:column + own_b.shape[1]] = own_b * (own.scale / lora.scale)
+                column += own_b.shape[1]
+        if magnitude is not None:
+            arrays[PREFIX + hf_names(magnitude)[i]] = _magnitude(name, of, base)
+        arrays[PREFIX + hf_names(lora.a)[i]], arrays[PREFIX + hf_names(lora.b)[i]] = a, b
+        more = len(a) / lora.rank            # the scale alpha / rank, or alpha / sqrt(rank), stays
+        scales[name.removesuffix(".weight")] = len(a), lora.alpha * (math.sqrt(more) if lora.rslora else more)
+    return arrays, scales
 
 
-def _hf_dotted(name: str, linear) -> str:
-    """The dotted name of a linear layer in HF, where several of ours may be one."""
-    hf = linear.kernel.get_metadata("hf").removesuffix(".weight").rpartition(".")[2]
+def _magnitude(name: str, of, base) -> np.ndarray:
+    """Of a HF tensor; rows of it that nothing adapts keep their norms."""
+    parts = [(hf_rows(weight), hf_value(lora.magnitude, i)) for weight, lora, i in of]
+    rows = hf_shape(of[0][0])[0]
+    if sum(len(part) for _, part in parts) == rows:
+        whole = np.empty(rows, np.float32)
+    else:
+        whole = np.linalg.norm(base.read(name).astype(np.float32), axis=1)
+    for at, part in parts:
+        whole[at] = part
+    return whole
+
+
+def _hf_dotted(name: str, weight) -> str:
+    """The dotted name of a layer in HF, where several of ours may be one."""
+    hf = weight.get_metadata("hf").removesuffix(".weight").rpartition(".")[2]
     return ".".join(part for part in (name.rpartition(".")[0], hf) if part)
 
 
 def _short_names(model) -> set[str]:
     """Names that PEFT, which matches by suffix, takes for exactly the adapted layers."""
-    every = [_hf_dotted(name, linear) for name, linear in linear_layers(model)]
-    adapted = {_hf_dotted(name, linear) for name, linear in linear_layers(model) if linear.lora is not None}
+    every = [_hf_dotted(name, weight) for name, weight, _ in adaptable(model)]
+    adapted = {_hf_dotted(name, weight) for name, weight, lora in adaptable(model) if lora is not None}
     short = {name.rpartition(".")[2] for name in adapted}
     return short if all((name in adapted) == (name.rpartition(".")[2] in short) for name in every) else set(adapted)
+
+
+def _pattern(values: dict) -> tuple[float, dict]:
+    """The value that most modules have, and those of the others by what matches their names.
+
+    Raises:
+      ConfigError: experts have several values.
+    """
+    of_experts = {value for name, value in values.items() if ".experts." in name}
+    if len(of_experts) > 1:
+        raise ConfigError("an adapter cannot be written: PEFT gives all experts one rank and one alpha, and lora.rank_pattern "
+                          "or lora.alpha_pattern gives them several; export with --format=merged")
+    usual = next(iter(of_experts), None) or collections.Counter(values.values()).most_common(1)[0][0]
+    alike = {}                               # what matches a name in all layers -> the names and their values
+    for name, value in values.items():
+        alike.setdefault(re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(name)), {})[re.escape(name)] = value
+    others = {}
+    for regex, names in alike.items():
+        others |= {regex: next(iter(names.values()))} if len(set(names.values())) == 1 else names
+    return usual, {regex: value for regex, value in others.items() if value != usual}

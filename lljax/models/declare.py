@@ -4,6 +4,7 @@ A model is built abstract: every Variable holds a `jax.ShapeDtypeStruct`. Initia
 targets and export walk the declared Variables (`declared`) and need no table of their own.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -24,12 +25,13 @@ class Weight(nnx.Param):
       axes: logical axis names, one per dimension (see lljax.sharding).
       role: "kernel" | "bias" | "embed" | "norm" | "head" | "router": the name by which optimizer groups and
         `lora.also_train` refer to it.
-      init: "normal" | "zeros" | "ones" | "he_uniform".
+      init: "normal" | "zeros" | "ones" | "unit_normal" | "he_uniform" | "norms" (those of the adapted kernel).
     """
 
 
 class LoraWeight(nnx.Variable):
-    """A low-rank factor, with the metadata of `Weight`; role is "lora_a" or "lora_b". `part` is that of the weight it adapts.
+    """A part of an adapter, with the metadata of `Weight`; role is "lora_a", "lora_b" or "lora_magnitude". `part` is that of
+    the weight it adapts.
 
     Its `hf` is the PEFT name without the "base_model.model." prefix, for example
     "model.layers.{layer}.self_attn.q_proj.lora_A.weight".
@@ -64,3 +66,17 @@ def stack(layer: nnx.Module, times: int, first: int, step: int) -> nnx.Module:
         variable.set_value(jax.ShapeDtypeStruct((times, *value.shape), value.dtype))
         variable.set_metadata(axes=("layers", *variable.get_metadata("axes")), layers=(first, step))
     return layer
+
+
+def hf_names(variable: nnx.Variable) -> list[str]:
+    """Its HF tensors: layer after layer, and of each layer expert after expert."""
+    name, shape = variable.get_metadata("hf"), variable.get_value().shape
+    first, step = variable.get_metadata().get("layers", (0, 1))
+    ranges = {"layer": range(first, first + shape[0] * step, step), "expert": range(shape[stacked(variable) - 1])}
+    varying = [kind for kind in ranges if f"{{{kind}}}" in name]
+    return [name.format(**dict(zip(varying, at))) for at in itertools.product(*(ranges[kind] for kind in varying))]
+
+
+def stacked(variable: nnx.Variable) -> int:
+    """How many of its leading axes, of layers and of experts, count HF tensors."""
+    return sum(kind in variable.get_metadata("hf") for kind in ("{layer}", "{expert}"))

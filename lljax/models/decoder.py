@@ -1,6 +1,9 @@
 """The decoder: embed, scan over the stacked layers, norm. One file for every family; the spec says what differs."""
 
 import dataclasses
+import functools
+import math
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +56,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(spec.D, spec.norm_eps, hf="model.norm", plus_one=spec.norm_plus_one)
         self.lm_head = None if spec.tied else declare((spec.V, spec.D), axes=("vocab", "embed"),
                                                       hf="lm_head.weight", role="head")
+        self.embed_lora, self.head_lora = nnx.data(None), nnx.data(None)     # filled by lljax.models.lora.attach
 
     @property
     def head(self) -> jax.Array:
@@ -61,7 +65,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens, *, positions, segments=None, index=None, pattern: AttentionPattern = FULL,
                  layout: Layout | None = None, memory: Memory = EVERYTHING, dtype=None, dropout_key=None,
-                 cache: Cache | None = None, rope_length=None):
+                 cache: Cache | None = None, rope_length=None, noise: float = 0.0):
         """The hidden states [B, T, D] that `head` turns into logits.
 
         tokens, positions: int32 [B, T]; positions restart in each document of a packed row.
@@ -70,13 +74,18 @@ class Decoder(nnx.Module):
         layout: how all of these lie on a mesh; None for one device.
         memory: what the backward pass keeps.
         dtype: of the residual and of the compute; None for that of the weights.
+        noise: alpha of the noise on the embeddings, see `noisy`; none without a dropout key.
         rope_length: positions in use, where a RoPE kind depends on it; None for the largest of `positions` + 1.
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
         """
         dtype = dtype or self.layers[0].self_attn.o_proj.kernel.get_value().dtype
         x = lookup(self.embed[...], tokens, dtype=dtype, layout=layout)
+        if self.embed_lora is not None:
+            x += self.embed_lora.looked_up(lookup(self.embed_lora.a[...], tokens, dtype=dtype, layout=layout))
         if self.spec.embed_scale != 1:
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
+        if noise and dropout_key is not None:
+            x = constrain_activations(noisy(x, noise, jax.random.fold_in(dropout_key, zlib.crc32(b"noise"))), layout)
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
         rotations = tuple(rope.rotation(positions, rope.frequencies(each, self.spec.rotary, length))
                           for each in self.spec.ropes)
@@ -109,8 +118,15 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] of hidden [..., D]."""
-        logits = jnp.einsum("...D,VD->...V", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        wide = functools.partial(jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32)
+        logits, update = wide(hidden, self.head.astype(hidden.dtype)), self.head_update(hidden)
+        if update is not None:
+            logits += wide(update[0], update[1].astype(hidden.dtype))
         return capped(logits, self.spec.logit_softcap)
+
+    def head_update(self, hidden: jax.Array, dropout_key: jax.Array | None = None):
+        """Arrays [..., R] and [V, R] whose product an adapted head adds to the logits of hidden [..., D], or None."""
+        return None if self.head_lora is None else self.head_lora.before_head(hidden, dropout_key)
 
     def _mask(self, tokens, positions, segments, index, pattern: AttentionPattern) -> Mask:
         ordered = index is None
@@ -120,6 +136,15 @@ class Decoder(nnx.Module):
         if pattern.kind == "window" and (pattern.anchors or pattern.markers):
             anchors = (positions < pattern.anchors) | jnp.isin(tokens, jnp.asarray(pattern.markers, tokens.dtype))
         return Mask(index, index, segments, segments, anchors, ordered=ordered)
+
+
+def noisy(x: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
+    """Embeddings x [B, T, D] with noise uniform within alpha / sqrt(T * D): NEFTune, Jain et al. 2023, arXiv 2310.05914.
+
+    T is the row's length, padding and packed documents included, as in transformers and TRL.
+    """
+    bound = alpha / math.sqrt(x.shape[1] * x.shape[2])
+    return x + jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
 
 
 def share_residuals(layers: tuple[LayerSpec, ...], each: int) -> bool:

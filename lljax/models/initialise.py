@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lljax.models import lora
 from lljax.models.declare import declared, dtype_of
 
 
@@ -18,12 +19,13 @@ def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=j
     """
     for _, variable in declared(model):
         shape = variable.get_value()
-        if not isinstance(shape, jax.ShapeDtypeStruct):
+        if not isinstance(shape, jax.ShapeDtypeStruct) or variable.get_metadata("init") == "norms":
             continue
         wanted = dtype_of(variable, dtype)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(_name(variable).encode()))
         draw = jax.jit(_draw, static_argnums=(1, 2, 3, 4), out_shardings=shardings(variable) if shardings else None)
         variable.set_value(draw(key, variable.get_metadata("init"), shape.shape, deviation, wanted))
+    lora.start_magnitudes(model, shardings=shardings)
 
 
 def _name(variable: nnx.Variable) -> str:
@@ -44,6 +46,7 @@ def _he_uniform(key, shape, deviation):
 
 INITS = {
     "normal": lambda key, shape, deviation: deviation * jax.random.normal(key, shape),
+    "unit_normal": lambda key, shape, deviation: jax.random.normal(key, shape),
     "zeros": lambda key, shape, deviation: jnp.zeros(shape),
     "ones": lambda key, shape, deviation: jnp.ones(shape),
     "he_uniform": _he_uniform,

@@ -51,7 +51,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ bias) (+ low-rank update); kernel is [in, out]. `lora` is filled by lljax.models.lora.attach.
+    """x @ kernel (+ low-rank update) (+ bias); kernel is [in, out]. `lora` is filled by lljax.models.lora.attach.
 
     part: its outputs are some of those of the HF layer `hf`, see `declare.Weight`.
     """
@@ -64,11 +64,12 @@ class Linear(nnx.Module):
         self.lora = nnx.data(None)
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        y = x @ kernel
+        if self.lora is not None:
+            y = self.lora(x, y, kernel, dropout_key)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
-        if self.lora is not None:
-            y += self.lora(x, dropout_key)
         return y
 
 

@@ -61,7 +61,7 @@ class ExpertLinear(Linear):
     def __call__(self, x: jax.Array, dropout_key, dot) -> jax.Array:
         """dot: product of the rows with the matrices [E, in, out] of their experts."""
         y = dot(x, self.kernel[...])
-        return y if self.lora is None else y + self.lora(x, dropout_key, dot)
+        return y if self.lora is None else self.lora(x, y, self.kernel[...], dropout_key, dot)
 
 
 class Experts(nnx.Module):

@@ -39,7 +39,8 @@ def of_step(model, config, stage, *, parts: int = 1) -> Flops:
         trains = variable.get_metadata().get("trainable", False)
         if "experts" in variable.get_metadata("axes"):
             size *= spec.moe.k / spec.moe.E                  # a token takes the k best
-        if role in ("kernel", "lora_a", "lora_b", "router"):
+        looked_up = "lora_embedding_A" in variable.get_metadata("hf")
+        if role in ("kernel", "lora_a", "lora_b", "router") and not looked_up:
             forward += size
             backward += size * (2 if trains else 1)          # of the input, and of the weight where it trains
             last += size if variable.get_metadata("hf").endswith((".down_proj.weight", ".w2.weight")) else 0.0

@@ -12,8 +12,8 @@ from lljax.sharding import ROWS, TOKENS, VOCABULARY, Layout
 from lljax.vocabulary import around, passed_on, slices, spread
 
 
-def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = None,
-                  layout: Layout | None = None) -> jax.Array:
+def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = None, layout: Layout | None = None,
+                  update=None) -> jax.Array:
     """Sum of the cross-entropies of `targets` [B, T] under hidden [B, T, D] and head [V, D]; float32 scalar.
 
     Ignored targets (-100) count for nothing, in the value and in both gradients. Memory is O(chunk x V). Where a
@@ -21,32 +21,37 @@ def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = 
     device logits are computed once; where the head is spread over devices its slices go round twice, for the log-sum-exp
     and for the gradient. softcap: of the logits, see lljax.attention.softcap. Logits, their softmax and the sums over chunks
     are float32.
+
+    update: arrays [B, T, R] and [V, R] whose product is added to the logits, before the cap (LoRA on the head); the sum of the
+      two heads is never formed.
     """
+    V = head.shape[0]
+    hidden, head = ((hidden,), (head,)) if update is None else zip((hidden, head), update)
     if layout is None:
-        return _in_chunks(hidden, head, targets, chunk, head.shape[0], 1, softcap)
+        return _in_chunks(hidden, head, targets, chunk, V, 1, softcap)
     tokens = (TOKENS, "tensor")              # where heads are cut, the tokens of the loss are
 
     @functools.partial(jax.shard_map, mesh=layout.mesh, check_vma=False, out_specs=PartitionSpec(),
                        in_specs=(PartitionSpec(ROWS, tokens), PartitionSpec(VOCABULARY), PartitionSpec(ROWS, tokens)))
     def of_all(hidden, part, targets):
-        total = _in_chunks(hidden, part, targets, chunk, head.shape[0], slices(layout.mesh), softcap)
+        total = _in_chunks(hidden, part, targets, chunk, V, slices(layout.mesh), softcap)
         return jax.lax.psum(total, layout.mesh.axis_names)
     return of_all(hidden, spread(head, layout.mesh), targets)
 
 
 def _in_chunks(hidden, head, targets, chunk, V, n, softcap):
-    D = hidden.shape[-1]
     tokens = targets.size
     chunk = min(chunk, tokens)
     padded = -(-tokens // chunk) * chunk
-    hidden = jnp.pad(hidden.reshape(tokens, D), ((0, padded - tokens), (0, 0))).reshape(-1, chunk, D)
+    hidden = tuple(jnp.pad(x.reshape(tokens, -1), ((0, padded - tokens), (0, 0))).reshape(-1, chunk, x.shape[-1])
+                   for x in hidden)
     targets = jnp.pad(targets.reshape(tokens), (0, padded - tokens), constant_values=IGNORED).reshape(-1, chunk)
     return _cross_entropy(hidden, head, targets, V, n, softcap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _cross_entropy(hidden, head, targets, V, n, softcap):
-    """hidden [chunks, C, D], head [V / n, D] (the device's of n slices), targets [chunks, C]."""
+    """hidden ([chunks, C, D], ...), head ([V / n, D], ...) (the device's of n slices), targets [chunks, C]."""
     return _loss(targets, *_statistics(hidden, head, targets, V, n, softcap))
 
 
@@ -55,9 +60,9 @@ def _loss(targets, lse, of_target):
 
 
 def _logits(h, part, first, V, softcap):
-    """float32 [C, V / n] of h [C, D] and a slice of the head that begins with row `first`."""
-    logits = jnp.einsum("CD,VD->CV", h, part.astype(h.dtype), preferred_element_type=jnp.float32)
-    return jnp.where(first + jnp.arange(len(part)) < V, capped(logits, softcap), -jnp.inf)
+    """float32 [C, V / n] of h ([C, D], ...) and slices of the head that begin with row `first`."""
+    logits = sum(jnp.einsum("CD,VD->CV", x, w.astype(x.dtype), preferred_element_type=jnp.float32) for x, w in zip(h, part))
+    return jnp.where(first + jnp.arange(len(part[0])) < V, capped(logits, softcap), -jnp.inf)
 
 
 def _seen(logits, t, first):
@@ -81,7 +86,8 @@ def _statistics(hidden, head, targets, V, n, softcap):
 
 def _forward(hidden, head, targets, V, n, softcap):
     wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    hidden, head, targets, trained = hidden.value, head.value, targets.value, head.perturbed
+    trained = tuple(w.perturbed for w in head)
+    hidden, head, targets = jax.tree.map(lambda x: x.value, (hidden, head, targets))
 
     def of_slice(carry, part, first):
         d_hidden, d_head, seen, total = carry
@@ -90,30 +96,30 @@ def _forward(hidden, head, targets, V, n, softcap):
             (d_head, total), (h, t, d_h, seen) = carry, xs
             logits = _logits(h, part, first, V, softcap)
             lse, of_target = _seen(logits, t, first) if n == 1 else seen
-            d_logits = jnp.exp(logits - lse[:, None]) - jax.nn.one_hot(t - first, len(part), dtype=jnp.float32)
-            d_logits = through_cap(jnp.where(t[:, None] == IGNORED, 0.0, d_logits), logits, softcap).astype(h.dtype)
-            more = wide("CV,VD->CD", d_logits, part.astype(h.dtype)).astype(h.dtype)
-            if trained:
-                d_head += wide("CV,CD->VD", d_logits, h)
+            d_logits = jnp.exp(logits - lse[:, None]) - jax.nn.one_hot(t - first, len(part[0]), dtype=jnp.float32)
+            d_logits = through_cap(jnp.where(t[:, None] == IGNORED, 0.0, d_logits), logits, softcap).astype(h[0].dtype)
+            more = tuple(wide("CV,VD->CD", d_logits, w.astype(x.dtype)).astype(x.dtype) for x, w in zip(h, part))
+            d_head = tuple(d if d is None else d + wide("CV,CD->VD", d_logits, x) for d, x in zip(d_head, h))
             if n == 1:
                 return (d_head, total + _loss(t, lse, of_target)), more
-            return (d_head, total), d_h + more
+            return (d_head, total), jax.tree.map(jnp.add, d_h, more)
         (d_head, total), d_hidden = jax.lax.scan(of_chunk, (d_head, total), (hidden, targets, d_hidden, seen))
-        return d_hidden, passed_on(d_head, n) if trained else None, seen, total
+        return d_hidden, passed_on(d_head, n), seen, total
 
-    d_head = jnp.zeros(head.shape, jnp.float32) if trained else None
+    d_head = tuple(jnp.zeros(w.shape, jnp.float32) if of else None for w, of in zip(head, trained))
     # The sum is carried: collected chunk by chunk and summed afterwards, XLA on a GPU holds a third of `hidden` more.
     d_hidden, seen, total = None, None, jnp.float32(0)
     if n > 1:
-        d_hidden, seen = jnp.zeros_like(hidden), _statistics(hidden, head, targets, V, n, softcap)
+        d_hidden, seen = jax.tree.map(jnp.zeros_like, hidden), _statistics(hidden, head, targets, V, n, softcap)
         total = _loss(targets, *seen)
     d_hidden, d_head, _, total = around(of_slice, (d_hidden, d_head, seen, total), head, n)
-    return total, (d_hidden, d_head.astype(head.dtype) if trained else None)
+    d_head = tuple(d if d is None else d.astype(w.dtype) for d, w in zip(d_head, head))
+    return total, (d_hidden, d_head)
 
 
 def _backward(V, n, softcap, saved, d_total):
     d_hidden, d_head = saved
-    return d_hidden * d_total.astype(d_hidden.dtype), None if d_head is None else d_head * d_total, None
+    return jax.tree.map(lambda d: d * d_total.astype(d.dtype), d_hidden), jax.tree.map(lambda d: d * d_total, d_head), None
 
 
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -47,6 +47,7 @@ class StepSettings:
     loss_chunk: int
     dtype: str                               # of the compute
     packed: bool                             # rows may hold several documents
+    noise: float                             # on the embeddings, see Decoder
     skip_spikes: bool
     spike_z: float
 
@@ -55,7 +56,7 @@ def step_settings(config) -> StepSettings:
     """What a configuration says of the step."""
     m = config.memory
     return StepSettings(Memory(m.remat, m.offload, m.layers_per_residual, m.tile), m.loss_chunk, config.model.dtype,
-                        config.data.packing, config.alarm.spike != "warn", config.alarm.spike_z)
+                        config.data.packing, config.training.neftune_alpha, config.alarm.spike != "warn", config.alarm.spike_z)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +127,9 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
         # A row of one document has its padding behind, where causality hides it.
         hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"] if settings.packed else None,
                        index=_index(micro, layout), pattern=pattern, layout=layout, memory=settings.memory,
-                       dtype=jnp.dtype(settings.dtype), dropout_key=key)
+                       dtype=jnp.dtype(settings.dtype), dropout_key=key, noise=settings.noise)
         return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk, softcap=model.spec.logit_softcap,
-                             layout=layout)
+                             layout=layout, update=model.head_update(hidden, key))
 
     shardings = jax.tree.map(lambda x: x.sharding, like)
     options = compiler_options(like.step.sharding)
@@ -201,6 +202,6 @@ def make_evaluate(graphdef, settings: StepSettings):
         hidden = model(batch["tokens"], positions=batch["positions"], index=_index(batch, layout), pattern=pattern,
                        layout=layout, dtype=jnp.dtype(settings.dtype))
         return (cross_entropy(hidden, model.head, batch["targets"], chunk=settings.loss_chunk,
-                              softcap=model.spec.logit_softcap, layout=layout),
+                              softcap=model.spec.logit_softcap, layout=layout, update=model.head_update(hidden)),
                 jnp.sum(batch["targets"] != IGNORED))
     return evaluate

@@ -14,9 +14,11 @@ from flax import nnx
 
 from lljax.interop.base import open_base
 from lljax.interop.huggingface import load_weights
-from lljax.models import lora, rope
-from lljax.models.declare import Weight, declared
+from lljax.interop.started import StartedBase, starts_from_base
+from lljax.models import lora, quantize, rope
+from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
+from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
 
 
@@ -37,19 +39,24 @@ def write_folder(folder, family="llama", tied=True, dtype=torch.float32, shards=
 
 
 def train(folder, rope_type="linear", also_train=("embed", "norm"), targets=("q_proj", "v_proj", "down_proj"), rank=4,
-          rslora=False, dtype=jnp.float32) -> Trained:
+          dtype=jnp.float32, quantise=None, **variant) -> Trained:
     """The base, and its model at 160 tokens with whatever trains moved at random."""
     base = open_base(str(folder))
     spec = from_hf(base.config)
     stretched = rope.extend(spec.rope, type=rope_type, factor="auto", length=160, max_length=spec.max_length)
     model = Decoder(dataclasses.replace(spec, rope=stretched, max_length=160))
-    lora.attach(model, rank=rank, alpha=8.0, targets=targets, rslora=rslora, also_train=also_train)
-    load_weights(model, base, dtype=dtype)
+    lora.attach(model, rank=rank, alpha=8.0, targets=targets, also_train=also_train, **variant)
+    for _, linear in lora.linear_layers(model) if quantise else ():
+        linear.kernel.set_value(quantize.abstract(linear.kernel.get_value().shape, quantize.FORMS[quantise], dtype))
+    started = StartedBase(base, model) if starts_from_base(model) else base
+    load_weights(model, started, dtype=dtype)
+    if started is not base:
+        started.give_factors()
+    initialise(model, 0)
     rng = np.random.default_rng(0)
     for _, variable in declared(model):
         if variable.get_metadata("trainable"):
-            start = variable.get_value() if isinstance(variable, Weight) else 0
-            moved = start + rng.normal(size=variable.get_value().shape) * 0.1
+            moved = variable.get_value() + rng.normal(size=variable.get_value().shape) * 0.1
             variable.set_value(jnp.asarray(moved, jnp.float32))
     return Trained(base, model)
 

@@ -43,7 +43,8 @@ def attached(base_folder, config, **changes):
     base = open_base(str(base_folder))
     model = Decoder(from_hf(base.config))
     lora.attach(model, **(dict(rank=config.rank, alpha=config.alpha, targets=config.targets, rslora=config.rslora,
-                               also_train=config.also_train) | changes))
+                               also_train=config.also_train, rank_pattern=config.rank_pattern,
+                               alpha_pattern=config.alpha_pattern, dora=config.dora) | changes))
     load_weights(model, base, dtype=jnp.float32)
     return model
 
@@ -77,6 +78,11 @@ def adapter(hf_folder, trained, tmp_path):
     ("llama", {"target_modules": ["self_attn.o_proj"], "lora_dropout": 0.1}),
     ("qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]}),
     ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
+    ("qwen2", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    ("llama", {"target_modules": ["q_proj", "lm_head"], "rank_pattern": {"lm_head": 2}}),
+    ("qwen3", {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "mlp.*": 7, r"self_attn\.[kv]_proj": 3},
+               "alpha_pattern": {"up_proj": 5, "q_proj": 3}, "use_rslora": True}),
 ], ids=str)
 def test_adapters_made_by_peft_give_its_logits(hf_folder, tmp_path, logits, family, fields):
     base = hf_folder(family, tied=False, num_hidden_layers=3)
@@ -160,10 +166,11 @@ def test_a_run_continues_from_an_adapter(adapter, trained, logits):
     np.testing.assert_allclose(logits(build(base, folder)), logits(trained(base, "keep").model), atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"lora__alpha": 64.0}, {"lora__rslora": True}], ids=str)
+@pytest.mark.parametrize("changes", [{"lora__alpha": 64.0}, {"lora__rslora": True},
+                                     {"lora__alpha_pattern": (("v_proj", 16),)}, {"lora__dora": True}], ids=str)
 def test_a_scale_other_than_the_adapters_is_refused(adapter, changes):
     base, folder = adapter
-    with pytest.raises(ModelError, match="alpha|rslora"):
+    with pytest.raises(ModelError, match="adapter has alpha=8.0, rslora=False and dora=False: set"):
         build(base, folder, **changes)
 
 
@@ -178,15 +185,15 @@ def test_another_configuration_than_the_adapters_is_refused(adapter, changes, li
 
 def test_a_run_refuses_an_adapter_with_features_it_does_not_compute(adapter):
     base, folder = adapter
-    edit(folder, use_dora=True)
-    with pytest.raises(ModelError, match="use_dora"):
+    edit(folder, use_qalora=True)
+    with pytest.raises(ModelError, match="use_qalora"):
         build(base, folder)
 
 
 # ---------------------------------------------------------------- refusals
 @pytest.mark.parametrize("fields", [
-    {"peft_type": "IA3"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}},
-    {"alpha_pattern": {"q_proj": 2}}, {"fan_in_fan_out": True}, {"layers_to_transform": [0]}, {"lora_bias": True},
+    {"peft_type": "IA3"}, {"bias": "all"}, {"fan_in_fan_out": True}, {"layers_to_transform": [0]},
+    {"lora_bias": True},
     {"trainable_token_indices": [3]}, {"layer_replication": [[0, 1]]}, {"exclude_modules": ["q_proj"]},
     {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"alora_invocation_tokens": [1, 2]},
     {"target_parameters": ["weight"]}, {"use_qalora": True}, {"use_bdlora": {"nblocks": 2}},
@@ -205,7 +212,8 @@ def test_initialisations_that_leave_the_base_alone_are_taken(config_folder, init
 
 @pytest.mark.parametrize("fields", [
     {"r": None}, {"r": "many"}, {"r": -3}, {"lora_alpha": None}, {"target_modules": [3]}, {"target_modules": None},
-    {"modules_to_save": [3]}], ids=str)
+    {"modules_to_save": [3]}, {"rank_pattern": 3}, {"rank_pattern": {"q_proj": "many"}}, {"alpha_pattern": ["q_proj"]}],
+    ids=str)
 def test_a_damaged_configuration_is_one_line(config_folder, fields):
     edit(config_folder, **fields)
     with pytest.raises(ModelError, match="adapter_config.json"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lljax.models.decoder import Decoder, empty_cache, repeats
+from lljax.models.decoder import Decoder, empty_cache, noisy, repeats
 from lljax.models.initialise import initialise
 from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
@@ -178,3 +178,22 @@ def test_reading_through_the_cache_equals_the_whole_row(changes):
         parts.append(model.logits(hidden))
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=2e-5)
     assert int(cache.used) == 30
+
+
+def test_noise_is_uniform_within_its_bound_and_follows_the_key():
+    x, bound = jnp.ones((2, 50, 32)), 5 / np.sqrt(50 * 32)
+    noise = np.asarray(noisy(x, 5.0, jax.random.key(0)) - x)
+    assert 0.99 * bound < np.abs(noise).max() <= bound * 1.001 and abs(noise.std() * np.sqrt(3) / bound - 1) < 0.03
+    assert np.any(noise != np.asarray(noisy(x, 5.0, jax.random.key(1)) - x))
+
+
+def test_a_forward_pass_has_noise_only_with_a_key():
+    model, tokens = build(), row(12)
+    graphdef, state = nnx.split(model)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def hidden(state, noise, key):
+        return nnx.merge(graphdef, state)(tokens, positions=jnp.arange(12)[None], noise=noise, dropout_key=key)
+    without = hidden(state, 0.0, None)
+    np.testing.assert_array_equal(hidden(state, 5.0, None), without)
+    assert np.abs(hidden(state, 5.0, jax.random.key(0)) - without).max() > 0.01

@@ -67,6 +67,24 @@ def test_a_target_that_matches_nothing_is_refused_with_the_candidates():
         build(targets=("q_proj", "q_porj"))
 
 
+def test_patterns_give_single_modules_their_rank_and_alpha():
+    model = build(targets=("q_proj", "up_proj", "down_proj"), rank_pattern=((r"mlp\..*", 6), ("up_proj", 2)),
+                  alpha_pattern=(("self_attn.q_proj", 3),))
+    found = {name: (linear.lora.rank, linear.lora.alpha, linear.lora.a[...].shape[-1], linear.lora.b[...].shape[-2])
+             for name, linear in lora.linear_layers(model) if linear.lora is not None}
+    assert found == {"self_attn.q_proj": (4, 3.0, 4, 4), "mlp.up_proj": (6, 8.0, 6, 6), "mlp.down_proj": (6, 8.0, 6, 6)}
+
+
+@pytest.mark.parametrize("pattern,line", [
+    ("v_proj", "'v_proj' matches no adapted layer; there are self_attn.q_proj"),
+    (r"layers\.0\..*", r"matches model.layers.0.self_attn.q_proj and not model.layers.1.self_attn.q_proj"),
+    ("q_(proj", "is no regular expression")])
+def test_a_pattern_that_cannot_be_is_refused(pattern, line):
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(ConfigError, match=field + r".*" + line.replace("(", r"\(")):
+            build(**{field: ((pattern, 2),)})
+
+
 def test_a_tied_model_has_no_head_to_train():
     with pytest.raises(ConfigError, match="name 'embed' instead"):
         build(also_train=("head",))
@@ -100,10 +118,48 @@ def test_dropout_needs_a_key_and_differs_by_layer_and_module():
     assert len(salts) == 2
 
 
+def test_dora_starts_as_the_base_with_dropout_too():
+    linear = build(dora=True, dropout=0.5).layers[0].self_attn.q_proj
+    x, key = jax.random.normal(jax.random.key(1), (2, 5, 24)), jax.random.key(0)
+    kernel, a, b = linear.kernel[0], linear.lora.a[0], linear.lora.b[0]
+    graphdef, state = nnx.split(linear)
+    layer = nnx.merge(graphdef, jax.tree.map(lambda w: w[0], state))
+    np.testing.assert_allclose(layer(x), x @ kernel, atol=1e-5)
+    np.testing.assert_allclose(layer(x, key), x @ kernel, atol=1e-5)
+    layer.lora.b.set_value(b + 0.1)
+    assert np.any(layer(x, key) != layer(x))
+    wanted = kernel + 2.0 * a @ (b + 0.1)
+    wanted *= np.linalg.norm(kernel, axis=0) / np.linalg.norm(wanted, axis=0)
+    np.testing.assert_allclose(layer(x), x @ wanted, atol=1e-4)
+
+
+def test_column_norms_are_those_of_the_adapted_kernel():
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernel, a, b = (jax.random.normal(key, shape) for key, shape in zip(keys, ((3, 2, 40, 30), (3, 2, 40, 4), (3, 2, 4, 30))))
+    wanted = np.linalg.norm(kernel + 0.7 * a @ b, axis=-2)
+    np.testing.assert_allclose(lora.column_norms(kernel, a, b, 0.7), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields,line", [
+    ({"targets": ("embed_tokens",)}, "the head of this model is its embedding"),
+    ({"targets": ("q_proj", "lm_head"), "tied": False, "also_train": ("head",)}, "both train the same table"),
+    ({"targets": ("embed_tokens",), "tied": False, "dora": True}, "takes plain LoRA.*dora=True"),
+    ({"targets": ("lm_head",), "tied": False, "init": "pissa"}, "takes plain LoRA.*init='pissa'"),
+    ({"rank": 25, "init": "olora"}, r"lora.rank=25 and lora.init='olora'.*no more than 24 directions")])
+def test_what_cannot_be_adapted_so_is_refused(fields, line):
+    with pytest.raises(ConfigError, match=line):
+        build(**fields)
+
+
+def test_all_linear_leaves_the_tables_alone():
+    model = build(tied=False, targets=("all-linear",))
+    assert model.embed_lora is None and model.head_lora is None
+
+
 def test_only_factors_and_named_roles_are_trainable():
-    model = build(also_train=("embed", "norm"), targets=("q_proj", "v_proj"))
+    model = build(also_train=("embed", "norm"), targets=("q_proj", "v_proj"), dora=True)
     _, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
 
     def roles(state):
         return {v.get_metadata("role") for v in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))}
-    assert roles(trainable) == {"lora_a", "lora_b", "embed", "norm"} and roles(frozen) == {"kernel"}
+    assert roles(trainable) == {"lora_a", "lora_b", "lora_magnitude", "embed", "norm"} and roles(frozen) == {"kernel"}

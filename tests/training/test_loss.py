@@ -31,6 +31,21 @@ def test_equals_the_dense_loss_and_its_gradients(chunk, softcap):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_low_rank_update_is_as_if_it_were_in_the_head(devices):
+    hidden, head, targets = make(T=36)
+    rng = np.random.default_rng(1)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 3), (50, 3)))
+    layout = None if devices == 1 else Layout(make_mesh(sequence=2, tensor=2, devices=jax.devices()[:4]))
+
+    @jax.jit
+    def ours(hidden, a, b):
+        return cross_entropy(hidden, head, targets, chunk=7, layout=layout, update=(hidden @ a, b))
+    got = jax.value_and_grad(ours, (0, 1, 2))(hidden, a, b)
+    wanted = jax.value_and_grad(lambda h, a, b: dense(h, head + b @ a.T, targets), (0, 1, 2))(hidden, a, b)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, wanted)
+
+
 def test_ignored_targets_give_exactly_nothing():
     hidden, head, targets = make()
     gradient = jax.grad(lambda h: cross_entropy(h, head, targets, chunk=8))(hidden)
