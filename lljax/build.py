@@ -13,11 +13,12 @@ from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import load_adapter
 from lljax.interop.quantized import form_of
 from lljax.interop.started import StartedBase, starts_from_base
-from lljax.models import lora, quantize, rope
+from lljax.models import fp8, lora, quantize, rope
 from lljax.models import spec as specs
 from lljax.models.declare import declared, dtype_of
 from lljax.models.decoder import Decoder, repeats, share_residuals
 from lljax.models.initialise import initialise
+from lljax.models.layers import Linear
 from lljax.models.quantize import Form
 from lljax.models.spec import DecoderSpec
 
@@ -67,7 +68,14 @@ def abstract_model(config, hf_config: dict) -> Decoder:
                     seed=config.seed, rank_pattern=config.lora.rank_pattern, alpha_pattern=config.lora.alpha_pattern,
                     also_train=config.lora.also_train)
     _quantise(model, form_of(config.model.quantize, hf_config), jnp.dtype(config.model.dtype))
+    _multiply_in(model, config.model.matmul)
     return model
+
+
+def _multiply_in(model: Decoder, matmul: str) -> None:
+    for _, linear in lora.linear_layers(model) if matmul == "fp8" else ():
+        if type(linear) is Linear:           # experts have a grouped product
+            linear.dot = fp8.fp8_dot
 
 
 def _quantise(model: Decoder, form: Form | None, dtype) -> None:
@@ -79,6 +87,8 @@ def _quantise(model: Decoder, form: Form | None, dtype) -> None:
 
 def placed_model(config, hf_config: dict, mesh: Mesh) -> Decoder:
     """`abstract_model` with the dtype that each value will have and its place on `mesh`: enough to compile with."""
+    if config.model.matmul == "fp8":
+        fp8.check(device.device_kind for device in mesh.devices.flat)
     model = abstract_model(config, hf_config)
     for _, variable in declared(model):
         value = variable.get_value()
@@ -115,9 +125,10 @@ def fill(model: Decoder, config, base, mesh: Mesh) -> None:
     initialise(model, config.seed, deviation=deviation, dtype=dtype, shardings=shardings)
 
 
-def load_base(base, spec: DecoderSpec, dtype, quantise: str = "none") -> Decoder:
-    """The base alone under `spec`, to compare with or to talk to; quantise: as `model.quantize`."""
+def load_base(base, spec: DecoderSpec, dtype, quantise: str = "none", matmul: str = "default") -> Decoder:
+    """The base alone under `spec`, to compare with or to talk to; quantise, matmul: as `model.quantize` and `model.matmul`."""
     model = Decoder(spec)
+    _multiply_in(model, matmul)
     _quantise(model, form_of(quantise, base.config), dtype)
     load_weights(model, base, dtype=dtype)
     return model

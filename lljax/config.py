@@ -18,6 +18,7 @@ def default_config() -> ConfigDict:
     c.model.revision = "main"                # branch, tag or commit, where path is a hub id
     c.model.init = "pretrained"              # pretrained | random (config.json and tokenizer are all that is read)
     c.model.dtype = "bfloat16"               # bfloat16 | float32: frozen weights and compute; trainable ones stay float32
+    c.model.matmul = "default"               # default | fp8: products with frozen kernels in eight bits, not those of experts
     c.model.quantize = "none"                # none | nf4 | nf4-double | int4 | int8 | fp8: how the frozen kernels are held
 
     c.context = ConfigDict()
@@ -133,6 +134,7 @@ def validate(c: ConfigDict) -> None:
     _choice(c, "train_type", ("lora", "full"))
     _choice(c, "model.init", ("pretrained", "random"))
     _choice(c, "model.dtype", ("bfloat16", "float32"))
+    _choice(c, "model.matmul", ("default", "fp8"))
     _choice(c, "model.quantize", ("none", "nf4", "nf4-double", "int4", "int8", "fp8"))
     _choice(c, "context.rope.type", ("keep", "linear", "dynamic", "yarn"))
     _choice(c, "data.loss_on", ("assistant", "everything"))
@@ -201,6 +203,9 @@ def validate(c: ConfigDict) -> None:
     if c.model.quantize != "none" and c.train_type == "full":
         raise ConfigError(f"model.quantize={c.model.quantize!r} holds frozen kernels and train_type='full' has none: use "
                           "train_type='lora' or model.quantize='none'")
+    if c.model.matmul == "fp8" and c.train_type == "full":
+        raise ConfigError("model.matmul='fp8' is for frozen kernels and train_type='full' has none: use train_type='lora' or "
+                          "model.matmul='default'")
     if c.model.quantize != "none" and c.memory.remat == "none":
         raise ConfigError(f"memory.remat='none' keeps every layer's kernels as model.quantize={c.model.quantize!r} makes them "
                           "dense: use memory.remat='full' or 'attention'")

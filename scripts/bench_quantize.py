@@ -55,12 +55,13 @@ def quality(config, base, texts) -> None:
     for column in ("kernels", "bits a weight", "perplexity", "against none"):
         table.add_column(column, justify="left" if column == "kernels" else "right")
     first = None
-    for format in ("none", *FORMS):
+    for format, matmul in (*((format, "default") for format in ("none", *FORMS)), ("none", "fp8")):
         with CONSOLE.status(format):
-            model = load_base(base, spec.from_hf(base.config), jnp.float32, format)
+            model = load_base(base, spec.from_hf(base.config), jnp.float32, format, matmul)
             value = perplexity(model, texts, config.context.length)
         first = first or value
-        table.add_row(format, f"{bits(model):.3f}", f"{value:.3f}", f"{100 * (value / first - 1):+.2f}%")
+        kernels = format if matmul == "default" else f"{format}, products in {matmul}"
+        table.add_row(kernels, f"{bits(model):.3f}", f"{value:.3f}", f"{100 * (value / first - 1):+.2f}%")
     CONSOLE.print(table)
 
 

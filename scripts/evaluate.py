@@ -36,9 +36,9 @@ def evaluate(workdir: Path, lengths: list[int], documents: int) -> None:
     if not len(texts):
         raise DataError(f"no held-out document has more than {max(lengths)} tokens: shorten --lengths, or hold more out "
                         "with data.valid_fraction")
-    dtype = jnp.dtype(config.model.dtype)
-    models = {"base": load_base(base, spec.from_hf(base.config), dtype, config.model.quantize),
-              "base, RoPE stretched": load_base(base, trained.spec, dtype, config.model.quantize), "trained": trained}
+    dtype, like = jnp.dtype(config.model.dtype), (config.model.quantize, config.model.matmul)
+    models = {"base": load_base(base, spec.from_hf(base.config), dtype, *like),
+              "base, RoPE stretched": load_base(base, trained.spec, dtype, *like), "trained": trained}
     columns = ["perplexity at", *(f"{length:,}" for length in lengths)]
     table = Table(*columns)
     rows = []

@@ -42,6 +42,8 @@ def test_every_shipped_config_is_legal(path):
     ({"optimizer.name": "galore"}, "set train_type='full'"),
     ({"lora.dropout": 1.0}, "from 0 to below 1"),
     ({"lora.dora": True, "train_type": "full"}, "lora.dora=True.*train_type='full' has none"),
+    ({"model.matmul": "fp8", "train_type": "full"}, "model.matmul='fp8'.*train_type='full' has none"),
+    ({"lora.init": "loftq"}, "lora.init='loftq'.*model.quantize='none'.*set model.quantize='nf4'"),
     ({"lora.init": "pizza"}, "none of default, pissa"),
     ({"lora.init": "pissa", "lora.adapter": "x"}, "use lora.init='default'"),
     ({"lora.rank_pattern": (("q_proj", 0),)}, "lora.rank_pattern: .*a number of at least 1"),

@@ -51,7 +51,8 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ low-rank update) (+ bias); kernel is [in, out]. `lora` is filled by lljax.models.lora.attach.
+    """x @ kernel (+ low-rank update) (+ bias); kernel is [in, out]. `lora` is filled by lljax.models.lora.attach; `dot`, the
+    product with the kernel, may be lljax.models.fp8.fp8_dot.
 
     part: its outputs are some of those of the HF layer `hf`, see `declare.Weight`.
     """
@@ -62,10 +63,11 @@ class Linear(nnx.Module):
         self.kernel = declare(shape, axes=axes, hf=f"{hf}.weight", role="kernel", transpose=True, **more)
         self.bias = declare(shape[1:], axes=axes[1:], hf=f"{hf}.bias", role="bias", init="zeros") if bias else None
         self.lora = nnx.data(None)
+        self.dot = jnp.matmul
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
-        y = x @ kernel
+        y = self.dot(x, kernel)
         if self.lora is not None:
             y = self.lora(x, y, kernel, dropout_key)
         if self.bias is not None:
