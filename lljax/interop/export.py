@@ -12,7 +12,7 @@ from flax import nnx
 
 from lljax.errors import ConfigError
 from lljax.interop import safetensors
-from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value, joined, parts_of
+from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, joined, parts_of
 from lljax.interop.peft import write_adapter
 from lljax.models.lora import linear_layers
 from lljax.models.spec import rope_to_hf
@@ -43,9 +43,12 @@ def export_peft(model: nnx.Module, base, out: Path) -> str:
                 f"{_vllm_rank(config)} --max-model-len {model.spec.max_length} --hf-overrides '{overrides}'")
     gguf = Path(base.path).suffix == ".gguf"
     source = f"{str(Path(base.path).parent)!r}, gguf_file={Path(base.path).name!r}" if gguf else repr(base.path)
+    changed = f"transformers.AutoConfig.from_pretrained({source}, **json.load(open('{out}/rope.json')))"
+    if base.prefix:                          # the text model has a config of its own in that of the whole
+        changed = (f"transformers.AutoConfig.from_pretrained({source}).get_text_config()\n"
+                   f"config = type(config).from_dict(config.to_dict() | json.load(open('{out}/rope.json')))")
     return (f"# rope.json holds the RoPE that the adapter was trained with; an adapter cannot carry it itself.\n"
-            f"import json, peft, transformers\n"
-            f"config = transformers.AutoConfig.from_pretrained({source}, **json.load(open('{out}/rope.json')))\n"
+            f"import json, peft, transformers\nconfig = {changed}\n"
             f"model = transformers.AutoModelForCausalLM.from_pretrained({source}, config=config)\n"
             f"model = peft.PeftModel.from_pretrained(model, '{out}')\n{note}")
 
@@ -92,14 +95,14 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
     parts_of_tensors = parts_of(model)
     trained = {name: parts[0][0].get_metadata().get("trainable", False) for name, parts in parts_of_tensors.items()}
     available = set() if all(trained.values()) else set(base.names())
-    updates = {}                             # HF name -> [(which of its rows, their Lora, layer)]
+    updates = {}                             # HF name -> [(adapted linear layer, which of its tensors)]
     for _, linear in linear_layers(model) if merge else ():
         for i, name in enumerate(hf_names(linear.kernel)) if linear.lora is not None else ():
-            updates.setdefault(name, []).append((hf_rows(linear.kernel), linear.lora, i))
+            updates.setdefault(name, []).append((linear, i))
     sources: dict[str, Callable[[], np.ndarray]] = {}
     for name, parts in parts_of_tensors.items():
         if trained[name] or name not in available:
-            sources[name] = lambda parts=parts: joined(hf_value(variable, i) for variable, i in parts)
+            sources[name] = lambda parts=parts: joined(parts)
         elif name in updates:                # to the base's own weight: the run's copy may be rounded
             sources[name] = lambda name=name: _merged(base.read(name), updates[name])
         else:                                # bitwise as it was, whatever dtype the run computed in
@@ -123,10 +126,11 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
 
 
 def _merged(weight: np.ndarray, updates) -> np.ndarray:
-    """The weight [out, in] plus the low-rank updates of its rows, in float32."""
+    """The weight plus the low-rank updates of its parts, in float32."""
     weight = weight.astype(np.float32)       # a copy
-    for rows, lora, i in updates:
-        weight[rows] += lora.scale * (hf_value(lora.b, i) @ hf_value(lora.a, i))
+    for linear, i in updates:
+        update = linear.lora.scale * (hf_value(linear.lora.b, i) @ hf_value(linear.lora.a, i))       # [..., out, in]
+        weight[hf_part(linear.kernel)] += update if linear.kernel.get_metadata("transpose") else np.swapaxes(update, -1, -2)
     return weight
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from lljax.errors import ConfigError, ModelError
 from lljax.interop import safetensors
 from lljax.interop.base import read_json
-from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value, tensors
+from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, tensors
 from lljax.models.declare import LoraWeight, Weight, declared
 from lljax.models.lora import linear_layers
 from lljax.sharding import put
@@ -148,16 +148,17 @@ def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, whole_modu
 
 def _check_experts(model) -> None:
     """transformers 5 holds the experts of a layer together, gate and up as one; PEFT translates the factors of each, and takes
-    everything named like a projection of an expert to be one. It does not know of qwen2_moe."""
+    everything named like a projection of an expert to be one; not of qwen2_moe, nor where they lie together on disk, too."""
     if model.spec.moe is None:
         return
     family, (gate, up, _) = model.spec.family, model.spec.moe.projections
     adapted = sorted({name for name, linear in linear_layers(model) if linear.lora is not None})
     experts = {name.rpartition(".")[2] for name in adapted if ".experts." in name}
     others = [name for name in adapted if name.rpartition(".")[2] in model.spec.moe.projections and ".experts." not in name]
-    if family == "qwen2_moe" and experts:
+    untranslated = family == "qwen2_moe" or model.spec.moe.fused
+    if untranslated and experts:
         refused = f"PEFT does not load factors of the experts of a {family} model"
-    elif family != "qwen2_moe" and others:
+    elif not untranslated and others:
         refused = f"PEFT takes {others[0]} of a {family} model for a part of its experts"
     elif (gate in experts) != (up in experts):
         refused = f"PEFT adapts {gate} and {up} of experts together or not at all, and lora.targets names one of them"
@@ -181,7 +182,7 @@ def _fused(model) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         factors[b] = np.zeros((hf_shape(of[0][0].kernel)[0], rank), np.float32)
         for n, (linear, i) in enumerate(of):
             columns = slice(n * linear.lora.rank, (n + 1) * linear.lora.rank)
-            factors[b][hf_rows(linear.kernel), columns] = hf_value(linear.lora.b, i)
+            factors[b][hf_part(linear.kernel)[1], columns] = hf_value(linear.lora.b, i)
     return counts, factors
 
 
