@@ -38,10 +38,15 @@ def extended_spec(hf_config: dict, context) -> DecoderSpec:
 
 
 def stretched(spec: DecoderSpec, *, type: str, factor: float | str, length: int) -> DecoderSpec:
-    """`spec` with its RoPE stretched to read `length` tokens, see lljax.models.rope.extend."""
+    """`spec` with its RoPE stretched to read `length` tokens, see lljax.models.rope.extend.
+
+    Where RoPE turns chunked layers alone, it never compares tokens further apart than a chunk, and "auto" leaves it as it is.
+    """
     extended = rope.extend(spec.rope, type=type, factor=factor, length=length, max_length=spec.max_length)
     if extended == spec.rope:
         return spec
+    if factor == "auto" and all(layer.chunked for layer in spec.layers if layer.rope is not None):
+        return dataclasses.replace(spec, max_length=length)
     if spec.family == "phi3":
         raise ConfigError(f"context.rope.type={type!r}: transformers reads a phi3 model with no RoPE but its own, so nothing "
                           "could load what was trained; use context.rope.type='keep'")

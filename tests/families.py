@@ -40,6 +40,10 @@ LATENT = {"num_key_value_heads": 6, "q_lora_rank": 24, "kv_lora_rank": 20, "qk_r
           "v_head_dim": 10, "rope_parameters": {
               "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 5000.0, "mscale": 1.0,
               "mscale_all_dim": 0.8}}
+CHUNKS = {"num_hidden_layers": 5, "head_dim": 16, "intermediate_size_mlp": 40, "num_local_experts": 4,
+          "attention_chunk_size": 20, "floor_scale": 16, "attn_scale": 0.5, "rope_parameters": {
+              "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5000.0,
+              "original_max_position_embeddings": 32}}
 # The name begins with the model_type.
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {}),
@@ -68,6 +72,10 @@ FAMILIES = {
     "deepseek_v3": (transformers.DeepseekV3Config, SIGMOID | LATENT),
     "deepseek_v3 with no latent for queries": (transformers.DeepseekV3Config, SIGMOID | LATENT | {
         "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "llama4_text": (transformers.Llama4TextConfig, CHUNKS),
+    "llama4_text with two experts a token in every second layer": (transformers.Llama4TextConfig, CHUNKS | {
+        "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "use_qk_norm": False, "attn_temperature_tuning": False,
+        "no_rope_layers": [1, 0, 1, 1, 1], "attention_bias": True}),
 }
 TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))     # beyond max_position_embeddings
 
@@ -147,7 +155,8 @@ def targets(spec) -> tuple[str, ...]:
     """The linear layers that PEFT adapts, see lljax.interop.peft."""
     if spec.moe is None:
         return ("all-linear",)
-    return (r"self_attn\..*", r"mlp\.(shared_expert\.)?\w*" if spec.family == "qwen2_moe" else r".*\.experts\..*")
+    dense = spec.family == "qwen2_moe" or spec.moe.fused
+    return (r"self_attn\..*", r"(mlp|feed_forward)\.(shared_expert\.)?\w*" if dense else r".*\.experts\..*")
 
 
 def fill(model, size: float) -> None:

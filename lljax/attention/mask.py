@@ -49,6 +49,24 @@ def causal(B: int, T: int, segments: jax.Array | None = None) -> Mask:
     return Mask(index, index, segments, segments, ordered=True)
 
 
+def chunked(mask: Mask, q_positions: jax.Array, k_positions: jax.Array, chunk: int) -> Mask:
+    """The mask that also cuts every document into chunks of `chunk` tokens, which do not see each other.
+
+    positions int32 [B, T] and [B, S]: of a token in its document, below S. Chunks are documents of their own: segment and
+    chunk make one number that grows along the row, so that the ranges of blocks stay narrow; and since no key is further
+    away, the window says so to what asks how far back a query looks.
+    """
+    chunks = -(-mask.k_index.shape[1] // chunk)                      # of a document, at most
+    if chunks == 1:
+        return mask
+
+    def cut(segments, positions):
+        return positions // chunk + (0 if segments is None else segments * chunks)
+    window = chunk if mask.window is None else min(mask.window, chunk)
+    return mask.replace(q_segments=cut(mask.q_segments, q_positions), k_segments=cut(mask.k_segments, k_positions),
+                        window=window)
+
+
 def group_of(mask: Mask, index: jax.Array) -> jax.Array:
     """The group that each index belongs to, for a mask with groups."""
     return (index + (mask.group - mask.shift) % mask.group) // mask.group

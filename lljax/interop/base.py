@@ -10,19 +10,22 @@ from lljax.errors import ModelError
 from lljax.interop import safetensors
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+# By model_type, of models that read more than text: the prefix of the tensors of their text model, and its architecture.
+TEXT_MODELS = {"llama4": ("language_model.", "Llama4ForCausalLM")}
 
 
 class FolderBase:
     """A folder with config.json, safetensors and a tokenizer. The interface of every base:
 
-    path: what the user named. config: HF config.json as a dict. names(), shape(name), read(name): tensors under their
+    path: what the user named. config: HF config.json as a dict; where the folder holds more than a text model, that of the text
+    model, and `prefix` is what the names of its tensors begin with there. names(), shape(name), read(name): tensors under their
     HF names and in HF orientation. stored(name, form): a kernel as it is stored, where it is quantised in that form.
     tokenizer(): a transformers fast tokenizer. fingerprint(): tells bases apart.
     """
 
     def __init__(self, path: str, folder: Path):
         self.path, self.folder = path, folder
-        self.config = read_json(folder / "config.json")
+        self.config, self.prefix = text_model(read_json(folder / "config.json"))
         self._tensors = None
 
     @property
@@ -32,16 +35,16 @@ class FolderBase:
         return self._tensors
 
     def names(self) -> list[str]:
-        return self.tensors.names()
+        return [name.removeprefix(self.prefix) for name in self.tensors.names() if name.startswith(self.prefix)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors.shape(name)
+        return self.tensors.shape(self.prefix + name)
 
     def dtype(self, name: str) -> np.dtype:
-        return self.tensors.dtype(name)
+        return self.tensors.dtype(self.prefix + name)
 
     def read(self, name: str) -> np.ndarray:
-        return self.tensors.read(name)
+        return self.tensors.read(self.prefix + name)
 
     def stored(self, name: str, form):
         return None
@@ -110,7 +113,24 @@ def open_config(path: str, revision: str = "main") -> dict:
     """
     if Path(path).expanduser().exists() or Path(path).suffix == ".gguf":
         return open_base(path, revision).config
-    return read_json(_download(path, revision, files=["config.json"]) / "config.json")
+    return text_model(read_json(_download(path, revision, files=["config.json"]) / "config.json"))[0]
+
+
+def text_model(config: dict) -> tuple[dict, str]:
+    """The config.json of the text model alone, and the prefix of its tensors: see TEXT_MODELS.
+
+    Raises:
+      ModelError: a model of several kinds of input without a text_config.
+    """
+    if config.get("model_type") not in TEXT_MODELS:
+        return config, ""
+    prefix, architecture = TEXT_MODELS[config["model_type"]]
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise ModelError(f"config.json: model_type {config['model_type']!r} needs an object text_config, which describes its "
+                         "text model")
+    shared = {name: config[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in config}
+    return {"model_type": f"{config['model_type']}_text"} | text | shared | {"architectures": [architecture]}, prefix
 
 
 def _download(path: str, revision: str, files=HUB_FILES) -> Path:

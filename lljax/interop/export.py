@@ -12,7 +12,7 @@ from flax import nnx
 
 from lljax.errors import ConfigError
 from lljax.interop import safetensors
-from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value, joined, parts_of
+from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, joined, parts_of
 from lljax.interop.peft import write_adapter
 from lljax.interop.started import StartedBase, owns_kernel, starts_from_base
 from lljax.models.lora import adaptable
@@ -49,9 +49,12 @@ def export_peft(model: nnx.Module, base, out: Path) -> str:
                 f"{_vllm_rank(config)} --max-model-len {model.spec.max_length} --hf-overrides '{overrides}'")
     gguf = Path(base.path).suffix == ".gguf"
     source = f"{str(Path(base.path).parent)!r}, gguf_file={Path(base.path).name!r}" if gguf else repr(base.path)
+    changed = f"transformers.AutoConfig.from_pretrained({source}, **json.load(open('{out}/rope.json')))"
+    if base.prefix:                          # the text model has a config of its own in that of the whole
+        changed = (f"transformers.AutoConfig.from_pretrained({source}).get_text_config()\n"
+                   f"config = type(config).from_dict(config.to_dict() | json.load(open('{out}/rope.json')))")
     return (f"# rope.json holds the RoPE that the adapter was trained with; an adapter cannot carry it itself.\n"
-            f"import json, peft, transformers\n"
-            f"config = transformers.AutoConfig.from_pretrained({source}, **json.load(open('{out}/rope.json')))\n"
+            f"import json, peft, transformers\nconfig = {changed}\n"
             f"model = transformers.AutoModelForCausalLM.from_pretrained({source}, config=config)\n"
             f"model = peft.PeftModel.from_pretrained(model, '{out}')\n{note}")
 
@@ -109,18 +112,18 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
     parts_of_tensors = parts_of(model)
     trained = {name: parts[0][0].get_metadata().get("trainable", False) for name, parts in parts_of_tensors.items()}
     available = set() if all(trained.values()) else set(base.names())
-    updates, own = {}, {}                    # HF name -> [(which of its rows, their Lora, layer)]; -> [(kernel, layer)]
+    updates, own = {}, {}                    # HF name -> [(weight, its Lora, which of its tensors)]; -> [(weight, which)]
     for _, weight, lora in adaptable(model):
         for i, name in enumerate(hf_names(weight)) if lora is not None else ():
             if merge:
-                updates.setdefault(name, []).append((hf_rows(weight), lora, i))
+                updates.setdefault(name, []).append((weight, lora, i))
             if owns_kernel(lora):
                 own.setdefault(name, []).append((weight, i))
     started = StartedBase(base, model) if starts_from_base(model) else base
     sources: dict[str, Callable[[], np.ndarray]] = {}
     for name, parts in parts_of_tensors.items():
         if trained[name] or name not in available:
-            sources[name] = lambda parts=parts: joined(hf_value(variable, i) for variable, i in parts)
+            sources[name] = lambda parts=parts: joined(parts)
         elif name in own:                    # they belong to the factors, also where these are not merged
             sources[name] = lambda name=name: _merged(_replaced(base.read(name), own[name]), updates.get(name, ()))
         elif name in updates:                # to the base's own weight: the run's copy may be rounded
@@ -146,21 +149,21 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, max_shard_byt
 
 
 def _replaced(weight: np.ndarray, kernels) -> np.ndarray:
-    """The weight [out, in] with those of its rows that the run has kernels of its own for."""
+    """The weight with those of its parts that the run has kernels of its own for, in float32."""
     weight = weight.astype(np.float32)       # a copy
     for kernel, i in kernels:
-        weight[hf_rows(kernel)] = hf_value(kernel, i)
+        weight[hf_part(kernel)] = hf_value(kernel, i)
     return weight
 
 
 def _merged(weight: np.ndarray, updates) -> np.ndarray:
-    """The weight [out, in] of the adapted layer, or of several whose rows it holds, in float32."""
+    """The weight with what adapters make of its parts, in float32."""
     weight = weight.astype(np.float32)       # a copy
-    for rows, lora, i in updates:
-        update = hf_value(lora.b, i) @ hf_value(lora.a, i)
-        weight[rows] += lora.scale * (update.T if lora.looks_up else update)
+    for kernel, lora, i in updates:
+        part, update = hf_part(kernel), lora.scale * (hf_value(lora.b, i) @ hf_value(lora.a, i))     # [..., out, in]
+        weight[part] += np.swapaxes(update, -1, -2) if lora.turned else update
         if lora.magnitude is not None:
-            weight[rows] *= (hf_value(lora.magnitude, i) / np.linalg.norm(weight[rows], axis=1))[:, None]
+            weight[part] *= (hf_value(lora.magnitude, i) / np.linalg.norm(weight[part], axis=1))[:, None]
     return weight
 
 

@@ -31,7 +31,7 @@ class GgufBase:
     """The interface of lljax.interop.base.FolderBase over one GGUF file."""
 
     def __init__(self, path: str, file: Path):
-        self.path, self.file, self.generation_config = path, file, None
+        self.path, self.prefix, self.file, self.generation_config = path, "", file, None
         with self._reading("not a GGUF file that can be read"):
             self._reader = gguf.GGUFReader(file)
             names = LAYER | (GEMMA if self._architecture == "gemma3" else {})

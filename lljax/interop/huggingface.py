@@ -45,17 +45,17 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
         used.update(names)
         wanted = dtype_of(variable, dtype)
         sharding = shardings(variable) if shardings else None
-        transpose, rows = variable.get_metadata("transpose"), hf_rows(variable)
+        transpose, part = variable.get_metadata("transpose"), hf_part(variable)
 
         outline = variable.get_value()
 
-        def read(name, transpose=transpose, wanted=wanted, rows=rows, outline=outline):
-            whole = rows == slice(None)      # a part of a fused tensor is quantised anew
+        def read(name, transpose=transpose, wanted=wanted, part=part, outline=outline):
+            whole = part == ...              # a part of a fused tensor is quantised anew
             stored = base.stored(name, outline.form) if whole and isinstance(outline, Quantised) else None
             if stored is not None:
                 return dataclasses.replace(stored, dtype=outline.dtype)
-            array = base.read(name)[rows]
-            return np.asarray(array.T if transpose else array, dtype=wanted)
+            array = base.read(name)[part]
+            return np.asarray(np.swapaxes(array, -1, -2) if transpose else array, dtype=wanted)
 
         if held := stacked(variable):
             value = jax.jit(functools.partial(_zeros, outline, wanted), out_shardings=sharding)()
@@ -84,31 +84,38 @@ def _set_part(whole, part, at):
 def tensors(model: nnx.Module, kind=Weight) -> Iterator[tuple[str, np.ndarray]]:
     """(HF name, array in HF orientation) of every Variable of `kind`, one tensor at a time."""
     for name, parts in parts_of(model, kind).items():
-        yield name, joined(hf_value(variable, i) for variable, i in parts)
+        yield name, joined(parts)
 
 
 def parts_of(model: nnx.Module, kind=Weight) -> dict[str, list[tuple[nnx.Variable, int]]]:
-    """What each HF tensor is made of, in the order of its rows: a Variable, and which of its layers. Nearly always one."""
+    """What each HF tensor is made of: Variables, and which of their layers. Nearly always one."""
     parts = {}
     for _, variable in declared(model):
         if isinstance(variable, kind):
             for i, name in enumerate(hf_names(variable)):
                 parts.setdefault(name, []).append((variable, i))
-    return {name: sorted(of, key=lambda part: hf_rows(part[0]).start or 0) for name, of in parts.items()}
+    return parts
 
 
-def joined(arrays) -> np.ndarray:
-    """One HF tensor from its parts."""
-    arrays = list(arrays)
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+def joined(parts: list[tuple[nnx.Variable, int]]) -> np.ndarray:
+    """One HF tensor of its parts, see `parts_of`."""
+    if len(parts) == 1:
+        return hf_value(*parts[0])
+    whole = None
+    for variable, i in parts:
+        value = hf_value(variable, i)
+        whole = np.empty(hf_shape(variable), value.dtype) if whole is None else whole
+        whole[hf_part(variable)] = value
+    return whole
 
 
-def hf_rows(variable: nnx.Variable) -> slice:
-    """Which rows of its HF tensors a Variable holds."""
+def hf_part(variable: nnx.Variable):
+    """What of its HF tensors a Variable holds, as an index: all, or some of the outputs."""
     if "part" not in variable.get_metadata():
-        return slice(None)
-    first, _ = variable.get_metadata("part")
-    return slice(first, first + variable.get_value().shape[-1])
+        return ...
+    first, step, _ = variable.get_metadata("part")
+    outputs = slice(first, first + step * variable.get_value().shape[-1], step)
+    return (..., outputs, slice(None)) if variable.get_metadata("transpose") else (..., outputs)
 
 
 def hf_value(variable: nnx.Variable, i: int = 0) -> np.ndarray:
@@ -118,11 +125,11 @@ def hf_value(variable: nnx.Variable, i: int = 0) -> np.ndarray:
         at = np.unravel_index(i, value.shape[:held])
         value = jax.tree.map(lambda x: x[at], value)
     array = np.asarray(dequantise(value, value.dtype) if isinstance(value, Quantised) else value)
-    return array.T if variable.get_metadata("transpose") else array
+    return np.swapaxes(array, -1, -2) if variable.get_metadata("transpose") else array
 
 
 def hf_shape(variable: nnx.Variable) -> tuple[int, ...]:
     """The shape of each of its HF tensors."""
-    shape = variable.get_value().shape[stacked(variable):]
-    shape = shape[::-1] if variable.get_metadata("transpose") else shape
-    return (variable.get_metadata("part")[1], *shape[1:]) if "part" in variable.get_metadata() else shape
+    *rest, outputs = variable.get_value().shape[stacked(variable):]
+    *_, outputs = variable.get_metadata().get("part", (outputs,))
+    return (*rest[:-1], outputs, rest[-1]) if variable.get_metadata("transpose") else (*rest, outputs)

@@ -13,7 +13,7 @@ from flax import nnx
 from lljax.errors import ConfigError, ModelError
 from lljax.interop import safetensors
 from lljax.interop.base import read_json
-from lljax.interop.huggingface import hf_names, hf_rows, hf_shape, hf_value
+from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value
 from lljax.interop.started import StartedBase, owns_kernel, starts_from_base
 from lljax.models.declare import Weight, declared
 from lljax.models.lora import TABLES, adaptable, of_pattern
@@ -165,16 +165,17 @@ def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, base=None,
 
 def _check_experts(model) -> None:
     """transformers 5 holds the experts of a layer together, gate and up as one; PEFT translates the factors of each, and takes
-    everything named like a projection of an expert to be one. It does not know of qwen2_moe."""
+    everything named like a projection of an expert to be one; not of qwen2_moe, nor where they lie together on disk, too."""
     if model.spec.moe is None:
         return
     family, (gate, up, _) = model.spec.family, model.spec.moe.projections
     adapted = sorted({name for name, _, lora in adaptable(model) if lora is not None})
     experts = {name.rpartition(".")[2] for name in adapted if ".experts." in name}
     others = [name for name in adapted if name.rpartition(".")[2] in model.spec.moe.projections and ".experts." not in name]
-    if family == "qwen2_moe" and experts:
+    untranslated = family == "qwen2_moe" or model.spec.moe.fused
+    if untranslated and experts:
         refused = f"PEFT does not load factors of the experts of a {family} model"
-    elif family != "qwen2_moe" and others:
+    elif not untranslated and others:
         refused = f"PEFT takes {others[0]} of a {family} model for a part of its experts"
     elif (gate in experts) != (up in experts):
         refused = f"PEFT adapts {gate} and {up} of experts together or not at all, and lora.targets names one of them"
@@ -200,7 +201,7 @@ def _factors(model, base) -> tuple[dict[str, np.ndarray], dict[str, tuple]]:
         for weight, lora, i in of:
             a, b = hf_value(lora.a, i), hf_value(lora.b, i)
             if started is not None and not owns_kernel(lora):
-                first_a, first_b = started.factors(name, hf_rows(weight))
+                first_a, first_b = started.factors(name, hf_part(weight))
                 a, b = np.concatenate([a, first_a]), np.concatenate([b, -first_b], axis=1)
             pairs.append((a, b))
         weight, lora, i = of[0]
@@ -208,7 +209,7 @@ def _factors(model, base) -> tuple[dict[str, np.ndarray], dict[str, tuple]]:
         if "part" in weight.get_metadata():
             b, column = np.zeros((hf_shape(weight)[0], len(a)), np.float32), 0
             for (part, own, _), (_, own_b) in zip(of, pairs):
-                b[hf_rows(part), column:column + own_b.shape[1]] = own_b * (own.scale / lora.scale)
+                b[hf_part(part)[1], column:column + own_b.shape[1]] = own_b * (own.scale / lora.scale)
                 column += own_b.shape[1]
         if magnitude is not None:
             arrays[PREFIX + hf_names(magnitude)[i]] = _magnitude(name, of, base)
@@ -220,7 +221,7 @@ def _factors(model, base) -> tuple[dict[str, np.ndarray], dict[str, tuple]]:
 
 def _magnitude(name: str, of, base) -> np.ndarray:
     """Of a HF tensor; rows of it that nothing adapts keep their norms."""
-    parts = [(hf_rows(weight), hf_value(lora.magnitude, i)) for weight, lora, i in of]
+    parts = [(hf_part(lora.magnitude), hf_value(lora.magnitude, i)) for _, lora, i in of]
     rows = hf_shape(of[0][0])[0]
     if sum(len(part) for _, part in parts) == rows:
         whole = np.empty(rows, np.float32)

@@ -89,7 +89,7 @@ class Kernel:
     """The tensors on disk of one quantised kernel."""
 
     def __init__(self, base: QuantisedFolder, stem: str):
-        self.path, self.stem, self.tensors = base.path, stem, base.tensors
+        self.path, self.stem, self.tensors = base.path, base.prefix + stem, base.tensors
 
     def shape(self, part: str) -> tuple[int, ...]:
         self._find(part)

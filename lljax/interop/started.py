@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from lljax.errors import ModelError
-from lljax.interop.huggingface import hf_names, hf_rows
+from lljax.interop.huggingface import hf_names, hf_part
 from lljax.models.lora import linear_layers
 from lljax.models.quantize import Quantised, dequantise, quantise
 from lljax.models.start import first_factors
@@ -39,19 +39,19 @@ class StartedBase:
         if base.config.get("quantization_config") and any(owns_kernel(linear.lora) for linear in self._adapted):
             raise ModelError(f"{base.path}: lora.init='loftq' starts from dense kernels, and this base is quantised: use the "
                              "model it was made from, or lora.init='default'")
-        self._linears = {}                   # HF name -> [(which of its rows, their layer)]
+        self._linears = {}                   # HF name -> [(which part of it, the layer)]
         for linear in self._adapted:
             for name in hf_names(linear.kernel):
-                self._linears.setdefault(name, []).append((hf_rows(linear.kernel), linear))
+                self._linears.setdefault(name, []).append((hf_part(linear.kernel), linear))
         self._read = {}                      # of the tensors that were read, see lljax.models.start.first_factors
 
     def __getattr__(self, attribute):
         return getattr(self._base, attribute)
 
-    def factors(self, name: str, rows: slice = slice(None)):
-        """A [R, in] and B [out, R] that the run began with, of the adapted kernel that is these rows of a tensor."""
-        linear = next(linear for of, linear in self._linears[name] if of == rows)
-        return self._factors(name, self._base.read(name)[rows], linear)[0]
+    def factors(self, name: str, part=...):
+        """A [R, in] and B [out, R] that the run began with, of the adapted kernel that is this part of a tensor."""
+        linear = next(linear for of, linear in self._linears[name] if of == part)
+        return self._factors(name, self._base.read(name)[part], linear)[0]
 
     def _factors(self, name, weight, linear):
         lora, kernel = linear.lora, linear.kernel.get_value()
@@ -64,10 +64,10 @@ class StartedBase:
         if name not in self._linears:
             return weight
         if name not in self._read:           # a tensor of several kernels is read for each of them
-            self._read[name] = [self._factors(name, weight[rows], linear) for rows, linear in self._linears[name]]
+            self._read[name] = [self._factors(name, weight[part], linear) for part, linear in self._linears[name]]
         weight = weight.astype(np.float32)   # a copy
-        for (rows, linear), (_, (a, b)) in zip(self._linears[name], self._read[name]):
-            weight[rows] -= linear.lora.scale * (b @ a)
+        for (part, linear), (_, (a, b)) in zip(self._linears[name], self._read[name]):
+            weight[part] -= linear.lora.scale * (b @ a)
         return weight
 
     def stored(self, name: str, form):
@@ -77,8 +77,8 @@ class StartedBase:
     def give_factors(self, shardings=None) -> None:
         """Fills the factors of the model, whose kernels have been read."""
         for linear in self._adapted:
-            lora, names, rows = linear.lora, hf_names(linear.kernel), hf_rows(linear.kernel)
-            place = [of for of, _ in self._linears[names[0]]].index(rows)
+            lora, names, part = linear.lora, hf_names(linear.kernel), hf_part(linear.kernel)
+            place = [of for of, _ in self._linears[names[0]]].index(part)
             for variable, which in ((lora.a, 0), (lora.b, 1)):
                 value = np.stack([self._read[name][place][0][which].T for name in names]).reshape(variable.get_value().shape)
                 variable.set_value(put(value, shardings(variable) if shardings else None))

@@ -19,8 +19,8 @@ class Weight(nnx.Param):
       hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis of layers, one of several experts "{expert}"
         and the next axis.
       layers: of a stacked Weight, (first, step): it holds the layers first, first + step, ... of the model.
-      part: of a Weight that HF keeps with others in one tensor, (first, all): the first of its rows there, and how many rows
-        that tensor has.
+      part: of a Weight that HF keeps with others in one tensor, (first, step, all): it has the outputs first, first + step, ...
+        of the `all` that are there.
       transpose: HF stores the (per-layer) matrix the other way round ([out, in]; ours is [in, out]).
       axes: logical axis names, one per dimension (see lljax.sharding).
       role: "kernel" | "bias" | "embed" | "norm" | "head" | "router": the name by which optimizer groups and

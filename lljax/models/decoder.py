@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lljax.attention import Mask
+from lljax.attention.mask import chunked
 from lljax.attention.softcap import capped
 from lljax.models import rope
 from lljax.models.declare import declare, stack
@@ -29,19 +30,20 @@ FULL = AttentionPattern()
 class Cache:
     """Keys and values of the tokens read so far.
 
-    kv: for each stack of layers k and v, [layers of it, B, S, K, H]. segments: int32 [B, S], 0 for padding. used: tokens
-    read so far, int32.
+    kv: for each stack of layers k and v, [layers of it, B, S, K, H]. segments, positions: int32 [B, S]; segment 0 for padding.
+    used: tokens read so far, int32.
     """
 
     kv: tuple[tuple[jax.Array, jax.Array], ...]
     segments: jax.Array
+    positions: jax.Array
     used: jax.Array
 
 
 def empty_cache(spec: DecoderSpec, B: int, S: int, dtype=jnp.float32) -> Cache:
     stacks = [times for _, places, times in repeats(spec.layers) for _ in places]
     kv = tuple(tuple(jnp.zeros((times, B, S, spec.K, spec.H), dtype) for _ in "kv") for times in stacks)
-    return Cache(kv, jnp.zeros((B, S), jnp.int32), jnp.int32(0))
+    return Cache(kv, *(jnp.zeros((B, S), jnp.int32) for _ in range(2)), jnp.int32(0))
 
 
 class Decoder(nnx.Module):
@@ -68,7 +70,7 @@ class Decoder(nnx.Module):
                  cache: Cache | None = None, rope_length=None, noise: float = 0.0):
         """The hidden states [B, T, D] that `head` turns into logits.
 
-        tokens, positions: int32 [B, T]; positions restart in each document of a packed row.
+        tokens, positions: int32 [B, T]; positions count from 0 in each document of a packed row.
         segments: int32 [B, T] document of each token, 0 for padding; None for one document a row.
         index: int32 [B, T] place of each token in its row; None for 0, 1, 2 ... Tokens may come in any order.
         layout: how all of these lie on a mesh; None for one device.
@@ -89,27 +91,38 @@ class Decoder(nnx.Module):
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
         rotations = tuple(rope.rotation(positions, rope.frequencies(each, self.spec.rotary, length))
                           for each in self.spec.ropes)
+        temperature = self.spec.temperature and rope.temperature(positions, *self.spec.temperature)
         if cache is None:
             mask, start, kv = self._mask(tokens, positions, segments, index, pattern), 0, (None,) * len(self.layers)
         else:
             start, kv = cache.used, cache.kv
-            cache, mask = _extend(cache, tokens.shape, segments)
+            cache, mask = _extend(cache, positions, segments)
+        k_positions = positions if cache is None else cache.positions
 
-        def layer_of(graphdef):
+        def seen(layer: LayerSpec):
+            """Its place and mask."""
+            place = rope.Place(None, temperature) if layer.rope is None else rope.Place(rotations[layer.rope])
+            window = None if layer.chunked else layer.window
+            own = mask.replace(window=min((w for w in (window, pattern.window or None) if w is not None), default=None))
+            return place, chunked(own, positions, k_positions, layer.window) if layer.chunked else own
+
+        def layer_of(graphdef, spec):
+            place, mask = seen(spec)
+
             def layer(x, xs):
                 weights, key, kv = xs
                 weights = dequantised(gathered(weights, layout), x.dtype)
-                x, kv = nnx.merge(graphdef, weights)(x, rotations, mask, pattern, layout, memory, kv, start, key)
+                x, kv = nnx.merge(graphdef, weights)(x, place, mask, pattern, layout, memory, kv, start, key)
                 return constrain_activations(x, layout), kv
             return layer
 
         keys, out = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L), []
         for first, places, times in repeats(self.spec.layers):
             layers, xs = [], []
-            for place in range(len(places)):
+            for place, spec in enumerate(places):
                 graphdef, weights = nnx.split(self.layers[len(out) + place])
                 mine = slice(first + place, first + times * len(places), len(places))
-                layers.append(layer_of(graphdef))
+                layers.append(layer_of(graphdef, spec))
                 xs.append((weights, None if keys is None else keys[mine], kv[len(out) + place]))
             x, kv_out = scan_layers(layers, x, tuple(xs), memory, layout)
             out.extend(kv_out)
@@ -152,15 +165,16 @@ def share_residuals(layers: tuple[LayerSpec, ...], each: int) -> bool:
     return all(groups_layers(each, len(places), times) for _, places, times in repeats(layers))
 
 
-def _extend(cache: Cache, shape: tuple[int, int], segments):
-    """The cache with `shape` = (B, T) more tokens counted in, and the mask of those tokens over it."""
-    B, T = shape
+def _extend(cache: Cache, positions, segments):
+    """The cache with tokens at `positions` [B, T] counted in, and the mask of those tokens over it."""
+    T = positions.shape[1]
     index = jnp.broadcast_to(jnp.arange(cache.segments.shape[1], dtype=jnp.int32), cache.segments.shape)
-    segments = jnp.ones((B, T), jnp.int32) if segments is None else segments
-    k_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.used, axis=1)
+    segments = jnp.ones_like(positions) if segments is None else segments
+    k_segments, k_positions = (jax.lax.dynamic_update_slice_in_dim(old, new, cache.used, axis=1) for old, new in
+                               ((cache.segments, segments), (cache.positions, positions)))
     q_index = jax.lax.dynamic_slice_in_dim(index, cache.used, T, axis=1)
     # Slots beyond the new tokens hold no key yet; causality alone hides them.
-    return (dataclasses.replace(cache, segments=k_segments, used=cache.used + T),
+    return (dataclasses.replace(cache, segments=k_segments, positions=k_positions, used=cache.used + T),
             Mask(q_index, index, segments, k_segments))
 
 

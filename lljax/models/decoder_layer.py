@@ -11,7 +11,6 @@ from lljax.models.layers import MLP, Attention, RMSNorm
 from lljax.models.memory import EVERYTHING, cuts, in_tiles, tiled
 from lljax.models.mla import MLA
 from lljax.models.moe import MoE
-from lljax.models.rope import rotate
 from lljax.models.spec import DecoderSpec, LayerSpec
 
 
@@ -28,16 +27,14 @@ class DecoderLayer(nnx.Module):
         mlp = f"{hf}.{spec.moe.block if spec.moe else 'mlp'}"
         self.mlp = MoE(spec, mlp) if layer.moe else MLP(spec, mlp, F=spec.F)
 
-    def __call__(self, x, rotations, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
-        """x [B, T, D] after the layer, and its `cache`. rotations: one for each of `DecoderSpec.ropes`."""
-        rotation = None if self.layer.rope is None else rotations[self.layer.rope]
-        mask = mask.replace(window=_narrower(self.layer.window, pattern.window or None))
+    def __call__(self, x, place, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
+        """x [B, T, D] after the layer, and its `cache`. place, mask: what positions are to this layer."""
         if cache is None and cuts(x.shape[1], memory, layout):
             reach = tile_reach(x.shape[1], mask, pattern.groups, memory.tile, layout)
             if reach is not None:
-                return self._streamed(x, rotation, mask, pattern, layout, memory, reach, dropout_key), None
+                return self._streamed(x, place, mask, pattern, layout, memory, reach, dropout_key), None
         q, k, v = tiled(self._before, x, dropout_key, memory, layout)
-        mixed, cache = self.self_attn.mix(q, k, v, rotation, mask, pattern, layout, cache, start)
+        mixed, cache = self.self_attn.mix(q, k, v, place, mask, pattern, layout, cache, start)
         return tiled(functools.partial(self._after, layout=layout), (x, mixed), dropout_key, memory, layout), cache
 
     def _before(self, x, key):
@@ -53,25 +50,21 @@ class DecoderLayer(nnx.Module):
         x = x + self.post_attention_layernorm(mixed)
         return x + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x), key))
 
-    def _streamed(self, x, rotation, mask, pattern, layout, memory, reach, key):
+    def _streamed(self, x, place, mask, pattern, layout, memory, reach, key):
         """The whole layer a tile at a time, each over its own keys and those of the `reach` tokens before it: of a row,
         nothing but the layer's input and output exists at one time."""
         def tile(halo, xs, key):
-            x, rotation, mask, real = xs
+            x, place, mask, real = xs
             q, k, v = self._before(x, key)
             mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
-            mixed, halo = attend_tile(rotate(q, rotation), rotate(k, rotation), v, mask, halo,
-                                      scale=self.self_attn.scale, softcap=self.self_attn.softcap, group=pattern.groups,
-                                      layout=layout)
+            q, k = self.self_attn.placed(q, place, query=True), self.self_attn.placed(k, place)
+            mixed, halo = attend_tile(q, k, v, mask, halo, scale=self.self_attn.scale,
+                                      softcap=self.self_attn.softcap, group=pattern.groups, layout=layout)
             return halo, self._after((x, self.self_attn.join(mixed)), key, layout)
 
-        def keys(x, rotation):
+        def keys(x, place):
             _, k, v = self._before(x, key)
-            return rotate(k, rotation), v
-        halo = first_halo(keys, (x, rotation), mask, reach, layout)
+            return self.self_attn.placed(k, place), v
+        halo = first_halo(keys, (x, place), mask, reach, layout)
         real = jnp.ones(x.shape[:2], bool)
-        return in_tiles(tile, halo, (x, rotation, mask, real), key, memory, layout)[1]
-
-
-def _narrower(a: int | None, b: int | None) -> int | None:
-    return min((w for w in (a, b) if w is not None), default=None)
+        return in_tiles(tile, halo, (x, place, mask, real), key, memory, layout)[1]

@@ -30,7 +30,7 @@ def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=j
 
 def _name(variable: nnx.Variable) -> str:
     """Its HF name, from which layer on it holds a stack, and from which row on it is part: a name of which there is one."""
-    (layer, _), (row, _) = (variable.get_metadata().get(name, (0, 0)) for name in ("layers", "part"))
+    (layer, *_), (row, *_) = (variable.get_metadata().get(name, (0,)) for name in ("layers", "part"))
     return variable.get_metadata("hf") + (f" from {layer}" if layer else "") + (f" row {row}" if row else "")
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from lljax.attention import Mask, attend_parallel
 from lljax.models.declare import declare
-from lljax.models.rope import rotate
+from lljax.models.rope import Place, rotate
 from lljax.models.spec import DecoderSpec
 
 
@@ -43,11 +43,16 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis, in float32: the mean of squares of a bfloat16 row loses its low bits."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        wide = unit(x, self.eps)
         if self.plus_one:
             return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)
+
+
+def unit(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
 
 
 class Linear(nnx.Module):
@@ -58,7 +63,7 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, shape: tuple[int, int], *, axes: tuple, hf: str, bias: bool = False,
-                 part: tuple[int, int] | None = None):
+                 part: tuple[int, int, int] | None = None):
         more = {} if part is None else {"part": part}
         self.kernel = declare(shape, axes=axes, hf=f"{hf}.weight", role="kernel", transpose=True, **more)
         self.bias = declare(shape[1:], axes=axes[1:], hf=f"{hf}.bias", role="bias", init="zeros") if bias else None
@@ -86,6 +91,7 @@ class Attention(nnx.Module):
         norm = functools.partial(RMSNorm, H, spec.norm_eps, plus_one=spec.norm_plus_one)
         self.q_norm = norm(hf=f"{hf}.q_norm") if spec.qk_norm else None
         self.k_norm = norm(hf=f"{hf}.k_norm") if spec.qk_norm else None
+        self.unit_eps, self.interleaved = spec.norm_eps if spec.qk_unit else None, spec.interleaved
         self.H, self.scale, self.softcap = H, spec.scale, spec.attention_softcap
 
     def heads(self, x, dropout_key=None):
@@ -94,12 +100,21 @@ class Attention(nnx.Module):
                    for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return (halves(q), halves(k), v) if self.interleaved else (q, k, v)
 
-    def mix(self, q, k, v, rotation, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
+    def placed(self, x, place: Place, *, query: bool = False):
+        """Keys [B, T, K, H] of `heads`, or queries, with what their places do to them."""
+        if query and place.temperature is not None:
+            x = (x * place.temperature[:, :, None, None]).astype(x.dtype)
+        if place.rotation is None:
+            return x
+        x = rotate(x, place.rotation)
+        return x if self.unit_eps is None else unit(x, self.unit_eps).astype(x.dtype)
+
+    def mix(self, q, k, v, place: Place, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
         """Attention [B, T, N * H] of `heads`, or over `cache` (k, v [B, S, K, H]) with them written to it from `start`;
         and the cache, updated. `o_proj` comes after it."""
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = self.placed(q, place, query=True), self.placed(k, place)
         if cache is not None:
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                                  for old, new in zip(cache, (k, v)))
@@ -109,6 +124,12 @@ class Attention(nnx.Module):
     def join(self, out):
         """What `o_proj` takes, [B, T, N * H], of the heads [B, T, N, H] that attention gives."""
         return out.reshape(*out.shape[:2], -1)
+
+
+def halves(x):
+    """[..., dimensions] in the order in which i pairs with the one half of them further; a checkpoint whose RoPE pairs
+    neighbours has them in another. Scores do not change where queries and keys are ordered alike."""
+    return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}        # jax's gelu is the approximation by tanh
@@ -135,4 +156,4 @@ def named_or_fused(fused: str | None, hf: str, **sizes: int) -> dict:
     if fused is None:
         return {name: {"hf": f"{hf}.{name}"} for name in sizes}
     firsts = itertools.accumulate(sizes.values(), initial=0)
-    return {name: {"hf": fused, "part": (first, sum(sizes.values()))} for name, first in zip(sizes, firsts)}
+    return {name: {"hf": fused, "part": (first, 1, sum(sizes.values()))} for name, first in zip(sizes, firsts)}

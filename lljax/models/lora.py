@@ -32,8 +32,6 @@ class Lora(nnx.Module):
     and |V| are the norms of its columns (those of [in, out]: over the inputs).
     """
 
-    looks_up = False
-
     def __init__(self, linear: Linear, *, rank: int, alpha: float, rslora: bool, dropout: float, dora: bool,
                  init: str, seed: int):
         kernel = linear.kernel
@@ -50,6 +48,7 @@ class Lora(nnx.Module):
                          role="lora_b", init="zeros", transpose=True, kind=LoraWeight, **held)
         self.magnitude = declare((*layers, F), axes=(*axes[:-2], axes[-1]), hf=f"{name}.lora_magnitude_vector",
                                  role="lora_magnitude", init="norms", kind=LoraWeight, **held) if dora else None
+        self.turned = not kernel.get_metadata("transpose")           # HF holds [in, out], as we do
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.init, self.seed = init, seed                # see lljax.models.start
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
@@ -92,8 +91,8 @@ class TableLora(nnx.Module):
     def __init__(self, table: nnx.Variable, *, rank: int, alpha: float, rslora: bool, dropout: float):
         V, D = table.get_value().shape
         name = table.get_metadata("hf").removesuffix(".weight")
-        self.looks_up = table.get_metadata("role") == "embed"
-        if self.looks_up:
+        self.turned = table.get_metadata("role") == "embed"            # [V, D] is [in, out] there
+        if self.turned:
             self.a = declare((V, rank), axes=("vocab", "rank"), hf=f"{name}.lora_embedding_A", role="lora_a", init="zeros",
                              transpose=True, kind=LoraWeight)
             self.b = declare((rank, D), axes=("rank", "embed"), hf=f"{name}.lora_embedding_B", role="lora_b",

@@ -4,7 +4,7 @@ narrow latent a token. Formulas follow transformers `models/deepseek_v3/modeling
 
 import jax.numpy as jnp
 
-from lljax.models.layers import Attention, Linear, RMSNorm
+from lljax.models.layers import Attention, Linear, RMSNorm, halves
 from lljax.models.spec import DecoderSpec
 
 EPS = 1e-6                                   # of the norms of the latents, whatever rms_norm_eps is
@@ -29,6 +29,7 @@ class MLA(Attention):
         self.kv_a_layernorm = RMSNorm(mla.kv_rank, EPS, hf=f"{hf}.kv_a_layernorm")
         self.kv_b_proj = Linear((mla.kv_rank, N * (H - mla.rope + mla.v)), axes=(None, "heads"), hf=f"{hf}.kv_b_proj")
         self.o_proj = Linear((N * mla.v, D), axes=("heads", "embed"), hf=f"{hf}.o_proj", bias=spec.output_bias)
+        self.unit_eps, self.interleaved = None, spec.interleaved
         self.H, self.scale, self.softcap, self.mla = H, spec.scale, spec.attention_softcap, mla
 
     def heads(self, x, dropout_key=None):
@@ -39,18 +40,17 @@ class MLA(Attention):
         else:
             q = self.q_proj(x, dropout_key)
         q = q.reshape(B, T, -1, self.H)
-        q = jnp.concatenate([self._paired(q[..., -self.mla.rope:]), q[..., :-self.mla.rope]], axis=-1)
+        q = jnp.concatenate([self._turning(q[..., -self.mla.rope:]), q[..., :-self.mla.rope]], axis=-1)
         latent = self.kv_a_proj_with_mqa(x, dropout_key)
         latent, shared = latent[..., :self.mla.kv_rank], latent[..., None, self.mla.kv_rank:]
         kv = self.kv_b_proj(self.kv_a_layernorm(latent), dropout_key).reshape(B, T, q.shape[2], -1)
         k, v = kv[..., :-self.mla.v], kv[..., -self.mla.v:]
-        shared = jnp.broadcast_to(self._paired(shared), (*k.shape[:3], self.mla.rope))
+        shared = jnp.broadcast_to(self._turning(shared), (*k.shape[:3], self.mla.rope))
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, self.H - self.mla.v)))
         return q, jnp.concatenate([shared, k], axis=-1), v
 
     def join(self, out):
         return super().join(out[..., :self.mla.v])
 
-    def _paired(self, x):
-        """Dimensions in the order in which i pairs with the one half of them further; the checkpoint pairs neighbours."""
-        return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1) if self.mla.interleaved else x
+    def _turning(self, x):
+        return halves(x) if self.interleaved else x

@@ -36,7 +36,8 @@ class Router(nnx.Module):
         """
         moe = self.moe
         logits = jnp.matmul(x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision="highest")
-        scores = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[moe.score](logits)
+        score = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[moe.score]
+        scores = logits if moe.best_first else score(logits)
         ranks = scores if self.correction is None else scores + self.correction[...]
         if moe.best_groups < moe.groups:
             grouped = ranks.reshape(-1, moe.groups, moe.E // moe.groups)
@@ -45,16 +46,19 @@ class Router(nnx.Module):
             ranks = jnp.where(best[..., None], grouped, -jnp.inf).reshape(ranks.shape)
         choice = jax.lax.top_k(jax.lax.stop_gradient(ranks), moe.k)[1]
         weights = jnp.take_along_axis(scores, choice, axis=1)
+        if moe.best_first:
+            weights = score(weights)
         if moe.normalise:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         return weights * moe.scale, choice
 
 
 class ExpertLinear(Linear):
-    """A `Linear` of each expert: kernel [E, in, out], and so are the factors of its `lora`."""
+    """A `Linear` of each expert: kernel [E, in, out], and so are the factors of its `lora`. part: see `Linear`."""
 
-    def __init__(self, E: int, shape: tuple[int, int], *, axes: tuple, hf: str):
-        self.kernel = declare((E, *shape), axes=("experts", *axes), hf=f"{hf}.weight", role="kernel", transpose=True)
+    def __init__(self, E: int, shape: tuple[int, int], *, axes: tuple, hf: str, fused: bool = False, **part):
+        self.kernel = declare((E, *shape), axes=("experts", *axes), hf=hf if fused else f"{hf}.weight", role="kernel",
+                              transpose=not fused, **part)
         self.bias = None
         self.lora = nnx.data(None)
 
@@ -68,10 +72,15 @@ class Experts(nnx.Module):
     """The SwiGLU of every expert, see lljax.models.layers.MLP."""
 
     def __init__(self, D: int, moe: MoESpec, *, hf: str):
-        gate, up, down = (f"{hf}.{{expert}}.{name}" for name in moe.projections)
-        self.gate_proj = ExpertLinear(moe.E, (D, moe.F), axes=("embed", "mlp"), hf=gate)
-        self.up_proj = ExpertLinear(moe.E, (D, moe.F), axes=("embed", "mlp"), hf=up)
-        self.down_proj = ExpertLinear(moe.E, (moe.F, D), axes=("mlp", "embed"), hf=down)
+        if moe.fused:
+            both = {"hf": f"{hf}.gate_up_proj", "fused": True}
+            gate, up = ({**both, "part": (first, 1, 2 * moe.F)} for first in (0, moe.F))
+            down = {"hf": f"{hf}.down_proj", "fused": True}
+        else:
+            gate, up, down = ({"hf": f"{hf}.{{expert}}.{name}"} for name in moe.projections)
+        self.gate_proj = ExpertLinear(moe.E, (D, moe.F), axes=("embed", "mlp"), **gate)
+        self.up_proj = ExpertLinear(moe.E, (D, moe.F), axes=("embed", "mlp"), **up)
+        self.down_proj = ExpertLinear(moe.E, (moe.F, D), axes=("mlp", "embed"), **down)
 
     def __call__(self, x: jax.Array, sizes: jax.Array, dropout_key, platform: str) -> jax.Array:
         """x [M, D], sorted by expert; sizes int32 [E], tokens of each."""
@@ -111,7 +120,7 @@ class MoE(nnx.Module):
         if layout is None:
             weights, choice = self.gate(x.reshape(-1, x.shape[-1]))
             return combine(self.experts, x.reshape(-1, x.shape[-1]), weights, choice, dropout_key,
-                           platform=jax.default_backend()).astype(x.dtype).reshape(x.shape)
+                           on_input=self.moe.on_input, platform=jax.default_backend()).astype(x.dtype).reshape(x.shape)
         mesh, n = layout.mesh, layout.mesh.shape["expert"]
         graphdef, weights = nnx.split((self.gate, self.experts))
 
@@ -129,7 +138,7 @@ class MoE(nnx.Module):
                 key = jax.random.fold_in(key, jax.lax.axis_index((*ROWS, TOKENS)))
             if n > 1:
                 tokens, weight, choice = (jax.lax.all_gather(a, "expert", tiled=True) for a in (tokens, weight, choice))
-            y = combine(experts, tokens, weight, choice, key, platform=layout.platform,
+            y = combine(experts, tokens, weight, choice, key, on_input=self.moe.on_input, platform=layout.platform,
                         share=jax.lax.axis_index("expert"), shares=n).astype(x.dtype)
             if n > 1:
                 y = jax.lax.psum_scatter(y, "expert", tiled=True)
@@ -137,7 +146,7 @@ class MoE(nnx.Module):
         return run(weights, x, dropout_key)
 
 
-def combine(experts, x, weights, choice, key, *, platform: str, share=0, shares: int = 1) -> jax.Array:
+def combine(experts, x, weights, choice, key, *, on_input: bool, platform: str, share=0, shares: int = 1) -> jax.Array:
     """float32 [M, D]: the weighted sum of what the experts at hand say of each token of x [M, D].
 
     experts: the `share`-th of `shares` equal parts of all. weights, choice: [M, k], see Router. However many of the M k pairs
@@ -157,8 +166,11 @@ def combine(experts, x, weights, choice, key, *, platform: str, share=0, shares:
         pair = jnp.where(at < ends[-1], jax.lax.dynamic_slice_in_dim(order, first, rows), M * k)
         row = jnp.where((place >= first) & (place < jnp.minimum(first + rows, ends[-1])), place - first, rows)
         sizes = jnp.diff(jnp.clip(ends - first, 0, rows), prepend=0)
-        outside = experts(spread(x, pair, row), sizes, key, platform)
-        return collect(outside, weights, pair, row)
+        inside = spread(x, pair, row)
+        if on_input:
+            inside = (inside * weights.reshape(-1).at[pair].get(mode="fill", fill_value=0)[:, None]).astype(x.dtype)
+        outside = experts(inside, sizes, key, platform)
+        return collect(outside, jnp.ones_like(weights) if on_input else weights, pair, row)
 
     if shares == 1:
         return piece(0)

@@ -49,6 +49,13 @@ class Frequencies(NamedTuple):
     scale: float                             # of sine and cosine (yarn, longrope), 1 elsewhere
 
 
+class Place(NamedTuple):
+    """What positions do to queries and keys in a layer: turn them; or, where there is no RoPE, at most lengthen queries."""
+
+    rotation: tuple[jax.Array, jax.Array] | None = None      # see `rotation`
+    temperature: jax.Array | None = None                     # see `temperature`
+
+
 def frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
     """The frequencies for a sequence of `length` positions (may be traced; only dynamic and longrope look at it) and heads of
     H, of which `turning` turn: that is the H of the functions below."""
@@ -76,6 +83,13 @@ def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None) -> jax.Ar
     first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
     rest = [] if turned.shape == x.shape else [x[..., turned.shape[-1]:].astype(jnp.float32)]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1).astype(x.dtype)
+
+
+def temperature(positions: jax.Array, weight: float, floor: float) -> jax.Array:
+    """By how much the queries of layers without RoPE are multiplied, float32 [B, T], to keep attention as sharp over more keys:
+    1 + weight log(1 + floor((position + 1) / floor)). After Nakanishi 2025, arXiv 2501.19399; transformers' Llama 4.
+    """
+    return 1 + weight * jnp.log1p(jnp.floor((positions.astype(jnp.float32) + 1) / floor))
 
 
 def wavelengths(theta: float, H: int) -> np.ndarray:

@@ -14,10 +14,13 @@ from lljax.models.rope import RopeSpec
 class MoESpec:
     """The experts that take the place of the MLP, and how tokens are sent to them.
 
-    score: what a router logit counts for, before the best experts are taken: softmax | sigmoid.
+    score: what a router logit counts for: softmax | sigmoid.
+    best_first: the best experts are taken by logit, and scores are of those alone; otherwise they are taken by score.
     normalise: the weights of a token's experts are made to sum to 1; then they are multiplied by `scale`.
     groups, best_groups: experts are taken from the best groups only, by the sum of a group's best two.
     correction: a bias per expert counts for the choice and not for the weight.
+    on_input: the weight multiplies what goes into an expert, not what comes out.
+    fused: HF keeps the experts of a layer in one tensor [E, in, out], and gate and up in another.
     """
 
     E: int                                   # routed experts
@@ -29,6 +32,9 @@ class MoESpec:
     groups: int = 1
     best_groups: int = 1
     correction: bool = False
+    best_first: bool = False
+    on_input: bool = False
+    fused: bool = False
     shared: int = 0                          # MLP width of the expert that every token takes; 0 for none
     shared_gate: bool = False                # its output is multiplied by a sigmoid of the token
     # HF names below the layer: of the block, of the router and the shared expert in it, of an expert's gate, up and down.
@@ -46,7 +52,6 @@ class MLASpec:
     kv_rank: int                             # of the latent that keys and values are made of
     rope: int                                # dimensions of a query or key that RoPE turns
     v: int                                   # dimensions of a value
-    interleaved: bool                        # RoPE pairs neighbours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,7 @@ class LayerSpec:
     window: int | None = None                # tokens that a query sees, itself included; None for full attention
     rope: int | None = 0                     # which of `DecoderSpec.ropes` turns it; None for no RoPE
     moe: bool = False                        # experts (`DecoderSpec.moe`) in the place of the MLP
+    chunked: bool = False                    # the window does not slide: a document is cut into chunks of as many tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,9 @@ class DecoderSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_unit: bool = False                    # queries and keys that RoPE turned are normalised after it, without a weight
+    interleaved: bool = False                # RoPE pairs neighbours
+    temperature: tuple[float, float] | None = None           # of layers without RoPE, see lljax.models.rope.temperature
     norm_plus_one: bool = False              # norms multiply by 1 + weight
     norms_after: bool = False                # what attention and MLP add to the residual is normalised, too
     activation: str = "silu"                 # of the MLP: silu | gelu_tanh
@@ -131,16 +140,23 @@ def _windows(*windows: int | None) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(window) for window in windows)
 
 
-def _sliding(c: dict, otherwise) -> list[bool]:
-    """Whether each layer slides, as `layer_types` says; where it is absent, as otherwise(layer) does."""
-    L = c["num_hidden_layers"]
-    types = c.get("layer_types") or ["sliding_attention" if otherwise(i) else "full_attention" for i in range(L)]
+def _sliding(c: dict, otherwise, local: str = "sliding_attention") -> list[bool]:
+    """Whether each layer is `local`, as `layer_types` says; where it is absent, as otherwise(layer) does."""
+    types = _of_layers(c, "layer_types", lambda i: local if otherwise(i) else "full_attention")
     for i, kind in enumerate(types):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ModelError(f"config.json: layer_types[{i}] {kind!r} is none of full_attention, sliding_attention")
-    if len(types) != L:
-        raise ModelError(f"config.json: layer_types has {len(types)} entries for num_hidden_layers={L}")
-    return [kind == "sliding_attention" for kind in types]
+        if kind not in ("full_attention", local):
+            raise ModelError(f"config.json: layer_types[{i}] {kind!r} is none of full_attention, {local}")
+    return [kind == local for kind in types]
+
+
+def _of_layers(c: dict, name: str, otherwise) -> list:
+    """The entries of a field that has one for each layer; where it is absent, otherwise(layer)."""
+    L = c["num_hidden_layers"]
+    given = c.get(name) or [otherwise(i) for i in range(L)]
+    if not isinstance(given, list) or len(given) != L:
+        raise ModelError(f"config.json: {name} has {len(given) if isinstance(given, list) else given!r} entries for "
+                         f"num_hidden_layers={L}")
+    return given
 
 
 def _upper_layers(c: dict) -> tuple[LayerSpec, ...]:
@@ -158,6 +174,18 @@ def _local_and_global(period):
         local = 1 if c["model_type"] == "gemma3_text" else 0
         return tuple(LayerSpec(window, rope=local) if slide else LayerSpec() for slide in slides)
     return layers
+
+
+def _chunked_layers(c: dict) -> tuple[LayerSpec, ...]:
+    """Llama 4: every fourth layer has no RoPE and full attention; experts in every layer, or every second."""
+    L, chunk = c["num_hidden_layers"], _number({"attention_chunk_size": 8192, **c}, "attention_chunk_size")
+    every, step = (_number({name: default, **c}, name) for name, default in (("no_rope_layer_interval", 4),
+                                                                            ("interleave_moe_layer_step", 1)))
+    turn = _of_layers(c, "no_rope_layers", lambda i: (i + 1) % every)        # 1 where there is RoPE, whatever its name
+    local = _sliding(c, lambda i: turn[i], "chunked_attention")
+    sparse = range(step - 1, L, step) if c.get("moe_layers") is None else c["moe_layers"]
+    return tuple(LayerSpec(chunk if local[i] else None, rope=0 if turn[i] else None, moe=i in sparse, chunked=local[i])
+                 for i in range(L))
 
 
 def _ropes_by_layer(c: dict) -> tuple[dict, dict]:
@@ -218,6 +246,12 @@ def _sigmoid_moe(c: dict) -> MoESpec:
                    best_groups=_number(c, "topk_group"), shared=F * _number({"n_shared_experts": 1, **c}, "n_shared_experts"))
 
 
+def _llama4_moe(c: dict) -> MoESpec:
+    F = c["intermediate_size"]
+    return MoESpec(_number(c, "num_local_experts"), _number(c, "num_experts_per_tok"), F, score="sigmoid", best_first=True,
+                   on_input=True, fused=True, shared=F, block="feed_forward", router="router", shared_name="shared_expert")
+
+
 def _mixtral_moe(c: dict) -> MoESpec:
     return MoESpec(_number(c, "num_local_experts"), _number(c, "num_experts_per_tok"), c["intermediate_size"], normalise=True,
                    block="block_sparse_moe", projections=("w1", "w3", "w2"))
@@ -234,9 +268,15 @@ def _dense_first(c: dict) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(moe=i >= dense) for i in range(c["num_hidden_layers"]))
 
 
+def _temperature(c: dict) -> tuple[float, float] | None:
+    if not c.get("attn_temperature_tuning", True):
+        return None
+    return c.get("attn_scale", 0.1), _positive(c, "floor_scale", 8192)
+
+
 def _latent(c: dict) -> MLASpec:
     return MLASpec(c.get("q_lora_rank") and _number(c, "q_lora_rank"), _number(c, "kv_lora_rank"),
-                   _number(c, "qk_rope_head_dim"), _number(c, "v_head_dim"), c.get("rope_interleave", True))
+                   _number(c, "qk_rope_head_dim"), _number(c, "v_head_dim"))
 
 
 GEMMA = {"activation": "gelu_tanh", "norm_plus_one": True, "norms_after": True, "qkv_bias": _flag("attention_bias"),
@@ -269,16 +309,21 @@ FAMILIES = {
     "glm4_moe": {"qkv_bias": _flag("attention_bias"), "qk_norm": _flag("use_qk_norm"), "moe": _sigmoid_moe,
                  "layers": _dense_first},
     "deepseek_v3": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "moe": _sigmoid_moe,
-                    "mla": _latent, "layers": _dense_first},
+                    "mla": _latent, "interleaved": _default("rope_interleave", True), "layers": _dense_first},
+    "llama4_text": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "interleaved": True,
+                    "qk_unit": _default("use_qk_norm", True), "temperature": _temperature, "moe": _llama4_moe,
+                    "layers": _chunked_layers,
+                    "F": lambda c: _number({"intermediate_size_mlp": 16_384, **c}, "intermediate_size_mlp")},
 }
 # Where config.json has none. The others: as many key/value heads as query heads, and hidden_size // num_attention_heads.
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma2": 4, "gemma3_text": 4, "internlm3": 2,
-            "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8}
-HEAD_SIZE = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256, "internlm3": 128}
+            "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8, "llama4_text": 8}
+HEAD_SIZE = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256, "internlm3": 128, "llama4_text": 128}
 MAX_LENGTH = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "gemma2": 8192, "gemma3_text": 131_072,
               "phi3": 4096, "internlm3": 32_768, "mixtral": 131_072, "qwen2_moe": 32_768, "qwen3_moe": 32_768,
-              "glm4_moe": 131_072, "deepseek_v3": 4096}
-NORM_EPS = dict.fromkeys(("phi3", "internlm3", "mixtral", "glm4_moe"), 1e-5)             # the others: 1e-6
+              "glm4_moe": 131_072, "deepseek_v3": 4096, "llama4_text": 131_072}
+NORM_EPS = dict.fromkeys(("phi3", "internlm3", "mixtral", "glm4_moe", "llama4_text"), 1e-5)          # the others: 1e-6
+ROPE = {"glm4_moe": {"partial_rotary_factor": 0.5}, "llama4_text": {"rope_theta": 500_000.0}}
 TIED = ("gemma2", "gemma3_text")
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}         # ours: HF's name
 
@@ -307,9 +352,8 @@ def from_hf(hf_config: dict) -> DecoderSpec:
     D, N = c["hidden_size"], c["num_attention_heads"]
     K = c.get("num_key_value_heads", KV_HEADS.get(family)) or N
     H = c.get("head_dim", HEAD_SIZE.get(family)) or D // N
-    if family == "glm4_moe":
-        c = {"partial_rotary_factor": 0.5, **c}
-    fields = {name: value(c) if callable(value) else value for name, value in row.items()}
+    c = ROPE.get(family, {}) | c
+    fields = {"F": c["intermediate_size"]} | {name: value(c) if callable(value) else value for name, value in row.items()}
     rotary = H
     if mla := fields.get("mla"):             # head_dim is another thing there
         K, H, rotary = N, _number(c, "qk_nope_head_dim") + mla.rope, mla.rope
@@ -329,7 +373,7 @@ def from_hf(hf_config: dict) -> DecoderSpec:
     for name in ("short_factor", "long_factor") if main.type == "longrope" else ():
         if (given := len(getattr(main, name))) != turning // 2:
             raise ModelError(f"config.json: {name} has {given} entries; head_dim={rotary} needs {turning // 2}")
-    return DecoderSpec(family, V=c["vocab_size"], D=D, N=N, K=K, H=H, F=c["intermediate_size"], rope=main,
+    return DecoderSpec(family, V=c["vocab_size"], D=D, N=N, K=K, H=H, rope=main,
                        more_ropes=tuple(others), max_length=rope.reach(main, c["max_position_embeddings"]),
                        norm_eps=c.get("rms_norm_eps", NORM_EPS.get(family, 1e-6)),
                        tied=c.get("tie_word_embeddings", family in TIED), **fields)

@@ -16,11 +16,15 @@ class Flops:
     hardware: float
 
 
-def visible_pairs(pattern, T: int, window: int | None = None) -> float:
-    """Pairs of a query and a visible key in a row of T tokens of one document, of an average head."""
+def visible_pairs(pattern, T: int, window: int | None = None, chunked: bool = False) -> float:
+    """Pairs of a query and a visible key in a row of T tokens of one document, of an average head. window, chunked: of the
+    layer, see LayerSpec."""
     if pattern.kind == "shifted":
         G = min(pattern.group, T)
         return T * (G + 1) / 2
+    if chunked and window < T:
+        chunks, rest = divmod(T, window)
+        return chunks * visible_pairs(pattern, window) + (visible_pairs(pattern, rest) if rest else 0)
     W = min(w for w in (window, pattern.window or None, T) if w)
     anchors = min(pattern.anchors, T - W) if pattern.kind == "window" else 0
     return W * (W + 1) / 2 + (T - W) * W + (T - W) * anchors
@@ -43,10 +47,10 @@ def of_step(model, config, stage, *, parts: int = 1) -> Flops:
         if role in ("kernel", "lora_a", "lora_b", "router") and not looked_up:
             forward += size
             backward += size * (2 if trains else 1)          # of the input, and of the weight where it trains
-            last += size if variable.get_metadata("hf").endswith((".down_proj.weight", ".w2.weight")) else 0.0
+            last += size if variable.get_metadata("hf").endswith((".down_proj.weight", ".down_proj", ".w2.weight")) else 0.0
         elif role == "head" or (role == "embed" and model.lm_head is None):
             head, trained_head = size, size if trains else 0.0
-    pairs = sum(visible_pairs(stage.pattern, T, layer.window) for layer in spec.layers) * spec.N
+    pairs = sum(visible_pairs(stage.pattern, T, layer.window, layer.chunked) for layer in spec.layers) * spec.N
     # Scores, and their product with the values, forward.
     attention = 2 * pairs * (spec.H + (spec.mla.v if spec.mla else spec.H))
     model_flops = rows * (T * (forward + backward + 2 * head + trained_head) + 3 * attention)

@@ -9,7 +9,7 @@ import pytest
 
 from lljax.attention import IMPLEMENTATIONS, Mask, attend, causal, reference
 from lljax.attention.attend import UnsupportedMask, best
-from lljax.attention.mask import NEVER, block_kinds, visible
+from lljax.attention.mask import NEVER, block_kinds, chunked, visible
 
 B, H = 3, 16
 EVERYWHERE = [name for name, of in IMPLEMENTATIONS.items() if not of.platforms]
@@ -30,7 +30,7 @@ def packed_segments(T, seed=0):
 
 def masks(T):
     segments = packed_segments(T)
-    anchors = jnp.asarray(np.random.default_rng(1).random((B, T)) < 0.05)
+    anchors, places = jnp.asarray(np.random.default_rng(1).random((B, T)) < 0.05), positions(segments)
     return {
         "causal": causal(B, T),
         "packed": causal(B, T, segments),
@@ -40,7 +40,14 @@ def masks(T):
         "groups": causal(B, T, segments).replace(group=70),
         "shifted groups": causal(B, T, segments).replace(group=70, shift=35),
         "groups and window": causal(B, T).replace(group=128, shift=64, window=30),
+        "chunks": chunked(causal(B, T, segments), places, places, 40),
     }
+
+
+def positions(segments):
+    """Of each token in its document, whose tokens lie side by side."""
+    index, starts = np.arange(segments.shape[1]), np.diff(segments, axis=1, prepend=-1) != 0
+    return jnp.asarray(index - np.maximum.accumulate(np.where(starts, index, 0), axis=1), jnp.int32)
 
 
 def named(implementation):
@@ -132,6 +139,16 @@ def test_block_kinds_are_never_wrong(kind):
     assert empty[np.triu_indices(10, 1)].all()
     if kind == "causal":
         assert full[np.tril_indices(10, -1)].all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunks_count_from_the_start_of_their_document(packed):
+    T, segments = 100, packed_segments(100)
+    mask = causal(B, T, segments if packed else None).replace(window=30)
+    places = positions(segments if packed else jnp.zeros_like(segments))
+    own = places[:, :, None] // 20 == places[:, None, :] // 20
+    np.testing.assert_array_equal(visible(chunked(mask, places, places, 20)), visible(mask) & own)
+    assert chunked(mask, places, places, T) is mask
 
 
 def test_anchors_leave_most_blocks_empty():

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_attention import assert_equal
+from test_attention import assert_equal, positions
 
 from lljax.attention import Mask, attend, attend_shifted, causal
 from lljax.attention.context_parallel import _in_order, attend_parallel, choose, halo_size
+from lljax.attention.mask import chunked
 from lljax.errors import ConfigError
 from lljax.sharding import ROWS, TOKENS, Layout, make_mesh, zigzag
 
@@ -16,11 +17,11 @@ B, T, H = 2, 512, 8
 HEADS = [(8, 8), (8, 2), (6, 2)]
 MESHES = {"8": {"sequence": 8}, "2 x 4": {"fsdp": 2, "sequence": 4}, "4 x 2 heads": {"sequence": 4, "tensor": 2}}
 PATTERNS = {"full": (None, None, False), "window": (None, 50, False), "window and anchors": (None, 50, True),
-            "shifted": (64, None, False), "shifted, wide": (96, None, False)}
+            "shifted": (64, None, False), "shifted, wide": (96, None, False), "chunks": (None, 50, False)}
 CAPPED = ("window", "shifted, wide")         # these with soft-capped scores, too
 
 
-def inputs(N, K, packed, window, anchored):
+def inputs(N, K, packed, window, anchored, chunks=False):
     rng = np.random.default_rng(0)
     q, k, v, weights = (jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K, N))
     segments = np.sort(rng.integers(1, 4, size=(B, T)), axis=1)
@@ -28,6 +29,9 @@ def inputs(N, K, packed, window, anchored):
     mask = causal(B, T, jnp.asarray(segments, jnp.int32) if packed else None).replace(window=window)
     if anchored:
         mask = mask.replace(anchors=jnp.asarray(rng.random((B, T)) < 0.05).at[:, :4].set(True))
+    if chunks:
+        places = positions(segments)
+        mask = chunked(mask.replace(window=None), places, places, window)
     return q, k, v, weights, mask
 
 
@@ -61,7 +65,7 @@ def cases():
     for N, K in HEADS:
         for pattern in PATTERNS:
             for mesh in MESHES:
-                quick = (N, K, mesh) == (8, 2, "8")
+                quick = (N, K, mesh) == (8, 2, "8") and pattern != "chunks"
                 yield pytest.param(N, K, pattern, mesh, marks=() if quick else pytest.mark.slow)
 
 
@@ -69,7 +73,7 @@ def cases():
 def test_every_mode_equals_one_device(N, K, pattern, mesh):
     group, window, anchored = PATTERNS[pattern]
     packed = pattern != "window"
-    arrays = inputs(N, K, packed, window, anchored)
+    arrays = inputs(N, K, packed, window, anchored, chunks=pattern == "chunks")
     softcap = 1.5 if pattern in CAPPED else None
     wanted = one_device(*arrays, group, softcap)
     mesh = make_mesh(**MESHES[mesh])

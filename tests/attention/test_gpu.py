@@ -53,7 +53,7 @@ def all_masks(T):
 
 
 QUICK = {"causal": (8, 8), "packed": (8, 2), "wide window": (9, 3), "anchors": (6, 1), "shifted groups": (9, 3),
-         "groups and window": (6, 1)}
+         "groups and window": (6, 1), "chunks": (8, 2)}
 
 
 def cases():

@@ -40,7 +40,7 @@ def assert_equals_the_reference(q, k, v, mask):
 
 
 @pytest.mark.parametrize("kind,N,K", [("packed", 8, 8), ("window", 9, 3), ("anchors", 8, 2), ("shifted groups", 6, 1),
-                                      ("groups and window", 9, 3)])
+                                      ("groups and window", 9, 3), ("chunks", 4, 2)])
 def test_equals_the_dense_reference(kind, N, K):
     assert_equals_the_reference(*make(T, N, K), masks(T)[kind])
 

@@ -248,15 +248,34 @@ def test_the_base_itself_is_not_changed(hf_folder, trained, tmp_path):
 
 # ---------------------------------------------------------------- experts
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3", "llama4_text"])
 def test_a_merged_model_with_experts_gives_our_logits(hf_folder, trained, logits, tmp_path, family):
     base, model = trained(hf_folder(family, False), targets=("all-linear",))
     export_merged(model, base, tmp_path / "merged", max_shard_bytes=100_000)
     close(logits(load(tmp_path / "merged")), logits(model))
 
 
+@pytest.mark.slow
+def test_the_text_model_of_one_that_sees_is_read_and_its_adapter_goes_back(hf_folder, trained, logits, tmp_path):
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 14,
+              "vision_output_dim": 16, "image_size": 28, "projector_input_dim": 16, "projector_output_dim": 16}
+    folder = hf_folder("llama4_text", False)
+    text = transformers.Llama4TextConfig.from_pretrained(folder).to_dict()
+    both = transformers.Llama4Config(text_config=text, vision_config=vision)
+    transformers.Llama4ForConditionalGeneration(both).save_pretrained(folder)
+    base, model = trained(folder, "keep", targets=("q_proj", r"feed_forward\.shared_expert\.down_proj"),
+                          also_train=())
+    export_merged(model, base, tmp_path / "merged")
+    close(logits(load(tmp_path / "merged")), logits(model))
+    close(logits(run(export_peft(model, base, tmp_path / "peft"))), logits(model))
+    (folder / "config.json").write_text('{"model_type": "llama4"}')
+    with pytest.raises(ModelError, match="'llama4' needs an object text_config"):
+        open_base(str(folder))
+
+
 @pytest.mark.parametrize("family,targets,named", [
     ("qwen2_moe", ("gate_proj", "up_proj"), "does not load factors of the experts of a qwen2_moe model"),
+    ("llama4_text", ("down_proj",), "does not load factors of the experts of a llama4_text model"),
     ("deepseek_v3", ("q_b_proj", "down_proj"), r"takes mlp\.down_proj of a deepseek_v3 model for a part of its experts"),
     ("qwen3_moe", ("gate_proj",), "adapts gate_proj and up_proj of experts together")])
 def test_adapters_that_peft_would_read_in_another_way_are_refused(hf_folder, trained, tmp_path, family, targets, named):

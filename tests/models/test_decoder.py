@@ -16,6 +16,8 @@ from lljax.models.spec import from_hf
 
 BASE = {"model_type": "llama", "vocab_size": 97, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2,
         "max_position_embeddings": 32, "head_dim": 8}
+CHUNKED = {"model_type": "llama4_text", "attention_chunk_size": 12, "floor_scale": 4, "attn_scale": 1.0, "num_local_experts": 4,
+           "num_experts_per_tok": 1, "intermediate_size_mlp": 40, "no_rope_layer_interval": 2, "interleave_moe_layer_step": 2}
 HEADS = [(8, 8), (8, 2), (9, 3), (6, 1)]
 PATTERNS = [AttentionPattern(), AttentionPattern("shifted", group=24),
             AttentionPattern("window", window=10, anchors=3, markers=(5, 7))]
@@ -53,9 +55,10 @@ def test_a_token_changes_no_logit_before_it(N, K, pattern):
         assert np.abs(before[:, t] - after[:, t]).max() > 0
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[::2], ids=lambda p: p.kind)
-def test_packed_documents_are_as_if_alone(pattern):
-    model = build()
+@pytest.mark.parametrize("pattern,changes", [(PATTERNS[0], {}), (PATTERNS[2], {}), (PATTERNS[0], CHUNKED)],
+                         ids=["full", "window", "chunks"])
+def test_packed_documents_are_as_if_alone(pattern, changes):
+    model = build(**changes)
     a, b = row(40, seed=1), row(27, seed=2)
     tokens = jnp.concatenate([a, b, jnp.zeros((1, 5), jnp.int32)], axis=1)
     segments = jnp.asarray([[1] * 40 + [2] * 27 + [0] * 5])
@@ -89,6 +92,13 @@ def test_a_model_whose_window_is_narrower_keeps_it():
     tokens = row(40)
     before, after = (run(model, x, AttentionPattern()) for x in (tokens, tokens.at[0, 5].set(0)))
     assert np.abs(before - after)[0, 13:].max() < 1e-6 < np.abs(before - after)[0, 12].max()
+
+
+def test_a_chunk_is_not_seen_from_the_next():
+    model = build(**CHUNKED | {"num_hidden_layers": 1})      # positions 5 to 11 see 5
+    tokens = row(40)
+    before, after = (run(model, x, AttentionPattern()) for x in (tokens, tokens.at[0, 5].set(0)))
+    assert np.abs(before - after)[0, 12:].max() == 0 < np.abs(before - after)[0, 11].max()
 
 
 def test_what_is_kept_changes_no_gradient():
@@ -145,12 +155,14 @@ def test_layers_that_alternate_may_share_a_residual():
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pattern,N,K,memory", [
-    (AttentionPattern("shifted", group=16), 5, 1, Memory("full", True, 2, tile=12)),
-    (AttentionPattern("window", window=10), 6, 2, Memory("attention", tile=17))], ids=["shifted", "window"])
-def test_layers_streamed_in_tiles_change_nothing(pattern, N, K, memory):
+@pytest.mark.parametrize("pattern,N,K,memory,changes", [
+    (AttentionPattern("shifted", group=16), 5, 1, Memory("full", True, 2, tile=12), {}),
+    (AttentionPattern("window", window=10), 6, 2, Memory("attention", tile=17), {}),
+    pytest.param(AttentionPattern("shifted", group=16), 6, 2, Memory("full", tile=13), CHUNKED, marks=pytest.mark.slow)],
+    ids=["shifted", "window", "chunks"])
+def test_layers_streamed_in_tiles_change_nothing(pattern, N, K, memory, changes):
     """Tiles that do not divide the row or the group; packed and padded rows."""
-    graphdef, state = nnx.split(build(N, K))
+    graphdef, state = nnx.split(build(N, K, **changes))
     tokens = row(40, B=2)
     segments = jnp.asarray([[1] * 7 + [2] * 33, [1] * 25 + [0] * 15])
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, 36)), jnp.float32) * (segments > 0)[..., None]

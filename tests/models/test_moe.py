@@ -23,7 +23,7 @@ ROUTERS = {
     "softmax, normalised": {"normalise": True, "shared": 6, "shared_gate": True},
     "sigmoid, corrected, groups, scaled": {"score": "sigmoid", "normalise": True, "correction": True, "groups": 4,
                                            "best_groups": 2, "scale": 2.5, "shared": 10},
-    "sigmoid, one each": {"score": "sigmoid", "k": 1, "shared": 6},
+    "sigmoid of the best, on the input": {"score": "sigmoid", "best_first": True, "on_input": True, "fused": True, "k": 2},
 }
 
 
@@ -51,7 +51,7 @@ def dense(model, x):
         ranks = jnp.concatenate([jnp.where(w >= least, g, -9) for g, w in
                                  zip(groups, jnp.split(worth, moe.groups, axis=-1))], axis=-1)
     chosen = ranks >= jnp.sort(ranks)[..., -moe.k, None]
-    weights = jnp.where(chosen, scores, 0)
+    weights = jnp.where(chosen, scores, 0)   # the sigmoid of a logit does not ask whether others were there
     if moe.normalise:
         weights /= weights.sum(-1, keepdims=True)
     weights *= moe.scale
@@ -60,9 +60,9 @@ def dense(model, x):
         a, b = layer.lora.a[...][:, None], layer.lora.b[...][:, None]
         return x @ layer.kernel[...][:, None] + layer.lora.scale * (x @ a) @ b
     weights = jnp.moveaxis(weights, -1, 0)[..., None]
-    into = jnp.broadcast_to(x, (moe.E, *x.shape))
+    into = jnp.broadcast_to(x, (moe.E, *x.shape)) * (weights if moe.on_input else 1)
     hidden = jax.nn.silu(linear(model.experts.gate_proj, into)) * linear(model.experts.up_proj, into)
-    y = jnp.sum(linear(model.experts.down_proj, hidden) * weights, axis=0)
+    y = jnp.sum(linear(model.experts.down_proj, hidden) * (1 if moe.on_input else weights), axis=0)
     if moe.shared:
         shared = model.shared(x)
         y += shared * jax.nn.sigmoid(model.shared_gate(x)) if moe.shared_gate else shared
@@ -86,7 +86,7 @@ def assert_same(got, wanted, tolerance=1e-5):
 X = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)), jnp.float32)
 
 
-@pytest.mark.parametrize("router", [pytest.param(router, marks=() if "corrected" in router or "one each" in router else
+@pytest.mark.parametrize("router", [pytest.param(router, marks=() if "corrected" in router or "input" in router else
                                                  pytest.mark.slow) for router in ROUTERS])
 def test_experts_equal_a_loop_over_all_of_them(router, monkeypatch):
     monkeypatch.setattr(grouped, "BLOCK", 32)            # so that an expert has several blocks, and a block several experts

@@ -20,7 +20,7 @@ CONFIGS = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralCon
 WITH_EXPERTS = {"mixtral": transformers.MixtralConfig, "qwen2_moe": transformers.Qwen2MoeConfig,
                 "qwen3_moe": transformers.Qwen3MoeConfig,
                 "glm4_moe": functools.partial(transformers.Glm4MoeConfig, head_dim=128),     # by default RoPE would turn 21
-                "deepseek_v3": transformers.DeepseekV3Config}
+                "deepseek_v3": transformers.DeepseekV3Config, "llama4_text": transformers.Llama4TextConfig}
 SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6}
 NEEDED = list(SIZES)
 
@@ -28,13 +28,14 @@ NEEDED = list(SIZES)
 def theirs(family, **fields):
     """What transformers makes of a config.json with `fields`, in our terms."""
     c = (CONFIGS | WITH_EXPERTS)[family](**fields)
-    L, window = c.num_hidden_layers, getattr(c, "sliding_window", None)
+    L, window = c.num_hidden_layers, getattr(c, "sliding_window", None) or getattr(c, "attention_chunk_size", None)
     types = getattr(c, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * L
     return {"V": c.vocab_size, "D": c.hidden_size, "N": c.num_attention_heads, "K": c.num_key_value_heads,
             "H": getattr(c, "qk_head_dim", None) or getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
-            "F": c.intermediate_size, "L": L, "norm_eps": c.rms_norm_eps, "tied": c.tie_word_embeddings,
+            "F": getattr(c, "intermediate_size_mlp", c.intermediate_size), "L": L,
+            "norm_eps": c.rms_norm_eps, "tied": c.tie_word_embeddings,
             "max_length": c.max_position_embeddings,
-            "windows": tuple(window if kind == "sliding_attention" else None for kind in types)}
+            "windows": tuple(None if kind == "full_attention" else window for kind in types)}
 
 
 def assert_equal(family, fields):
@@ -126,6 +127,20 @@ MOE = {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 8, "n
        "moe_intermediate_size": 8}
 
 
+LLAMA4 = {"model_type": "llama4_text", "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"no_rope_layer_interval": 2, "interleave_moe_layer_step": 2}, {"no_rope_layers": [0, 1, 1], "moe_layers": [0]},
+    {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}], ids=str)
+def test_the_layers_of_llama4_are_those_of_transformers(fields):
+    fields = SIZES | LLAMA4 | fields
+    ours, theirs = from_hf(fields), transformers.Llama4TextConfig(**fields)
+    for i, layer in enumerate(ours.layers):
+        assert (layer.rope is not None, layer.chunked, layer.moe) == (
+            bool(theirs.no_rope_layers[i]), theirs.layer_types[i] == "chunked_attention", i in theirs.moe_layers)
+
+
 @pytest.mark.parametrize("fields,named", [
     ({"model_type": "gemma"}, "'gemma'.*llama, mistral, qwen2, qwen3"),
     ({"model_type": None}, "model_type None"),
@@ -153,6 +168,9 @@ MOE = {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 8, "n
     (MOE | {"num_experts_per_tok": 9}, "num_experts_per_tok=9 exceeds the 8 experts"),
     (MOE | {"model_type": "glm4_moe", "n_routed_experts": 8, "n_group": 3, "topk_group": 1},
      "n_group=3 and topk_group=1.* 8 experts"),
+    (LLAMA4 | {"attention_chunk_size": 0}, "attention_chunk_size is 0"),
+    (LLAMA4 | {"layer_types": ["sliding_attention"] * 3}, "'sliding_attention' is none of full_attention, chunked_attention"),
+    (LLAMA4 | {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for num_hidden_layers=3"),
     *[({name: None}, name) for name in NEEDED],
 ])
 def test_config_json_that_cannot_be_right_is_refused(fields, named):

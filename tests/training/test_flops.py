@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lljax.attention import causal
-from lljax.attention.mask import visible
+from lljax.attention.mask import chunked, visible
 from lljax.build import mesh_of, placed_model
 from lljax.config import default_config
 from lljax.models.layers import AttentionPattern
@@ -61,6 +61,14 @@ def test_hardware_flops_are_those_of_the_program(kind, changes):
     block = T * T if kind == "full" else T * 24
     counted = products(program, 0.5 * visible_pairs(stage.pattern, T) / block)
     assert abs(of_step(model, c, stage).hardware / counted - 1) < 0.05
+
+
+def test_visible_pairs_of_chunks_are_those_of_the_mask():
+    places = jnp.arange(96)[None]
+    for chunk, window in ((20, None), (32, 10), (200, None)):
+        mask = chunked(causal(1, 96).replace(window=window), places, places, chunk)
+        pattern = AttentionPattern() if window is None else AttentionPattern("window", window=window)
+        assert visible_pairs(pattern, 96, chunk, chunked=True) == int(np.asarray(visible(mask)).sum())
 
 
 @pytest.mark.parametrize("pattern,window", [
