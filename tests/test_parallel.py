@@ -76,8 +76,9 @@ def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TIL
             model = nnx.merge(graphdef, trainable, frozen)
             hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], index=micro["index"],
                            pattern=pattern, layout=layout, memory=memory)
-            return cross_entropy(hidden, model.head, micro["targets"], chunk=48, layout=layout)
-        return accumulate(loss, trainable, frozen, batch, jax.random.key(0))
+            return cross_entropy(hidden, model.head, micro["targets"], chunk=48, layout=layout), None
+        (loss, _), gradients = accumulate(loss, trainable, frozen, batch, jax.random.key(0))
+        return loss, gradients
     batch = place(rows(2 * count), passes, mesh, layout)
     return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen), batch))
 
