@@ -78,6 +78,7 @@ def default_config() -> ConfigDict:
     c.training.rows = 1                      # rows a forward pass, over all devices
     c.training.accumulate = 1                # forward passes an optimizer step
     c.training.neftune_alpha = 0.0           # noise on the embeddings (NEFTune, arXiv 2310.05914; 5 is usual); 0: none
+    c.training.router_aux_loss_coef = 0.0    # of the load-balancing loss of experts, which is reported in any case
     c.training.eval_every = 0                # steps; 0: at the end of the run only
     c.training.eval_rows = 16                # held-out rows an evaluation reads
     c.training.report_every = 0              # steps; 0: report.html at the end of the run only
@@ -154,6 +155,7 @@ def validate(c: ConfigDict) -> None:
                          ("alarm.history", 1), ("alarm.max_bad_steps", 1),
                          ("checkpoint.every_steps", 1), ("checkpoint.keep", 1), ("optimizer.learning_rate", 0.0),
                          ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("training.neftune_alpha", 0.0),
+                         ("training.router_aux_loss_coef", 0.0),
                          ("alarm.spike_z", 0.0)):
         if not get(c, field) >= least:
             raise ConfigError(f"{field}={get(c, field)}: it must be at least {least}")

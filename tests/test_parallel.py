@@ -84,8 +84,9 @@ def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TIL
             hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], index=micro["index"],
                            pattern=pattern, layout=layout, memory=memory)
             return cross_entropy(hidden, model.head, micro["targets"], chunk=48, layout=layout,
-                                 update=model.head_update(hidden))
-        return accumulate(loss, trainable, frozen, batch, jax.random.key(0))
+                                 update=model.head_update(hidden)), None
+        (loss, _), gradients = accumulate(loss, trainable, frozen, batch, jax.random.key(0))
+        return loss, gradients
     batch = place(rows(2 * count), passes, mesh, layout)
     return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen), batch))
 

@@ -67,7 +67,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens, *, positions, segments=None, index=None, pattern: AttentionPattern = FULL,
                  layout: Layout | None = None, memory: Memory = EVERYTHING, dtype=None, dropout_key=None,
-                 cache: Cache | None = None, rope_length=None, noise: float = 0.0):
+                 cache: Cache | None = None, rope_length=None, noise: float = 0.0, counted=None):
         """The hidden states [B, T, D] that `head` turns into logits.
 
         tokens, positions: int32 [B, T]; positions count from 0 in each document of a packed row.
@@ -78,6 +78,8 @@ class Decoder(nnx.Module):
         dtype: of the residual and of the compute; None for that of the weights.
         noise: alpha of the noise on the embeddings, see `noisy`; none without a dropout key.
         rope_length: positions in use, where a RoPE kind depends on it; None for the largest of `positions` + 1.
+        counted: bool [B, T], tokens whose routing is counted: (hidden, load) is returned, load float32 [layers with experts,
+        2, E], how many tokens chose each expert and the sum of its probabilities (lljax.models.moe).
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
         """
         dtype = dtype or self.layers[0].self_attn.o_proj.kernel.get_value().dtype
@@ -112,8 +114,8 @@ class Decoder(nnx.Module):
             def layer(x, xs):
                 weights, key, kv = xs
                 weights = dequantised(gathered(weights, layout), x.dtype)
-                x, kv = nnx.merge(graphdef, weights)(x, place, mask, pattern, layout, memory, kv, start, key)
-                return constrain_activations(x, layout), kv
+                x, kv, load = nnx.merge(graphdef, weights)(x, place, mask, pattern, layout, memory, kv, start, key, counted)
+                return constrain_activations(x, layout), (kv, load)
             return layer
 
         keys, out = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L), []
@@ -124,10 +126,13 @@ class Decoder(nnx.Module):
                 mine = slice(first + place, first + times * len(places), len(places))
                 layers.append(layer_of(graphdef, spec))
                 xs.append((weights, None if keys is None else keys[mine], kv[len(out) + place]))
-            x, kv_out = scan_layers(layers, x, tuple(xs), memory, layout)
-            out.extend(kv_out)
+            x, ys = scan_layers(layers, x, tuple(xs), memory, layout)
+            out.extend(ys)
         x = self.norm(x)
-        return x if cache is None else (x, dataclasses.replace(cache, kv=tuple(out)))
+        kv, loads = zip(*out)
+        if counted is not None:
+            return x, jnp.concatenate([load.sum((1, 2)) for load in loads if load is not None])
+        return x if cache is None else (x, dataclasses.replace(cache, kv=kv))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] of hidden [..., D]."""

@@ -8,9 +8,9 @@ from flax import nnx
 from lljax.attention import attend_tile, first_halo, tile_reach
 from lljax.attention.mask import NEVER
 from lljax.models.layers import MLP, Attention, RMSNorm
-from lljax.models.memory import EVERYTHING, cuts, in_tiles, tiled
+from lljax.models.memory import EVERYTHING, cuts, folded, in_tiles, tiled
 from lljax.models.mla import MLA
-from lljax.models.moe import MoE
+from lljax.models.moe import MoE, no_load
 from lljax.models.spec import DecoderSpec, LayerSpec
 
 
@@ -27,44 +27,65 @@ class DecoderLayer(nnx.Module):
         mlp = f"{hf}.{spec.moe.block if spec.moe else 'mlp'}"
         self.mlp = MoE(spec, mlp) if layer.moe else MLP(spec, mlp, F=spec.F)
 
-    def __call__(self, x, place, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
-        """x [B, T, D] after the layer, and its `cache`. place, mask: what positions are to this layer."""
+    def __call__(self, x, place, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None,
+                 counted=None):
+        """x [B, T, D] after the layer, its `cache`, and the load of its experts by `counted` tokens (None where there are no
+        experts, or nothing is counted). place, mask: what positions are to this layer."""
+        counted = counted if self.layer.moe else None
         if cache is None and cuts(x.shape[1], memory, layout):
             reach = tile_reach(x.shape[1], mask, pattern.groups, memory.tile, layout)
             if reach is not None:
-                return self._streamed(x, place, mask, pattern, layout, memory, reach, dropout_key), None
+                x, load = self._streamed(x, place, mask, pattern, layout, memory, reach, dropout_key, counted)
+                return x, None, load
         q, k, v = tiled(self._before, x, dropout_key, memory, layout)
         mixed, cache = self.self_attn.mix(q, k, v, place, mask, pattern, layout, cache, start)
-        return tiled(functools.partial(self._after, layout=layout), (x, mixed), dropout_key, memory, layout), cache
+        load, x = folded(functools.partial(self._after, layout=layout), self._no_load(counted, layout), (x, mixed, counted),
+                         dropout_key, memory, layout)
+        return x, cache, load
 
     def _before(self, x, key):
         return self.self_attn.heads(self.input_layernorm(x), key)
 
-    def _after(self, xs, key, layout):
-        x, mixed = xs
-        mlp = functools.partial(self.mlp, layout=layout) if self.layer.moe else self.mlp
+    def _after(self, load, xs, key, layout):
+        x, mixed, counted = xs
         mixed = self.self_attn.o_proj(mixed, key)
         if self.post_feedforward_layernorm is None:
             x = x + mixed
-            return x + mlp(self.post_attention_layernorm(x), key)
+            load, y = self._mlp(load, self.post_attention_layernorm(x), counted, key, layout)
+            return load, x + y
         x = x + self.post_attention_layernorm(mixed)
-        return x + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x), key))
+        load, y = self._mlp(load, self.pre_feedforward_layernorm(x), counted, key, layout)
+        return load, x + self.post_feedforward_layernorm(y)
 
-    def _streamed(self, x, place, mask, pattern, layout, memory, reach, key):
+    def _mlp(self, load, x, counted, key, layout):
+        """`load` with that of x, and what MLP or experts make of x."""
+        mlp = functools.partial(self.mlp, layout=layout) if self.layer.moe else self.mlp
+        if counted is None:
+            return load, mlp(x, key)
+        y, more = mlp(x, key, counted=counted)
+        return load + more, y
+
+    def _no_load(self, counted, layout):
+        return None if counted is None else no_load(self.mlp.moe, counted, layout)
+
+    def _streamed(self, x, place, mask, pattern, layout, memory, reach, key, counted):
         """The whole layer a tile at a time, each over its own keys and those of the `reach` tokens before it: of a row,
         nothing but the layer's input and output exists at one time."""
-        def tile(halo, xs, key):
-            x, place, mask, real = xs
+        def tile(carry, xs, key):
+            (halo, load), (x, place, mask, real, counted) = carry, xs
             q, k, v = self._before(x, key)
             mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
             q, k = self.self_attn.placed(q, place, query=True), self.self_attn.placed(k, place)
             mixed, halo = attend_tile(q, k, v, mask, halo, scale=self.self_attn.scale,
                                       softcap=self.self_attn.softcap, group=pattern.groups, layout=layout)
-            return halo, self._after((x, self.self_attn.join(mixed)), key, layout)
+            load, x = self._after(load, (x, self.self_attn.join(mixed), counted), key, layout)
+            return (halo, load), x
 
         def keys(x, place):
             _, k, v = self._before(x, key)
             return self.self_attn.placed(k, place), v
         halo = first_halo(keys, (x, place), mask, reach, layout)
         real = jnp.ones(x.shape[:2], bool)
-        return in_tiles(tile, halo, (x, place, mask, real), key, memory, layout)[1]
+        (_, load), x = in_tiles(tile, (halo, self._no_load(counted, layout)), (x, place, mask, real, counted), key, memory,
+                                layout)
+        return x, load

@@ -103,9 +103,14 @@ def _pieces(x, layout: Layout | None) -> int:
 
 def tiled(f, xs, key, memory: Memory, layout: Layout | None):
     """f(xs, key) for arrays [B, T, ...] where f acts on each token alone, `memory.tile` tokens at a time."""
+    return folded(lambda carry, xs, key: (carry, f(xs, key)), None, xs, key, memory, layout)[1]
+
+
+def folded(f, carry, xs, key, memory: Memory, layout: Layout | None):
+    """`tiled`, and what f(carry, xs, key) -> (carry, ys) gathers up on the way: the last carry, and ys."""
     if not cuts(jax.tree.leaves(xs)[0].shape[1], memory, layout):
-        return f(xs, key)
-    return in_tiles(lambda carry, xs, key: (carry, f(xs, key)), None, xs, key, memory, layout)[1]
+        return f(carry, xs, key)
+    return in_tiles(f, carry, xs, key, memory, layout)
 
 
 def cuts(T: int, memory: Memory, layout: Layout | None) -> bool:

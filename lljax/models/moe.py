@@ -15,7 +15,7 @@ from lljax.models.declare import declare
 from lljax.models.grouped import grouped_dot
 from lljax.models.layers import MLP, Linear
 from lljax.models.spec import DecoderSpec, MoESpec
-from lljax.sharding import ROWS, TOKENS, Layout, weight_spec
+from lljax.sharding import ROWS, TOKENS, Layout, token_parts, weight_spec
 
 CUT = PartitionSpec(ROWS, TOKENS)
 
@@ -29,8 +29,9 @@ class Router(nnx.Module):
                                   init="zeros") if moe.correction else None
         self.moe = moe
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Weights float32 [M, k] and experts int32 [M, k] of tokens x [M, D].
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Weights float32 [M, k] and experts int32 [M, k] of tokens x [M, D]; and probabilities float32 [M, E], the scores of
+        a token made to sum to 1, see `load_of`.
 
         float32 throughout: the low bits of a logit decide which expert is taken.
         """
@@ -50,7 +51,10 @@ class Router(nnx.Module):
             weights = score(weights)
         if moe.normalise:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-        return weights * moe.scale, choice
+        probabilities = score(logits) if moe.best_first else scores
+        if moe.score == "sigmoid":
+            probabilities = probabilities / (probabilities.sum(-1, keepdims=True) + 1e-20)
+        return weights * moe.scale, choice, probabilities
 
 
 class ExpertLinear(Linear):
@@ -101,16 +105,16 @@ class MoE(nnx.Module):
             if moe.shared_gate else None
         self.moe = moe
 
-    def __call__(self, x: jax.Array, dropout_key=None, layout: Layout | None = None) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]."""
-        y = self._routed(x, dropout_key, layout)
+    def __call__(self, x: jax.Array, dropout_key=None, layout: Layout | None = None, counted: jax.Array | None = None):
+        """x [B, T, D] -> [B, T, D]; where bool [B, T] says what tokens are counted also their load, see `load_of`."""
+        y, load = self._routed(x, dropout_key, layout, counted)
         if self.shared is not None:
             shared = self.shared(x, dropout_key)
             y += shared if self.shared_gate is None else shared * jax.nn.sigmoid(self.shared_gate(x, dropout_key))
-        return y
+        return y if counted is None else (y, load)
 
-    def _routed(self, x, dropout_key, layout):
-        """The sum of each token's experts.
+    def _routed(self, x, dropout_key, layout, counted):
+        """The sum of each token's experts, and the load.
 
         Over the mesh axis `expert` every device holds E / n experts. It gathers the tokens of the n devices, computes what its
         own experts say of them, and the sums are scattered back. That is exact and its traffic does not depend on where the
@@ -118,9 +122,10 @@ class MoE(nnx.Module):
         (or a ragged exchange, which not every backend has), and sends no less while n <= k.
         """
         if layout is None:
-            weights, choice = self.gate(x.reshape(-1, x.shape[-1]))
-            return combine(self.experts, x.reshape(-1, x.shape[-1]), weights, choice, dropout_key,
-                           on_input=self.moe.on_input, platform=jax.default_backend()).astype(x.dtype).reshape(x.shape)
+            weights, choice, probabilities = self.gate(x.reshape(-1, x.shape[-1]))
+            y = combine(self.experts, x.reshape(-1, x.shape[-1]), weights, choice, dropout_key, on_input=self.moe.on_input,
+                        platform=jax.default_backend())
+            return y.astype(x.dtype).reshape(x.shape), load_of(choice, probabilities, counted)
         mesh, n = layout.mesh, layout.mesh.shape["expert"]
         graphdef, weights = nnx.split((self.gate, self.experts))
 
@@ -129,11 +134,13 @@ class MoE(nnx.Module):
             return weight_spec(mesh, variable.get_metadata("axes")[-value.ndim:], value.shape, kept=False)
         specs = jax.tree.map(cut, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
-        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, CUT, PartitionSpec()), out_specs=CUT, check_vma=False)
-        def run(weights, x, key):
+        @functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=CUT,
+                           in_specs=(specs, CUT, PartitionSpec(), CUT))
+        def run(weights, x, key, counted):
             gate, experts = nnx.merge(graphdef, weights)
             tokens = x.reshape(-1, x.shape[-1])
-            weight, choice = gate(tokens)
+            weight, choice, probabilities = gate(tokens)
+            load = load_of(choice, probabilities, counted)
             if key is not None:              # the same on the devices that share a token's hidden units
                 key = jax.random.fold_in(key, jax.lax.axis_index((*ROWS, TOKENS)))
             if n > 1:
@@ -142,8 +149,30 @@ class MoE(nnx.Module):
                         share=jax.lax.axis_index("expert"), shares=n).astype(x.dtype)
             if n > 1:
                 y = jax.lax.psum_scatter(y, "expert", tiled=True)
-            return jax.lax.psum(y, "tensor").reshape(x.shape) if mesh.shape["tensor"] > 1 else y.reshape(x.shape)
-        return run(weights, x, dropout_key)
+            y = jax.lax.psum(y, "tensor") if mesh.shape["tensor"] > 1 else y
+            return y.reshape(x.shape), load
+        return run(weights, x, dropout_key, counted)
+
+
+def load_of(choice, probabilities, counted):
+    """float32 [B, 1, 2, E] of choice [B * T, k], probabilities [B * T, E] and counted bool [B, T], None without the latter: how
+    many tokens of a row chose each expert, and the sum of its probabilities.
+
+    Over a mesh the second axis has an entry for each device that holds a piece of the row, so that nothing is sent to count.
+    """
+    if counted is None:
+        return None
+    E, k = probabilities.shape[1], choice.shape[1]
+    chosen = sum((choice[:, j, None] == jnp.arange(E)).astype(jnp.float32) for j in range(k))
+
+    def total(x):
+        return jnp.sum(jnp.where(counted[..., None], x.reshape(*counted.shape, E), 0), axis=1)
+    return jnp.stack([total(chosen), total(probabilities)], axis=1)[:, None]
+
+
+def no_load(moe: MoESpec, counted: jax.Array, layout: Layout | None) -> jax.Array:
+    """The load of no token, to add to."""
+    return jnp.zeros((counted.shape[0], token_parts(layout), 2, moe.E), jnp.float32)
 
 
 def combine(experts, x, weights, choice, key, *, on_input: bool, platform: str, share=0, shares: int = 1) -> jax.Array:

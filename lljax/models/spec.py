@@ -104,6 +104,10 @@ class DecoderSpec:
         return len(self.layers)
 
     @property
+    def has_experts(self) -> bool:
+        return any(layer.moe for layer in self.layers)
+
+    @property
     def ropes(self) -> tuple[RopeSpec, ...]:
         """Those that `LayerSpec.rope` counts."""
         return (self.rope, *self.more_ropes)

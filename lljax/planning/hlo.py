@@ -23,7 +23,7 @@ def collective_bytes(text: str) -> dict[str, int]:
                 # The TPU's compiler writes a collective that goes on beside other work into every fusion it goes on beside.
                 if re.match(r" *(ROOT )?%?async-collective-done", line) or "calls=%async_collective_fusion" in line:
                     continue
-                seen[name].update(_own(line))
+                seen[name].update(_own(line, name, computations[name][1]))
                 times = _trips(line, computations)
                 for called in re.findall(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)="
                                          r"\{?([^,}]*(?:, ?%[^,}]*)*)", line):
@@ -60,16 +60,28 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
     return out
 
 
-def _own(line: str) -> Counter:
-    match = re.search(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(", line)
+def _own(line: str, computation: str, lines: list[str]) -> Counter:
+    match = re.search(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(([^)]*)", line)
     if not match:
         return Counter()
-    shapes = [math.prod(map(int, filter(None, dims.split(",")))) * BYTES.get(dtype, 4)
-              for dtype, dims in re.findall(r"([a-z]+\d+|pred)\[([\d,]*)\]", match[1])]
-    size = max(shapes, default=0) if match[3] else sum(shapes)   # a started one lists its operand beside its result
-    if match[2] == "all-reduce":
-        size *= 2                            # a reduce-scatter and an all-gather of it
-    return Counter({match[2]: size})
+    shape, kind, started, operands = match.groups()
+    size = sum(_sizes(shape))
+    if started and kind != "all-reduce":     # it lists what it is given beside what comes of it
+        size = max(_sizes(shape))
+    elif kind == "reduce-scatter":           # a device's part is what comes of it
+        shapes = dict(re.findall(r"%?([\w.-]+) = (\(.*?\)|\S+) [\w-]+\(", "\n".join(lines)))
+        size = sum(sum(_sizes(shapes[name])) for name in re.findall(r"[\w.-]+", re.sub(r"/\*.*?\*/", "", operands)))
+    if computation.startswith("all-reduce-scatter"):         # how the TPU's compiler writes most of its reduce-scatters
+        kind = "reduce-scatter"
+    return Counter({kind: size * (2 if kind == "all-reduce" else 1)})    # a reduce-scatter and an all-gather of it
+
+
+def _sizes(shape: str) -> list[int]:
+    """Bytes of an array, or of each element of a tuple."""
+    shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shape)       # without layouts
+    elements = re.findall(r"\([^()]*\)|\w+\[[\d,]*\]", shape[1:] if shape.startswith("(") else shape)
+    return [sum(math.prod(map(int, filter(None, dims.split(",")))) * BYTES.get(dtype, 4)
+                for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", element)) for element in elements]
 
 
 def _trips(line: str, computations) -> int:

@@ -37,7 +37,7 @@ from lljax.training.step import from_items, make_evaluate, step_settings, take_a
 # What a resumed run must have in common with its beginning, so that it ends as if it had not been interrupted.
 IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "model.matmul", "model.quantize", "context", "lora",
             "data.packing", "data.overlong", "optimizer", "training.rows", "training.accumulate", "training.neftune_alpha",
-            "alarm")
+            "training.router_aux_loss_coef", "alarm")
 
 
 def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: range | None = None) -> nnx.Module:

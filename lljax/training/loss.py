@@ -39,6 +39,24 @@ def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = 
     return of_all(hidden, spread(head, layout.mesh), targets)
 
 
+def balance_of(load, tokens) -> jax.Array:
+    """The load-balancing loss E * sum_e f_e P_e of experts, float32 scalar; k where they share the `tokens` evenly.
+
+    load: see lljax.models.decoder, counted over `tokens`. Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6, as transformers'
+    `load_balancing_loss_func` has it: f_e is how many times a token chose the e-th expert, P_e its probability, each the mean
+    over tokens and layers. Of a sigmoid router P_e is of scores that are made to sum to 1 first (DeepSeek-AI 2024, arXiv
+    2412.19437, eq. 19 and 20), and the mean goes over the rows at hand, not over each row.
+    """
+    f, P = jnp.sum(load, axis=0) / (len(load) * jnp.maximum(tokens, 1))
+    return load.shape[2] * jnp.sum(f * P)
+
+
+def busiest_of(load) -> jax.Array:
+    """How many times its even share of a layer's tokens the busiest expert gets; 1 where all get the same, E / k at most."""
+    chosen = load[:, 0]
+    return chosen.shape[1] * jnp.max(chosen / jnp.maximum(jnp.sum(chosen, axis=1, keepdims=True), 1))
+
+
 def _in_chunks(hidden, head, targets, chunk, V, n, softcap):
     tokens = targets.size
     chunk = min(chunk, tokens)

@@ -13,11 +13,12 @@ from flax import nnx
 from lljax.compiler_flags import compiler_options
 from lljax.config import total_steps
 from lljax.data.packing import IGNORED
+from lljax.errors import ConfigError
 from lljax.models import lora
 from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
 from lljax.sharding import Layout, cut_alike, put, replicated
-from lljax.training.loss import cross_entropy
+from lljax.training.loss import balance_of, busiest_of, cross_entropy
 from lljax.training.optimizer import groups_of, make_optimizer
 
 
@@ -50,13 +51,15 @@ class StepSettings:
     noise: float                             # on the embeddings, see Decoder
     skip_spikes: bool
     spike_z: float
+    balance: float                           # weight of the load-balancing loss of experts
 
 
 def step_settings(config) -> StepSettings:
     """What a configuration says of the step."""
     m = config.memory
     return StepSettings(Memory(m.remat, m.offload, m.layers_per_residual, m.tile), m.loss_chunk, config.model.dtype,
-                        config.data.packing, config.training.neftune_alpha, config.alarm.spike != "warn", config.alarm.spike_z)
+                        config.data.packing, config.training.neftune_alpha, config.alarm.spike != "warn", config.alarm.spike_z,
+                        config.training.router_aux_loss_coef)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,14 @@ class Parts:
 
 
 def take_apart(config, model: nnx.Module, mesh) -> Parts:
-    """What a run steps with: the state before its first step, the weights that stay, and the step."""
+    """What a run steps with: the state before its first step, the weights that stay, and the step.
+
+    Raises:
+      ConfigError: experts are to be balanced, and the model has none.
+    """
+    if config.training.router_aux_loss_coef and not model.spec.has_experts:
+        raise ConfigError(f"training.router_aux_loss_coef={config.training.router_aux_loss_coef} balances experts, and "
+                          f"model.path={config.model.path!r} has none: set it to 0")
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     optimizer = make_optimizer(config.optimizer, total_steps(config), groups_of(trainable))
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
@@ -119,17 +129,25 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
     The state stays where the state `like` lies.
 
     The batch holds int32 arrays [A, B, T] (tokens, targets, segments, positions, index), A accumulated forward passes.
-    The loss is the mean over all predicted tokens of all A x B rows, so that accumulation changes nothing.
+    The loss is the mean over all predicted tokens of all A x B rows, so that accumulation changes nothing. Where there are
+    experts, `settings.balance` times their load-balancing loss is minimised beside it: that of each of the A passes over its
+    tokens that are no padding, averaged by predicted tokens. It is a metric, not part of the metric `loss`.
     A non-finite gradient is never applied; nor is a spike where settings say so. Metrics are float32 scalars.
     """
     def total_loss(trainable, frozen, micro, key, pattern, layout):
         model = nnx.merge(graphdef, trainable, frozen)
+        counted = micro["segments"] != 0 if model.spec.has_experts else None
         # A row of one document has its padding behind, where causality hides it.
         hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"] if settings.packed else None,
                        index=_index(micro, layout), pattern=pattern, layout=layout, memory=settings.memory,
-                       dtype=jnp.dtype(settings.dtype), dropout_key=key, noise=settings.noise)
-        return cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk, softcap=model.spec.logit_softcap,
+                       dtype=jnp.dtype(settings.dtype), dropout_key=key, noise=settings.noise, counted=counted)
+        hidden, load = (hidden, None) if counted is None else hidden
+        loss = cross_entropy(hidden, model.head, micro["targets"], chunk=settings.loss_chunk, softcap=model.spec.logit_softcap,
                              layout=layout, update=model.head_update(hidden, key))
+        if counted is None:
+            return loss, None
+        balance = balance_of(load, jnp.sum(counted)) * jnp.sum(micro["targets"] != IGNORED)
+        return loss + settings.balance * balance if settings.balance else loss, (loss, balance, load)
 
     shardings = jax.tree.map(lambda x: x.sharding, like)
     options = compiler_options(like.step.sharding)
@@ -141,7 +159,7 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
     def step(state: TrainState, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         loss_of = functools.partial(total_loss, pattern=pattern, layout=layout)
-        loss, grads = accumulate(loss_of, state.trainable, frozen, batch, key)
+        (loss, routing), grads = accumulate(loss_of, state.trainable, frozen, batch, key)
         tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1).astype(jnp.float32)
         loss, grads = loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
 
@@ -159,6 +177,10 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
         bad = jnp.where(apply, 0, state.bad + 1)
         metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens, "z": z, "nonfinite": ~finite, "spike": spike,
                    "skipped": ~apply, "bad": bad}
+        if routing is not None:
+            of_tokens, balance, load = routing
+            metrics |= {"loss": of_tokens / tokens, "load_balancing_loss": balance / tokens,
+                        "expert_load_max": busiest_of(load)}
         return TrainState(trainable, opt_state, state.step + 1, state.key, norms, bad), metrics
 
     return step
@@ -170,17 +192,19 @@ def _index(batch, layout: Layout | None):
 
 
 def accumulate(loss_of, trainable, frozen, batch, key):
-    """Sums loss and gradient over the leading axis of the batch, in float32."""
-    value_and_grad = jax.value_and_grad(loss_of)
+    """((loss, more), gradient) of loss_of(...) -> (loss, more), summed over the leading axis of the batch in float32."""
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     A = batch["tokens"].shape[0]
     if A == 1:
         return value_and_grad(trainable, frozen, jax.tree.map(lambda x: x[0], batch), key)
 
     def one(total, xs):
         micro, key = xs
-        return jax.tree.map(jnp.add, total, value_and_grad(trainable, frozen, micro, key)), None
+        (loss, more), grads = value_and_grad(trainable, frozen, micro, key)
+        return jax.tree.map(jnp.add, total, (loss, grads)), more
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-    return jax.lax.scan(one, zero, (batch, jax.random.split(key, A)))[0]
+    (loss, grads), more = jax.lax.scan(one, zero, (batch, jax.random.split(key, A)))
+    return (loss, jax.tree.map(lambda x: x.sum(0), more)), grads
 
 
 def robust_z(x: jax.Array, history: jax.Array, least: int = 20) -> jax.Array:

@@ -12,8 +12,8 @@ from flax import nnx
 from lljax.build import move
 from lljax.models import grouped, lora
 from lljax.models.declare import declared
-from lljax.models.memory import Memory, tiled
-from lljax.models.moe import MoE
+from lljax.models.memory import Memory, folded, tiled
+from lljax.models.moe import MoE, no_load
 from lljax.models.spec import MoESpec
 from lljax.sharding import Layout, batch_sharding, make_mesh
 
@@ -110,6 +110,16 @@ def test_every_token_may_go_to_one_expert():
     assert_same(value_and_gradients(model, lambda model, x: model(x), x), value_and_gradients(model, dense, x), 1e-4)
 
 
+def test_the_load_counts_choices_and_sums_probabilities():
+    model = build(score="sigmoid")
+    counted = np.random.default_rng(3).random((B, T)) < 0.7
+    load = nnx.jit(lambda model, x: model(x, counted=counted)[1])(model, X)
+    scores = np.asarray(jax.nn.sigmoid(X @ model.gate.weight[...]))
+    chosen = scores >= np.sort(scores)[..., -model.moe.k, None]
+    wanted = [np.sum(x * counted[..., None], axis=1) for x in (chosen, scores / scores.sum(-1, keepdims=True))]
+    np.testing.assert_allclose(load, np.stack(wanted, axis=1)[:, None], rtol=1e-5)
+
+
 def test_bfloat16_compute():
     model = build()
     y = nnx.jit(lambda model, x: model(x))(model, X.astype(jnp.bfloat16))
@@ -133,7 +143,13 @@ def test_blocks_equal_ragged_dot(sizes, monkeypatch):
 # ---------------------------------------------------------------- over eight devices
 
 MESHES = [{"expert": 2, "fsdp": 2, "sequence": 2}, {"expert": 4, "tensor": 2}, {"expert": 8}, {"data": 2, "sequence": 4}]
+COUNTED = np.random.default_rng(2).random((8, 24)) < 0.8
 ROWS = np.random.default_rng(1).normal(size=(8, 24, D)).astype(np.float32)
+
+
+def with_load(y, load):
+    """Both in one, so that the gradient goes through both; a device's part of the load counts as much as another's."""
+    return y + jnp.sum(load * jnp.arange(16.0).reshape(2, 8)) / load.size
 
 
 def over(mesh, model, memory):
@@ -141,8 +157,19 @@ def over(mesh, model, memory):
     layout = Layout(mesh)
 
     def apply(model, x):
-        return tiled(lambda x, key: model(x, key, layout), x, None, memory, layout)
+        def add(load, xs, key):
+            y, more = model(xs[0], key, layout, xs[1])
+            return load + more, y
+        load, y = folded(add, no_load(model.moe, COUNTED, layout), (x, COUNTED), None, memory, layout)
+        return with_load(y, load.sum(1))
     return value_and_gradients(model, jax.checkpoint(apply), jax.device_put(ROWS, batch_sharding(mesh, 2)))
+
+
+def on_one(model):
+    def apply(model, x):
+        y, load = model(x, counted=COUNTED)
+        return with_load(y, load.sum(1))
+    return value_and_gradients(model, apply, ROWS)
 
 
 def cases():
@@ -154,7 +181,7 @@ def cases():
 
 @pytest.mark.parametrize("router,sizes", list(cases()))
 def test_experts_over_devices_equal_one_device(router, sizes):
-    wanted = value_and_gradients(build(**ROUTERS[router]), lambda model, x: model(x), ROWS)
+    wanted = on_one(build(**ROUTERS[router]))
     assert_same(over(make_mesh(**sizes), build(**ROUTERS[router]), Memory("full", tile=4)), wanted)
 
 
@@ -165,4 +192,4 @@ def test_no_token_is_dropped_where_all_go_to_the_experts_of_one_device():
         model.gate.weight.set_value(model.gate.weight[...].at[:, :2].set(50.0).at[:, 2:].set(-50.0))
         return model
     mesh = make_mesh(expert=4, sequence=2)
-    assert_same(over(mesh, crowded(), Memory("full")), value_and_gradients(crowded(), lambda model, x: model(x), ROWS))
+    assert_same(over(mesh, crowded(), Memory("full")), on_one(crowded()))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -44,6 +46,40 @@ ENTRY %main (p: bf16[1,8,64]) -> bf16[1,64,64] {
 }
 """
     assert collective_bytes(text) == {"all-gather": 64 * 64 * 2}
+
+
+def test_a_reduce_scatter_counts_what_is_reduced():
+    mesh = make_mesh(fsdp=8)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec("fsdp"), check_vma=False)
+    def f(x):
+        return jax.lax.psum_scatter(x, "fsdp", tiled=True)
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    assert collective_bytes(jax.jit(f).lower(x).compile().as_text()) == {"reduce-scatter": 64 * 32 * 4}
+
+
+def test_a_tpu_reduce_scatter_may_be_a_fused_all_reduce():
+    text = """
+%all-reduce-scatter.1.clone (input: bf16[64,32]) -> bf16[8,32] {
+  %input = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.4 = bf16[64,32]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, to_apply=%add
+  ROOT %dynamic-slice.2 = bf16[8,32]{1,0} dynamic-slice(%all-reduce.4, %at), dynamic_slice_sizes={8,32}
+}
+
+ENTRY %main (p: bf16[64,32]) -> bf16[8,32] {
+  ROOT %fusion.8 = bf16[8,32]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1.clone
+}
+"""
+    assert collective_bytes(text) == {"reduce-scatter": 64 * 32 * 2}
+
+
+def test_a_started_collective_of_several_arrays_counts_all_of_them():
+    line = "  %start.1 = {shape} {kind}-start(%a, %b), channel_id=1\n"
+    gather = "((bf16[1,8]{1,0}, f32[1,4]{1,0}), (bf16[8,8]{1,0}, f32[8,4]{1,0}))"
+    reduced = "(f32[8]{0}, /*index=1*/f32[4]{0})"
+    text = "ENTRY %main (p: f32[8]) -> f32[8] {\n" + line.format(shape=gather, kind="all-gather") + \
+        line.format(shape=reduced, kind="all-reduce") + "}"
+    assert collective_bytes(text) == {"all-gather": 64 * 2 + 32 * 4, "all-reduce": 2 * 12 * 4}
 
 
 def test_the_loop_of_a_tpu_program_is_read_from_its_condition():
