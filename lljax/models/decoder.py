@@ -78,8 +78,8 @@ class Decoder(nnx.Module):
         dtype: of the residual and of the compute; None for that of the weights.
         noise: alpha of the noise on the embeddings, see `noisy`; none without a dropout key.
         rope_length: positions in use, where a RoPE kind depends on it; None for the largest of `positions` + 1.
-        counted: bool [B, T], tokens whose routing is counted: (hidden, load) is returned, load float32 [layers with experts,
-        2, E], how many tokens chose each expert and the sum of its probabilities (lljax.models.moe).
+        counted: bool [B, T], where there are experts: tokens whose routing is counted. (hidden, load) is returned, load float32
+        [layers with experts, 2, E]: how many tokens chose each expert, and the sum of its probabilities (lljax.models.moe).
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
         """
         dtype = dtype or self.layers[0].self_attn.o_proj.kernel.get_value().dtype

@@ -52,7 +52,8 @@ class Monitor:
         """One optimizer step. `record` has step, stage, length, attention, loss, grad_norm, tokens_per_second ...
 
         data_seconds: how long the next batch was read, where the device was done before it came; else 0. mfu: model FLOPs a
-        second by the peak of the devices, where that is known.
+        second by the peak of the devices, where that is known. load_balancing_loss, expert_load_max: of a model with experts,
+        see lljax.training.loss.
         """
         self._write(record)
         for name, value in record.items():

@@ -128,9 +128,11 @@ def _curves(steps: list[dict], evaluations: list[dict]) -> str:
             ("loss", "Loss", {}), ("grad_norm", "Gradient norm", {"log": True, "marks": marks}),
             ("learning_rate", "Learning rate", {"from_zero": True}),
             ("tokens_per_second", "Tokens per second", {"from_zero": True}),
-            ("mfu", "Model FLOPs utilisation", {"from_zero": True})):
+            ("mfu", "Model FLOPs utilisation", {"from_zero": True}),
+            ("expert_load_max", "Tokens of the busiest expert, in even shares", {"from_zero": True})):
         y = _column(steps, name)
-        if name == "mfu" and not np.isfinite(y).any():   # the devices' peak is not known
+        # The devices' peak is not known; the model has no experts.
+        if name in ("mfu", "expert_load_max") and not np.isfinite(y).any():
             continue
         if name == "learning_rate":
             lines, legend, readings = [Line(x, y, "smooth")], [], {title.lower(): Line(x, y, "raw")}
