@@ -58,8 +58,7 @@ class DecoderLayer(nnx.Module):
             q, k, v = self._before(x, key)
             mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
             q, k = self.self_attn.placed(q, place, query=True), self.self_attn.placed(k, place)
-            mixed, halo = attend_tile(q, k, v, mask, halo, scale=self.self_attn.scale,
-                                      softcap=self.self_attn.softcap, group=pattern.groups, layout=layout)
+            mixed, halo = attend_tile(q, k, v, mask, halo, group=pattern.groups, layout=layout, **self.self_attn.how)
             return halo, self._after((x, self.self_attn.join(mixed)), key, layout)
 
         def keys(x, place):
