@@ -28,7 +28,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MoE(spec, mlp) if layer.moe else MLP(spec, mlp, F=spec.F)
 
     def __call__(self, x, place, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
-        """x [B, T, D] after the layer, and its `cache`. place, mask: what positions are to this layer."""
+        """x [B, T, D] after the layer, and its `cache`. place, mask: of this layer, with its window or chunks."""
         if cache is None and cuts(x.shape[1], memory, layout):
             reach = tile_reach(x.shape[1], mask, pattern.groups, memory.tile, layout)
             if reach is not None:
