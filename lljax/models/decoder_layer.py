@@ -30,7 +30,7 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x, place, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None,
                  counted=None):
         """x [B, T, D] after the layer, its `cache`, and the load of its experts by `counted` tokens (None where there are no
-        experts, or nothing is counted). place, mask: what positions are to this layer."""
+        experts, or nothing is counted). place, mask: of this layer, with its window or chunks."""
         counted = counted if self.layer.moe else None
         if cache is None and cuts(x.shape[1], memory, layout):
             reach = tile_reach(x.shape[1], mask, pattern.groups, memory.tile, layout)
@@ -76,8 +76,7 @@ class DecoderLayer(nnx.Module):
             q, k, v = self._before(x, key)
             mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
             q, k = self.self_attn.placed(q, place, query=True), self.self_attn.placed(k, place)
-            mixed, halo = attend_tile(q, k, v, mask, halo, scale=self.self_attn.scale,
-                                      softcap=self.self_attn.softcap, group=pattern.groups, layout=layout)
+            mixed, halo = attend_tile(q, k, v, mask, halo, group=pattern.groups, layout=layout, **self.self_attn.how)
             load, x = self._after(load, (x, self.self_attn.join(mixed), counted), key, layout)
             return (halo, load), x
 

@@ -20,7 +20,8 @@ CONFIGS = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralCon
 WITH_EXPERTS = {"mixtral": transformers.MixtralConfig, "qwen2_moe": transformers.Qwen2MoeConfig,
                 "qwen3_moe": transformers.Qwen3MoeConfig,
                 "glm4_moe": functools.partial(transformers.Glm4MoeConfig, head_dim=128),     # by default RoPE would turn 21
-                "deepseek_v3": transformers.DeepseekV3Config, "llama4_text": transformers.Llama4TextConfig}
+                "deepseek_v3": transformers.DeepseekV3Config, "llama4_text": transformers.Llama4TextConfig,
+                "gpt_oss": transformers.GptOssConfig}
 SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6}
 NEEDED = list(SIZES)
 
