@@ -20,24 +20,27 @@ def slices(mesh: Mesh) -> int:
     return mesh.shape["tensor"] * mesh.shape[TOKENS]
 
 
-def spread(table: jax.Array, mesh: Mesh) -> jax.Array:
-    """`table` with zeros below, so that its rows can be dealt evenly."""
-    return jnp.pad(table, ((0, -len(table) % slices(mesh)), (0, 0)))
+def spread(tables, mesh: Mesh):
+    """A table, or some of as many rows, with zeros below, so that their rows can be dealt evenly."""
+    return jax.tree.map(lambda table: jnp.pad(table, ((0, -len(table) % slices(mesh)), (0, 0))), tables)
 
 
-def around(f, carry, table: jax.Array, n: int):
-    """Inside shard_map: f(carry, slice, its first row) -> carry for each of the n slices; every device begins with its own."""
+def around(f, carry, tables, n: int):
+    """Inside shard_map: f(carry, slice, its first row) -> carry for each of the n slices of a table (or of some that have as
+    many rows); every device begins with its own."""
+    rows = len(jax.tree.leaves(tables)[0])
+
     def one(carry, step):
         carry, part = carry
         following = passed_on(part, n)       # under way while this slice is computed with
-        return (f(carry, part, _first_row(step, n, len(part))), following), None
+        return (f(carry, part, _first_row(step, n, rows)), following), None
     if n > 1:
-        (carry, table), _ = jax.lax.scan(one, (carry, table), jnp.arange(n - 1))
-    return f(carry, table, _first_row(n - 1, n, len(table)))
+        (carry, tables), _ = jax.lax.scan(one, (carry, tables), jnp.arange(n - 1))
+    return f(carry, tables, _first_row(n - 1, n, rows))
 
 
-def passed_on(x: jax.Array, n: int) -> jax.Array:
-    """The x of the device before this one, of n."""
+def passed_on(x, n: int):
+    """The x (arrays) of the device before this one, of n."""
     return x if n == 1 else jax.lax.ppermute(x, VOCABULARY, [(i, (i + 1) % n) for i in range(n)])
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from lljax.attention import Mask, attend_parallel
 from lljax.models.declare import declare
+from lljax.models.probe import times
 from lljax.models.rope import rotate
 from lljax.models.spec import DecoderSpec
 
@@ -64,7 +65,7 @@ class Linear(nnx.Module):
         self.lora = nnx.data(None)
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = times(x, self.kernel.get_value())
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         if self.lora is not None:

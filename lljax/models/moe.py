@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 from lljax.models.declare import declare
 from lljax.models.grouped import grouped_dot
 from lljax.models.layers import MLP, Linear
+from lljax.models.probe import times
 from lljax.models.spec import DecoderSpec, MoESpec
-from lljax.sharding import ROWS, TOKENS, Layout, weight_spec
+from lljax.sharding import ROWS, TOKENS, Layout, each, weight_spec
 
 CUT = PartitionSpec(ROWS, TOKENS)
 
@@ -60,7 +61,7 @@ class ExpertLinear(Linear):
 
     def __call__(self, x: jax.Array, dropout_key, dot) -> jax.Array:
         """dot: product of the rows with the matrices [E, in, out] of their experts."""
-        y = dot(x, self.kernel[...])
+        y = times(x, self.kernel.get_value(), dot)
         return y if self.lora is None else y + self.lora(x, dropout_key, dot)
 
 
@@ -117,7 +118,8 @@ class MoE(nnx.Module):
 
         def cut(variable):                   # metadata of a stacked layer begins with an axis that its value has no more
             value = variable.get_value()
-            return weight_spec(mesh, variable.get_metadata("axes")[-value.ndim:], value.shape, kept=False)
+            axes = variable.get_metadata("axes")[-len(value.shape):]
+            return variable.replace(each(lambda x, axes: weight_spec(mesh, axes, x.shape, kept=False), value, axes))
         specs = jax.tree.map(cut, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, CUT, PartitionSpec()), out_specs=CUT, check_vma=False)

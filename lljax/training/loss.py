@@ -4,17 +4,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from lljax.attention.softcap import capped, through_cap
 from lljax.data.packing import IGNORED
+from lljax.models.probe import side_by_side
 from lljax.sharding import ROWS, TOKENS, VOCABULARY, Layout
 from lljax.vocabulary import around, passed_on, slices, spread
 
 
 def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = None,
                   layout: Layout | None = None) -> jax.Array:
-    """Sum of the cross-entropies of `targets` [B, T] under hidden [B, T, D] and head [V, D]; float32 scalar.
+    """Sum of the cross-entropies of `targets` [B, T] under hidden [B, T, D] and head [V, D] (or a `Probed`); float32 scalar.
 
     Ignored targets (-100) count for nothing, in the value and in both gradients. Memory is O(chunk x V). Where a
     gradient is asked for it is formed together with the value; that of the head is formed only if the head trains. On one
@@ -22,15 +24,15 @@ def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = 
     and for the gradient. softcap: of the logits, see lljax.attention.softcap. Logits, their softmax and the sums over chunks
     are float32.
     """
+    V, (hidden, head) = head.shape[0], side_by_side(hidden, head)
     if layout is None:
-        return _in_chunks(hidden, head, targets, chunk, head.shape[0], 1, softcap)
+        return _in_chunks(hidden, head, targets, chunk, V, 1, softcap)
     tokens = (TOKENS, "tensor")              # where heads are cut, the tokens of the loss are
 
     @functools.partial(jax.shard_map, mesh=layout.mesh, check_vma=False, out_specs=PartitionSpec(),
                        in_specs=(PartitionSpec(ROWS, tokens), PartitionSpec(VOCABULARY), PartitionSpec(ROWS, tokens)))
     def of_all(hidden, part, targets):
-        total = _in_chunks(hidden, part, targets, chunk, head.shape[0], slices(layout.mesh), softcap)
-        return jax.lax.psum(total, layout.mesh.axis_names)
+        return jax.lax.psum(_in_chunks(hidden, part, targets, chunk, V, slices(layout.mesh), softcap), layout.mesh.axis_names)
     return of_all(hidden, spread(head, layout.mesh), targets)
 
 
@@ -46,7 +48,8 @@ def _in_chunks(hidden, head, targets, chunk, V, n, softcap):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _cross_entropy(hidden, head, targets, V, n, softcap):
-    """hidden [chunks, C, D], head [V / n, D] (the device's of n slices), targets [chunks, C]."""
+    """hidden [chunks, C, D]; head: tables [V / n, ...] (the device's of n slices) whose widths make up D; targets [chunks, C].
+    """
     return _loss(targets, *_statistics(hidden, head, targets, V, n, softcap))
 
 
@@ -54,10 +57,18 @@ def _loss(targets, lse, of_target):
     return jnp.sum(jnp.where(targets == IGNORED, 0.0, lse - of_target))
 
 
+_wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 def _logits(h, part, first, V, softcap):
     """float32 [C, V / n] of h [C, D] and a slice of the head that begins with row `first`."""
-    logits = jnp.einsum("CD,VD->CV", h, part.astype(h.dtype), preferred_element_type=jnp.float32)
-    return jnp.where(first + jnp.arange(len(part)) < V, capped(logits, softcap), -jnp.inf)
+    logits = functools.reduce(jnp.add, (_wide("CD,VD->CV", x, table.astype(h.dtype)) for x, table in zip(_cut(h, part), part)))
+    return jnp.where(first + jnp.arange(len(part[0])) < V, capped(logits, softcap), -jnp.inf)
+
+
+def _cut(h, part):
+    """What of h [C, D] goes with each table of the head."""
+    return jnp.split(h, np.cumsum([table.shape[1] for table in part[:-1]]), axis=1)
 
 
 def _seen(logits, t, first):
@@ -80,8 +91,8 @@ def _statistics(hidden, head, targets, V, n, softcap):
 
 
 def _forward(hidden, head, targets, V, n, softcap):
-    wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    hidden, head, targets, trained = hidden.value, head.value, targets.value, head.perturbed
+    hidden, targets = hidden.value, targets.value
+    head, trained = tuple(table.value for table in head), tuple(table.perturbed for table in head)
 
     def of_slice(carry, part, first):
         d_hidden, d_head, seen, total = carry
@@ -90,30 +101,30 @@ def _forward(hidden, head, targets, V, n, softcap):
             (d_head, total), (h, t, d_h, seen) = carry, xs
             logits = _logits(h, part, first, V, softcap)
             lse, of_target = _seen(logits, t, first) if n == 1 else seen
-            d_logits = jnp.exp(logits - lse[:, None]) - jax.nn.one_hot(t - first, len(part), dtype=jnp.float32)
+            d_logits = jnp.exp(logits - lse[:, None]) - jax.nn.one_hot(t - first, len(part[0]), dtype=jnp.float32)
             d_logits = through_cap(jnp.where(t[:, None] == IGNORED, 0.0, d_logits), logits, softcap).astype(h.dtype)
-            more = wide("CV,VD->CD", d_logits, part.astype(h.dtype)).astype(h.dtype)
-            if trained:
-                d_head += wide("CV,CD->VD", d_logits, h)
+            more = [_wide("CV,VD->CD", d_logits, table.astype(h.dtype)).astype(h.dtype) for table in part]
+            more = jnp.concatenate(more, axis=1)
+            d_head = tuple(None if d is None else d + _wide("CV,CD->VD", d_logits, x) for d, x in zip(d_head, _cut(h, part)))
             if n == 1:
                 return (d_head, total + _loss(t, lse, of_target)), more
             return (d_head, total), d_h + more
         (d_head, total), d_hidden = jax.lax.scan(of_chunk, (d_head, total), (hidden, targets, d_hidden, seen))
-        return d_hidden, passed_on(d_head, n) if trained else None, seen, total
+        return d_hidden, passed_on(d_head, n), seen, total
 
-    d_head = jnp.zeros(head.shape, jnp.float32) if trained else None
+    d_head = tuple(jnp.zeros(table.shape, jnp.float32) if trains else None for table, trains in zip(head, trained))
     # The sum is carried: collected chunk by chunk and summed afterwards, XLA on a GPU holds a third of `hidden` more.
     d_hidden, seen, total = None, None, jnp.float32(0)
     if n > 1:
         d_hidden, seen = jnp.zeros_like(hidden), _statistics(hidden, head, targets, V, n, softcap)
         total = _loss(targets, *seen)
     d_hidden, d_head, _, total = around(of_slice, (d_hidden, d_head, seen, total), head, n)
-    return total, (d_hidden, d_head.astype(head.dtype) if trained else None)
+    return total, (d_hidden, tuple(None if d is None else d.astype(table.dtype) for d, table in zip(d_head, head)))
 
 
 def _backward(V, n, softcap, saved, d_total):
     d_hidden, d_head = saved
-    return d_hidden * d_total.astype(d_hidden.dtype), None if d_head is None else d_head * d_total, None
+    return d_hidden * d_total.astype(d_hidden.dtype), jax.tree.map(lambda d: d * d_total.astype(d.dtype), d_head), None
 
 
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
