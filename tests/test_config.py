@@ -40,6 +40,9 @@ def test_every_shipped_config_is_legal(path):
     ({"optimizer.name": "lion", "optimizer.eps": 1e-6}, "optimizer.eps=1e-06 and.*'lion', which does not read it"),
     ({"optimizer.galore.rank": 8}, "optimizer.galore.rank=8 and.*'adamw', which does not read it"),
     ({"optimizer.name": "galore"}, "set train_type='full'"),
+    ({"optimizer.name": "q_galore"}, "optimizer.name='q_galore' and train_type='lora'.*set train_type='full'"),
+    ({"optimizer.name": "q_galore", "train_type": "full", "memory.remat": "none"}, "memory.remat='none'.*'q_galore'"),
+    ({"optimizer.name": "q_galore", "train_type": "full", "model.quantize": "int8"}, "model.quantize='int8' holds frozen"),
     ({"lora.dropout": 1.0}, "from 0 to below 1"),
     ({"model.path": ""}, "model.path is empty"),
 ])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lljax.models.declare import declared, dtype_of
+from lljax.models.quantize import Quantised, quantise
 
 
 def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=jnp.float32, shardings=None) -> None:
@@ -18,12 +19,12 @@ def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=j
     """
     for _, variable in declared(model):
         shape = variable.get_value()
-        if not isinstance(shape, jax.ShapeDtypeStruct):
+        if not isinstance(jax.tree.leaves(shape)[0], jax.ShapeDtypeStruct):
             continue
-        wanted = dtype_of(variable, dtype)
+        form, wanted = (shape.form, shape.dtype) if isinstance(shape, Quantised) else (None, dtype_of(variable, dtype))
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(_name(variable).encode()))
-        draw = jax.jit(_draw, static_argnums=(1, 2, 3, 4), out_shardings=shardings(variable) if shardings else None)
-        variable.set_value(draw(key, variable.get_metadata("init"), shape.shape, deviation, wanted))
+        draw = jax.jit(_draw, static_argnums=(1, 2, 3, 4, 5), out_shardings=shardings(variable) if shardings else None)
+        variable.set_value(draw(key, variable.get_metadata("init"), shape.shape, deviation, form, wanted))
 
 
 def _name(variable: nnx.Variable) -> str:
@@ -32,9 +33,10 @@ def _name(variable: nnx.Variable) -> str:
     return variable.get_metadata("hf") + (f" from {layer}" if layer else "") + (f" row {row}" if row else "")
 
 
-def _draw(key, init, shape, deviation, dtype):
+def _draw(key, init, shape, deviation, form, dtype):
     """At the top of the module, so that what was compiled for one Variable serves the next of its shape."""
-    return INITS[init](key, shape, deviation).astype(dtype)
+    x = INITS[init](key, shape, deviation)
+    return quantise(x, form, dtype) if form else x.astype(dtype)
 
 
 def _he_uniform(key, shape, deviation):
