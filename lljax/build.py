@@ -19,7 +19,6 @@ from lljax.models.declare import declared, dtype_of
 from lljax.models.decoder import Decoder, repeats, share_residuals
 from lljax.models.initialise import initialise
 from lljax.models.layers import Linear
-from lljax.models.quantize import Form
 from lljax.models.spec import DecoderSpec
 
 
@@ -72,7 +71,11 @@ def abstract_model(config, hf_config: dict) -> Decoder:
                     rslora=config.lora.rslora, dropout=config.lora.dropout, dora=config.lora.dora, init=config.lora.init,
                     seed=config.seed, rank_pattern=config.lora.rank_pattern, alpha_pattern=config.lora.alpha_pattern,
                     also_train=config.lora.also_train)
-    _quantise(model, form_of(config.model.quantize, hf_config), jnp.dtype(config.model.dtype))
+    form, dtype = form_of(config.model.quantize, hf_config), jnp.dtype(config.model.dtype)
+    if form:
+        _quantise(model, ("kernel",), lambda rows: form, dtype)
+    if config.optimizer.name == "q_galore":
+        _quantise(model, ("kernel", "embed", "head"), lambda rows: quantize.integers(8, rows), dtype, trainable=True)
     _multiply_in(model, config.model.matmul)
     return model
 
@@ -83,11 +86,12 @@ def _multiply_in(model: Decoder, matmul: str) -> None:
             linear.dot = fp8.fp8_dot
 
 
-def _quantise(model: Decoder, form: Form | None, dtype) -> None:
-    """Makes the frozen kernels of an abstract model quantised ones."""
-    for _, variable in declared(model) if form else ():
-        if variable.get_metadata("role") == "kernel" and not variable.get_metadata().get("trainable", False):
-            variable.set_value(quantize.abstract(variable.get_value().shape, form, dtype))
+def _quantise(model: Decoder, roles, form_for, dtype, trainable: bool = False) -> None:
+    """Makes those weights of an abstract model that train, or those that do not, quantised ones; form_for(inputs): see Form."""
+    for _, variable in declared(model):
+        shape = variable.get_value().shape
+        if variable.get_metadata("role") in roles and variable.get_metadata().get("trainable", False) == trainable:
+            variable.set_value(quantize.abstract(shape, form_for(shape[-2]), dtype))
 
 
 def placed_model(config, hf_config: dict, mesh: Mesh) -> Decoder:
@@ -134,7 +138,8 @@ def load_base(base, spec: DecoderSpec, dtype, quantise: str = "none", matmul: st
     """The base alone under `spec`, to compare with or to talk to; quantise, matmul: as `model.quantize` and `model.matmul`."""
     model = Decoder(spec)
     _multiply_in(model, matmul)
-    _quantise(model, form_of(quantise, base.config), dtype)
+    if form := form_of(quantise, base.config):
+        _quantise(model, ("kernel",), lambda rows: form, dtype)
     load_weights(model, base, dtype=dtype)
     return model
 

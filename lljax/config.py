@@ -55,14 +55,14 @@ def default_config() -> ConfigDict:
     c.data.max_bad_fraction = 0.01           # share of unreadable rows above which the run stops
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"               # adamw | adafactor | lion | muon | adamw8bit | galore (where every weight trains)
+    c.optimizer.name = "adamw"               # adamw | adafactor | lion | muon | adamw8bit; train_type full: galore | q_galore
     c.optimizer.learning_rate = 2e-4         # lion wants a third to a tenth of what the others do
     c.optimizer.schedule = "cosine"          # linear | cosine | constant, after the warm-up
     c.optimizer.warmup_steps = 20
     c.optimizer.beta1 = 0.9                  # all but adafactor
     c.optimizer.beta2 = 0.95                 # all but adafactor
     c.optimizer.eps = 1e-8                   # all but adafactor and lion
-    c.optimizer.galore = ConfigDict()        # galore
+    c.optimizer.galore = ConfigDict()        # galore, q_galore
     c.optimizer.galore.rank = 128            # of the subspace in which a matrix has moments
     c.optimizer.galore.update_every = 200    # steps between two subspaces
     c.optimizer.galore.scale = 0.25          # of the update of a matrix, beside its learning rate
@@ -118,6 +118,7 @@ READS = {                                    # fields of the optimizer that not 
     "adamw": ("beta1", "beta2", "eps"), "adafactor": (), "lion": ("beta1", "beta2"), "muon": ("beta1", "beta2", "eps"),
     "adamw8bit": ("beta1", "beta2", "eps"),
     "galore": ("beta1", "beta2", "eps", "galore.rank", "galore.update_every", "galore.scale"),
+    "q_galore": ("beta1", "beta2", "eps", "galore.rank", "galore.update_every", "galore.scale"),
 }
 
 
@@ -223,9 +224,12 @@ def validate(c: ConfigDict) -> None:
 
 def _validate_optimizer(c: ConfigDict) -> None:
     name, default = c.optimizer.name, default_config().optimizer
-    if name == "galore" and c.train_type != "full":
+    if name in ("galore", "q_galore") and c.train_type != "full":
         raise ConfigError(f"optimizer.name={name!r} and train_type={c.train_type!r}: it is for training every weight; set "
                           "train_type='full', or optimizer.name='adamw'")
+    if name == "q_galore" and c.memory.remat == "none":
+        raise ConfigError("memory.remat='none' keeps every layer's weights as optimizer.name='q_galore' makes them dense: use "
+                          "memory.remat='full' or 'attention'")
     for field in sorted(set().union(*READS.values()) - set(READS[name])):
         value, usual = get(c.optimizer, field), get(default, field)
         if value != usual:

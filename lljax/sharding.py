@@ -100,7 +100,7 @@ def value_sharding(mesh: Mesh, axes: tuple, value, *, kept: bool = True):
 
 
 def each(f, value, axes: tuple):
-    """f(array, its logical axes) of a value, or of the arrays that a quantised one is made of (lljax.models.quantize)."""
+    """f(array, its logical axes) of a value, or of the arrays that one is made of (lljax.models.quantize, .probe)."""
     return value.each(f, axes) if hasattr(value, "each") else f(value, axes)
 
 

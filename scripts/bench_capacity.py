@@ -3,8 +3,8 @@
 python scripts/bench_capacity.py --rows=h100       # the rows whose name holds the word; needs the plan-gpu extra
 python scripts/bench_capacity.py --rows=v5         # needs the plan-tpu extra, and minutes a row
 
-One row of tokens a step, AdamW in float32. LoRA of rank 64 on q, k, v and o over a frozen bfloat16 base; over a quantised
-one, of rank 32 on every linear layer. No weight is read.
+One row of tokens a step, AdamW in float32 or, where a row says so, eight bits. LoRA of rank 64 on q, k, v and o over a frozen
+bfloat16 base; over a quantised one, of rank 32 on every linear layer. No weight is read.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "int
 class Row:
     """attention: of the stage; shifted in groups of 8,192. each: memory.layers_per_residual. find: look for the longest
     row that fits, from `length` on. base: model.quantize, or "trained": train_type="full". tile: memory.tile, and four times
-    memory.loss_chunk."""
+    memory.loss_chunk. optimizer: its name."""
 
     device: str
     length: int
@@ -42,6 +42,7 @@ class Row:
     find: bool = False
     base: str = "none"
     tile: int = 4096
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ ROWS = (
     Row("h100-80g", 1 * M, "full", each=2, base="nf4"),
     Row("a10-24g", 128 * K, "full", base="nf4"),
     Row("rtx4080-16g", 64 * K, "full", base="nf4"),
-    Row("rtx4060-8g", 8 * K, "full", base="nf4-double", tile=1024),
+    Row("rtx4060-8g", 8 * K, "full", base="nf4-double", tile=1024, optimizer="adamw8bit"),
     Row("v5e-1", 32 * K, "full", base="nf4"),
     Row("h100-80g", 32 * K, "full", base="trained"),
     Row("h100-80g", 32 * K, "shifted", base="nf4"),
@@ -78,7 +79,7 @@ def config_of(row: Row):
     elif row.base != "none":
         c.model.quantize, c.lora.rank, c.lora.targets = row.base, 32, ("all-linear",)
     c.memory.tile, c.memory.offload, c.memory.layers_per_residual = row.tile, True, row.each
-    c.memory.loss_chunk = row.tile // 4
+    c.memory.loss_chunk, c.optimizer.name = row.tile // 4, row.optimizer
     c.mesh.fsdp, c.mesh.sequence = 1, -1
     validate(c)
     return c

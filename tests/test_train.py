@@ -41,7 +41,10 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(run_config, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("q_galore", marks=pytest.mark.slow)])
+def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(run_config, tmp_path, optimizer):
+    if optimizer == "q_galore":
+        run_config.train_type, run_config.optimizer.name, run_config.optimizer.galore.update_every = "full", optimizer, 3
     whole = loop.train(run_config, tmp_path / "whole")
     assert [r["length"] for r in records(tmp_path / "whole") if "loss" in r] == [32] * 4 + [64] * 4
 
@@ -174,6 +177,21 @@ def test_full_training_and_the_python_face(tiny, documents, run_config, tmp_path
                                         "use_longlora": True, "longlora_sequence_length": 64})
     lljax.train(model, data=documents, workdir=str(tmp_path / "api"), steps=4, training__rows=8)
     assert [r["attention"] for r in records(tmp_path / "api")] == ["shifted"] * 3 + ["full"]
+
+
+@pytest.mark.slow
+def test_weights_of_eight_bits_are_exported_as_they_were_computed_with(run_config, tmp_path):
+    import transformers
+    run_config.train_type, run_config.optimizer.name, run_config.training.accumulate = "full", "q_galore", 2
+    run_config.context.schedule = ((2, 32, "full"),)
+    loop.train(run_config, tmp_path / "run")
+    _, model, base = restore_run(tmp_path / "run")
+    tokens = np.random.default_rng(0).integers(0, 300, size=(2, 60))
+    ours = model.logits(model(tokens, positions=np.broadcast_to(np.arange(60), (2, 60))))
+    export_merged(model, base, tmp_path / "merged", dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(torch.from_numpy(tokens)).logits.numpy(), ours, atol=1e-3)
 
 
 def command(config, workdir, *overrides):

@@ -61,6 +61,9 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
             value = jax.jit(functools.partial(_zeros, outline, wanted), out_shardings=sharding)()
             for i, name in enumerate(names):
                 value = _set_part(value, read(name), np.unravel_index(i, outline.shape[:held]))
+        elif isinstance(outline, Quantised):
+            quantised = functools.partial(quantise, form=outline.form, dtype=outline.dtype)
+            value = jax.jit(quantised, out_shardings=sharding)(read(names[0]))
         else:
             value = put(read(names[0]), sharding)
         variable.set_value(value)

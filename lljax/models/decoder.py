@@ -17,7 +17,8 @@ from lljax.models.declare import declare, stack
 from lljax.models.decoder_layer import DecoderLayer
 from lljax.models.layers import AttentionPattern, RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
-from lljax.models.quantize import dequantised
+from lljax.models.probe import rows
+from lljax.models.quantize import dense, dequantised
 from lljax.models.spec import DecoderSpec, LayerSpec
 from lljax.sharding import Layout, constrain_activations, gathered
 from lljax.vocabulary import lookup
@@ -61,9 +62,9 @@ class Decoder(nnx.Module):
         self.embed_lora, self.head_lora = nnx.data(None), nnx.data(None)     # filled by lljax.models.lora.attach
 
     @property
-    def head(self) -> jax.Array:
-        """The output matrix [V, D]; the embedding itself where the two are tied."""
-        return (self.embed if self.lm_head is None else self.lm_head)[...]
+    def head(self):
+        """The output matrix [V, D], an array or lljax.models.probe.Probed; the embedding itself where the two are tied."""
+        return dense((self.embed if self.lm_head is None else self.lm_head).get_value())
 
     def __call__(self, tokens, *, positions, segments=None, index=None, pattern: AttentionPattern = FULL,
                  layout: Layout | None = None, memory: Memory = EVERYTHING, dtype=None, dropout_key=None,
@@ -83,7 +84,7 @@ class Decoder(nnx.Module):
         With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
         """
         dtype = dtype or self.layers[0].self_attn.o_proj.kernel.get_value().dtype
-        x = lookup(self.embed[...], tokens, dtype=dtype, layout=layout)
+        x = rows(dense(self.embed.get_value()), tokens, dtype=dtype, layout=layout)
         if self.embed_lora is not None:
             x += self.embed_lora.looked_up(lookup(self.embed_lora.a[...], tokens, dtype=dtype, layout=layout))
         if self.spec.embed_scale != 1:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from lljax.models import lora
 from lljax.models.declare import declared, dtype_of
+from lljax.models.quantize import Quantised, quantise
 
 
 def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=jnp.float32, shardings=None) -> None:
@@ -19,12 +20,12 @@ def initialise(model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=j
     """
     for _, variable in declared(model):
         shape = variable.get_value()
-        if not isinstance(shape, jax.ShapeDtypeStruct) or variable.get_metadata("init") == "norms":
+        if not isinstance(jax.tree.leaves(shape)[0], jax.ShapeDtypeStruct) or variable.get_metadata("init") == "norms":
             continue
-        wanted = dtype_of(variable, dtype)
+        form, wanted = (shape.form, shape.dtype) if isinstance(shape, Quantised) else (None, dtype_of(variable, dtype))
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(_name(variable).encode()))
-        draw = jax.jit(_draw, static_argnums=(1, 2, 3, 4), out_shardings=shardings(variable) if shardings else None)
-        variable.set_value(draw(key, variable.get_metadata("init"), shape.shape, deviation, wanted))
+        draw = jax.jit(_draw, static_argnums=(1, 2, 3, 4, 5), out_shardings=shardings(variable) if shardings else None)
+        variable.set_value(draw(key, variable.get_metadata("init"), shape.shape, deviation, form, wanted))
     lora.start_magnitudes(model, shardings=shardings)
 
 
@@ -34,9 +35,10 @@ def _name(variable: nnx.Variable) -> str:
     return variable.get_metadata("hf") + (f" from {layer}" if layer else "") + (f" row {row}" if row else "")
 
 
-def _draw(key, init, shape, deviation, dtype):
+def _draw(key, init, shape, deviation, form, dtype):
     """At the top of the module, so that what was compiled for one Variable serves the next of its shape."""
-    return INITS[init](key, shape, deviation).astype(dtype)
+    x = INITS[init](key, shape, deviation)
+    return quantise(x, form, dtype) if form else x.astype(dtype)
 
 
 def _he_uniform(key, shape, deviation):

@@ -14,6 +14,7 @@ from flax import nnx
 
 from lljax.attention import Mask, attend_parallel
 from lljax.models.declare import declare
+from lljax.models.probe import times
 from lljax.models.rope import Place, rotate
 from lljax.models.spec import DecoderSpec
 
@@ -71,10 +72,10 @@ class Linear(nnx.Module):
         self.dot = jnp.matmul
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        y = self.dot(x, kernel)
+        kernel = self.kernel.get_value()
+        y = times(x, kernel, self.dot)
         if self.lora is not None:
-            y = self.lora(x, y, kernel, dropout_key)
+            y = self.lora(x, y, kernel.astype(x.dtype), dropout_key)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         return y

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 from lljax.models.declare import declare
 from lljax.models.grouped import grouped_dot
 from lljax.models.layers import MLP, Linear
+from lljax.models.probe import times
 from lljax.models.spec import DecoderSpec, MoESpec
-from lljax.sharding import ROWS, TOKENS, Layout, token_parts, weight_spec
+from lljax.sharding import ROWS, TOKENS, Layout, each, token_parts, weight_spec
 
 CUT = PartitionSpec(ROWS, TOKENS)
 
@@ -73,7 +74,7 @@ class ExpertLinear(Linear):
 
     def __call__(self, x: jax.Array, dropout_key, dot) -> jax.Array:
         """dot: product of the rows with the matrices [E, in, out] of their experts."""
-        y = dot(x, self.kernel[...])
+        y = times(x, self.kernel.get_value(), dot)
         if self.bias is not None:
             y += dot(jnp.ones((len(x), 1), x.dtype), self.bias[...][:, None])
         return y if self.lora is None else self.lora(x, y, self.kernel[...], dropout_key, dot)
@@ -146,7 +147,8 @@ class MoE(nnx.Module):
 
         def cut(variable):                   # metadata of a stacked layer begins with an axis that its value has no more
             value = variable.get_value()
-            return weight_spec(mesh, variable.get_metadata("axes")[-value.ndim:], value.shape, kept=False)
+            axes = variable.get_metadata("axes")[-len(value.shape):]
+            return variable.replace(each(lambda x, axes: weight_spec(mesh, axes, x.shape, kept=False), value, axes))
         specs = jax.tree.map(cut, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
         @functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=CUT,

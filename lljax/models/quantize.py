@@ -1,9 +1,10 @@
-"""Frozen kernels in four or eight bits: codes, and a scale for each block of inputs of an output.
+"""Weights in four or eight bits: codes, and a scale for each block of inputs of an output.
 
 Formats: nf4, the quantiles of a normal distribution, and nf4-double, whose scales are in eight bits in turn (QLoRA, Dettmers
 et al. 2023, arXiv 2305.14314, section 3; the tables and blocks are bitsandbytes'); int4 and int8, (code - zero) * scale;
 fp8, e4m3 * scale. A quantised kernel is held by the `Weight` that would hold the dense one, and becomes dense a layer at a
-time, inside the scan over layers (`dequantised`).
+time, inside the scan over layers (`dequantised`). Frozen kernels are so where `model.quantize` says it, and what trains by
+lljax.training.q_galore is.
 """
 
 import dataclasses
@@ -52,6 +53,11 @@ FORMS = {form.format: form for form in (Form("nf4", 64), Form("nf4-double", 64),
                                         Form("fp8", 128))}
 
 
+def integers(bits: int, rows: int) -> Form:
+    """Of a matrix with so many inputs that changes as it trains: Zhang et al. 2024, arXiv 2407.08296, in blocks of 256."""
+    return Form(f"int{bits}", min(256, rows + rows % 2))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
@@ -76,6 +82,9 @@ class Quantised:
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-3], self.rows, self.codes.shape[-1])
 
+    def dense(self, dtype) -> jax.Array:
+        return dequantise(self, dtype)
+
     def each(self, f, axes: tuple):
         """f(array, its logical axes) of each array, given the axes of the dense kernel (lljax.sharding.each)."""
         *lead, inputs, outputs = axes
@@ -85,8 +94,11 @@ class Quantised:
                                             for name, axes in of.items()})
 
 
-def quantise(kernel: jax.Array, form: Form, dtype) -> Quantised:
-    """A dense kernel [..., in, out] in `form`, to the nearest code; `dtype` is what it counts as when it is dense again."""
+def quantise(kernel: jax.Array, form: Form, dtype, key: jax.Array | None = None) -> Quantised:
+    """A dense kernel [..., in, out] in `form`; `dtype` is what it counts as when it is dense again.
+
+    To the nearest code; int4 and int8 with a key up or down at random, so that the mean is the kernel.
+    """
     *lead, rows, out = kernel.shape
     blocks = -(-rows // form.block)
     x = jnp.pad(kernel.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, blocks * form.block - rows), (0, 0)])
@@ -100,7 +112,8 @@ def quantise(kernel: jax.Array, form: Form, dtype) -> Quantised:
         codes = x.astype(jnp.float8_e4m3fn)
     elif form.format in ("int4", "int8"):
         middle = 1 << form.bits - 1
-        codes = (jnp.round(x) + middle).astype(jnp.uint8)
+        steps = jnp.round(x) if key is None else jnp.clip(jnp.floor(x + jax.random.uniform(key, x.shape)), -top, top)
+        codes = (steps + middle).astype(jnp.uint8)
         zero = jnp.full(scale.shape, middle, jnp.int16) if form.zero else None
     else:
         codes = sum((x > middle).astype(jnp.uint8) for middle in _middles(NF4))
@@ -128,12 +141,15 @@ def dequantise(value: Quantised, dtype) -> jax.Array:
     return x.reshape(*lead, blocks * block, out)[..., :value.rows, :]
 
 
+def dense(value, dtype=None):
+    """A value of a Variable in arrays to compute with: a quantised one in `dtype` (None: its own), an array as it is."""
+    return value.dense(dtype or value.dtype) if hasattr(value, "dense") else value
+
+
 def dequantised(variables, dtype):
     """A tree of Variables with its quantised values dense."""
-    def one(variable):
-        value = variable.get_value()
-        return variable.replace(dequantise(value, dtype)) if isinstance(value, Quantised) else variable
-    return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(lambda variable: variable.replace(dense(variable.get_value(), dtype)), variables,
+                        is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def abstract(shape: tuple[int, ...], form: Form, dtype) -> Quantised:

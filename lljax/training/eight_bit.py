@@ -16,7 +16,8 @@ BLOCK = 256
 
 
 class Moment(NamedTuple):
-    """codes: int8 (signed) or uint8 of the leaf's shape. scale: float32, the same rank, one per block of the last axis."""
+    """Of an array or a tree of them. codes: int8 (signed) or uint8 of the same shape. scale: float32, the same rank, one per
+    block of the last axis."""
 
     codes: optax.Params
     scale: optax.Params
@@ -31,18 +32,29 @@ class State(NamedTuple):
 def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """`optax.scale_by_adam` whose state takes two bytes a weight; its arithmetic is float32."""
     def init(params):
-        def moment(dtype):
-            return Moment(jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params),
-                          jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], x.shape[-1] // block(x.shape[-1]))), params))
-        return State(jnp.int32(0), moment(jnp.int8), moment(jnp.uint8))
+        return State(jnp.int32(0), zeros(params, jnp.int8), zeros(params, jnp.uint8))
 
     def update(updates, state, params=None):
         count = state.count + 1
-        mu = jax.tree.map(lambda g, c, s: b1 * decode(c, s) + (1 - b1) * g, updates, *state.mu)
-        nu = jax.tree.map(lambda g, c, s: b2 * decode(c, s) + (1 - b2) * g * g, updates, *state.nu)
-        updates = jax.tree.map(lambda m, v: m / (1 - b1 ** count) / (jnp.sqrt(v / (1 - b2 ** count)) + eps), mu, nu)
-        return updates, State(count, _encode_all(mu, jnp.int8), _encode_all(nu, jnp.uint8))
+        each = jax.tree.map(lambda g, m, ms, v, vs: adam(g, Moment(m, ms), Moment(v, vs), count, b1=b1, b2=b2, eps=eps),
+                            updates, *state.mu, *state.nu)
+        parts = jax.tree.structure((0, Moment(0, 0), Moment(0, 0)))
+        updates, mu, nu = jax.tree.transpose(jax.tree.structure(updates), parts, each)
+        return updates, State(count, mu, nu)
     return optax.GradientTransformation(init, update)
+
+
+def adam(gradient, mu: Moment, nu: Moment, count, *, b1: float, b2: float, eps: float):
+    """(update, mu, nu) of an array at its count-th step, from 1."""
+    m = b1 * decode(*mu) + (1 - b1) * gradient
+    v = b2 * decode(*nu) + (1 - b2) * gradient * gradient
+    update = m / (1 - b1 ** count) / (jnp.sqrt(v / (1 - b2 ** count)) + eps)
+    return update, Moment(*encode(m, jnp.int8)), Moment(*encode(v, jnp.uint8))
+
+
+def zeros(params, dtype) -> Moment:
+    return Moment(jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params),
+                  jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], x.shape[-1] // block(x.shape[-1]))), params))
 
 
 def block(size: int) -> int:
@@ -88,8 +100,3 @@ def _value(code, bits: int):
 
 def _bits(dtype) -> int:
     return 8 if dtype == jnp.uint8 else 7
-
-
-def _encode_all(tree, dtype) -> Moment:
-    pairs = jax.tree.map(lambda x: encode(x, dtype), tree)
-    return Moment(*jax.tree.transpose(jax.tree.structure(tree), jax.tree.structure((0, 0)), pairs))

@@ -41,8 +41,8 @@ class Need:
 def compile_step(label: str, parts, batch: dict, pattern, layout) -> tuple[Need, jax.stages.Compiled | None]:
     """Compiles `parts.step` (of lljax.training.step.take_apart) for one stage; nothing needs to have values. The program is
     called with (state, frozen, batch); None where the compiler refuses it."""
-    sizes = {"label": label, "context_parallel": layout.context_parallel if layout else "none", "base": _bytes(parts.frozen),
-             "trainable": _bytes(parts.state.trainable), "optimizer": _bytes(parts.state.optimizer)}
+    sizes = {"label": label, "context_parallel": layout.context_parallel if layout else "none", "base": bytes_of(parts.frozen),
+             "trainable": bytes_of(parts.state.trainable), "optimizer": bytes_of(parts.state.optimizer)}
     try:
         program = parts.step.lower(parts.state, parts.frozen, batch, pattern, layout).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -59,7 +59,7 @@ def compile_step(label: str, parts, batch: dict, pattern, layout) -> tuple[Need,
     return Need(**sizes, temporary=m.temp_size_in_bytes, peak=peak, host=m.host_temp_size_in_bytes, compiled=True), program
 
 
-def _bytes(tree) -> int:
+def bytes_of(tree) -> int:
     """Of one device."""
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 

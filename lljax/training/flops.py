@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 from lljax.models.declare import declared
+from lljax.models.quantize import Quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,8 @@ def of_step(model, config, stage, *, parts: int = 1) -> Flops:
     for _, variable in declared(model):
         role, shape = variable.get_metadata("role"), variable.get_value().shape
         size = 2.0 * math.prod(shape)
-        trains = variable.get_metadata().get("trainable", False)
+        # No gradient of a quantised weight is formed; what stands for it, a few hundredths of one, is not counted.
+        trains = variable.get_metadata().get("trainable", False) and not isinstance(variable.get_value(), Quantised)
         if "experts" in variable.get_metadata("axes"):
             size *= spec.moe.k / spec.moe.E                  # a token takes the k best
         looked_up = "lora_embedding_A" in variable.get_metadata("hf")

@@ -8,13 +8,14 @@ from jax.sharding import PartitionSpec
 
 from lljax.attention.softcap import capped, through_cap
 from lljax.data.packing import IGNORED
+from lljax.models.probe import side_by_side
 from lljax.sharding import ROWS, TOKENS, VOCABULARY, Layout
 from lljax.vocabulary import around, passed_on, slices, spread
 
 
 def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = None, layout: Layout | None = None,
                   update=None) -> jax.Array:
-    """Sum of the cross-entropies of `targets` [B, T] under hidden [B, T, D] and head [V, D]; float32 scalar.
+    """Sum of the cross-entropies of `targets` [B, T] under hidden [B, T, D] and head [V, D] (or a `Probed`); float32 scalar.
 
     Ignored targets (-100) count for nothing, in the value and in both gradients. Memory is O(chunk x V). Where a
     gradient is asked for it is formed together with the value; that of the head is formed only if the head trains. On one
@@ -25,8 +26,9 @@ def cross_entropy(hidden, head, targets, *, chunk: int, softcap: float | None = 
     update: arrays [B, T, R] and [V, R] whose product is added to the logits, before the cap (LoRA on the head); the sum of the
       two heads is never formed.
     """
-    V = head.shape[0]
-    hidden, head = ((hidden,), (head,)) if update is None else zip((hidden, head), update)
+    V, (hidden, head) = head.shape[0], side_by_side(hidden, head)
+    if update is not None:
+        hidden, head = (*hidden, update[0]), (*head, update[1])
     if layout is None:
         return _in_chunks(hidden, head, targets, chunk, V, 1, softcap)
     tokens = (TOKENS, "tensor")              # where heads are cut, the tokens of the loss are
@@ -77,9 +79,12 @@ def _loss(targets, lse, of_target):
     return jnp.sum(jnp.where(targets == IGNORED, 0.0, lse - of_target))
 
 
+_wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 def _logits(h, part, first, V, softcap):
     """float32 [C, V / n] of h ([C, D], ...) and slices of the head that begin with row `first`."""
-    logits = sum(jnp.einsum("CD,VD->CV", x, w.astype(x.dtype), preferred_element_type=jnp.float32) for x, w in zip(h, part))
+    logits = sum(_wide("CD,VD->CV", x, w.astype(x.dtype)) for x, w in zip(h, part))
     return jnp.where(first + jnp.arange(len(part[0])) < V, capped(logits, softcap), -jnp.inf)
 
 
@@ -103,7 +108,6 @@ def _statistics(hidden, head, targets, V, n, softcap):
 
 
 def _forward(hidden, head, targets, V, n, softcap):
-    wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     trained = tuple(w.perturbed for w in head)
     hidden, head, targets = jax.tree.map(lambda x: x.value, (hidden, head, targets))
 
@@ -116,8 +120,8 @@ def _forward(hidden, head, targets, V, n, softcap):
             lse, of_target = _seen(logits, t, first) if n == 1 else seen
             d_logits = jnp.exp(logits - lse[:, None]) - jax.nn.one_hot(t - first, len(part[0]), dtype=jnp.float32)
             d_logits = through_cap(jnp.where(t[:, None] == IGNORED, 0.0, d_logits), logits, softcap).astype(h[0].dtype)
-            more = tuple(wide("CV,VD->CD", d_logits, w.astype(x.dtype)).astype(x.dtype) for x, w in zip(h, part))
-            d_head = tuple(d if d is None else d + wide("CV,CD->VD", d_logits, x) for d, x in zip(d_head, h))
+            more = tuple(_wide("CV,VD->CD", d_logits, w.astype(x.dtype)).astype(x.dtype) for x, w in zip(h, part))
+            d_head = tuple(d if d is None else d + _wide("CV,CD->VD", d_logits, x) for d, x in zip(d_head, h))
             if n == 1:
                 return (d_head, total + _loss(t, lse, of_target)), more
             return (d_head, total), jax.tree.map(jnp.add, d_h, more)
@@ -136,8 +140,7 @@ def _forward(hidden, head, targets, V, n, softcap):
 
 
 def _backward(V, n, softcap, saved, d_total):
-    d_hidden, d_head = saved
-    return jax.tree.map(lambda d: d * d_total.astype(d.dtype), d_hidden), jax.tree.map(lambda d: d * d_total, d_head), None
+    return *jax.tree.map(lambda d: d * d_total.astype(d.dtype), saved), None
 
 
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -4,7 +4,9 @@ state.
 An optimizer is a row of `DIRECTIONS`; clipping before it, decay and learning rate after it are the same for all.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,37 @@ import optax.contrib
 from flax import nnx
 
 from lljax.training.eight_bit import scale_by_adam_8bit
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a step turns losses into new weights.
+
+    init(trainable) -> state.
+    gradients(gradient, trainable, state) -> (loss, gradients, state), where gradient(bind, x) -> (loss, its gradient by x) puts
+      bind(x) in the place of the trainable leaves.
+    apply(trainable, before, state, gradients, norm, ok, key) -> (trainable, state): the step, or with ok = False what was
+      before it (`before`: the state before `gradients`). norm: of the gradients. key: of random numbers.
+    """
+
+    init: Callable
+    gradients: Callable
+    apply: Callable
+
+
+def by_optax(optimizer: optax.GradientTransformation) -> Rule:
+    def gradients(gradient, trainable, state):
+        return *gradient(lambda x: x, trainable), state
+
+    def apply(trainable, before, state, grads, norm, ok, key):
+        updates, state = optimizer.update(grads, state, trainable)
+        return chosen(ok, (optax.apply_updates(trainable, updates), state), (trainable, before))
+    return Rule(optimizer.init, gradients, apply)
+
+
+def chosen(ok, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
 
 MATRICES = ("kernel", "lora_a", "lora_b")    # roles of what multiplies an activation: [in, out], or a stack of them
 

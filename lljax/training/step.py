@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
 from lljax.sharding import Layout, cut_alike, put, replicated
 from lljax.training.loss import balance_of, busiest_of, cross_entropy
-from lljax.training.optimizer import groups_of, make_optimizer
+from lljax.training.optimizer import Rule, by_optax, groups_of, make_optimizer
+from lljax.training.q_galore import q_galore
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +29,14 @@ from lljax.training.optimizer import groups_of, make_optimizer
 class TrainState:
     """All that a step changes, and all that a checkpoint holds of the model.
 
-    trainable: nnx.State of float32 arrays. optimizer: optax state. step: int32, steps taken.
+    trainable: nnx.State of float32 arrays (of quantised ones with q_galore). optimizer: state of its rule. step: int32, steps
+    taken.
     key: jax.random key data, the run's randomness. norms: float32 [history], log gradient norms of recent good steps,
     NaN where there is none yet. bad: int32, unusable steps in a row.
     """
 
     trainable: nnx.State
-    optimizer: optax.OptState
+    optimizer: Any
     step: jax.Array
     key: jax.Array
     norms: jax.Array
@@ -82,16 +85,20 @@ def take_apart(config, model: nnx.Module, mesh) -> Parts:
         raise ConfigError(f"training.router_aux_loss_coef={config.training.router_aux_loss_coef} balances experts, and "
                           f"model.path={config.model.path!r} has none: set it to 0")
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
-    optimizer = make_optimizer(config.optimizer, total_steps(config), groups_of(trainable))
+    steps, groups = total_steps(config), groups_of(trainable)
+    if config.optimizer.name == "q_galore":
+        rule = q_galore(config.optimizer, steps, groups, jnp.dtype(config.model.dtype))
+    else:
+        rule = by_optax(make_optimizer(config.optimizer, steps, groups))
     trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
-    state = _first_state(trainable, optimizer, mesh, config.seed, config.alarm.history)
-    return Parts(graphdef, state, frozen, make_step(graphdef, optimizer, step_settings(config), state))
+    state = _first_state(trainable, rule, mesh, config.seed, config.alarm.history)
+    return Parts(graphdef, state, frozen, make_step(graphdef, rule, step_settings(config), state))
 
 
-def _first_state(trainable, optimizer, mesh, seed: int, history: int) -> TrainState:
+def _first_state(trainable, rule: Rule, mesh, seed: int, history: int) -> TrainState:
     """The optimizer's moments lie where their leaves do, the rest on every device."""
     def first(trainable):
-        return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
+        return TrainState(trainable, rule.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
                           jnp.full(history, jnp.nan), jnp.int32(0))
     where = _where(trainable, mesh)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
@@ -102,8 +109,9 @@ def _first_state(trainable, optimizer, mesh, seed: int, history: int) -> TrainSt
 
 def _where(trainable, mesh):
     """(path, array) -> sharding of a leaf of the state; the path of a moment ends in the path of its leaf. A moment is cut as
-    its leaf is, along the axes that divide; one of another rank is whole on every device."""
+    its leaf is (of a quantised one, its scales), along the axes that divide; one of another rank is whole on every device."""
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
+    leaves |= {name.removesuffix(".scale"): leaf for name, leaf in leaves.items()}
 
     def where(path, x):
         path = jax.tree_util.keystr(path)
@@ -123,7 +131,7 @@ def from_items(items: dict) -> TrainState:
     return dataclasses.replace(items["rest"], trainable=items["trainable"])
 
 
-def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepSettings, like: TrainState):
+def make_step(graphdef, rule: Rule, settings: StepSettings, like: TrainState):
     """Returns step(state, frozen, batch, pattern, layout) -> (state, metrics), jitted; one compilation per batch shape.
 
     The state stays where the state `like` lies.
@@ -158,21 +166,20 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
                        compiler_options=options)
     def step(state: TrainState, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        loss_of = functools.partial(total_loss, pattern=pattern, layout=layout)
-        (loss, routing), grads = accumulate(loss_of, state.trainable, frozen, batch, key)
         tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1).astype(jnp.float32)
-        loss, grads = loss / tokens, jax.tree.map(lambda g: g / tokens, grads)
 
-        norm = optax.tree.norm(grads)
+        def gradient(bind, x):
+            (loss, routing), grads = accumulate(lambda x, *rest: total_loss(bind(x), *rest, pattern, layout), x, frozen, batch,
+                                                key)
+            return (loss / tokens, routing), jax.tree.map(lambda g: (g / tokens).astype(g.dtype), grads)
+        (loss, routing), grads, optimizer = rule.gradients(gradient, state.trainable, state.optimizer)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         z = robust_z(jnp.log(norm), state.norms)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         spike = finite & (z > settings.spike_z)
         apply = finite & ~spike if settings.skip_spikes else finite
 
-        updates, new_optimizer = optimizer.update(grads, state.optimizer, state.trainable)
-        new_trainable = optax.apply_updates(state.trainable, updates)
-        trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(apply, new, old),
-                                            (new_trainable, new_optimizer), (state.trainable, state.optimizer))
+        trainable, optimizer = rule.apply(state.trainable, state.optimizer, optimizer, grads, norm, apply, key)
         norms = jnp.where(apply, jnp.roll(state.norms, 1).at[0].set(jnp.log(norm)), state.norms)
         bad = jnp.where(apply, 0, state.bad + 1)
         metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens, "z": z, "nonfinite": ~finite, "spike": spike,
@@ -181,7 +188,7 @@ def make_step(graphdef, optimizer: optax.GradientTransformation, settings: StepS
             of_tokens, balance, load = routing
             metrics |= {"loss": of_tokens / tokens, "load_balancing_loss": balance / tokens,
                         "expert_load_max": busiest_of(load)}
-        return TrainState(trainable, opt_state, state.step + 1, state.key, norms, bad), metrics
+        return TrainState(trainable, optimizer, state.step + 1, state.key, norms, bad), metrics
 
     return step
 
@@ -202,7 +209,7 @@ def accumulate(loss_of, trainable, frozen, batch, key):
         micro, key = xs
         (loss, more), grads = value_and_grad(trainable, frozen, micro, key)
         return jax.tree.map(jnp.add, total, (loss, grads)), more
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    zero = (jnp.float32(0), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
     (loss, grads), more = jax.lax.scan(one, zero, (batch, jax.random.split(key, A)))
     return (loss, jax.tree.map(lambda x: x.sum(0), more)), grads
 

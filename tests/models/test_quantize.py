@@ -12,7 +12,7 @@ from lljax.errors import ConfigError
 from lljax.interop.base import open_base
 from lljax.models import lora
 from lljax.models.declare import declared
-from lljax.models.quantize import DYNAMIC, FORMS, NF4, Form, Quantised, abstract, dequantise, quantise
+from lljax.models.quantize import DYNAMIC, FORMS, NF4, Form, Quantised, abstract, dequantise, integers, quantise
 from lljax.sharding import make_mesh
 from lljax.training import fit, loop
 from lljax.training.curriculum import stages
@@ -82,6 +82,15 @@ def test_leading_axes_are_so_many_kernels_and_rows_need_not_fill_a_block(format)
 def test_a_kernel_of_zeros_stays_zero_and_a_zero_point_is_kept():
     for form in [*FORMS.values(), Form("int4", 32, zero=True)]:
         assert not np.asarray(decode(encode(jnp.zeros((64, 4)), form, jnp.float32), jnp.float32)).any()
+
+
+def test_rounding_at_random_is_right_on_average():
+    w = kernel(256, 4)
+    value = encode(w, integers(8, 256), jnp.float32)             # one block an output
+    many = jax.jit(jax.vmap(lambda key: dequantise(quantise(w, value.form, jnp.float32, key), jnp.float32)))(
+        jax.random.split(jax.random.key(0), 2000))
+    assert (jnp.abs(many - w) <= 1.001 * value.scale).all()
+    assert jnp.abs((many.mean(0) - w) / value.scale).max() < 0.06        # five deviations of the mean of 2,000
 
 
 def loss_and_gradients(config, base, mesh):

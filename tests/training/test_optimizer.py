@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import write_base
 from transformers.optimization import Adafactor
 
 from lljax.build import fill, mesh_of, placed_model
@@ -12,7 +13,7 @@ from lljax.config import READS, default_config
 from lljax.interop.base import open_base
 from lljax.models.decoder import FULL
 from lljax.training.checkpoint import Checkpoints, abstract, describe
-from lljax.training.optimizer import make_optimizer
+from lljax.training.optimizer import DIRECTIONS, make_optimizer
 from lljax.training.placement import layout_of, place
 from lljax.training.step import take_apart
 
@@ -128,11 +129,15 @@ def test_galore_is_adam_in_the_leading_subspace(rank, gap):
         np.testing.assert_array_equal(got[name], adamw[name])
 
 
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", DIRECTIONS)
 def test_layers_of_a_stack_do_not_mix(name):
     (straight, _), (turned, _) = ours(name), ours(name, order=(2, 0, 1))
     for leaf in ("kernel", "norm"):
         np.testing.assert_allclose(straight[leaf][np.array([2, 0, 1])], turned[leaf], atol=1e-6)
+
+
+SMALL = dict.fromkeys(("galore", "q_galore"), {"optimizer.galore.rank": 16, "optimizer.galore.scale": 1.0,
+                                               "optimizer.galore.update_every": 2})
 
 
 def tiny_steps(run_config, name, steps, devices=1, **changes):
@@ -155,7 +160,7 @@ def tiny_steps(run_config, name, steps, devices=1, **changes):
     return losses, state
 
 
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", DIRECTIONS)
 def test_a_restored_state_goes_on_bitwise(name, tmp_path):
     optimizer = make_optimizer(optimizer_of(name), 4, GROUPS)
 
@@ -174,13 +179,37 @@ def test_a_restored_state_goes_on_bitwise(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READS)
 def test_the_loss_falls(run_config, name):
-    losses, _ = tiny_steps(run_config, name, 6)
+    losses, _ = tiny_steps(run_config, name, 6, **SMALL.get(name, {}))
     assert losses[-1] < losses[0] - 0.3, losses
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READS)
 def test_eight_devices_take_the_steps_of_one(run_config, name):
-    alone, _ = tiny_steps(run_config, name, 4)
-    together, _ = tiny_steps(run_config, name, 4, devices=8, **{"mesh.fsdp": 4, "mesh.tensor": 2})
+    alone, _ = tiny_steps(run_config, name, 4, **SMALL.get(name, {}))
+    together, state = tiny_steps(run_config, name, 4, devices=8, **{"mesh.fsdp": 4, "mesh.tensor": 2}, **SMALL.get(name, {}))
     np.testing.assert_allclose(together, alone, rtol=2e-3)
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.optimizer))
+
+
+STACKS = {
+    "local and global layers": {"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window": 20,
+                                "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 24},
+    "experts behind a dense layer": {
+        "model_type": "deepseek_v3", "num_hidden_layers": 3, "num_key_value_heads": 6, "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+        "q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+        "tie_word_embeddings": False},
+    "fused projections": {"model_type": "phi3", "pad_token_id": 0, "tie_word_embeddings": False}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", STACKS)
+def test_q_galore_of_every_stack_and_expert(run_config, tmp_path, family):
+    run_config.model.path, run_config.context.rope.type = write_base(tmp_path / "base", **STACKS[family]), "keep"
+    run_config.context.length, run_config.context.schedule = 32, ((8, 32, "full"),)
+    alone, _ = tiny_steps(run_config, "q_galore", 6, **SMALL["q_galore"])
+    assert alone[-1] < alone[0] - 0.3, alone
+    mesh = {"mesh.fsdp": 1, "mesh.expert": 2, "mesh.sequence": 2, "mesh.tensor": 2}
+    together, _ = tiny_steps(run_config, "q_galore", 4, devices=8, **mesh)
+    np.testing.assert_allclose(together, alone[:4], rtol=2e-3)
