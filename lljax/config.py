@@ -64,7 +64,7 @@ def default_config() -> ConfigDict:
     c.optimizer.eps = 1e-8                   # all but adafactor and lion
     c.optimizer.galore = ConfigDict()        # galore, q_galore
     c.optimizer.galore.rank = 128            # of the subspace in which a matrix has moments
-    c.optimizer.galore.update_every = 200    # steps between two subspaces
+    c.optimizer.galore.update_every = 200    # steps between two subspaces (q_galore: at first)
     c.optimizer.galore.scale = 0.25          # of the update of a matrix, beside its learning rate
     c.optimizer.clip_norm = 1.0              # global norm
     c.optimizer.learning_rate_ratio = ConfigDict({  # by role; LoRA+ (arXiv 2402.12354) is lora_b = 16

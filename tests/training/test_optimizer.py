@@ -196,7 +196,7 @@ STACKS = {
     "local and global layers": {"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window": 20,
                                 "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 24},
     "experts behind a dense layer": {
-        "model_type": "deepseek_v3", "num_hidden_layers": 3, "num_key_value_heads": 6, "n_routed_experts": 8,
+        "model_type": "deepseek_v3", "num_hidden_layers": 2, "num_key_value_heads": 6, "n_routed_experts": 8,
         "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
         "q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
         "tie_word_embeddings": False},

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from lljax.config import default_config
+from lljax.models import quantize
 from lljax.models.probe import times
-from lljax.models.quantize import dense, integers
-from lljax.models.quantize import quantise as quantise_as
 from lljax.training.checkpoint import Checkpoints, abstract, describe
 from lljax.training.q_galore import q_galore
 
@@ -19,8 +18,12 @@ SHAPES = {"down": (2, 48, 32), "up": (2, 32, 48)}
 R, RATE, SCALE = 4, 0.05, 0.5
 
 
+dense = jax.jit(quantize.dense)
+
+
+@jax.jit
 def quantise(x):
-    return quantise_as(x, integers(8, x.shape[-2]), jnp.float32)
+    return quantize.quantise(x, quantize.integers(8, x.shape[-2]), jnp.float32)
 
 
 def rule(**changes):
@@ -60,7 +63,8 @@ def stepper():
 
     def step(items, ok=True, seed=0):
         return jitted(items, ok, seed)
-    return {"weights": targets()[0], "state": jax.jit(r.init)(targets()[0])}, step
+    items = {"weights": targets()[0], "state": jax.jit(r.init)(targets()[0])}
+    return jax.device_put(items, jax.devices()[0]), step     # where a restored state lies too: compiled once
 
 
 def test_the_first_step_is_adam_in_the_leading_subspace():
