@@ -76,6 +76,10 @@ FAMILIES = {
     "llama4_text with two experts a token in every second layer": (transformers.Llama4TextConfig, CHUNKS | {
         "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "use_qk_norm": False, "attn_temperature_tuning": False,
         "no_rope_layers": [1, 0, 1, 1, 1], "attention_bias": True}),
+    "gpt_oss": (transformers.GptOssConfig, {
+        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20, "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 5000.0,
+            "truncate": False}}),
 }
 TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))     # beyond max_position_embeddings
 
@@ -155,6 +159,8 @@ def targets(spec) -> tuple[str, ...]:
     """The linear layers that PEFT adapts, see lljax.interop.peft."""
     if spec.moe is None:
         return ("all-linear",)
+    if spec.family == "gpt_oss":
+        return (r"self_attn\..*",)
     dense = spec.family == "qwen2_moe" or spec.moe.fused
     return (r"self_attn\..*", r"(mlp|feed_forward)\.(shared_expert\.)?\w*" if dense else r".*\.experts\..*")
 

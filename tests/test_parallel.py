@@ -63,7 +63,8 @@ EXPERTS = {
                     "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 10,
                     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
     "llama4_text": {"model_type": "llama4_text", "num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 24,
-                    "attention_chunk_size": 24, "floor_scale": 16, "no_rope_layer_interval": 2}}
+                    "attention_chunk_size": 24, "floor_scale": 16, "no_rope_layer_interval": 2},
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 24}}
 
 
 def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TILED, family=NO_CHANGE):

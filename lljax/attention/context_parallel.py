@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lljax.attention.attend import IMPLEMENTATIONS, Implementation, attend, best
+from lljax.attention.attend import IMPLEMENTATIONS, Implementation, attend, best, sink_gradient
 from lljax.attention.mask import NEVER, Mask
 from lljax.attention.shifted import attend_shifted, parts
 from lljax.errors import ConfigError
@@ -27,25 +27,26 @@ from lljax.sharding import ROWS, TOKENS, Layout
 HEADS = "tensor"
 CUT = PartitionSpec(ROWS, TOKENS)            # how [B, T] lies on the mesh
 CUT_HEADS = PartitionSpec(ROWS, TOKENS, HEADS)           # ... and [B, T, heads, H]
+PER_HEAD = PartitionSpec(HEADS)              # ... and [heads]
 
 
-def attend_parallel(q, k, v, mask: Mask, *, scale: float, softcap: float | None = None, group: int | None = None,
+def attend_parallel(q, k, v, mask: Mask, *, scale: float, softcap: float | None = None, sinks=None, group: int | None = None,
                     layout: Layout | None = None) -> jax.Array:
     """Attention of q [B, T, N, H] over k, v [B, T, K, H], all cut by `layout` over rows, tokens and heads.
 
-    group: S2-Attn in groups of as many tokens, on top of `mask`; None for every head alike.
+    sinks [N]: see `attend`. group: S2-Attn in groups of as many tokens, on top of `mask`; None for every head alike.
     """
     how = how_of(scale, softcap, layout)
     if layout is None:
-        return attend_heads(q, k, v, mask, group, 1, 0, how)
+        return attend_heads(q, k, v, mask, sinks, group, 1, 0, how)
     size, tensor = layout.mesh.shape[TOKENS], layout.mesh.shape[HEADS]
     mode = {"none": _local, "allgather": _allgather, "ulysses": _ulysses, "ring": _ring_mode, "halo": _halo}[
         layout.context_parallel]
 
-    def run(q, k, v, mask):
-        return mode(q, k, v, mask, group, size=size, tensor=tensor, how=how, zigzag=layout.zigzag)
-    return jax.shard_map(run, mesh=layout.mesh, in_specs=(CUT_HEADS, CUT_HEADS, CUT_HEADS, CUT), out_specs=CUT_HEADS,
-                         check_vma=False)(q, k, v, mask)
+    def run(q, k, v, mask, sinks):
+        return mode(q, k, v, mask, sinks, group, size=size, tensor=tensor, how=how, zigzag=layout.zigzag)
+    return jax.shard_map(run, mesh=layout.mesh, in_specs=(CUT_HEADS, CUT_HEADS, CUT_HEADS, CUT, PER_HEAD), out_specs=CUT_HEADS,
+                         check_vma=False)(q, k, v, mask, sinks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +69,13 @@ def how_of(scale: float, softcap: float | None, layout: Layout | None) -> How:
     return How(scale, softcap, jax.default_backend() if jax.device_count() == 1 else "cpu")
 
 
-def attend_heads(q, k, v, mask: Mask, group: int | None, shares: int, share, how: How) -> jax.Array:
-    """Attention where the device holds the `share`-th of `shares` equal parts of the query heads."""
+def attend_heads(q, k, v, mask: Mask, sinks, group: int | None, shares: int, share, how: How) -> jax.Array:
+    """Attention where the device holds the `share`-th of `shares` equal parts of the query heads, and their sinks."""
     if group is None:
-        return attend(q, k, v, mask, **how.kwargs)
+        return attend(q, k, v, mask, sinks=sinks, **how.kwargs)
     if shares == 1:
-        return attend_shifted(q, k, v, mask, group=group, **how.kwargs)
-    return attend(q, k, v, _shift_by_share(mask, group, shares, share), **how.kwargs)
+        return attend_shifted(q, k, v, mask, group=group, sinks=sinks, **how.kwargs)
+    return attend(q, k, v, _shift_by_share(mask, group, shares, share), sinks=sinks, **how.kwargs)
 
 
 def _shift_by_share(mask: Mask, group: int, shares: int, share) -> Mask:
@@ -90,15 +91,15 @@ def share_of_heads():
 
 
 # ---------------------------------------------------------------- none, allgather
-def _local(q, k, v, mask, group, *, size, tensor, how, zigzag):
-    return attend_heads(q, k, v, mask, group, tensor, share_of_heads(), how)
+def _local(q, k, v, mask, sinks, group, *, size, tensor, how, zigzag):
+    return attend_heads(q, k, v, mask, sinks, group, tensor, share_of_heads(), how)
 
 
-def _allgather(q, k, v, mask, group, *, size, tensor, how, zigzag):
+def _allgather(q, k, v, mask, sinks, group, *, size, tensor, how, zigzag):
     def gather(x):
         x = jax.lax.all_gather(x, TOKENS, axis=1, tiled=True)
         return _in_order(x, size) if zigzag else x
-    return attend_heads(q, gather(k), gather(v), _of_keys(mask, gather), group, tensor, share_of_heads(), how)
+    return attend_heads(q, gather(k), gather(v), _of_keys(mask, gather), sinks, group, tensor, share_of_heads(), how)
 
 
 def _in_order(x, size: int):
@@ -121,7 +122,7 @@ def ulysses_size(size: int, N: int, K: int) -> int:
     return math.gcd(size, math.gcd(N, K))
 
 
-def _ulysses(q, k, v, mask, group, *, size, tensor, how, zigzag):
+def _ulysses(q, k, v, mask, sinks, group, *, size, tensor, how, zigzag):
     u = ulysses_size(size, q.shape[2], k.shape[2])
     near = [[i * u + j for j in range(u)] for i in range(size // u)]       # who exchange heads
     far = [[i * u + j for i in range(size // u)] for j in range(u)]        # who hold the same heads afterwards
@@ -130,26 +131,32 @@ def _ulysses(q, k, v, mask, group, *, size, tensor, how, zigzag):
 
     def gather(x, groups):
         return jax.lax.all_gather(x, TOKENS, axis=1, tiled=True, axis_index_groups=groups)
+    place, dealt = jax.lax.axis_index(TOKENS) % u, q.shape[2] // u
+    if sinks is not None:
+        sinks = jax.lax.dynamic_slice_in_dim(sinks, place * dealt, dealt)
     q, k, v = deal(q), deal(k), deal(v)
     mask = jax.tree.map(lambda x: gather(x, near), mask)
     if size > u:
         k, v = gather(k, far), gather(v, far)
         mask = _of_keys(mask, lambda x: gather(x, far))
-    share = share_of_heads() * u + jax.lax.axis_index(TOKENS) % u
-    out = attend_heads(q, k, v, mask, group, tensor * u, share, how)
+    out = attend_heads(q, k, v, mask, sinks, group, tensor * u, share_of_heads() * u + place, how)
     return jax.lax.all_to_all(out, TOKENS, split_axis=1, concat_axis=2, tiled=True, axis_index_groups=near)
 
 
 # ---------------------------------------------------------------- ring
-def _ring_mode(q, k, v, mask, group, *, size, tensor, how, zigzag):
+def _ring_mode(q, k, v, mask, sinks, group, *, size, tensor, how, zigzag):
     hops = size - 1 if zigzag else _hops(mask, group, q.shape[1], size)
     if group is None:
-        return _ring(hops, size, how, q, k, v, mask)
+        return _ring(hops, size, how, q, k, v, mask, sinks)
     if tensor > 1:
-        return _ring(hops, size, how, q, k, v, _shift_by_share(mask, group, tensor, share_of_heads()))
+        return _ring(hops, size, how, q, k, v, _shift_by_share(mask, group, tensor, share_of_heads()), sinks)
     return jnp.concatenate([_ring(hops, size, how, q[:, :, heads], k[:, :, shared], v[:, :, shared],
-                                  mask.replace(group=group, shift=shift))
+                                  mask.replace(group=group, shift=shift), _some(sinks, heads))
                             for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)], axis=2)
+
+
+def _some(sinks, heads):
+    return None if sinks is None else sinks[heads]
 
 
 def _hops(mask: Mask, group: int | None, T: int, size: int) -> int:
@@ -160,8 +167,8 @@ def _hops(mask: Mask, group: int | None, T: int, size: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ring(hops, size, how, q, k, v, mask):
-    return _ring_forward(hops, size, how, q, k, v, mask)[0]
+def _ring(hops, size, how, q, k, v, mask, sinks):
+    return _ring_forward(hops, size, how, q, k, v, mask, sinks)[0]
 
 
 def _pair(how: How, q, k, mask: Mask) -> Implementation:
@@ -180,7 +187,7 @@ def _pass_on(tree, size, by=1):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, TOKENS, order), tree)
 
 
-def _ring_forward(hops, size, how, q, k, v, mask):
+def _ring_forward(hops, size, how, q, k, v, mask, sinks):
     forward = _pair(how, q, k, mask).forward
 
     def attend_chunk(out, lse, k, v, k_index, k_segments, anchors):
@@ -195,15 +202,16 @@ def _ring_forward(hops, size, how, q, k, v, mask):
         following = _pass_on(chunk, size)    # under way while this chunk is computed with
         return (*attend_chunk(out, lse, *chunk), following), None
 
-    out, lse = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
+    # A sink is a key that every query has seen already.
+    out, lse = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf if sinks is None else sinks, jnp.float32)
     (out, lse, chunk), _ = jax.lax.scan(step, (out, lse, _chunk(k, v, mask)), length=hops)
     out, lse = attend_chunk(out, lse, *chunk)
     out = out.astype(q.dtype)
-    return out, (q, k, v, mask, out, lse)
+    return out, (q, k, v, mask, sinks, out, lse)
 
 
 def _ring_backward(hops, size, how, saved, d_out):
-    q, k, v, mask, out, lse = saved
+    q, k, v, mask, sinks, out, lse = saved
     pair = _pair(how, q, k, mask)
 
     def backward(k, v, k_index, k_segments, anchors):
@@ -222,7 +230,8 @@ def _ring_backward(hops, size, how, saved, d_out):
     dq, chunk, d_chunk = carry
     dq_part, *d_part = backward(*chunk)
     dk, dv = _pass_on(jax.tree.map(jnp.add, d_chunk, tuple(d_part)), size, by=-hops)
-    return (dq + dq_part).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return ((dq + dq_part).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None,
+            sink_gradient(sinks, out, lse, d_out))
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
@@ -239,24 +248,24 @@ def halo_size(T: int, size: int, *, window: int | None, group: int | None, shift
     return min(limits)
 
 
-def _halo(q, k, v, mask, group, *, size, tensor, how, zigzag):
+def _halo(q, k, v, mask, sinks, group, *, size, tensor, how, zigzag):
     if group is None:
-        return _with_halo(q, k, v, mask, size, how)
+        return _with_halo(q, k, v, mask, sinks, size, how)
     T = q.shape[1]
     if tensor > 1:
         reach = max(halo_size(T, size, window=mask.window, group=group, shift=shift) for shift in (0, group // 2))
-        return _with_halo(q, k, v, _shift_by_share(mask, group, tensor, share_of_heads()), size, how, reach)
+        return _with_halo(q, k, v, _shift_by_share(mask, group, tensor, share_of_heads()), sinks, size, how, reach)
     return jnp.concatenate([_with_halo(q[:, :, heads], k[:, :, shared], v[:, :, shared],
-                                       mask.replace(group=group, shift=shift), size, how)
+                                       mask.replace(group=group, shift=shift), _some(sinks, heads), size, how)
                             for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)], axis=2)
 
 
-def _with_halo(q, k, v, mask, size, how, reach=None):
+def _with_halo(q, k, v, mask, sinks, size, how, reach=None):
     if reach is None:
         reach = halo_size(q.shape[1], size, window=mask.window, group=mask.group, shift=mask.shift)
     if mask.anchors is not None:
-        return _with_anchors(q, k, v, mask, size, how, reach)
-    return attend(q, *_extended(k, v, mask, size, reach), **how.kwargs)
+        return _with_anchors(q, k, v, mask, sinks, size, how, reach)
+    return attend(q, *_extended(k, v, mask, size, reach), sinks=sinks, **how.kwargs)
 
 
 def _extended(k, v, mask, size, reach):
@@ -277,7 +286,7 @@ def from_before(last, size):
     return k, v, jnp.where(jax.lax.axis_index(TOKENS) == 0, NEVER, k_index), *rest
 
 
-def _with_anchors(q, k, v, mask, size, how, reach):
+def _with_anchors(q, k, v, mask, sinks, size, how, reach):
     """Window and anchors: the halo serves what is near, and each device sends the others its anchors, as many as there
     is room for. A row with more of them on one device than that gathers all its keys."""
     room = max(1, min(k.shape[1], k.shape[1] // 8 + 128))
@@ -297,11 +306,11 @@ def _with_anchors(q, k, v, mask, size, how, reach):
         join = functools.partial(jnp.concatenate, axis=1)
         both = near.replace(k_index=join([far.k_index, near.k_index]), anchors=join([far.anchors, near.anchors]),
                             k_segments=None if near.k_segments is None else join([far.k_segments, near.k_segments]))
-        return attend(q, join([anchors_of(k), near_k]), join([anchors_of(v), near_v]), both, **how.kwargs)
+        return attend(q, join([anchors_of(k), near_k]), join([anchors_of(v), near_v]), both, sinks=sinks, **how.kwargs)
 
     def everything(q, k, v, mask):
         gather = functools.partial(jax.lax.all_gather, axis_name=TOKENS, axis=1, tiled=True)
-        return attend(q, gather(k), gather(v), _of_keys(mask, gather), **how.kwargs)
+        return attend(q, gather(k), gather(v), _of_keys(mask, gather), sinks=sinks, **how.kwargs)
     return jax.lax.cond(fits, near_and_anchors, everything, q, k, v, mask)
 
 

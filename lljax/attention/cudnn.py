@@ -21,7 +21,7 @@ from lljax.attention.saved import kept
 REPRODUCIBLE = r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=true|=1)?(\s|$)"
 
 
-def refuses(q, k, mask: Mask, softcap: float | None = None) -> str:
+def refuses(q, k, mask: Mask, softcap: float | None = None, sinks=None) -> str:
     """Why cuDNN cannot attend with q [B, T, N, H] over k under `mask`; empty where it can."""
     H = q.shape[-1]
     reasons = {f"{q.dtype}, only bfloat16 and float16": q.dtype not in (jnp.bfloat16, jnp.float16),
@@ -30,6 +30,7 @@ def refuses(q, k, mask: Mask, softcap: float | None = None) -> str:
                "several documents in a row": mask.q_segments is not None,
                "anchors": mask.anchors is not None,
                "soft-capped scores": softcap is not None,
+               "sinks": sinks is not None,   # it keeps its log-sum-exp to itself
                "a program that XLA_FLAGS wants reproducible": re.search(REPRODUCIBLE, os.environ.get("XLA_FLAGS", ""))}
     return next((reason for reason, holds in reasons.items() if holds), "")
 

@@ -17,15 +17,16 @@ def group_size(group: float, T: int) -> int:
     return int(group) if group >= 1 else max(2, 2 * round(group * T / 2))
 
 
-def attend_shifted(q, k, v, mask: Mask, *, group: int, **how) -> jax.Array:
+def attend_shifted(q, k, v, mask: Mask, *, group: int, sinks=None, **how) -> jax.Array:
     """S2-Attn of q [B, T, N, H] over k, v [B, T, K, H] with groups of `group` (even) tokens; returns [B, T, N, H].
 
-    how: scale, and which implementation, as for `attend`.
+    sinks, how: scale, and which implementation, as for `attend`.
 
     The groups cut whatever `mask` already allows (segments, window). Keys and values are shared by the heads that
     read them, never repeated; any N and K with N % K == 0 will do.
     """
-    outs = [attend(q[:, :, heads], k[:, :, shared], v[:, :, shared], mask.replace(group=group, shift=shift), **how)
+    outs = [attend(q[:, :, heads], k[:, :, shared], v[:, :, shared], mask.replace(group=group, shift=shift),
+                   sinks=None if sinks is None else sinks[heads], **how)
             for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)]
     return jnp.concatenate(outs, axis=2)
 

@@ -7,7 +7,7 @@ halo mode of `lljax.attention.context_parallel` does. The queries, keys and valu
 import jax
 import jax.numpy as jnp
 
-from lljax.attention.context_parallel import CUT, CUT_HEADS, HEADS, attend_heads, from_before, how_of, share_of_heads
+from lljax.attention.context_parallel import CUT, CUT_HEADS, HEADS, PER_HEAD, attend_heads, from_before, how_of, share_of_heads
 from lljax.attention.mask import NEVER, Mask
 from lljax.sharding import Layout, token_parts
 
@@ -48,21 +48,22 @@ def first_halo(keys, xs, mask: Mask, reach: int, layout: Layout | None):
                          check_vma=False)(*keys(*xs), index, segments)
 
 
-def attend_tile(q, k, v, mask: Mask, halo, *, scale: float, softcap: float | None, group: int | None, layout: Layout | None):
+def attend_tile(q, k, v, mask: Mask, halo, *, scale: float, softcap: float | None, sinks, group: int | None,
+                layout: Layout | None):
     """Attention of q [B, T, N, H] over `halo` and k, v [B, T, K, H], of a tile of every device; and the next tile's halo.
 
-    mask: of the T tokens of the tile, in the order of the row. group: as in `attend_parallel`.
+    mask: of the T tokens of the tile, in the order of the row. sinks, group: as in `attend_parallel`.
     """
     how = how_of(scale, softcap, layout)
     shares = 1 if layout is None else layout.mesh.shape[HEADS]
 
-    def run(q, k, v, mask, halo):
+    def run(q, k, v, mask, sinks, halo):
         k, v, index, segments = jax.tree.map(lambda before, own: jnp.concatenate([before, own], axis=1), halo,
                                              (k, v, mask.k_index, mask.k_segments))
-        out = attend_heads(q, k, v, mask.replace(k_index=index, k_segments=segments), group, shares,
+        out = attend_heads(q, k, v, mask.replace(k_index=index, k_segments=segments), sinks, group, shares,
                            0 if shares == 1 else share_of_heads(), how)
         return out, jax.tree.map(lambda x, before: x[:, x.shape[1] - before.shape[1]:], (k, v, index, segments), halo)
     if layout is None:
-        return run(q, k, v, mask, halo)
-    return jax.shard_map(run, mesh=layout.mesh, in_specs=(CUT_HEADS, CUT_HEADS, CUT_HEADS, CUT, HALO),
-                         out_specs=(CUT_HEADS, HALO), check_vma=False)(q, k, v, mask, halo)
+        return run(q, k, v, mask, sinks, halo)
+    return jax.shard_map(run, mesh=layout.mesh, in_specs=(CUT_HEADS, CUT_HEADS, CUT_HEADS, CUT, PER_HEAD, HALO),
+                         out_specs=(CUT_HEADS, HALO), check_vma=False)(q, k, v, mask, sinks, halo)

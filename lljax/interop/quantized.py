@@ -1,4 +1,4 @@
-"""Bases that are quantised on disk: bitsandbytes NF4, GPTQ, AWQ, compressed-tensors, and FP8 in blocks as DeepSeek's.
+"""Bases that are quantised on disk: bitsandbytes NF4, GPTQ, AWQ, compressed-tensors, FP8 in blocks as DeepSeek's, and MXFP4.
 
 `QuantisedFolder` shows their kernels dense, under the names that the dense model has; `stored` gives one as it is, in the
 form that a run with the same `model.quantize` holds it. A layout is a class that reads the tensors of one kernel.
@@ -27,7 +27,7 @@ def form_of(quantise: str, hf_config: dict) -> Form | None:
     layout = layout_of(hf_config)
     if quantise == "none":
         return None
-    return layout.form if layout and layout.form.format == quantise else FORMS[quantise]
+    return layout.form if layout and layout.form and layout.form.format == quantise else FORMS[quantise]
 
 
 def layout_of(hf_config: dict):
@@ -51,11 +51,11 @@ class QuantisedFolder(FolderBase):
 
     @property
     def stems(self) -> dict[str, str]:
-        """{HF name of a kernel: its name without ".weight"} of those that are quantised."""
+        """{HF name of a kernel: what the names of its tensors on disk begin with} of those that are quantised."""
         if self._stems is None:
             marks = tuple(self._layout.marks)
             stems = {name.removesuffix(mark) for name in super().names() for mark in marks if name.endswith(mark)}
-            self._stems = {f"{stem}.weight": stem for stem in sorted(stems)}
+            self._stems = {stem + self._layout.end: stem for stem in sorted(stems)}
         return self._stems
 
     def names(self) -> list[str]:
@@ -73,7 +73,7 @@ class QuantisedFolder(FolderBase):
         return np.dtype(getattr(ml_dtypes, named, named))
 
     def read(self, name):
-        """A quantised kernel in float32, where every product is exact or rounded once."""
+        """A quantised kernel in a type in which every product is exact or rounded once."""
         return self._layout.dense(self._of(name)) if name in self.stems else super().read(name)
 
     def stored(self, name, form):
@@ -124,7 +124,7 @@ class BitsAndBytes:
     turn where `nested`. bitsandbytes `QuantState.as_dict(packed=True)`."""
 
     STATE = ".weight.quant_state.bitsandbytes__nf4"
-    marks = (STATE,)
+    end, marks = ".weight", (STATE,)
     parts = (".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map", STATE)
 
     def __init__(self, c: dict):
@@ -192,6 +192,8 @@ class BitsAndBytes:
 class Grouped:
     """What GPTQ, AWQ and compressed-tensors have in common: `groups` reads integer codes [in, out], scales and zeros
     [groups, out]."""
+
+    end = ".weight"
 
     def dense(self, kernel):
         return _dense(self.stored(kernel, self.form))
@@ -335,7 +337,41 @@ class Fp8(Grouped):
         return _fp8(kernel, self.block, ".weight_scale_inv")
 
 
-LAYOUTS = {"bitsandbytes": BitsAndBytes, "gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors, "fp8": Fp8}
+class Mxfp4:
+    """The experts of GPT-OSS: blocks uint8 [E, out, in / 32, 16] of two e2m1 codes each, the first in the low bits, and scales
+    uint8 [E, out, in / 32], powers of two. OCP Microscaling Formats 1.0, section 5.3. Dense they are [E, in, out]."""
+
+    end, marks, parts, form = "", ("_blocks",), ("_blocks", "_scales"), None
+    VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+    def __init__(self, c: dict):
+        pass
+
+    def shape(self, kernel):
+        E, out, count, half = self._blocks(kernel)
+        return E, count * half * 2, out
+
+    def dense(self, kernel):
+        """bfloat16, which holds every value exactly."""
+        E, out, count, half = shape = self._blocks(kernel)
+        codes, scales = kernel.read("_blocks", shape, np.uint8), kernel.read("_scales", shape[:3], np.uint8)
+        with np.errstate(over="ignore"):
+            table = (self.VALUES * 2.0 ** np.arange(-127, 129)[:, None]).astype(ml_dtypes.bfloat16)
+        values = table[scales[..., None, None], np.stack([codes & 15, codes >> 4], axis=-1)]
+        return np.swapaxes(values.reshape(E, out, count * half * 2), 1, 2)
+
+    def stored(self, kernel, form):
+        return None
+
+    def _blocks(self, kernel):
+        shape = kernel.shape("_blocks")
+        if len(shape) != 4 or shape[3] != 16:
+            kernel.refuse(f"its blocks have shape {list(shape)}, and [E, out, in / 32, 16] is needed")
+        return shape
+
+
+LAYOUTS = {"bitsandbytes": BitsAndBytes, "gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors, "fp8": Fp8,
+           "mxfp4": Mxfp4}
 
 
 def _fp8(kernel, block, scale: str):

@@ -28,7 +28,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MoE(spec, mlp) if layer.moe else MLP(spec, mlp, F=spec.F)
 
     def __call__(self, x, place, mask, pattern, layout=None, memory=EVERYTHING, cache=None, start=0, dropout_key=None):
-        """x [B, T, D] after the layer, and its `cache`. place, mask: what positions are to this layer."""
+        """x [B, T, D] after the layer, and its `cache`. place, mask: of this layer, with its window or chunks."""
         if cache is None and cuts(x.shape[1], memory, layout):
             reach = tile_reach(x.shape[1], mask, pattern.groups, memory.tile, layout)
             if reach is not None:
@@ -58,8 +58,7 @@ class DecoderLayer(nnx.Module):
             q, k, v = self._before(x, key)
             mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
             q, k = self.self_attn.placed(q, place, query=True), self.self_attn.placed(k, place)
-            mixed, halo = attend_tile(q, k, v, mask, halo, scale=self.self_attn.scale,
-                                      softcap=self.self_attn.softcap, group=pattern.groups, layout=layout)
+            mixed, halo = attend_tile(q, k, v, mask, halo, group=pattern.groups, layout=layout, **self.self_attn.how)
             return halo, self._after((x, self.self_attn.join(mixed)), key, layout)
 
         def keys(x, place):

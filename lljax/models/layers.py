@@ -89,6 +89,7 @@ class Attention(nnx.Module):
         self.q_norm = norm(hf=f"{hf}.q_norm") if spec.qk_norm else None
         self.k_norm = norm(hf=f"{hf}.k_norm") if spec.qk_norm else None
         self.unit_eps, self.interleaved = spec.norm_eps if spec.qk_unit else None, spec.interleaved
+        self.sinks = declare((N,), axes=("heads",), hf=f"{hf}.sinks", role="bias", init="zeros") if spec.sinks else None
         self.H, self.scale, self.softcap = H, spec.scale, spec.attention_softcap
 
     def heads(self, x, dropout_key=None):
@@ -108,6 +109,12 @@ class Attention(nnx.Module):
         x = rotate(x, place.rotation)
         return x if self.unit_eps is None else unit(x, self.unit_eps).astype(x.dtype)
 
+    @property
+    def how(self) -> dict:
+        """What attention takes beside queries, keys, values and their mask."""
+        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)      # like the sums that they enter
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
+
     def mix(self, q, k, v, place: Place, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
         """Attention [B, T, N * H] of `heads`, or over `cache` (k, v [B, S, K, H]) with them written to it from `start`;
         and the cache, updated. `o_proj` comes after it."""
@@ -115,7 +122,7 @@ class Attention(nnx.Module):
         if cache is not None:
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
                                  for old, new in zip(cache, (k, v)))
-        out = attend_parallel(q, k, v, mask, scale=self.scale, softcap=self.softcap, group=pattern.groups, layout=layout)
+        out = attend_parallel(q, k, v, mask, group=pattern.groups, layout=layout, **self.how)
         return self.join(out), cache
 
     def join(self, out):

@@ -29,7 +29,7 @@ class MLA(Attention):
         self.kv_a_layernorm = RMSNorm(mla.kv_rank, EPS, hf=f"{hf}.kv_a_layernorm")
         self.kv_b_proj = Linear((mla.kv_rank, N * (H - mla.rope + mla.v)), axes=(None, "heads"), hf=f"{hf}.kv_b_proj")
         self.o_proj = Linear((N * mla.v, D), axes=("heads", "embed"), hf=f"{hf}.o_proj", bias=spec.output_bias)
-        self.unit_eps, self.interleaved = None, spec.interleaved
+        self.unit_eps, self.interleaved, self.sinks = None, spec.interleaved, None
         self.H, self.scale, self.softcap, self.mla = H, spec.scale, spec.attention_softcap, mla
 
     def heads(self, x, dropout_key=None):

@@ -25,6 +25,7 @@ class Router(nnx.Module):
 
     def __init__(self, D: int, moe: MoESpec, *, hf: str):
         self.weight = declare((D, moe.E), axes=("embed", None), hf=f"{hf}.weight", role="router", transpose=True)
+        self.bias = declare((moe.E,), axes=(None,), hf=f"{hf}.bias", role="router", init="zeros") if moe.bias else None
         self.correction = declare((moe.E,), axes=(None,), hf=f"{hf}.e_score_correction_bias", role="router",
                                   init="zeros") if moe.correction else None
         self.moe = moe
@@ -36,6 +37,8 @@ class Router(nnx.Module):
         """
         moe = self.moe
         logits = jnp.matmul(x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision="highest")
+        if self.bias is not None:
+            logits += self.bias[...]
         score = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[moe.score]
         scores = logits if moe.best_first else score(logits)
         ranks = scores if self.correction is None else scores + self.correction[...]
@@ -56,36 +59,48 @@ class Router(nnx.Module):
 class ExpertLinear(Linear):
     """A `Linear` of each expert: kernel [E, in, out], and so are the factors of its `lora`. part: see `Linear`."""
 
-    def __init__(self, E: int, shape: tuple[int, int], *, axes: tuple, hf: str, fused: bool = False, **part):
+    def __init__(self, E: int, shape: tuple[int, int], *, axes: tuple, hf: str, fused: bool = False, bias: bool = False,
+                 **part):
         self.kernel = declare((E, *shape), axes=("experts", *axes), hf=hf if fused else f"{hf}.weight", role="kernel",
                               transpose=not fused, **part)
-        self.bias = None
+        self.bias = declare((E, shape[1]), axes=("experts", axes[1]), hf=f"{hf}_bias", role="bias", init="zeros",
+                            **part) if bias else None
         self.lora = nnx.data(None)
 
     def __call__(self, x: jax.Array, dropout_key, dot) -> jax.Array:
         """dot: product of the rows with the matrices [E, in, out] of their experts."""
         y = dot(x, self.kernel[...])
+        if self.bias is not None:
+            y += dot(jnp.ones((len(x), 1), x.dtype), self.bias[...][:, None])
         return y if self.lora is None else y + self.lora(x, dropout_key, dot)
 
 
 class Experts(nnx.Module):
-    """The SwiGLU of every expert, see lljax.models.layers.MLP."""
+    """The SwiGLU of every expert, see lljax.models.layers.MLP; or a clamped one, see `MoESpec`."""
 
     def __init__(self, D: int, moe: MoESpec, *, hf: str):
         if moe.fused:
-            both = {"hf": f"{hf}.gate_up_proj", "fused": True}
-            gate, up = ({**both, "part": (first, 1, 2 * moe.F)} for first in (0, moe.F))
-            down = {"hf": f"{hf}.down_proj", "fused": True}
+            halves = [(0, 1), (moe.F, 1)] if moe.fused == "halves" else [(0, 2), (1, 2)]
+            gate, up = ({"hf": f"{hf}.gate_up_proj", "fused": True, "bias": moe.bias, "part": (*half, 2 * moe.F)}
+                        for half in halves)
+            down = {"hf": f"{hf}.down_proj", "fused": True, "bias": moe.bias}
         else:
             gate, up, down = ({"hf": f"{hf}.{{expert}}.{name}"} for name in moe.projections)
         self.gate_proj = ExpertLinear(moe.E, (D, moe.F), axes=("embed", "mlp"), **gate)
         self.up_proj = ExpertLinear(moe.E, (D, moe.F), axes=("embed", "mlp"), **up)
         self.down_proj = ExpertLinear(moe.E, (moe.F, D), axes=("mlp", "embed"), **down)
+        self.clamp = moe.clamp
 
     def __call__(self, x: jax.Array, sizes: jax.Array, dropout_key, platform: str) -> jax.Array:
         """x [M, D], sorted by expert; sizes int32 [E], tokens of each."""
         dot = functools.partial(grouped_dot, sizes=sizes, platform=platform)
-        hidden = jax.nn.silu(self.gate_proj(x, dropout_key, dot)) * self.up_proj(x, dropout_key, dot)
+        gate, up = self.gate_proj(x, dropout_key, dot), self.up_proj(x, dropout_key, dot)
+        if self.clamp is None:
+            hidden = jax.nn.silu(gate) * up
+        else:
+            alpha, limit = self.clamp
+            gate = jnp.minimum(gate, limit)
+            hidden = gate * jax.nn.sigmoid(alpha * gate) * (jnp.clip(up, -limit, limit) + 1)
         return self.down_proj(hidden, dropout_key, dot)
 
 
@@ -132,6 +147,8 @@ class MoE(nnx.Module):
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, CUT, PartitionSpec()), out_specs=CUT, check_vma=False)
         def run(weights, x, key):
             gate, experts = nnx.merge(graphdef, weights)
+            if self.moe.bias:                # each device of `tensor` adds it
+                experts.down_proj.bias.set_value(experts.down_proj.bias[...] / mesh.shape["tensor"])
             tokens = x.reshape(-1, x.shape[-1])
             weight, choice = gate(tokens)
             if key is not None:              # the same on the devices that share a token's hidden units

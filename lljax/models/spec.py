@@ -20,7 +20,10 @@ class MoESpec:
     groups, best_groups: experts are taken from the best groups only, by the sum of a group's best two.
     correction: a bias per expert counts for the choice and not for the weight.
     on_input: the weight multiplies what goes into an expert, not what comes out.
-    fused: HF keeps the experts of a layer in one tensor [E, in, out], and gate and up in another.
+    fused: HF keeps the experts of a layer in one tensor [E, in, out], and gate and up in another: one after the other
+      ("halves"), or column by column ("turns"). bias: of these, and of the router.
+    clamp: (alpha, limit) of gate * sigmoid(alpha gate) * (up + 1), gate cut at the limit and up at both signs of it; None for
+      silu(gate) * up.
     """
 
     E: int                                   # routed experts
@@ -34,7 +37,9 @@ class MoESpec:
     correction: bool = False
     best_first: bool = False
     on_input: bool = False
-    fused: bool = False
+    fused: str = ""
+    bias: bool = False
+    clamp: tuple[float, float] | None = None
     shared: int = 0                          # MLP width of the expert that every token takes; 0 for none
     shared_gate: bool = False                # its output is multiplied by a sigmoid of the token
     # HF names below the layer: of the block, of the router and the shared expert in it, of an expert's gate, up and down.
@@ -87,6 +92,7 @@ class DecoderSpec:
     qk_norm: bool = False
     qk_unit: bool = False                    # queries and keys that RoPE turned are normalised after it, without a weight
     interleaved: bool = False                # RoPE pairs neighbours
+    sinks: bool = False                      # see lljax.attention.attend
     temperature: tuple[float, float] | None = None           # of layers without RoPE, see lljax.models.rope.temperature
     norm_plus_one: bool = False              # norms multiply by 1 + weight
     norms_after: bool = False                # what attention and MLP add to the residual is normalised, too
@@ -249,7 +255,13 @@ def _sigmoid_moe(c: dict) -> MoESpec:
 def _llama4_moe(c: dict) -> MoESpec:
     F = c["intermediate_size"]
     return MoESpec(_number(c, "num_local_experts"), _number(c, "num_experts_per_tok"), F, score="sigmoid", best_first=True,
-                   on_input=True, fused=True, shared=F, block="feed_forward", router="router", shared_name="shared_expert")
+                   on_input=True, fused="halves", shared=F, block="feed_forward", router="router", shared_name="shared_expert")
+
+
+def _gpt_oss_moe(c: dict) -> MoESpec:
+    return MoESpec(_number(c, "num_local_experts", "num_experts"), _number(c, "num_experts_per_tok"), c["intermediate_size"],
+                   best_first=True, fused="turns", bias=True, clamp=(_positive(c, "swiglu_alpha", 1.702),
+                                                                    _positive(c, "swiglu_limit", 7.0)), router="router")
 
 
 def _mixtral_moe(c: dict) -> MoESpec:
@@ -314,16 +326,23 @@ FAMILIES = {
                     "qk_unit": _default("use_qk_norm", True), "temperature": _temperature, "moe": _llama4_moe,
                     "layers": _chunked_layers,
                     "F": lambda c: _number({"intermediate_size_mlp": 16_384, **c}, "intermediate_size_mlp")},
+    "gpt_oss": {"qkv_bias": _default("attention_bias", True), "output_bias": _default("attention_bias", True), "sinks": True,
+                "moe": _gpt_oss_moe, "layers": lambda c: tuple(
+                    LayerSpec(c.get("sliding_window", 128) if slides else None, moe=True)
+                    for slides in _sliding(c, lambda i: (i + 1) % 2))},
 }
 # Where config.json has none. The others: as many key/value heads as query heads, and hidden_size // num_attention_heads.
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma2": 4, "gemma3_text": 4, "internlm3": 2,
-            "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8, "llama4_text": 8}
-HEAD_SIZE = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256, "internlm3": 128, "llama4_text": 128}
+            "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4, "glm4_moe": 8, "llama4_text": 8, "gpt_oss": 8}
+HEAD_SIZE = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256, "internlm3": 128, "llama4_text": 128, "gpt_oss": 64}
 MAX_LENGTH = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768, "gemma2": 8192, "gemma3_text": 131_072,
               "phi3": 4096, "internlm3": 32_768, "mixtral": 131_072, "qwen2_moe": 32_768, "qwen3_moe": 32_768,
-              "glm4_moe": 131_072, "deepseek_v3": 4096, "llama4_text": 131_072}
-NORM_EPS = dict.fromkeys(("phi3", "internlm3", "mixtral", "glm4_moe", "llama4_text"), 1e-5)          # the others: 1e-6
-ROPE = {"glm4_moe": {"partial_rotary_factor": 0.5}, "llama4_text": {"rope_theta": 500_000.0}}
+              "glm4_moe": 131_072, "deepseek_v3": 4096, "llama4_text": 131_072, "gpt_oss": 131_072}
+NORM_EPS = dict.fromkeys(("phi3", "internlm3", "mixtral", "glm4_moe", "llama4_text", "gpt_oss"), 1e-5)       # the others: 1e-6
+ROPE = {"glm4_moe": {"partial_rotary_factor": 0.5}, "llama4_text": {"rope_theta": 500_000.0},
+        "gpt_oss": {"rope_theta": 150_000.0, "rope_parameters": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096}}}
 TIED = ("gemma2", "gemma3_text")
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}         # ours: HF's name
 

@@ -60,6 +60,13 @@ def value_and_gradients(attend, q, k, v, mask):
     return run(q, k, v)
 
 
+def with_sinks(attend, q, k, v, mask):
+    """Value and gradients, of the sinks too."""
+    sinks, weights = (jnp.asarray(np.random.default_rng(9).normal(size=x), jnp.float32) for x in (q.shape[2], q.shape))
+    return jax.jit(jax.value_and_grad(lambda q, k, v, sinks: jnp.sum(attend(q, k, v, mask, scale=0.25, sinks=sinks) * weights),
+                                      (0, 1, 2, 3)))(q, k, v, sinks)
+
+
 def assert_equal(got, wanted, tolerance=2e-5):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
@@ -80,6 +87,20 @@ def test_soft_capped_scores_equal_the_dense_reference(implementation):
     q, k, v = make(150, 6, 2)
     assert_equal(*(value_and_gradients(functools.partial(attend, softcap=0.7), q, k, v, masks(150)["window"])
                    for attend in (named(implementation), reference.attend)))
+
+
+@pytest.mark.parametrize("implementation", EVERYWHERE)
+def test_sinks_equal_the_dense_reference(implementation):
+    mask = masks(150)["window"]
+    mask = mask.replace(k_index=mask.k_index.at[2, :20].set(NEVER))          # queries that see nothing but the sink
+    assert_equal(*(with_sinks(attend, *make(150, 6, 2), mask) for attend in (named(implementation), reference.attend)))
+
+
+def test_what_has_no_sinks_says_so_and_the_next_is_taken():
+    q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
+    assert best("gpu", q, q, causal(1, 8), sinks=jnp.zeros(2)) == "triton"
+    with pytest.raises(UnsupportedMask, match="'cudnn' cannot serve sinks"):
+        attend(q, q, q, causal(1, 8), scale=1.0, sinks=jnp.zeros(2), implementation="cudnn")
 
 
 def test_what_cannot_cap_scores_says_so_and_the_next_is_taken():

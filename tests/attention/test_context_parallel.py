@@ -19,6 +19,7 @@ MESHES = {"8": {"sequence": 8}, "2 x 4": {"fsdp": 2, "sequence": 4}, "4 x 2 head
 PATTERNS = {"full": (None, None, False), "window": (None, 50, False), "window and anchors": (None, 50, True),
             "shifted": (64, None, False), "shifted, wide": (96, None, False), "chunks": (None, 50, False)}
 CAPPED = ("window", "shifted, wide")         # these with soft-capped scores, too
+SUNK = ("full", "window and anchors", "shifted")         # and these with sinks
 
 
 def inputs(N, K, packed, window, anchored, chunks=False):
@@ -39,25 +40,25 @@ def reorder(tree, parts, axis=1):
     return jax.tree.map(lambda x: jnp.asarray(np.moveaxis(zigzag(np.moveaxis(np.asarray(x), axis, -1), parts), -1, axis)), tree)
 
 
-def run(q, k, v, weights, mask, group, layout, softcap=None):
-    def loss(q, k, v):
-        out = attend_parallel(q, k, v, mask, scale=0.3, softcap=softcap, group=group, layout=layout)
+def run(q, k, v, weights, mask, group, layout, softcap=None, sinks=None):
+    def loss(q, k, v, sinks):
+        out = attend_parallel(q, k, v, mask, scale=0.3, softcap=softcap, sinks=sinks, group=group, layout=layout)
         return jnp.sum(out * weights), out
     where = NamedSharding(layout.mesh, PartitionSpec(ROWS, TOKENS))
     q, k, v, weights, mask = jax.device_put((q, k, v, weights, mask), where)
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-    return out, *grads
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
+    return (out, *grads[:3]), grads[3]
 
 
-def one_device(q, k, v, weights, mask, group, softcap=None):
-    def loss(q, k, v):
+def one_device(q, k, v, weights, mask, group, softcap=None, sinks=None):
+    def loss(q, k, v, sinks):
         if group is None:
-            out = attend(q, k, v, mask, scale=0.3, softcap=softcap)
+            out = attend(q, k, v, mask, scale=0.3, softcap=softcap, sinks=sinks)
         else:
-            out = attend_shifted(q, k, v, mask, group=group, scale=0.3, softcap=softcap)
+            out = attend_shifted(q, k, v, mask, group=group, scale=0.3, softcap=softcap, sinks=sinks)
         return jnp.sum(out * weights), out
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-    return out, *grads
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
+    return (out, *grads[:3]), grads[3]
 
 
 def cases():
@@ -75,7 +76,8 @@ def test_every_mode_equals_one_device(N, K, pattern, mesh):
     packed = pattern != "window"
     arrays = inputs(N, K, packed, window, anchored, chunks=pattern == "chunks")
     softcap = 1.5 if pattern in CAPPED else None
-    wanted = one_device(*arrays, group, softcap)
+    sinks = jnp.asarray(np.random.default_rng(1).normal(size=N), jnp.float32) if pattern in SUNK else None
+    wanted, of_sinks = one_device(*arrays, group, softcap, sinks)
     mesh = make_mesh(**MESHES[mesh])
     size, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
     for mode in ("allgather", "ulysses", "ring", "halo"):
@@ -86,8 +88,8 @@ def test_every_mode_equals_one_device(N, K, pattern, mesh):
             continue
         assert chosen == mode
         here = reorder(arrays, size) if balanced else arrays
-        got = run(*here, group, Layout(mesh, mode, balanced), softcap)
-        assert_equal(got, reorder(wanted, size) if balanced else wanted)
+        got = run(*here, group, Layout(mesh, mode, balanced), softcap, sinks)
+        assert_equal(got, (reorder(wanted, size) if balanced else wanted, of_sinks))
 
 
 def temporaries(mode, size):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import B, assert_equal, make, masks, packed_segments
+from test_attention import B, assert_equal, make, masks, packed_segments, with_sinks
 
 from lljax.attention import Mask, attend, causal, gpu, reference
 from lljax.attention.attend import Implementation
@@ -66,6 +66,10 @@ def cases():
 @pytest.mark.parametrize("kind,N,K", list(cases()))
 def test_triton_equals_the_dense_reference(kind, N, K):
     assert_equals_reference(TRITON, *make(T, N, K), all_masks(T)[kind])
+
+
+def test_triton_with_sinks():
+    assert_equal(*(with_sinks(f, *make(T, 4, 2), masks(T)["window"]) for f in (TRITON, reference.attend)))
 
 
 def test_triton_with_soft_capped_scores():

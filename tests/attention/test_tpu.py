@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import B, assert_equal, make, masks, packed_segments, value_and_gradients
+from test_attention import B, assert_equal, make, masks, packed_segments, value_and_gradients, with_sinks
 
 import lljax.attention
 from lljax.attention import causal, reference, tpu
@@ -49,6 +49,10 @@ def test_soft_capped_scores_equal_the_dense_reference():
     q, k, v = make(T, 4, 2)
     assert_equal(*(value_and_gradients(functools.partial(f, softcap=0.7), q, k, v, masks(T)["window"])
                    for f in (attend, reference.attend)))
+
+
+def test_sinks_equal_the_dense_reference():
+    assert_equal(*(with_sinks(f, *make(T, 4, 2), masks(T)["window"]) for f in (attend, reference.attend)))
 
 
 @pytest.mark.parametrize("kind", ["anchors", "shifted groups"])

@@ -248,7 +248,7 @@ def test_the_base_itself_is_not_changed(hf_folder, trained, tmp_path):
 
 # ---------------------------------------------------------------- experts
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3", "llama4_text"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3", "llama4_text", "gpt_oss"])
 def test_a_merged_model_with_experts_gives_our_logits(hf_folder, trained, logits, tmp_path, family):
     base, model = trained(hf_folder(family, False), targets=("all-linear",))
     export_merged(model, base, tmp_path / "merged", max_shard_bytes=100_000)

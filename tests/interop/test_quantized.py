@@ -175,6 +175,32 @@ def test_kernels_are_what_the_format_defines_dense_and_as_they_are_stored(quanti
     assert held == 7
 
 
+def test_experts_in_mxfp4_are_what_transformers_makes_of_them(hf_folder):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+    folder = hf_folder("gpt_oss", False, hidden_size=64, intermediate_size=32)
+    base, tensors, dense = open_base(str(folder)), {}, {}
+    for name in base.names():
+        if name.endswith(("gate_up_proj", "experts.down_proj")):
+            E, rows, out = base.shape(name)
+            packed = {"_blocks": RNG.integers(0, 256, (E, out, rows // 32, 16), np.uint8),
+                      "_scales": RNG.integers(120, 130, (E, out, rows // 32), np.uint8)}
+            tensors |= {name + part: array for part, array in packed.items()}
+            dense[name] = convert_moe_packed_tensors(*(torch.from_numpy(array) for array in packed.values()))
+        else:
+            tensors[name] = np.array(base.read(name))
+    safetensors.write(folder / "model.safetensors", safetensors.layout(tensors.items()), lambda name: tensors[name])
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "mxfp4"}}))
+    base = open_base(str(folder))
+    for name, wanted in dense.items():
+        assert base.shape(name) == wanted.shape
+        np.testing.assert_array_equal(base.read(name).astype(np.float32), wanted.float().numpy())
+    experts = load_base(base, spec.from_hf(base.config), jnp.float32, "none").layers[0].mlp.experts
+    both = dense["model.layers.0.mlp.experts.gate_up_proj"].float().numpy()
+    np.testing.assert_array_equal(experts.gate_proj.kernel[0], both[..., ::2])
+    np.testing.assert_array_equal(experts.up_proj.kernel[0], both[..., 1::2])
+
+
 def test_another_format_quantises_anew_and_none_is_dense(quantised):
     folder, dense = quantised("gptq")
     base = open_base(str(folder))

@@ -23,7 +23,8 @@ ROUTERS = {
     "softmax, normalised": {"normalise": True, "shared": 6, "shared_gate": True},
     "sigmoid, corrected, groups, scaled": {"score": "sigmoid", "normalise": True, "correction": True, "groups": 4,
                                            "best_groups": 2, "scale": 2.5, "shared": 10},
-    "sigmoid of the best, on the input": {"score": "sigmoid", "best_first": True, "on_input": True, "fused": True, "k": 2},
+    "sigmoid of the best, on the input": {"score": "sigmoid", "best_first": True, "on_input": True, "fused": "halves", "k": 2},
+    "softmax of the best, clamped": {"best_first": True, "fused": "turns", "bias": True, "clamp": (1.7, 0.5), "k": 2},
 }
 
 
@@ -41,7 +42,7 @@ def dense(model, x):
     """Every expert for every token, and a weight of zero where it was not chosen."""
     moe, gate = model.moe, model.gate
     weights = jnp.zeros((*x.shape[:-1], moe.E))
-    logits = x @ gate.weight[...]
+    logits = x @ gate.weight[...] + (gate.bias[...] if moe.bias else 0)
     scores = jax.nn.sigmoid(logits) if moe.score == "sigmoid" else jax.nn.softmax(logits)
     ranks = scores + (gate.correction[...] if moe.correction else 0)
     if moe.groups > 1:
@@ -52,16 +53,21 @@ def dense(model, x):
                                  zip(groups, jnp.split(worth, moe.groups, axis=-1))], axis=-1)
     chosen = ranks >= jnp.sort(ranks)[..., -moe.k, None]
     weights = jnp.where(chosen, scores, 0)   # the sigmoid of a logit does not ask whether others were there
-    if moe.normalise:
+    if moe.normalise or moe.best_first and moe.score == "softmax":
         weights /= weights.sum(-1, keepdims=True)
     weights *= moe.scale
 
     def linear(layer, x):                    # of every expert: [E, B, T, in] -> [E, B, T, out]
         a, b = layer.lora.a[...][:, None], layer.lora.b[...][:, None]
-        return x @ layer.kernel[...][:, None] + layer.lora.scale * (x @ a) @ b
+        bias = 0 if layer.bias is None else layer.bias[...][:, None, None]
+        return x @ layer.kernel[...][:, None] + layer.lora.scale * (x @ a) @ b + bias
     weights = jnp.moveaxis(weights, -1, 0)[..., None]
     into = jnp.broadcast_to(x, (moe.E, *x.shape)) * (weights if moe.on_input else 1)
-    hidden = jax.nn.silu(linear(model.experts.gate_proj, into)) * linear(model.experts.up_proj, into)
+    gate, up = linear(model.experts.gate_proj, into), linear(model.experts.up_proj, into)
+    hidden = jax.nn.silu(gate) * up
+    if moe.clamp:
+        gate, up = jnp.minimum(gate, 0.5), jnp.clip(up, -0.5, 0.5)
+        hidden = gate * jax.nn.sigmoid(1.7 * gate) * (up + 1)
     y = jnp.sum(linear(model.experts.down_proj, hidden) * (1 if moe.on_input else weights), axis=0)
     if moe.shared:
         shared = model.shared(x)
@@ -86,7 +92,7 @@ def assert_same(got, wanted, tolerance=1e-5):
 X = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)), jnp.float32)
 
 
-@pytest.mark.parametrize("router", [pytest.param(router, marks=() if "corrected" in router or "input" in router else
+@pytest.mark.parametrize("router", [pytest.param(router, marks=() if router.split()[-1] in ("scaled", "input", "clamped") else
                                                  pytest.mark.slow) for router in ROUTERS])
 def test_experts_equal_a_loop_over_all_of_them(router, monkeypatch):
     monkeypatch.setattr(grouped, "BLOCK", 32)            # so that an expert has several blocks, and a block several experts

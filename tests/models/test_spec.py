@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from lljax.build import stretched
 from lljax.errors import ModelError
 from lljax.interop.huggingface import hf_names, hf_shape
 from lljax.models.declare import declared
@@ -20,7 +21,8 @@ CONFIGS = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralCon
 WITH_EXPERTS = {"mixtral": transformers.MixtralConfig, "qwen2_moe": transformers.Qwen2MoeConfig,
                 "qwen3_moe": transformers.Qwen3MoeConfig,
                 "glm4_moe": functools.partial(transformers.Glm4MoeConfig, head_dim=128),     # by default RoPE would turn 21
-                "deepseek_v3": transformers.DeepseekV3Config, "llama4_text": transformers.Llama4TextConfig}
+                "deepseek_v3": transformers.DeepseekV3Config, "llama4_text": transformers.Llama4TextConfig,
+                "gpt_oss": transformers.GptOssConfig}
 SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6}
 NEEDED = list(SIZES)
 
@@ -139,6 +141,15 @@ def test_the_layers_of_llama4_are_those_of_transformers(fields):
     for i, layer in enumerate(ours.layers):
         assert (layer.rope is not None, layer.chunked, layer.moe) == (
             bool(theirs.no_rope_layers[i]), theirs.layer_types[i] == "chunked_attention", i in theirs.moe_layers)
+
+
+def test_a_rope_that_turns_chunks_alone_is_stretched_only_where_a_factor_is_named():
+    spec = from_hf(SIZES | LLAMA4)
+    longer = stretched(spec, type="linear", factor="auto", length=1_000_000)
+    assert (longer.rope, longer.max_length) == (spec.rope, 1_000_000)
+    assert stretched(spec, type="linear", factor=8.0, length=1_000_000).rope.factor == 8
+    everywhere = from_hf(SIZES | LLAMA4 | {"layer_types": ["full_attention"] * 3})
+    assert stretched(everywhere, type="linear", factor="auto", length=1_000_000).rope.factor == 8
 
 
 @pytest.mark.parametrize("fields,named", [
