@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from lljax.build import stretched
 from lljax.errors import ModelError
 from lljax.interop.huggingface import hf_names, hf_shape
 from lljax.models.declare import declared
@@ -140,6 +141,15 @@ def test_the_layers_of_llama4_are_those_of_transformers(fields):
     for i, layer in enumerate(ours.layers):
         assert (layer.rope is not None, layer.chunked, layer.moe) == (
             bool(theirs.no_rope_layers[i]), theirs.layer_types[i] == "chunked_attention", i in theirs.moe_layers)
+
+
+def test_a_rope_that_turns_chunks_alone_is_stretched_only_where_a_factor_is_named():
+    spec = from_hf(SIZES | LLAMA4)
+    longer = stretched(spec, type="linear", factor="auto", length=1_000_000)
+    assert (longer.rope, longer.max_length) == (spec.rope, 1_000_000)
+    assert stretched(spec, type="linear", factor=8.0, length=1_000_000).rope.factor == 8
+    everywhere = from_hf(SIZES | LLAMA4 | {"layer_types": ["full_attention"] * 3})
+    assert stretched(everywhere, type="linear", factor="auto", length=1_000_000).rope.factor == 8
 
 
 @pytest.mark.parametrize("fields,named", [
