@@ -1,0 +1,81 @@
+"""Benchmark files in the schema they were published in. What does not hold to it is named by file, line and field."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lljax.errors import DataError
+
+TYPES = {str: "a text", int: "a whole number", list: "a list", dict: "an object", bool: "true or false"}
+
+
+def read_json(path: Path):
+    """The content of a JSON file.
+
+    Raises:
+      DataError: there is none, or it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {'there is no such file' if not path.exists() else error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+
+
+def read_rows(path: Path, fields: Mapping[str, type | None]) -> list[dict]:
+    """The rows of a JSONL file, or of a JSON file that is a list of objects, each with `fields` of these types.
+
+    A type of None takes what is there. Raises DataError as `read_json`, and where a row lacks a field.
+    """
+    if path.suffix == ".json":
+        rows = read_json(path)
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: not a list of objects")
+        numbered = enumerate(rows, 1)
+    else:
+        numbered = _lines(path)
+    found = [checked(row, f"{path}:{number}", fields) for number, row in numbered]
+    if not found:
+        raise DataError(f"{path}: the file has no rows")
+    return found
+
+
+def _lines(path: Path):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")     # splitlines() would also split inside texts
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path}: {'there is no such file' if not path.exists() else error}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not JSON ({error})") from None
+
+
+def checked(row, where: str, fields: Mapping[str, type | None]) -> dict:
+    """`row`, if it is an object with these fields.
+
+    Raises:
+      DataError: it is not, or one is missing or of another type.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: not a JSON object but a {type(row).__name__}")
+    for field, kind in fields.items():
+        if field not in row:
+            raise DataError(f"{where}: no field {field!r}; a row has {', '.join(fields)}")
+        if kind and not isinstance(row[field], kind):
+            raise DataError(f"{where}: {field!r} is a {type(row[field]).__name__}, not {TYPES[kind]}")
+    return row
+
+
+def texts(value, where: str, field: str) -> tuple[str, ...]:
+    """A list of texts that is not empty.
+
+    Raises:
+      DataError: it is something else.
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise DataError(f"{where}: {field!r} is not a list of texts, or is empty")
+    return tuple(value)
