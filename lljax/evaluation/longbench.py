@@ -13,7 +13,7 @@ from lljax.errors import ConfigError, DataError
 from lljax.evaluation import metrics
 from lljax.evaluation.records import checked, read_json, read_rows, texts
 from lljax.evaluation.sizes import Counter, cut_middle
-from lljax.evaluation.task import Example, Task, mean
+from lljax.evaluation.task import Example, Task, TooShort, mean
 
 METRICS = {
     "narrativeqa": metrics.qa_f1, "qasper": metrics.qa_f1, "multifieldqa_en": metrics.qa_f1,
@@ -60,20 +60,22 @@ def _examples(name: str, folder: Path | None, config: Path | None, tokenizer, le
     prompts, lengths = (_config(config / file) for file in CONFIG)
     prompt = checked(prompts, str(config / CONFIG[0]), {task: str})[task]
     tokens = checked(lengths, str(config / CONFIG[1]), {task: int})[task]
-    if length <= 2 * tokens:
-        raise ConfigError(f"longbench/{name}: {tokens} tokens are written, too many for a length of {length}: ask for longer "
-                          "ones with --lengths")
+    if length < 2 * tokens:
+        raise TooShort(f"longbench/{name}: {tokens} tokens are written, too many for a length of {length}: ask for longer "
+                       "ones with --lengths")
     path = folder / f"{name}.jsonl"
     for i, row in enumerate(read_rows(path, FIELDS)[:samples], 1):
         where = f"{path}: row {i}"
         classes = texts(row["all_classes"], where, "all_classes") if METRICS[task] is metrics.classification else ()
         try:
             text = prompt.format(**row)
-        except (KeyError, IndexError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise DataError(f"{config / CONFIG[0]}: the prompt of {task} does not fit the rows ({error!r})") from None
-        yield Example(row["_id"], cut_middle(counter, text, length - tokens), texts(row["answers"], where, "answers"), tokens,
-                      chat=task not in NO_CHAT, classes=classes,
-                      groups=(bucket(row["length"]),) if name.endswith("_e") else ())
+        answers = texts(row["answers"], where, "answers")
+        if METRICS[task] is metrics.retrieval and not all(map(metrics.PARAGRAPH.search, answers)):
+            raise DataError(f"{where}: 'answers' name no paragraph: {answers}")
+        yield Example(row["_id"], cut_middle(counter, text, length - tokens), answers, tokens, chat=task not in NO_CHAT,
+                      classes=classes, groups=(bucket(row["length"]),) if name.endswith("_e") else ())
 
 
 def bucket(words: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from lljax.errors import ConfigError, DataError
 from lljax.evaluation.records import read_rows
 from lljax.evaluation.sizes import Counter, cut_middle
-from lljax.evaluation.task import Example, Task, mean
+from lljax.evaluation.task import Example, Task, TooShort, mean
 
 PROMPT = ("Please read the following text and answer the question below.\n\n<text>\n$DOC$\n</text>\n\nWhat is the correct "
           "answer to this question: $Q$\nChoices:\n(A) $C_A$\n(B) $C_B$\n(C) $C_C$\n(D) $C_D$\n\nFormat your response as "
@@ -37,9 +37,9 @@ def choice(prediction: str) -> str | None:
 def _examples(path: Path | None, tokenizer, length: int, samples: int | None, seed: int) -> Iterator[Example]:
     if path is None:
         raise ConfigError("LongBench v2 is read from its file: name it with --longbench2")
-    if length <= 2 * TOKENS:
-        raise ConfigError(f"longbench2: {TOKENS} tokens are written, too many for a length of {length}: ask for longer ones "
-                          "with --lengths")
+    if length < 2 * TOKENS:
+        raise TooShort(f"longbench2: {TOKENS} tokens are written, too many for a length of {length}: ask for longer ones "
+                       "with --lengths")
     counter = Counter(tokenizer)
     for i, row in enumerate(read_rows(path, FIELDS)[:samples], 1):
         for field, known in {**GROUPS, "answer": tuple("ABCD")}.items():

@@ -14,6 +14,7 @@ from lljax.evaluation.rouge import rouge_l
 
 CHINESE_PUNCTUATION = ("！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗"
                        "〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏.")
+PARAGRAPH = re.compile(r"(?:Paragraph |段落)(\d+)")
 DROPPED = str.maketrans("", "", string.punctuation)
 DROPPED_CHINESE = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
 
@@ -81,7 +82,7 @@ def count(prediction: str, answer: str) -> float:
 
 def retrieval(prediction: str, answer: str) -> float:
     """The same for an answer such as "Paragraph 12", or "段落12"."""
-    return _share_of_numbers(prediction, re.search(r"(?:Paragraph |段落)(\d+)", answer)[1])
+    return _share_of_numbers(prediction, PARAGRAPH.search(answer)[1])
 
 
 def code_similarity(prediction: str, answer: str) -> float:

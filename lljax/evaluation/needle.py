@@ -6,13 +6,14 @@ The needle holds a number of its own for every cell, so that no judge is needed 
 import functools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lljax.errors import ConfigError
+import numpy as np
+
 from lljax.evaluation import haystack
 from lljax.evaluation.sizes import Counter, largest
-from lljax.evaluation.task import Example, Task, mean
+from lljax.evaluation.task import Example, Task, TooShort, mean
 
 DEPTHS = tuple(range(0, 101, 10))            # percent of the haystack before the needle
 NEEDLE = "The secret number of {name} is {number}."
@@ -38,6 +39,11 @@ def group(depth: int) -> str:
     return f"depth {depth}%"
 
 
+def grid(groups: Mapping[int, Mapping[str, float]]) -> np.ndarray:
+    """[depths, lengths], NaN where there is no score, from the group scores of every length, shortest first."""
+    return np.array([[groups[length].get(group(depth), np.nan) for length in sorted(groups)] for depth in DEPTHS])
+
+
 def _examples(text: Path | None, tokenizer, length: int, samples: int | None, seed: int) -> Iterator[Example]:
     counter, words, n = Counter(tokenizer), haystack.prose(text), 1
     for depth in DEPTHS:
@@ -49,8 +55,8 @@ def _examples(text: Path | None, tokenizer, length: int, samples: int | None, se
             size = lambda n: counter(prompt(n) + prefix) + TOKENS
             n = largest(size, length, least=1, guess=n)
             if n is None:
-                raise ConfigError(f"needle: needle, question and {TOKENS} new tokens take {size(1)} of {length} tokens: ask "
-                                  "for longer ones with --lengths")
+                raise TooShort(f"needle: needle, question and {TOKENS} new tokens take {size(1)} of {length} tokens: ask "
+                               "for longer ones with --lengths")
             yield Example(f"{depth}-{i}", prompt(n), (number,), TOKENS, prefix, groups=(group(depth),))
 
 

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lljax.errors import ConfigError
 from lljax.evaluation import haystack
 from lljax.evaluation.sizes import Counter, largest
-from lljax.evaluation.task import Example, Task, mean
+from lljax.evaluation.task import Example, Task, TooShort, mean
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
         "the important information there.")
@@ -58,12 +57,12 @@ def landmark_text(length: int, seed: int) -> tuple[list[str], str]:
     """LongLoRA's lines for `length` tokens, and the key. Its randomness is NumPy's global one, of which this is a copy.
 
     Raises:
-      ConfigError: the garbage rounds down to nothing.
+      TooShort: the garbage rounds down to nothing.
     """
     garbage = int(CHARACTERS * length // 1024 * 1024)
     if not garbage:
-        raise ConfigError(f"passkey: at {length} tokens LongLoRA's rule leaves no garbage: ask for 274 or more with --lengths, "
-                          "or for passkey/tokens")
+        raise TooShort(f"passkey: at {length} tokens LongLoRA's rule leaves no garbage: ask for 274 or more with --lengths, "
+                       "or for passkey/tokens")
     rng = np.random.RandomState(seed)
     before = rng.randint(0, garbage)
     key = str(rng.randint(1, 50_000))
@@ -84,6 +83,6 @@ def _filled(counter: Counter, length: int, seed: int, guess: int) -> tuple[list[
 
     n = largest(size, length, least=1, guess=guess)
     if n is None:
-        raise ConfigError(f"passkey/tokens: task, key and question take {size(1)} of {length} tokens: ask for longer ones with "
-                          "--lengths")
+        raise TooShort(f"passkey/tokens: task, key and question take {size(1)} of {length} tokens: ask for longer ones with "
+                       "--lengths")
     return *lines(n), n

@@ -15,12 +15,7 @@ def read_json(path: Path):
     Raises:
       DataError: there is none, or it is not JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: {'there is no such file' if not path.exists() else error}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
+    return _parsed(_text(path), str(path))
 
 
 def read_rows(path: Path, fields: Mapping[str, type | None]) -> list[dict]:
@@ -42,16 +37,30 @@ def read_rows(path: Path, fields: Mapping[str, type | None]) -> list[dict]:
 
 
 def _lines(path: Path):
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")     # splitlines() would also split inside texts
-    except (OSError, UnicodeError) as error:
-        raise DataError(f"{path}: {'there is no such file' if not path.exists() else error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):   # splitlines() would also split inside texts
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON ({error})") from None
+            yield number, _parsed(line, f"{path}:{number}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror.lower() if path.exists() else 'there is no such file'}") from None
+    except UnicodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from None
+
+
+def _parsed(text: str, where: str):
+    try:
+        value = json.loads(text)
+        if "\\u" in text:                    # a half of a surrogate pair has no place in UTF-8, nor in a tokenizer
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: a text holds half of a surrogate pair") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
 
 
 def checked(row, where: str, fields: Mapping[str, type | None]) -> dict:

@@ -21,7 +21,7 @@ from lljax.evaluation import haystack
 from lljax.evaluation.metrics import matches_all, matches_part
 from lljax.evaluation.ruler_qa import Questions, hotpotqa, squad
 from lljax.evaluation.sizes import Counter, largest
-from lljax.evaluation.task import Example, Sources, Task, mean
+from lljax.evaluation.task import Example, Sources, Task, TooShort, mean
 
 THRESHOLD = 85.6                             # Llama2-7B's mean over all thirteen at 4,096 tokens
 SAMPLES = 500                                # of a task at a length
@@ -264,8 +264,8 @@ def tasks(sources: Sources) -> dict[str, Task]:
 def _examples(name: str, sources: Sources, tokenizer, length: int, samples: int | None, seed: int) -> Iterator[Example]:
     kind, counter = TASKS[name], Counter(tokenizer)
     if length <= kind.tokens:
-        raise ConfigError(f"ruler/{name}: {kind.tokens} tokens are written, which leaves nothing to read of {length}: ask for "
-                          "longer ones with --lengths")
+        raise TooShort(f"ruler/{name}: {kind.tokens} tokens are written, which leaves nothing to read of {length}: ask for "
+                       "longer ones with --lengths")
     maker = kind.prepare(sources, counter, length)
     n = maker.least
     for index in range(min(maker.samples, SAMPLES if samples is None else samples)):
@@ -273,8 +273,8 @@ def _examples(name: str, sources: Sources, tokenizer, length: int, samples: int 
         size = lambda n: counter("".join(made(n)[:2])) + kind.tokens
         n = largest(size, length, least=maker.least, guess=n)
         if n is None:
-            raise ConfigError(f"ruler/{name}: what it always holds takes {size(maker.least)} of {length} tokens: ask for "
-                              "longer ones with --lengths, or leave it out of --tasks")
+            raise TooShort(f"ruler/{name}: what it always holds takes {size(maker.least)} of {length} tokens: ask for "
+                           "longer ones with --lengths, or leave it out of --tasks")
         prompt, prefix, answers = made(n)
         yield Example(str(index), prompt, tuple(answers), kind.tokens, prefix)
 

@@ -5,6 +5,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from lljax.errors import ConfigError
+
+
+class TooShort(ConfigError):
+    """What a task always holds does not fit the length: the other tasks and lengths may go on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -37,6 +43,8 @@ class Task:
 
     `length` holds bos, prompt, answer prefix and new tokens, in tokens. A chat template comes on top: who uses one asks
     for that much less. score(predictions, examples): 0 to 100, NaN where nothing can be scored.
+
+    Raises, at the first example: TooShort. ConfigError: a file is not named. DataError: it is not what it should be.
     """
 
     name: str

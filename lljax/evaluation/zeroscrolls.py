@@ -20,7 +20,7 @@ from lljax.evaluation.metrics import f1, normalised
 from lljax.evaluation.records import read_rows
 from lljax.evaluation.rouge import scrolls_rouge
 from lljax.evaluation.sizes import Counter, cut_end
-from lljax.evaluation.task import Example, Task, mean
+from lljax.evaluation.task import Example, Task, TooShort, mean
 
 FIELDS = {"id": str, "input": str, "output": None, "query_start_index": int, "truncation_seperator": str}
 
@@ -113,8 +113,8 @@ def _cut(counter: Counter, row: dict, budget: int, name: str) -> str:
         if over <= 0:
             return text
         room -= over
-    raise ConfigError(f"{name}: the query alone takes {counter(rest)} tokens, and {budget} are left for what is read: ask for "
-                      "longer ones with --lengths")
+    raise TooShort(f"{name}: the query alone takes {counter(rest)} tokens, and {budget} are left for what is read: ask for "
+                   "longer ones with --lengths")
 
 
 def write_submission(path: Path, predictions: Mapping[str, Mapping[str, str]]) -> None:

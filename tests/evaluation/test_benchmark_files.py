@@ -2,10 +2,11 @@
 
 import csv
 import json
+import random
 
 import pytest
 
-from lljax.errors import ConfigError, DataError
+from lljax.errors import ConfigError, DataError, LljaxError
 from lljax.evaluation import longbench, longbench2, zeroscrolls
 from lljax.evaluation.sizes import Counter
 from lljax.evaluation.task import group_scores
@@ -112,6 +113,35 @@ def test_what_longbench_lacks_is_said_in_one_line(bench, tokenizer, tmp_path):
     (bench / "dataset2prompt.json").write_text('{"trec": "{question}"}')
     with pytest.raises(DataError, match="the prompt of trec does not fit"):
         examples(task(bench), tokenizer)
+
+
+def test_an_answer_of_a_retrieval_task_names_a_paragraph(bench, tokenizer):
+    rows(bench / "passage_retrieval_en.jsonl", record())
+    with pytest.raises(DataError, match="row 1: 'answers' name no paragraph"):
+        examples(longbench.tasks(bench, None)["longbench/passage_retrieval_en"], tokenizer)
+
+
+@pytest.mark.parametrize("name", ["hotpotqa.jsonl", "data.json", "qasper/validation.jsonl"])
+def test_no_damage_to_a_file_is_more_than_one_line_of_error(name, bench, tokenizer):
+    rows(bench / "hotpotqa.jsonl", record("1"), record("2"))
+    rows(bench / "qasper" / "validation.jsonl", scroll("1", "Short."), scroll("2", "Long."))
+    (bench / "data.json").write_text(json.dumps([choices("1"), choices("2")]))
+    task = {"hotpotqa.jsonl": longbench.tasks(bench, None)["longbench/hotpotqa"],
+            "data.json": longbench2.task(bench / "data.json"),
+            "qasper/validation.jsonl": zeroscrolls.tasks(bench)["zeroscrolls/qasper"]}[name]
+    path, rng, refused = bench / name, random.Random(0), 0
+    sound = path.read_bytes()
+    for _ in range(100):
+        at = rng.randrange(len(sound))
+        path.write_bytes(sound[:at] + rng.choice((bytes([rng.randrange(256)]), b"null", b"[", b"\\ud800", b"\n", b"1e999"))
+                         + sound[at + rng.randrange(9):])
+        try:
+            made = examples(task, tokenizer, length=700)
+            task.score(["the cat"] * len(made), made)
+        except LljaxError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(bench) in str(error)
+    assert refused > 20
 
 
 def choices(key, **changes):

@@ -8,12 +8,6 @@ from lljax.errors import ConfigError
 from lljax.evaluation import heatmap, needle
 from lljax.evaluation.sizes import Counter
 from lljax.evaluation.task import group_scores
-from lljax.interop.base import open_base
-
-
-@pytest.fixture(scope="module")
-def tiny_512():
-    return open_base("lljax/assets/tiny-512").tokenizer()
 
 
 @pytest.mark.parametrize("length", [512, 4096])
@@ -32,6 +26,11 @@ def test_the_needle_lies_at_its_depth_between_sentences(length, tiny_512):
     predictions = [f" {example.answers[0]}." if i % 2 else " 12" for i, example in enumerate(made)]
     assert task.score(predictions, made) == 50
     assert group_scores(task, predictions, made) == {needle.group(depth): 50 for depth in needle.DEPTHS}
+
+
+def test_the_grid_has_depths_as_rows_and_lengths_as_columns():
+    grid = needle.grid({4096: {needle.group(0): 1.0, needle.group(100): 2.0}, 512: {needle.group(0): 3.0}})
+    assert grid.shape == (11, 2) and grid[0].tolist() == [3.0, 1.0] and grid[10, 1] == 2.0 and np.isnan(grid).sum() == 19
 
 
 def test_the_users_own_text_is_the_haystack(tmp_path, tiny_512):

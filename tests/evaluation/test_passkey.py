@@ -4,14 +4,8 @@ import pytest
 from lljax.errors import ConfigError
 from lljax.evaluation import passkey
 from lljax.evaluation.sizes import Counter
-from lljax.interop.base import open_base
 
 GARBAGE = " ".join(["The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."] * 5000)
-
-
-@pytest.fixture(scope="module")
-def tiny_512():
-    return open_base("lljax/assets/tiny-512").tokenizer()
 
 
 @pytest.mark.parametrize("length", [300, 2000, 32_000])

@@ -15,11 +15,6 @@ NEEDLES = {"niah_single_1": 1, "niah_single_2_local": 1, "niah_single_3_local": 
            "niah_multivalue_local": 4, "niah_multiquery_local": 4}
 
 
-@pytest.fixture(scope="module")
-def tiny_512():
-    return open_base("lljax/assets/tiny-512").tokenizer()
-
-
 def examples(name, tokenizer, length, samples=2, seed=42, sources=None):
     task = ruler.tasks(sources or Sources())[f"ruler/{name}"]
     return task, list(task.examples(tokenizer, length, samples, seed))
@@ -55,7 +50,7 @@ def test_lengths_of_rulers_own_with_a_real_tokenizer(name, smollm2):
 @pytest.mark.parametrize("length", [512, 4096])
 def test_every_needle_is_there_once_and_the_question_is_about_them(name, length, tiny_512):
     for example in examples(name, tiny_512, length, samples=4)[1]:
-        found = re.findall(r"One of the special magic (\w+) for (\S+) is: (\S+)\.", example.prompt)
+        found = re.findall(r"One of the special magic (\w+) for (.+?) is: (\S+)\.", example.prompt)
         assert len(found) == NEEDLES[name] and len(set(found)) == len(found)
         asked = [value for _, key, value in found if key in example.prompt.split("\nWhat ")[-1]]
         assert sorted(asked) == sorted(example.answers)
@@ -67,9 +62,9 @@ def test_every_needle_is_there_once_and_the_question_is_about_them(name, length,
 @pytest.mark.parametrize("name,least", [("niah_multikey_2", 50), ("niah_multikey_3", 20)])
 def test_a_haystack_of_needles_has_each_key_once(name, least, tiny_512):
     for example in examples(name, tiny_512, 4096)[1]:
-        found = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", example.prompt)
+        found = re.findall(r"One of the special magic \w+ for (.+?) is: (\S+)\.", example.prompt)
         assert len(found) > least and len(dict(found)) == len(found)
-        key = re.search(r"for (\S+) mentioned in the provided text\?$", example.prompt)[1]
+        key = re.search(r"special magic \w+ for (.+?) mentioned in the provided text\?$", example.prompt)[1]
         assert (dict(found)[key],) == example.answers and example.prompt.count(example.answers[0]) == 1
         assert "The grass is green" not in example.prompt
 
