@@ -1,4 +1,4 @@
-"""The grades of LongBench and RULER: of one prediction against one answer, from 0 to 1.
+"""The grades of LongBench, RULER and needles: of one prediction, from 0 to 1.
 
 LongBench: github.com/THUDM/LongBench, LongBench/metrics.py. RULER: github.com/NVIDIA/RULER, scripts/eval.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from lljax.errors import ConfigError
 from lljax.evaluation.rouge import rouge_l
+from lljax.evaluation.task import Example
 
 CHINESE_PUNCTUATION = ("！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗"
                        "〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏.")
@@ -83,6 +84,12 @@ def count(prediction: str, answer: str) -> float:
 def retrieval(prediction: str, answer: str) -> float:
     """The same for an answer such as "Paragraph 12", or "段落12"."""
     return _share_of_numbers(prediction, PARAGRAPH.search(answer)[1])
+
+
+def first_number(prediction: str, example: Example) -> float:
+    """Whether the first number in the prediction is the answer: needles and Landmark's passkey."""
+    found = re.search(r"\d+", prediction)
+    return float(found is not None and found[0] == example.answers[0])
 
 
 def code_similarity(prediction: str, answer: str) -> float:

@@ -5,13 +5,13 @@ The needle holds a number of its own for every cell, so that no judge is needed 
 
 import functools
 import random
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lljax.evaluation import haystack
+from lljax.evaluation.metrics import first_number
 from lljax.evaluation.sizes import Counter, largest
 from lljax.evaluation.task import Example, Task, TooShort, mean
 
@@ -27,11 +27,6 @@ NAMES = ("Aberdeen", "Bergen", "Cordoba", "Dresden", "Espoo", "Florence", "Genev
 def task(text: Path | None = None) -> Task:
     """The grid in the words of a file; without one, of Python's own reference. samples: of each depth, one by default."""
     return Task("needle", functools.partial(_examples, text), mean(first_number))
-
-
-def first_number(prediction: str, example: Example) -> float:
-    found = re.search(r"\d+", prediction)
-    return float(found is not None and found[0] == example.answers[0])
 
 
 def group(depth: int) -> str:

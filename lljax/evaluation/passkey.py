@@ -8,12 +8,12 @@ passkey/tokens is LongLoRA's with a text that fills `length` whatever the tokeni
 
 import functools
 import random
-import re
 from collections.abc import Iterator
 
 import numpy as np
 
 from lljax.evaluation import haystack
+from lljax.evaluation.metrics import first_number
 from lljax.evaluation.sizes import Counter, largest
 from lljax.evaluation.task import Example, Task, TooShort, mean
 
@@ -34,11 +34,6 @@ def tasks() -> dict[str, Task]:
 
 def same(prediction: str, example: Example) -> float:
     return float(prediction.strip() == example.answers[0])
-
-
-def first_number(prediction: str, example: Example) -> float:
-    found = re.search(r"\d+", prediction)
-    return float(found is not None and found[0] == example.answers[0])
 
 
 def _examples(name: str, tokenizer, length: int, samples: int | None, seed: int) -> Iterator[Example]:
