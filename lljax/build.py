@@ -16,10 +16,10 @@ from lljax.interop.started import StartedBase, starts_from_base
 from lljax.models import fp8, lora, quantize, rope
 from lljax.models import spec as specs
 from lljax.models.declare import declared, dtype_of
-from lljax.models.decoder import Decoder, repeats, share_residuals
+from lljax.models.decoder import Decoder, share_residuals
 from lljax.models.initialise import initialise
 from lljax.models.layers import Linear
-from lljax.models.spec import DecoderSpec
+from lljax.models.spec import DecoderSpec, repeats
 
 
 def extended_spec(hf_config: dict, context) -> DecoderSpec:

@@ -15,7 +15,8 @@ import numpy as np
 from lljax.build import load_base
 from lljax.data.template import adds_bos, with_template
 from lljax.errors import ConfigError, exit_cleanly
-from lljax.generation.sample import Sampling, generate
+from lljax.generation.generate import stream
+from lljax.generation.sample import Sampling
 from lljax.interop.base import open_base
 from lljax.models import spec
 from lljax.restore import restore_run
@@ -32,7 +33,12 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model")
     parser.add_argument("--tokens", type=int, default=128, help="at most this many are written")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--min_p", type=float, default=0.0)
+    parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be given again")
+    parser.add_argument("--cache", choices=("full", "int8"), default="full", help="int8: keys and values in eight bits")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with exit_cleanly():
@@ -59,14 +65,22 @@ def answer(arguments) -> None:
     if not prompt:
         raise ConfigError("the prompt is empty")
     stop = frozenset({tokenizer.eos_token_id} - {None})
-    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
+                        arguments.seed)
     written, shown = [], ""
-    for token in generate(model, np.asarray(prompt), tokens=arguments.tokens, sampling=sampling, stop=stop, dtype=dtype):
-        written.append(token)
+    for (token,) in stream(model, [np.asarray(prompt)], tokens=arguments.tokens, sampling=sampling, dtype=dtype,
+                           cache_dtype=jnp.int8 if arguments.cache == "int8" else None):
+        if int(token) in stop:
+            break
+        written.append(int(token))
         whole = tokenizer.decode(written)    # a character may need several tokens, so the whole is decoded each time
-        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):
+        ends = [at for at in map(whole.find, arguments.stop) if at >= 0]
+        whole = whole[:min(ends)] if ends else whole
+        if ends or not whole.endswith("\N{REPLACEMENT CHARACTER}"):
             print(whole[len(shown):], end="", flush=True)
             shown = whole
+        if ends:
+            break
     print()
     print(f"({len(prompt)} + {len(written)} tokens)", file=sys.stderr)
 

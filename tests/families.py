@@ -21,8 +21,9 @@ from lljax.interop.base import open_base
 from lljax.interop.huggingface import load_weights, tensors
 from lljax.interop.peft import write_adapter
 from lljax.models import lora
+from lljax.models.cache import empty_cache
 from lljax.models.declare import LoraWeight, declared
-from lljax.models.decoder import Decoder, empty_cache
+from lljax.models.decoder import Decoder
 from lljax.models.spec import from_hf
 from lljax.training.loss import cross_entropy
 

@@ -1,69 +1,56 @@
-"""Text from a model, one token at a time over a key/value cache."""
+"""Which token comes next."""
 
 import dataclasses
-import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from lljax.models.decoder import empty_cache
-
-CHUNK = 512                                  # prompt tokens read at a time: bounds the memory of a long prompt
+from lljax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token; top_p keeps the smallest set of tokens with that probability."""
+    """temperature 0 takes the likeliest token. Of the others are kept: the `top_k` likeliest (0: all); the smallest set with
+    probability `top_p`; those at least `min_p` times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
+    repetition: logits of tokens that were read or written are divided by it where positive, multiplied where negative
+    (Keskar et al. 2019, arXiv 1909.05858, section 4.1).
+
+    Raises:
+      ConfigError: a value outside its range.
+    """
 
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition: float = 1.0
     seed: int = 0
 
-
-def generate(model: nnx.Module, prompt: np.ndarray, *, tokens: int, sampling: Sampling = Sampling(),
-             stop: frozenset[int] = frozenset(), dtype=jnp.float32) -> Iterator[int]:
-    """Yields up to `tokens` tokens that continue `prompt` (int [n]), ending before one of `stop`.
-
-    Attention is full whatever the model was trained under. The RoPE kinds that look at the length are given that of
-    prompt and continuation together, so that keys in the cache stay true.
-    """
-    n, total = len(prompt), len(prompt) + tokens
-    slots = -(-total // CHUNK) * CHUNK       # one compilation for prompts of similar length
-    graphdef, state = nnx.split(model)
-    cache = empty_cache(model.spec, 1, slots, dtype)
-    for start in range(0, n, CHUNK):
-        piece = np.zeros(CHUNK, np.int32)
-        piece[:n - start] = prompt[start:start + CHUNK]
-        logits, cache = _read(graphdef, state, jnp.asarray(piece)[None], cache, total, min(n - start, CHUNK), dtype)
-    key = jax.random.key(sampling.seed)
-    for i in range(tokens):
-        token = int(_choose(logits, jax.random.fold_in(key, i), sampling))
-        if token in stop:
-            return
-        yield token
-        if i + 1 < tokens:
-            logits, cache = _read(graphdef, state, jnp.full((1, 1), token, jnp.int32), cache, total, 1, dtype)
+    def __post_init__(self):
+        for name, good, needed in (("temperature", self.temperature >= 0, "at least 0"),
+                                   ("top_k", self.top_k >= 0, "at least 0"),
+                                   ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+                                   ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+                                   ("repetition", self.repetition > 0, "above 0")):
+            if not good:
+                raise ConfigError(f"sampling: {name}={getattr(self, name)} must be {needed}")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
-def _read(graphdef, state, tokens, cache, rope_length, real, dtype):
-    """Reads tokens [1, C], of which the first `real` count, into the cache; returns the logits [V] after the last one."""
-    model = nnx.merge(graphdef, state)
-    positions = cache.used + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    hidden, new = model(tokens, positions=positions, cache=cache, dtype=dtype, rope_length=rope_length)
-    # The padding of the last chunk is written too, and overwritten by what follows.
-    return model.logits(hidden[0, real - 1]), dataclasses.replace(new, used=cache.used + real)
+GREEDY = Sampling()
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _choose(logits, key, sampling: Sampling):
+def choose(logits: jax.Array, keys: jax.Array, seen: jax.Array | None, sampling: Sampling) -> jax.Array:
+    """int32 [B] of logits [B, V]. keys [B]: of each row. seen: bool [B, V], tokens of the row; needed for `repetition`."""
+    if sampling.repetition != 1:
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / sampling.repetition, logits * sampling.repetition), logits)
     if sampling.temperature == 0:
-        return jnp.argmax(logits)
-    logits = logits / sampling.temperature
-    order = jnp.argsort(-logits)
-    probability = jax.nn.softmax(logits[order])
-    kept = jnp.cumsum(probability) - probability < sampling.top_p
-    return order[jax.random.categorical(key, jnp.where(kept, logits[order], -jnp.inf))]
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
+    probability = jax.nn.softmax(ranked, axis=-1)
+    kept = jnp.cumsum(probability, axis=-1) - probability < sampling.top_p
+    kept &= probability >= sampling.min_p * probability[:, :1]
+    if sampling.top_k:
+        kept &= jnp.arange(logits.shape[-1]) < sampling.top_k
+    at = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, ranked, -jnp.inf))
+    return jnp.take_along_axis(order, at[:, None], axis=-1)[:, 0].astype(jnp.int32)

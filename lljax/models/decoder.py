@@ -13,38 +13,18 @@ from lljax.attention import Mask
 from lljax.attention.mask import chunked
 from lljax.attention.softcap import capped
 from lljax.models import rope
+from lljax.models.cache import Cache, extend
 from lljax.models.declare import declare, stack
 from lljax.models.decoder_layer import DecoderLayer
 from lljax.models.layers import AttentionPattern, RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
 from lljax.models.probe import rows
 from lljax.models.quantize import dense, dequantised
-from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.models.spec import DecoderSpec, LayerSpec, repeats
 from lljax.sharding import Layout, constrain_activations, gathered
 from lljax.vocabulary import lookup
 
 FULL = AttentionPattern()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens read so far.
-
-    kv: for each stack of layers k and v, [layers of it, B, S, K, H]. segments, positions: int32 [B, S]; segment 0 for padding.
-    used: tokens read so far, int32.
-    """
-
-    kv: tuple[tuple[jax.Array, jax.Array], ...]
-    segments: jax.Array
-    positions: jax.Array
-    used: jax.Array
-
-
-def empty_cache(spec: DecoderSpec, B: int, S: int, dtype=jnp.float32) -> Cache:
-    stacks = [times for _, places, times in repeats(spec.layers) for _ in places]
-    kv = tuple(tuple(jnp.zeros((times, B, S, spec.K, spec.H), dtype) for _ in "kv") for times in stacks)
-    return Cache(kv, *(jnp.zeros((B, S), jnp.int32) for _ in range(2)), jnp.int32(0))
 
 
 class Decoder(nnx.Module):
@@ -99,7 +79,7 @@ class Decoder(nnx.Module):
             mask, start, kv = self._mask(tokens, positions, segments, index, pattern), 0, (None,) * len(self.layers)
         else:
             start, kv = cache.used, cache.kv
-            cache, mask = _extend(cache, positions, segments)
+            cache, mask = extend(cache, positions, segments)
         k_positions = positions if cache is None else cache.positions
 
         def seen(layer: LayerSpec):
@@ -169,34 +149,3 @@ def noisy(x: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
 def share_residuals(layers: tuple[LayerSpec, ...], each: int) -> bool:
     """Whether one residual per `each` layers can be kept: see `repeats`."""
     return all(groups_layers(each, len(places), times) for _, places, times in repeats(layers))
-
-
-def _extend(cache: Cache, positions, segments):
-    """The cache with tokens at `positions` [B, T] counted in, and the mask of those tokens over it."""
-    T = positions.shape[1]
-    index = jnp.broadcast_to(jnp.arange(cache.segments.shape[1], dtype=jnp.int32), cache.segments.shape)
-    segments = jnp.ones_like(positions) if segments is None else segments
-    k_segments, k_positions = (jax.lax.dynamic_update_slice_in_dim(old, new, cache.used, axis=1) for old, new in
-                               ((cache.segments, segments), (cache.positions, positions)))
-    q_index = jax.lax.dynamic_slice_in_dim(index, cache.used, T, axis=1)
-    # Slots beyond the new tokens hold no key yet; causality alone hides them.
-    return (dataclasses.replace(cache, segments=k_segments, positions=k_positions, used=cache.used + T),
-            Mask(q_index, index, segments, k_segments))
-
-
-def repeats(layers: tuple[LayerSpec, ...]) -> list[tuple[int, tuple[LayerSpec, ...], int]]:
-    """The layers as patterns that repeat: (first layer, pattern, times), one after the other. The longest stretch first, of
-    the shortest pattern that makes it; nearly every model is one pattern of one layer."""
-    found, first = [], 0
-    while first < len(layers):
-        best = (1, 1)                        # layers of the pattern, times
-        for period in range(1, (len(layers) - first) // 2 + 1):
-            pattern, times = layers[first:first + period], 1
-            while layers[first + times * period:first + (times + 1) * period] == pattern:
-                times += 1
-            if times > 1 and times * period > best[0] * best[1]:
-                best = period, times
-        period, times = best
-        found.append((first, layers[first:first + period], times))
-        first += period * times
-    return found

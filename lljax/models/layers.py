@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lljax.attention import Mask, attend_parallel
+from lljax.models.cache import read, write
 from lljax.models.declare import declare
 from lljax.models.probe import times
 from lljax.models.rope import Place, rotate
@@ -124,8 +125,8 @@ class Attention(nnx.Module):
         and the cache, updated. `o_proj` comes after it."""
         q, k = self.placed(q, place, query=True), self.placed(k, place)
         if cache is not None:
-            k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-                                 for old, new in zip(cache, (k, v)))
+            cache = tuple(write(held, new, start) for held, new in zip(cache, (k, v)))
+            k, v = (read(held, q.dtype) for held in cache)
         out = attend_parallel(q, k, v, mask, group=pattern.groups, layout=layout, **self.how)
         return self.join(out), cache
 

@@ -408,3 +408,21 @@ def _check_experts(moe: MoESpec) -> None:
     if moe.E % moe.groups or not moe.k <= moe.best_groups * (moe.E // moe.groups) <= moe.E:
         raise ModelError(f"config.json: n_group={moe.groups} and topk_group={moe.best_groups} do not divide {moe.E} experts so "
                          f"that num_experts_per_tok={moe.k} can be chosen")
+
+
+def repeats(layers: tuple[LayerSpec, ...]) -> list[tuple[int, tuple[LayerSpec, ...], int]]:
+    """The layers as patterns that repeat: (first layer, pattern, times), one after the other. The longest stretch first, of
+    the shortest pattern that makes it; nearly every model is one pattern of one layer."""
+    found, first = [], 0
+    while first < len(layers):
+        best = (1, 1)                        # layers of the pattern, times
+        for period in range(1, (len(layers) - first) // 2 + 1):
+            pattern, times = layers[first:first + period], 1
+            while layers[first + times * period:first + (times + 1) * period] == pattern:
+                times += 1
+            if times > 1 and times * period > best[0] * best[1]:
+                best = period, times
+        period, times = best
+        found.append((first, layers[first:first + period], times))
+        first += period * times
+    return found

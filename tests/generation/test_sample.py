@@ -1,45 +1,45 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lljax.generation import sample
-from lljax.generation.sample import Sampling, generate
-from lljax.models.decoder import Decoder
-from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
+from lljax.errors import ConfigError
+from lljax.generation.sample import Sampling, choose
+
+LOGITS = jnp.log(jnp.asarray([[0.05, 0.5, 0.15, 0.3], [0.4, 0.3, 0.2, 0.1]]))
 
 
-@pytest.fixture(scope="module")
-def model():
-    made = Decoder(from_hf({"model_type": "llama", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 32,
-                            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4,
-                            "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16}))
-    initialise(made, 0, deviation=0.3)
-    return made
+def drawn(seen=None, **settings):
+    """The tokens that each row ever gets."""
+    sampling = Sampling(**{"temperature": 1.0} | settings)
+    keys = jax.random.split(jax.random.key(0), (200, 2))
+    tokens = jax.vmap(lambda keys: choose(LOGITS, keys, seen, sampling))(keys)
+    return [set(np.unique(row).tolist()) for row in tokens.T]
 
 
-def test_cached_greedy_decoding_equals_reading_everything_again(model, monkeypatch):
-    """Across the edges of prompt chunks, and beyond the original length of a RoPE that depends on the length."""
-    monkeypatch.setattr(sample, "CHUNK", 16)
-    prompt = list(np.random.default_rng(0).integers(0, 61, 37))
-    got, row = list(generate(model, np.asarray(prompt), tokens=5)), list(prompt)
-    for token in got:
-        T = len(row)
-        logits = model.logits(model(jnp.asarray([row]), positions=jnp.arange(T)[None], rope_length=42))[0, -1]
-        assert int(jnp.argmax(logits)) == token
-        row.append(token)
+@pytest.mark.parametrize("settings,kept", [
+    ({}, [{0, 1, 2, 3}, {0, 1, 2, 3}]), ({"temperature": 0.0}, [{1}, {0}]), ({"top_k": 2}, [{1, 3}, {0, 1}]),
+    ({"top_p": 0.6}, [{1, 3}, {0, 1}]), ({"top_p": 1e-6}, [{1}, {0}]), ({"min_p": 0.35}, [{1, 3}, {0, 1, 2}]),
+    ({"top_k": 3, "min_p": 0.7}, [{1}, {0, 1}])])
+def test_what_is_kept(settings, kept):
+    assert drawn(**settings) == kept
 
 
-def test_sampling_follows_the_seed_and_top_p_keeps_the_likely(model):
-    prompt = np.arange(10)
-
-    def draw(**settings):
-        return list(generate(model, prompt, tokens=6, sampling=Sampling(temperature=1.0, **settings)))
-    assert draw(seed=1) == draw(seed=1)
-    assert len({tuple(draw(seed=s)) for s in range(4)}) > 1
-    assert draw(top_p=1e-6) == list(generate(model, prompt, tokens=6))
+def test_frequencies_are_the_probabilities():
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    tokens = choose(jnp.tile(LOGITS[:1], (20_000, 1)), keys, None, Sampling(temperature=1.0))
+    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 20_000, jnp.exp(LOGITS[0]), atol=0.015)
 
 
-def test_stops_before_a_stop_token(model):
-    whole = list(generate(model, np.arange(10), tokens=6))
-    assert list(generate(model, np.arange(10), tokens=6, stop=frozenset({whole[2]}))) == whole[:whole.index(whole[2])]
+def test_repetition_lowers_what_was_seen_whatever_its_sign():
+    seen = jnp.asarray([[False, True, False, False]] * 2)
+    assert drawn(seen, temperature=0.0, repetition=3.0)[0] == {3}
+    up = choose(LOGITS + 5, jax.random.split(jax.random.key(0), 2), seen, Sampling(repetition=1.5))
+    assert up.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("name,value", [("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("min_p", 1.5),
+                                        ("repetition", 0.0)])
+def test_a_value_out_of_range_is_one_line(name, value):
+    with pytest.raises(ConfigError, match=f"sampling: {name}={value} must be"):
+        Sampling(**{name: value})

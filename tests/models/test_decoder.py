@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lljax.models.decoder import Decoder, empty_cache, noisy, repeats
+from lljax.models.cache import empty_cache
+from lljax.models.decoder import Decoder, noisy
 from lljax.models.initialise import initialise
 from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
-from lljax.models.spec import from_hf
+from lljax.models.spec import from_hf, repeats
 
 BASE = {"model_type": "llama", "vocab_size": 97, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2,
         "max_position_embeddings": 32, "head_dim": 8}

@@ -1,0 +1,90 @@
+"""Benchmark files in the schema they were published in. What does not hold to it is named by file, line and field."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lljax.errors import DataError
+
+TYPES = {str: "a text", int: "a whole number", list: "a list", dict: "an object", bool: "true or false"}
+
+
+def read_json(path: Path):
+    """The content of a JSON file.
+
+    Raises:
+      DataError: there is none, or it is not JSON.
+    """
+    return _parsed(_text(path), str(path))
+
+
+def read_rows(path: Path, fields: Mapping[str, type | None]) -> list[dict]:
+    """The rows of a JSONL file, or of a JSON file that is a list of objects, each with `fields` of these types.
+
+    A type of None takes what is there. Raises DataError as `read_json`, and where a row lacks a field.
+    """
+    if path.suffix == ".json":
+        rows = read_json(path)
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: not a list of objects")
+        numbered = enumerate(rows, 1)
+    else:
+        numbered = _lines(path)
+    found = [checked(row, f"{path}:{number}", fields) for number, row in numbered]
+    if not found:
+        raise DataError(f"{path}: the file has no rows")
+    return found
+
+
+def _lines(path: Path):
+    for number, line in enumerate(_text(path).split("\n"), 1):   # splitlines() would also split inside texts
+        if line.strip():
+            yield number, _parsed(line, f"{path}:{number}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror.lower() if path.exists() else 'there is no such file'}") from None
+    except UnicodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from None
+
+
+def _parsed(text: str, where: str):
+    try:
+        value = json.loads(text)
+        if "\\u" in text:                    # a half of a surrogate pair has no place in UTF-8, nor in a tokenizer
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: a text holds half of a surrogate pair") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
+
+
+def checked(row, where: str, fields: Mapping[str, type | None]) -> dict:
+    """`row`, if it is an object with these fields.
+
+    Raises:
+      DataError: it is not, or one is missing or of another type.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: not a JSON object but a {type(row).__name__}")
+    for field, kind in fields.items():
+        if field not in row:
+            raise DataError(f"{where}: no field {field!r}; a row has {', '.join(fields)}")
+        if kind and not isinstance(row[field], kind):
+            raise DataError(f"{where}: {field!r} is a {type(row[field]).__name__}, not {TYPES[kind]}")
+    return row
+
+
+def texts(value, where: str, field: str) -> tuple[str, ...]:
+    """A list of texts that is not empty.
+
+    Raises:
+      DataError: it is something else.
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise DataError(f"{where}: {field!r} is not a list of texts, or is empty")
+    return tuple(value)

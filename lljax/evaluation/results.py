@@ -1,0 +1,165 @@
+"""What an evaluation leaves: every prediction as soon as it is made, and the table of scores at the end."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lljax.errors import DataError
+from lljax.evaluation.ruler import THRESHOLD, effective_length
+from lljax.evaluation.task import Example
+from lljax.training.charts import short_length
+
+FAMILIES = ("ruler", "longbench", "zeroscrolls")         # their authors report the mean of their tasks
+
+
+class Predictions:
+    """A JSONL file of predictions, a line each, that a kill at any moment leaves usable: what is added is on disk.
+
+    A prediction is found again by model, task, length and example, and only if the question is still the same. `model`
+    must name everything about it that changes its answers. The file holds answers and predictions, and no prompts.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._made, whole = _read(path)
+        self._file = open(path, "ab")
+        self._file.truncate(whole)           # what a kill left of a line
+
+    def find(self, model: str, task: str, length: int, example: Example) -> str | None:
+        return self._made.get((model, task, length, example.id, _digest(example)))
+
+    def add(self, model: str, task: str, length: int, example: Example, prediction: str) -> None:
+        row = {"model": model, "task": task, "length": length, "id": example.id, "question": _digest(example),
+               "prediction": prediction, "answers": example.answers}
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._made[model, task, length, example.id, row["question"]] = prediction
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _digest(example: Example) -> str:
+    """Tells questions apart."""
+    return hashlib.sha256(json.dumps([example.prompt, example.answer_prefix, example.tokens]).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> tuple[dict[tuple, str], int]:
+    """The predictions by their key, and how many bytes hold whole lines.
+
+    Raises:
+      DataError: a line before the last is damaged.
+    """
+    made, whole = {}, 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            made[row["model"], row["task"], row["length"], row["id"], row["question"]] = row["prediction"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines):
+                raise DataError(f"{path}:{number}: not a prediction; delete the line to have it made again") from None
+            break
+        whole += len(line)
+    return made, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """score: 0 to 100, NaN where nothing could be scored. groups: the scores of parts of the examples, by their name."""
+
+    model: str
+    task: str
+    length: int
+    score: float
+    samples: int
+    groups: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def family_means(scores: Sequence[Score]) -> list[Score]:
+    """For each model the mean of a family's tasks at each length, over the tasks that have a score at all its lengths."""
+    found = []
+    for family in FAMILIES:
+        for model in dict.fromkeys(score.model for score in scores):
+            cells = {(s.task, s.length): s for s in scores
+                     if s.model == model and s.task.startswith(f"{family}/") and not math.isnan(s.score)}
+            lengths = sorted({length for _, length in cells})
+            tasks = [task for task in dict.fromkeys(task for task, _ in cells)
+                     if all((task, length) in cells for length in lengths)]
+            if len(tasks) > 1:
+                found += [Score(model, f"{family}, mean of {len(tasks)}", length,
+                                sum(cells[task, length].score for task in tasks) / len(tasks),
+                                sum(cells[task, length].samples for task in tasks)) for length in lengths]
+    return found
+
+
+def table(scores: Sequence[Score]) -> dict:
+    """Rows of task and model, a column for each length, as the report's tables are: columns, rows, caption."""
+    scores = [*scores, *family_means(scores)]
+    lengths = sorted({score.length for score in scores})
+    cells = {(score.task, score.model, score.length): score.score for score in scores}
+    rows = [[task, model, *(_shown(cells.get((task, model, length), math.nan)) for length in lengths)]
+            for task in dict.fromkeys(score.task for score in scores)
+            for model in dict.fromkeys(score.model for score in scores) if any((task, model, n) in cells for n in lengths)]
+    caption = "Scores from 0 to 100 by length in tokens."
+    reached = effective_lengths(scores)
+    if reached:
+        caption += f" Effective length, up to which RULER's mean stays above {THRESHOLD}: " + ", ".join(
+            f"{model} {short_length(length) if length else 'none'}" for model, length in reached.items()) + "."
+    return {"columns": ["task", "model", *map(short_length, lengths)], "rows": rows, "caption": caption}
+
+
+def effective_lengths(scores: Sequence[Score]) -> dict[str, int | None]:
+    """RULER's effective length of each model, from its mean of tasks."""
+    means: dict[str, dict[int, float]] = {}
+    for score in scores:
+        if score.task.startswith("ruler, mean"):
+            means.setdefault(score.model, {})[score.length] = score.score
+    return {model: effective_length(by_length) for model, by_length in means.items()}
+
+
+def write(folder: Path, scores: Sequence[Score]) -> None:
+    """The table as evaluation.md, and with the scores themselves as evaluation.json, which the report reads."""
+    made = table(scores)
+    plain = [dataclasses.asdict(s) | {"score": _number(s.score), "groups": {k: _number(v) for k, v in s.groups.items()}}
+             for s in [*scores, *family_means(scores)]]
+    _replace(folder / "evaluation.json", json.dumps({"tables": [made], "scores": plain}, indent=2, allow_nan=False) + "\n")
+    _replace(folder / "evaluation.md", markdown(made))
+
+
+def markdown(made: dict) -> str:
+    line = lambda cells: "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    rule = "|---|---|" + "---:|" * (len(made["columns"]) - 2) + "\n"
+    return line(made["columns"]) + rule + "".join(map(line, made["rows"])) + f"\n{made['caption']}\n"
+
+
+def _shown(score: float) -> str:
+    return "–" if math.isnan(score) else f"{score:.1f}"
+
+
+def _number(score: float) -> float | None:
+    return None if math.isnan(score) else score
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

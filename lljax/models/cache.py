@@ -1,0 +1,90 @@
+"""Keys and values of the tokens that a model has read, so that it goes on without reading them again."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lljax.attention import Mask
+from lljax.models.spec import DecoderSpec, repeats
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """Keys or values in eight bits: codes int8 [..., H], and the float32 scale [..., 1] of each head of a token."""
+
+    codes: jax.Array
+    scale: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """kv: for each stack of layers k and v, [layers of it, B, S, K, H] (or `Rounded`). segments, positions: int32 [B, S];
+    segment 0 for padding. used: slots that are taken, int32; the same of every row.
+    """
+
+    kv: tuple[tuple[jax.Array | Rounded, jax.Array | Rounded], ...]
+    segments: jax.Array
+    positions: jax.Array
+    used: jax.Array
+
+
+def empty_cache(spec: DecoderSpec, B: int, S: int, dtype=jnp.float32) -> Cache:
+    """Room for S tokens of B rows. dtype: that of keys and values; int8 for `Rounded`."""
+    stacks = [times for _, places, times in repeats(spec.layers) for _ in places]
+
+    def one(layers):
+        shape = (layers, B, S, spec.K, spec.H)
+        if jnp.dtype(dtype) == jnp.int8:
+            return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
+        return jnp.zeros(shape, dtype)
+    return Cache(tuple((one(layers), one(layers)) for layers in stacks),
+                 *(jnp.zeros((B, S), jnp.int32) for _ in range(2)), jnp.int32(0))
+
+
+def extend(cache: Cache, positions: jax.Array, segments: jax.Array | None) -> tuple[Cache, Mask]:
+    """The cache with tokens at `positions` [B, T] counted in, and the mask of those tokens over it."""
+    T = positions.shape[1]
+    index = jnp.broadcast_to(jnp.arange(cache.segments.shape[1], dtype=jnp.int32), cache.segments.shape)
+    segments = jnp.ones_like(positions) if segments is None else segments
+    k_segments, k_positions = (_put(old, new, cache.used) for old, new in
+                               ((cache.segments, segments), (cache.positions, positions)))
+    q_index = jax.lax.dynamic_slice_in_dim(index, cache.used, T, axis=1)
+    # Slots beyond the new tokens hold no key yet; causality alone hides them.
+    return (dataclasses.replace(cache, segments=k_segments, positions=k_positions, used=cache.used + T),
+            Mask(q_index, index, segments, k_segments))
+
+
+def write(held, new: jax.Array, start):
+    """The keys or values of one layer [B, S, K, H] with `new` [B, T, K, H] from slot `start` on."""
+    if not isinstance(held, Rounded):
+        return _put(held, new.astype(held.dtype), start)
+    wide = new.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
+    codes = jnp.round(wide / jnp.where(scale == 0, 1.0, scale)).astype(jnp.int8)
+    return Rounded(_put(held.codes, codes, start), _put(held.scale, scale, start))
+
+
+def read(held, dtype) -> jax.Array:
+    """What `write` wrote; of `Rounded` the nearest in `dtype`."""
+    return (held.codes * held.scale).astype(dtype) if isinstance(held, Rounded) else held
+
+
+def repeated(cache: Cache, rows: int) -> Cache:
+    """The cache of one row as that of `rows` rows that begin alike."""
+    def along(axis):
+        return lambda x: jnp.repeat(x, rows, axis=axis)
+    return Cache(jax.tree.map(along(1), cache.kv), along(0)(cache.segments), along(0)(cache.positions), cache.used)
+
+
+def longer(cache: Cache, slots: int) -> Cache:
+    """The cache with room for `slots` tokens."""
+    def along(axis):
+        return lambda x: jnp.pad(x, [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+    return Cache(jax.tree.map(along(2), cache.kv), along(1)(cache.segments), along(1)(cache.positions), cache.used)
+
+
+def _put(old, new, start):
+    return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)

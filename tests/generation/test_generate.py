@@ -1,0 +1,100 @@
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lljax.build import move
+from lljax.generation import generate as module
+from lljax.generation.generate import generate, stream
+from lljax.generation.sample import Sampling
+from lljax.models.decoder import Decoder
+from lljax.models.initialise import initialise
+from lljax.models.spec import from_hf
+from lljax.sharding import Layout, make_mesh
+
+HF = {"model_type": "llama", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+      "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64}
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 61, n) for n in (37, 5, 21, 16)]
+
+
+@functools.cache
+def build(**changes):
+    made = Decoder(from_hf(HF | changes))
+    initialise(made, 0, deviation=0.3)
+    return made
+
+
+@functools.cache
+def local():
+    """Layers that slide, layers that are cut into chunks and have no RoPE on every fourth."""
+    made = Decoder(from_hf(HF | {"model_type": "llama4_text", "attention_chunk_size": 8, "num_hidden_layers": 4,
+                                 "intermediate_size_mlp": 32, "num_local_experts": 4, "num_experts_per_tok": 1}))
+    initialise(made, 0, deviation=0.3)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_16(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 16)
+
+
+def written(*args, **kwargs):
+    return [each.tokens for each in generate(*args, **kwargs)]
+
+
+def test_cached_greedy_decoding_equals_reading_everything_again():
+    """Across the edges of prompt chunks, and beyond the original length of a RoPE that depends on the length."""
+    made = Decoder(from_hf(HF | {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}))
+    initialise(made, 0, deviation=0.3)
+    row = list(PROMPTS[0])
+    read = nnx.jit(lambda model, row: model.logits(model(row, positions=jnp.arange(row.shape[1])[None], rope_length=42)))
+    for token in written(made, PROMPTS[:1], tokens=5)[0]:
+        logits = read(made, jnp.asarray([row + [0] * (48 - len(row))]))[0, len(row) - 1]
+        assert int(jnp.argmax(logits)) == token
+        row.append(token)
+
+
+@pytest.mark.parametrize("model", [build, local])
+def test_a_completion_does_not_depend_on_the_prompts_beside_it(model):
+    for settings in ({}, {"sampling": Sampling(temperature=1.0, top_k=20, repetition=1.2)}):
+        beside = written(model(), PROMPTS, tokens=6, rows=4, **settings)
+        assert beside == written(model(), PROMPTS, tokens=6, rows=1, **settings)
+
+
+def test_what_prompts_begin_with_is_read_once(monkeypatch):
+    begin = RNG.integers(0, 61, 40)
+    prompts = [np.concatenate([begin, rest]) for rest in PROMPTS]
+    read, shapes = module._read, []
+    monkeypatch.setattr(module, "_read", lambda *args, **kwargs: shapes.append(args[2].shape) or read(*args, **kwargs))
+    together = written(build(), prompts, tokens=4, rows=4)
+    assert shapes[:2] == [(1, 16)] * 2 and all(shape[0] == 4 for shape in shapes[2:])
+    assert together == written(build(), prompts, tokens=4, rows=1)
+    assert written(build(), [begin[:33]] * 2, tokens=4) == written(build(), [begin[:33]], tokens=4) * 2
+
+
+def test_a_cache_in_eight_bits_is_close():
+    exact, rounded = (np.stack(list(stream(build(), PROMPTS, tokens=8, cache_dtype=dtype))) for dtype in (None, jnp.int8))
+    assert (exact == rounded).mean() > 0.7
+
+
+def test_over_a_mesh_as_on_one_device():
+    mesh = make_mesh(fsdp=2, data=2, tensor=2)
+    model = nnx.clone(build())
+    move(model, mesh)
+    assert written(model, PROMPTS[:3], tokens=6, layout=Layout(mesh)) == written(build(), PROMPTS[:3], tokens=6)
+
+
+def test_ends_at_a_stop_token_or_string(tokenizer):
+    model = build(vocab_size=300)
+    whole = generate(model, PROMPTS[:2], tokens=8, tokenizer=tokenizer)
+    assert not whole[0].ended and whole[0].text == tokenizer.decode(whole[0].tokens)
+    token = whole[0].tokens[3]
+    at = whole[0].tokens.index(token)
+    cut = generate(model, PROMPTS[:2], tokens=8, stop=frozenset({token}))
+    assert cut[0].ended and cut[0].tokens == whole[0].tokens[:at] and cut[0].text is None
+    string = whole[0].text[3:5]
+    cut = generate(model, PROMPTS[:2], tokens=8, stop_strings=("not there", string), tokenizer=tokenizer)
+    assert cut[0].ended and cut[0].text == whole[0].text[:whole[0].text.index(string)]
