@@ -12,6 +12,7 @@ from lljax.data.template import adds_bos
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Task, TooShort, group_scores
 from lljax.generation.generate import generate
+from lljax.sharding import Layout
 from lljax.training.charts import short_length
 
 
@@ -63,18 +64,18 @@ def too_short(tasks: Sequence[Task], lengths: Sequence[int], asking: Asking) -> 
 
 
 def answer(model: nnx.Module, name: str, key: str, tasks: Sequence[Task], lengths: Sequence[int], asking: Asking,
-           made: Predictions, *, dtype=jnp.float32,
+           made: Predictions, *, dtype=jnp.float32, layout: Layout | None = None,
            progress: Callable[[Iterable, str], Iterable] = lambda items, title: items) -> Iterator[Score]:
     """The score of every task at every length; NaN where the length is too short for it.
 
     name: of the model in the scores. key: in `made`, where what it answered before is found, and the rest is added.
-    progress(iterable, title) may wrap the iteration over examples.
+    layout: as `generate` takes it. progress(iterable, title) may wrap the iteration over examples.
     """
     for task in tasks:
         for length in lengths:
             source = progress(asking.examples(task, length), f"{name}: {task.name} at {short_length(length)}")
             try:
-                examples, texts = _answers(model, (key, task.name, length), source, asking, made, dtype)
+                examples, texts = _answers(model, (key, task.name, length), source, asking, made, dtype=dtype, layout=layout)
             except TooShort:
                 yield Score(name, task.name, length, math.nan, 0)
                 continue
@@ -82,14 +83,15 @@ def answer(model: nnx.Module, name: str, key: str, tasks: Sequence[Task], length
                         group_scores(task, texts, examples))
 
 
-def _answers(model, place: tuple[str, str, int], source: Iterable[Example], asking: Asking, made: Predictions, dtype):
-    """The examples, without their prompts, and what the model answered. place: of the answers in `made`."""
+def _answers(model, place: tuple[str, str, int], source: Iterable[Example], asking: Asking, made: Predictions, **how):
+    """The examples, without their prompts, and what the model answered. place: of the answers in `made`.
+    how: for `generate`."""
     examples, texts, waiting = [], {}, []
 
     def ask():
         prompts = [np.asarray(asking.tokens(example), np.int32) for example in waiting]
         done = generate(model, prompts, tokens=max(example.tokens for example in waiting), stop=asking.stop,
-                        rows=asking.rows, dtype=dtype, cache_dtype=asking.cache_dtype)
+                        rows=asking.rows, cache_dtype=asking.cache_dtype, **how)
         for example, completion in zip(waiting, done):
             texts[example.id] = asking.tokenizer.decode(completion.tokens[:example.tokens], skip_special_tokens=True)
             made.add(*place, example, texts[example.id])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lljax.build import extended_spec, load_base
+from lljax.errors import ConfigError
 from lljax.interop.base import open_base
 from lljax.models import lora, spec
 from lljax.models.decoder import Decoder
@@ -41,19 +42,25 @@ class Candidates:
 
     def key(self, candidate: Candidate, model: Decoder, *more) -> str:
         """A name that tells the answers of this model, under the settings `more`, from those of any other."""
-        trained = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1])
-        told = [self.base.path, self.base.fingerprint(), repr(model.spec), str(jnp.dtype(self.dtype)), candidate.settings,
-                describe(trained), *more]
-        return f"{candidate.name} {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
+        return model_key(candidate.name, self.base, model, str(jnp.dtype(self.dtype)), candidate.settings, *more)
+
+
+def model_key(name: str, base, model: Decoder, *settings) -> str:
+    """The name with a digest of the base, the spec, what trained, and the settings."""
+    trained = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1])
+    told = [base.path, base.fingerprint(), repr(model.spec), describe(trained), *settings]
+    return f"{name} {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
 
 
 def of_run(workdir: Path) -> Candidates:
     """The base of a run, the same under the RoPE of the run, and what the run trained.
 
     Raises:
-      ConfigError: the folder holds no run.
+      ConfigError: the folder holds no run, or one without a checkpoint.
     """
     config = read_config(workdir)
+    if not any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*")):     # now, and not after the base's turn
+        raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
     base = open_base(config.model.path, config.model.revision)
     extended, dtype = extended_spec(base.config, config.context), jnp.dtype(config.model.dtype)
     settings = json.dumps([json.loads(config[part].to_json_best_effort()) for part in ("model", "lora")])
