@@ -41,6 +41,8 @@ def evaluate(arguments) -> None:
     sources = Sources(**{field: getattr(arguments, field) for field in Sources.__dataclass_fields__})
     names = [name for name in arguments.tasks.split(",") if name]
     protocols = [name for name in PROTOCOLS if name in names]
+    if unknown := [name for name in names if name.startswith("perplexity/") and name not in PROTOCOLS]:
+        raise ConfigError(f"--tasks: there is no task {unknown[0]!r}; known here: {', '.join(PROTOCOLS)}")
     tasks = registry.find([name for name in names if name not in PROTOCOLS], sources)
     candidates = of_run(arguments.workdir) if arguments.workdir else of_base(arguments.model, arguments.adapter)
     lengths = read_lengths(arguments.lengths) or doublings(candidates.extended.rope.original_length,
@@ -51,14 +53,14 @@ def evaluate(arguments) -> None:
     texts = read_held_out(arguments, protocols, lengths, held_out(arguments, candidates, tokenizer, out) if protocols else None)
     asking = Asking(with_template(tokenizer), arguments.samples, arguments.seed, arguments.chat,
                     end_tokens(candidates.base, tokenizer), arguments.rows, "int8" if arguments.cache == "int8" else None)
-    reasons = too_short(progress(tasks, "first examples"), lengths, asking)
+    reasons = too_short(progress(tasks, "first examples") if tasks else (), lengths, asking)
     for reason in dict.fromkeys(reasons.values()):
         CONSOLE.print(f"– {reason}", highlight=False)
     scores = []
     with Predictions(out / "predictions.jsonl") as made:
         for candidate in candidates.models:
             model = candidate.load()
-            for (protocol, length), pieces in progress(texts.items(), f"{candidate.name}: perplexity"):
+            for (protocol, length), pieces in progress(texts.items(), f"{candidate.name}: perplexity") if texts else ():
                 value = perplexity.measure(protocol, model, pieces, length, dtype=candidates.dtype) if len(pieces) else math.nan
                 scores.append(Score(candidate.name, protocol, length, value, len(pieces)))
             key = candidates.key(candidate, model, arguments.chat, arguments.cache)
@@ -100,11 +102,12 @@ def read_held_out(arguments, protocols, lengths, store) -> dict:
 
 
 def submit(out: Path, name: str, key: str, tasks, lengths: list[int], made: Predictions) -> None:
-    """The leaderboard's file of each length, where all that ZeroSCROLLS asks for was asked."""
+    """The leaderboard's file of each length at which all ten tasks of ZeroSCROLLS were answered."""
     asked = {task.name.removeprefix("zeroscrolls_test/"): task.name for task in tasks if "zeroscrolls_test/" in task.name}
     for length in lengths if asked.keys() == zeroscrolls.TASKS.keys() else ():
-        zeroscrolls.write_submission(out / f"zeroscrolls-{results.file_name(name)}-{length}.csv",
-                                     {short: made.of(key, task, length) for short, task in asked.items()})
+        found = {short: made.of(key, task, length) for short, task in asked.items()}
+        if all(found.values()):
+            zeroscrolls.write_submission(out / f"zeroscrolls-{results.file_name(name)}-{length}.csv", found)
 
 
 def show(made: dict) -> None:
@@ -115,6 +118,9 @@ def show(made: dict) -> None:
 
 
 def progress(items, title: str):
+    if not CONSOLE.is_terminal:
+        CONSOLE.print(title, highlight=False)
+        return items
     return track(items, title, console=CONSOLE, transient=True)
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from lljax.build import extended_spec, load_base
 from lljax.errors import ConfigError
 from lljax.interop.base import open_base
+from lljax.interop.peft import read_adapter_config
 from lljax.models import lora, spec
 from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
@@ -81,7 +82,7 @@ def of_base(path: str, adapter: Path | None) -> Candidates:
         extended = adapted_spec(base, adapter)
         if extended != plain:
             models.append(_base(base, STRETCHED, extended, dtype))
-        settings = (adapter / "adapter_config.json").read_text(encoding="utf-8")
+        settings = repr(read_adapter_config(adapter))
         models.append(Candidate("trained", lambda: adapted_base(base, adapter, dtype), settings))
     return Candidates(base, models, extended, dtype)
 
