@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from lljax.build import load_base, stretched
 from lljax.config import default_config
 from lljax.errors import ConfigError
+from lljax.evaluation.during import examiner
 from lljax.interop.base import open_base
 from lljax.models import lora, spec
 from lljax.models.declare import declared
@@ -63,7 +64,7 @@ def train(model: Decoder, *, data, workdir: str, steps: int, length: int | None 
         c.update_from_flattened_dict(settings)
     except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"lljax.train: {str(error).splitlines()[0][:160]}") from None
-    return loop.train(c, workdir, model=model)
+    return loop.train(c, workdir, model=model, examiner=examiner)
 
 
 def _read(lora_config) -> dict:

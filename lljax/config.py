@@ -80,7 +80,8 @@ def default_config() -> ConfigDict:
     c.training.neftune_alpha = 0.0           # noise on the embeddings (NEFTune, arXiv 2310.05914; 5 is usual); 0: none
     c.training.router_aux_loss_coef = 0.0    # of the load-balancing loss of experts, which is reported in any case
     c.training.eval_every = 0                # steps; 0: at the end of the run only
-    c.training.eval_rows = 16                # held-out rows an evaluation reads
+    c.training.eval_rows = 16                # held-out rows an evaluation reads, and examples of each of eval_tasks
+    c.training.eval_tasks = ()               # asked then as well: ((name as in evaluate.py's --tasks, tokens), ...)
     c.training.report_every = 0              # steps; 0: report.html at the end of the run only
 
     c.memory = ConfigDict()
@@ -176,9 +177,16 @@ def validate(c: ConfigDict) -> None:
     if c.data.valid and c.data.valid_fraction:
         raise ConfigError(f"data.valid_fraction={c.data.valid_fraction} and data.valid={c.data.valid} both hold "
                           "documents out: set data.valid_fraction to 0 or data.valid to ()")
-    if c.training.eval_every and not (c.data.valid or c.data.valid_fraction):
-        raise ConfigError(f"training.eval_every={c.training.eval_every} has nothing to evaluate: set data.valid or "
-                          "data.valid_fraction")
+    for field in ("training.eval_every", "training.eval_tasks"):
+        if get(c, field) and not (c.data.valid or c.data.valid_fraction):
+            raise ConfigError(f"{field}={get(c, field)} has nothing to evaluate: set data.valid or data.valid_fraction")
+    for pair in c.training.eval_tasks:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int)):
+            raise ConfigError(f"training.eval_tasks: {pair!r} is no pair of a task and a number of tokens, such as "
+                              "('passkey/tokens', 4096)")
+    if c.training.eval_tasks and c.mesh.sequence != 1:
+        raise ConfigError(f"training.eval_tasks and mesh.sequence={c.mesh.sequence}: answers are written a token at a time, "
+                          "which does not spread over tokens; use mesh.sequence=1, or scripts/evaluate.py afterwards")
     if c.model.init == "random" and c.train_type == "lora":
         raise ConfigError("model.init='random' leaves train_type='lora' with a frozen random base: use "
                           "train_type='full' or model.init='pretrained'")

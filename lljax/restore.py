@@ -1,4 +1,4 @@
-"""A run read back from its work directory: to export, evaluate or talk to what it trained."""
+"""What was trained, read back to export it, to evaluate it or to talk to it: a run, or an adapter on its base."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,12 @@ from ml_collections import ConfigDict
 from lljax.build import build_model
 from lljax.config import default_config
 from lljax.errors import ConfigError
-from lljax.interop.base import open_base
-from lljax.models import lora
+from lljax.interop.base import open_base, read_json
+from lljax.interop.huggingface import load_weights
+from lljax.interop.peft import load_adapter, read_adapter_config
+from lljax.models import lora, spec
+from lljax.models.decoder import Decoder
+from lljax.models.spec import DecoderSpec
 from lljax.sharding import make_mesh
 from lljax.training.checkpoint import Checkpoints, abstract
 
@@ -46,3 +50,23 @@ def read_config(workdir: Path) -> ConfigDict:
     with config.unlocked():
         config.update(json.loads(path.read_text()))
     return config
+
+
+def adapted_base(base, adapter: Path, dtype) -> Decoder:
+    """A base with an adapter in PEFT's format on it, under `adapted_spec`.
+
+    Raises:
+      ModelError: the adapter is none, or not of this base.
+    """
+    settings = read_adapter_config(adapter)
+    model = Decoder(adapted_spec(base, adapter))
+    lora.attach(model, **settings._asdict())
+    load_weights(model, base, dtype=dtype)
+    load_adapter(model, adapter)
+    return model
+
+
+def adapted_spec(base, adapter: Path) -> DecoderSpec:
+    """That of the base, under the RoPE in the rope.json that lljax writes beside an adapter, where there is one."""
+    path = adapter / "rope.json"
+    return spec.from_hf(base.config | (read_json(path) if path.is_file() else {}))

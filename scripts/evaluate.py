@@ -1,58 +1,138 @@
-"""Held-out perplexity by length: the base, the base with its RoPE stretched and nothing trained, and the trained model.
+"""Perplexity by length, and what a model finds in long texts: a base, the base with its RoPE stretched, and what was trained.
 
-python scripts/evaluate.py --workdir=runs/quickstart --lengths=512,1024,2048,4096
+python scripts/evaluate.py --workdir=runs/quickstart --lengths=512,1k,2k,4k
+python scripts/evaluate.py --workdir=runs/quickstart --tasks=perplexity,passkey,needle,ruler --lengths=1k,4k --samples=5
+python scripts/evaluate.py --model=Qwen/Qwen3-8B --adapter=my/adapter --tasks=ruler --lengths=4k,32k --out=runs/ruler --chat
 
-Every length predicts the same tokens of the same documents. The table goes into the report of the run.
+--tasks are perplexity, perplexity/longlora, perplexity/new_tokens, passkey, needle, ruler, longbench, longbench_e, longbench2,
+zeroscrolls, zeroscrolls_test, or single ones such as ruler/vt. Predictions are kept, and the same command goes on from them.
 """
 
 import argparse
-import json
+import math
 from pathlib import Path
 
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lljax.build import load_base
-from lljax.data.tokens import prepare
-from lljax.errors import ConfigError, DataError, exit_cleanly
-from lljax.evaluation.perplexity import perplexity, windows
-from lljax.interop.base import tokenizer_fingerprint
-from lljax.models import spec
-from lljax.restore import restore_run
+from lljax.config import default_config
+from lljax.data.template import with_template
+from lljax.data.tokens import TokenStore, prepare
+from lljax.errors import ConfigError, exit_cleanly
+from lljax.evaluation import perplexity, registry, results, zeroscrolls
+from lljax.evaluation.answer import Asking, answer, too_short
+from lljax.evaluation.candidates import Candidates, of_base, of_run
+from lljax.evaluation.protocols import PROTOCOLS
+from lljax.evaluation.results import Predictions, Score
+from lljax.evaluation.task import Sources, TooShort
+from lljax.interop.base import end_tokens, tokenizer_fingerprint
+from lljax.restore import read_config
 from lljax.training.report import write_report
 
 CONSOLE = Console()
 
 
-def evaluate(workdir: Path, lengths: list[int], documents: int) -> None:
-    config, trained, base = restore_run(workdir)
-    lengths = lengths or doublings(trained.spec.rope.original_length, trained.spec.max_length)
-    tokenizer = base.tokenizer()
-    held_out = prepare(config.data, tokenizer, base.config["vocab_size"], workdir / "data",
-                       tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)).valid
-    texts = windows(held_out, max(lengths), documents)
-    if not len(texts):
-        raise DataError(f"no held-out document has more than {max(lengths)} tokens: shorten --lengths, or hold more out "
-                        "with data.valid_fraction")
-    dtype, like = jnp.dtype(config.model.dtype), (config.model.quantize, config.model.matmul)
-    models = {"base": load_base(base, spec.from_hf(base.config), dtype, *like),
-              "base, RoPE stretched": load_base(base, trained.spec, dtype, *like), "trained": trained}
-    columns = ["perplexity at", *(f"{length:,}" for length in lengths)]
-    table = Table(*columns)
-    rows = []
-    for name, model in models.items():
-        values = [perplexity(model, texts, length, dtype=dtype)
-                  for length in track(lengths, name, console=CONSOLE, transient=True)]
-        rows.append([name, *(f"{value:.2f}" for value in values)])
-        table.add_row(*rows[-1])
+def evaluate(arguments) -> None:
+    if arguments.workdir and arguments.adapter:
+        raise ConfigError("--adapter and --workdir: a run has its own; use --model with --adapter")
+    if not arguments.workdir and not arguments.out:
+        raise ConfigError("--model without --out: name a folder for tables and predictions with --out")
+    sources = Sources(**{field: getattr(arguments, field) for field in Sources.__dataclass_fields__})
+    names = [name for name in arguments.tasks.split(",") if name]
+    protocols = [name for name in PROTOCOLS if name in names]
+    if unknown := [name for name in names if name.startswith("perplexity/") and name not in PROTOCOLS]:
+        raise ConfigError(f"--tasks: there is no task {unknown[0]!r}; known here: {', '.join(PROTOCOLS)}")
+    tasks = registry.find([name for name in names if name not in PROTOCOLS], sources)
+    candidates = of_run(arguments.workdir) if arguments.workdir else of_base(arguments.model, arguments.adapter)
+    lengths = read_lengths(arguments.lengths) or doublings(candidates.extended.rope.original_length,
+                                                           candidates.extended.max_length)
+    out = arguments.out or arguments.workdir
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = candidates.base.tokenizer()
+    texts = read_held_out(arguments, protocols, lengths, held_out(arguments, candidates, tokenizer, out) if protocols else None)
+    asking = Asking(with_template(tokenizer), arguments.samples, arguments.seed, arguments.chat,
+                    end_tokens(candidates.base, tokenizer), arguments.rows, "int8" if arguments.cache == "int8" else None)
+    reasons = too_short(progress(tasks, "first examples") if tasks else (), lengths, asking)
+    for reason in dict.fromkeys(reasons.values()):
+        CONSOLE.print(f"– {reason}", highlight=False)
+    scores = []
+    with Predictions(out / "predictions.jsonl") as made:
+        for candidate in candidates.models:
+            model = candidate.load()
+            for (protocol, length), pieces in progress(texts.items(), f"{candidate.name}: perplexity") if texts else ():
+                value = perplexity.measure(protocol, model, pieces, length, dtype=candidates.dtype) if len(pieces) else math.nan
+                scores.append(Score(candidate.name, protocol, length, value, len(pieces)))
+            key = candidates.key(candidate, model, arguments.chat, arguments.cache)
+            scores += answer(model, candidate.name, key, tasks, lengths, asking, made, dtype=candidates.dtype,
+                             progress=progress)
+            submit(out, candidate.name, key, tasks, lengths, made)
+            del model                        # before the next is read
+    results.write(out, scores)
+    for table in results.tables(scores):
+        show(table)
+    CONSOLE.print(f"Report: {write_report(out)}", highlight=False)
+
+
+def held_out(arguments, candidates: Candidates, tokenizer, out: Path) -> TokenStore:
+    """The tokens of --held_out, or else those that the run holds out."""
+    if not arguments.held_out and not arguments.workdir:
+        raise ConfigError("perplexity of a --model needs documents: name JSONL files with --held_out")
+    data = read_config(arguments.workdir).data if arguments.workdir else default_config().data
+    if arguments.held_out:
+        with data.unlocked():
+            data.update({"train": tuple(arguments.held_out.split(",")), "valid": (), "valid_fraction": 0.0,
+                         "loss_on": "everything"})
+    found = prepare(data, tokenizer, candidates.base.config["vocab_size"], (out if arguments.held_out else arguments.workdir)
+                    / "data", tokenizer_fingerprint=tokenizer_fingerprint(tokenizer), progress=progress)
+    return found.train if arguments.held_out else found.valid
+
+
+def read_held_out(arguments, protocols, lengths, store) -> dict:
+    """What each protocol reads at each length; nothing where the length is too short for it."""
+    texts = {}
+    for protocol in protocols:
+        for length in lengths:
+            try:
+                texts[protocol, length] = perplexity.read(protocol, store, length, max(lengths), arguments.documents)
+            except TooShort as error:
+                CONSOLE.print(f"– {error}", highlight=False)
+                texts[protocol, length] = ()
+    return texts
+
+
+def submit(out: Path, name: str, key: str, tasks, lengths: list[int], made: Predictions) -> None:
+    """The leaderboard's file of each length at which all ten tasks of ZeroSCROLLS were answered."""
+    asked = {task.name.removeprefix("zeroscrolls_test/"): task.name for task in tasks if "zeroscrolls_test/" in task.name}
+    for length in lengths if asked.keys() == zeroscrolls.TASKS.keys() else ():
+        found = {short: made.of(key, task, length) for short, task in asked.items()}
+        if all(found.values()):
+            zeroscrolls.write_submission(out / f"zeroscrolls-{results.file_name(name)}-{length}.csv", found)
+
+
+def show(made: dict) -> None:
+    table = Table(*made["columns"], caption=made["caption"])
+    for row in made["rows"]:
+        table.add_row(*row)
     CONSOLE.print(table)
-    caption = (f"Held-out perplexity by context length; {len(texts)} documents of {max(lengths):,} tokens, every length "
-               "predicts the same tokens, full attention")
-    (workdir / "evaluation.json").write_text(json.dumps({"tables": [
-        {"columns": columns, "rows": rows, "caption": caption}]}, indent=2))
-    write_report(workdir)
+
+
+def progress(items, title: str):
+    if not CONSOLE.is_terminal:
+        CONSOLE.print(title, highlight=False)
+        return items
+    return track(items, title, console=CONSOLE, transient=True)
+
+
+def read_lengths(text: str) -> list[int]:
+    """From "512,4k": [512, 4096]."""
+    try:
+        lengths = {int(each[:-1]) * 1024 if each.endswith("k") else int(each) for each in text.lower().split(",") if each}
+    except ValueError:
+        lengths = {0}
+    if any(length < 1 for length in lengths):
+        raise ConfigError(f"--lengths={text}: comma-separated numbers of tokens, such as 512,4k")
+    return sorted(lengths)
 
 
 def doublings(first: int, last: int) -> list[int]:
@@ -65,17 +145,33 @@ def doublings(first: int, last: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--lengths", default="",
-                        help="comma-separated tokens; by default the base's context, twice it ... up to the new one")
-    parser.add_argument("--documents", type=int, default=32, help="held-out documents that are read, at most")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", type=Path, help="a run")
+    source.add_argument("--model", help="hub id, folder or GGUF file of a base")
+    parser.add_argument("--adapter", type=Path, help="folder of an adapter of --model, in PEFT's format")
+    parser.add_argument("--tasks", default="perplexity", help="comma-separated, see above")
+    parser.add_argument("--lengths", default="", help="comma-separated tokens (4k is 4,096); by default the base's context, "
+                        "twice it ... up to the new one")
+    parser.add_argument("--samples", type=int, help="examples of a task and length; by default those of its authors")
+    parser.add_argument("--seed", type=int, default=0, help="of the examples that are made up")
+    parser.add_argument("--held_out", default="", help="JSONL files for perplexity; by default what the run holds out")
+    parser.add_argument("--documents", type=int, default=32, help="documents, or windows, that perplexity reads, at most")
+    parser.add_argument("--out", type=Path, help="folder for tables, predictions and report; by default that of the run")
+    parser.add_argument("--chat", action="store_true", help="ask through the chat template")
+    parser.add_argument("--rows", type=int, default=4, help="examples answered side by side")
+    parser.add_argument("--cache", choices=("full", "int8"), default="full", help="int8: keys and values in eight bits")
+    for field, help in (("haystack", "a text to hide needles in, for Python's own reference"),
+                        ("squad", "file of ruler/qa_1: SQuAD 2.0, dev"), ("hotpotqa", "file of ruler/qa_2: HotpotQA, dev"),
+                        ("longbench", "folder of LongBench's files"),
+                        ("longbench_config", "folder of LongBench's prompts, where it is another"),
+                        ("longbench2", "file of LongBench v2"), ("zeroscrolls", "folder of ZeroSCROLLS")):
+        parser.add_argument(f"--{field}", type=Path, help=help)
     arguments = parser.parse_args()
     with exit_cleanly():
-        try:
-            lengths = sorted(int(length) for length in arguments.lengths.split(",") if length)
-        except ValueError:
-            raise ConfigError(f"--lengths={arguments.lengths}: comma-separated numbers of tokens") from None
-        evaluate(arguments.workdir, lengths, arguments.documents)
+        for field in ("samples", "documents", "rows"):
+            if getattr(arguments, field) is not None and getattr(arguments, field) < 1:
+                raise ConfigError(f"--{field}={getattr(arguments, field)}: a number of at least 1")
+        evaluate(arguments)
 
 
 if __name__ == "__main__":

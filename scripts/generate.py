@@ -17,7 +17,7 @@ from lljax.data.template import adds_bos, with_template
 from lljax.errors import ConfigError, exit_cleanly
 from lljax.generation.generate import stream
 from lljax.generation.sample import Sampling
-from lljax.interop.base import open_base
+from lljax.interop.base import end_tokens, open_base
 from lljax.models import spec
 from lljax.restore import restore_run
 
@@ -64,7 +64,7 @@ def answer(arguments) -> None:
         prompt = [tokenizer.bos_token_id, *prompt]
     if not prompt:
         raise ConfigError("the prompt is empty")
-    stop = frozenset({tokenizer.eos_token_id} - {None})
+    stop = end_tokens(base, tokenizer)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
                         arguments.seed)
     written, shown = [], ""

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from lljax import distributed
 from lljax.command_line import read_flags
 from lljax.errors import exit_cleanly
+from lljax.evaluation.during import examiner
 from lljax.training.loop import train
 from lljax.training.profile import read_steps
 
@@ -31,7 +32,7 @@ def main(argv) -> None:
     with distributed.session(), exit_cleanly():
         read_flags(argv, "config", "workdir")
         distributed.start(CONFIG.value.mesh.peer_timeout)
-        train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value))
+        train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value), examiner=examiner)
 
 
 if __name__ == "__main__":

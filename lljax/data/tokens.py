@@ -20,11 +20,12 @@ SHARES = (0.5, 0.9, 0.99)
 
 
 class TokenStore:
-    """Tokenised documents: `tokens(i)` uint32 and `mask(i)` bool of document i, `lengths` int64 of all."""
+    """Tokenised documents: `tokens(i)` uint32 and `mask(i)` bool of document i, `lengths` int64 of all; `stream` uint32, the
+    tokens of all, end to end."""
 
     def __init__(self, folder: Path):
         self._offsets = np.load(folder / "offsets.npy")
-        self._tokens = _map(folder / "tokens.bin", np.uint32)
+        self.stream = _map(folder / "tokens.bin", np.uint32)
         self._mask = _map(folder / "mask.bin", np.bool_)
         self.lengths = np.diff(self._offsets)
 
@@ -32,7 +33,7 @@ class TokenStore:
         return len(self.lengths)
 
     def tokens(self, i: int) -> np.ndarray:
-        return self._tokens[self._offsets[i]:self._offsets[i + 1]]
+        return self.stream[self._offsets[i]:self._offsets[i + 1]]
 
     def mask(self, i: int) -> np.ndarray:
         return self._mask[self._offsets[i]:self._offsets[i + 1]]

@@ -1,4 +1,4 @@
-"""Perplexity of held-out documents at several lengths."""
+"""Perplexity of held-out documents at several lengths, by protocol."""
 
 import functools
 import math
@@ -8,8 +8,39 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lljax.data.packing import IGNORED
 from lljax.data.tokens import TokenStore
+from lljax.errors import DataError
+from lljax.evaluation.protocols import STRIDE
+from lljax.evaluation.task import TooShort
 from lljax.training.loss import cross_entropy
+
+
+def read(protocol: str, store: TokenStore, length: int, longest: int, limit: int) -> np.ndarray:
+    """What a protocol reads of held-out documents at `length`, the longest being `longest`: int32 [n, tokens], n <= `limit`.
+
+    Raises:
+      DataError: the documents are too short. TooShort: the length is.
+    """
+    if protocol == "perplexity":
+        found = windows(store, longest, limit)
+    elif protocol == "perplexity/longlora":
+        found = longlora_windows(store.stream, length, limit)
+    else:
+        found = new_token_windows(store.stream, length, longest, limit)
+    if not len(found):
+        what = (f"document has more than {longest} tokens" if protocol == "perplexity" else
+                f"window of {longest} tokens is in the {len(store.stream)} of the held-out documents")
+        raise DataError(f"{protocol}: no held-out {what}: shorten --lengths, or hold more out (data.valid_fraction, "
+                        "--held_out)")
+    return found
+
+
+def measure(protocol: str, model: nnx.Module, texts: np.ndarray, length: int, *, dtype=jnp.float32) -> float:
+    """The perplexity of what `read` gave for `length`. Attention is full."""
+    if protocol == "perplexity":
+        return perplexity(model, texts, length, dtype=dtype)
+    return window_perplexity(model, texts, length - 1 if protocol == "perplexity/longlora" else STRIDE, dtype=dtype)
 
 
 def windows(store: TokenStore, longest: int, limit: int) -> np.ndarray:
@@ -17,6 +48,24 @@ def windows(store: TokenStore, longest: int, limit: int) -> np.ndarray:
     chosen = [i for i, n in enumerate(store.lengths) if n > longest][:limit]
     return np.stack([store.tokens(i)[:longest + 1] for i in chosen]).astype(np.int32) if chosen else \
         np.zeros((0, longest + 1), np.int32)
+
+
+def longlora_windows(stream: np.ndarray, length: int, limit: int, stride: int = STRIDE) -> np.ndarray:
+    """LongLoRA's windows of a stream of tokens, without the last as there, int32 [n, length]; `limit` of them, spread."""
+    return _cut(stream, range(0, len(stream) - length, stride)[:-1], length, limit)
+
+
+def new_token_windows(stream: np.ndarray, length: int, longest: int, limit: int, stride: int = STRIDE) -> np.ndarray:
+    """Windows that end where those of `longest` tokens do, int32 [n, length]."""
+    if length <= stride:
+        raise TooShort(f"perplexity/new_tokens: the last {stride} tokens of {length} have nothing before them: ask for longer "
+                       "ones with --lengths")
+    return _cut(stream, range(longest - length, len(stream) - length + 1, stride), length, limit)
+
+
+def _cut(stream, starts: range, length: int, limit: int) -> np.ndarray:
+    chosen = np.linspace(0, len(starts) - 1, min(limit, len(starts))).astype(int)
+    return np.array([stream[starts[i]:starts[i] + length] for i in chosen], np.int32).reshape(-1, length)
 
 
 def perplexity(model: nnx.Module, texts: np.ndarray, length: int, *, dtype=jnp.float32, chunk: int = 1024) -> float:
@@ -33,6 +82,17 @@ def perplexity(model: nnx.Module, texts: np.ndarray, length: int, *, dtype=jnp.f
         total += float(_loss(graphdef, state, inputs, targets, dtype, chunk))
         count += targets.size
     return math.exp(total / count) if count else math.nan
+
+
+def window_perplexity(model: nnx.Module, texts: np.ndarray, counted: int, *, dtype=jnp.float32, chunk: int = 1024) -> float:
+    """Perplexity of the last `counted` tokens of each of `texts` [n, length], each given those before it."""
+    graphdef, state = nnx.split(model)
+    total, length = 0.0, texts.shape[1]
+    for text in texts:
+        targets = np.append(text[1:], np.int32(IGNORED))
+        targets[:length - 1 - counted] = IGNORED
+        total += float(_loss(graphdef, state, text[None], targets[None], dtype, chunk))
+    return math.exp(total / (len(texts) * counted))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

@@ -7,11 +7,11 @@ from lljax.evaluation import longbench, longbench2, needle, passkey, ruler, zero
 from lljax.evaluation.task import Sources, Task
 
 
-def find(names: Sequence[str], sources: Sources) -> list[Task]:
+def find(names: Sequence[str], sources: Sources, field: str = "--tasks") -> list[Task]:
     """The tasks of `names`, in their order and each once. A name is a family, such as ruler, or a task: ruler/vt.
 
     passkey stands for passkey/longlora and passkey/tokens, longbench for the tasks that are in its folder, ruler for the
-    eleven that need no file and those whose file is named.
+    eleven that need no file and those whose file is named. field: where the names were given, for errors.
 
     Raises:
       ConfigError: there is no such task.
@@ -27,7 +27,7 @@ def find(names: Sequence[str], sources: Sources) -> list[Task]:
         if members is None:
             family = name.split("/")[0]
             known = [task for task in every if task.startswith(f"{family}/")] or [*families]
-            raise ConfigError(f"--tasks: there is no task {name!r}; known here: {', '.join(known)}")
+            raise ConfigError(f"{field}: there is no task {name!r}; known here: {', '.join(known)}")
         if not members:
             raise DataError(f"--longbench={sources.longbench}: the folder holds none of its files, such as "
                             f"{'qasper_e' if name == 'longbench_e' else 'qasper'}.jsonl")

@@ -1,14 +1,17 @@
-"""What an evaluation leaves: every prediction as soon as it is made, and the table of scores at the end."""
+"""What an evaluation leaves: every prediction as soon as it is made, and tables and heatmaps of the scores at the end."""
 
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lljax.errors import DataError
+from lljax.evaluation import heatmap, needle
+from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.ruler import THRESHOLD, effective_length
 from lljax.evaluation.task import Example
 from lljax.training.charts import short_length
@@ -40,6 +43,10 @@ class Predictions:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._made[model, task, length, example.id, row["question"]] = prediction
+
+    def of(self, model: str, task: str, length: int) -> dict[str, str]:
+        """The predictions of a task by the id of the example."""
+        return {key[3]: prediction for key, prediction in self._made.items() if key[:3] == (model, task, length)}
 
     def close(self) -> None:
         self._file.close()
@@ -80,7 +87,8 @@ def _read(path: Path) -> tuple[dict[tuple, str], int]:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """score: 0 to 100, NaN where nothing could be scored. groups: the scores of parts of the examples, by their name."""
+    """score: 0 to 100, of `perplexity` and what begins so the perplexity itself; NaN where nothing could be scored.
+    samples: examples, documents or windows. groups: the scores of parts of the examples, by their name."""
 
     model: str
     task: str
@@ -107,19 +115,34 @@ def family_means(scores: Sequence[Score]) -> list[Score]:
     return found
 
 
-def table(scores: Sequence[Score]) -> dict:
-    """Rows of task and model, a column for each length, as the report's tables are: columns, rows, caption."""
-    scores = [*scores, *family_means(scores)]
+def tables(scores: Sequence[Score]) -> list[dict]:
+    """Tables of perplexities and of other scores, as the report takes them: columns, rows, caption.
+
+    Their rows are of task and model, and they have a column for each length.
+    """
+    told = [score for score in scores if score.task in PROTOCOLS]
+    others = [score for score in scores if score.task not in PROTOCOLS]
+    made = []
+    if told:
+        most = {score.task: max(other.samples for other in told if other.task == score.task) for score in told}
+        made.append(_table(told, "Held-out perplexity by length in tokens, full attention. " + " ".join(
+            f"{task}: {samples} {PROTOCOLS[task]}." for task, samples in most.items()), decimals=2))
+    if others:
+        others += family_means(others)
+        caption = "Scores from 0 to 100 by length in tokens."
+        if reached := effective_lengths(others):
+            caption += f" Effective length, up to which RULER's mean stays above {THRESHOLD}: " + ", ".join(
+                f"{model} {short_length(length) if length else 'none'}" for model, length in reached.items()) + "."
+        made.append(_table(others, caption, decimals=1))
+    return made
+
+
+def _table(scores: Sequence[Score], caption: str, decimals: int) -> dict:
     lengths = sorted({score.length for score in scores})
     cells = {(score.task, score.model, score.length): score.score for score in scores}
-    rows = [[task, model, *(_shown(cells.get((task, model, length), math.nan)) for length in lengths)]
+    rows = [[task, model, *(_shown(cells.get((task, model, length), math.nan), decimals) for length in lengths)]
             for task in dict.fromkeys(score.task for score in scores)
             for model in dict.fromkeys(score.model for score in scores) if any((task, model, n) in cells for n in lengths)]
-    caption = "Scores from 0 to 100 by length in tokens."
-    reached = effective_lengths(scores)
-    if reached:
-        caption += f" Effective length, up to which RULER's mean stays above {THRESHOLD}: " + ", ".join(
-            f"{model} {short_length(length) if length else 'none'}" for model, length in reached.items()) + "."
     return {"columns": ["task", "model", *map(short_length, lengths)], "rows": rows, "caption": caption}
 
 
@@ -133,12 +156,24 @@ def effective_lengths(scores: Sequence[Score]) -> dict[str, int | None]:
 
 
 def write(folder: Path, scores: Sequence[Score]) -> None:
-    """The table as evaluation.md, and with the scores themselves as evaluation.json, which the report reads."""
-    made = table(scores)
+    """The tables as evaluation.md, and with the scores themselves as evaluation.json, which the report reads; and a heatmap
+    of each model's needles as a PNG."""
+    made, images = tables(scores), []
+    for model in dict.fromkeys(score.model for score in scores if score.task == "needle"):
+        groups = {score.length: score.groups for score in scores if (score.task, score.model) == ("needle", model)}
+        title = f"Needles found in 100, {model}"
+        images.append({"file": f"needle-{file_name(model)}.png", "title": title})
+        _replace(folder / images[-1]["file"], heatmap.png(title, sorted(groups), needle.DEPTHS, needle.grid(groups)))
     plain = [dataclasses.asdict(s) | {"score": _number(s.score), "groups": {k: _number(v) for k, v in s.groups.items()}}
              for s in [*scores, *family_means(scores)]]
-    _replace(folder / "evaluation.json", json.dumps({"tables": [made], "scores": plain}, indent=2, allow_nan=False) + "\n")
-    _replace(folder / "evaluation.md", markdown(made))
+    text = json.dumps({"tables": made, "images": images, "scores": plain}, indent=2, allow_nan=False) + "\n"
+    _replace(folder / "evaluation.json", text.encode())
+    _replace(folder / "evaluation.md", "\n".join(map(markdown, made)).encode())
+
+
+def file_name(model: str) -> str:
+    """The name of a model as part of that of a file."""
+    return re.sub(r"\W+", "-", model.lower()).strip("-")
 
 
 def markdown(made: dict) -> str:
@@ -147,19 +182,19 @@ def markdown(made: dict) -> str:
     return line(made["columns"]) + rule + "".join(map(line, made["rows"])) + f"\n{made['caption']}\n"
 
 
-def _shown(score: float) -> str:
-    return "–" if math.isnan(score) else f"{score:.1f}"
+def _shown(score: float, decimals: int) -> str:
+    return "–" if math.isnan(score) else f"{score:,.{decimals}f}"
 
 
 def _number(score: float) -> float | None:
     return None if math.isnan(score) else score
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(unfinished, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)

@@ -162,6 +162,12 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def end_tokens(base, tokenizer) -> frozenset[int]:
+    """The tokens that end a text or a turn: the tokenizer's, and those of generation_config.json."""
+    named = (base.generation_config or {}).get("eos_token_id")
+    return frozenset({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+
+
 def tokenizer_fingerprint(tokenizer) -> str:
     """sha256 over the vocabulary, merges and chat template."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ from lljax.interop.base import open_base, tokenizer_fingerprint
 from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.decoder import FULL
+from lljax.sharding import Layout
 from lljax.training import fit, flops
 from lljax.training.checkpoint import Checkpoints, abstract, check_identity
 from lljax.training.curriculum import Stage, stages
@@ -40,12 +42,14 @@ IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "model.matmul", "
             "training.router_aux_loss_coef", "alarm")
 
 
-def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: range | None = None) -> nnx.Module:
+def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: range | None = None,
+          examiner: Callable | None = None) -> nnx.Module:
     """Runs `config` in `workdir`, or goes on with what was begun there; returns the trained model.
 
     model: a model of this configuration that is at hand (lljax.prepare_model); otherwise the base is read.
       Its arrays are given away: use the model that is returned.
     profile_steps: steps to trace, see lljax.training.profile.
+    examiner: lljax.evaluation.during.examiner, which `training.eval_tasks` needs.
 
     Raises:
       ConfigError, ModelError, DataError: what the user gave cannot be used.
@@ -59,16 +63,17 @@ def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: ra
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop:
-        return _train(config, workdir, model, profile_steps, stop)
+        return _train(config, workdir, model, profile_steps, examiner, stop)
 
 
-def _train(config, workdir: Path, model, profile_steps: range | None, stop: StopRequest) -> nnx.Module:
+def _train(config, workdir: Path, model, profile_steps: range | None, examiner, stop: StopRequest) -> nnx.Module:
     # ---------------------------------------------------------------- base, tokenizer, documents
     mesh = mesh_of(config.mesh)
     check_rows(config.training.rows, mesh)
     base = open_base(config.model.path, config.model.revision)
     tokenizer = base.tokenizer()
     tokenizer_id = tokenizer_fingerprint(tokenizer)
+    examine = examiner(config, base, tokenizer, workdir) if config.training.eval_tasks else None
     documents = first_then_others(lambda: prepare(
         config.data, tokenizer, base.config["vocab_size"], workdir / "data", tokenizer_fingerprint=tokenizer_id,
         progress=_progress))
@@ -142,7 +147,11 @@ def _train(config, workdir: Path, model, profile_steps: range | None, stop: Stop
         layout, _ = layout_of(mesh, config.mesh.context_parallel, FULL, length, spec, **_facts(config, mesh))
         values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, layout, length,
                            leave_if_asked)
-        monitor.evaluation(step, {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))})
+        found = {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))}
+        if examine:
+            found |= examine(nnx.merge(graphdef, state.trainable, frozen), step, Layout(mesh) if mesh.size > 1 else None,
+                             leave_if_asked)
+        monitor.evaluation(step, found)
 
     def evaluate_if_due(length):
         if config.training.eval_every and step % config.training.eval_every == 0 and 0 < step < total_steps(config) \

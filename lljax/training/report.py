@@ -1,5 +1,6 @@
 """report.html: all that a run has to say, on one page that needs nothing else, not even a network."""
 
+import base64
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ COMMANDS = (
     ("A checkpoint for transformers and vLLM", "python scripts/export.py --workdir={run} --format=merged"),
     ("A base and a plain LoRA for vllm --enable-lora", "python scripts/export.py --workdir={run} --format=split"),
     ("Held-out perplexity by length", "python scripts/evaluate.py --workdir={run}"),
+    ("What it finds in long texts", "python scripts/evaluate.py --workdir={run} --tasks=perplexity,passkey,needle,ruler"),
     ("Talk to it", "python scripts/generate.py --workdir={run} --prompt='...'"),
     ("Serve the merged model", "vllm serve {run}/export/merged --max-model-len {length}"),
 )
@@ -52,30 +54,33 @@ def write_report(workdir) -> Path:
     """Writes `workdir`/report.html from what lies there (what is missing is left out) and returns its path.
 
     Reads config.json, run.json, metrics.jsonl, data_statistics.json, profile.json (a `lljax.training.profile.Breakdown`), and
-    evaluation.json: {"tables": [{"columns":
-    [name, ...], "rows": [[cell, ...], ...], "caption": text}]}.
+    evaluation.json: {"tables": [{"columns": [name, ...], "rows": [[cell, ...], ...], "caption": text}], "images": [{"file":
+    name of a PNG in `workdir`, "title": text}]}. Of a folder that holds evaluation.json alone the page holds no more.
 
     Raises:
-      ConfigError: no run was started in `workdir`.
+      ConfigError: no run was started in `workdir`, and nothing was evaluated there.
     """
     workdir = Path(workdir)
-    if not (workdir / "config.json").is_file() and not (workdir / "metrics.jsonl").is_file():
+    started = any((workdir / name).is_file() for name in ("config.json", "metrics.jsonl"))
+    if not started and not (workdir / "evaluation.json").is_file():
         raise ConfigError(f"--workdir={workdir}: no run was started there (neither config.json nor metrics.jsonl)")
     config, run = _read(workdir / "config.json"), _read(workdir / "run.json")
     records = read_metrics(workdir)
     steps, evaluations = [r for r in records if "eval" not in r], [r for r in records if "eval" in r]
     model, name = config.get("model", {}).get("path", ""), workdir.resolve().name
+    evaluation = _read(workdir / "evaluation.json")
+    told = _tables(evaluation.get("tables", []) + _while_training(evaluations)) + _images(workdir, evaluation.get("images", []))
     sections = (
-        ("Curves", _curves(steps, evaluations)),
-        ("Evaluation", _tables(_read(workdir / "evaluation.json").get("tables", []) + _while_training(evaluations))),
+        ("Curves", _curves(steps, evaluations) if started else ""),
+        ("Evaluation", told),
         ("Where the time goes", _time(steps, _read(workdir / "profile.json"))),
         ("Data", _data(_read(workdir / "data_statistics.json"))),
-        ("What to do with it", _commands(workdir, config, steps)),
+        ("What to do with it", _commands(workdir, config, steps) if started else ""),
         ("Configuration", _configuration(config)),
     )
     page = PAGE.format(
         title=escape(f"{name}: {model}" if model else name), style=STYLE.read_text(), name=escape(name),
-        model=escape(model), written=time.strftime("%Y-%m-%d %H:%M"), summary=_summary(config, run, steps),
+        model=escape(model), written=time.strftime("%Y-%m-%d %H:%M"), summary=_summary(config, run, steps) if started else "",
         sections="".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in sections if body))
     unfinished = workdir / "report.html.tmp"
     unfinished.write_text(page, encoding="utf-8")
@@ -248,6 +253,16 @@ def _tables(tables: list[dict]) -> str:
         out.append(f"<div class='table'><table><caption>{escape(table.get('caption', ''))}</caption>"
                    f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
     return f"<div class='tables'>{''.join(out)}</div>" if out else ""
+
+
+def _images(workdir: Path, images: list[dict]) -> str:
+    shown = ""
+    for image in images:
+        path = workdir / Path(image["file"]).name
+        if path.is_file():
+            data = base64.b64encode(path.read_bytes()).decode()
+            shown += f"<figure><img src='data:image/png;base64,{data}' alt='{escape(image['title'])}'></figure>"
+    return f"<div class='charts'>{shown}</div>" if shown else ""
 
 
 def _cell(value) -> str:

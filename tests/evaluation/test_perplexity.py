@@ -1,29 +1,73 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from lljax.evaluation.perplexity import perplexity
+from lljax.evaluation.perplexity import longlora_windows, new_token_windows, perplexity, window_perplexity
+from lljax.evaluation.task import TooShort
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
 
 
-def test_every_length_predicts_the_same_tokens():
-    """Against the mean over windows written out; the last, incomplete window is left out."""
-    model = Decoder(from_hf({"model_type": "llama", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 16,
-                             "num_hidden_layers": 1, "num_attention_heads": 2}))
-    initialise(model, 0, deviation=0.5)
+@pytest.fixture(scope="module")
+def model():
+    made = Decoder(from_hf({"model_type": "llama", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 16,
+                            "num_hidden_layers": 1, "num_attention_heads": 2}))
+    initialise(made, 0, deviation=0.5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def losses_of(model):
+    """The cross-entropy of each token of a text but its first, given those before it."""
     graphdef, state = nnx.split(model)
-    logits = jax.jit(lambda state, inputs: (model := nnx.merge(graphdef, state)).logits(
-        model(inputs[None], positions=jnp.arange(len(inputs))[None])))
+    read = jax.jit(lambda state, tokens: jax.nn.log_softmax((made := nnx.merge(graphdef, state)).logits(
+        made(tokens[None], positions=jnp.arange(len(tokens))[None]))))
+
+    def losses(text):
+        logs = np.asarray(read(state, np.pad(text, (0, 33 - len(text))))[0])     # one shape: what follows is not seen
+        return [-float(logs[i, token]) for i, token in enumerate(text[1:])]
+    return losses
+
+
+def test_every_length_predicts_the_same_tokens(model, losses_of):
+    """Against the mean over windows written out; the last, incomplete window is left out."""
     texts = np.random.default_rng(0).integers(0, 30, size=(2, 33)).astype(np.int32)
-    for length in (8, 16, 32):
-        losses = []
-        for text in texts:
-            for start in range(0, 32, length):
-                inputs, targets = text[start:start + length], text[start + 1:start + length + 1]
-                logs = jax.nn.log_softmax(logits(state, inputs))[0]
-                losses += [-logs[i, t] for i, t in enumerate(targets)]
+    for length in (8, 32):
+        pieces = [text[start:start + length + 1] for text in texts for start in range(0, 32, length)]
+        losses = [loss for piece in pieces for loss in losses_of(piece)]
         assert len(losses) == 64
         np.testing.assert_allclose(perplexity(model, texts, length, chunk=7), np.exp(np.mean(losses)), rtol=1e-4)
+
+
+def test_longloras_protocol_is_that_of_its_eval_py(model, losses_of):
+    data, L, stride = np.random.default_rng(1).integers(0, 30, 75).astype(np.uint32), 16, 4
+    starts = list(range(0, len(data) - L, stride))       # get_as_batch
+    starts.pop()
+    val_loss = np.mean([np.mean(losses_of(data[i:i + L])) for i in starts])
+    texts = longlora_windows(data, L, 1000, stride)
+    assert len(texts) == len(starts) == 14
+    np.testing.assert_allclose(window_perplexity(model, texts, L - 1), 2.71828 ** val_loss, rtol=1e-4)
+    few = longlora_windows(data, L, 3, stride)
+    assert few.tolist() == texts[[0, 6, 13]].tolist()
+    assert not len(longlora_windows(data, 75, 9, stride))
+
+
+def test_new_tokens_are_counted_once_and_are_the_same_at_every_length(model, losses_of):
+    data, stride = np.random.default_rng(2).integers(0, 30, 75).astype(np.uint32), 4
+    for length in (8, 32):
+        losses, counted = [], []
+        for end in range(32, 76, stride):
+            losses += losses_of(data[end - length:end])[-stride:]
+            counted += range(end - stride, end)
+        texts = new_token_windows(data, length, 32, 1000, stride)
+        assert counted == list(range(28, 72)) and len(texts) == 11
+        np.testing.assert_allclose(window_perplexity(model, texts, stride), np.exp(np.mean(losses)), rtol=1e-4)
+    with pytest.raises(TooShort, match="nothing before them"):
+        new_token_windows(data, 4, 32, 9, stride)
+
+
+def test_tokens_have_32_bits():
+    assert longlora_windows(np.full(2000, 151_935, np.uint32), 512, 2).max() == 151_935

@@ -9,6 +9,7 @@ from lljax.errors import ConfigError, DataError
 from lljax.evaluation import registry, results
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Sources
+from lljax.training.report import write_report
 
 # The package's own __init__ is left out: it would import jax, which none of this needs.
 WRITER = """
@@ -100,10 +101,12 @@ SCORES = [Score(model, task, length, value, 10) for model, task, length, value i
     ("base", "needle", 4096, 12.25), ("adapter", "zeroscrolls_test/quality", 4096, math.nan)]]
 
 
-def test_the_table_has_rows_of_models_columns_of_lengths_and_the_means_of_families(tmp_path):
-    results.write(tmp_path, SCORES)
+def test_the_tables_have_rows_of_models_columns_of_lengths_and_the_means_of_families(tmp_path):
+    results.write(tmp_path, [Score("base", "perplexity", 512, 21.456, 5), *SCORES])
     found = json.loads((tmp_path / "evaluation.json").read_text())
-    made = found["tables"][0]
+    read, made = found["tables"]
+    assert read["columns"] == ["task", "model", "512"] and read["rows"] == [["perplexity", "base", "21.46"]]
+    assert "perplexity: 5 documents, every length" in read["caption"]
     assert made["columns"] == ["task", "model", "4k", "8k"]
     assert ["needle", "base", "12.2", "–"] in made["rows"]
     assert ["ruler, mean of 2", "base", "95.0", "15.0"] in made["rows"]
@@ -113,9 +116,17 @@ def test_the_table_has_rows_of_models_columns_of_lengths_and_the_means_of_famili
     assert results.effective_lengths([*SCORES, *results.family_means(SCORES)]) == {"base": 4096, "adapter": 8192}
     text = (tmp_path / "evaluation.md").read_text()
     assert "| ruler/vt | base | 90.0 | 10.0 |\n" in text and "| task | model | 4k | 8k |\n|---|---|---:|---:|\n" in text
-    assert found["scores"][0] == {"model": "base", "task": "ruler/vt", "length": 4096, "score": 90.0, "samples": 10,
+    assert found["scores"][1] == {"model": "base", "task": "ruler/vt", "length": 4096, "score": 90.0, "samples": 10,
                                   "groups": {}}
+    assert found["images"] == [{"file": "needle-base.png", "title": "Needles found in 100, base"}]
+    assert (tmp_path / "needle-base.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_report_of_an_evaluation_embeds_its_heatmaps(tmp_path):
+    results.write(tmp_path, SCORES)
+    page = write_report(tmp_path).read_text()
+    assert "src='data:image/png;base64,iVBOR" in page and "ruler, mean of 2" in page and "No step" not in page
 
 
 def test_names_of_tasks_are_families_or_single_tasks(tmp_path):

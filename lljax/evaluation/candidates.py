@@ -1,0 +1,91 @@
+"""The models that an evaluation sets side by side, each loaded when its turn comes."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lljax.build import extended_spec, load_base
+from lljax.errors import ConfigError
+from lljax.interop.base import open_base
+from lljax.interop.peft import read_adapter_config
+from lljax.models import lora, spec
+from lljax.models.decoder import Decoder
+from lljax.models.spec import DecoderSpec
+from lljax.restore import adapted_base, adapted_spec, read_config, restore_run
+from lljax.training.checkpoint import describe
+
+STRETCHED = "base, RoPE stretched"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """settings: what changes its answers beside its base, its spec and what trained."""
+
+    name: str
+    load: Callable[[], Decoder]
+    settings: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """base: what all of them stand on. extended: the spec of the last, which the others may lack the length of."""
+
+    base: object
+    models: list[Candidate]
+    extended: DecoderSpec
+    dtype: object
+
+    def key(self, candidate: Candidate, model: Decoder, *more) -> str:
+        """A name that tells the answers of this model, under the settings `more`, from those of any other."""
+        return model_key(candidate.name, self.base, model, str(jnp.dtype(self.dtype)), candidate.settings, *more)
+
+
+def model_key(name: str, base, model: Decoder, *settings) -> str:
+    """The name with a digest of the base, the spec, what trained, and the settings."""
+    trained = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1])
+    told = [base.path, base.fingerprint(), repr(model.spec), describe(trained), *settings]
+    return f"{name} {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
+
+
+def of_run(workdir: Path) -> Candidates:
+    """The base of a run, the same under the RoPE of the run, and what the run trained.
+
+    Raises:
+      ConfigError: the folder holds no run, or one without a checkpoint.
+    """
+    config = read_config(workdir)
+    if not any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*")):     # now, and not after the base's turn
+        raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
+    base = open_base(config.model.path, config.model.revision)
+    extended, dtype = extended_spec(base.config, config.context), jnp.dtype(config.model.dtype)
+    settings = json.dumps([json.loads(config[part].to_json_best_effort()) for part in ("model", "lora")])
+    models = [_base(base, name, each, dtype, settings, config.model.quantize, config.model.matmul)
+              for name, each in (("base", spec.from_hf(base.config)), (STRETCHED, extended))]
+    return Candidates(base, [*models, Candidate("trained", lambda: restore_run(workdir)[1], settings)], extended, dtype)
+
+
+def of_base(path: str, adapter: Path | None) -> Candidates:
+    """A base; with an adapter in PEFT's format also the base under the adapter's RoPE, if that is another, and both together.
+
+    They compute in bfloat16, on a CPU in float32.
+    """
+    base, dtype = open_base(path), jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    plain = spec.from_hf(base.config)
+    models, extended = [_base(base, "base", plain, dtype)], plain
+    if adapter:
+        extended = adapted_spec(base, adapter)
+        if extended != plain:
+            models.append(_base(base, STRETCHED, extended, dtype))
+        settings = repr(read_adapter_config(adapter))
+        models.append(Candidate("trained", lambda: adapted_base(base, adapter, dtype), settings))
+    return Candidates(base, models, extended, dtype)
+
+
+def _base(base, name: str, under: DecoderSpec, dtype, settings: str = "", *like) -> Candidate:
+    return Candidate(name, lambda: load_base(base, under, dtype, *like), settings)
