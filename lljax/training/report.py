@@ -274,14 +274,14 @@ def _cell(value) -> str:
 
 
 def _numeric(column) -> bool:
-    """Whether the cells are numbers; formatted ones ("1,024", "3.50", "nan") too."""
+    """Whether the cells are numbers, or stand for one that is missing; formatted ones ("1,024", "3.50", "nan", "–") too."""
     def one(value):
         try:
             float(str(value).replace(",", ""))
         except ValueError:
             return False
         return not isinstance(value, bool)
-    return all(one(value) for value in column if value is not None)
+    return all(one(value) for value in column if value not in (None, "–"))
 
 
 def _figures(value) -> str:
