@@ -54,7 +54,7 @@ def model_key(name: str, base, model: Decoder, *settings) -> str:
 
 
 def of_run(workdir: Path) -> Candidates:
-    """The base of a run, the same under the RoPE of the run, and what the run trained.
+    """The base of a run (unless it began at random), the same under the RoPE of the run, and what the run trained.
 
     Raises:
       ConfigError: the folder holds no run, or one without a checkpoint.
@@ -65,27 +65,27 @@ def of_run(workdir: Path) -> Candidates:
     base = open_base(config.model.path, config.model.revision)
     extended, dtype = extended_spec(base.config, config.context), jnp.dtype(config.model.dtype)
     settings = json.dumps([json.loads(config[part].to_json_best_effort()) for part in ("model", "lora")])
-    models = [_base(base, name, each, dtype, settings, config.model.quantize, config.model.matmul)
-              for name, each in (("base", spec.from_hf(base.config)), (STRETCHED, extended))]
+    models = [] if config.model.init == "random" else \
+        _bases(base, extended, dtype, settings, config.model.quantize, config.model.matmul)
     return Candidates(base, [*models, Candidate("trained", lambda: restore_run(workdir)[1], settings)], extended, dtype)
 
 
 def of_base(path: str, adapter: Path | None) -> Candidates:
-    """A base; with an adapter in PEFT's format also the base under the adapter's RoPE, if that is another, and both together.
+    """A base; with an adapter in PEFT's format also the base under the adapter's RoPE, and the two together.
 
     They compute in bfloat16, on a CPU in float32.
     """
     base, dtype = open_base(path), jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    plain = spec.from_hf(base.config)
-    models, extended = [_base(base, "base", plain, dtype)], plain
-    if adapter:
-        extended = adapted_spec(base, adapter)
-        if extended != plain:
-            models.append(_base(base, STRETCHED, extended, dtype))
-        settings = repr(read_adapter_config(adapter))
-        models.append(Candidate("trained", lambda: adapted_base(base, adapter, dtype), settings))
-    return Candidates(base, models, extended, dtype)
+    if not adapter:
+        plain = spec.from_hf(base.config)
+        return Candidates(base, _bases(base, plain, dtype), plain, dtype)
+    settings, extended = repr(read_adapter_config(adapter)), adapted_spec(base, adapter)
+    trained = Candidate("trained", lambda: adapted_base(base, adapter, dtype), settings)
+    return Candidates(base, [*_bases(base, extended, dtype), trained], extended, dtype)
 
 
-def _base(base, name: str, under: DecoderSpec, dtype, settings: str = "", *like) -> Candidate:
-    return Candidate(name, lambda: load_base(base, under, dtype, *like), settings)
+def _bases(base, extended: DecoderSpec, dtype, settings: str = "", *like) -> list[Candidate]:
+    """The base, and the base under the other spec if it is another. like: see `load_base`."""
+    specs = {"base": spec.from_hf(base.config), STRETCHED: extended}
+    return [Candidate(name, lambda under=under: load_base(base, under, dtype, *like), settings)
+            for name, under in specs.items() if name == "base" or under != specs["base"]]

@@ -161,7 +161,7 @@ def write(folder: Path, scores: Sequence[Score]) -> None:
     made, images = tables(scores), []
     for model in dict.fromkeys(score.model for score in scores if score.task == "needle"):
         groups = {score.length: score.groups for score in scores if (score.task, score.model) == ("needle", model)}
-        title = f"Needles found in 100, {model}"
+        title = f"Needles found, in percent: {model}"
         images.append({"file": f"needle-{file_name(model)}.png", "title": title})
         _replace(folder / images[-1]["file"], heatmap.png(title, sorted(groups), needle.DEPTHS, needle.grid(groups)))
     plain = [dataclasses.asdict(s) | {"score": _number(s.score), "groups": {k: _number(v) for k, v in s.groups.items()}}

@@ -260,8 +260,10 @@ def _images(workdir: Path, images: list[dict]) -> str:
     for image in images:
         path = workdir / Path(image["file"]).name
         if path.is_file():
-            data = base64.b64encode(path.read_bytes()).decode()
-            shown += f"<figure><img src='data:image/png;base64,{data}' alt='{escape(image['title'])}'></figure>"
+            png = path.read_bytes()
+            width = int.from_bytes(png[16:20]) // 2      # they have two pixels for one of the page
+            shown += (f"<figure><img src='data:image/png;base64,{base64.b64encode(png).decode()}' width='{width}' "
+                      f"alt='{escape(image['title'])}'></figure>")
     return f"<div class='charts'>{shown}</div>" if shown else ""
 
 
@@ -272,14 +274,14 @@ def _cell(value) -> str:
 
 
 def _numeric(column) -> bool:
-    """Whether the cells are numbers; formatted ones ("1,024", "3.50", "nan") too."""
+    """Whether the cells are numbers, or stand for one that is missing; formatted ones ("1,024", "3.50", "nan", "–") too."""
     def one(value):
         try:
             float(str(value).replace(",", ""))
         except ValueError:
             return False
         return not isinstance(value, bool)
-    return all(one(value) for value in column if value is not None)
+    return all(one(value) for value in column if value not in (None, "–"))
 
 
 def _figures(value) -> str:

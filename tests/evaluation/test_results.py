@@ -118,7 +118,7 @@ def test_the_tables_have_rows_of_models_columns_of_lengths_and_the_means_of_fami
     assert "| ruler/vt | base | 90.0 | 10.0 |\n" in text and "| task | model | 4k | 8k |\n|---|---|---:|---:|\n" in text
     assert found["scores"][1] == {"model": "base", "task": "ruler/vt", "length": 4096, "score": 90.0, "samples": 10,
                                   "groups": {}}
-    assert found["images"] == [{"file": "needle-base.png", "title": "Needles found in 100, base"}]
+    assert found["images"] == [{"file": "needle-base.png", "title": "Needles found, in percent: base"}]
     assert (tmp_path / "needle-base.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.tmp"))
 
