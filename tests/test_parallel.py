@@ -110,7 +110,7 @@ def cases():
         for pattern in PATTERNS:
             for mesh in MESHES:
                 for mode in ("auto", "allgather", "ulysses", "ring", "halo") if "sequence" in mesh else ("auto",):
-                    three = mesh.startswith("data") and (mode == "auto" or (pattern, mode) == ("full", "ring"))
+                    three = mesh.startswith("data") and (mode == "ring" if pattern == "full" else mode == "auto")
                     quick = (N, K) == (8, 2) and (three or (mesh, pattern) == ("fsdp 2, expert 4", "full"))
                     yield pytest.param(N, K, pattern, mesh, mode, marks=() if quick else pytest.mark.slow)
 

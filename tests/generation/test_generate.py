@@ -57,11 +57,11 @@ def test_cached_greedy_decoding_equals_reading_everything_again():
         row.append(token)
 
 
-@pytest.mark.parametrize("model", [build, local])
-def test_a_completion_does_not_depend_on_the_prompts_beside_it(model):
-    for settings in ({}, {"sampling": Sampling(temperature=1.0, top_k=20, repetition=1.2)}):
-        beside = written(model(), PROMPTS, tokens=6, rows=4, **settings)
-        assert beside == written(model(), PROMPTS, tokens=6, rows=1, **settings)
+@pytest.mark.parametrize("model,settings", [(build, {"sampling": Sampling(temperature=1.0, top_k=20, repetition=1.2)}),
+                                            (local, {})])
+def test_a_completion_does_not_depend_on_the_prompts_beside_it(model, settings):
+    beside = written(model(), PROMPTS[:3], tokens=6, rows=3, **settings)
+    assert beside == written(model(), PROMPTS[:3], tokens=6, rows=1, **settings)
 
 
 def test_what_prompts_begin_with_is_read_once(monkeypatch):

@@ -161,6 +161,7 @@ def test_a_step_holds_no_second_copy_of_the_kernels_nor_their_dense_form(run_con
     assert need.base < dense / 6 and need.temporary < dense / 4
 
 
+@pytest.mark.slow
 def test_lora_over_an_nf4_base_learns(run_config, tmp_path):
     run_config.model.quantize, run_config.lora.targets = "nf4-double", ("all-linear",)
     run_config.context.schedule, run_config.optimizer.learning_rate = ((12, 32, "full"),), 1e-2
