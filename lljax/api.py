@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from lljax.build import load_base, stretched
 from lljax.config import default_config
 from lljax.errors import ConfigError
-from lljax.evaluation.during import examiner
 from lljax.interop.base import open_base
 from lljax.models import lora, spec
 from lljax.models.declare import declared
@@ -64,6 +63,7 @@ def train(model: Decoder, *, data, workdir: str, steps: int, length: int | None 
         c.update_from_flattened_dict(settings)
     except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"lljax.train: {str(error).splitlines()[0][:160]}") from None
+    from lljax.evaluation.during import examiner  # here: nothing else of lljax needs the benchmarks to start
     return loop.train(c, workdir, model=model, examiner=examiner)
 
 
