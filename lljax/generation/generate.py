@@ -70,7 +70,7 @@ def stream(model: nnx.Module, prompts: Sequence[np.ndarray], *, tokens: int, sam
     width = _up(max(map(len, rest)), CHUNK)
     slots = _up(shared + width + tokens, CHUNK)
     total = max(map(len, prompts)) + tokens  # what a RoPE that looks at the length is given, so that cached keys stay true
-    read = functools.partial(_read, graphdef, state, rope_length=total, dtype=dtype, layout=layout)
+    read = functools.partial(read_chunk, graphdef, state, rope_length=total, dtype=dtype, layout=layout)
 
     cache = empty_cache(model.spec, B if not shared else _one_row(layout), shared or slots, cache_dtype or dtype)
     for start in range(0, shared, CHUNK):
@@ -125,7 +125,7 @@ def _up(n: int, of: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype", "layout"), donate_argnums=5)
-def _read(graphdef, state, tokens, positions, segments, cache, *, rope_length, dtype, layout):
+def read_chunk(graphdef, state, tokens, positions, segments, cache, *, rope_length, dtype, layout):
     """Reads tokens [B, C] into the cache; returns the logits [B, V] after the last one."""
     model = nnx.merge(graphdef, state)
     hidden, cache = model(tokens, positions=positions, segments=segments, cache=cache, dtype=dtype, rope_length=rope_length,

@@ -21,8 +21,8 @@ class Rounded:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """kv: for each stack of layers k and v, [layers of it, B, S, K, H] (or `Rounded`). segments, positions: int32 [B, S];
-    segment 0 for padding. used: slots that are taken, int32; the same of every row.
+    """kv: for each stack of layers k and v, [layers of it, B, K, S, H] (or `Rounded`): in the order that attention reads.
+    segments, positions: int32 [B, S]; segment 0 for padding. used: slots that are taken, int32; the same of every row.
     """
 
     kv: tuple[tuple[jax.Array | Rounded, jax.Array | Rounded], ...]
@@ -36,7 +36,7 @@ def empty_cache(spec: DecoderSpec, B: int, S: int, dtype=jnp.float32) -> Cache:
     stacks = [times for _, places, times in repeats(spec.layers) for _ in places]
 
     def one(layers):
-        shape = (layers, B, S, spec.K, spec.H)
+        shape = (layers, B, spec.K, S, spec.H)
         if jnp.dtype(dtype) == jnp.int8:
             return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
         return jnp.zeros(shape, dtype)
@@ -57,19 +57,24 @@ def extend(cache: Cache, positions: jax.Array, segments: jax.Array | None) -> tu
             Mask(q_index, index, segments, k_segments))
 
 
-def write(held, new: jax.Array, start):
-    """The keys or values of one layer [B, S, K, H] with `new` [B, T, K, H] from slot `start` on."""
+def kept(new: jax.Array, held):
+    """Keys or values of new tokens [B, T, K, H] as a cache that holds `held` keeps them: [B, K, T, H]."""
+    new = jnp.moveaxis(new, 1, 2)
     if not isinstance(held, Rounded):
-        return _put(held, new.astype(held.dtype), start)
+        return new.astype(held.dtype)
     wide = new.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
-    codes = jnp.round(wide / jnp.where(scale == 0, 1.0, scale)).astype(jnp.int8)
-    return Rounded(_put(held.codes, codes, start), _put(held.scale, scale, start))
+    return Rounded(jnp.round(wide / jnp.where(scale == 0, 1.0, scale)).astype(jnp.int8), scale)
+
+
+def write(held, new, start):
+    """`held` [..., S, H] with `new` [..., T, H], both as they are kept, from slot `start` on."""
+    return jax.tree.map(lambda old, new: _put(old, new, start, axis=-2), held, new)
 
 
 def read(held, dtype) -> jax.Array:
-    """What `write` wrote; of `Rounded` the nearest in `dtype`."""
-    return (held.codes * held.scale).astype(dtype) if isinstance(held, Rounded) else held
+    """[B, S, K, H] in `dtype` of what is kept of a layer, [B, K, S, H]."""
+    return jnp.moveaxis((held.codes * held.scale).astype(dtype) if isinstance(held, Rounded) else held, 1, 2)
 
 
 def repeated(cache: Cache, rows: int) -> Cache:
@@ -83,8 +88,8 @@ def longer(cache: Cache, slots: int) -> Cache:
     """The cache with room for `slots` tokens."""
     def along(axis):
         return lambda x: jnp.pad(x, [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
-    return Cache(jax.tree.map(along(2), cache.kv), along(1)(cache.segments), along(1)(cache.positions), cache.used)
+    return Cache(jax.tree.map(along(3), cache.kv), along(1)(cache.segments), along(1)(cache.positions), cache.used)
 
 
-def _put(old, new, start):
-    return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+def _put(old, new, start, axis=1):
+    return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)

@@ -13,7 +13,7 @@ from lljax.attention import Mask
 from lljax.attention.mask import chunked
 from lljax.attention.softcap import capped
 from lljax.models import rope
-from lljax.models.cache import Cache, extend
+from lljax.models.cache import Cache, extend, write
 from lljax.models.declare import declare, stack
 from lljax.models.decoder_layer import DecoderLayer
 from lljax.models.layers import AttentionPattern, RMSNorm
@@ -113,7 +113,10 @@ class Decoder(nnx.Module):
         kv, loads = zip(*out)
         if counted is not None:
             return x, jnp.concatenate([load.sum((1, 2)) for load in loads if load is not None])
-        return x if cache is None else (x, dataclasses.replace(cache, kv=kv))
+        if cache is None:
+            return x
+        # After all layers, so that this happens in place: a scan that gave whole caches back would hold them twice.
+        return x, dataclasses.replace(cache, kv=jax.tree.map(functools.partial(write, start=start), cache.kv, kv))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] of hidden [..., D]."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lljax.attention import Mask, attend_parallel
-from lljax.models.cache import read, write
+from lljax.models.cache import kept, read, write
 from lljax.models.declare import declare
 from lljax.models.probe import times
 from lljax.models.rope import Place, rotate
@@ -121,12 +121,13 @@ class Attention(nnx.Module):
         return {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
 
     def mix(self, q, k, v, place: Place, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
-        """Attention [B, T, N * H] of `heads`, or over `cache` (k, v [B, S, K, H]) with them written to it from `start`;
-        and the cache, updated. `o_proj` comes after it."""
+        """Attention [B, T, N * H] of `heads`, or over `cache` (k, v [B, K, S, H]) and them, its slots from `start` on; and
+        what the cache is to keep of them. `o_proj` comes after it."""
         q, k = self.placed(q, place, query=True), self.placed(k, place)
         if cache is not None:
-            cache = tuple(write(held, new, start) for held, new in zip(cache, (k, v)))
-            k, v = (read(held, q.dtype) for held in cache)
+            new = tuple(kept(each, held) for each, held in zip((k, v), cache))
+            k, v = (read(write(held, each, start), q.dtype) for held, each in zip(cache, new))
+            cache = new
         out = attend_parallel(q, k, v, mask, group=pattern.groups, layout=layout, **self.how)
         return self.join(out), cache
 

@@ -1,5 +1,6 @@
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from lljax.build import move
 from lljax.generation import generate as module
 from lljax.generation.generate import generate, stream
 from lljax.generation.sample import Sampling
+from lljax.models.cache import empty_cache
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
@@ -67,8 +69,8 @@ def test_a_completion_does_not_depend_on_the_prompts_beside_it(model, settings):
 def test_what_prompts_begin_with_is_read_once(monkeypatch):
     begin = RNG.integers(0, 61, 40)
     prompts = [np.concatenate([begin, rest]) for rest in PROMPTS]
-    read, shapes = module._read, []
-    monkeypatch.setattr(module, "_read", lambda *args, **kwargs: shapes.append(args[2].shape) or read(*args, **kwargs))
+    read, shapes = module.read_chunk, []
+    monkeypatch.setattr(module, "read_chunk", lambda *args, **kwargs: shapes.append(args[2].shape) or read(*args, **kwargs))
     together = written(build(), prompts, tokens=4, rows=4)
     assert shapes[:2] == [(1, 16)] * 2 and all(shape[0] == 4 for shape in shapes[2:])
     assert together == written(build(), prompts, tokens=4, rows=1)
@@ -78,6 +80,15 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch):
 def test_a_cache_in_eight_bits_is_close():
     exact, rounded = (np.stack(list(stream(build(), PROMPTS, tokens=8, cache_dtype=dtype))) for dtype in (None, jnp.int8))
     assert (exact == rounded).mean() > 0.7
+
+
+def test_a_chunk_is_written_into_the_cache_in_place():
+    model = Decoder(from_hf(HF | {"num_hidden_layers": 8}))
+    cache, chunk = jax.eval_shape(lambda: empty_cache(model.spec, 1, 8192)), jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    program = module.read_chunk.lower(*nnx.split(model), chunk, chunk, chunk, cache, rope_length=8192, dtype=jnp.float32,
+                                      layout=None).compile()
+    memory, held = program.memory_analysis(), sum(x.size * x.dtype.itemsize for pair in cache.kv for x in pair)
+    assert memory.alias_size_in_bytes >= held and memory.temp_size_in_bytes < held / 2       # a layer's, not all once more
 
 
 def test_over_a_mesh_as_on_one_device():
