@@ -3,7 +3,7 @@
 import dataclasses
 import gzip
 import json
-import reprlib
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from lljax.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,19}")       # of a field or role; what else stands there may be a text
 MAX_ROW = 1 << 30                            # bytes; a longer line is taken for damage
 
 
@@ -36,7 +37,7 @@ class Document:
 class BadRow:
     file: str
     line: int
-    reason: str
+    reason: str                              # which goes to logs, and therefore holds no text of the row
 
 
 def read(paths) -> Iterator[Document | BadRow]:
@@ -113,7 +114,9 @@ def parse(line: bytes, where: str) -> Document:
             except UnicodeEncodeError:
                 raise ValueError("a text holds half of a surrogate pair") from None
             return document
-    raise ValueError(f"unknown fields {reprlib.repr(sorted(row))}; a row has messages, query and response, "
+    names = [name for name in sorted(row) if NAME.fullmatch(name)][:6]
+    others = f" and {len(row) - len(names)} others" if len(row) > len(names) else ""
+    raise ValueError(f"unknown fields ({', '.join(names)}{others}); a row has messages, query and response, "
                      "instruction and output, prompt and completion, or text")
 
 
@@ -133,7 +136,8 @@ def _messages(messages) -> tuple[dict, ...]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {i} has no role")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise ValueError(f"message {i} ({reprlib.repr(message['role'])}) has no text as its content")
+            role = f" ({message['role']})" if NAME.fullmatch(message["role"]) else ""
+            raise ValueError(f"message {i}{role} has no text as its content")
     return tuple(messages)
 
 

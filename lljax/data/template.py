@@ -14,6 +14,10 @@ PLAIN_TEMPLATE = (
 MARK = "\ue000content\ue000"             # private characters, which no text holds by chance
 
 
+class Refused(ValueError):
+    """Why a conversation cannot be used, in words of ours: no text of it is among them."""
+
+
 def encode(document: Document, tokenizer, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens uint32 [n] and the mask of trained ones bool [n].
 
@@ -59,7 +63,7 @@ def _tokenised(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
 
 def _conversation(messages: list[dict], given: int, tokenizer):
     if not any(message["role"] == "assistant" for message in messages[given:]):
-        raise ValueError("the conversation has no assistant message")
+        raise Refused("the conversation has no assistant message")
     template = tokenizer.chat_template
     try:
         marks = isinstance(template, str) and "{% generation %}" in template.replace("{%-", "{%").replace("-%}", "%}")
@@ -69,11 +73,12 @@ def _conversation(messages: list[dict], given: int, tokenizer):
                                                 tokenizer_kwargs={"verbose": False})
             return out["input_ids"], out["assistant_masks"]
         text, spans = _rendered(messages, given, tokenizer)
-    except ValueError:
+    except Refused:
         raise
-    except Exception as error:               # templates raise what they like, through Jinja
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the chat template refuses it ({reason[:120]})") from None
+    except Exception as error:               # templates raise what they like, through Jinja, and may put the content into it
+        said = next(iter(str(error).strip().splitlines()), "")
+        reason = said if said and said in str(template) else type(error).__name__
+        raise Refused(f"the chat template refuses it ({reason[:120]})") from None
     ids, offsets = _tokenised(text, tokenizer)
     mask, k = [], 0
     for start, stop in offsets:
@@ -90,7 +95,7 @@ def _rendered(messages: list[dict], given: int, tokenizer) -> tuple[str, list[tu
     opens a thought that the history drops), and ends with the text that the template puts behind it.
 
     Raises:
-      ValueError: a reply has no place of its own in the text.
+      Refused: a reply has no place of its own in the text.
     """
     def render(part, prompt=False):
         return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
@@ -101,7 +106,7 @@ def _rendered(messages: list[dict], given: int, tokenizer) -> tuple[str, list[tu
         part = [*messages[:i], messages[i] | {"content": MARK}]
         head, found, rest = render(part + messages[i + 1:]).partition(MARK)
         if not found or MARK in rest:
-            raise ValueError(f"the chat template does not show message {i} as it is")
+            raise Refused(f"the chat template does not show message {i} as it is")
         return part, head, rest
 
     def ending(i):
@@ -115,7 +120,7 @@ def _rendered(messages: list[dict], given: int, tokenizer) -> tuple[str, list[tu
             return 0, closed, opened
         part, _, rest = marked(i)
         if not whole.endswith(rest):
-            raise ValueError(f"the chat template does not show message {i} as it is")
+            raise Refused(f"the chat template does not show message {i} as it is")
         return len(whole) - len(rest), render(part).rpartition(MARK)[2], render(part, True).rpartition(MARK)[2]
 
     spans, cursor = [], 0
@@ -135,7 +140,7 @@ def _rendered(messages: list[dict], given: int, tokenizer) -> tuple[str, list[tu
             head, prompt = marked(0)[1], opened[_shared(closed, opened):]
             start = head.find(prompt) + len(prompt) if prompt and prompt in head else _shared(head, whole)
         if not cursor <= start <= stop:
-            raise ValueError(f"the chat template mixes message {i} with another")
+            raise Refused(f"the chat template mixes message {i} with another")
         spans.append((start, stop))
         cursor = stop
     return whole, spans

@@ -73,7 +73,7 @@ def _examples(name: str, folder: Path | None, config: Path | None, tokenizer, le
             raise DataError(f"{config / CONFIG[0]}: the prompt of {task} does not fit the rows ({error!r})") from None
         answers = texts(row["answers"], where, "answers")
         if METRICS[task] is metrics.retrieval and not all(map(metrics.PARAGRAPH.search, answers)):
-            raise DataError(f"{where}: 'answers' name no paragraph: {answers}")
+            raise DataError(f"{where}: 'answers' name no paragraph, such as 'Paragraph 3'")
         yield Example(row["_id"], cut_middle(counter, text, length - tokens), answers, tokens, chat=task not in NO_CHAT,
                       classes=classes, groups=(bucket(row["length"]),) if name.endswith("_e") else ())
 

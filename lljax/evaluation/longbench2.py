@@ -44,7 +44,7 @@ def _examples(path: Path | None, tokenizer, length: int, samples: int | None, se
     for i, row in enumerate(read_rows(path, FIELDS)[:samples], 1):
         for field, known in {**GROUPS, "answer": tuple("ABCD")}.items():
             if row[field] not in known:
-                raise DataError(f"{path}: row {i}: {field!r} is {row[field]!r}, not one of {', '.join(known)}")
+                raise DataError(f"{path}: row {i}: {field!r} is none of {', '.join(known)}")
         parts = {"DOC": "context", "Q": "question", **{f"C_{letter}": f"choice_{letter}" for letter in "ABCD"}}
         # In one go: a document may hold $Q$ itself.
         text = re.sub(r"\$(DOC|Q|C_[A-D])\$", lambda found: row[parts[found[1]]].strip(), PROMPT)

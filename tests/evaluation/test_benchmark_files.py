@@ -165,8 +165,8 @@ def test_longbench_v2_is_asked_and_its_letter_found(tmp_path, tokenizer):
     assert len(examples(longbench2.task(tmp_path / "train.jsonl"), tokenizer, length=700)) == 1
 
 
-@pytest.mark.parametrize("change,reason", [({"answer": "E"}, "row 1: 'answer' is 'E', not one of A, B, C, D"),
-                                           ({"length": "tiny"}, "'length' is 'tiny', not one of short, medium, long"),
+@pytest.mark.parametrize("change,reason", [({"answer": "E"}, "row 1: 'answer' is none of A, B, C, D"),
+                                           ({"length": "tiny"}, "'length' is none of short, medium, long"),
                                            ({"choice_C": 3}, "data.json:1: 'choice_C' is a int, not a text")])
 def test_a_bad_row_of_longbench_v2_is_named(change, reason, tmp_path, tokenizer):
     path = tmp_path / "data.json"
