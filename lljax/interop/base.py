@@ -151,10 +151,12 @@ def read_json(path: Path) -> dict:
     Raises:
       ModelError: the file is missing or is not one.
     """
+    if not path.is_file():                   # nor a pipe or a device, which would be read without end
+        raise ModelError(f"{path}: there is no such file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ModelError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: it cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):

@@ -66,13 +66,16 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         saved = tuple(c.get("modules_to_save") or ())
         if not all(isinstance(name, str) for name in targets + saved) or int(c["r"]) < 1:
             raise ValueError("target_modules and modules_to_save hold names, and r is at least 1")
+        alpha = float(c["lora_alpha"])
         ranks = tuple((name, int(rank)) for name, rank in (c.get("rank_pattern") or {}).items())
         alphas = tuple((name, float(alpha)) for name, alpha in (c.get("alpha_pattern") or {}).items())
+        if not all(rank >= 1 for _, rank in ranks) or not all(math.isfinite(x) for x in (alpha, *dict(alphas).values())):
+            raise ValueError("ranks are at least 1, and alphas finite")
         roles = {role for role, name in MODULES.items() if name in saved}
         roles |= {"norm"} if any(name.endswith("norm") for name in saved) else set()
-        return AdapterConfig(int(c["r"]), float(c["lora_alpha"]), bool(c.get("use_rslora")), targets, tuple(sorted(roles)),
+        return AdapterConfig(int(c["r"]), alpha, bool(c.get("use_rslora")), targets, tuple(sorted(roles)),
                              ranks, alphas, bool(c.get("use_dora")))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: {type(error).__name__}: {error}") from None
 
 

@@ -34,7 +34,7 @@ class File:
             if not 0 < length <= min(MAX_HEADER, size - 8):
                 raise ModelError(f"{path}: not a safetensors file, or cut short (header of {length} bytes in {size})")
             try:
-                header = json.loads(file.read(length), object_pairs_hook=_unique)
+                header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
             except (ValueError, RecursionError) as error:
                 raise ModelError(f"{path}: the safetensors header is not JSON ({error})") from None
         if not isinstance(header, dict):
@@ -117,7 +117,7 @@ class Folder:
 def _indexed_files(folder: Path) -> dict[Path, list[str]]:
     index = folder / INDEX
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(index.read_bytes().decode())["weight_map"]
         files: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(folder / file, []).append(name)

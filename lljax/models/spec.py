@@ -348,6 +348,7 @@ ROPE = {"glm4_moe": {"partial_rotary_factor": 0.5}, "llama4_text": {"rope_theta"
             "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
             "original_max_position_embeddings": 4096}}}
 TIED = ("gemma2", "gemma3_text")
+MOST_LAYERS = 10_000                         # each is looked at: a number out of a damaged file would take all memory
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}         # ours: HF's name
 
 
@@ -364,8 +365,9 @@ def from_hf(hf_config: dict) -> DecoderSpec:
     optional = [field for field in ("num_key_value_heads", "head_dim") if c.get(field) is not None]
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                   "max_position_embeddings", *optional):
-        if not isinstance(c.get(field), int) or c[field] < 1:
-            raise ModelError(f"config.json: {field} is {c.get(field)!r}; a number of at least 1 is needed")
+        most = MOST_LAYERS if field == "num_hidden_layers" else 2 ** 31 - 1
+        if not isinstance(c.get(field), int) or not 1 <= c[field] <= most:
+            raise ModelError(f"config.json: {field} is {c.get(field)!r:.60}; a number from 1 to {most:,} is needed")
     row = {"layers": lambda c: _windows(*(None,) * c["num_hidden_layers"])} | FAMILIES[family]
     wanted = ACTIVATIONS[row.get("activation", "silu")]
     if (given := c.get("hidden_activation") or c.get("hidden_act") or wanted) != wanted:

@@ -1,4 +1,5 @@
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -95,3 +96,12 @@ def test_json_that_is_not_utf8_is_one_line(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ModelError, match="not JSON"):
         read_json(tmp_path / "x.json")
+
+
+def test_json_is_read_from_a_regular_file_alone(tmp_path):
+    """A pipe or a device would be read without end."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "device.json", "."):
+        with pytest.raises(ModelError, match="there is no such file"):
+            read_json(tmp_path / name)

@@ -115,6 +115,7 @@ DAMAGED = {
     "a header longer than is allowed": ({}, b"", (100 << 20) + 1),
     "no header": (b"", b"", 0),
     "not JSON": (b"{", b"", None),
+    "JSON in UTF-32": ("{}".encode("utf-32-le"), b"", None),
     "a list": (b"[]", b"", None),
     "JSON nested without end": (b"[" * 200_000 + b"]" * 200_000, b"", None),
     "overlapping tensors": ({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}, b"0" * 12, None),
@@ -184,6 +185,18 @@ def test_the_index_names_plain_files_of_its_folder(sharded, tmp_path, file):
     file = str(tmp_path / "outside.safetensors") if file == "ABSOLUTE" else file
     with pytest.raises(ModelError, match=ours.INDEX):
         read_all(sharded({"a": file}))
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe.safetensors", "folder.safetensors", "link.safetensors", "nowhere"])
+def test_a_link_leads_to_a_regular_file_or_is_refused(sharded, tmp_path, target):
+    """A hub's cache links out of the folder, to a file."""
+    folder = sharded({"a": "link.safetensors"})
+    (folder / "link.safetensors").symlink_to(target)
+    with pytest.raises(ModelError, match=ours.INDEX):
+        read_all(folder)
+    (folder / "link.safetensors").unlink()
+    (folder / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    assert read_all(folder)["a"][0] == 7
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff", b'{"weight_map": [1]}', b"[" * 200_000],
