@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from lljax.errors import ConfigError
-from lljax.evaluation import heatmap, needle
+from lljax.evaluation import drawing, heatmap, needle
 from lljax.evaluation.sizes import Counter
 from lljax.evaluation.task import group_scores
 
@@ -50,7 +50,7 @@ def test_the_heatmap_is_a_png_whose_cells_have_the_scores_colours():
         for column in range(3):
             x = heatmap.LEFT + heatmap.CELL[0] * column + 4
             y = heatmap.TOP + heatmap.CELL[1] * row + 4
-            assert image.getpixel((heatmap.SCALE * x, heatmap.SCALE * y)) == heatmap.colour(scores[row, column])
+            assert image.getpixel((drawing.SCALE * x, drawing.SCALE * y)) == heatmap.colour(scores[row, column])
     assert heatmap.colour(0) != heatmap.colour(100) and heatmap.colour(np.nan) == heatmap.NOTHING
     wide = Image.open(io.BytesIO(heatmap.png("A title that is far longer than one column of cells", [512], [0], [[1]])))
-    assert wide.width > 2 * heatmap.SCALE * (heatmap.LEFT + heatmap.CELL[0])
+    assert wide.width > 2 * drawing.SCALE * (heatmap.LEFT + heatmap.CELL[0])
