@@ -1,11 +1,16 @@
-"""The two ends of the run that made lljax/assets/tiny-512; configs/tiny_base.py is the run itself.
+"""What stands around the two runs that made lljax/assets/tiny-512: the first on code, the second so that it finds things.
 
 python scripts/make_tiny_base.py begin data/tiny_base.jsonl     # tokenizer.json and config.json
 python scripts/train.py --config=configs/tiny_base.py --workdir=runs/tiny_base
 python scripts/make_tiny_base.py end runs/tiny_base             # model.safetensors
+python scripts/make_tiny_base.py recall data/recall.jsonl
+python scripts/train.py --config=configs/tiny_base_recall.py --workdir=runs/tiny_base_recall
+python scripts/make_tiny_base.py end runs/tiny_base_recall
 """
 
+import contextlib
 import json
+import random
 import shutil
 import sys
 import tempfile
@@ -15,6 +20,9 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lljax.data import formats
+from lljax.evaluation import haystack, registry
+from lljax.evaluation.task import Sources, TooShort
+from lljax.interop.base import open_base
 
 ASSET = Path(__file__).parent.parent / "lljax" / "assets" / "tiny-512"
 END = "<|endoftext|>"
@@ -25,6 +33,9 @@ CONFIG = {
     "hidden_act": "silu", "initializer_range": 0.02, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None,
     "torch_dtype": "bfloat16",
 }
+RECALL = ("passkey/tokens", "needle", "ruler/niah_single_1", "ruler/niah_single_2_local", "ruler/niah_multikey_1_local",
+          "ruler/niah_multikey_2", "ruler/niah_multiquery_local", "ruler/niah_multivalue_local")
+LENGTHS, SAMPLES, SEED = (160, 256, 384, 512), 250, 1000             # evaluations count their seeds from 0
 
 
 def begin(data: str) -> None:
@@ -40,6 +51,25 @@ def begin(data: str) -> None:
     (ASSET / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
 
+def recall(out: str) -> None:
+    """Questions within 512 tokens as the benchmarks of retrieval ask them, and lists of values to say again in another
+    order: with no habit of copying, a longer context could not show in any score."""
+    tokenizer, rows, rng = open_base(str(ASSET)).tokenizer(), [], random.Random(1)
+    for task in registry.find(RECALL, Sources()):
+        for length in LENGTHS:
+            samples = -(-SAMPLES // 11) if task.name == "needle" else SAMPLES        # it makes as many at each of 11 depths
+            with contextlib.suppress(TooShort):
+                rows += [{"prompt": example.text, "completion": " " + ", ".join(example.answers)}
+                         for example in task.examples(tokenizer, length, samples, SEED)]
+    nouns = haystack.words("noun")
+    for _ in range(16 * SAMPLES):
+        names = [rng.choice(nouns) + ("_" + rng.choice(nouns) if rng.random() < 0.5 else "") for _ in range(rng.randint(4, 12))]
+        lines = [f"{name} = {rng.randrange(10 ** rng.randint(2, 7))}\n" for name in dict.fromkeys(names)]
+        rows.append({"prompt": "".join(lines) + "\n", "completion": "".join(rng.sample(lines, len(lines)))})
+    rng.shuffle(rows)
+    Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def end(workdir: str) -> None:
     """The weights of the run's last checkpoint, in bfloat16."""
     from lljax.interop.export import export_merged
@@ -51,4 +81,4 @@ def end(workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    {"begin": begin, "end": end}[sys.argv[1]](sys.argv[2])
+    {"begin": begin, "recall": recall, "end": end}[sys.argv[1]](sys.argv[2])
