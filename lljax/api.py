@@ -57,6 +57,7 @@ def train(model: Decoder, *, data, workdir: str, steps: int, length: int | None 
     schedule = ((bulk, length, "shifted"),) if bulk else ()
     c = default_config()
     settings |= {"data.train": (data,) if isinstance(data, str) else tuple(data),
+                 "alarm.stall_minutes": 0.0,                    # what hangs may be interrupted here, and the process lives on
                  "context.length": model.spec.max_length, "context.schedule": (*schedule, (steps, length, "full"))}
     settings |= {name.replace("__", "."): value for name, value in fields.items()}
     try:

@@ -94,10 +94,11 @@ def default_config() -> ConfigDict:
 
     c.alarm = ConfigDict()
     c.alarm.nonfinite = "skip"               # skip | stop: a NaN or Inf gradient (never applied)
-    c.alarm.spike = "warn"                   # warn | skip | stop: log gradient norm far above its recent median
-    c.alarm.spike_z = 6.0                    # robust standard deviations that count as far
-    c.alarm.history = 128                    # recent steps the median is taken over
-    c.alarm.max_bad_steps = 5                # skipped steps in a row before the run stops, state saved
+    c.alarm.spike = "warn"                   # warn | skip | stop | rollback: loss or gradient norm far above its recent median
+    c.alarm.spike_z = 6.0                    # robust standard deviations of the logarithm that count as far
+    c.alarm.history = 128                    # recent steps of the stage the median is taken over; no alarm in its first 20
+    c.alarm.max_bad_steps = 5                # skipped in a row, or rollbacks to one checkpoint; then the run stops, state saved
+    c.alarm.stall_minutes = 30.0             # without a finished step, evaluation batch or save, and the process ends; 0: waits
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 100
@@ -115,6 +116,7 @@ def default_config() -> ConfigDict:
     return c.lock()
 
 
+LEAST_HISTORY = 20                           # values of which a median is believed
 READS = {                                    # fields of the optimizer that not all read, by its name
     "adamw": ("beta1", "beta2", "eps"), "adafactor": (), "lion": ("beta1", "beta2"), "muon": ("beta1", "beta2", "eps"),
     "adamw8bit": ("beta1", "beta2", "eps"),
@@ -147,14 +149,14 @@ def validate(c: ConfigDict) -> None:
     _choice(c, "memory.remat", ("full", "attention", "none"))
     _choice(c, "mesh.context_parallel", ("auto", "allgather", "ulysses", "ring", "halo"))
     _choice(c, "alarm.nonfinite", ("skip", "stop"))
-    _choice(c, "alarm.spike", ("warn", "skip", "stop"))
+    _choice(c, "alarm.spike", ("warn", "skip", "stop", "rollback"))
     for field, least in (("context.length", 2), ("context.window", 1), ("context.anchors", 0), ("lora.rank", 1),
                          ("training.rows", 1), ("training.accumulate", 1), ("training.eval_every", 0),
                          ("training.eval_rows", 1), ("training.report_every", 0), ("memory.loss_chunk", 1),
                          ("memory.layers_per_residual", 1), ("memory.tile", 0),
                          ("optimizer.warmup_steps", 0),
                          ("optimizer.galore.rank", 1), ("optimizer.galore.update_every", 1),
-                         ("alarm.history", 1), ("alarm.max_bad_steps", 1),
+                         ("alarm.history", LEAST_HISTORY), ("alarm.max_bad_steps", 1),
                          ("checkpoint.every_steps", 1), ("checkpoint.keep", 1), ("optimizer.learning_rate", 0.0),
                          ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("training.neftune_alpha", 0.0),
                          ("training.router_aux_loss_coef", 0.0),
@@ -164,6 +166,9 @@ def validate(c: ConfigDict) -> None:
     if not c.mesh.peer_timeout >= 10:
         raise ConfigError(f"mesh.peer_timeout={c.mesh.peer_timeout}: a process that is merely busy would count as lost; use at "
                           "least 10 seconds")
+    if not (c.alarm.stall_minutes == 0 or c.alarm.stall_minutes >= 1):
+        raise ConfigError(f"alarm.stall_minutes={c.alarm.stall_minutes}: a step that is merely slow would count as stalled; "
+                          "use at least 1 minute, or 0 for no watch")
     if not c.checkpoint.every_minutes > 0:
         raise ConfigError(f"checkpoint.every_minutes={c.checkpoint.every_minutes} would save at every step: use a larger "
                           "number, or checkpoint.every_steps=1")

@@ -1,6 +1,8 @@
 """Errors a user can act on. Each is one line: what was wrong, where, and what to do."""
 
 import contextlib
+import errno
+import os
 import sys
 
 
@@ -38,17 +40,39 @@ class NumericAbort(LljaxError):
     exit_code = 70
 
 
+class OutOfMemory(LljaxError):
+    """A device had no memory for what was asked of it; the last checkpoint is as it was."""
+
+    exit_code = 71
+
+
+class Stalled(LljaxError):
+    """Nothing moved for too long. Never raised: the process ends itself (lljax.training.watchdog) with this exit code."""
+
+    exit_code = 74
+
+
 class Stopped(LljaxError):
     """SIGTERM or Ctrl-C arrived; the state was saved and the same command resumes."""
 
     exit_code = 75
 
 
+# How Python, Rust and numpy say that a disk is full, or a quota or a limit of the size of files reached.
+FULL = (*(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), " requested and ")
+
+
 @contextlib.contextmanager
 def exit_cleanly():
-    """Turns an `LljaxError` into one line on stderr and its exit code. For the `main` of scripts."""
+    """Turns an `LljaxError`, and a full disk, into one line on stderr and an exit code. For the `main` of scripts."""
     try:
         yield
     except LljaxError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        text = next(iter(str(error).splitlines()), "")
+        if not any(full in text for full in FULL):
+            raise
+        print(f"DiskError: {text}: make room and give the same command again", file=sys.stderr)
+        sys.exit(LljaxError.exit_code)

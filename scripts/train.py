@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 
+import leaves_on_sigterm  # noqa: F401
 from absl import flags
 from ml_collections import config_flags
 
@@ -27,8 +28,9 @@ def main(argv) -> None:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.97")     # jax would leave a quarter of a GPU unused
     # force: a library that was imported has set up logging already, for warnings alone.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for noisy in ("absl", "jax", "orbax", "httpx", "tensorboardX"):
+    for noisy in ("jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)    # Orbax, of a save that failed: lljax says it in a line
     with distributed.session(), exit_cleanly():
         read_flags(argv, "config", "workdir")
         distributed.start(CONFIG.value.mesh.peer_timeout)

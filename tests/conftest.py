@@ -14,17 +14,20 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lljax.build import mesh_of
 from lljax.config import default_config
 from lljax.interop import safetensors
 from lljax.interop.huggingface import tensors
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
+from lljax.training import loop
 
 TINY = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 36,
         "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
@@ -94,3 +97,10 @@ def run_config(tiny, documents):
     c.optimizer.warmup_steps = 2
     c.checkpoint.every_steps = 3
     return c
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs take one of the eight devices: for what has nothing to do with a mesh. On a busy machine XLA's collectives among
+    eight give up after 40 seconds, and abort."""
+    monkeypatch.setattr(loop, "mesh_of", lambda mesh: mesh_of(mesh, jax.devices()[:1]))

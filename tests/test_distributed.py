@@ -18,6 +18,7 @@ from flax import nnx
 from lljax import distributed
 from lljax.errors import ConfigError
 from lljax.restore import restore_run
+from lljax.training.lock import locked
 from lljax.training.monitor import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,14 @@ def test_two_processes_are_one_run_that_one_device_reads(start, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["devices"] == 2 and (tmp_path / "report.html").exists()
     _, model, _ = restore_run(tmp_path)
     assert {len(leaf.devices()) for leaf in jax.tree.leaves(nnx.state(model))} == {1}
+
+
+@pytest.mark.slow
+def test_a_folder_in_which_another_run_goes_on_is_refused_in_every_process(start, tmp_path):
+    with locked(tmp_path):
+        run = ends(start(tmp_path, 2, 1))
+    assert [code for code, _ in run] == [2, 2]
+    assert all(f"process {os.getpid()} on {socket.gethostname()} trains there" in line for _, line in run)
 
 
 OFTEN = ("--config.checkpoint.every_steps=5", "--config.training.eval_every=20", "--config.training.eval_rows=8",

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import orbax.checkpoint.checkpoint_managers as managers
 from jax.experimental import multihost_utils
 
 from lljax.distributed import any_of, first, from_all
@@ -25,14 +26,15 @@ GATHERED = 1 << 28                           # bytes of an array that every devi
 class Checkpoints:
     """The checkpoints of a run, in `workdir`/checkpoints: every N steps or M minutes, the last `keep` of them.
 
+    rollback: for a run that goes back to them, see `point`; it keeps the last that it may go back to, beside the last `keep`.
     read_only: for a look at a run that may still be going; nothing is cleaned up, moved or written.
     """
 
-    def __init__(self, workdir: Path, *, every_steps: int, every_minutes: float, keep: int, read_only: bool = False,
-                 clock=time.monotonic):
+    def __init__(self, workdir: Path, *, every_steps: int, every_minutes: float, keep: int, rollback: bool = False,
+                 read_only: bool = False, clock=time.monotonic):
         self.folder = Path(workdir).resolve() / "checkpoints"
         self.every_steps, self.every_seconds = every_steps, 60 * every_minutes
-        self._keep, self._read_only, self._clock = keep, read_only, clock
+        self._keep, self._rollback, self._read_only, self._clock = keep, rollback, read_only, clock
         self._manager = self._open()
         self._last = clock()
 
@@ -40,7 +42,11 @@ class Checkpoints:
         if not self._read_only and first():  # what a killed process left half-written (Orbax does it in a thread)
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=not self._read_only)
+        kept = [managers.LatestN(self._keep)]
+        if self._rollback:
+            kept.append(managers.EveryNSteps(self.every_steps, max_to_keep=1))
+        options = ocp.CheckpointManagerOptions(preservation_policy=managers.AnyPreservationPolicy(kept),
+                                               create=not self._read_only)
         return ocp.CheckpointManager(self.folder, options=options)
 
     def due(self, step: int) -> bool:
@@ -58,21 +64,26 @@ class Checkpoints:
         Raises:
           LljaxError: with `wait`, the step could not be written.
         """
-        self._settle(fatal=False)
+        self.settle()
         self._last = self._clock()
         if step not in self._manager.all_steps():
             leaves = {name: describe(item) for name, item in items.items()}
             note = {"identity": identity, "loader": loader_state, "leaves": leaves}
+            note |= {"checksum": _checksum(note)}
             arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
             try:
                 self._manager.save(step, args=ocp.args.Composite(note=ocp.args.JsonSave(note), **arguments), force=True)
             except Exception as error:       # Orbax reports a full disk, say, as many kinds of exception
                 self._failed(error, step, fatal=wait)
         if wait:
-            self._settle(fatal=True)
+            self.settle(fatal=True)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
+
+    def newest(self) -> int | None:
+        """The newest step that is there whole. From the folder: any thread may ask, whatever the others wait for."""
+        return max((int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()), default=None)
 
     def identity(self) -> dict | None:
         """The identity that the newest readable checkpoint was saved with; None where there is none."""
@@ -96,8 +107,33 @@ class Checkpoints:
         steps = self.steps()
         if step is not None and step not in steps:
             raise ConfigError(f"{self.folder}: no checkpoint of step {step}; there are {steps or 'none'}")
+        return self._newest_sound([step] if step is not None else reversed(steps), like)
+
+    def point(self, since: int) -> int | None:
+        """The checkpoint to roll back to: the newest of a multiple of `every_steps`, from step `since` on. What a clock or a
+        signal saved does not count, so that a run that was stopped in between goes back as far as one that was not."""
+        self.settle()
+        steps = [step for step in self.steps() if step % self.every_steps == 0 and step >= since]
+        return from_all(max(steps, default=None))[0]
+
+    def roll_back(self, like: dict, since: int):
+        """(step, items) of `point(since)`, or, where that is damaged, of the newest sound one from `since` to it. Those of
+        later steps are deleted: the run does not go by them any more.
+
+        Raises:
+          ConfigError: none of them is sound.
+        """
+        point = self.point(since)
+        step, items, _ = self._newest_sound([step for step in reversed(self.steps()) if since <= step <= point], like)
+        for later in reversed(self.steps()):     # the newest first: killed among them, a run comes here again from the others
+            if later > step:
+                self._manager.delete(later)
+        return step, items
+
+    def _newest_sound(self, candidates, like: dict):
+        """As `restore`, of the steps `candidates`."""
         damaged: dict[int, str] = {}
-        for candidate in [step] if step is not None else reversed(steps):
+        for candidate in candidates:
             found, reason = self._try(candidate, like)
             if not reason:
                 self._set_aside(damaged, candidate)
@@ -145,9 +181,13 @@ class Checkpoints:
             self._manager.reload()
 
     def _note(self, step: int) -> dict:
-        return self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
+        note = self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
+        checksum = note.pop("checksum", None)                # older runs have none
+        if checksum not in (None, _checksum(note)):
+            raise ValueError("the checksum of its note differs")
+        return note
 
-    def _settle(self, fatal: bool) -> None:
+    def settle(self, *, fatal: bool = False) -> None:
         """Waits for the save in the background and reports how it went."""
         try:
             self._manager.wait_until_finished()
@@ -164,7 +204,7 @@ class Checkpoints:
         logging.warning("%s", text)
 
     def close(self) -> None:
-        self._settle(fatal=True)
+        self.settle(fatal=True)
         self._manager.close()
 
 
@@ -182,6 +222,11 @@ def describe(item) -> dict[str, list]:
             crc = zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8), crc)
         return [list(x.shape), str(x.dtype), crc]
     return {jax.tree_util.keystr(path): one(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(item)}
+
+
+def _checksum(note: dict) -> int:
+    """The crc32 of a note, before it is written and when it is read again."""
+    return zlib.crc32(json.dumps(note, sort_keys=True).encode())
 
 
 def _at_hand(x: jax.Array) -> bool:

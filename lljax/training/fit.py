@@ -1,10 +1,12 @@
 """What the steps of a run take of a device: read from the compiled programs, shown as a table, refused where it cannot fit."""
 
+import contextlib
 import dataclasses
 import io
 import math
 import os
 import re
+from collections.abc import Callable
 
 import jax
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from lljax.devices import GiB
 from lljax.distributed import from_all
-from lljax.errors import ConfigError
+from lljax.errors import ConfigError, OutOfMemory
 from lljax.models.decoder import share_residuals
 
 
@@ -96,10 +98,33 @@ def check(needs: list[Need], memory: float, host: float, config, layers) -> None
         if n.fits(memory, host) or (n.compiled and not config.memory.refuse):
             continue
         what, need, has = ("host", n.host, host) if n.peak <= memory and n.compiled else ("device", n.peak, memory)
-        listed = "; ".join(words(way) for way in ways(config, layers)[:3])
         anyway = "; memory.refuse=False tries it as it is" if n.compiled else ""
         raise ConfigError(f"stage {n.label} needs {need / GiB:.2f} GiB of a {what}'s memory and there are {has / GiB:.2f}: "
-                          f"set {listed}, or spread it over more devices{anyway}")
+                          f"{advice(config, layers)}{anyway}")
+
+
+def advice(config, layers) -> str:
+    """What makes room for a step."""
+    listed = "; ".join(words(way) for way in ways(config, layers)[:3])
+    return f"set {listed}, or spread it over more devices" if listed else "spread it over more devices"
+
+
+@contextlib.contextmanager
+def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]):
+    """A context for `what`, in which a device that has no memory left is one line.
+
+    Raises:
+      OutOfMemory: with the way out, and what the run can go on from.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        step, reason = last_checkpoint(), str(error).strip().splitlines()[0][:120]
+        saved = "no checkpoint is there yet" if step is None else f"the last checkpoint is of step {step}"
+        raise OutOfMemory(f"{what}: a device is out of memory ({reason}): {way_out}; {saved}, and the settings of memory and "
+                          "mesh may change when a run goes on") from error
 
 
 def ways(config, layers) -> list[dict]:

@@ -28,18 +28,22 @@ from lljax.sharding import Layout
 from lljax.training import fit, flops
 from lljax.training.checkpoint import Checkpoints, abstract, check_identity
 from lljax.training.curriculum import Stage, stages
+from lljax.training.lock import locked
 from lljax.training.monitor import Monitor, read_metrics
 from lljax.training.optimizer import learning_rate
 from lljax.training.placement import abstract_batch, check_rows, layout_of, place, row_share, rows_of_share
 from lljax.training.profile import Tracer, waiting_for_data
 from lljax.training.report import write_report
 from lljax.training.signals import StopRequest
-from lljax.training.step import from_items, make_evaluate, step_settings, take_apart, to_items
+from lljax.training.step import from_items, make_evaluate, step_settings, take_apart, to_items, without_history
+from lljax.training.watchdog import Watchdog
 
 # What a resumed run must have in common with its beginning, so that it ends as if it had not been interrupted.
 IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "model.matmul", "model.quantize", "context", "lora",
             "data.packing", "data.overlong", "optimizer", "training.rows", "training.accumulate", "training.neftune_alpha",
-            "training.router_aux_loss_coef", "alarm")
+            "training.router_aux_loss_coef", "alarm.nonfinite", "alarm.spike", "alarm.spike_z", "alarm.history",
+            "alarm.max_bad_steps")
+SPIKE = ("loss", "loss_z", "grad_norm", "z") # what the record of a rollback has of the step that led to it
 
 
 def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: range | None = None,
@@ -52,7 +56,8 @@ def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: ra
     examiner: lljax.evaluation.during.examiner, which `training.eval_tasks` needs.
 
     Raises:
-      ConfigError, ModelError, DataError: what the user gave cannot be used.
+      ConfigError, ModelError, DataError: what the user gave cannot be used; another run is going on in `workdir`.
+      OutOfMemory: a device has too little, where the plan did not show it.
       NumericAbort: too many unusable gradients in a row; state saved.
       Stopped: SIGTERM or Ctrl-C; state saved.
     """
@@ -62,7 +67,7 @@ def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: ra
                           f"{total_steps(config)}")
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    with StopRequest() as stop:
+    with locked(workdir), StopRequest() as stop:
         return _train(config, workdir, model, profile_steps, examiner, stop)
 
 
@@ -114,43 +119,64 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     # ---------------------------------------------------------------- resume
     identity = {"base": base.fingerprint(), "tokenizer": tokenizer_id, "data": documents.fingerprint,
                 **_flat({field: get(config, field) for field in IDENTITY})}
-    checkpoints = Checkpoints(workdir, every_steps=config.checkpoint.every_steps,
+    rolls_back = config.alarm.spike == "rollback"
+    if rolls_back:                           # it says how far back
+        identity["checkpoint.every_steps"] = config.checkpoint.every_steps
+    checkpoints = Checkpoints(workdir, every_steps=config.checkpoint.every_steps, rollback=rolls_back,
                               every_minutes=config.checkpoint.every_minutes, keep=config.checkpoint.keep)
-    step, loader_state, state = 0, None, None
+    step, loader_state, state, rollbacks = 0, None, None, []
     if begun := checkpoints.identity():
         check_identity(begun, identity)
         if restored := checkpoints.restore(jax.tree.map(abstract, to_items(parts.state))):
             step, items, loader_state = restored
-            state = from_items(items)
+            state, rollbacks = from_items(items), loader_state["rollbacks"]
             logging.info("resumed at step %d", step)
 
     # ---------------------------------------------------------------- plan, and then weights
     programs = _compile(parts, config, mesh, spec.layers, [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts)
                                                       if step < stage.stop])
     if not at_hand:
-        fill(model, config, base, mesh)
-        parts = take_apart(config, model, mesh)
+        with fit.in_memory("reading the weights", "spread them over more devices", checkpoints.newest):
+            fill(model, config, base, mesh)
+            parts = take_apart(config, model, mesh)
     graphdef, frozen, state = parts.graphdef, parts.frozen, state or parts.state
     del model, parts                         # a resumed run does not keep its first values
 
     # ---------------------------------------------------------------- steps
     def save(wait=False):
         checkpoints.save(step, to_items(state), loader_state, identity, wait=wait)
+        watchdog.alive(step)
 
-    def leave_if_asked():
+    def last_checkpoint():
+        checkpoints.settle()
+        return checkpoints.newest()
+
+    def leave_if_asked():                    # after every step, evaluation batch and example
+        watchdog.alive(step)
         if stop.agreed():
             save(wait=True)
             checkpoints.close()
             raise Stopped(f"stopped after step {step}, state saved: the same command goes on from there")
 
+    def roll_back(since, metrics):           # the batches that were read stay read
+        nonlocal step, state, rollbacks
+        like, state = jax.tree.map(abstract, to_items(state)), None
+        back, items = checkpoints.roll_back(like, since)
+        rollbacks = [*rollbacks, {"to": back, "from": step} | {name: metrics[name] for name in SPIKE}]
+        monitor.roll_back(back)
+        monitor.say(f"step {step}: back to step {back}, and on with the batches after this one's")
+        step, state = back, from_items(items)
+
     def evaluation(length):
         layout, _ = layout_of(mesh, config.mesh.context_parallel, FULL, length, spec, **_facts(config, mesh))
-        values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, layout, length,
-                           leave_if_asked)
-        found = {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))}
-        if examine:
-            found |= examine(nnx.merge(graphdef, state.trainable, frozen), step, Layout(mesh) if mesh.size > 1 else None,
-                             leave_if_asked)
+        with fit.in_memory(f"evaluation of {length:,} tokens after step {step}",
+                           "lower memory.loss_chunk, or spread it over more devices", last_checkpoint):
+            values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, layout, length,
+                               leave_if_asked)
+            found = {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))}
+            if examine:
+                found |= examine(nnx.merge(graphdef, state.trainable, frozen), step,
+                                 Layout(mesh) if mesh.size > 1 else None, leave_if_asked)
         monitor.evaluation(step, found)
 
     def evaluate_if_due(length):
@@ -160,7 +186,8 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
 
     stop.defer()
     with Monitor(workdir, total_steps=total_steps(config), step=step) as monitor, \
-            Tracer(workdir, profile_steps, step=step) as tracer:
+            Tracer(workdir, profile_steps, step=step) as tracer, \
+            Watchdog(60 * config.alarm.stall_minutes, step=step, last_checkpoint=checkpoints.newest) as watchdog:
         # A run may have been stopped between the save of a step and its evaluation.
         evaluate_if_due(next(stage.length for stage in curriculum if step <= stage.stop))
         for stage in curriculum:
@@ -173,9 +200,12 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
             batch = next(loader)
             tokens = config.training.rows * config.training.accumulate * stage.length
             while step < stage.stop:
-                loader_state = {"stage": stage.number, "state": loader.get_state()}
+                loader_state = {"stage": stage.number, "state": loader.get_state(), "rollbacks": rollbacks}
+                if step == stage.start:
+                    state = without_history(state)
                 began, waited = time.monotonic(), 0.0
-                with tracer.step(step + 1):
+                with tracer.step(step + 1), fit.in_memory(f"step {step + 1}, stage {stage.label}",
+                                                          fit.advice(config, spec.layers), last_checkpoint):
                     placed = place(batch, config.training.accumulate, mesh, layout)
                     state, metrics = programs[stage.number](state, frozen, placed)
                     if step + 1 < stage.stop:
@@ -189,13 +219,22 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
                 speed = {"tokens_per_second": tokens / seconds, "seconds": seconds, "data_seconds": waited}
                 if device:
                     speed["mfu"] = arithmetic[stage.number] / (seconds * mesh.devices.size * device.flops)
+                here = [rollback for rollback in rollbacks if rollback["to"] == step]
                 monitor.step({"step": step + 1, "stage": stage.number, "length": stage.length,
-                              "attention": stage.pattern.kind, "learning_rate": float(rate(step)), **metrics, **speed})
+                              "attention": stage.pattern.kind, "learning_rate": float(rate(step)), **metrics, **speed}
+                             | ({"rollbacks": here} if here else {}))
                 step += 1
                 tracer.done(step)
                 if trouble := _trouble(metrics):
                     monitor.say(f"step {step}: {trouble}")
-                    if _stops(metrics, config.alarm):
+                    point = checkpoints.point(stage.start) if rolls_back and metrics["spike"] else None
+                    often = sum(each["to"] == point for each in rollbacks) >= config.alarm.max_bad_steps
+                    if point is not None and not often:
+                        if step == stage.stop:
+                            batch = next(loader)
+                        roll_back(stage.start, metrics)
+                        continue
+                    if often or _stops(metrics, config.alarm):
                         save(wait=True)
                         checkpoints.close()
                         raise NumericAbort(f"step {step}: {trouble}; the state is saved in {checkpoints.folder}: lower "
@@ -240,7 +279,8 @@ def _trouble(metrics: dict) -> str:
         return f"the gradient is not finite; skipped ({metrics['bad']} in a row)"
     if metrics["spike"]:
         skipped = f"skipped ({metrics['bad']} in a row)" if metrics["skipped"] else "applied"
-        return f"gradient norm {metrics['grad_norm']:.3g} is {metrics['z']:.1f} deviations above its median; {skipped}"
+        z, what, name = max((metrics["loss_z"], "loss", "loss"), (metrics["z"], "gradient norm", "grad_norm"))
+        return f"{what} {metrics[name]:.3g} is {z:.1f} deviations above its median; {skipped}"
     return ""
 
 

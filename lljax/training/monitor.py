@@ -10,9 +10,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 SPEED = {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}  # shown where the record has them
+BOARD_EVERY = 10.0                           # seconds until TensorBoard sees what was added
 PLAIN_EVERY = 10.0                           # seconds between lines where no terminal shows a bar
 
 
@@ -28,8 +31,7 @@ class Monitor:
         if first:
             _cut(self.path, step)
         self._file = open(self.path if first else os.devnull, "a", buffering=1)
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=10,
-                                    write_to_disk=first)
+        self._board = _Board(Path(workdir) / "tensorboard", step) if first else None
         self._output = sys.stderr if first else open(os.devnull, "w")
         self._console = Console(file=self._output)
         self._bar = Progress(TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
@@ -45,7 +47,8 @@ class Monitor:
 
     def __exit__(self, *_):
         self._bar.stop()
-        self._board.close()
+        if self._board:
+            self._board.close()
         self._file.close()
 
     def step(self, record: dict) -> None:
@@ -53,12 +56,12 @@ class Monitor:
 
         data_seconds: how long the next batch was read, where the device was done before it came; else 0. mfu: model FLOPs a
         second by the peak of the devices, where that is known. load_balancing_loss, expert_load_max: of a model with experts,
-        see lljax.training.loss.
+        see lljax.training.loss. rollbacks: with the first step after a rollback, each that went back to the step before it.
         """
         self._write(record)
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._board.add_scalar(f"train/{name}", value, record["step"])
+        if self._board:
+            self._board.add(record["step"], {f"train/{name}": value for name, value in record.items()
+                                             if isinstance(value, (int, float)) and name != "step"})
         shown = {"loss": f"{record['loss']:.4f}",
                  "speed": "  ".join(text.format(record[name]) for name, text in SPEED.items() if name in record)}
         stage = f"{record['length']:,} {record['attention']}"
@@ -72,15 +75,49 @@ class Monitor:
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self._write({"step": step, "eval": values})
-        for name, value in values.items():
-            self._board.add_scalar(f"eval/{name}", value, step)
+        if self._board:
+            self._board.add(step, {f"eval/{name}": value for name, value in values.items()})
         self.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def roll_back(self, step: int) -> None:
+        """Drops the records of steps after `step`, to which the run goes back."""
+        self._started, self._first = time.monotonic(), step
+        if jax.process_index() == 0:
+            self._file.close()
+            _cut(self.path, step)
+            self._file = open(self.path, "a", buffering=1)
+            self._board.restart(step)
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
     def _write(self, record: dict) -> None:
         self._file.write(json.dumps(_finite(record)) + "\n")
+
+
+class _Board:
+    """TensorBoard's file, which shows nothing after `step` of the files before it. Written in the thread that adds to it: that
+    of tensorboardX's SummaryWriter ends where the disk is full, and leaves a run that waits for it without end."""
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(exist_ok=True)
+        self._events, self._flushed = EventsWriter(str(folder / "events")), -math.inf
+        self._events.write_event(Event(step=step + 1, file_version="brain.Event:2"))
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """TensorBoard then forgets what it has of steps after `step`."""
+        self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        if time.monotonic() - self._flushed > BOARD_EVERY:
+            self._flushed = time.monotonic()
+            self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def _finite(value):

@@ -63,9 +63,14 @@ class Tracer:
         if number in self._steps and not self._tracing:
             options = ProfileOptions()
             options.python_tracer_level = 0  # it slows the host down, and the loop has its own marks
+            self._before = self._traces()
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._tracing = True
         return StepTraceAnnotation(STEP, step_num=number)
+
+    def _traces(self) -> set[tuple[Path, int]]:
+        """Those in the folder, told apart by name and time: a clock may have been put back since the last."""
+        return {(path, path.stat().st_mtime_ns) for path in self._folder.rglob("*.xplane.pb")}
 
     def done(self, number: int) -> None:
         """Ends the trace after its last step."""
@@ -75,7 +80,8 @@ class Tracer:
     def _stop(self) -> None:
         self._tracing = False
         jax.profiler.stop_trace()
-        found = breakdown(max(self._folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime))
+        new = [path for path, _ in self._traces() - self._before]
+        found = breakdown(new[0]) if new else None
         logging.info("trace of steps %d to %d: tensorboard --logdir %s", self._steps[0], self._steps[-1], self._folder)
         if found is None:
             logging.warning("the trace holds no whole step")

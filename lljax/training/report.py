@@ -29,6 +29,7 @@ COMMANDS = (
     ("Serve the merged model", "vllm serve {run}/export/merged --max-model-len {length}"),
 )
 MOST_EVALUATIONS = 40                        # the newest, in the table of those while training
+ALARMS = {"skipped": "skipped", "warned": "alarm, applied", "back": "rolled back"}
 UNKNOWN, NUMBER = "&#8211;", " class='number'"
 
 PAGE = """<!doctype html>
@@ -113,8 +114,10 @@ def _summary(config: dict, run: dict, steps: list[dict]) -> str:
                           f"mean of {len(losses)} steps" if len(losses) > 1 else ""))
         skipped = sum(bool(r.get("skipped")) for r in steps)
         applied = sum(bool(r.get("spike")) and not r.get("skipped") for r in steps)
-        if skipped or applied:
-            facts.append(("alarms", f"{skipped + applied:,}", f"{skipped:,} skipped, {applied:,} applied"))
+        back = sum(len(r.get("rollbacks", ())) for r in steps)
+        if skipped or applied or back:
+            facts.append(("alarms", f"{skipped + applied + back:,}",
+                          f"{skipped:,} skipped, {applied:,} applied" + (f", {back:,} rolled back" if back else "")))
     if "device" in run:
         facts.append(("device", f"{run.get('devices', 1):,} &#215; {escape(str(run['device']))}", ""))
     cells = (f"<div><dt>{label}</dt><dd>{value}</dd><dd class='note'>{note}</dd></div>" for label, value, note in facts)
@@ -149,8 +152,7 @@ def _curves(steps: list[dict], evaluations: list[dict]) -> str:
             lines += held
             legend.append(("held", "held out"))
         if name == "grad_norm":
-            legend += [(kind, text) for kind, text in (("skipped", "skipped"), ("warned", "alarm, applied"))
-                       if any(mark.kind == kind for mark in marks)]
+            legend += [(kind, text) for kind, text in ALARMS.items() if any(mark.kind == kind for mark in marks)]
         chart = charts.line_chart(title, lines, bands=bands, readings=readings, **options)
         missing = len(y) - int(np.isfinite(y).sum())
         if missing:
@@ -188,6 +190,10 @@ def _marks(steps: list[dict]) -> list[Mark]:
             norm, skipped = _number(record.get("grad_norm")), bool(record.get("skipped"))
             text = f"step {record['step']:,}: gradient norm {norm:.4g}, {'skipped' if skipped else 'applied'}"
             marks.append(Mark(record["step"], norm, "skipped" if skipped else "warned", text))
+        for rollback in record.get("rollbacks", ()):
+            text = (f"back to step {rollback['to']:,} from step {rollback['from']:,}: loss {rollback['loss']:.4g}, "
+                    f"gradient norm {rollback['grad_norm']:.4g}")
+            marks.append(Mark(record["step"], _number(record.get("grad_norm")), "back", text))
     return marks
 
 

@@ -7,6 +7,10 @@ from lljax.distributed import any_of
 from lljax.errors import Stopped
 
 
+class _Now(SystemExit):
+    """Passes the `except Exception` of libraries, and of ours that take any exception for damage."""
+
+
 class StopRequest:
     """A context in which SIGTERM and SIGINT do not kill. `agreed()` is what the loop polls between steps.
 
@@ -31,13 +35,16 @@ class StopRequest:
         self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT) if main}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, _):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if kind is _Now:
+            raise Stopped(str(error)) from None
 
     def _receive(self, number, frame):
         if not self._deferred:
-            raise Stopped(f"{signal.Signals(number).name} before the first step: nothing to save")
+            self.requested = True            # where Python drops the exception: in a callback, in a __del__
+            raise _Now(f"{signal.Signals(number).name} before the first step: nothing to save")
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from lljax.compiler_flags import compiler_options
-from lljax.config import total_steps
+from lljax.config import LEAST_HISTORY, total_steps
 from lljax.data.packing import IGNORED
 from lljax.errors import ConfigError
 from lljax.models import lora
@@ -31,14 +32,15 @@ class TrainState:
 
     trainable: nnx.State of float32 arrays (of quantised ones with q_galore). optimizer: state of its rule. step: int32, steps
     taken.
-    key: jax.random key data, the run's randomness. norms: float32 [history], log gradient norms of recent good steps,
-    NaN where there is none yet. bad: int32, unusable steps in a row.
+    key: jax.random key data, the run's randomness. losses, norms: float32 [history], logs of the loss and of the gradient
+    norm in recent good steps of the stage, NaN where there is none yet. bad: int32, unusable steps in a row.
     """
 
     trainable: nnx.State
     optimizer: Any
     step: jax.Array
     key: jax.Array
+    losses: jax.Array
     norms: jax.Array
     bad: jax.Array
 
@@ -99,7 +101,7 @@ def _first_state(trainable, rule: Rule, mesh, seed: int, history: int) -> TrainS
     """The optimizer's moments lie where their leaves do, the rest on every device."""
     def first(trainable):
         return TrainState(trainable, rule.init(trainable), jnp.int32(0), jax.random.key_data(jax.random.key(seed)),
-                          jnp.full(history, jnp.nan), jnp.int32(0))
+                          jnp.full(history, jnp.nan), jnp.full(history, jnp.nan), jnp.int32(0))
     where = _where(trainable, mesh)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
         return jax.tree_util.tree_map_with_path(
@@ -120,6 +122,13 @@ def _where(trainable, mesh):
             return replicated(mesh)
         return leaf.sharding if leaf.shape == x.shape else cut_alike(leaf.sharding, x.shape)
     return where
+
+
+def without_history(state: TrainState) -> TrainState:
+    """The state at the start of a stage: rows of another length have other losses and gradients."""
+    def nothing(x):
+        return put(np.full(x.shape, np.nan, x.dtype), x.sharding)
+    return dataclasses.replace(state, losses=nothing(state.losses), norms=nothing(state.norms))
 
 
 def to_items(state: TrainState) -> dict:
@@ -174,21 +183,22 @@ def make_step(graphdef, rule: Rule, settings: StepSettings, like: TrainState):
             return (loss / tokens, routing), jax.tree.map(lambda g: (g / tokens).astype(g.dtype), grads)
         (loss, routing), grads, optimizer = rule.gradients(gradient, state.trainable, state.optimizer)
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        z = robust_z(jnp.log(norm), state.norms)
+        loss_z, z = robust_z(jnp.log(loss), state.losses), robust_z(jnp.log(norm), state.norms)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        spike = finite & (z > settings.spike_z)
+        spike = finite & (jnp.maximum(loss_z, z) > settings.spike_z)
         apply = finite & ~spike if settings.skip_spikes else finite
 
         trainable, optimizer = rule.apply(state.trainable, state.optimizer, optimizer, grads, norm, apply, key)
-        norms = jnp.where(apply, jnp.roll(state.norms, 1).at[0].set(jnp.log(norm)), state.norms)
+        losses, norms = (jnp.where(apply, jnp.roll(history, 1).at[0].set(jnp.log(x)), history)
+                         for history, x in ((state.losses, loss), (state.norms, norm)))
         bad = jnp.where(apply, 0, state.bad + 1)
-        metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens, "z": z, "nonfinite": ~finite, "spike": spike,
-                   "skipped": ~apply, "bad": bad}
+        metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens, "z": z, "loss_z": loss_z, "nonfinite": ~finite,
+                   "spike": spike, "skipped": ~apply, "bad": bad}
         if routing is not None:
             of_tokens, balance, load = routing
             metrics |= {"loss": of_tokens / tokens, "load_balancing_loss": balance / tokens,
                         "expert_load_max": busiest_of(load)}
-        return TrainState(trainable, optimizer, state.step + 1, state.key, norms, bad), metrics
+        return TrainState(trainable, optimizer, state.step + 1, state.key, losses, norms, bad), metrics
 
     return step
 
@@ -214,10 +224,11 @@ def accumulate(loss_of, trainable, frozen, batch, key):
     return (loss, jax.tree.map(lambda x: x.sum(0), more)), grads
 
 
-def robust_z(x: jax.Array, history: jax.Array, least: int = 20) -> jax.Array:
+def robust_z(x: jax.Array, history: jax.Array, least: int = LEAST_HISTORY) -> jax.Array:
     """How many robust standard deviations (1.4826 x median absolute deviation) x lies above the history's median.
 
-    NaNs of `history` do not count; 0 while fewer than `least` values do. Deviations below 5% of the norm do not alarm.
+    x and history: logs. NaNs of `history` do not count; 0 while fewer than `least` values do. A deviation counts as 5% of the
+    median at least.
     """
     median = jnp.nanmedian(history)
     spread = jnp.maximum(1.4826 * jnp.nanmedian(jnp.abs(history - median)), 0.05)

@@ -1,5 +1,6 @@
 """What was saved comes back bit for bit or not at all, on whatever mesh; a damaged step never costs a sound one."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -132,6 +133,52 @@ def test_a_missing_step_lists_the_ones_there_are(tmp_path):
         checkpoints(tmp_path).restore(like(state(mesh(8)), mesh(8)), step=15)
 
 
+# ---------------------------------------------------------------- rollback
+def test_the_last_checkpoint_to_go_back_to_is_kept_beside_the_newest(tmp_path):
+    c = checkpoints(tmp_path, keep=2, rollback=True)
+    for step in (10, 13, 20, 23, 25, 27):    # those between were saved by the clock
+        c.save(step, state(mesh(8), step), {}, IDENTITY)
+    c.close()
+    assert checkpoints(tmp_path).steps() == [20, 25, 27]
+
+
+@pytest.mark.parametrize("since,damaged,back,left", [
+    (0, (), 20, [10, 13, 20]), (20, (), 20, [10, 13, 20]), (0, (20,), 13, [10, 13]), (21, (), None, [10, 13, 20, 23])])
+def test_a_rollback_finds_the_newest_sound_one_of_a_multiple_and_deletes_what_came_after(tmp_path, since, damaged, back, left):
+    c, before = checkpoints(tmp_path, keep=9), state(mesh(8), 20)
+    for step in (10, 13, 20, 23):
+        c.save(step, state(mesh(8), step), {}, IDENTITY)
+    c.settle()
+    for step in damaged:
+        flip(largest(tmp_path / "checkpoints" / str(step) / "trainable"))
+    assert c.point(since) == (None if back is None else 20)
+    if back:
+        step, items = c.roll_back(like(before, mesh(8)), since)
+        assert step == back and bits(items) == bits(state(mesh(8), back))
+    c.close()
+    assert checkpoints(tmp_path).steps() == left
+    assert c.newest() == left[-1]
+
+
+def test_if_no_checkpoint_to_go_back_to_is_sound_the_run_ends(tmp_path):
+    saved(tmp_path, 10, 20)
+    flip(largest(tmp_path / "checkpoints" / "20" / "trainable"))
+    c = checkpoints(tmp_path)
+    with pytest.raises(ConfigError, match="no checkpoint can be restored.*step 20"):
+        c.roll_back(like(state(mesh(8)), mesh(8)), 11)
+    assert c.steps() == [10, 20]
+
+
+def test_a_wall_clock_that_jumps_saves_neither_more_nor_less(tmp_path, monkeypatch):
+    jumps, wall = itertools.cycle([86_400, 0, -86_400]), time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + next(jumps))
+    c = checkpoints(tmp_path)
+    assert not c.due(9) and c.due(10) and not c.due(11)
+    now = time.monotonic()
+    monkeypatch.setattr(c, "_clock", lambda: now + 31 * 60)
+    assert c.due(11)
+
+
 # ---------------------------------------------------------------- damage
 def flip(path):
     content = bytearray(path.read_bytes())
@@ -167,6 +214,15 @@ def test_a_damaged_step_is_set_aside_for_the_one_before(tmp_path, damage, caplog
     assert c.steps() == [10] and (tmp_path / "damaged-checkpoint-20-2").is_dir()
     c.save(20, state(mesh(8), 20), {}, IDENTITY, wait=True)
     assert c.steps() == [10, 20]
+
+
+def test_another_place_in_the_data_is_damage_too(tmp_path):
+    """What the note says is not in the checksums of the arrays."""
+    saved(tmp_path, 10, 20)
+    note = tmp_path / "checkpoints" / "20" / "note" / "metadata"
+    note.write_text(note.read_text().replace('"row": 20', '"row": 21').replace('"row":20', '"row":21'))
+    step, _, loader = checkpoints(tmp_path).restore(like(state(mesh(8)), mesh(8)))
+    assert (step, loader) == (10, {"row": 10})
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from lljax.config import default_config
-from lljax.errors import ConfigError
+from lljax.errors import ConfigError, OutOfMemory
 from lljax.models.spec import LayerSpec
 from lljax.sharding import make_mesh
 from lljax.training import fit, loop
@@ -55,3 +55,45 @@ def test_the_loop_shows_the_plan_and_refuses_before_it_reads_weights(run_config,
     with caplog.at_level(logging.INFO), pytest.raises(ConfigError, match="stage 32 full needs"):
         loop.train(run_config, tmp_path)
     assert "optimizer" in caplog.text and "NO" in caplog.text
+
+
+def full(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 34359738368 bytes.\nmore\nlines")
+
+
+def test_a_device_that_runs_out_of_memory_is_one_line_and_another_failure_is_left_as_it_is():
+    for saved, told in ((lambda: None, "no checkpoint is there yet"), (lambda: 3, "the last checkpoint is of step 3")):
+        with pytest.raises(OutOfMemory, match=f"a step: .*34359738368 bytes.*: a way out; {told}") as raised, \
+                fit.in_memory("a step", "a way out", saved):
+            full()
+        assert raised.value.exit_code == 71 and "\n" not in str(raised.value)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), fit.in_memory("a step", "rest", lambda: None):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+
+def test_advice_is_a_sentence_where_no_setting_is_left():
+    config = default_config()
+    assert fit.advice(config, (LayerSpec(),) * 4).startswith("set memory.tile=4096; memory.offload=True; memory.layers_per")
+    config.memory.tile, config.memory.offload, config.memory.layers_per_residual = 64, True, 4
+    assert fit.advice(config, (LayerSpec(),) * 4) == "spread it over more devices"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when,told", [
+    ("weights", "reading the weights: .*: spread them .*; no checkpoint is there yet"),
+    ("step", "step 5, stage 64 full: .*: set memory.tile=4096; memory.offload=True; memory.layers_per_residual=2, or .*; "
+             "the last checkpoint is of step 3, and the settings of memory and mesh may change"),
+    ("evaluation", "evaluation of 64 tokens after step 5: .*: lower memory.loss_chunk.* is of step 3")],
+    ids=["weights", "step", "evaluation"])
+def test_a_run_that_runs_out_of_memory_says_where_and_what_is_saved(run_config, one_device, tmp_path, monkeypatch, when, told):
+    compile_step = fit.compile_step
+
+    def compiled(label, *rest):
+        need, program = compile_step(label, *rest)
+        return need, full if when == "step" and label == "64 full" else program
+    monkeypatch.setattr(fit, "compile_step", compiled)
+    if when != "step":
+        monkeypatch.setattr(loop, "fill" if when == "weights" else "_evaluate", full)
+    run_config.context.schedule = ((4, 32, "shifted"), (5, 64, "full"))
+    with pytest.raises(OutOfMemory, match=told):
+        loop.train(run_config, tmp_path)

@@ -1,12 +1,15 @@
 """metrics.jsonl is what an uninterrupted run would have written, whatever happened in between."""
 
+import itertools
 import json
 import math
 import struct
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from lljax.training import monitor
 from lljax.training.monitor import Monitor, read_metrics
 
 
@@ -54,6 +57,31 @@ def test_a_line_cut_short_by_a_kill_is_dropped_on_resume(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_rollback_leaves_the_file_of_a_run_that_never_went_further(tmp_path, capfd):
+    run(tmp_path / "straight", range(1, 7))
+    (tmp_path / "back").mkdir()
+    with Monitor(tmp_path / "back", total_steps=10, step=0) as monitor:
+        for step in (1, 2, 3, 4, 5):
+            monitor.step(record(step))
+        monitor.roll_back(3)
+        monitor._said = -math.inf            # a line for the next step
+        for step in (4, 5, 6):
+            monitor.step(record(step))
+    assert (tmp_path / "back/metrics.jsonl").read_bytes() == (tmp_path / "straight/metrics.jsonl").read_bytes()
+    assert "step 4/10" in capfd.readouterr().err
+
+
+def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_what_is_left(tmp_path, monkeypatch, capfd):
+    def told(workdir):
+        clock = itertools.count(0.0, 20.0)   # each look at it is 20 seconds later
+        monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: next(clock), time=lambda: time.time()))
+        run(workdir, range(1, 11))
+        return capfd.readouterr().err
+    calm, wall, jumps = told(tmp_path / "calm"), time.time, itertools.cycle([86_400, 0, -86_400])
+    monkeypatch.setattr(time, "time", lambda: wall() + next(jumps))
+    assert told(tmp_path / "jumps") == calm and "left" in calm
+
+
 def test_numbers_keep_every_bit_of_a_float32(tmp_path):
     values = [struct.unpack("f", struct.pack("f", x))[0] for x in (1 / 3, 1e-38, 3.4e38, 16777217.0)]
     with Monitor(tmp_path, total_steps=9, step=0) as monitor:
@@ -90,11 +118,15 @@ def test_what_is_said_is_not_markup(tmp_path, capfd):
     assert "[bold]3[/bold] [/nothing]" in capfd.readouterr().err
 
 
-def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rollback(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     run(tmp_path, range(1, 9), evaluations=(4, 8))
     time.sleep(1.1)                          # an events file is named by its second
-    run(tmp_path, range(7, 11), start=6, evaluations=(8,))
+    with Monitor(tmp_path, total_steps=10, step=6) as monitor:
+        for step in (7, 8, 9, "back", 8, 9, 10):
+            monitor.roll_back(7) if step == "back" else monitor.step(record(step))
+            if step == 8:
+                monitor.evaluation(8, {"loss@512": 2.125})
     shown = {}
     for file in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data, at = file.read_bytes(), 0

@@ -141,6 +141,12 @@ def test_a_step_that_was_not_finite_is_marked_among_the_alarms(tmp_path):
     assert marks(page(tmp_path / "calm", calm)) == 0 and marks(page(tmp_path / "bad", bad)) == 1
 
 
+def test_a_rollback_is_counted_and_marked_where_the_run_went_on(tmp_path):
+    back = {"to": 4, "from": 8, "loss": 90.0, "loss_z": 70.0, "grad_norm": 3.0, "z": 1.0}
+    text = page(tmp_path, [record(s) for s in range(1, 5)] + [record(5, rollbacks=[back])] + [record(6)])
+    assert "1 rolled back" in text and "back to step 4 from step 8: loss 90" in text and text.count('<circle class="back"') == 1
+
+
 def test_a_long_run_still_gives_a_small_page(tmp_path):
     page(tmp_path, [record(40) | {"step": s, "loss": 3.0 + math.sin(s)} for s in range(1, 30_001)])
     assert (tmp_path / "report.html").stat().st_size < 500_000
