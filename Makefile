@@ -4,7 +4,7 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow smollm2 clean
+.PHONY: quickstart test test-slow test-faults smollm2 clean
 
 .venv/run: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -20,7 +20,8 @@ quickstart: .venv/run
 	$(BIN)/python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
 	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 	test -d runs/quickstart/export/peft || $(BIN)/python scripts/export.py --workdir=runs/quickstart --format=peft
-	$(BIN)/python scripts/evaluate.py --workdir=runs/quickstart --lengths=512,1024,2048,4096 --documents=8
+	$(BIN)/python scripts/evaluate.py --workdir=runs/quickstart --tasks=perplexity,needle \
+		--lengths=512,1024,2048,4096 --documents=8
 	@echo "Report: runs/quickstart/report.html"
 
 test: .venv/test
@@ -37,6 +38,10 @@ models/smollm2.gguf: | .venv/run
 
 test-slow: .venv/test models/smollm2.gguf
 	$(BIN)/python -m pytest -m slow
+
+# Breaks runs and files on purpose; the table it ends with is also in runs/faults.md.
+test-faults: .venv/test
+	$(BIN)/python -m pytest -m faults tests/faults
 
 clean:
 	rm -rf .venv models runs/quickstart
