@@ -82,6 +82,9 @@ def default_config() -> ConfigDict:
     c.training.eval_every = 0                # steps; 0: at the end of the run only
     c.training.eval_rows = 16                # held-out rows an evaluation reads, and examples of each of eval_tasks
     c.training.eval_tasks = ()               # asked then as well: ((name as in evaluate.py's --tasks, tokens), ...)
+    c.training.eval_files = ConfigDict({     # which some of them are read from: paths, as evaluate.py's flags of these names
+        "haystack": "", "squad": "", "hotpotqa": "", "longbench": "", "longbench_config": "", "longbench2": "",
+        "zeroscrolls": ""})
     c.training.report_every = 0              # steps; 0: report.html at the end of the run only
 
     c.memory = ConfigDict()
@@ -189,6 +192,11 @@ def validate(c: ConfigDict) -> None:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int)):
             raise ConfigError(f"training.eval_tasks: {pair!r} is no pair of a task and a number of tokens, such as "
                               "('passkey/tokens', 4096)")
+    if not c.training.eval_tasks:
+        for field, path in c.training.eval_files.items():
+            if path:
+                raise ConfigError(f"training.eval_files.{field}={path!r} and training.eval_tasks=(): nothing reads it; name a "
+                                  "task that does, or no file")
     if c.training.eval_tasks and c.mesh.sequence != 1:
         raise ConfigError(f"training.eval_tasks and mesh.sequence={c.mesh.sequence}: answers are written a token at a time, "
                           "which does not spread over tokens; use mesh.sequence=1, or scripts/evaluate.py afterwards")

@@ -38,6 +38,7 @@ def test_every_shipped_config_is_legal(path):
     ({"training.eval_tasks": (("needle", 64),)}, "training.eval_tasks=.*nothing to evaluate"),
     ({"training.eval_tasks": ("needle", 64), "data.valid": ("v.jsonl",)}, "'needle' is no pair of a task and a number"),
     ({"training.eval_tasks": (("needle", 64),), "data.valid": ("v.jsonl",), "mesh.sequence": 2}, "use mesh.sequence=1"),
+    ({"training.eval_files.squad": "dev.json"}, "training.eval_files.squad='dev.json' and training.eval_tasks=()"),
     ({"optimizer.schedule": "cos"}, "none of linear, cosine, constant"),
     ({"optimizer.name": "sgd"}, "none of adamw, adafactor"),
     ({"optimizer.name": "lion", "optimizer.eps": 1e-6}, "optimizer.eps=1e-06 and.*'lion', which does not read it"),

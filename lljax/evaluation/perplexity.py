@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def read(protocol: str, store: TokenStore, length: int, longest: int, limit: int
     return found
 
 
-def measure(protocol: str, model: nnx.Module, texts: np.ndarray, length: int, *, dtype=jnp.float32) -> float:
+def measure(protocol: str, model: nnx.Module, texts: Iterable[np.ndarray], length: int, *, dtype=jnp.float32) -> float:
     """The perplexity of what `read` gave for `length`. Attention is full."""
     if protocol == "perplexity":
         return perplexity(model, texts, length, dtype=dtype)
@@ -68,7 +69,7 @@ def _cut(stream, starts: range, length: int, limit: int) -> np.ndarray:
     return np.array([stream[starts[i]:starts[i] + length] for i in chosen], np.int32).reshape(-1, length)
 
 
-def perplexity(model: nnx.Module, texts: np.ndarray, length: int, *, dtype=jnp.float32, chunk: int = 1024) -> float:
+def perplexity(model: nnx.Module, texts: Iterable[np.ndarray], length: int, *, dtype=jnp.float32, chunk: int = 1024) -> float:
     """Perplexity of `texts` [documents, longest + 1] read in consecutive windows of `length` tokens.
 
     Every length predicts the same tokens, from at most `length` of context: what changes with the length is what the
@@ -84,15 +85,16 @@ def perplexity(model: nnx.Module, texts: np.ndarray, length: int, *, dtype=jnp.f
     return math.exp(total / count) if count else math.nan
 
 
-def window_perplexity(model: nnx.Module, texts: np.ndarray, counted: int, *, dtype=jnp.float32, chunk: int = 1024) -> float:
-    """Perplexity of the last `counted` tokens of each of `texts` [n, length], each given those before it."""
+def window_perplexity(model: nnx.Module, texts: Iterable[np.ndarray], counted: int, *, dtype=jnp.float32,
+                      chunk: int = 1024) -> float:
+    """Perplexity of the last `counted` tokens of each of `texts` [length], each given those before it."""
     graphdef, state = nnx.split(model)
-    total, length = 0.0, texts.shape[1]
+    losses = []
     for text in texts:
         targets = np.append(text[1:], np.int32(IGNORED))
-        targets[:length - 1 - counted] = IGNORED
-        total += float(_loss(graphdef, state, text[None], targets[None], dtype, chunk))
-    return math.exp(total / (len(texts) * counted))
+        targets[:len(text) - 1 - counted] = IGNORED
+        losses.append(float(_loss(graphdef, state, text[None], targets[None], dtype, chunk)))
+    return math.exp(sum(losses) / (len(losses) * counted))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

@@ -2,13 +2,14 @@ import json
 
 import pytest
 
-from lljax.build import load_base
+from lljax.build import load_base, move
 from lljax.errors import ConfigError, Stopped
 from lljax.evaluation import answer as module
 from lljax.evaluation.during import examiner
 from lljax.generation.generate import Completion
 from lljax.interop.base import open_base
 from lljax.models import spec
+from lljax.sharding import Layout, make_mesh
 from lljax.training import loop
 
 TASKS = (("passkey/tokens", 512), ("passkey/tokens", 600))
@@ -48,10 +49,27 @@ def test_a_run_that_was_stopped_among_its_examples_goes_on_from_there(run_config
 def test_mistakes_come_before_the_run(run_config, base, tokenizer, tmp_path):
     for tasks, message in (((("pass", 512),), "training.eval_tasks: there is no task 'pass'"),
                            ((("passkey/tokens", 16),), "training.eval_tasks: passkey/tokens: .* of 16 tokens"),
-                           ((("longbench2", 512),), "name it with --longbench2")):
+                           ((("longbench2", 512),), "name it with --longbench2 .*training.eval_files"),
+                           ((("perplexity", 64),), "'perplexity' is what a run reports anyway")):
         run_config.training.eval_tasks = tasks
         with pytest.raises(ConfigError, match=message):
             examiner(run_config, base, tokenizer, tmp_path)
+
+
+def test_benchmark_files_and_the_protocols_of_perplexity_are_asked_for_within_a_run(run_config, base, tmp_path, monkeypatch):
+    row = {"_id": "1", "domain": "d", "sub_domain": "s", "difficulty": "easy", "length": "short", "question": "first",
+           **{f"choice_{letter}": "second" for letter in "ABCD"}, "answer": "B", "context": "return " * 9}
+    (tmp_path / "v2.json").write_text(json.dumps([row]))
+    monkeypatch.setattr(module, "generate", lambda model, prompts, **_: [Completion([5], None, False)] * len(prompts))
+    run_config.training.eval_tasks = (("longbench2", 900), ("perplexity/longlora", 32), ("perplexity/new_tokens", 300))
+    run_config.training.eval_files.longbench2, run_config.training.eval_rows = str(tmp_path / "v2.json"), 2
+    run_config.data.valid_fraction = 0.5
+    examine, looks = examiner(run_config, base, base.tokenizer(), tmp_path), []
+    whole, meshed = (load_base(base, spec.from_hf(base.config), "float32") for _ in range(2))
+    found = examine(whole, 3, None, lambda: looks.append(1))
+    assert list(found) == ["perplexity/longlora@32", "perplexity/new_tokens@300", "longbench2@900"] and len(looks) == 5
+    move(meshed, mesh := make_mesh(fsdp=2, data=2, tensor=2))
+    assert examine(meshed, 4, Layout(mesh), lambda: None) == pytest.approx(found)
 
 
 @pytest.mark.slow
