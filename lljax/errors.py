@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 
 
@@ -59,7 +60,8 @@ class Stopped(LljaxError):
 
 
 # How Python, Rust and numpy say that a disk is full, or a quota or a limit of the size of files reached.
-FULL = (*(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), " requested and ")
+FULL = re.compile("|".join([*(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+                            r"\d+ requested and \d+ written"]))
 
 
 @contextlib.contextmanager
@@ -72,7 +74,7 @@ def exit_cleanly():
         sys.exit(error.exit_code)
     except Exception as error:
         text = next(iter(str(error).splitlines()), "")
-        if not any(full in text for full in FULL):
+        if not FULL.search(text):
             raise
         print(f"DiskError: {text}: make room and give the same command again", file=sys.stderr)
         sys.exit(LljaxError.exit_code)

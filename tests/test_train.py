@@ -20,7 +20,7 @@ from lljax.errors import ConfigError, NumericAbort, Stopped
 from lljax.interop.base import open_base
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.models import lora
-from lljax.restore import restore_run
+from lljax.restore import read_config, restore_run
 from lljax.training import loop
 from lljax.training.monitor import read_metrics
 
@@ -137,6 +137,7 @@ def test_another_run_is_not_resumed(run_config, tmp_path):
         changed.update_from_flattened_dict({field: value})
         with pytest.raises(ConfigError, match="another " + field.removesuffix(".valid_fraction")):
             loop.train(changed, tmp_path)
+    assert read_config(tmp_path).lora.rank == run_config.lora.rank       # what export goes by is still that of the weights
 
 
 def test_a_nan_is_never_applied_and_stops_the_run_in_the_end(run_config, tmp_path):

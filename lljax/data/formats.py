@@ -44,7 +44,8 @@ def read(paths) -> Iterator[Document | BadRow]:
     """Every row of JSONL files (also .gz) and of folders of them, in sorted order, without loading a file whole.
 
     Raises:
-      DataError: a path is missing, or a folder holds no JSONL, or a .gz file is cut off.
+      DataError: a path is missing, a folder holds no JSONL, a file cannot be read to its end, or a .gz file is damaged: its
+        checksum shows that at its end, when rows that are not as they were have been taken for sound.
     """
     for file in files(paths):
         for number, line in _lines(file):
@@ -89,7 +90,8 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes | BadRow]]:
     except EOFError:
         raise DataError(f"{file}: the file is cut off after line {number}; fetch or write it again") from None
     except (zlib.error, OSError) as error:
-        yield number + 1, BadRow(str(file), number + 1, f"the file cannot be read further ({error})")
+        raise DataError(f"{file}: the file is damaged, or cannot be read after line {number} ({error}); fetch or write it "
+                        "again") from None
 
 
 def parse(line: bytes, where: str) -> Document:
@@ -135,7 +137,8 @@ def _messages(messages) -> tuple[dict, ...]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {i} has no role")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             role = f" ({message['role']})" if NAME.fullmatch(message["role"]) else ""
             raise ValueError(f"message {i}{role} has no text as its content")
     return tuple(messages)

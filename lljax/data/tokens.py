@@ -21,12 +21,18 @@ SHARES = (0.5, 0.9, 0.99)
 
 class TokenStore:
     """Tokenised documents: `tokens(i)` uint32 and `mask(i)` bool of document i, `lengths` int64 of all; `stream` uint32, the
-    tokens of all, end to end."""
+    tokens of all, end to end.
+
+    Raises:
+      DataError: the files are not as long as they were written.
+    """
 
     def __init__(self, folder: Path):
         self._offsets = np.load(folder / "offsets.npy")
         self.stream = _map(folder / "tokens.bin", np.uint32)
         self._mask = _map(folder / "mask.bin", np.bool_)
+        if not len(self.stream) == len(self._mask) == self._offsets[-1]:
+            raise DataError(f"{folder}: the documents kept there are cut short: delete the folder, and they are read again")
         self.lengths = np.diff(self._offsets)
 
     def __len__(self) -> int:
@@ -72,7 +78,7 @@ def prepare(data, tokenizer, vocabulary: int, cache: Path, *, tokenizer_fingerpr
     `progress(iterator, title)` may wrap the iteration over rows.
 
     Raises:
-      DataError: no usable row, too many bad ones (data.max_bad_fraction), a missing file.
+      DataError: no usable row, too many bad ones (data.max_bad_fraction), a file that is missing or cannot be read.
       ModelError: the tokenizer knows tokens that the model does not.
     """
     tokenizer = with_template(tokenizer)
@@ -82,8 +88,11 @@ def prepare(data, tokenizer, vocabulary: int, cache: Path, *, tokenizer_fingerpr
     digest = hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode())
     for part, paths in sources.items():
         for file in formats.files(paths):
-            with open(file, "rb") as opened:
-                digest.update(part.encode() + hashlib.file_digest(opened, "sha256").digest())
+            try:
+                with open(file, "rb") as opened:
+                    digest.update(part.encode() + hashlib.file_digest(opened, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"{file}: it cannot be read ({error.strerror.lower()})") from None
     fingerprint = digest.hexdigest()
     folder = cache / fingerprint[:16]
     if not (folder / "counts.json").exists():

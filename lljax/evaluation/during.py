@@ -50,7 +50,8 @@ def examiner(config, base, tokenizer, workdir: Path) -> Callable:
                 look()
                 yield item
         key = model_key(f"step {step}", base, model, config.model.to_json_best_effort(), config.lora.to_json_best_effort())
-        found = {f"{name}@{length}": perplexity.measure(name, model, looking(windows, name), length, dtype=dtype)
+        found = {f"{name}@{length}": perplexity.measure(name, model, looking(windows, name), length, dtype=dtype,
+                                                      layout=layout)
                  for (name, length), windows in texts.items()}
         with Predictions(workdir / "eval_predictions.jsonl") as made:
             return found | {f"{score.task}@{score.length}": score.score for tasks, length in pairs

@@ -14,7 +14,10 @@ from lljax.data.tokens import TokenStore
 from lljax.errors import DataError
 from lljax.evaluation.protocols import STRIDE
 from lljax.evaluation.task import TooShort
+from lljax.sharding import Layout, row_parts
 from lljax.training.loss import cross_entropy
+
+CHUNK = 1024                                 # tokens whose logits exist at one time
 
 
 def read(protocol: str, store: TokenStore, length: int, longest: int, limit: int) -> np.ndarray:
@@ -37,11 +40,11 @@ def read(protocol: str, store: TokenStore, length: int, longest: int, limit: int
     return found
 
 
-def measure(protocol: str, model: nnx.Module, texts: Iterable[np.ndarray], length: int, *, dtype=jnp.float32) -> float:
-    """The perplexity of what `read` gave for `length`. Attention is full."""
+def measure(protocol: str, model: nnx.Module, texts: Iterable[np.ndarray], length: int, **how) -> float:
+    """The perplexity of what `read` gave for `length`. Attention is full. how: dtype, layout (None for one device)."""
     if protocol == "perplexity":
-        return perplexity(model, texts, length, dtype=dtype)
-    return window_perplexity(model, texts, length - 1 if protocol == "perplexity/longlora" else STRIDE, dtype=dtype)
+        return perplexity(model, texts, length, **how)
+    return window_perplexity(model, texts, length - 1 if protocol == "perplexity/longlora" else STRIDE, **how)
 
 
 def windows(store: TokenStore, longest: int, limit: int) -> np.ndarray:
@@ -69,7 +72,8 @@ def _cut(stream, starts: range, length: int, limit: int) -> np.ndarray:
     return np.array([stream[starts[i]:starts[i] + length] for i in chosen], np.int32).reshape(-1, length)
 
 
-def perplexity(model: nnx.Module, texts: Iterable[np.ndarray], length: int, *, dtype=jnp.float32, chunk: int = 1024) -> float:
+def perplexity(model: nnx.Module, texts: Iterable[np.ndarray], length: int, *, dtype=jnp.float32,
+               layout: Layout | None = None) -> float:
     """Perplexity of `texts` [documents, longest + 1] read in consecutive windows of `length` tokens.
 
     Every length predicts the same tokens, from at most `length` of context: what changes with the length is what the
@@ -80,27 +84,33 @@ def perplexity(model: nnx.Module, texts: Iterable[np.ndarray], length: int, *, d
     for text in texts:
         usable = (len(text) - 1) // length * length
         inputs, targets = (x.reshape(-1, length) for x in (text[:usable], text[1:usable + 1]))
-        total += float(_loss(graphdef, state, inputs, targets, dtype, chunk))
+        total += _summed(graphdef, state, inputs, targets, dtype, layout)
         count += targets.size
     return math.exp(total / count) if count else math.nan
 
 
 def window_perplexity(model: nnx.Module, texts: Iterable[np.ndarray], counted: int, *, dtype=jnp.float32,
-                      chunk: int = 1024) -> float:
+                      layout: Layout | None = None) -> float:
     """Perplexity of the last `counted` tokens of each of `texts` [length], each given those before it."""
     graphdef, state = nnx.split(model)
     losses = []
     for text in texts:
         targets = np.append(text[1:], np.int32(IGNORED))
         targets[:len(text) - 1 - counted] = IGNORED
-        losses.append(float(_loss(graphdef, state, text[None], targets[None], dtype, chunk)))
+        losses.append(_summed(graphdef, state, text[None], targets[None], dtype, layout))
     return math.exp(sum(losses) / (len(losses) * counted))
 
 
+def _summed(graphdef, state, inputs, targets, dtype, layout) -> float:
+    more = -len(inputs) % row_parts(layout.mesh) if layout else 0        # rows that make up the number that the mesh divides
+    inputs, targets = (np.pad(x, ((0, more), (0, 0)), constant_values=fill) for x, fill in ((inputs, 0), (targets, IGNORED)))
+    return float(_loss(graphdef, state, inputs, targets, dtype, layout))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _loss(graphdef, state, inputs, targets, dtype, chunk):
+def _loss(graphdef, state, inputs, targets, dtype, layout):
     model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
-    hidden = model(inputs, positions=positions, dtype=dtype)
-    return cross_entropy(hidden, model.head, targets, chunk=chunk, softcap=model.spec.logit_softcap,
+    hidden = model(inputs, positions=positions, dtype=dtype, layout=layout)
+    return cross_entropy(hidden, model.head, targets, chunk=CHUNK, softcap=model.spec.logit_softcap,
                          update=model.head_update(hidden))

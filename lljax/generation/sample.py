@@ -10,8 +10,9 @@ from lljax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token. Of the others are kept: the `top_k` likeliest (0: all); the smallest set with
-    probability `top_p`; those at least `min_p` times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
+    """temperature 0 takes the likeliest token. Of the others are kept: the `top_k` likeliest (0: all); of these the smallest
+    set with probability `top_p` among them; those at least `min_p` times as likely as the likeliest (Nguyen et al. 2024,
+    arXiv 2407.01082).
     repetition: logits of tokens that were read or written are divided by it where positive, multiplied where negative
     (Keskar et al. 2019, arXiv 1909.05858, section 4.1).
 
@@ -47,10 +48,10 @@ def choose(logits: jax.Array, keys: jax.Array, seen: jax.Array | None, sampling:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / sampling.temperature
+    if sampling.top_k:
+        ranked = jnp.where(jnp.arange(logits.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked, axis=-1)
     kept = jnp.cumsum(probability, axis=-1) - probability < sampling.top_p
     kept &= probability >= sampling.min_p * probability[:, :1]
-    if sampling.top_k:
-        kept &= jnp.arange(logits.shape[-1]) < sampling.top_k
     at = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, ranked, -jnp.inf))
     return jnp.take_along_axis(order, at[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -5,6 +5,7 @@ Key names: the `gguf` package's constants. Tensor names and the q/k permutation:
 
 import contextlib
 import hashlib
+import itertools
 import re
 from pathlib import Path
 
@@ -27,13 +28,42 @@ GEMMA = {"post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_fee
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
+MOST_VALUES = 1 << 22                        # in an array of the metadata: of a larger vocabulary nobody has heard
+
+
+class Reader(gguf.GGUFReader):
+    """The package's own, but within bounds: it takes what lies beyond the end of the file for nothing, goes through an array
+    of any length that a damaged file names, and lets tensors overlap.
+
+    Raises:
+      ValueError: beyond a bound.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        spans = sorted((tensor.data_offset, tensor.data_offset + tensor.n_bytes, tensor.name) for tensor in self.tensors)
+        for (_, stop, name), (start, _, other) in itertools.pairwise(spans):
+            if start < stop:
+                raise ValueError(f"tensors {name!r} and {other!r} overlap")
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("it is cut short, or names a length beyond its end")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        if raw_type == gguf.GGUFValueType.ARRAY and (n := int(self._get(orig_offs + 4, np.uint64)[0])) > MOST_VALUES:
+            raise ValueError(f"an array of {n} values in its metadata")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
 class GgufBase:
     """The interface of lljax.interop.base.FolderBase over one GGUF file."""
 
     def __init__(self, path: str, file: Path):
         self.path, self.prefix, self.file, self.generation_config = path, "", file, None
         with self._reading("not a GGUF file that can be read"):
-            self._reader = gguf.GGUFReader(file)
+            self._reader = Reader(file)
             names = LAYER | (GEMMA if self._architecture == "gemma3" else {})
             self._tensors = {_hf_name(t.name, names): t for t in self._reader.tensors if t.name != "rope_freqs.weight"}
             self.config = self._config()

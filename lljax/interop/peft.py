@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -109,6 +110,8 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
         for name in names:
             if name not in file.entries:
                 raise ModelError(f"{path}: tensor {name!r} is missing")
+            if not jnp.issubdtype(file.entries[name][0], jnp.floating):
+                raise ModelError(f"{path}: tensor {name!r} is {file.entries[name][0]}, and factors are floating-point numbers")
             if file.entries[name][1] != hf_shape(variable):
                 raise ModelError(f"{path}: tensor {name!r} has shape {file.entries[name][1]}, and the model has "
                                  f"{hf_shape(variable)}: set lora.rank, lora.rank_pattern and lora.targets as in the adapter")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lljax.attention import Mask
+from lljax.attention.mask import NEVER
 from lljax.models.spec import DecoderSpec, repeats
 
 
@@ -47,14 +48,13 @@ def empty_cache(spec: DecoderSpec, B: int, S: int, dtype=jnp.float32) -> Cache:
 def extend(cache: Cache, positions: jax.Array, segments: jax.Array | None) -> tuple[Cache, Mask]:
     """The cache with tokens at `positions` [B, T] counted in, and the mask of those tokens over it."""
     T = positions.shape[1]
-    index = jnp.broadcast_to(jnp.arange(cache.segments.shape[1], dtype=jnp.int32), cache.segments.shape)
     segments = jnp.ones_like(positions) if segments is None else segments
     k_segments, k_positions = (_put(old, new, cache.used) for old, new in
                                ((cache.segments, segments), (cache.positions, positions)))
-    q_index = jax.lax.dynamic_slice_in_dim(index, cache.used, T, axis=1)
-    # Slots beyond the new tokens hold no key yet; causality alone hides them.
+    # Windows count tokens, not slots: between a shared beginning and what a row has of its own there may be padding.
+    k_index = jnp.where(jnp.arange(k_positions.shape[1]) < cache.used + T, k_positions, NEVER)
     return (dataclasses.replace(cache, segments=k_segments, positions=k_positions, used=cache.used + T),
-            Mask(q_index, index, segments, k_segments))
+            Mask(positions, k_index, segments, k_segments))
 
 
 def kept(new: jax.Array, held):

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from lljax.distributed import any_of, first, from_all
 from lljax.errors import ConfigError, LljaxError
 
-GATHERED = 1 << 28                           # bytes of an array that every device may hold for its checksum; else by layers
+GATHERED = 1 << 28                           # bytes of an array that every device may hold for its checksum; else in slices
 
 
 class Checkpoints:
@@ -86,12 +86,19 @@ class Checkpoints:
         return max((int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()), default=None)
 
     def identity(self) -> dict | None:
-        """The identity that the newest readable checkpoint was saved with; None where there is none."""
+        """The identity that the newest readable checkpoint was saved with; None where there is no checkpoint.
+
+        Raises:
+          ConfigError: none of them can be read. A run that began anew beside them would delete them.
+        """
         for step in reversed(self.steps()):
             try:
                 return self._note(step)["identity"]
             except Exception as error:
                 logging.warning("%s: its note cannot be read (%s)", self.folder / str(step), _first_line(error))
+        if self.steps():
+            raise ConfigError(f"{self.folder}: no checkpoint can be read (steps {self.steps()}): repair the folder, or give a "
+                              "new --workdir")
         return None
 
     def restore(self, like: dict, step: int | None = None):
@@ -217,11 +224,15 @@ def describe(item) -> dict[str, list]:
     """[shape, dtype, crc32] of every leaf by its path. The crc is of the whole array, however it is sharded."""
     def one(x):
         crc = 0
-        for part in [x] if x.nbytes <= GATHERED else (x[i] for i in range(len(x))):
+        for part in [x] if x.nbytes <= GATHERED else _slices(x, max(1, len(x) * GATHERED // x.nbytes)):
             whole = np.asarray(part) if _at_hand(part) else multihost_utils.process_allgather(part, tiled=True)
             crc = zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8), crc)
         return [list(x.shape), str(x.dtype), crc]
     return {jax.tree_util.keystr(path): one(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(item)}
+
+
+def _slices(x: jax.Array, rows: int):
+    return (jax.lax.dynamic_slice_in_dim(x, start, min(rows, len(x) - start)) for start in range(0, len(x), rows))
 
 
 def _checksum(note: dict) -> int:

@@ -66,7 +66,10 @@ def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: ra
         raise ConfigError(f"--profile_steps={profile_steps.start}:{profile_steps.stop}: the run ends after step "
                           f"{total_steps(config)}")
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir}: it cannot be made ({error.strerror.lower()}): name another folder") from None
     with locked(workdir), StopRequest() as stop:
         return _train(config, workdir, model, profile_steps, examiner, stop)
 
@@ -85,13 +88,9 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     if documents.bad:
         logging.warning("%d rows could not be used: %s lists them", documents.bad, workdir / "bad_rows.jsonl")
     curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
-    _write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
-    wait()
-    if not all(from_all((workdir / "config.json").is_file())):
+    if not all(from_all((workdir / "lock").is_file())):
         raise ConfigError(f"--workdir={workdir}: not every process sees what the first one writes there: name a folder on a "
                           "file system that they share")
-    _write_json(workdir / "data_statistics.json",
-                {"train": documents.train.statistics(), "valid": documents.valid.statistics()})
 
     # ---------------------------------------------------------------- model and optimizer, in outline
     at_hand = model is not None
@@ -114,7 +113,6 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     arithmetic = [flops.of_step(model, config, stage, parts=mesh.shape["sequence"]).model for stage in curriculum]
     logging.info("%s: %s parameters, %s trainable, on %d x %s", config.model.path, f"{counts['parameters']:,}",
                  f"{counts['trainable']:,}", mesh.devices.size, kind)
-    _write_json(workdir / "run.json", counts | {"devices": mesh.devices.size, "device": kind})
 
     # ---------------------------------------------------------------- resume
     identity = {"base": base.fingerprint(), "tokenizer": tokenizer_id, "data": documents.fingerprint,
@@ -127,10 +125,15 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     step, loader_state, state, rollbacks = 0, None, None, []
     if begun := checkpoints.identity():
         check_identity(begun, identity)
-        if restored := checkpoints.restore(jax.tree.map(abstract, to_items(parts.state))):
-            step, items, loader_state = restored
-            state, rollbacks = from_items(items), loader_state["rollbacks"]
-            logging.info("resumed at step %d", step)
+        with fit.in_memory("restoring the checkpoint", "spread it over more devices", checkpoints.newest):
+            step, items, loader_state = checkpoints.restore(jax.tree.map(abstract, to_items(parts.state)))
+        state, rollbacks = from_items(items), loader_state["rollbacks"]
+        logging.info("resumed at step %d", step)
+    # Not before it is known that this is the same run: export and evaluation go by these.
+    for name, content in (("config", json.loads(config.to_json_best_effort())),
+                          ("run", counts | {"devices": mesh.devices.size, "device": kind}),
+                          ("data_statistics", {"train": documents.train.statistics(), "valid": documents.valid.statistics()})):
+        _write_json(workdir / f"{name}.json", content)
 
     # ---------------------------------------------------------------- plan, and then weights
     programs = _compile(parts, config, mesh, spec.layers, [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts)
@@ -161,11 +164,13 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     def roll_back(since, metrics):           # the batches that were read stay read
         nonlocal step, state, rollbacks
         like, state = jax.tree.map(abstract, to_items(state)), None
-        back, items = checkpoints.roll_back(like, since)
+        with fit.in_memory(f"going back from step {step}", "spread it over more devices", last_checkpoint):
+            back, items = checkpoints.roll_back(like, since)
         rollbacks = [*rollbacks, {"to": back, "from": step} | {name: metrics[name] for name in SPIKE}]
         monitor.roll_back(back)
         monitor.say(f"step {step}: back to step {back}, and on with the batches after this one's")
         step, state = back, from_items(items)
+        watchdog.alive(step)
 
     def evaluation(length):
         layout, _ = layout_of(mesh, config.mesh.context_parallel, FULL, length, spec, **_facts(config, mesh))
@@ -237,8 +242,9 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
                     if often or _stops(metrics, config.alarm):
                         save(wait=True)
                         checkpoints.close()
-                        raise NumericAbort(f"step {step}: {trouble}; the state is saved in {checkpoints.folder}: lower "
-                                           "optimizer.learning_rate or look at the data of these steps")
+                        raise NumericAbort(f"step {step}: {trouble}; the state is saved in {checkpoints.folder}: the same "
+                                           "command goes on after it; a lower optimizer.learning_rate or other data take a "
+                                           "new --workdir")
                 leave_if_asked()
                 if checkpoints.due(step):
                     save()
@@ -347,4 +353,6 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def _write_json(path: Path, content: dict) -> None:
     if first():
-        path.write_text(json.dumps(content, indent=2))
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(content, indent=2))
+        unfinished.replace(path)

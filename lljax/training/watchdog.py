@@ -51,6 +51,6 @@ class Watchdog:
         faulthandler.dump_traceback(STDERR)
         line = (f"{Stalled.__name__}: nothing was finished for {self._seconds / 60:g} minutes (alarm.stall_minutes) after step "
                 f"{self._step}, the lines above show where it hangs; the same command goes on after step "
-                f"{self._last_checkpoint() or 0}, the last that is saved\n")
+                f"{self._last_checkpoint() or 0}, the last that is saved; raise alarm.stall_minutes if it was merely slow\n")
         os.write(STDERR, line.encode())
         os._exit(Stalled.exit_code)

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
@@ -91,6 +92,16 @@ def test_an_interrupted_build_is_not_taken_for_a_finished_one(tmp_path, run):
     (folder / "counts.json").unlink()
     folder.rename(folder.with_name(folder.name + ".tmp"))
     assert len(run(file).train) == 5
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin"])
+def test_tokens_that_are_cut_short_are_refused(tmp_path, run, name):
+    file = write(tmp_path / "a.jsonl", texts(5))
+    run(file)
+    (kept,) = (tmp_path / "run" / "data").glob(f"*/train/{name}")
+    os.truncate(kept, kept.stat().st_size - 4)
+    with pytest.raises(DataError, match="cut short: delete the folder"):
+        run(file)
 
 
 def test_a_document_is_held_out_whatever_stands_beside_it(tmp_path, run, tokenizer):

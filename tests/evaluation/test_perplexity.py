@@ -39,7 +39,7 @@ def test_every_length_predicts_the_same_tokens(model, losses_of):
         pieces = [text[start:start + length + 1] for text in texts for start in range(0, 32, length)]
         losses = [loss for piece in pieces for loss in losses_of(piece)]
         assert len(losses) == 64
-        np.testing.assert_allclose(perplexity(model, texts, length, chunk=7), np.exp(np.mean(losses)), rtol=1e-4)
+        np.testing.assert_allclose(perplexity(model, texts, length), np.exp(np.mean(losses)), rtol=1e-4)
 
 
 def test_longloras_protocol_is_that_of_its_eval_py(model, losses_of):

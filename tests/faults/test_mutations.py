@@ -145,6 +145,7 @@ def gguf_header(folder, tokenizer):
     writer.add_tokenizer_pre("llama-bpe")
     writer.add_token_list(words)
     writer.add_token_merges(["a b"])
+    writer.add_token_types([1] * len(words))
     writer.add_bos_token_id(len(words) - 2)
     writer.add_eos_token_id(len(words) - 1)
     shapes = {"token_embd": (len(words), D), "output_norm": (D,), "blk.0.attn_norm": (D,), "blk.0.ffn_norm": (D,),

@@ -65,7 +65,8 @@ def inject(run_config, monkeypatch):
 
 def leaves(state) -> list[bytes]:
     """What a step that is skipped must leave as it is: all but how many there were."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves((state.trainable, state.optimizer, state.key, state.norms))]
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves((state.trainable, state.optimizer, state.key, state.losses,
+                                                                state.norms))]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -77,6 +77,13 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch):
     assert written(build(), [begin[:33]] * 2, tokens=4) == written(build(), [begin[:33]], tokens=4) * 2
 
 
+@pytest.mark.parametrize("model", [local, lambda: build(model_type="mistral", sliding_window=24)], ids=["chunked", "window"])
+def test_a_window_counts_tokens_and_not_the_padding_behind_a_shared_beginning(model):
+    begin = RNG.integers(0, 61, 32)
+    prompts = [np.concatenate([begin, rest]) for rest in PROMPTS]
+    assert written(model(), prompts, tokens=6, rows=4) == written(model(), prompts, tokens=6, rows=1)
+
+
 def test_a_cache_in_eight_bits_is_close():
     exact, rounded = (np.stack(list(stream(build(), PROMPTS, tokens=8, cache_dtype=dtype))) for dtype in (None, jnp.int8))
     assert (exact == rounded).mean() > 0.7

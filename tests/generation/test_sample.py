@@ -20,7 +20,7 @@ def drawn(seen=None, **settings):
 @pytest.mark.parametrize("settings,kept", [
     ({}, [{0, 1, 2, 3}, {0, 1, 2, 3}]), ({"temperature": 0.0}, [{1}, {0}]), ({"top_k": 2}, [{1, 3}, {0, 1}]),
     ({"top_p": 0.6}, [{1, 3}, {0, 1}]), ({"top_p": 1e-6}, [{1}, {0}]), ({"min_p": 0.35}, [{1, 3}, {0, 1, 2}]),
-    ({"top_k": 3, "min_p": 0.7}, [{1}, {0, 1}])])
+    ({"top_k": 3, "min_p": 0.7}, [{1}, {0, 1}]), ({"top_k": 2, "top_p": 0.55}, [{1}, {0}])])
 def test_what_is_kept(settings, kept):
     assert drawn(**settings) == kept
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from lljax.errors import ModelError
+from lljax.interop import gguf as gguf_base
 from lljax.interop import gguf_tokenizer
 from lljax.interop.base import open_base
 from lljax.interop.export import export_merged, export_peft, export_split
@@ -284,6 +285,30 @@ def test_damaged_files_are_one_line_or_sound(tmp_path):
                 base.read(name)
         except ModelError as error:
             assert "\n" not in str(error)
+
+
+def test_an_array_of_a_wrong_length_is_not_read_on_and_on(tmp_path):
+    """Of numbers: what lies behind the end of the file counts as nothing to the package, and takes no room in it."""
+    write(tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    length = whole.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
+    for n in (2 ** 62, gguf_base.MOST_VALUES - 1):
+        (tmp_path / "d.gguf").write_bytes(whole[:length] + n.to_bytes(8, "little") + whole[length + 8:])
+        with pytest.raises(ModelError, match=f"an array of {n}|beyond its end"):
+            open_base(str(tmp_path / "d.gguf"))
+
+
+def test_tensors_that_overlap_are_refused(tmp_path):
+    write(tmp_path / "m.gguf", tied=False)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    whole = bytearray((tmp_path / "m.gguf").read_bytes())
+    into, of = (tensors[name].field.parts[-1] for name in ("output.weight", "token_embd.weight"))
+    at = tensors["output.weight"].field.offset + sum(part.nbytes for part in tensors["output.weight"].field.parts[:-1])
+    assert whole[at:at + 8] == into.tobytes()
+    whole[at:at + 8] = of.tobytes()
+    (tmp_path / "m.gguf").write_bytes(whole)
+    with pytest.raises(ModelError, match="'(output|token_embd).weight' and '(output|token_embd).weight' overlap"):
+        open_base(str(tmp_path / "m.gguf"))
 
 
 # ---------------------------------------------------------------- a real file

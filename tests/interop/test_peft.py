@@ -238,6 +238,15 @@ def test_a_missing_factor_is_named(adapter):
         load_adapter(model, folder)
 
 
+def test_factors_that_are_no_floating_point_numbers_are_refused(adapter):
+    base, folder = adapter
+    stored = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    save_file(stored | {name: np.ones(stored[name].shape, np.int64)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="q_proj.lora_B.weight' is int64"):
+        load_adapter(attached(base, read_adapter_config(folder)), folder)
+
+
 def test_what_the_adapter_does_not_hold_starts_from_the_base(hf_folder, trained, tmp_path):
     base, model = trained(hf_folder(), "keep", also_train=())
     write_adapter(model, tmp_path, base_name=base.path)

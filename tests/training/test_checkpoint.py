@@ -85,7 +85,7 @@ def test_a_part_of_the_items_restores_alone(tmp_path):
     assert bits(checkpoints(tmp_path).restore(jax.tree.map(abstract, before))[1]) == bits(before)
 
 
-def test_an_array_gathered_by_layers_has_the_checksum_of_the_whole(monkeypatch):
+def test_an_array_gathered_in_slices_has_the_checksum_of_the_whole(monkeypatch):
     items = state(mesh(8))
     whole = describe(items)
     monkeypatch.setattr(checkpoint, "GATHERED", 50)
@@ -255,6 +255,15 @@ def test_if_nothing_is_sound_nothing_is_moved_and_the_run_does_not_begin_anew(tm
     with pytest.raises(ConfigError, match="no checkpoint can be restored.*step 20.*step 10"):
         c.restore(like(state(mesh(8)), mesh(8)))
     assert c.steps() == [10, 20]
+
+
+def test_checkpoints_of_which_no_note_can_be_read_are_no_empty_folder(tmp_path):
+    """A run that began anew beside them would delete them."""
+    saved(tmp_path, 10, 20)
+    for step in ("10", "20"):
+        os.truncate(tmp_path / "checkpoints" / step / "note" / "metadata", 5)
+    with pytest.raises(ConfigError, match="no checkpoint can be read"):
+        checkpoints(tmp_path).identity()
 
 
 def test_another_model_is_refused_by_leaf_and_nothing_is_moved(tmp_path):

@@ -1,5 +1,6 @@
 """A process in which nothing moves ends with a code of its own, says where it hung, and one that moves is left alone."""
 
+import itertools
 import os
 import re
 import signal
@@ -64,14 +65,15 @@ def test_one_that_moves_and_one_that_was_suspended_are_left_alone():
 
 
 def test_a_wall_clock_that_jumps_and_the_end_of_the_run_change_nothing(monkeypatch):
-    ended = []
+    ended, jumps, wall = [], itertools.cycle([86_400, 0, -86_400]), time.time
     monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(time, "time", lambda: 1e12)
-    with Watchdog(0.2, step=0, last_checkpoint=lambda: None) as dog:
-        time.sleep(0.1)
+    monkeypatch.setattr(time, "time", lambda: wall() + next(jumps))
+    with Watchdog(2.0, step=0, last_checkpoint=lambda: None) as dog:
+        time.sleep(0.5)                      # five ticks
     with Watchdog(0.0, step=0, last_checkpoint=lambda: None) as off:
         time.sleep(0.2)
-    assert not ended and not dog._thread.join(5) and not off._thread.is_alive()
+    dog._thread.join(5)
+    assert not ended and not dog._thread.is_alive() and not off._thread.is_alive()
 
 
 @pytest.mark.slow
