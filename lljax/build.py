@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -134,14 +136,29 @@ def fill(model: Decoder, config, base, mesh: Mesh) -> None:
     initialise(model, config.seed, deviation=deviation, dtype=dtype, shardings=shardings)
 
 
-def load_base(base, spec: DecoderSpec, dtype, quantise: str = "none", matmul: str = "default") -> Decoder:
-    """The base alone under `spec`, to compare with or to talk to; quantise, matmul: as `model.quantize` and `model.matmul`."""
+def load_base(base, spec: DecoderSpec, dtype, quantise: str = "none", matmul: str = "default",
+              layout: sharding.Layout | None = None) -> Decoder:
+    """The base alone under `spec`, to compare with or to talk to; quantise, matmul: as `model.quantize` and `model.matmul`.
+    layout: where it is to lie; None for one device."""
     model = Decoder(spec)
     _multiply_in(model, matmul)
     if form := form_of(quantise, base.config):
         _quantise(model, ("kernel",), lambda rows: form, dtype)
-    load_weights(model, base, dtype=dtype)
+    load_weights(model, base, dtype=dtype, shardings=places(layout))
     return model
+
+
+def answering(spec: DecoderSpec) -> sharding.Layout | None:
+    """The layout of a model that answers and does not train: its heads on as many of this process's devices as divide them;
+    None for one device."""
+    here = jax.local_devices()
+    parts = math.gcd(spec.N, spec.K, len(here))
+    return sharding.Layout(sharding.make_mesh(tensor=parts, devices=here[:parts])) if parts > 1 else None
+
+
+def places(layout: sharding.Layout | None) -> Callable | None:
+    """Where a Variable's value lies under a layout, as those who load weights take it."""
+    return layout and (lambda variable: _place(variable, layout.mesh))
 
 
 def mesh_of(mesh, devices=None) -> Mesh:

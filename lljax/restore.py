@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lljax.build import build_model
+from lljax.build import build_model, places
 from lljax.config import default_config
 from lljax.errors import ConfigError
 from lljax.interop.base import open_base, read_json
@@ -16,14 +16,14 @@ from lljax.interop.peft import load_adapter, read_adapter_config
 from lljax.models import lora, spec
 from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
-from lljax.sharding import make_mesh
+from lljax.sharding import Layout, make_mesh
 from lljax.training.checkpoint import Checkpoints, abstract
 
 
-def restore_run(workdir, step: int | None = None):
+def restore_run(workdir, step: int | None = None, layout: Layout | None = None):
     """Returns (config, model, base): the model with the values of its last checkpoint, or of that of `step`.
 
-    It lies on one device, whatever mesh it was trained on: exporting, evaluating and generating spread over no more.
+    It lies as `layout` says, by default on one device, whatever mesh it was trained on.
 
     Raises:
       ConfigError: the folder holds no run, or no such checkpoint.
@@ -31,7 +31,7 @@ def restore_run(workdir, step: int | None = None):
     workdir = Path(workdir)
     config = read_config(workdir)
     base = open_base(config.model.path, config.model.revision)
-    model = build_model(config, base, make_mesh(devices=jax.local_devices()[:1]))
+    model = build_model(config, base, layout.mesh if layout else make_mesh(devices=jax.local_devices()[:1]))
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     checkpoints = Checkpoints(workdir, **config.checkpoint, read_only=True)
     restored = checkpoints.restore({"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}, step)
@@ -52,8 +52,8 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def adapted_base(base, adapter: Path, dtype) -> Decoder:
-    """A base with an adapter in PEFT's format on it, under `adapted_spec`.
+def adapted_base(base, adapter: Path, dtype, layout: Layout | None = None) -> Decoder:
+    """A base with an adapter in PEFT's format on it, under `adapted_spec`. layout: as `load_base` takes it.
 
     Raises:
       ModelError: the adapter is none, or not of this base.
@@ -61,8 +61,8 @@ def adapted_base(base, adapter: Path, dtype) -> Decoder:
     settings = read_adapter_config(adapter)
     model = Decoder(adapted_spec(base, adapter))
     lora.attach(model, **settings._asdict())
-    load_weights(model, base, dtype=dtype)
-    load_adapter(model, adapter)
+    load_weights(model, base, dtype=dtype, shardings=places(layout))
+    load_adapter(model, adapter, shardings=places(layout))
     return model
 
 

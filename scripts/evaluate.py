@@ -6,10 +6,13 @@ python scripts/evaluate.py --model=Qwen/Qwen3-8B --adapter=my/adapter --tasks=ru
 
 --tasks are perplexity, perplexity/longlora, perplexity/new_tokens, passkey, needle, ruler, longbench, longbench_e, longbench2,
 zeroscrolls, zeroscrolls_test, or single ones such as ruler/vt. Predictions are kept, and the same command goes on from them.
+Tables and report show what earlier commands found of the same models as well.
 """
 
 import argparse
+import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +28,7 @@ from lljax.evaluation.answer import Asking, answer, too_short
 from lljax.evaluation.candidates import Candidates, of_base, of_run
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.results import Predictions, Score
-from lljax.evaluation.task import Sources, TooShort
+from lljax.evaluation.task import Example, Sources, TooShort
 from lljax.interop.base import end_tokens, tokenizer_fingerprint
 from lljax.restore import read_config
 from lljax.training.report import write_report
@@ -56,19 +59,19 @@ def evaluate(arguments) -> None:
     reasons = too_short(progress(tasks, "first examples") if tasks else (), lengths, asking)
     for reason in dict.fromkeys(reasons.values()):
         CONSOLE.print(f"– {reason}", highlight=False)
-    scores = []
+    how = ", chat" * arguments.chat + ", int8 cache" * (arguments.cache == "int8")      # no perplexity depends on it
+    scores, keys = [], {}
     with Predictions(out / "predictions.jsonl") as made:
         for candidate in candidates.models:
-            model = candidate.load()
-            for (protocol, length), pieces in progress(texts.items(), f"{candidate.name}: perplexity") if texts else ():
-                value = perplexity.measure(protocol, model, pieces, length, dtype=candidates.dtype) if len(pieces) else math.nan
-                scores.append(Score(candidate.name, protocol, length, value, len(pieces)))
-            key = candidates.key(candidate, model, arguments.chat, arguments.cache)
-            scores += answer(model, candidate.name, key, tasks, lengths, asking, made, dtype=candidates.dtype,
-                             progress=progress)
-            submit(out, candidate.name, key, tasks, lengths, made)
+            model, name = candidate.load(), candidate.name + how
+            key = keys[candidate.name] = keys[name] = candidates.key(candidate, model, asking.tokenizer)
+            where = {"dtype": candidates.dtype, "layout": candidates.layout}
+            scores += perplexities(model, candidate.name, key, texts, made, **where)
+            found = [*answer(model, name, key + how, tasks, lengths, asking, made, progress=progress, **where)]
+            submit(out, name, key + how, found, arguments.samples, made)
+            scores += found
             del model                        # before the next is read
-    results.write(out, scores)
+    scores = results.write(out, scores, keys)
     for table in results.tables(scores):
         show(table)
     CONSOLE.print(f"Report: {write_report(out)}", highlight=False)
@@ -101,13 +104,33 @@ def read_held_out(arguments, protocols, lengths, store) -> dict:
     return texts
 
 
-def submit(out: Path, name: str, key: str, tasks, lengths: list[int], made: Predictions) -> None:
-    """The leaderboard's file of each length at which all ten tasks of ZeroSCROLLS were answered."""
-    asked = {task.name.removeprefix("zeroscrolls_test/"): task.name for task in tasks if "zeroscrolls_test/" in task.name}
-    for length in lengths if asked.keys() == zeroscrolls.TASKS.keys() else ():
-        found = {short: made.of(key, task, length) for short, task in asked.items()}
-        if all(found.values()):
-            zeroscrolls.write_submission(out / f"zeroscrolls-{results.file_name(name)}-{length}.csv", found)
+def perplexities(model, name: str, key: str, texts: dict, made: Predictions, **where) -> Iterator[Score]:
+    """What `read_held_out` gave, measured, or found again: in `made` a perplexity is the answer to all that was read."""
+    for (protocol, length), pieces in progress(texts.items(), f"{name}: perplexity") if texts else ():
+        value = math.nan
+        if len(pieces):
+            read = Example(str(len(pieces)), hashlib.sha256(pieces.tobytes()).hexdigest(), (), 0)
+            known = made.find(key, protocol, length, read)
+            if known is None:
+                known = repr(perplexity.measure(protocol, model, pieces, length, **where))
+                made.add(key, protocol, length, read, known)
+            value = float(known)
+        yield Score(name, protocol, length, value, len(pieces))
+
+
+def submit(out: Path, name: str, key: str, scores: list[Score], samples: int | None, made: Predictions) -> None:
+    """The leaderboard's file of each length at which all examples of all ten tasks of ZeroSCROLLS were answered."""
+    for length in dict.fromkeys(score.length for score in scores):
+        asked = {score.task.removeprefix("zeroscrolls_test/"): score for score in scores
+                 if score.length == length and score.task.startswith("zeroscrolls_test/") and score.samples}
+        if asked.keys() != zeroscrolls.TASKS.keys():     # not all were asked for, or one does not fit the length
+            continue
+        path = out / f"zeroscrolls-{results.file_name(name)}-{length}.csv"
+        if samples is not None and any(score.samples >= samples for score in asked.values()):
+            CONSOLE.print(f"– {path.name} is not written: the leaderboard takes all examples, and --samples={samples} may "
+                          "leave some out", highlight=False)
+        else:
+            zeroscrolls.write_submission(path, {short: made.of(key, score.task, length) for short, score in asked.items()})
 
 
 def show(made: dict) -> None:

@@ -1,7 +1,8 @@
-"""Continues a prompt, with the base or with what a run trained.
+"""Continues a prompt, with a base, a base with an adapter, or with what a run trained.
 
 python scripts/generate.py --workdir=runs/quickstart --prompt='def main():'
 python scripts/generate.py --model=lljax/assets/tiny-512 --prompt='import os'
+python scripts/generate.py --model=lljax/assets/tiny-512 --adapter=runs/quickstart/export/peft --prompt='import os'
 python scripts/generate.py --workdir=runs/mine --chat --prompt='What does this contract say about notice?'
 """
 
@@ -12,14 +13,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from lljax.build import load_base
 from lljax.data.template import adds_bos, with_template
 from lljax.errors import ConfigError, exit_cleanly
+from lljax.evaluation.candidates import of_base, of_run
 from lljax.generation.generate import stream
 from lljax.generation.sample import Sampling
-from lljax.interop.base import end_tokens, open_base
-from lljax.models import spec
-from lljax.restore import restore_run
+from lljax.interop.base import end_tokens
+
+CACHES = {"full": None, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 
 
 def main() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", type=Path, help="a run, whose trained model answers")
     source.add_argument("--model", help="hub id, folder or GGUF file of a base")
+    parser.add_argument("--adapter", type=Path, help="folder of an adapter of --model, in PEFT's format")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt")
     text.add_argument("--prompt_file", type=Path)
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument("--min_p", type=float, default=0.0)
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
     parser.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be given again")
-    parser.add_argument("--cache", choices=("full", "int8"), default="full", help="int8: keys and values in eight bits")
+    parser.add_argument("--cache", choices=CACHES, default="full", help="of keys and values; full: as the model computes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with exit_cleanly():
@@ -46,16 +48,13 @@ def main() -> None:
 
 
 def answer(arguments) -> None:
-    if arguments.workdir:
-        config, model, base = restore_run(arguments.workdir)
-        dtype = jnp.dtype(config.model.dtype)
-    else:
-        base, dtype = open_base(arguments.model), jnp.float32
-        model = load_base(base, spec.from_hf(base.config), dtype)
+    if arguments.workdir and arguments.adapter:
+        raise ConfigError("--adapter and --workdir: a run has its own; use --model with --adapter")
     if arguments.prompt_file and not arguments.prompt_file.is_file():
         raise ConfigError(f"--prompt_file={arguments.prompt_file}: there is no such file")
     text = arguments.prompt if arguments.prompt is not None else arguments.prompt_file.read_text()
-    tokenizer = with_template(base.tokenizer())
+    found = of_run(arguments.workdir) if arguments.workdir else of_base(arguments.model, arguments.adapter)
+    tokenizer = with_template(found.base.tokenizer())
     if arguments.chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                              add_generation_prompt=True)
@@ -64,25 +63,33 @@ def answer(arguments) -> None:
         prompt = [tokenizer.bos_token_id, *prompt]
     if not prompt:
         raise ConfigError("the prompt is empty")
-    stop = end_tokens(base, tokenizer)
+    stop = end_tokens(found.base, tokenizer)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
                         arguments.seed)
-    written, shown = [], ""
-    for (token,) in stream(model, [np.asarray(prompt)], tokens=arguments.tokens, sampling=sampling, dtype=dtype,
-                           cache_dtype=jnp.int8 if arguments.cache == "int8" else None):
+    written, whole, shown = [], "", 0
+    for (token,) in stream(found.models[-1].load(), [np.asarray(prompt)], tokens=arguments.tokens, sampling=sampling,
+                           dtype=found.dtype, cache_dtype=CACHES[arguments.cache], layout=found.layout):
         if int(token) in stop:
             break
         written.append(int(token))
         whole = tokenizer.decode(written)    # a character may need several tokens, so the whole is decoded each time
         ends = [at for at in map(whole.find, arguments.stop) if at >= 0]
-        whole = whole[:min(ends)] if ends else whole
-        if ends or not whole.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(whole[len(shown):], end="", flush=True)
-            shown = whole
         if ends:
+            whole = whole[:min(ends)]
             break
-    print()
+        certain = len(whole) - unsure(whole, arguments.stop)
+        if certain > shown:
+            print(whole[shown:certain], end="", flush=True)
+            shown = certain
+    print(whole[shown:])
     print(f"({len(prompt)} + {len(written)} tokens)", file=sys.stderr)
+
+
+def unsure(text: str, stops: list[str]) -> int:
+    """How many characters at the end may change or go: those of an unfinished one, or that may begin a string that ends it."""
+    if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        return len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lljax.build import extended_spec, load_base
+from lljax.build import answering, extended_spec, load_base
 from lljax.errors import ConfigError
-from lljax.interop.base import open_base
+from lljax.interop.base import end_tokens, open_base, tokenizer_fingerprint
 from lljax.interop.peft import read_adapter_config
 from lljax.models import lora, spec
 from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
 from lljax.restore import adapted_base, adapted_spec, read_config, restore_run
+from lljax.sharding import Layout
 from lljax.training.checkpoint import describe
 
 STRETCHED = "base, RoPE stretched"
@@ -34,20 +35,27 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """base: what all of them stand on. extended: the spec of the last, which the others may lack the length of."""
+    """base: what all of them stand on. extended: the spec of the last, which the others may lack the length of. layout: where
+    they lie, see lljax.build.answering."""
 
     base: object
     models: list[Candidate]
     extended: DecoderSpec
     dtype: object
+    layout: Layout | None
 
-    def key(self, candidate: Candidate, model: Decoder, *more) -> str:
-        """A name that tells the answers of this model, under the settings `more`, from those of any other."""
-        return model_key(candidate.name, self.base, model, str(jnp.dtype(self.dtype)), candidate.settings, *more)
+    def key(self, candidate: Candidate, model: Decoder, tokenizer) -> str:
+        """A name that tells what this model answers, through the tokenizer and its chat template, from what any other does.
+
+        The checksums of what is frozen are in it as well: other weights may have been written to the folder of the base.
+        """
+        frozen = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[2])
+        return model_key(candidate.name, self.base, model, str(jnp.dtype(self.dtype)), candidate.settings, describe(frozen),
+                         tokenizer_fingerprint(tokenizer), sorted(end_tokens(self.base, tokenizer)))
 
 
 def model_key(name: str, base, model: Decoder, *settings) -> str:
-    """The name with a digest of the base, the spec, what trained, and the settings."""
+    """The name with a digest of the base, by its headers and sizes; the spec, what trained, and the settings."""
     trained = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1])
     told = [base.path, base.fingerprint(), repr(model.spec), describe(trained), *settings]
     return f"{name} {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
@@ -67,7 +75,9 @@ def of_run(workdir: Path) -> Candidates:
     settings = json.dumps([json.loads(config[part].to_json_best_effort()) for part in ("model", "lora")])
     models = [] if config.model.init == "random" else \
         _bases(base, extended, dtype, settings, config.model.quantize, config.model.matmul)
-    return Candidates(base, [*models, Candidate("trained", lambda: restore_run(workdir)[1], settings)], extended, dtype)
+    layout = answering(extended)
+    trained = Candidate("trained", lambda: restore_run(workdir, layout=layout)[1], settings)
+    return Candidates(base, [*models, trained], extended, dtype, layout)
 
 
 def of_base(path: str, adapter: Path | None) -> Candidates:
@@ -78,14 +88,15 @@ def of_base(path: str, adapter: Path | None) -> Candidates:
     base, dtype = open_base(path), jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if not adapter:
         plain = spec.from_hf(base.config)
-        return Candidates(base, _bases(base, plain, dtype), plain, dtype)
+        return Candidates(base, _bases(base, plain, dtype), plain, dtype, answering(plain))
     settings, extended = repr(read_adapter_config(adapter)), adapted_spec(base, adapter)
-    trained = Candidate("trained", lambda: adapted_base(base, adapter, dtype), settings)
-    return Candidates(base, [*_bases(base, extended, dtype), trained], extended, dtype)
+    layout = answering(extended)
+    trained = Candidate("trained", lambda: adapted_base(base, adapter, dtype, layout), settings)
+    return Candidates(base, [*_bases(base, extended, dtype), trained], extended, dtype, layout)
 
 
 def _bases(base, extended: DecoderSpec, dtype, settings: str = "", *like) -> list[Candidate]:
     """The base, and the base under the other spec if it is another. like: see `load_base`."""
     specs = {"base": spec.from_hf(base.config), STRETCHED: extended}
-    return [Candidate(name, lambda under=under: load_base(base, under, dtype, *like), settings)
+    return [Candidate(name, lambda under=under: load_base(base, under, dtype, *like, layout=answering(under)), settings)
             for name, under in specs.items() if name == "base" or under != specs["base"]]

@@ -37,7 +37,7 @@ class LljaxLM(TemplateLM):
         if bool(path) == bool(workdir):
             raise ConfigError("model_args of lljax: name either path=BASE (with adapter=FOLDER or without) or workdir=RUN")
         found = of_run(Path(workdir)) if workdir else of_base(path, Path(adapter) if adapter else None)
-        self.model, self.dtype = found.models[-1].load(), found.dtype
+        self.model, self.dtype, self.layout = found.models[-1].load(), found.dtype, found.layout
         self.tokenizer = with_template(found.base.tokenizer())
         self.stop = end_tokens(found.base, self.tokenizer)
         self.max_length, self.max_gen_toks = int(max_length) or self.model.spec.max_length, int(max_gen_toks)
@@ -80,7 +80,7 @@ class LljaxLM(TemplateLM):
                 raise ConfigError(f"a continuation of {len(continuation)} tokens leaves no room for context in "
                                   f"{self.max_length}: raise max_length in model_args")
             pairs.append((context[over:], continuation))
-        found = log_likelihoods(self.model, pairs, rows=self.rows, dtype=self.dtype)
+        found = log_likelihoods(self.model, pairs, rows=self.rows, dtype=self.dtype, layout=self.layout)
         for (texts, *_), result in zip(requests, found):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
@@ -118,7 +118,8 @@ class LljaxLM(TemplateLM):
             read = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in members]
             prompts = [np.asarray(ids[tokens - self.max_length:], np.int32) for ids in read]
             done = generate(self.model, prompts, tokens=tokens, sampling=sampling, stop=self.stop,
-                            stop_strings=tuple(settings["until"]), tokenizer=self.tokenizer, rows=self.rows, dtype=self.dtype)
+                            stop_strings=tuple(settings["until"]), tokenizer=self.tokenizer, rows=self.rows, dtype=self.dtype,
+                            layout=self.layout)
             for i, completion in zip(members, done):
                 texts[i] = completion.text
                 self.cache_hook.add_partial("generate_until", requests[i].args, completion.text)

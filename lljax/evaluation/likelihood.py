@@ -9,17 +9,18 @@ import numpy as np
 from flax import nnx
 
 from lljax.generation.generate import BY_LENGTH
+from lljax.sharding import Layout
 
 MULTIPLE = 128                               # lengths are padded to one of it, so that few programs are compiled
 CHUNK = 128                                  # tokens of a row whose logits exist at one time
 
 
 def log_likelihoods(model: nnx.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, rows: int = 4,
-                    dtype=jnp.float32) -> list[tuple[float, bool]]:
+                    dtype=jnp.float32, layout: Layout | None = None) -> list[tuple[float, bool]]:
     """Of each (context, continuation), tokens both and the context not empty: the log-probability of the continuation, and
     whether it is what greedy decoding writes.
 
-    rows: pairs read side by side, of like length. Attention is full.
+    rows: pairs read side by side, of like length. Attention is full. layout: of a mesh that cuts no rows; None for one device.
     """
     rows = 1 if model.spec.rope.type in BY_LENGTH else rows
     graphdef, state = nnx.split(model)
@@ -38,7 +39,7 @@ def log_likelihoods(model: nnx.Module, pairs: Sequence[tuple[Sequence[int], Sequ
             at[row, :n] = len(context) - 1 + np.arange(n)
             targets[row, :n], real[row, :n] = continuation, True
         length = sum(map(len, pairs[batch[0]])) - 1
-        sums, greedy = jax.device_get(_score(graphdef, state, tokens, at, targets, real, length, dtype))
+        sums, greedy = jax.device_get(_score(graphdef, state, tokens, at, targets, real, length, dtype, layout))
         found |= {i: (float(sums[row]), bool(greedy[row])) for row, i in enumerate(batch)}
     return [found[i] for i in range(len(pairs))]
 
@@ -47,12 +48,12 @@ def _up(n: int, of: int) -> int:
     return max(-(-n // of), 1) * of
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7))
-def _score(graphdef, state, tokens, at, targets, real, length, dtype):
+@functools.partial(jax.jit, static_argnums=(0, 7, 8))
+def _score(graphdef, state, tokens, at, targets, real, length, dtype, layout):
     """float32 and bool [B]. tokens [B, T]; at, targets, real [B, C]: where `targets` are predicted, and which of them count."""
     model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden = model(tokens, positions=positions, dtype=dtype, rope_length=length)
+    hidden = model(tokens, positions=positions, dtype=dtype, rope_length=length, layout=layout)
     hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
 
     def of_chunk(xs):

@@ -6,17 +6,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lljax.errors import DataError
 from lljax.evaluation import heatmap, needle
 from lljax.evaluation.protocols import PROTOCOLS
-from lljax.evaluation.ruler import THRESHOLD, effective_length
+from lljax.evaluation.ruler import SHORTEST, TASKS, THRESHOLD, effective_length
 from lljax.evaluation.task import Example
 from lljax.training.charts import short_length
 
-FAMILIES = ("ruler", "longbench", "zeroscrolls")         # their authors report the mean of their tasks
+FAMILIES = ("ruler", "longbench", "longbench_e", "zeroscrolls")      # their authors report the mean of their tasks
+# Those that get a row, in this order: of LongBench-E and LongBench v2. (The depths of a needle are in its heatmap.)
+GROUPS = ("0-4k", "4-8k", "8k+", "easy", "hard", "short", "medium", "long")
 
 
 class Predictions:
@@ -30,11 +32,15 @@ class Predictions:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._made, whole = _read(path)
+        self._asked: dict[tuple, str] = {}
         self._file = open(path, "ab")
         self._file.truncate(whole)           # what a kill left of a line
 
     def find(self, model: str, task: str, length: int, example: Example) -> str | None:
-        return self._made.get((model, task, length, example.id, _digest(example)))
+        key = model, task, length, example.id, _digest(example)
+        if key in self._made:
+            self._asked[key] = self._made[key]
+        return self._made.get(key)
 
     def add(self, model: str, task: str, length: int, example: Example, prediction: str) -> None:
         row = {"model": model, "task": task, "length": length, "id": example.id, "question": _digest(example),
@@ -42,11 +48,13 @@ class Predictions:
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._made[model, task, length, example.id, row["question"]] = prediction
+        key = model, task, length, example.id, row["question"]
+        self._made[key] = self._asked[key] = prediction
 
     def of(self, model: str, task: str, length: int) -> dict[str, str]:
-        """The predictions of a task by the id of the example."""
-        return {key[3]: prediction for key, prediction in self._made.items() if key[:3] == (model, task, length)}
+        """The predictions of a task by the id of the example: of those found or added since the file was opened, and none that
+        it holds beside them."""
+        return {key[3]: prediction for key, prediction in self._asked.items() if key[:3] == (model, task, length)}
 
     def close(self) -> None:
         self._file.close()
@@ -99,20 +107,31 @@ class Score:
 
 
 def family_means(scores: Sequence[Score]) -> list[Score]:
-    """For each model the mean of a family's tasks at each length, over the tasks that have a score at all its lengths."""
+    """For each model and length the mean of a family's tasks, over those that have a score there: how many is in its name, so
+    that means of more and of fewer tasks do not share a row."""
     found = []
     for family in FAMILIES:
         for model in dict.fromkeys(score.model for score in scores):
-            cells = {(s.task, s.length): s for s in scores
-                     if s.model == model and s.task.startswith(f"{family}/") and not math.isnan(s.score)}
-            lengths = sorted({length for _, length in cells})
-            tasks = [task for task in dict.fromkeys(task for task, _ in cells)
-                     if all((task, length) in cells for length in lengths)]
-            if len(tasks) > 1:
-                found += [Score(model, f"{family}, mean of {len(tasks)}", length,
-                                sum(cells[task, length].score for task in tasks) / len(tasks),
-                                sum(cells[task, length].samples for task in tasks)) for length in lengths]
+            told = [s for s in scores if s.model == model and _family(s.task) == family and not math.isnan(s.score)]
+            for length in sorted({score.length for score in told}):
+                here = [score for score in told if score.length == length]
+                if len(here) > 1:
+                    found.append(Score(model, f"{family}, mean of {len(here)}", length, sum(s.score for s in here) / len(here),
+                                       sum(s.samples for s in here)))
     return found
+
+
+def _family(task: str) -> str:
+    """As --tasks calls it."""
+    family = task.partition("/")[0]
+    return "longbench_e" if family == "longbench" and task.endswith("_e") else family
+
+
+def _with_groups(scores: Sequence[Score]) -> list[Score]:
+    """Each with those of GROUPS after it, as tasks of their own."""
+    return [each for score in scores for each in (
+        score, *(dataclasses.replace(score, task=f"{score.task}, {group}", score=score.groups[group])
+                 for group in GROUPS if group in score.groups))]
 
 
 def tables(scores: Sequence[Score]) -> list[dict]:
@@ -120,7 +139,7 @@ def tables(scores: Sequence[Score]) -> list[dict]:
 
     Their rows are of task and model, and they have a column for each length.
     """
-    told = [score for score in scores if score.task in PROTOCOLS]
+    told = [score for protocol in PROTOCOLS for score in scores if score.task == protocol]
     others = [score for score in scores if score.task not in PROTOCOLS]
     made = []
     if told:
@@ -128,12 +147,12 @@ def tables(scores: Sequence[Score]) -> list[dict]:
         made.append(_table(told, "Held-out perplexity by length in tokens, full attention. " + " ".join(
             f"{task}: {samples} {PROTOCOLS[task]}." for task, samples in most.items()), decimals=2))
     if others:
-        others += family_means(others)
+        means = family_means(others)
         caption = "Scores from 0 to 100 by length in tokens."
-        if reached := effective_lengths(others):
+        if reached := effective_lengths(means):
             caption += f" Effective length, up to which RULER's mean stays above {THRESHOLD}: " + ", ".join(
                 f"{model} {short_length(length) if length else 'none'}" for model, length in reached.items()) + "."
-        made.append(_table(others, caption, decimals=1))
+        made.append(_table([*_with_groups(others), *means], caption, decimals=1))
     return made
 
 
@@ -146,29 +165,54 @@ def _table(scores: Sequence[Score], caption: str, decimals: int) -> dict:
     return {"columns": ["task", "model", *map(short_length, lengths)], "rows": rows, "caption": caption}
 
 
-def effective_lengths(scores: Sequence[Score]) -> dict[str, int | None]:
-    """RULER's effective length of each model, from its mean of tasks."""
-    means: dict[str, dict[int, float]] = {}
-    for score in scores:
-        if score.task.startswith("ruler, mean"):
-            means.setdefault(score.model, {})[score.length] = score.score
-    return {model: effective_length(by_length) for model, by_length in means.items()}
+def effective_lengths(means: Sequence[Score]) -> dict[str, int | None]:
+    """RULER's effective length of each model that has the mean of all its tasks, at the lengths that are RULER's."""
+    found: dict[str, dict[int, float]] = {}
+    for score in means:
+        if score.task == f"ruler, mean of {len(TASKS)}" and score.length >= SHORTEST:
+            found.setdefault(score.model, {})[score.length] = score.score
+    return {model: effective_length(by_length) for model, by_length in found.items()}
 
 
-def write(folder: Path, scores: Sequence[Score]) -> None:
+def write(folder: Path, scores: Sequence[Score], keys: Mapping[str, str]) -> list[Score]:
     """The tables as evaluation.md, and with the scores themselves as evaluation.json, which the report reads; and a heatmap
-    of each model's needles as a PNG."""
+    of each model's needles as a PNG.
+
+    keys: what tells each model, by its name in the scores, from others of that name. The scores of earlier commands that
+    `folder` holds of the same models stay, but for those that are measured again. Returns all that is there now.
+    """
+    scores, keys = _merged(folder / "evaluation.json", scores, keys)
     made, images = tables(scores), []
     for model in dict.fromkeys(score.model for score in scores if score.task == "needle"):
         groups = {score.length: score.groups for score in scores if (score.task, score.model) == ("needle", model)}
         title = f"Needles found, in percent: {model}"
         images.append({"file": f"needle-{file_name(model)}.png", "title": title})
         _replace(folder / images[-1]["file"], heatmap.png(title, sorted(groups), needle.DEPTHS, needle.grid(groups)))
-    plain = [dataclasses.asdict(s) | {"score": _number(s.score), "groups": {k: _number(v) for k, v in s.groups.items()}}
-             for s in [*scores, *family_means(scores)]]
-    text = json.dumps({"tables": made, "images": images, "scores": plain}, indent=2, allow_nan=False) + "\n"
+    plain = lambda scores: [dataclasses.asdict(s) | {"score": _number(s.score),
+                                                     "groups": {k: _number(v) for k, v in s.groups.items()}} for s in scores]
+    text = json.dumps({"tables": made, "images": images, "keys": keys, "scores": plain(scores),
+                       "means": plain(family_means(scores))}, indent=2, allow_nan=False) + "\n"
     _replace(folder / "evaluation.json", text.encode())
     _replace(folder / "evaluation.md", "\n".join(map(markdown, made)).encode())
+    return scores
+
+
+def _merged(path: Path, scores: Sequence[Score], keys: Mapping[str, str]) -> tuple[list[Score], dict[str, str]]:
+    """The scores with those of an evaluation.json before them that still hold, and the keys of all their models.
+
+    Those of a protocol of perplexity go together: what it reads may depend on all the lengths, and a row compares them.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        value = lambda number: math.nan if number is None else number
+        old = [Score(**row | {"score": value(row["score"]), "groups": {k: value(v) for k, v in row["groups"].items()}})
+               for row in found["scores"]]
+        known = {name: key for name, key in found["keys"].items() if key in keys.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        old, known = [], {}                  # there is none, or it is not ours
+    again = {(score.model, score.task) for score in scores if score.task in PROTOCOLS}
+    old = [score for score in old if score.model in known and (score.model, score.task) not in again]
+    return [*{(s.model, s.task, s.length): s for s in [*old, *scores]}.values()], known | dict(keys)
 
 
 def file_name(model: str) -> str:

@@ -23,6 +23,13 @@ from lljax.evaluation.sizes import Counter, cut_end
 from lljax.evaluation.task import Example, Task, TooShort, mean
 
 FIELDS = {"id": str, "input": str, "output": None, "query_start_index": int, "truncation_seperator": str}
+# What unidecode makes of signs and letters that NFKD does not take apart into ASCII.
+ASCII = str.maketrans({
+    **dict.fromkeys("‘’‛′´", "'"), **dict.fromkeys("“”‟", '"'), "″": "''", "‚": ",", "„": ",,", "‹": "<", "›": ">", "«": "<<",
+    "»": ">>", **dict.fromkeys("‐‑‒–−", "-"), **dict.fromkeys("—―", "--"), **dict.fromkeys("•·", "*"), "¡": "!", "¿": "?",
+    "ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ħ": "h", "ı": "i", "ŋ": "ng", "ŧ": "t",
+    "¼": " 1/4", "½": " 1/2", "¾": " 3/4", "⁄": "/", "×": "x", "÷": "/", "±": "+-", "≤": "<=", "≥": ">=", "°": "deg", "µ": "u",
+    "§": "SS", "©": "(c)", "®": "(r)", "™": "(tm)", "†": "+", "‡": "++", "¢": "C/", "£": "PS", "¥": "Y=", "€": "EUR"})
 
 
 def rouge(predictions: Sequence[str], examples: Sequence[Example]) -> float:
@@ -35,8 +42,9 @@ def rouge(predictions: Sequence[str], examples: Sequence[Example]) -> float:
 
 
 def folded_f1(prediction: str, answer: str) -> float:
-    """The F1 of words without their accents. (The authors also spell other scripts in Latin letters.)"""
-    fold = lambda text: unicodedata.normalize("NFKD", normalised(text)).encode("ascii", "ignore").decode()
+    """The F1 of words in ASCII. The authors put what is normalised through unidecode, so that a typographic apostrophe comes
+    back as one of ASCII and tells words apart. Other scripts, which unidecode spells in Latin letters, are dropped here."""
+    fold = lambda text: unicodedata.normalize("NFKD", normalised(text).translate(ASCII)).encode("ascii", "ignore").decode()
     return f1(fold(prediction).split(), fold(answer).split())
 
 

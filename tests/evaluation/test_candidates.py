@@ -1,11 +1,12 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lljax.build import stretched
+from lljax.build import load_base, stretched
 from lljax.evaluation.candidates import of_base
 from lljax.interop.base import end_tokens, open_base
 from lljax.interop.huggingface import load_weights
@@ -32,7 +33,7 @@ def adapted(tiny, tmp_path_factory):
     return model, folder
 
 
-def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny):
+def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny, tokenizer):
     model, folder = adapted
     found = of_base(tiny, folder)
     assert [each.name for each in found.models] == ["base", "base, RoPE stretched", "trained"]
@@ -43,12 +44,33 @@ def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny):
     np.testing.assert_allclose(read(loaded[2]), read(model), atol=1e-5)
     assert not np.allclose(read(loaded[1]), read(model), atol=1e-3)
 
-    key = lambda i, *more: found.key(found.models[i], loaded[i], *more)
-    keys = {key(0), key(1), key(2), key(2, True), key(2, True, "int8")}
-    assert len(keys) == 5 and key(2) in keys
+    key = lambda i: found.key(found.models[i], loaded[i], tokenizer)
+    keys = {key(0), key(1), key(2)}
+    assert len(keys) == 3 and key(2) in keys
     changed = next(factors.a for _, _, factors in lora.adaptable(loaded[2]) if factors is not None)
     changed.set_value(changed.get_value() + 1e-3)
     assert key(2) not in keys and key(2).startswith("trained ")
+
+
+@pytest.mark.parametrize("form", ["none", "int4"])
+def test_a_key_knows_the_weights_the_tokenizer_and_what_ends_a_turn(form, tiny, tmp_path):
+    def key(chat_template=None):
+        found = of_base(str(tmp_path), None)
+        model = load_base(found.base, found.extended, found.dtype, form)
+        tokenizer = found.base.tokenizer()
+        tokenizer.chat_template = chat_template
+        return found.key(found.models[0], model, tokenizer), found.base.fingerprint()
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    (first, headers), again = key(), key()
+    assert again == (first, headers)
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[-600:] = bytes(600)              # exported again: the headers and sizes are the same
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    other, same_headers = key()
+    assert same_headers == headers and other != first
+    assert len({key(template)[0] for template in (None, "{{ messages }}", "{{ messages }}.")} | {other}) == 3
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    assert key()[0] != other
 
 
 def test_a_base_alone_is_one_model(tiny):

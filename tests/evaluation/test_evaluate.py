@@ -1,13 +1,21 @@
 """The script, from a run to its report, and again."""
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from lljax.evaluation import answer as asking
+from lljax.evaluation import perplexity, zeroscrolls
+from lljax.evaluation.results import Predictions, Score
+from lljax.evaluation.task import Example
+from lljax.generation.generate import Completion
 from lljax.training import loop
 from lljax.training.report import write_report
+from scripts import evaluate as script
 
 
 def evaluate(*flags):
@@ -18,6 +26,73 @@ def evaluate(*flags):
 def test_flags_that_do_not_go_together_are_refused():
     code, _, errors = evaluate("--workdir=runs/x", "--adapter=y")
     assert code == 2 and errors == ["ConfigError: --adapter and --workdir: a run has its own; use --model with --adapter"]
+
+
+@pytest.fixture
+def command(tiny, documents, tmp_path, monkeypatch):
+    """Runs the script on a copy of the base, and returns the rows of its tables: (task, model) and a cell a length."""
+    shutil.copytree(tiny, tmp_path / "base")
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'out'}",
+                                          f"--held_out={documents}", "--documents=3", "--samples=1", *flags])
+        script.main()
+        made = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tables"]
+        return {tuple(row[:2]): row[2:] for table in made for row in table["rows"]}
+    return run
+
+
+def test_a_base_is_measured_once_and_again_when_its_weights_are_others(command, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(asking, "generate", lambda model, prompts, **_: asked.extend(prompts) or [
+        Completion([9], None, False)] * len(prompts))
+    first = command("--tasks=perplexity,perplexity/longlora", "--lengths=16,32")
+    assert list(first) == [("perplexity", "base"), ("perplexity/longlora", "base")]
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(perplexity, "measure", None)     # nothing is measured again
+        assert command("--tasks=perplexity,perplexity/longlora", "--lengths=16,32") == first
+        assert (tmp_path / "out" / "predictions.jsonl").read_text() == lines
+        both = command("--tasks=passkey/tokens", "--lengths=512")
+        assert both == first | {("passkey/tokens", "base"): ["0.0"]} and len(asked) == 1
+        assert all(name in (tmp_path / "out" / "report.html").read_text() for name in ("perplexity/longlora", "passkey/tokens"))
+        chat = command("--tasks=passkey/tokens", "--lengths=512", "--chat")
+        assert chat == both | {("passkey/tokens", "base, chat"): ["0.0"]} and len(asked) == 2
+    other = command("--tasks=perplexity", "--lengths=16,32", "--documents=2")        # which are other texts
+    assert list(other) == list(chat) and other["perplexity", "base"] != first["perplexity", "base"]
+
+    weights = bytearray((tmp_path / "base" / "model.safetensors").read_bytes())
+    weights[-600:] = bytes(600)              # exported again: the headers and sizes are the same
+    (tmp_path / "base" / "model.safetensors").write_bytes(weights)
+    assert list(command("--tasks=passkey/tokens", "--lengths=512")) == [("passkey/tokens", "base")] and len(asked) == 3
+    assert command("--tasks=perplexity", "--lengths=16,32", "--documents=2")["perplexity", "base"] != other["perplexity", "base"]
+
+
+def questions(n, prompt="What is it?"):
+    return [Example(str(i), prompt, ("",), 8) for i in range(n)]
+
+
+def test_a_submission_holds_the_examples_of_this_command_and_all_of_them(tmp_path, capsys):
+    key, scores = "base 1", [Score("base", f"zeroscrolls_test/{name}", 4096, float("nan"), 3) for name in zeroscrolls.TASKS]
+    with Predictions(tmp_path / "predictions.jsonl") as made:
+        for score in scores:                 # of a file with another question and more examples
+            for example in [*questions(5, "before"), *questions(2)]:
+                made.add(key, score.task, 4096, example, "old")
+    path = tmp_path / "zeroscrolls-base-4096.csv"
+    with Predictions(tmp_path / "predictions.jsonl") as made:
+        for score in scores:
+            for example in questions(3):
+                if made.find(key, score.task, 4096, example) is None:
+                    made.add(key, score.task, 4096, example, "new")
+        script.submit(tmp_path, "base", key, scores, 3, made)
+        assert not path.exists() and "4096.csv is not written" in capsys.readouterr().out
+        script.submit(tmp_path, "base", key, [*scores[1:], Score("base", scores[0].task, 4096, float("nan"), 0)], None, made)
+        script.submit(tmp_path, "base", key, scores[1:], None, made)
+        assert not path.exists() and not capsys.readouterr().out     # one is too short, or was not asked for
+        script.submit(tmp_path, "base", key, scores, 4, made)
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [row[1:] for row in rows[:3]] == [["0", "old"], ["1", "old"], ["2", "new"]] and len(rows) == 30
 
 
 @pytest.mark.slow
@@ -34,5 +109,8 @@ def test_a_run_is_evaluated_and_nothing_is_asked_twice(run_config, tmp_path):
     assert [row[:3] for row in found["tables"][1]["rows"][:3]] == [["passkey/tokens", model, "–"] for model in models]
     assert len(found["images"]) == 3 and "data:image/png" in write_report(tmp_path / "out").read_text()
     lines = (tmp_path / "out" / "predictions.jsonl").read_text()
-    assert lines.count("\n") == 3 * (1 + 11)
+    assert lines.count("\n") == 3 * (2 + 1 + 11)
     assert evaluate(*flags)[0] == 0 and (tmp_path / "out" / "predictions.jsonl").read_text() == lines
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found
+    code, _, errors = evaluate(*flags, "--tasks=needle", "--lengths=512")
+    assert code == 0 and json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found, errors

@@ -170,6 +170,11 @@ def test_the_rouges_of_scrolls_equal_plain_ones_on_random_pairs():
 
 def test_the_other_metrics_of_zeroscrolls():
     assert zeroscrolls.folded_f1("The café, in Köln", "a cafe in Koln") == 1
+    assert zeroscrolls.folded_f1("Straße nach Łódź, Ærø", "strasse nach Lodz aero") == 1
+    # The authors fold after they have dropped the punctuation of ASCII.
+    assert zeroscrolls.folded_f1("Anna’s", "Anna's") == 0 and zeroscrolls.folded_f1("Anna’s", "Anna‘s") == 1
+    assert zeroscrolls.folded_f1("the “end”", "end") == 0 and zeroscrolls.folded_f1("1914–18", "1914−18") == 1
+    assert zeroscrolls.folded_f1("1914–18", "191418") == 0
     assert zeroscrolls.same_letter("The answer is (B).", "B") == 1 and zeroscrolls.same_letter("because", "B") == 0
     assert zeroscrolls.exponential_similarity("about 50%", "60%") == pytest.approx(0.5)
     assert zeroscrolls.exponential_similarity("12.5%", "12.5%") == 1 and zeroscrolls.exponential_similarity("50", "60%") == 0

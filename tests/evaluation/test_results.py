@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lljax.errors import ConfigError, DataError
-from lljax.evaluation import registry, results
+from lljax.evaluation import registry, results, ruler
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Sources
 from lljax.training.report import write_report
@@ -49,7 +49,14 @@ def test_predictions_are_found_again_by_model_task_length_and_question(tmp_path)
         made.add("base", "vt", 512, example(1), "again")
     with Predictions(path) as made:
         assert made.find("base", "vt", 512, example(1)) == "again"
-    assert path.read_text().count("\n") == 2 and "What is" not in path.read_text()
+        made.find("base", "vt", 1024, example(1))
+        made.add("base", "vt", 512, example(3), "three")
+        assert made.of("base", "vt", 512) == {"1": "again", "3": "three"} and made.of("base", "vt", 1024) == {}
+    with Predictions(path) as made:
+        made.find("base", "vt", 512, example(3))
+        made.find("base", "vt", 512, example(1, "a question of another file"))
+        assert made.of("base", "vt", 512) == {"3": "three"}      # no more than this command asks
+    assert path.read_text().count("\n") == 3 and "What is" not in path.read_text()
 
 
 def test_a_file_torn_at_any_byte_keeps_its_whole_lines_and_goes_on(tmp_path):
@@ -102,7 +109,8 @@ SCORES = [Score(model, task, length, value, 10) for model, task, length, value i
 
 
 def test_the_tables_have_rows_of_models_columns_of_lengths_and_the_means_of_families(tmp_path):
-    results.write(tmp_path, [Score("base", "perplexity", 512, 21.456, 5), *SCORES])
+    written = [Score("base", "perplexity", 512, 21.456, 5), *SCORES]
+    assert results.write(tmp_path, written, {}) == written
     found = json.loads((tmp_path / "evaluation.json").read_text())
     read, made = found["tables"]
     assert read["columns"] == ["task", "model", "512"] and read["rows"] == [["perplexity", "base", "21.46"]]
@@ -110,10 +118,10 @@ def test_the_tables_have_rows_of_models_columns_of_lengths_and_the_means_of_fami
     assert made["columns"] == ["task", "model", "4k", "8k"]
     assert ["needle", "base", "12.2", "–"] in made["rows"]
     assert ["ruler, mean of 2", "base", "95.0", "15.0"] in made["rows"]
-    assert ["ruler, mean of 2", "adapter", "90.0", "87.0"] in made["rows"]       # cwe is not there at 4k
+    assert ["ruler, mean of 2", "adapter", "90.0", "–"] in made["rows"]          # cwe is not there at 4k
+    assert ["ruler, mean of 3", "adapter", "–", "58.0"] in made["rows"]
     assert ["zeroscrolls_test/quality", "adapter", "–", "–"] in made["rows"]
-    assert "base none" not in made["caption"] and "base 4k, adapter 8k" in made["caption"]
-    assert results.effective_lengths([*SCORES, *results.family_means(SCORES)]) == {"base": 4096, "adapter": 8192}
+    assert "ffective" not in made["caption"]         # which takes all thirteen
     text = (tmp_path / "evaluation.md").read_text()
     assert "| ruler/vt | base | 90.0 | 10.0 |\n" in text and "| task | model | 4k | 8k |\n|---|---|---:|---:|\n" in text
     assert found["scores"][1] == {"model": "base", "task": "ruler/vt", "length": 4096, "score": 90.0, "samples": 10,
@@ -123,8 +131,77 @@ def test_the_tables_have_rows_of_models_columns_of_lengths_and_the_means_of_fami
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def thirteen(model, by_length):
+    return [Score(model, f"ruler/{task}", length, value, 10) for task in ruler.TASKS for length, value in by_length.items()]
+
+
+def test_a_task_that_is_too_long_for_a_short_length_counts_at_the_others():
+    short = [Score("base", f"ruler/{task}", 512, math.nan if i == 2 else 90.0, 10) for i, task in enumerate(ruler.TASKS)]
+    long = [Score("base", f"ruler/{task}", 4096, 0.0 if i == 2 else 91.0, 10) for i, task in enumerate(ruler.TASKS)]
+    assert [(s.task, s.length, round(s.score, 6)) for s in results.family_means(short + long)] == [
+        ("ruler, mean of 12", 512, 90.0), ("ruler, mean of 13", 4096, 84.0)]
+
+
+def test_an_effective_length_is_that_of_all_thirteen_tasks_from_4096_tokens_up():
+    told = lambda scores: results.tables(scores)[0]["caption"].partition("above 85.6: ")[2]
+    of_all = thirteen("base", {1024: 10.0, 4096: 90.0, 8192: 85.7, 16384: 85.0}) + thirteen("trained", {4096: 85.0, 8192: 99.0})
+    assert told(of_all) == "base 8k, trained none."
+    assert told([score for score in of_all if (score.task, score.model) != ("ruler/qa_1", "base")]) == "trained none."
+    assert told([score for score in of_all if score.task != "ruler/qa_1"]) == ""
+    assert told(thirteen("base", {1024: 99.0, 2048: 99.0})) == ""
+    assert told([score for score in of_all if (score.task, score.length) != ("ruler/vt", 8192)]) == "base 4k, trained none."
+
+
+def test_longbench_e_is_a_family_of_its_own():
+    scores = [Score("base", f"longbench/{task}", 4096, value, 10)
+              for task, value in (("qasper", 10.0), ("qasper_e", 20.0), ("trec", 30.0), ("trec_e", 60.0), ("lsht", 50.0))]
+    assert [(score.task, score.score) for score in results.family_means(scores)] == [
+        ("longbench, mean of 3", 30.0), ("longbench_e, mean of 2", 40.0)]
+
+
+def test_the_groups_of_longbench_have_rows_and_the_depths_of_needles_have_none():
+    made, = results.tables([Score("base", "longbench2", 4096, 30.0, 9, {"hard": 20.0, "short": 30.0, "easy": 40.0}),
+                            Score("base", "longbench2", 8192, 31.0, 9, {"hard": 21.0, "long": math.nan}),
+                            Score("base", "longbench/trec_e", 4096, 50.0, 9, {"8k+": 10.0, "0-4k": 90.0}),
+                            Score("base", "longbench/lcc_e", 4096, 70.0, 9, {"8k+": 70.0}),
+                            Score("base", "needle", 4096, 60.0, 9, {"0%": 50.0, "100%": 70.0})])
+    assert made["rows"] == [
+        ["longbench2", "base", "30.0", "31.0"], ["longbench2, easy", "base", "40.0", "–"],
+        ["longbench2, hard", "base", "20.0", "21.0"], ["longbench2, short", "base", "30.0", "–"],
+        ["longbench2, long", "base", "–", "–"], ["longbench/trec_e", "base", "50.0", "–"],
+        ["longbench/trec_e, 0-4k", "base", "90.0", "–"], ["longbench/trec_e, 8k+", "base", "10.0", "–"],
+        ["longbench/lcc_e", "base", "70.0", "–"], ["longbench/lcc_e, 8k+", "base", "70.0", "–"],
+        ["needle", "base", "60.0", "–"], ["longbench_e, mean of 2", "base", "60.0", "–"]]
+
+
+def test_an_evaluation_keeps_what_earlier_ones_found_of_the_same_models(tmp_path):
+    read = lambda: {(row["model"], row["task"], row["length"]): row["score"]
+                    for row in json.loads((tmp_path / "evaluation.json").read_text())["scores"]}
+    keys = {"base": "base 1", "trained": "trained 1"}
+    results.write(tmp_path, [Score(model, task, length, 1.0, 5) for model in keys for task in ("perplexity", "ruler/vt")
+                             for length in (512, 1024)] + [Score("base", "needle", 512, 1.0, 1, {"0%": math.nan})], keys)
+    found = results.write(tmp_path, [Score("base", "ruler/vt", 1024, 2.0, 5), Score("base", "ruler/fwe", 1024, 2.0, 5),
+                                     Score("base, chat", "ruler/vt", 1024, 3.0, 5)],
+                          {"base": "base 1", "base, chat": "base 1", "trained": "trained 2"})
+    assert [(score.model, score.task, score.length, score.score) for score in found] == [
+        ("base", "perplexity", 512, 1.0), ("base", "perplexity", 1024, 1.0), ("base", "ruler/vt", 512, 1.0),
+        ("base", "ruler/vt", 1024, 2.0), ("base", "needle", 512, 1.0), ("base", "ruler/fwe", 1024, 2.0),
+        ("base, chat", "ruler/vt", 1024, 3.0)]       # of what was trained before nothing holds
+    text = (tmp_path / "evaluation.md").read_text()
+    assert "| perplexity | base | 1.00 | 1.00 |" in text and "| ruler/vt | base | 1.0 | 2.0 |" in text
+    assert json.loads((tmp_path / "evaluation.json").read_text())["images"] and math.isnan(found[4].groups["0%"])
+    # Of perplexity all lengths are read anew, and nothing else is touched; means are made, not kept.
+    results.write(tmp_path, [Score("base", "perplexity", 2048, 4.0, 5)], {"base": "base 1"})
+    assert read() == {("base", "perplexity", 2048): 4.0, ("base", "ruler/vt", 512): 1.0, ("base", "ruler/vt", 1024): 2.0,
+                      ("base", "needle", 512): 1.0, ("base", "ruler/fwe", 1024): 2.0, ("base, chat", "ruler/vt", 1024): 3.0}
+    for broken in ("", "[]", "{}", '{"scores": [{"model": "base"}], "keys": {}}', '{"scores": [1], "keys": []}'):
+        (tmp_path / "evaluation.json").write_text(broken)
+        results.write(tmp_path, [Score("base", "ruler/vt", 512, 5.0, 5)], {"base": "base 1"})
+        assert read() == {("base", "ruler/vt", 512): 5.0}
+
+
 def test_the_report_of_an_evaluation_embeds_its_heatmaps(tmp_path):
-    results.write(tmp_path, SCORES)
+    results.write(tmp_path, SCORES, {})
     page = write_report(tmp_path).read_text()
     assert "src='data:image/png;base64,iVBOR" in page and "ruler, mean of 2" in page and "No step" not in page
 
