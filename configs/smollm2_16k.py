@@ -19,6 +19,7 @@ def get_config():
         (800, 8_192, "shifted"),
         (1_000, 16_384, "full"),
     )
+    c.context.rope.type = "yarn"
     c.lora.rank = 16
     c.lora.alpha = 32.0
     c.data.train = ("data/train.jsonl",)
