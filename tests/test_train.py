@@ -150,7 +150,7 @@ def test_a_nan_is_never_applied_and_stops_the_run_in_the_end(run_config, tmp_pat
     assert all(np.isfinite(x).all() for x in trained_leaves(model))
 
 
-def test_exports_give_our_logits_in_pytorch(run_config, tmp_path):
+def test_exports_give_our_logits_in_pytorch(run_config, one_device, tmp_path):
     import peft
     import transformers
     model = loop.train(run_config, tmp_path / "run")

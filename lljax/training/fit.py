@@ -131,7 +131,7 @@ def ways(config, layers) -> list[dict]:
     """Changes that make room for a model of `layers` (`DecoderSpec.layers`), each alone, those first that cost least time."""
     m = config.memory
     out = [{"memory.remat": "full"}] if m.remat != "full" else []
-    if config.context.length > 4096 and (not m.tile or m.tile > 4096):
+    if not m.tile or m.tile > 4096:
         out.append({"memory.tile": 4096})
     if not m.offload:
         out.append({"memory.offload": True} | ({"memory.remat": "full"} if m.remat == "none" else {}))
