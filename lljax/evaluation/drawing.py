@@ -1,6 +1,7 @@
 """What the pictures of an evaluation share: a canvas with sharp text, as a PNG."""
 
 import io
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -37,6 +38,15 @@ class Canvas:
 
 def text_width(text: str, size: int) -> float:
     return _font(size).getlength(text)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round places that cover [low, high], about six."""
+    width = (high - low) / 5 or abs(low) / 5 or 1.0
+    power = 10 ** math.floor(math.log10(width))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if width <= power * factor)
+    first = math.floor(low / step)
+    return [step * n for n in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
 def _scaled(values: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: every prediction as soon as it is made, and tables and heatmaps of the scores at the end."""
+"""What an evaluation leaves: every prediction as soon as it is made, and tables and pictures of the scores at the end."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lljax.errors import DataError
-from lljax.evaluation import heatmap, needle
+from lljax.evaluation import curves, heatmap, needle
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.ruler import SHORTEST, TASKS, THRESHOLD, effective_length
 from lljax.evaluation.task import Example
@@ -165,6 +165,18 @@ def _table(scores: Sequence[Score], caption: str, decimals: int) -> dict:
     return {"columns": ["task", "model", *map(short_length, lengths)], "rows": rows, "caption": caption}
 
 
+def by_length(scores: Sequence[Score]) -> dict[str, dict[str, dict[int, float]]]:
+    """What is drawn: {task: {model: {length: score}}} of each task with scores at two lengths or more, and in place of a
+    family's tasks their mean, where there is one."""
+    means = family_means(scores)
+    meant = {_family(mean.task.partition(",")[0]) for mean in means}
+    drawn: dict[str, dict[str, dict[int, float]]] = {}
+    for score in [*(score for score in scores if _family(score.task) not in meant), *means]:
+        if math.isfinite(score.score):
+            drawn.setdefault(score.task, {}).setdefault(score.model, {})[score.length] = score.score
+    return {task: lines for task, lines in drawn.items() if len({length for line in lines.values() for length in line}) > 1}
+
+
 def effective_lengths(means: Sequence[Score]) -> dict[str, int | None]:
     """RULER's effective length of each model that has the mean of all its tasks, at the lengths that are RULER's."""
     found: dict[str, dict[int, float]] = {}
@@ -175,14 +187,19 @@ def effective_lengths(means: Sequence[Score]) -> dict[str, int | None]:
 
 
 def write(folder: Path, scores: Sequence[Score], keys: Mapping[str, str]) -> list[Score]:
-    """The tables as evaluation.md, and with the scores themselves as evaluation.json, which the report reads; and a heatmap
-    of each model's needles as a PNG.
+    """The tables as evaluation.md, and with the scores themselves as evaluation.json, which the report reads; and as PNGs
+    curves of the scores by length, and a heatmap of each model's needles.
 
     keys: what tells each model, by its name in the scores, from others of that name. The scores of earlier commands that
     `folder` holds of the same models stay, but for those that are measured again. Returns all that is there now.
     """
     scores, keys = _merged(folder / "evaluation.json", scores, keys)
     made, images = tables(scores), []
+    for task, lines in by_length(scores).items():
+        log = task in PROTOCOLS
+        title = f"Held-out {task} by length" if log else f"{task} by length, 0 to 100"
+        images.append({"file": f"curve-{file_name(task)}.png", "title": title})
+        _replace(folder / images[-1]["file"], curves.png(title, lines, log=log))
     for model in dict.fromkeys(score.model for score in scores if score.task == "needle"):
         groups = {score.length: score.groups for score in scores if (score.task, score.model) == ("needle", model)}
         title = f"Needles found, in percent: {model}"
@@ -210,9 +227,10 @@ def _merged(path: Path, scores: Sequence[Score], keys: Mapping[str, str]) -> tup
         known = {name: key for name, key in found["keys"].items() if key in keys.values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         old, known = [], {}                  # there is none, or it is not ours
-    again = {(score.model, score.task) for score in scores if score.task in PROTOCOLS}
-    old = [score for score in old if score.model in known and (score.model, score.task) not in again]
-    return [*{(s.model, s.task, s.length): s for s in [*old, *scores]}.values()], known | dict(keys)
+    places = lambda scores: {(s.model, s.task, s.length): s for s in scores}       # one measured again stays in its place
+    new, every = places(scores), places([*(score for score in old if score.model in known), *scores])
+    again = {(model, task) for model, task, _ in new if task in PROTOCOLS}
+    return [score for place, score in every.items() if place in new or place[:2] not in again], known | dict(keys)
 
 
 def file_name(model: str) -> str:

@@ -1,10 +1,9 @@
 """Values with their spread, a row each, as a PNG: dots for the values, a bar of a standard deviation about their mean."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from lljax.evaluation.drawing import FAINT, INK, Canvas, text_width
+from lljax.evaluation.drawing import FAINT, INK, Canvas, text_width, ticks
 
 ROW, TOP, BOTTOM, PLOT, GAP, RIGHT = 20, 40, 30, 380, 12, 70
 BAR, DOT, GRID = (33, 102, 172), (140, 170, 205), (226, 228, 232)
@@ -15,15 +14,15 @@ def png(title: str, values: Mapping[str, Sequence[float]]) -> bytes:
     rows = {name: each for name, each in values.items() if each}
     left = max(text_width(name, 12) for name in rows) + 2 * GAP
     low, high = (f(value for each in rows.values() for value in each) for f in (min, max))
-    ticks = _ticks(low, high)
-    low, high = ticks[0], ticks[-1]
+    marks = ticks(low, high)
+    low, high = marks[0], marks[-1]
     x = lambda value: left + PLOT * (min(max(value, low), high) - low) / (high - low)
     bottom = TOP + ROW * len(rows)
     canvas = Canvas(left + PLOT + RIGHT, bottom + BOTTOM)
     canvas.text((GAP, 18), title, 14, INK, "lm")
-    for tick in ticks:
-        canvas.line((x(tick), TOP - 6, x(tick), bottom), GRID)
-        canvas.text((x(tick), bottom + 14), f"{tick:g}", 11, FAINT, "mm")
+    for mark in marks:
+        canvas.line((x(mark), TOP - 6, x(mark), bottom), GRID)
+        canvas.text((x(mark), bottom + 14), f"{mark:g}", 11, FAINT, "mm")
     for number, (name, each) in enumerate(rows.items()):
         y, mean = TOP + ROW * (number + 0.5), statistics.fmean(each)
         canvas.text((left - GAP, y), name, 12, INK, "rm")
@@ -35,12 +34,3 @@ def png(title: str, values: Mapping[str, Sequence[float]]) -> bytes:
         canvas.box((x(mean) - 1, y - 5, x(mean) + 1, y + 5), BAR)
         canvas.text((left + PLOT + GAP, y), f"{mean:.4g}", 11, FAINT, "lm")
     return canvas.png()
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round places that cover [low, high], about six."""
-    width = (high - low) / 5 or abs(low) / 5 or 1.0
-    power = 10 ** math.floor(math.log10(width))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if width <= power * factor)
-    first = math.floor(low / step)
-    return [step * n for n in range(first, max(math.ceil(high / step), first + 1) + 1)]

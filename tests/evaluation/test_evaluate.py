@@ -108,7 +108,7 @@ def test_a_run_is_evaluated_and_nothing_is_asked_twice(run_config, tmp_path):
     models = ["base", "base, RoPE stretched", "trained"]
     assert [row[:2] for row in found["tables"][0]["rows"]] == [["perplexity/longlora", model] for model in models]
     assert [row[:3] for row in found["tables"][1]["rows"][:3]] == [["passkey/tokens", model, "–"] for model in models]
-    assert len(found["images"]) == 3 and "data:image/png" in write_report(tmp_path / "out").read_text()
+    assert len(found["images"]) == 1 + 3 and "data:image/png" in write_report(tmp_path / "out").read_text()
     lines = (tmp_path / "out" / "predictions.jsonl").read_text()
     assert lines.count("\n") == 3 * (2 + 1 + 11)
     assert evaluate(*flags)[0] == 0 and (tmp_path / "out" / "predictions.jsonl").read_text() == lines

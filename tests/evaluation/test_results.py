@@ -126,9 +126,22 @@ def test_the_tables_have_rows_of_models_columns_of_lengths_and_the_means_of_fami
     assert "| ruler/vt | base | 90.0 | 10.0 |\n" in text and "| task | model | 4k | 8k |\n|---|---|---:|---:|\n" in text
     assert found["scores"][1] == {"model": "base", "task": "ruler/vt", "length": 4096, "score": 90.0, "samples": 10,
                                   "groups": {}}
-    assert found["images"] == [{"file": "needle-base.png", "title": "Needles found, in percent: base"}]
-    assert (tmp_path / "needle-base.png").read_bytes().startswith(b"\x89PNG")
+    assert found["images"] == [{"file": "curve-ruler-mean-of-2.png", "title": "ruler, mean of 2 by length, 0 to 100"},
+                               {"file": "needle-base.png", "title": "Needles found, in percent: base"}]
+    assert all((tmp_path / image["file"]).read_bytes().startswith(b"\x89PNG") for image in found["images"])
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_drawn_by_length_are_tasks_with_two_of_them_and_means_in_place_of_a_familys_tasks():
+    told = [("base", "perplexity", 512, 20.0), ("base", "perplexity", 1024, math.nan), ("trained", "perplexity", 1024, 19.0),
+            ("base", "passkey/tokens", 512, 90.0), ("base", "passkey/tokens", 1024, 80.0), ("base", "longbench/qmsum", 8192, 1)]
+    scores = [*SCORES, *(Score(*each, 10) for each in told)]
+    assert results.by_length(scores) == {
+        "perplexity": {"base": {512: 20.0}, "trained": {1024: 19.0}},
+        "passkey/tokens": {"base": {512: 90.0, 1024: 80.0}},
+        "ruler, mean of 2": {"base": {4096: 95.0, 8192: 15.0}, "adapter": {4096: 90.0}}}
+    alone = [score for score in SCORES if score.task == "ruler/vt"]
+    assert results.by_length(alone) == {"ruler/vt": {"base": {4096: 90.0, 8192: 10.0}, "adapter": {4096: 90.0, 8192: 88.0}}}
 
 
 def thirteen(model, by_length):
@@ -200,7 +213,7 @@ def test_an_evaluation_keeps_what_earlier_ones_found_of_the_same_models(tmp_path
         assert read() == {("base", "ruler/vt", 512): 5.0}
 
 
-def test_the_report_of_an_evaluation_embeds_its_heatmaps(tmp_path):
+def test_the_report_of_an_evaluation_embeds_its_pictures(tmp_path):
     results.write(tmp_path, SCORES, {})
     page = write_report(tmp_path).read_text()
     assert "src='data:image/png;base64,iVBOR" in page and "ruler, mean of 2" in page and "No step" not in page
