@@ -35,16 +35,16 @@ def generate(model: nnx.Module, prompts: Sequence[np.ndarray], *, tokens: int, s
     Attention is full whatever the model was trained under, and a completion does not depend on the prompts beside it.
 
     stop: tokens that end a completion. stop_strings: strings that do, and are cut off; they need the `tokenizer`.
-    rows: prompts continued side by side; with a RoPE that depends on the length it is one. What all of them begin with is
-      read once.
+    rows: prompts continued side by side; with a RoPE that depends on the length it is one. Neighbours that are alike for half
+      of their length, as questions about one document are, stand together, and what they begin with is read once.
     dtype: of the compute. cache_dtype: of keys and values; jnp.int8 keeps them in eight bits; None for `dtype`.
     layout: the mesh that the model lies on, of which `sequence` is 1; None for one device.
     """
     if model.spec.rope.type in BY_LENGTH:
         rows = 1
     done = []
-    for first in range(0, len(prompts), rows):
-        batch = prompts[first:first + rows]
+    for first, after in _batches(prompts, rows):
+        batch = prompts[first:after]
         written = [_Written(tokenizer, stop, stop_strings) for _ in batch]
         for step in stream(model, batch, tokens=tokens, sampling=sampling, dtype=dtype, cache_dtype=cache_dtype, layout=layout,
                            first=first):
@@ -104,6 +104,18 @@ def stream(model: nnx.Module, prompts: Sequence[np.ndarray], *, tokens: int, sam
         ready = token
     if ready is not None:
         yield np.asarray(ready)[:len(prompts)]
+
+
+def _batches(prompts, rows: int) -> Iterator[tuple[int, int]]:
+    """(first, after) of up to `rows` prompts each: of those that are like the one before them, or of others."""
+    alike = [False, *(2 * _shared(pair) > min(map(len, pair)) for pair in zip(prompts, prompts[1:])), False, False]
+    first = 0
+    for at in range(1, len(prompts) + 1):
+        of_one_document = alike[first + 1]
+        goes_on = alike[at] if of_one_document else not alike[at + 1]
+        if at == len(prompts) or at - first == rows or not goes_on:
+            yield first, at
+            first = at
 
 
 def _shared(prompts) -> int:

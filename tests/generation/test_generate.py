@@ -77,6 +77,18 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch):
     assert written(build(), [begin[:33]] * 2, tokens=4) == written(build(), [begin[:33]], tokens=4) * 2
 
 
+def test_questions_about_one_document_stand_together_and_others_side_by_side(monkeypatch):
+    a, b, c = (list(RNG.integers(0, 61, 40)) for _ in range(3))
+    others = [list(RNG.integers(0, 61, n)) for n in (9, 33, 50)]
+    prompts = [np.asarray(p) for p in (others[0], others[1], a + [1, 2], a + [3], a + [4], a + [5], b + [6], b, others[2], c)]
+    read, rows = module.read_chunk, []
+    monkeypatch.setattr(module, "read_chunk", lambda *args, **kwargs: rows.append(args[2].shape[0]) or read(*args, **kwargs))
+    together = written(build(), prompts, tokens=1, rows=3)
+    # Two others; of a document 32 tokens once, and each question; what is over of it; the other two.
+    assert rows == [2, 2, 2, *[1, 1, 3], 1, 1, 1, *[1, 1, 2], 2, 2, 2, 2]
+    assert together == written(build(), prompts, tokens=1, rows=1)
+
+
 @pytest.mark.parametrize("model", [local, lambda: build(model_type="mistral", sliding_window=24)], ids=["chunked", "window"])
 def test_a_window_counts_tokens_and_not_the_padding_behind_a_shared_beginning(model):
     begin = RNG.integers(0, 61, 32)
