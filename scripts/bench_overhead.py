@@ -3,10 +3,11 @@
 python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
 python scripts/bench_overhead.py
 
-One run as in configs/quickstart.py, on rows of 512 tokens, the shortest steps that it could have, in blocks of 100. Blocks with
-checkpoints, and blocks with metrics and a report, take turns with bare ones, so that a machine that slows down slows all of
-them. Prints for each kind the time that the loop spent in its functions, by the time of its blocks; and the ratio of its blocks
-to the two bare ones beside them, where what goes on in the background counts too: median and quartiles.
+One run as in configs/quickstart.py, on rows of one length, in blocks of 100 steps. Blocks with checkpoints, and blocks with
+metrics and a report, take turns with bare ones, so that a machine that slows down slows all of them. Prints for each kind the
+time that the loop spent in its functions, by the time of its blocks; and the ratio of its blocks to the two bare ones beside
+them, in time and in CPU time, where what goes on in the background counts too: median and quartiles. What they cost does not
+depend on the length, and is so much the more of a step, the shorter it is.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from lljax.training import loop
 from lljax.training.step import robust_z
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.py"
-BLOCK, EVERY, LENGTH = 100, 50, 512          # steps of a block, steps to a checkpoint, tokens
+BLOCK, EVERY = 100, 50                       # steps of a block, steps to a checkpoint
 TURN = ("bare", "checkpoints", "bare", "metrics")        # kinds of blocks
 
 
@@ -34,7 +35,7 @@ class Watch:
     """Times the loop's own functions, and leaves them out of the blocks that are not theirs."""
 
     def __init__(self):
-        self.ends = []                       # of blocks, seconds
+        self.ends = []                       # of blocks, seconds: (of the clock, of the CPUs)
         self.spent = defaultdict(float)      # by the number of a block, seconds
 
     def only(self, kind: str, call, otherwise=None):
@@ -61,7 +62,7 @@ class Watch:
             def step(self, record):
                 watch.only("metrics", lambda: super(Monitor, self).step(record))
                 if record["step"] % BLOCK == 0:
-                    watch.ends.append(time.monotonic())
+                    watch.ends.append((time.monotonic(), time.process_time()))
 
         def schedule(*args):
             rate = learning_rate(*args)
@@ -83,28 +84,32 @@ def seconds_of_alarm(history: int, calls: int = 200) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=8, help=f"times {len(TURN)} blocks that count, after one that does not")
-    turns = parser.parse_args().turns
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row; the quickstart has 1,024 or more")
+    arguments = parser.parse_args()
+    turns, length = arguments.turns, arguments.length
     logging.basicConfig(level=logging.ERROR, force=True)
     config = runpy.run_path(str(QUICKSTART))["get_config"]()
-    config.context.length = LENGTH
-    config.context.schedule = (((turns + 1) * len(TURN) * BLOCK + BLOCK, LENGTH, "shifted"),)     # ends with a bare block
+    config.context.length = length
+    config.context.schedule = (((turns + 1) * len(TURN) * BLOCK + BLOCK, length, "shifted"),)     # ends with a bare block
     config.checkpoint.every_steps, config.training.report_every = EVERY, BLOCK
     config.data.valid_fraction = 0.0
     watch = Watch()
     watch.install()
     with exit_cleanly(), tempfile.TemporaryDirectory() as workdir:
         loop.train(config, workdir)
-    wall = np.diff(watch.ends)               # of the blocks from the second on
+    wall, cpu = np.diff(watch.ends, axis=0).T                # of the blocks from the second on
     bare = float(np.median(wall[len(TURN) - 1::2])) / BLOCK
-    print(f"{config.model.path}, {LENGTH} tokens: {bare:.4f} s a step; the alarm's arithmetic alone: "
+    print(f"{config.model.path}, {length:,} tokens: {bare:.4f} s a step; the alarm's arithmetic alone: "
           f"{seconds_of_alarm(config.alarm.history) / bare:.2%} of it\n")
-    print("| | of the time, in its functions | blocks with by blocks without: median (quartiles) |\n|---|---|---|")
+    print("| | of the time, in its functions | time with by without: median (quartiles) | CPU time with by without |\n"
+          "|---|---|---|---|")
     for name, what in (("checkpoints", f"a checkpoint every {EVERY} steps"),
                        ("metrics", f"metrics of every step, and a report every {BLOCK}")):
         blocks = range(len(TURN) + TURN.index(name), len(watch.ends) - 1, len(TURN))
         inside = sum(watch.spent[i] for i in blocks) / sum(wall[i - 1] for i in blocks)
-        low, middle, high = np.quantile([wall[i - 1] / (wall[i - 2] + wall[i]) * 2 for i in blocks], (0.25, 0.5, 0.75))
-        print(f"| {what} | {inside:.2%} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
+        ratios = [np.quantile([2 * spent[i - 1] / (spent[i - 2] + spent[i]) for i in blocks], (0.5, 0.25, 0.75))
+                  for spent in (wall, cpu)]
+        print(f"| {what} | {inside:.2%} | " + " | ".join("{:.3f} ({:.3f} to {:.3f})".format(*ratio) for ratio in ratios) + " |")
 
 
 if __name__ == "__main__":
