@@ -165,7 +165,7 @@ def _table(scores: Sequence[Score], caption: str, decimals: int) -> dict:
     return {"columns": ["task", "model", *map(short_length, lengths)], "rows": rows, "caption": caption}
 
 
-def by_length(scores: Sequence[Score]) -> dict[str, dict[str, dict[int, float]]]:
+def drawn_by_length(scores: Sequence[Score]) -> dict[str, dict[str, dict[int, float]]]:
     """What is drawn: {task: {model: {length: score}}} of each task with scores at two lengths or more, and in place of a
     family's tasks their mean, where there is one."""
     means = family_means(scores)
@@ -195,7 +195,7 @@ def write(folder: Path, scores: Sequence[Score], keys: Mapping[str, str]) -> lis
     """
     scores, keys = _merged(folder / "evaluation.json", scores, keys)
     made, images = tables(scores), []
-    for task, lines in by_length(scores).items():
+    for task, lines in drawn_by_length(scores).items():
         log = task in PROTOCOLS
         title = f"Held-out {task} by length" if log else f"{task} by length, 0 to 100"
         images.append({"file": f"curve-{file_name(task)}.png", "title": title})

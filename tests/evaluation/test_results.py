@@ -136,12 +136,12 @@ def test_drawn_by_length_are_tasks_with_two_of_them_and_means_in_place_of_a_fami
     told = [("base", "perplexity", 512, 20.0), ("base", "perplexity", 1024, math.nan), ("trained", "perplexity", 1024, 19.0),
             ("base", "passkey/tokens", 512, 90.0), ("base", "passkey/tokens", 1024, 80.0), ("base", "longbench/qmsum", 8192, 1)]
     scores = [*SCORES, *(Score(*each, 10) for each in told)]
-    assert results.by_length(scores) == {
+    assert results.drawn_by_length(scores) == {
         "perplexity": {"base": {512: 20.0}, "trained": {1024: 19.0}},
         "passkey/tokens": {"base": {512: 90.0, 1024: 80.0}},
         "ruler, mean of 2": {"base": {4096: 95.0, 8192: 15.0}, "adapter": {4096: 90.0}}}
     alone = [score for score in SCORES if score.task == "ruler/vt"]
-    assert results.by_length(alone) == {"ruler/vt": {"base": {4096: 90.0, 8192: 10.0}, "adapter": {4096: 90.0, 8192: 88.0}}}
+    assert results.drawn_by_length(alone) == {"ruler/vt": {"base": {4096: 90.0, 8192: 10.0}, "adapter": {4096: 90.0, 8192: 88.0}}}
 
 
 def thirteen(model, by_length):
