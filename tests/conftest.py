@@ -6,9 +6,14 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of the time goes to compiling, and what is compiled is small: machine code need not be good.
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+                           " --xla_backend_optimization_level=0")
+# XLA runs what they compute on as many threads as there are devices. A collective holds its thread until all eight have
+# come, and two that are independent may be begun in either order: eight threads that wait for both wait for ever.
+os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Most of the time goes to compiling, and much is compiled more than once: by tests, workers and the scripts they start.
+# Much is compiled more than once: by tests, workers and the scripts they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="lljax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
@@ -101,6 +106,5 @@ def run_config(tiny, documents):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Runs take one of the eight devices: for what has nothing to do with a mesh. On a busy machine XLA's collectives among
-    eight give up after 40 seconds, and abort."""
+    """Runs take one of the eight devices: for what has nothing to do with a mesh."""
     monkeypatch.setattr(loop, "mesh_of", lambda mesh: mesh_of(mesh, jax.devices()[:1]))
