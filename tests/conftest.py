@@ -6,9 +6,10 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes to compiling, and what is compiled is small: machine code need not be good.
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-                           " --xla_backend_optimization_level=0")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most of the time goes to compiling, and what is compiled is small: machine code need not be good.
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+                               " --xla_backend_optimization_level=0")
 # XLA runs what they compute on as many threads as there are devices. A collective holds its thread until all eight have
 # come, and two that are independent may be begun in either order: eight threads that wait for both wait for ever.
 os.environ.setdefault("PJRT_NPROC", "32")

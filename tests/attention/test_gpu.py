@@ -1,5 +1,4 @@
-"""The GPU implementations on a CPU: the Triton kernels interpreted, cuDNN's folding around XLA's attention, against the
-dense reference; and all of it compiled for GPUs that are not there."""
+"""The Triton kernels against the dense reference, interpreted unless there is a GPU; and compiled for GPUs that are not there."""
 
 import functools
 import importlib.util
@@ -21,14 +20,12 @@ from lljax.attention.mask import NEVER, visible
 
 HEADS = [(8, 8), (8, 2), (9, 3), (6, 1)]
 T = 300                                      # no multiple of a block, and long enough for full blocks
-TRITON = functools.partial(attend, implementation=Implementation(functools.partial(gpu.forward, interpret=True),
-                                                                 functools.partial(gpu.backward, interpret=True)))
-
-# The interpreted kernels are small: the time goes to compiling them.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+INTERPRET = jax.default_backend() != "gpu"
+FORWARD, BACKWARD = (functools.partial(f, interpret=INTERPRET) for f in (gpu.forward, gpu.backward))
+TRITON = functools.partial(attend, implementation=Implementation(FORWARD, BACKWARD))
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(attend, q, k, v, mask):
     weights = jax.random.normal(jax.random.key(9), q.shape)
     loss = lambda q, k, v: jnp.sum(attend(q, k, v, mask, scale=0.25).astype(jnp.float32) * weights)
@@ -126,8 +123,7 @@ def test_parts_of_the_keys_sum_to_the_whole():
     mask, weights = causal(B, T), jax.random.normal(jax.random.key(9), q.shape)
     halves = [(k[:, at], v[:, at], mask.replace(k_index=mask.k_index[:, at]))
               for at in (slice(0, T // 2), slice(T // 2, T))]
-    forward = jit(functools.partial(gpu.forward, scale=0.25, interpret=True))
-    backward = jit(functools.partial(gpu.backward, scale=0.25, interpret=True))
+    forward, backward = (jax.jit(functools.partial(f, scale=0.25)) for f in (FORWARD, BACKWARD))
     outs, lses = zip(*(forward(q, *half) for half in halves))
     lse = jnp.logaddexp(*lses)
     out = sum(out * jnp.exp(part - lse)[..., None] for out, part in zip(outs, lses))

@@ -1,0 +1,116 @@
+"""What steps of Llama-3.1-8B at length take of the device at hand, beside what their program says: memory and time.
+
+python scripts/bench_steps.py --rows='h100-80g shifted 32k nf4'           # see capacity_rows.py; on such a device
+python scripts/bench_steps.py --rows='h100-80g full 32k' --one_document   # rows that cuDNN serves
+
+Weights and tokens are random: a step takes as long over them. Each row has a process of its own: the peak is the allocator's,
+which is never lower than what drawing the weights took.
+"""
+
+import argparse
+import logging
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.97")     # as train.py
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from capacity_rows import LLAMA, Row, config_of, named
+from rich.console import Console
+
+from lljax.build import mesh_of, placed_model
+from lljax.devices import GiB, of_kind
+from lljax.errors import ConfigError, exit_cleanly
+from lljax.models.declare import declared
+from lljax.models.decoder import Decoder
+from lljax.models.initialise import initialise
+from lljax.training import fit, flops
+from lljax.training.curriculum import stages
+from lljax.training.placement import abstract_batch, layout_of, place
+from lljax.training.step import take_apart
+
+
+def draw(model: Decoder, dtype) -> None:
+    """Random weights, a layer at a time: `initialise` draws a whole stack in float32 first, more than some steps take."""
+    for _, variable in declared(model):
+        value = variable.get_value()
+        if variable.get_metadata("init") == "normal" and len(value.shape) > 2:
+            leaves, tree = jax.tree.flatten(value)
+            variable.set_value(tree.unflatten(_random(leaf, key) for key, leaf in enumerate(leaves)))
+    initialise(model, 0, dtype=dtype, shardings=lambda variable: jax.tree.map(lambda x: x.sharding, variable.get_value()))
+
+
+def _random(leaf, key: int):
+    def layer(key):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jax.random.bits(key, leaf.shape[1:], jnp.uint8).astype(leaf.dtype)
+        return (0.02 * jax.random.normal(key, leaf.shape[1:])).astype(leaf.dtype)
+    return jax.jit(lambda: jax.lax.map(layer, jax.random.split(jax.random.key(key), leaf.shape[0])),
+                   out_shardings=leaf.sharding)()
+
+
+def measure(row: Row, one_document: bool, steps: int) -> str:
+    """A line of what the row's steps took; the first step does not count."""
+    device = jax.devices()[0]
+    chip = of_kind(device.device_kind)
+    if chip is None or chip.name != row.device:
+        raise ConfigError(f"--rows={row.name}: it is for {row.device}, and here is {device.device_kind}")
+    config = config_of(row)
+    config.data.packing = not one_document
+    mesh, stage = mesh_of(config.mesh, [device]), stages(config.context)[0]
+    model = placed_model(config, LLAMA, mesh)
+    layout, _ = layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, model.spec)
+    counted = flops.of_step(model, config, stage)
+    began = time.monotonic()
+    parts = take_apart(config, model, mesh)
+    need, program = fit.compile_step(stage.label, parts, abstract_batch(1, 1, stage.length, mesh), stage.pattern, layout)
+    compiling = time.monotonic() - began
+    draw(model, jnp.dtype(config.model.dtype))
+    parts = take_apart(config, model, mesh)
+    del model
+    drawing = device.memory_stats()["peak_bytes_in_use"]
+    tokens = np.random.default_rng(0).integers(0, LLAMA["vocab_size"], (1, stage.length))
+    segments = np.ones_like(tokens) if one_document else 1 + np.arange(stage.length)[None] // (stage.length // 2)
+    batch = place({name: x.astype(np.int32) for name, x in {
+        "tokens": tokens, "targets": tokens, "segments": segments,
+        "positions": np.arange(stage.length)[None] % (stage.length if one_document else stage.length // 2)}.items()},
+        1, mesh, layout)
+    state, seconds = parts.state, []
+    for _ in range(steps + 1):
+        began = time.monotonic()
+        state, metrics = program(state, parts.frozen, batch)
+        loss = float(metrics["loss"])
+        seconds.append(time.monotonic() - began)
+    peak, took = device.memory_stats()["peak_bytes_in_use"], statistics.median(seconds[1:])
+    assert math.isfinite(loss)
+    return (f"{row.name}, {'one document' if one_document else 'two documents'} a row: peak {peak / GiB:.2f} GiB (drawing the "
+            f"weights {drawing / GiB:.2f}), its program says {need.peak / GiB:.2f} (host {need.host / GiB:.1f}); "
+            f"{took:.2f} s a step ({', '.join(f'{s:.2f}' for s in seconds)}), {stage.length / took:,.0f} tokens/s, "
+            f"{counted.hardware / took / chip.flops:.1%} of the peak arithmetic, {counted.model / took / chip.flops:.1%} without "
+            f"what is computed again; compiled in {compiling:.0f} s; loss {loss:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", required=True, help="those of capacity_rows.py whose name holds this")
+    parser.add_argument("--one_document", action="store_true", help="a row is one document, not two side by side")
+    parser.add_argument("--steps", type=int, default=3, help="counted ones")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR, force=True)
+    with exit_cleanly():
+        rows = named(arguments.rows)
+        if len(rows) == 1:
+            Console(width=140).print(measure(rows[0], arguments.one_document, arguments.steps), highlight=False)
+        for row in rows if len(rows) > 1 else ():
+            subprocess.run([sys.executable, __file__, f"--rows={row.name}", f"--steps={arguments.steps}",
+                            *["--one_document"] * arguments.one_document], check=False)
+
+
+if __name__ == "__main__":
+    main()
