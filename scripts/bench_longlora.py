@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import math
+import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -285,7 +286,7 @@ def check_steps(out: Path, steps: int) -> None:
 def measure(arguments) -> None:
     """Trains and measures what --out does not hold yet."""
     out, base = arguments.out, open_base(BASE)
-    chosen = [run for run in runs(arguments.steps) if arguments.runs in run.name]
+    chosen = [run for run in runs(arguments.steps) if re.search(arguments.runs, run.name)]
     ruler = Ruler(config_of(Run("", {}), arguments, 0), base, out)
     for kind, name in BASES.items():
         if (name, 0) not in read_results(out):
@@ -312,7 +313,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--steps", type=int, default=20, help="of 4,096 tokens")
-    parser.add_argument("--runs", default="", help="only those whose name holds this")
+    parser.add_argument("--runs", default="", help="only those in whose name this regular expression is found")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, force=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
