@@ -151,7 +151,7 @@ def calls(device, kind, **changes):
     c.update_from_flattened_dict(changes)
     texts, read = [], hlo.collective_bytes
     hlo.collective_bytes = lambda text: texts.append(text) or read(text)
-    plan.plan(c, open_config(c.model.path, "main"), target(device))
+    plan.plan(c, open_config(c.model.path, "main"), target(device), plan.Options())
     hlo.collective_bytes = read
     return re.findall(r'custom_call_target="(__[^"]+)"', texts[0])
 single = {"data.packing": False}
