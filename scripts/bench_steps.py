@@ -8,6 +8,7 @@ which is never lower than what drawing the weights took.
 """
 
 import argparse
+import dataclasses
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ from capacity_rows import LLAMA, Row, config_of, named
 from rich.console import Console
 
 from lljax.build import mesh_of, placed_model
+from lljax.data.packing import IGNORED
 from lljax.devices import GiB, of_kind
 from lljax.errors import ConfigError, exit_cleanly
 from lljax.models.declare import declared
@@ -32,7 +34,7 @@ from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.training import fit, flops
 from lljax.training.curriculum import stages
-from lljax.training.placement import abstract_batch, layout_of, place
+from lljax.training.placement import abstract_batch, place
 from lljax.training.step import take_apart
 
 
@@ -65,22 +67,22 @@ def measure(row: Row, one_document: bool, steps: int) -> str:
     config.data.packing = not one_document
     mesh, stage = mesh_of(config.mesh, [device]), stages(config.context)[0]
     model = placed_model(config, LLAMA, mesh)
-    layout, _ = layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, model.spec)
-    counted = flops.of_step(model, config, stage)
+    T = stage.length
+    of_document = T if one_document else T // 2
+    counted = flops.of_step(model, config, dataclasses.replace(stage, length=of_document))
+    hardware, useful = (each * T / of_document / chip.flops for each in (counted.hardware, counted.model))       # s at the peak
     began = time.monotonic()
     parts = take_apart(config, model, mesh)
-    need, program = fit.compile_step(stage.label, parts, abstract_batch(1, 1, stage.length, mesh), stage.pattern, layout)
+    need, program = fit.compile_step(stage.label, parts, abstract_batch(1, 1, T, mesh), stage.pattern, None)
     compiling = time.monotonic() - began
     draw(model, jnp.dtype(config.model.dtype))
     parts = take_apart(config, model, mesh)
     del model
     drawing = device.memory_stats()["peak_bytes_in_use"]
-    tokens = np.random.default_rng(0).integers(0, LLAMA["vocab_size"], (1, stage.length))
-    segments = np.ones_like(tokens) if one_document else 1 + np.arange(stage.length)[None] // (stage.length // 2)
-    batch = place({name: x.astype(np.int32) for name, x in {
-        "tokens": tokens, "targets": tokens, "segments": segments,
-        "positions": np.arange(stage.length)[None] % (stage.length if one_document else stage.length // 2)}.items()},
-        1, mesh, layout)
+    tokens, places = np.random.default_rng(0).integers(0, LLAMA["vocab_size"], T), np.arange(T)
+    batch = {"tokens": tokens, "targets": np.append(tokens[1:], IGNORED), "segments": 1 + places // of_document,
+             "positions": places % of_document}
+    batch = place({name: x.astype(np.int32)[None] for name, x in batch.items()}, 1, mesh, None)
     state, seconds = parts.state, []
     for _ in range(steps + 1):
         began = time.monotonic()
@@ -91,8 +93,8 @@ def measure(row: Row, one_document: bool, steps: int) -> str:
     assert math.isfinite(loss)
     return (f"{row.name}, {'one document' if one_document else 'two documents'} a row: peak {peak / GiB:.2f} GiB (drawing the "
             f"weights {drawing / GiB:.2f}), its program says {need.peak / GiB:.2f} (host {need.host / GiB:.1f}); "
-            f"{took:.2f} s a step ({', '.join(f'{s:.2f}' for s in seconds)}), {stage.length / took:,.0f} tokens/s, "
-            f"{counted.hardware / took / chip.flops:.1%} of the peak arithmetic, {counted.model / took / chip.flops:.1%} without "
+            f"{took:.2f} s a step ({', '.join(f'{s:.2f}' for s in seconds)}), {T / took:,.0f} tokens/s, "
+            f"{hardware / took:.1%} of the peak arithmetic, {useful / took:.1%} without "
             f"what is computed again; compiled in {compiling:.0f} s; loss {loss:.3f}")
 
 

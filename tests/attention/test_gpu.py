@@ -1,4 +1,4 @@
-"""The Triton kernels against the dense reference, interpreted unless there is a GPU; and compiled for GPUs that are not there."""
+"""The Triton kernels against the dense reference, interpreted where there is no GPU; and compiled for GPUs that are elsewhere."""
 
 import functools
 import importlib.util

@@ -141,7 +141,8 @@ def test_drawn_by_length_are_tasks_with_two_of_them_and_means_in_place_of_a_fami
         "passkey/tokens": {"base": {512: 90.0, 1024: 80.0}},
         "ruler, mean of 2": {"base": {4096: 95.0, 8192: 15.0}, "adapter": {4096: 90.0}}}
     alone = [score for score in SCORES if score.task == "ruler/vt"]
-    assert results.drawn_by_length(alone) == {"ruler/vt": {"base": {4096: 90.0, 8192: 10.0}, "adapter": {4096: 90.0, 8192: 88.0}}}
+    assert results.drawn_by_length(alone) == {"ruler/vt": {"base": {4096: 90.0, 8192: 10.0},
+                                                           "adapter": {4096: 90.0, 8192: 88.0}}}
 
 
 def thirteen(model, by_length):
