@@ -1,4 +1,5 @@
-"""The Triton kernels against the dense reference, interpreted where there is no GPU; and compiled for GPUs that are elsewhere."""
+"""The Triton kernels against the dense reference, interpreted where there is no GPU; and compiled for GPUs that are not
+there."""
 
 import functools
 import importlib.util
