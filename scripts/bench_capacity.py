@@ -10,12 +10,12 @@ import argparse
 import logging
 
 import off_device  # noqa: F401
-from capacity_rows import LLAMA, ROWS, Row, config_of, named
+from capacity_rows import LLAMA, ROWS, Row, config_of
 from rich.console import Console
 from rich.table import Table
 
 from lljax.devices import GiB
-from lljax.errors import exit_cleanly
+from lljax.errors import ConfigError, exit_cleanly
 from lljax.planning import search
 from lljax.planning.devices import target
 from lljax.planning.plan import Options, plan_stage
@@ -51,7 +51,10 @@ def main() -> None:
                    "compiled in s"):
         table.add_column(column, justify="left" if column in ("device", "base", "stage", "parallel", "fits") else "right")
     with exit_cleanly():
-        for row in named(wanted):
+        rows = [row for row in ROWS if wanted in row.name]
+        if not rows:
+            raise ConfigError(f"--rows={wanted}: no row's name holds it; there are {'; '.join(row.name for row in ROWS)}")
+        for row in rows:
             with console.status(row.name) as status:
                 options = Options(0.4, progress=lambda text, status=status: status.update(f"compiling {text}"))
                 table.add_row(*measure(row, options, console))

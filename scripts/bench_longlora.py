@@ -17,7 +17,6 @@ import gc
 import json
 import logging
 import math
-import re
 import shutil
 import statistics
 from collections.abc import Callable
@@ -286,7 +285,7 @@ def check_steps(out: Path, steps: int) -> None:
 def measure(arguments) -> None:
     """Trains and measures what --out does not hold yet."""
     out, base = arguments.out, open_base(BASE)
-    chosen = [run for run in runs(arguments.steps) if re.search(arguments.runs, run.name)]
+    chosen = [run for run in runs(arguments.steps) if run.name in arguments.runs]
     ruler = Ruler(config_of(Run("", {}), arguments, 0), base, out)
     for kind, name in BASES.items():
         if (name, 0) not in read_results(out):
@@ -313,7 +312,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--steps", type=int, default=20, help="of 4,096 tokens")
-    parser.add_argument("--runs", default="", help="only those in whose name this regular expression is found")
+    names = [run.name for run in runs(1)]
+    parser.add_argument("--runs", nargs="+", metavar="NAME", choices=names, default=names, help="only these")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, force=True)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,31 +1,27 @@
 """What steps of Llama-3.1-8B at length take of the device at hand, beside what their program says: memory and time.
 
-python scripts/bench_steps.py --rows='h100-80g shifted 32k nf4'           # see capacity_rows.py; on such a device
-python scripts/bench_steps.py --rows='h100-80g full 32k' --one_document   # rows that cuDNN serves
+python scripts/bench_steps.py --row='h100-80g shifted 32k nf4'           # see capacity_rows.py; on such a device
+python scripts/bench_steps.py --row='h100-80g full 32k' --one_document   # rows that cuDNN serves
 
-Weights and tokens are random: a step takes as long over them. Each row has a process of its own: the peak is the allocator's,
-which is never lower than what drawing the weights took.
+Weights and tokens are random: a step takes as long over them. The peak is the allocator's, which is never lower than what
+drawing the weights took.
 """
 
 import argparse
 import dataclasses
 import logging
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
-
-os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.97")     # as train.py
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from capacity_rows import LLAMA, Row, config_of, named
+from capacity_rows import LLAMA, ROWS, Row, config_of
 from rich.console import Console
 
 from lljax.build import mesh_of, placed_model
+from lljax.command_line import take_gpu_memory
 from lljax.data.packing import IGNORED
 from lljax.devices import GiB, of_kind
 from lljax.errors import ConfigError, exit_cleanly
@@ -62,7 +58,7 @@ def measure(row: Row, one_document: bool, steps: int) -> str:
     device = jax.devices()[0]
     chip = of_kind(device.device_kind)
     if chip is None or chip.name != row.device:
-        raise ConfigError(f"--rows={row.name}: it is for {row.device}, and here is {device.device_kind}")
+        raise ConfigError(f"--row={row.name}: it is for {row.device}, and here is {device.device_kind}")
     config = config_of(row)
     config.data.packing = not one_document
     mesh, stage = mesh_of(config.mesh, [device]), stages(config.context)[0]
@@ -100,18 +96,15 @@ def measure(row: Row, one_document: bool, steps: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", required=True, help="those of capacity_rows.py whose name holds this")
+    rows = {row.name: row for row in ROWS}
+    parser.add_argument("--row", required=True, metavar="NAME", choices=rows, help="one of: " + "; ".join(rows))
     parser.add_argument("--one_document", action="store_true", help="a row is one document, not two side by side")
     parser.add_argument("--steps", type=int, default=3, help="counted ones")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, force=True)
+    take_gpu_memory()
     with exit_cleanly():
-        rows = named(arguments.rows)
-        if len(rows) == 1:
-            Console(width=140).print(measure(rows[0], arguments.one_document, arguments.steps), highlight=False)
-        for row in rows if len(rows) > 1 else ():
-            subprocess.run([sys.executable, __file__, f"--rows={row.name}", f"--steps={arguments.steps}",
-                            *["--one_document"] * arguments.one_document], check=False)
+        Console(width=140).print(measure(rows[arguments.row], arguments.one_document, arguments.steps), highlight=False)
 
 
 if __name__ == "__main__":

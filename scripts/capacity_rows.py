@@ -7,7 +7,6 @@ bfloat16 base; over a quantised one, of rank 32 on every linear layer.
 import dataclasses
 
 from lljax.config import default_config, validate
-from lljax.errors import ConfigError
 
 K, M = 1024, 1024 ** 2
 LLAMA = {"model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
@@ -71,15 +70,3 @@ def config_of(row: Row):
     c.mesh.fsdp, c.mesh.sequence = 1, -1
     validate(c)
     return c
-
-
-def named(words: str) -> list[Row]:
-    """The one of that name, or those whose name holds the words.
-
-    Raises:
-      ConfigError: there is none.
-    """
-    rows = [row for row in ROWS if words == row.name] or [row for row in ROWS if words in row.name]
-    if not rows:
-        raise ConfigError(f"--rows={words}: no row's name holds it; there are {'; '.join(row.name for row in ROWS)}")
-    return rows

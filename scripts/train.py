@@ -4,7 +4,6 @@ python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/qwen_32k [--
 """
 
 import logging
-import os
 import sys
 
 import leaves_on_sigterm  # noqa: F401
@@ -12,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lljax import distributed
-from lljax.command_line import read_flags
+from lljax.command_line import read_flags, take_gpu_memory
 from lljax.errors import exit_cleanly
 from lljax.evaluation.during import examiner
 from lljax.training.loop import train
@@ -24,8 +23,7 @@ PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "first:stop, steps to
 
 
 def main(argv) -> None:
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name of the same
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.97")     # jax would leave a quarter of a GPU unused
+    take_gpu_memory()
     # force: a library that was imported has set up logging already, for warnings alone.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("jax", "orbax", "httpx", "tensorboardX"):
