@@ -1,0 +1,35 @@
+"""Files that appear whole, and text of other people's shown safely in a terminal."""
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Writes `path` so that readers see the old content or the new one, never a part.
+
+    The unfinished file has a name of its own, so that two processes may write the same path at once; the last one stays.
+
+    Raises:
+      OSError: it cannot be written; the old content is as it was.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that says something, printable; its class where there is none."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return printable(line.strip()) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` with line breaks, terminal codes and what cannot be encoded shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
