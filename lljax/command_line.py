@@ -6,6 +6,7 @@ import re
 from absl import flags
 
 from lljax.errors import ConfigError
+from lljax.host_memory import set_pinned_limit
 
 
 def read_flags(argv, *required: str) -> None:
@@ -28,7 +29,8 @@ def read_flags(argv, *required: str) -> None:
 
 
 def take_gpu_memory() -> None:
-    """Has jax, which would leave a quarter of a GPU unused, take nearly all of it, unless the environment says how much. Before
-    the first device is asked for."""
+    """Has jax take nearly all of a GPU's memory, of which it would leave a quarter unused, and what the host can spare for
+    residuals, unless the environment says how much. Before the first device is asked for; every process must call it."""
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:       # the older name of the same
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.97")
+    set_pinned_limit()

@@ -2,11 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import os
 import re
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -160,6 +162,17 @@ def from_all(value) -> list:
     lengths = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
     padded = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
     return [json.loads(row[:n].tobytes()) for row, n in zip(padded, lengths)]
+
+
+@functools.lru_cache
+def processes_here() -> int:
+    """How many processes of the run are on this host; each must call this, and may before jax has started."""
+    client = coordination.global_state.client
+    if client is None:
+        return 1
+    client.key_value_set(f"lljax-hosts/{coordination.global_state.process_id}", socket.gethostname())
+    client.wait_at_barrier("lljax-hosts", 1000 * JOIN_SECONDS)
+    return [name for _, name in client.key_value_dir_get("lljax-hosts")].count(socket.gethostname())
 
 
 def any_of(flag: bool) -> bool:

@@ -236,13 +236,14 @@ def robust_z(x: jax.Array, history: jax.Array, least: int = LEAST_HISTORY) -> ja
 
 
 def make_evaluate(graphdef, settings: StepSettings):
-    """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (summed loss, predicted tokens) of a batch [B, T] whose
-    rows hold one document each."""
+    """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (summed loss, predicted tokens) of a batch [1, B, T], as
+    `place` makes it, whose rows hold one document each. Jitted; a layer at a time exists as much of as in the step."""
     @functools.partial(jax.jit, static_argnums=(3, 4))
     def evaluate(trainable, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
+        batch = jax.tree.map(lambda x: x[0], batch)
         model = nnx.merge(graphdef, trainable, frozen)
         hidden = model(batch["tokens"], positions=batch["positions"], index=_index(batch, layout), pattern=pattern,
-                       layout=layout, dtype=jnp.dtype(settings.dtype))
+                       layout=layout, memory=settings.memory, dtype=jnp.dtype(settings.dtype))
         return (cross_entropy(hidden, model.head, batch["targets"], chunk=settings.loss_chunk,
                               softcap=model.spec.logit_softcap, layout=layout, update=model.head_update(hidden)),
                 jnp.sum(batch["targets"] != IGNORED))
