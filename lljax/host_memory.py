@@ -20,12 +20,15 @@ def host_memory(root: Path = Path("/")) -> int:
     root: of the file system, for tests. Where there is no /proc, all memory of the machine.
     """
     try:
-        left = 1024 * _number(root / "proc/meminfo", "MemAvailable:")
         status = root / "proc/self/status"
-        held = 1024 * (_number(status, "RssAnon:") + _number(status, "RssShmem:"))
+        return left_of_host(root) + 1024 * (_number(status, "RssAnon:") + _number(status, "RssShmem:"))
     except OSError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return held + min([left, *_left_of_groups(root)])
+
+
+def left_of_host(root: Path = Path("/")) -> int:
+    """Bytes that are left of the host's memory and of this process' control groups. Raises OSError where there is no /proc."""
+    return min([1024 * _number(root / "proc/meminfo", "MemAvailable:"), *_left_of_groups(root)])
 
 
 def _left_of_groups(root: Path) -> Iterator[int]:

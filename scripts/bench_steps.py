@@ -1,17 +1,21 @@
-"""What steps of Llama-3.1-8B at length take of the device at hand, beside what their program says: memory and time.
+"""What steps of Llama-3.1-8B at length take of the device at hand and its host, beside what their program says; and time.
 
-python scripts/bench_steps.py --row='h100-80g shifted 32k nf4'           # see capacity_rows.py; on such a device
+python scripts/bench_steps.py --row='h100-80g shifted 32k nf4'           # see capacity_rows.py; on such a device, or a larger one
 python scripts/bench_steps.py --row='h100-80g full 32k' --one_document   # rows that cuDNN serves
+python scripts/bench_steps.py --row='h100-80g shifted 288k' --one_document --steps=1     # 72 GiB of residuals on the host
 
 Weights and tokens are random: a step takes as long over them. The peak is the allocator's, which is never lower than what
-drawing the weights took.
+drawing the weights took. What does not fit is refused as train.py does, before the weights are drawn.
 """
 
 import argparse
 import dataclasses
 import logging
 import math
+import os
+import resource
 import statistics
+import threading
 import time
 
 import jax
@@ -25,6 +29,7 @@ from lljax.command_line import take_gpu_memory
 from lljax.data.packing import IGNORED
 from lljax.devices import GiB, of_kind
 from lljax.errors import ConfigError, exit_cleanly
+from lljax.host_memory import LIMIT, left_of_host
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
@@ -53,12 +58,31 @@ def _random(leaf, key: int):
                    out_shardings=leaf.sharding)()
 
 
-def measure(row: Row, one_document: bool, steps: int) -> str:
-    """A line of what the row's steps took; the first step does not count."""
+class HostMemory:
+    """A context: `taken` is by how many bytes, at most, the memory that the host has left has fallen since; looked at four times
+    a second. The resident set of a process does not hold all that it has pinned."""
+
+    def __enter__(self):
+        self._before, self.taken, self._over = left_of_host(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._over.wait(0.25):
+            self.taken = max(self.taken, self._before - left_of_host())
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+
+
+def measure(row: Row, one_document: bool, steps: int, of_host: HostMemory) -> str:
+    """What the row's steps took; of the time the first does not count."""
     device = jax.devices()[0]
     chip = of_kind(device.device_kind)
-    if chip is None or chip.name != row.device:
-        raise ConfigError(f"--row={row.name}: it is for {row.device}, and here is {device.device_kind}")
+    if chip is None:
+        raise ConfigError(f"--row={row.name}: it is for {row.device}, and of {device.device_kind} no figures are known")
     config = config_of(row)
     config.data.packing = not one_document
     mesh, stage = mesh_of(config.mesh, [device]), stages(config.context)[0]
@@ -71,6 +95,8 @@ def measure(row: Row, one_document: bool, steps: int) -> str:
     parts = take_apart(config, model, mesh)
     need, program = fit.compile_step(stage.label, parts, abstract_batch(1, 1, T, mesh), stage.pattern, None)
     compiling = time.monotonic() - began
+    memory, host = fit.capacity(mesh)
+    fit.check([need], memory, host, config, model.spec.layers)
     draw(model, jnp.dtype(config.model.dtype))
     parts = take_apart(config, model, mesh)
     del model
@@ -80,6 +106,7 @@ def measure(row: Row, one_document: bool, steps: int) -> str:
              "positions": places % of_document}
     batch = place({name: x.astype(np.int32)[None] for name, x in batch.items()}, 1, mesh, None)
     state, seconds = parts.state, []
+    before = of_host.taken
     for _ in range(steps + 1):
         began = time.monotonic()
         state, metrics = program(state, parts.frozen, batch)
@@ -87,9 +114,12 @@ def measure(row: Row, one_document: bool, steps: int) -> str:
         seconds.append(time.monotonic() - began)
     peak, took = device.memory_stats()["peak_bytes_in_use"], statistics.median(seconds[1:])
     assert math.isfinite(loss)
-    return (f"{row.name}, {'one document' if one_document else 'two documents'} a row: peak {peak / GiB:.2f} GiB (drawing the "
-            f"weights {drawing / GiB:.2f}), its program says {need.peak / GiB:.2f} (host {need.host / GiB:.1f}); "
-            f"{took:.2f} s a step ({', '.join(f'{s:.2f}' for s in seconds)}), {T / took:,.0f} tokens/s, "
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    return (f"{row.name}, {'one document' if one_document else 'two documents'} a row, on {device.device_kind}\n"
+            f"device: peak {peak / GiB:.2f} GiB (drawing the weights {drawing / GiB:.2f}), its program says {need.peak / GiB:.2f}\n"
+            f"host: {of_host.taken / GiB:.2f} GiB taken ({before / GiB:.2f} before the first step; resident {resident:.2f}), its "
+            f"program says {need.host / GiB:.2f} of {host / GiB:.2f} ({LIMIT}={os.environ.get(LIMIT)})\n"
+            f"time: {took:.2f} s a step ({', '.join(f'{s:.2f}' for s in seconds)}), {T / took:,.0f} tokens/s, "
             f"{hardware / took:.1%} of the peak arithmetic, {useful / took:.1%} without "
             f"what is computed again; compiled in {compiling:.0f} s; loss {loss:.3f}")
 
@@ -104,7 +134,9 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, force=True)
     take_gpu_memory()
     with exit_cleanly():
-        Console(width=140).print(measure(rows[arguments.row], arguments.one_document, arguments.steps), highlight=False)
+        with HostMemory() as of_host:
+            text = measure(rows[arguments.row], arguments.one_document, arguments.steps, of_host)
+        Console(width=140).print(text, highlight=False)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Row:
 
 ROWS = (
     Row("h100-80g", 512 * K, "full"),
+    Row("h100-80g", 288 * K, "shifted"),
     Row("h100-80g", 768 * K, "shifted"),
     Row("h100-80g", 2 * M, "shifted", each=4),
     Row("h100-80g:8", 4 * M, "full", each=4),

@@ -39,7 +39,7 @@ CONSOLE = Console(width=160)
 
 def show(plans, target, options) -> None:
     device = target.device
-    CONSOLE.print(fit.table([p.need for p in plans], *options.room(target),
+    CONSOLE.print(fit.table([need for p in plans for need in p.needs], *options.room(target),
                             f"{target.name}: {target.count} x {device.memory / GiB:.2f} GiB"))
     table = Table(title=f"a step, at {EFFICIENCY.value:.0%} of peak arithmetic")
     for column in ("stage", "model PFLOP", "hardware PFLOP", "received GB a device", "bound by", "seconds", "tokens/s",
@@ -61,7 +61,7 @@ def advise(config, hf_config, target, plans, options) -> None:
     worst = max((p for p in plans if not p.fits), key=lambda p: p.need.peak)
     found, tried = search.room(config, hf_config, target, worst, options)
     if tried:
-        CONSOLE.print(fit.table([p.need for p in tried], *options.room(target), "what was tried"))
+        CONSOLE.print(fit.table([need for p in tried for need in p.needs], *options.room(target), "what was tried"))
     if search.held(worst) > options.room(target)[0]:
         least = math.ceil(search.held(worst) * target.count / target.device.memory)
         CONSOLE.print(f"Weights and optimizer alone are {search.held(worst) / GiB:.2f} GiB of a device of "

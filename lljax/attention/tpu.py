@@ -43,9 +43,11 @@ def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float, softcap: flo
     dtype: of the gradients; the sums are float32 in any case.
     """
     call = _Call(q, k, v, mask, scale, softcap, interpret, blocks)
-    # float32: a small difference of large sums is taken with it
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    operands = call.heads(d_out), call.statistic(lse), call.statistic(delta)
+    d_out, out = call.heads(d_out), call.heads(out)
+    # float32: a small difference of large sums is taken with it. In the order of the kernels: in that of rows the compiler
+    # makes float32 copies of both, each twice as large as the residual.
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, :, None]
+    operands = d_out, call.statistic(lse), delta
     dq = _backward_queries(call, *operands, dtype)
     dk, dv = _backward_keys(call, *operands, dtype)
     return call.rows(dq), call.keys(dk), call.keys(dv)

@@ -37,14 +37,17 @@ class DecoderLayer(nnx.Module):
             if reach is not None:
                 x, load = self._streamed(x, place, mask, pattern, layout, memory, reach, dropout_key, counted)
                 return x, None, load
-        q, k, v = tiled(self._before, x, dropout_key, memory, layout)
-        mixed, cache = self.self_attn.mix(q, k, v, place, mask, pattern, layout, cache, start)
+        q, k, v = tiled(self._before, (x, place), dropout_key, memory, layout)
+        mixed, cache = self.self_attn.mix(q, k, v, mask, pattern, layout, cache, start)
         load, x = folded(functools.partial(self._after, layout=layout), self._no_load(counted, layout), (x, mixed, counted),
                          dropout_key, memory, layout)
         return x, cache, load
 
-    def _before(self, x, key):
-        return self.self_attn.heads(self.input_layernorm(x), key)
+    def _before(self, xs, key):
+        """What attends, of (x, place), in place: RoPE computes in float32, and of a tile that is little."""
+        x, place = xs
+        q, k, v = self.self_attn.heads(self.input_layernorm(x), key)
+        return self.self_attn.placed(q, place, query=True), self.self_attn.placed(k, place), v
 
     def _after(self, load, xs, key, layout):
         x, mixed, counted = xs
@@ -73,16 +76,14 @@ class DecoderLayer(nnx.Module):
         nothing but the layer's input and output exists at one time."""
         def tile(carry, xs, key):
             (halo, load), (x, place, mask, real, counted) = carry, xs
-            q, k, v = self._before(x, key)
+            q, k, v = self._before((x, place), key)
             mask = mask.replace(q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER))
-            q, k = self.self_attn.placed(q, place, query=True), self.self_attn.placed(k, place)
             mixed, halo = attend_tile(q, k, v, mask, halo, group=pattern.groups, layout=layout, **self.self_attn.how)
             load, x = self._after(load, (x, self.self_attn.join(mixed), counted), key, layout)
             return (halo, load), x
 
         def keys(x, place):
-            _, k, v = self._before(x, key)
-            return self.self_attn.placed(k, place), v
+            return self._before((x, place), key)[1:]
         halo = first_halo(keys, (x, place), mask, reach, layout)
         real = jnp.ones(x.shape[:2], bool)
         (_, load), x = in_tiles(tile, (halo, self._no_load(counted, layout)), (x, place, mask, real, counted), key, memory,

@@ -120,10 +120,9 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)      # like the sums that they enter
         return {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
 
-    def mix(self, q, k, v, place: Place, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
-        """Attention [B, T, N * H] of `heads`, or over `cache` (k, v [B, K, S, H]) and them, its slots from `start` on; and
-        what the cache is to keep of them. `o_proj` comes after it."""
-        q, k = self.placed(q, place, query=True), self.placed(k, place)
+    def mix(self, q, k, v, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
+        """Attention [B, T, N * H] of `heads`, queries and keys `placed`, or over `cache` (k, v [B, K, S, H]) and them, its slots
+        from `start` on; and what the cache is to keep of them. `o_proj` comes after it."""
         if cache is not None:
             new = tuple(kept(each, held) for each, held in zip((k, v), cache))
             k, v = (read(write(held, each, start), q.dtype) for held, each in zip(cache, new))

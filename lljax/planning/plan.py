@@ -1,4 +1,4 @@
-"""What a run needs, before any weight is read: every stage's real step compiled for the real target.
+"""What a run needs, before any weight is read: every stage's real step and evaluation compiled for the real target.
 
 Memory comes from the compiler, but for the workspace of cuDNN, which only a device would tell it; arithmetic is counted by
 `lljax.training.flops`; traffic is read from the program.
@@ -11,12 +11,14 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from lljax.build import mesh_of, placed_model
+from lljax.host_memory import usable
+from lljax.models.decoder import FULL
 from lljax.planning import hlo
 from lljax.planning.devices import Target
 from lljax.training import fit, flops
 from lljax.training.curriculum import Stage, stages
 from lljax.training.placement import abstract_batch, check_rows, layout_of
-from lljax.training.step import take_apart
+from lljax.training.step import make_evaluate, step_settings, take_apart
 
 MARGIN = 0.03                                # of the device's memory, for what the runtime keeps to itself
 
@@ -32,18 +34,20 @@ class Options:
     progress: Callable[[str], None] = lambda text: None
 
     def room(self, target: Target) -> tuple[float, float]:
-        """Bytes of a device and of its host that a run may use."""
-        return target.device.memory * (1 - MARGIN), self.host or target.device.host
+        """Bytes of a device and of its host that a run may use; of the host, what a run there would take for residuals."""
+        return target.device.memory * (1 - MARGIN), usable(self.host or target.device.host)
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
     """FLOPs and tokens are of one optimizer step of all devices, collectives bytes that one device receives in it, seconds
-    of one step. seconds: the largest of the arithmetic (at the efficiency), memory and network bounds.
+    of one step. seconds: the largest of the arithmetic (at the efficiency), memory and network bounds. evaluation: what that
+    on held-out rows of the stage's length needs; None where there is none, or the step does not fit. fits: both of them.
     """
 
     stage: Stage
     need: fit.Need
+    evaluation: fit.Need | None
     reason: str                              # for the context-parallel mode
     fits: bool
     model_flops: float
@@ -57,6 +61,10 @@ class StagePlan:
     def seconds(self) -> float:
         return max(self.bounds.values())
 
+    @property
+    def needs(self) -> list[fit.Need]:
+        return [self.need] if self.evaluation is None else [self.need, self.evaluation]
+
 
 def plan(config, hf_config: dict, target: Target, options: Options) -> list[StagePlan]:
     """The plan of every stage.
@@ -64,16 +72,19 @@ def plan(config, hf_config: dict, target: Target, options: Options) -> list[Stag
     Raises:
       ConfigError: the configuration cannot be laid out on the target, or its compiler is missing.
     """
-    return [plan_stage(config, hf_config, target, stage, options) for stage in stages(config.context)]
+    plans = [plan_stage(config, hf_config, target, stage, options) for stage in stages(config.context)]
+    room = options.room(target)
+    in_turn = fit.in_turn([p.need for p in plans], target.device.platform, room[1])
+    return [dataclasses.replace(p, need=need, fits=p.fits and need.fits(*room)) for p, need in zip(plans, in_turn)]
 
 
 def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: Options, *, label: str = "") -> StagePlan:
-    """Compiles one stage's step for the target. label: what the tables call it, if not by its stage."""
+    """Compiles one stage's step and evaluation for the target. label: what the tables call it, if not by its stage."""
     device, mesh, label = target.device, mesh_of(config.mesh, target.devices()), label or stage.label
     check_rows(config.training.rows, mesh)
-    model = placed_model(config, hf_config, mesh)
+    model, bytes_per = placed_model(config, hf_config, mesh), jnp.dtype(config.model.dtype).itemsize
     layout, reason = layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, model.spec,
-                               bytes_per=jnp.dtype(config.model.dtype).itemsize, memory=device.memory)
+                               bytes_per=bytes_per, memory=device.memory)
     options.progress(f"{label} for {target.name}")
     began = time.monotonic()
     A, B, T = config.training.accumulate, config.training.rows, stage.length
@@ -84,10 +95,17 @@ def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: O
     collectives = hlo.collective_bytes(text) if program else {}
     workspace = hlo.cudnn_workspace(text)    # which a compiler with no device puts at 0
     need = dataclasses.replace(need, temporary=need.temporary + workspace, peak=need.peak + workspace)
+    room = options.room(target)
+    evaluation = None
+    if need.fits(*room) and T in fit.evaluated_lengths(config, stages(config.context)):
+        full, _ = layout_of(mesh, config.mesh.context_parallel, FULL, T, model.spec, bytes_per=bytes_per, memory=device.memory)
+        evaluation, _ = fit.compile_evaluation(
+            f"evaluation of {T:,}", make_evaluate(parts.graphdef, step_settings(config)), parts, abstract_batch(1, B, T, mesh), full)
     counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"])
     passes = 2 if config.memory.remat == "none" else 3       # the weights are read forward, again, and backward
     bounds = {"arithmetic": counted.hardware / (target.count * device.flops * options.efficiency),
               "memory": A * passes * need.base * target.count / device.bandwidth,
               "network": sum(collectives.values()) / device.link}
-    return StagePlan(stage, need, reason, need.fits(*options.room(target)), counted.model, counted.hardware, collectives,
-                     A * B * T, bounds, seconds)
+    fits = need.fits(*room) and (evaluation is None or evaluation.fits(*room))
+    return StagePlan(stage, need, evaluation, reason, fits, counted.model, counted.hardware, collectives, A * B * T, bounds,
+                     seconds)

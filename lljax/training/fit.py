@@ -1,10 +1,10 @@
-"""What the steps of a run take of a device: read from the compiled programs, shown as a table, refused where it cannot fit."""
+"""What the steps and evaluations of a run take of a device: read from the compiled programs, shown as a table, refused where
+it cannot fit."""
 
 import contextlib
 import dataclasses
 import io
 import math
-import os
 import re
 from collections.abc import Callable
 
@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lljax.devices import GiB
-from lljax.distributed import from_all
+from lljax.distributed import from_all, processes_here
 from lljax.errors import ConfigError, OutOfMemory
-from lljax.models.decoder import share_residuals
+from lljax.host_memory import LIMIT, host_memory, pinned_limit, pooled, usable
+from lljax.models.decoder import FULL, share_residuals
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes of one device that the step of a stage takes.
+    """Bytes of one device that the step of a stage, or an evaluation, takes.
 
     peak: arguments + outputs - what they share + temporaries. host: bytes of the host's memory. compiled: False where the
     compiler refused the step for its memory; the peak is then what it says.
@@ -43,21 +44,43 @@ class Need:
 def compile_step(label: str, parts, batch: dict, pattern, layout) -> tuple[Need, jax.stages.Compiled | None]:
     """Compiles `parts.step` (of lljax.training.step.take_apart) for one stage; nothing needs to have values. The program is
     called with (state, frozen, batch); None where the compiler refuses it."""
+    return _compile(label, parts, layout, lambda: parts.step.lower(parts.state, parts.frozen, batch, pattern, layout), 0)
+
+
+def compile_evaluation(label: str, evaluate, parts, batch: dict, layout) -> tuple[Need, jax.stages.Compiled | None]:
+    """The same of `evaluate` (of lljax.training.step.make_evaluate), called with (trainable, frozen, batch), in full attention.
+    The optimizer waits on the device meanwhile, and counts."""
+    def lower():
+        return evaluate.lower(parts.state.trainable, parts.frozen, batch, FULL, layout)
+    return _compile(label, parts, layout, lower, bytes_of(parts.state.optimizer))
+
+
+def evaluated_lengths(config, stages) -> list[int]:
+    """Tokens of the held-out rows that the `stages` of a run evaluate on, in order: each stage that comes to a step of
+    training.eval_every has rows of its own length, and the run ends with the last one's. None without held-out documents."""
+    if not (config.data.valid or config.data.valid_fraction) or not stages:
+        return []
+    every = config.training.eval_every
+    return list(dict.fromkeys([*(s.length for s in stages if every and s.stop // every > s.start // every), stages[-1].length]))
+
+
+def _compile(label: str, parts, layout, lower, beside: int) -> tuple[Need, jax.stages.Compiled | None]:
+    """beside: bytes that are on the device and no argument of the program."""
     sizes = {"label": label, "context_parallel": layout.context_parallel if layout else "none", "base": bytes_of(parts.frozen),
              "trainable": bytes_of(parts.state.trainable), "optimizer": bytes_of(parts.state.optimizer)}
     try:
-        program = parts.step.lower(parts.state, parts.frozen, batch, pattern, layout).compile()
+        program = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         # The TPU compiler refuses what does not fit, and says by how much.
         used = re.search(r"Used ([\d.]+)([GM]) of|([\d.]+)([GM])\)? exceeds", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
         size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
-        peak = int(float(size) * (GiB if unit == "G" else 2 ** 20))
+        peak = int(float(size) * (GiB if unit == "G" else 2 ** 20)) + beside
         rest = peak - sizes["base"] - sizes["trainable"] - sizes["optimizer"]
         return Need(**sizes, temporary=max(rest, 0), peak=peak, host=0, compiled=False), None
     m = program.memory_analysis()
-    peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes + beside
     return Need(**sizes, temporary=m.temp_size_in_bytes, peak=peak, host=m.host_temp_size_in_bytes, compiled=True), program
 
 
@@ -67,11 +90,22 @@ def bytes_of(tree) -> int:
 
 
 def capacity(mesh) -> tuple[float, float]:
-    """Bytes of a device and of the host's memory that goes with it; the least of all processes, which must all call this."""
+    """Bytes of a device, and of the host's memory that residuals of one device can take; the least of all processes, which
+    must all call this. On a GPU they wait in a pool: see lljax.host_memory."""
     here = mesh.local_devices
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(here)
-    memory = (here[0].memory_stats() or {}).get("bytes_limit", host)
+    share = host_memory() / (processes_here() * len(here))
+    memory = (here[0].memory_stats() or {}).get("bytes_limit", share)
+    host = {"gpu": min(share, pinned_limit()), "cpu": share}.get(here[0].platform, usable(share))
     return tuple(min(each) for each in zip(*from_all([memory, host])))
+
+
+def in_turn(needs: list[Need], platform: str, host: float) -> list[Need]:
+    """The `needs` of programs that run one after the other: a GPU's pool keeps what it gave those before, so that the host
+    has to have it beside what the next one needs."""
+    if platform not in ("gpu", "cuda"):
+        return needs
+    sizes = pooled([n.host for n in needs], host)
+    return [dataclasses.replace(n, host=size) for n, size in zip(needs, sizes)]
 
 
 def table(needs: list[Need], memory: float, host: float, title: str) -> Table:
@@ -93,19 +127,23 @@ def as_text(table: Table) -> str:
 
 
 def check(needs: list[Need], memory: float, host: float, config, layers) -> None:
-    """Raises ConfigError where a stage cannot fit; a compiled one may be tried with memory.refuse=False."""
+    """Raises ConfigError where a program cannot fit; a compiled one may be tried with memory.refuse=False."""
     for n in needs:
         if n.fits(memory, host) or (n.compiled and not config.memory.refuse):
             continue
-        what, need, has = ("host", n.host, host) if n.peak <= memory and n.compiled else ("device", n.peak, memory)
+        of_host = n.compiled and n.peak <= memory
+        if of_host:
+            shortage = (f"{n.host / GiB:.2f} GiB of the host's memory for residuals, and {host / GiB:.2f} are what a device may "
+                        f"take of it (on GPUs {LIMIT} says how much jax pins)")
+        else:
+            shortage = f"{n.peak / GiB:.2f} GiB of a device's memory and there are {memory / GiB:.2f}"
         anyway = "; memory.refuse=False tries it as it is" if n.compiled else ""
-        raise ConfigError(f"stage {n.label} needs {need / GiB:.2f} GiB of a {what}'s memory and there are {has / GiB:.2f}: "
-                          f"{advice(config, layers)}{anyway}")
+        raise ConfigError(f"this run does not fit: {n.label} needs {shortage}: {advice(config, layers, of_host)}{anyway}")
 
 
-def advice(config, layers) -> str:
-    """What makes room for a step."""
-    listed = "; ".join(words(way) for way in ways(config, layers)[:3])
+def advice(config, layers, of_host: bool = False) -> str:
+    """What makes room for a step, on the device or on its host."""
+    listed = "; ".join(words(way) for way in ways(config, layers, of_host)[:3])
     return f"set {listed}, or spread it over more devices" if listed else "spread it over more devices"
 
 
@@ -127,18 +165,20 @@ def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]
                           "mesh may change when a run goes on") from error
 
 
-def ways(config, layers) -> list[dict]:
-    """Changes that make room for a model of `layers` (`DecoderSpec.layers`), each alone, those first that cost least time."""
+def ways(config, layers, of_host: bool = False) -> list[dict]:
+    """Changes that make room for a model of `layers` (`DecoderSpec.layers`) on the device, or on its host, each alone, those
+    first that cost least time."""
     m = config.memory
+    fewer = [{"memory.layers_per_residual": each} for each in (2, 4)
+             if m.remat != "none" and each > m.layers_per_residual and share_residuals(layers, each)]
+    if of_host:
+        return [*fewer, {"memory.offload": False}]
     out = [{"memory.remat": "full"}] if m.remat != "full" else []
     if not m.tile or m.tile > 4096:
         out.append({"memory.tile": 4096})
     if not m.offload:
         out.append({"memory.offload": True} | ({"memory.remat": "full"} if m.remat == "none" else {}))
-    if m.remat != "none":
-        out += [{"memory.layers_per_residual": each} for each in (2, 4)
-                if each > m.layers_per_residual and share_residuals(layers, each)]
-    return out
+    return out + fewer
 
 
 def words(changes: dict) -> str:

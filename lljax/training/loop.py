@@ -104,7 +104,6 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     for stage, (layout, reason) in zip(curriculum, layouts):
         if layout is not None:
             logging.info("stage %s: context parallelism %s, %s", stage.label, layout.context_parallel, reason)
-    evaluate = make_evaluate(parts.graphdef, step_settings(config))
     rate = learning_rate(config.optimizer, total_steps(config))
     sizes = [(math.prod(variable.get_value().shape), lora.is_trainable(path, variable)) for path, variable in declared(model)]
     counts = {"parameters": sum(size for size, _ in sizes), "trainable": sum(size for size, trains in sizes if trains)}
@@ -136,8 +135,10 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
         _write_json(workdir / f"{name}.json", content)
 
     # ---------------------------------------------------------------- plan, and then weights
-    programs = _compile(parts, config, mesh, spec.layers, [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts)
-                                                      if step < stage.stop])
+    over = step == total_steps(config) and _evaluated(workdir, step)
+    programs, evaluations = _compile(
+        parts, config, mesh, spec, [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts) if step < stage.stop],
+        [] if over else fit.evaluated_lengths(config, [stage for stage in curriculum if step <= stage.stop]))
     if not at_hand:
         with fit.in_memory("reading the weights", "spread them over more devices", checkpoints.newest):
             fill(model, config, base, mesh)
@@ -173,10 +174,10 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
         watchdog.alive(step)
 
     def evaluation(length):
-        layout, _ = layout_of(mesh, config.mesh.context_parallel, FULL, length, spec, **_facts(config, mesh))
+        program, layout = evaluations[length]
         with fit.in_memory(f"evaluation of {length:,} tokens after step {step}",
                            "lower memory.loss_chunk, or spread it over more devices", last_checkpoint):
-            values = _evaluate(evaluate, state.trainable, frozen, documents.valid, config, mesh, layout, length,
+            values = _evaluate(program, state.trainable, frozen, documents.valid, config, mesh, layout, length,
                                leave_if_asked)
             found = {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))}
             if examine:
@@ -263,20 +264,28 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     return nnx.merge(graphdef, state.trainable, frozen)
 
 
-def _compile(parts, config, mesh, layers, remaining: list) -> dict:
-    """The compiled step of each of the `remaining` (stage, layout), by the stage's number. Logs what they need of a device,
-    and refuses those that cannot fit."""
-    needs, programs = [], {}
+def _compile(parts, config, mesh, spec, remaining: list, lengths: list[int]) -> tuple[dict, dict]:
+    """The compiled step of each of the `remaining` (stage, layout), by the stage's number, and the evaluation on rows of each of
+    the `lengths`, with its layout. Logs what they need of a device, and refuses those that cannot fit."""
+    rows, programs, evaluations, needs, of_evaluations = config.training.rows, {}, {}, [], []
     for stage, layout in remaining:
-        batch = abstract_batch(config.training.accumulate, config.training.rows, stage.length, mesh)
+        batch = abstract_batch(config.training.accumulate, rows, stage.length, mesh)
         need, programs[stage.number] = fit.compile_step(stage.label, parts, batch, stage.pattern, layout)
         needs.append(need)
+    evaluate = make_evaluate(parts.graphdef, step_settings(config))
+    for length in lengths:
+        layout, _ = layout_of(mesh, config.mesh.context_parallel, FULL, length, spec, **_facts(config, mesh))
+        need, program = fit.compile_evaluation(f"evaluation of {length:,}", evaluate, parts, abstract_batch(1, rows, length, mesh),
+                                               layout)
+        of_evaluations.append(need)
+        evaluations[length] = program, layout
     memory, host = fit.capacity(mesh)
+    needs = fit.in_turn(needs, mesh.devices.flat[0].platform, host) + of_evaluations
     if needs:                                # none where the run is over
         logging.info(fit.as_text(fit.table(needs, memory, host, f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, "
-                                           f"{memory / fit.GiB:.2f} GiB")))
-    fit.check(needs, memory, host, config, layers)
-    return programs
+                                           f"{memory / fit.GiB:.2f} GiB, and {host / fit.GiB:.2f} of the host")))
+    fit.check(needs, memory, host, config, spec.layers)
+    return programs, evaluations
 
 
 def _trouble(metrics: dict) -> str:
@@ -300,14 +309,13 @@ def _facts(config, mesh) -> dict:
     return {"bytes_per": jnp.dtype(config.model.dtype).itemsize, "memory": fit.capacity(mesh)[0]}
 
 
-def _evaluate(evaluate, trainable, frozen, store, config, mesh, layout, length: int, leave_if_asked) -> float:
+def _evaluate(program, trainable, frozen, store, config, mesh, layout, length: int, leave_if_asked) -> float:
     """Mean loss over held-out pieces of `length` tokens, in full attention. A run that leaves evaluates when it resumes."""
     total, count = 0.0, 0
     share, shares = row_share(mesh)
     for batch in eval_batches(store, length=length, rows=config.training.rows, limit=config.training.eval_rows):
         mine = {name: np.split(x, shares)[share] for name, x in batch.items()}
-        placed = jax.tree.map(lambda x: x[0], place(mine, 1, mesh, layout))
-        loss, tokens = evaluate(trainable, frozen, placed, FULL, layout)
+        loss, tokens = program(trainable, frozen, place(mine, 1, mesh, layout))
         total, count = total + float(loss), count + int(tokens)
         leave_if_asked()
     return total / max(count, 1)
