@@ -4,9 +4,8 @@ import math
 import re
 from collections import Counter
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
-         "u64": 8, "f64": 8}
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+         "collective-broadcast")
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -20,8 +19,10 @@ def collective_bytes(text: str) -> dict[str, int]:
         if name not in seen:
             seen[name] = Counter()
             for line in computations[name][1] if name in computations else ():
-                # The TPU's compiler writes a collective that goes on beside other work into every fusion it goes on beside.
-                if re.match(r" *(ROOT )?%?async-collective-done", line) or "calls=%async_collective_fusion" in line:
+                # The TPU's compiler writes a collective that goes on beside other work into every fusion it goes on beside;
+                # what waits for one names it again.
+                if re.match(r" *(ROOT )?%?async-collective-done", line) or "calls=%async_collective_fusion" in line or \
+                        re.search(r" async-(update|done)\(", line):
                     continue
                 seen[name].update(_own(line, name, computations[name][1]))
                 times = _trips(line, computations)
@@ -44,7 +45,7 @@ def cudnn_workspace(text: str) -> int:
 
     def size(dtype, q, k):                   # [B, N, T, H], [B, K, S, H]
         (B, N, T, H), (_, K, S, _) = (map(int, x.split(",")) for x in (q, k))
-        return 4 * B * N * T * (H + 1) + (2 * B * N * S * H * BYTES[dtype] if N > K else 0)
+        return 4 * B * N * T * (H + 1) + (2 * B * N * S * H * bits(dtype) // 8 if N > K else 0)
     return max((size(*call) for call in calls), default=0)
 
 
@@ -66,8 +67,8 @@ def _own(line: str, computation: str, lines: list[str]) -> Counter:
         return Counter()
     shape, kind, started, operands = match.groups()
     size = sum(_sizes(shape))
-    if started and kind != "all-reduce":     # it lists what it is given beside what comes of it
-        size = max(_sizes(shape))
+    if started and kind != "all-reduce":     # it lists what it is given, and then what comes of it
+        size = _sizes(shape)[0 if kind == "reduce-scatter" else 1]
     elif kind == "reduce-scatter":           # a device's part is what comes of it
         shapes = dict(re.findall(r"%?([\w.-]+) = (\(.*?\)|\S+) [\w-]+\(", "\n".join(lines)))
         size = sum(sum(_sizes(shapes[name])) for name in re.findall(r"[\w.-]+", re.sub(r"/\*.*?\*/", "", operands)))
@@ -79,9 +80,28 @@ def _own(line: str, computation: str, lines: list[str]) -> Counter:
 def _sizes(shape: str) -> list[int]:
     """Bytes of an array, or of each element of a tuple."""
     shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shape)       # without layouts
-    elements = re.findall(r"\([^()]*\)|\w+\[[\d,]*\]", shape[1:] if shape.startswith("(") else shape)
-    return [sum(math.prod(map(int, filter(None, dims.split(",")))) * BYTES.get(dtype, 4)
-                for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", element)) for element in elements]
+    elements = re.findall(r"\([^()]*\)|\w+\[[\d,<=]*\]", shape[1:] if shape.startswith("(") else shape)
+    return [sum(_bytes(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,<=]*)\]", element)) for element in elements]
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    """Of an array: `bits` of its type times the product of `dims`, which may be at most so long ("<=8")."""
+    return -(-bits(dtype) * math.prod(int(n.removeprefix("<=")) for n in dims.split(",") if n) // 8)
+
+
+def bits(dtype: str) -> int:
+    """How many bits a value of an HLO type takes: s4 4, f8e4m3fn 8, bf16 16, c64 64; a token or something opaque none. Four
+    bits and fewer are packed.
+
+    Raises:
+      ValueError: there is no such type.
+    """
+    if dtype in ("pred", "token", "opaque"):
+        return 8 if dtype == "pred" else 0
+    match = re.fullmatch(r"(?:[suc]|bf)(\d+)|f(\d+)(?:e\d+m\d+\w*)?", dtype)
+    if not match:
+        raise ValueError(f"the program has values of a type {dtype!r}, of which lljax.planning.hlo knows no size")
+    return int(match[1] or match[2])
 
 
 def _trips(line: str, computations) -> int:

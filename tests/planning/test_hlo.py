@@ -2,9 +2,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lljax.planning.hlo import collective_bytes, cudnn_workspace
+from lljax.planning.hlo import KINDS, bits, collective_bytes, cudnn_workspace
 from lljax.sharding import make_mesh
 
 
@@ -109,3 +110,50 @@ def test_the_workspace_of_cudnn_is_that_of_its_largest_backward_pass():
     assert cudnn_workspace(forward) == 0
     assert cudnn_workspace(forward + alike) == 4 * 17 * 8 * 1024 * 65
     assert cudnn_workspace(grouped + alike) == 4 * 32 * 4096 * 129 + 2 * 2 * 32 * 4096 * 128
+
+
+@pytest.mark.parametrize("dtype,size", [
+    ("pred", 8), ("s2", 2), ("u2", 2), ("s4", 4), ("u4", 4), ("s8", 8), ("u16", 16), ("s32", 32), ("u64", 64), ("f16", 16),
+    ("bf16", 16), ("f32", 32), ("f64", 64), ("f4e2m1fn", 4), ("f8e3m4", 8), ("f8e4m3", 8), ("f8e4m3fn", 8),
+    ("f8e4m3fnuz", 8), ("f8e4m3b11fnuz", 8), ("f8e5m2", 8), ("f8e5m2fnuz", 8), ("f8e8m0fnu", 8), ("c64", 64), ("c128", 128),
+    ("token", 0), ("opaque", 0)])
+def test_every_type_of_hlo_has_its_size(dtype, size):
+    assert bits(dtype) == size
+    text = f"ENTRY %main (p: f32[]) -> f32[] {{\n  %x.1 = {dtype}[3,5]{{1,0}} all-gather(%p), dimensions={{0}}\n}}"
+    assert collective_bytes(text).get("all-gather", 0) == -(-15 * size // 8)
+
+
+def test_a_type_that_is_not_known_is_no_four_bytes():
+    with pytest.raises(ValueError, match="'quad128x', of which"):
+        collective_bytes("ENTRY %main (p: f32[]) -> f32[] {\n  %x = quad128x[3]{0} all-gather(%p), dimensions={0}\n}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_collective_counts_once_however_it_is_written(kind):
+    factor = 2 if kind == "all-reduce" else 1
+    given, gotten = ("8,4", "2,4") if kind == "reduce-scatter" else ("2,4", "8,4")
+    size = 8 * 4
+    plain = f"  %p.1 = s8[{given}]{{1,0}} parameter(0)\n  %x.1 = s8[{gotten}]{{1,0}} {kind}(%p.1), channel_id=1\n"
+    if kind == "ragged-all-to-all":
+        plain = plain.replace("(%p.1),", "(%p.1, %out, %a, %b, %c, %d),")
+    assert collective_bytes("ENTRY %main (p: s8[2]) -> s8[8] {\n" + plain + "}") == {kind: factor * size}
+    operands = f"(s8[{given}]{{1,0}}, s8[8,4]{{1,0}}, s32[8]{{0}}, s32[8]{{0}}, s32[8]{{0}}, s32[8]{{0}})" \
+        if kind == "ragged-all-to-all" else f"s8[{given}]{{1,0}}"
+    shape = f"s8[{gotten}]{{1,0}}" if kind == "all-reduce" else f"({operands}, s8[{gotten}]{{1,0}}, u32[], u32[])"
+    started = f"  %x-start = {shape} {kind}-start(%p.1), channel_id=1\n  %x-done = s8[{gotten}] {kind}-done(%x-start)\n"
+    assert collective_bytes("ENTRY %main (p: s8[2]) -> s8[8] {\n" + started + "}") == {kind: factor * size}
+    wrapped = f"""
+%wrapped (p.1: s8[{given}]) -> s8[{gotten}] {{
+{plain}}}
+
+ENTRY %main (p.1: s8[{given}]) -> s8[{gotten}] {{
+  %start = ((s8[{given}]{{1,0}}), s8[{gotten}]{{1,0}}, u32[]) async-start(%p.1), calls=%wrapped
+  ROOT %done = s8[{gotten}]{{1,0}} async-done(%start), calls=%wrapped
+}}
+"""
+    assert collective_bytes(wrapped) == {kind: factor * size}
+
+
+def test_a_dimension_that_may_be_shorter_counts_whole():
+    text = "ENTRY %main (p: f32[]) -> f32[] {\n  %x.1 = bf16[<=8,4]{1,0} all-to-all(%p), dimensions={0}\n}"
+    assert collective_bytes(text) == {"all-to-all": 64}
