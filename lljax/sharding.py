@@ -63,7 +63,8 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, sequence: int = 
         sizes = sizes | {open_[0]: devices.size // known}
     if len(open_) > 1 or math.prod(sizes.values()) != devices.size:
         named = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items())
-        raise ConfigError(f"{named} do not make up the {devices.size} devices here: set one of them to -1")
+        way_out = "set one of them to -1" if devices.size % known == 0 else f"{known} do not divide {devices.size}"
+        raise ConfigError(f"{named} do not make up the devices here, of which there are {devices.size}: {way_out}")
     return Mesh(devices.reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

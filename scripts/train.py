@@ -1,38 +1,61 @@
 """Trains what a config file says; the same command again goes on where it stopped.
 
-python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/qwen_32k [--config.lora.rank=16 ...] [--profile_steps=20:23]
+python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/mine --config.data.train=my.jsonl --config.lora.rank=16
+python scripts/train.py --config=run.yaml --workdir=runs/from_yaml
 """
 
 import logging
+import shlex
 import sys
+from pathlib import Path
 
 import leaves_on_sigterm  # noqa: F401
 from absl import flags
-from ml_collections import config_flags
 
-from lljax import distributed
-from lljax.command_line import read_flags, take_gpu_memory
+from lljax.command_line import config_flag, read_flags, take_gpu_memory
+from lljax.config import validate
 from lljax.errors import exit_cleanly
-from lljax.evaluation.during import examiner
-from lljax.training.loop import train
-from lljax.training.profile import read_steps
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), see configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints, metrics and report.")
-PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "first:stop, steps to trace into WORKDIR/profile for TensorBoard.")
+CONFIG = config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: its checkpoints, metrics and report.")
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "FIRST:STOP, steps to trace into WORKDIR/profile for TensorBoard.")
 
 
 def main(argv) -> None:
+    with exit_cleanly():
+        read_flags(argv, __doc__, "config", "workdir")
+        validate(CONFIG.value)
     take_gpu_memory()
+    train()
+
+
+def train() -> None:
+    # Imported here: that takes seconds, and what is wrong with the command line is said before.
+    from lljax import distributed
+    from lljax.evaluation.during import examiner
+    from lljax.training import loop
+    from lljax.training.profile import read_steps
+
     # force: a library that was imported has set up logging already, for warnings alone.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.CRITICAL)    # Orbax, of a save that failed: lljax says it in a line
     with distributed.session(), exit_cleanly():
-        read_flags(argv, "config", "workdir")
         distributed.start(CONFIG.value.mesh.peer_timeout)
-        train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value), examiner=examiner)
+        loop.train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value), examiner=examiner)
+        if distributed.first():
+            print(next_commands(WORKDIR.value))
+
+
+def next_commands(workdir: str) -> str:
+    """What there is to do with a run that is done."""
+    report, run = Path(workdir) / "report.html", shlex.quote(f"--workdir={workdir}")
+    return (f"Done. Report: {shlex.quote(str(report))}\n"
+            f"Export:   python scripts/export.py {run} --format=peft     # or merged, split\n"
+            f"Evaluate: python scripts/evaluate.py {run} --tasks=perplexity,passkey\n"
+            f"Talk:     python scripts/generate.py {run} --prompt='Once upon a time'")
 
 
 if __name__ == "__main__":
