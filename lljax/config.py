@@ -206,7 +206,7 @@ CHECKS = {                                   # what each field may hold; which g
     "model.quantize": one_of("none", "nf4", "nf4-double", "int4", "int8", "fp8"),
     "context.length": whole(2, TOKENS),
     "context.schedule": required(several(_stage), "give stages such as ((1000, 8192, 'shifted'),)"),
-    "context.rope.type": one_of("keep", "linear", "dynamic", "yarn"),
+    "context.rope.type": one_of("keep", "linear", "dynamic", "yarn", "llama3", "longrope"),
     "context.rope.factor": _factor,
     "context.group": _group,
     "context.window": whole(1, TOKENS),
