@@ -93,7 +93,7 @@ def load_config(named: str) -> ConfigDict:
     """
     name, _, argument = named.partition(":") if ".py:" in named else (named, "", "")
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name):             # False also where the name is too long to be one
         raise ConfigError(f"--config={printable(name)[:300]}: there is no such file{_nearest_file(path)}")
     if path.suffix in YAML:
         return yaml_config.read(name)
@@ -143,7 +143,7 @@ def _failed(path: Path, error: Exception) -> str:
 def _nearest_file(path: Path) -> str:
     """" : did you mean ...", if a file there, or of configs/, has a name like it."""
     root = Path(yaml_config.__file__).parent.parent
-    there = [file for folder in dict.fromkeys((path.parent, Path("configs"), root / "configs")) if folder.is_dir()
+    there = [file for folder in dict.fromkeys((path.parent, Path("configs"), root / "configs")) if os.path.isdir(folder)
              for file in sorted(folder.iterdir()) if file.suffix in (".py", *YAML)]
     by_stem = {}
     for file in there:

@@ -168,25 +168,6 @@ def _factor(field, value):
         number(1, TOKENS)(field, value)
 
 
-def _group(field, value):
-    """A check: the size of a group, as a share of the row or in tokens."""
-    number(1e-6, TOKENS)(field, value)
-    if 1 <= value < 2:
-        raise ConfigError(f"{field}={value}: below 1 a share of the row, from 2 up a number of tokens")
-
-
-def _minutes(field, value):
-    """A check: the minutes after which a run counts as stalled."""
-    if value != 0:
-        number(1, 1e6, "a step that is merely slow would count as stalled; 0 watches nothing")(field, value)
-
-
-def _devices(field, value):
-    """A check: the size of an axis of the mesh."""
-    if value != -1:
-        whole(1, why="devices of an axis of the mesh, or -1 for what the others leave")(field, value)
-
-
 def _first_factors(field, value):
     """A check: `lora.init`."""
     if not (isinstance(value, str) and re.fullmatch(r"default|pissa|pissa_niter_[1-9]\d{0,3}|olora|loftq", value)):
@@ -208,7 +189,7 @@ CHECKS = {                                   # what each field may hold; which g
     "context.schedule": required(several(_stage), "give stages such as ((1000, 8192, 'shifted'),)"),
     "context.rope.type": one_of("keep", "linear", "dynamic", "yarn", "llama3", "longrope"),
     "context.rope.factor": _factor,
-    "context.group": _group,
+    "context.group": any_of(number(1e-6, BELOW_ONE), number(2, TOKENS, "tokens; below 1 a share of the row")),
     "context.window": whole(1, TOKENS),
     "context.anchors": whole(0, TOKENS),
     "context.anchor_markers": several(text()),
@@ -265,14 +246,16 @@ CHECKS = {                                   # what each field may hold; which g
     "alarm.spike_z": above_zero(1e6, "every second step would be an alarm"),
     "alarm.history": whole(LEAST_HISTORY, 2**20),
     "alarm.max_bad_steps": whole(1),
-    "alarm.stall_minutes": _minutes,
+    "alarm.stall_minutes": any_of(number(0, 0), number(
+        1, 1e6, "below, a step that is merely slow would count as stalled; 0: no watch")),
     "checkpoint.every_steps": whole(1),
     "checkpoint.every_minutes": above_zero(1e9, "every step would be saved; for that there is "
                                                 "checkpoint.every_steps=1"),
     "checkpoint.keep": whole(1),
-    **{f"mesh.{axis}": _devices for axis in ("data", "fsdp", "expert", "sequence", "tensor")},
+    **{f"mesh.{axis}": any_of(whole(-1, -1), whole(1, why="devices, or -1 for all that the others leave"))
+       for axis in ("data", "fsdp", "expert", "sequence", "tensor")},
     "mesh.context_parallel": one_of("auto", "allgather", "ulysses", "ring", "halo"),
-    "mesh.peer_timeout": number(10, 86_400, "seconds; below, a process that is merely busy would count as lost"),
+    "mesh.peer_timeout": number(10, 86_400, "seconds; with fewer a process that is merely busy would count as lost"),
 }
 
 

@@ -155,7 +155,7 @@ def _known(path, given: dict, allowed, prefix: str = "") -> None:
         if name not in allowed:
             nearest = _meant(name, allowed) if isinstance(name, str) else None
             hint = f"did you mean {nearest!r}?" if nearest else f"there are {', '.join(allowed)}"
-            raise ConfigError(f"{path}: unknown field {prefix}{short(name)}: {hint}")
+            raise ConfigError(f"{path}: unknown field {short(f'{prefix}{name}' if prefix else name)}: {hint}")
 
 
 def _meant(name: str, allowed) -> str | None:

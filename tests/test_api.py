@@ -19,6 +19,17 @@ def base(tiny):
     return lljax.prepare_model(tiny)[0]
 
 
+@pytest.fixture(scope="module")
+def untouched(tiny):
+    """A base for tests in which nothing comes of it."""
+    return lljax.prepare_model(tiny)[0]
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny):
+    return lljax.prepare_model(tiny, {"r": 4})[0]
+
+
 def logits(model):
     tokens = np.random.default_rng(0).integers(0, 300, size=(1, 12))
     return np.asarray(model.logits(model(tokens, positions=POSITIONS)))
@@ -75,11 +86,11 @@ def test_longlora_stretches_by_yarn_and_trains_embeddings_and_norms(base):
     ({"target_modules": []}, "nothing would train"),
     (3, "neither a mapping nor a peft.LoraConfig"),
 ])
-def test_what_a_lora_config_cannot_mean_is_refused(base, given, message):
+def test_what_a_lora_config_cannot_mean_is_refused(untouched, given, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        lljax.prepare_model(base, given)
+        lljax.prepare_model(untouched, given)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    assert "lora.rank" not in dict(base.settings)                # it can be prepared again
+    assert "lora.rank" not in dict(untouched.settings)                # it can be prepared again
 
 
 def test_a_config_as_peft_writes_it_is_read(base):
@@ -96,21 +107,20 @@ def test_a_config_as_peft_writes_it_is_read(base):
     ({"optimizer__eps": 0.0}, "optimizer.eps=0.0 is not a number above 0"),
     ({"optimizer__warmup_steps": 9}, "warmup_steps=9.*ends at step 4"),
 ])
-def test_what_cannot_be_trained_is_refused(base, tmp_path, fields, message):
-    model = lljax.prepare_model(base, {"r": 4})
+def test_what_cannot_be_trained_is_refused(prepared, tmp_path, fields, message):
     with pytest.raises(ConfigError, match=message):
-        lljax.train(model, **({"data": "docs.jsonl", "workdir": tmp_path, "steps": 4} | fields))
+        lljax.train(prepared, **({"data": "docs.jsonl", "workdir": tmp_path, "steps": 4} | fields))
 
 
 @pytest.mark.parametrize("model", [Decoder, None])
-def test_a_model_without_adapters_is_refused(base, model, tmp_path):
+def test_a_model_without_adapters_is_refused(untouched, model, tmp_path):
     with pytest.raises(ConfigError, match="has no adapters"):
-        lljax.train(model or base, data="docs.jsonl", workdir=tmp_path, steps=4)
+        lljax.train(model or untouched, data="docs.jsonl", workdir=tmp_path, steps=4)
 
 
-def test_the_default_warm_up_fits_a_short_run(base, documents, tmp_path, monkeypatch):
+def test_the_default_warm_up_fits_a_short_run(prepared, documents, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(loop, "train", lambda config, workdir, **_: seen.append(config))
-    lljax.train(lljax.prepare_model(base, {"r": 4}), data=documents, workdir=tmp_path, steps=20)
+    lljax.train(prepared, data=documents, workdir=tmp_path, steps=20)
     rate = loop.learning_rate(seen[0].optimizer, 20)
     assert float(rate(0)) == pytest.approx(seen[0].optimizer.learning_rate)
