@@ -179,7 +179,7 @@ _RANK, _ALPHA = whole(1, 65_536), above_zero(1e6)
 CHECKS = {                                   # what each field may hold; which go together: `validate`
     "seed": whole(0),
     "train_type": one_of("lora", "full"),
-    "model.path": required(path(), "name a hub id, a folder with config.json, or a GGUF file"),
+    "model.path": path(),
     "model.revision": text(),
     "model.init": one_of("pretrained", "random"),
     "model.dtype": one_of("bfloat16", "float32"),
@@ -204,8 +204,7 @@ CHECKS = {                                   # what each field may hold; which g
     "lora.targets": several(text()),
     "lora.also_train": several(one_of("embed", "norm", "head")),
     "lora.adapter": path(),
-    "data.train": required(several(required(path(), "name a file or a folder")),
-                           "name JSONL files or folders (scripts/prepare_data.py makes them)"),
+    "data.train": several(required(path(), "name a file or a folder")),
     "data.valid": several(required(path(), "name a file or a folder")),
     "data.valid_fraction": share(),
     "data.loss_on": one_of("assistant", "everything"),
@@ -279,6 +278,10 @@ def validate(c: ConfigDict) -> None:
         raise ConfigError(f"there is no config field {short(unknown[0])}")
     for field, check in CHECKS.items():
         check(field, get(c, field))
+    if not c.model.path:
+        raise ConfigError("model.path is empty: name a hub id, a folder with config.json, or a GGUF file")
+    if not c.data.train:
+        raise ConfigError("data.train is empty: name JSONL files or folders (scripts/prepare_data.py makes them)")
     if c.data.valid and c.data.valid_fraction:
         raise ConfigError(f"data.valid_fraction={c.data.valid_fraction} and data.valid={c.data.valid} both hold "
                           "documents out: set data.valid_fraction to 0 or data.valid to ()")
