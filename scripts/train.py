@@ -23,6 +23,8 @@ PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "FIRST:STOP, steps to
 
 
 def main(argv) -> None:
+    # force: a library that was imported has set up logging already, for warnings alone.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     with exit_cleanly():
         read_flags(argv, __doc__, "config", "workdir")
         validate(CONFIG.value)
@@ -37,8 +39,6 @@ def train() -> None:
     from lljax.training import loop
     from lljax.training.profile import read_steps
 
-    # force: a library that was imported has set up logging already, for warnings alone.
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.CRITICAL)    # Orbax, of a save that failed: lljax says it in a line
@@ -46,16 +46,17 @@ def train() -> None:
         distributed.start(CONFIG.value.mesh.peer_timeout)
         loop.train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value), examiner=examiner)
         if distributed.first():
-            print(next_commands(WORKDIR.value))
+            print(next_commands(WORKDIR.value, CONFIG.value.data))
 
 
-def next_commands(workdir: str) -> str:
+def next_commands(workdir: str, data) -> str:
     """What there is to do with a run that is done."""
-    report, run = Path(workdir) / "report.html", shlex.quote(f"--workdir={workdir}")
-    return (f"Done. Report: {shlex.quote(str(report))}\n"
-            f"Export:   python scripts/export.py {run} --format=peft     # or merged, split\n"
-            f"Evaluate: python scripts/evaluate.py {run} --tasks=perplexity,passkey\n"
-            f"Talk:     python scripts/generate.py {run} --prompt='Once upon a time'")
+    report, run = shlex.quote(str(Path(workdir) / "report.html")), f"--workdir={shlex.quote(workdir)}"
+    tasks = "perplexity,passkey" if data.valid or data.valid_fraction else "passkey"
+    return (f"Done. The report is {report}. Next:\n"
+            f"python scripts/export.py {run} --format=peft     # or merged, split\n"
+            f"python scripts/evaluate.py {run} --tasks={tasks}\n"
+            f"python scripts/generate.py {run} --prompt='Once upon a time'")
 
 
 if __name__ == "__main__":
