@@ -283,7 +283,7 @@ def validate(c: ConfigDict) -> None:
     if not c.data.train:
         raise ConfigError("data.train is empty: name JSONL files or folders (scripts/prepare_data.py makes them)")
     if c.data.valid and c.data.valid_fraction:
-        raise ConfigError(f"data.valid_fraction={c.data.valid_fraction} and data.valid={c.data.valid} both hold "
+        raise ConfigError(f"data.valid_fraction={c.data.valid_fraction} and data.valid={short(c.data.valid)} both hold "
                           "documents out: set data.valid_fraction to 0 or data.valid to ()")
     for field in ("training.eval_every", "training.eval_tasks"):
         if get(c, field) and not (c.data.valid or c.data.valid_fraction):
@@ -411,12 +411,10 @@ def warmup_steps(optimizer: ConfigDict, steps: int) -> int:
     return min(20, -(-steps // 25)) if optimizer.warmup_steps < 0 else optimizer.warmup_steps
 
 
-def settled(config: ConfigDict) -> ConfigDict:
-    """A (validated) configuration that means the same in another folder: paths of what is there are absolute, and the
-    warm-up is a number of steps. What a run keeps in config.json."""
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """A copy that means the same from another folder, for config.json: the paths of what is there are absolute."""
     c = config.copy_and_resolve_references()
     with c.unlocked():
-        c.optimizer.warmup_steps = warmup_steps(c.optimizer, total_steps(c))
         c.model.path, c.lora.adapter = _absolute(c.model.path), _absolute(c.lora.adapter)
         c.data.train, c.data.valid = (tuple(map(_absolute, paths)) for paths in (c.data.train, c.data.valid))
         for name, path in c.training.eval_files.items():

@@ -1,5 +1,7 @@
 """The Python face: what a lora_config means, and what is refused."""
 
+import logging
+
 import numpy as np
 import peft
 import pytest
@@ -124,3 +126,16 @@ def test_the_default_warm_up_fits_a_short_run(prepared, documents, tmp_path, mon
     lljax.train(prepared, data=documents, workdir=tmp_path, steps=20)
     rate = loop.learning_rate(seen[0].optimizer, 20)
     assert float(rate(0)) == pytest.approx(seen[0].optimizer.learning_rate)
+
+
+def test_nobody_is_told_that_torch_is_missing():
+    said, logger = [], logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        logger.warning("PyTorch was not found. Models won't be available and only tokenizers ...")
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    assert said == ["something else"]

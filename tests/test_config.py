@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lljax.checks import BELOW_ONE, HUGE
-from lljax.config import CHECKS, ROLES, default_config, flat, get, settled, validate, warmup_steps
+from lljax.config import CHECKS, ROLES, default_config, flat, get, validate, warmup_steps, with_absolute_paths
 from lljax.errors import ConfigError, short
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -140,16 +140,16 @@ def test_the_warm_up_fits_the_run(steps, expected):
     assert warmup_steps(c.optimizer, steps) == 3
 
 
-def test_settled_paths_are_those_of_what_is_there(tmp_path, monkeypatch):
+def test_paths_of_what_is_there_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("base").mkdir()
     Path("docs.jsonl").touch()
     c = good()
     c.lora.adapter, c.training.eval_files.squad = "no/where", "docs.jsonl"
-    s = settled(c)
+    s = with_absolute_paths(c)
     assert s.model.path == str(tmp_path / "base") and s.data.train == (str(tmp_path / "docs.jsonl"),)
     assert s.lora.adapter == "no/where" and s.training.eval_files.squad == str(tmp_path / "docs.jsonl")
-    assert c.model.path == "base" and settled(s).to_json() == s.to_json()
+    assert c.model.path == "base" and with_absolute_paths(s).to_json() == s.to_json()
 
 
 def test_short_never_writes_a_value_out():

@@ -14,7 +14,7 @@ from flax import nnx
 from rich.progress import track
 
 from lljax.build import fill, mesh_of, move, placed_model
-from lljax.config import get, settled, total_steps, validate
+from lljax.config import get, total_steps, validate, with_absolute_paths
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.tokens import prepare
 from lljax.devices import of_kind
@@ -62,7 +62,7 @@ def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: ra
       Stopped: SIGTERM or Ctrl-C; state saved.
     """
     validate(config)
-    config = settled(config)
+    config = with_absolute_paths(config)
     if profile_steps and profile_steps[-1] > total_steps(config):
         raise ConfigError(f"--profile_steps={profile_steps.start}:{profile_steps.stop}: the run ends after step "
                           f"{total_steps(config)}")
