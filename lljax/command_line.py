@@ -44,7 +44,7 @@ def read_flags(argv, doc: str, *required: str) -> None:
     if any(argument in HELP for argument in argv[1:]):
         print(help_text(doc))
         sys.exit()
-    if unknown := [field for field, _ in _overrides(argv) if not _is_field(field)]:
+    if unknown := [field for field, _ in _overrides(argv) if field not in CHECKS]:
         raise ConfigError(unknown_field(unknown[0]))
     try:
         left = flags.FLAGS(argv)[1:]
@@ -52,7 +52,8 @@ def read_flags(argv, doc: str, *required: str) -> None:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         for field, value in _overrides(argv):
-            _check_text(field, value)
+            if value is not None and (f"config.{field}=" in str(error) or f"{field.rpartition('.')[2]!r}" in str(error)):
+                _check_text(field, value)
         raise ConfigError(first_line(error)[:300]) from None
     if left:
         config = Path(left[0]).suffix in (".py", *YAML)
@@ -153,20 +154,14 @@ def _nearest_file(path: Path) -> str:
 
 
 # ---------------------------------------------------------------- fields on the command line
-def _overrides(argv) -> list[tuple[str, str]]:
-    """(field, text) of every --config.FIELD=TEXT."""
-    found = [re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", argument, re.DOTALL) for argument in argv[1:]]
+def _overrides(argv) -> list[tuple[str, str | None]]:
+    """(field, text) of every --config.FIELD=TEXT; the text is None if it is the next argument."""
+    found = [re.match(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL) for argument in argv[1:]]
     return [(match[1], match[2]) for match in found if match]
-
-
-def _is_field(name: str) -> bool:
-    return any(field == name or field.startswith(f"{name}.") for field in CHECKS)
 
 
 def _check_text(field: str, text: str) -> None:
     """Raises ConfigError, in the words of its check, where `text` cannot be a value of `field`."""
-    if field not in CHECKS:
-        return
     usual = flat(default_config())[field]
     try:
         value = ast.literal_eval(text) if isinstance(usual, (int, float, tuple)) else text

@@ -7,32 +7,49 @@ import re
 from lljax.config import CHECKS, default_config
 from lljax.errors import short
 
-ALSO_CALLED = {                              # what other trainers call a field, in lower case
-    "lr": "optimizer.learning_rate", "max_grad_norm": "optimizer.clip_norm", "warmup": "optimizer.warmup_steps",
-    "warmup_ratio": "optimizer.warmup_steps", "lr_scheduler_type": "optimizer.schedule",
-    "adam_beta1": "optimizer.beta1", "adam_beta2": "optimizer.beta2", "adam_epsilon": "optimizer.eps",
-    "optim": "optimizer.name", "batch_size": "training.rows", "per_device_train_batch_size": "training.rows",
-    "micro_batch_size": "training.rows", "gradient_accumulation_steps": "training.accumulate",
-    "gradient_accumulation": "training.accumulate", "eval_steps": "training.eval_every",
-    "steps": "context.schedule", "max_steps": "context.schedule", "total_steps": "context.schedule",
-    "epochs": "context.schedule", "num_train_epochs": "context.schedule", "context_schedule": "context.schedule",
-    "max_length": "context.length", "max_seq_length": "context.length", "seq_len": "context.length",
-    "cutoff_len": "context.length", "context_length": "context.length", "rope_scaling": "context.rope.type",
-    "attention": "context.schedule", "group_size_ratio": "context.group", "sliding_window": "context.window",
-    "r": "lora.rank", "lora_r": "lora.rank", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout", "target_modules": "lora.targets", "modules_to_save": "lora.also_train",
-    "use_dora": "lora.dora", "use_rslora": "lora.rslora", "init_lora_weights": "lora.init",
-    "model": "model.path", "model_name_or_path": "model.path", "torch_dtype": "model.dtype", "bf16": "model.dtype",
-    "precision": "model.dtype", "load_in_4bit": "model.quantize", "quantization": "model.quantize",
-    "dataset": "data.train", "train_file": "data.train", "train_on_inputs": "data.loss_on",
-    "gradient_checkpointing": "memory.remat", "save_steps": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep", "sequence_parallel": "mesh.sequence",
-    "sequence_parallel_size": "mesh.sequence", "tensor_parallel_size": "mesh.tensor",
+OTHER_NAMES = {                              # what other trainers call a field, in lower case
+    "model.path": "model model_name_or_path",
+    "model.dtype": "torch_dtype bf16 fp16 precision",
+    "model.quantize": "load_in_4bit load_in_8bit quantization quantization_bit",
+    "context.length": "context_length max_length max_seq_length max_seq_len seq_len cutoff_len",
+    "context.schedule": "steps max_steps total_steps epochs num_epochs num_train_epochs attention attn_implementation",
+    "context.rope.type": "rope_scaling",
+    "context.group": "group_size_ratio group_size",
+    "context.window": "sliding_window",
+    "lora.rank": "r lora_r lora_rank",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "target_modules lora_target",
+    "lora.also_train": "modules_to_save",
+    "lora.dora": "use_dora",
+    "lora.rslora": "use_rslora",
+    "lora.init": "init_lora_weights",
+    "data.train": "dataset train_file train_files",
+    "data.loss_on": "train_on_inputs train_on_prompt",
+    "optimizer.name": "optim",
+    "optimizer.learning_rate": "lr",
+    "optimizer.schedule": "lr_scheduler_type lr_scheduler",
+    "optimizer.warmup_steps": "warmup warmup_ratio",
+    "optimizer.beta1": "adam_beta1",
+    "optimizer.beta2": "adam_beta2",
+    "optimizer.eps": "adam_epsilon",
+    "optimizer.clip_norm": "max_grad_norm grad_clip",
+    "training.rows": "batch_size per_device_train_batch_size micro_batch_size",
+    "training.accumulate": "gradient_accumulation gradient_accumulation_steps",
+    "training.eval_every": "eval_steps",
+    "memory.remat": "gradient_checkpointing",
+    "checkpoint.every_steps": "save_steps",
+    "checkpoint.keep": "save_total_limit",
+    "mesh.sequence": "sequence_parallel sequence_parallel_size",
+    "mesh.tensor": "tensor_parallel_size",
 }
+ALSO_CALLED = {name: field for field, names in OTHER_NAMES.items() for name in names.split()}
 
 
 def unknown_field(name: str) -> str:
     """The line about a field that there is not: with the field that was probably meant."""
+    if inside := next((field for field in CHECKS if field.startswith(f"{name}.")), None):
+        return f"{name} is a group of fields: set them one by one, such as {inside}"
     last = name.rpartition(".")[2]
     likely = ALSO_CALLED.get(last.lower()) or next(iter([
         *[field for field in CHECKS if field.rpartition(".")[2] == last],
@@ -49,5 +66,4 @@ def _alike(last: str) -> list[str]:
 
 def comments() -> dict[str, str]:
     """What the source of `default_config` says of each field, by its dotted name."""
-    found = re.findall(r"^    c\.([\w.]+) = .*?  # (.+)$", inspect.getsource(default_config), re.MULTILINE)
-    return {field: comment for field, comment in found}
+    return dict(re.findall(r"^    c\.([\w.]+) = .*?  # (.+)$", inspect.getsource(default_config), re.MULTILINE))

@@ -97,6 +97,9 @@ def test_a_config_file_imports_what_is_beside_it(tmp_path):
     ([QUICKSTART, "--config.memory.refuse=maybe"], "is neither True nor False"),
     ([QUICKSTART, "--config.context.schedule=((10,64,'full')"], "--config.context.schedule=.* is not a tuple"),
     ([QUICKSTART, "--config.optimizer.learning_rate=1e"], "learning_rate='1e' is not a number"),
+    ([QUICKSTART, "--config.lora={'rank': 3}"], "lora is a group of fields.* such as lora.rank"),
+    ([QUICKSTART, "--config.data.train=docs.jsonl", "--config.lora.rank", "4", "--wrkdir=x"], "flag 'wrkdir'"),
+    ([QUICKSTART, "--config.lora.rank"], "lora.rank"),
     (["configs/quickstart.py"], "belongs to no flag: did you mean --config=configs/quickstart.py"),
     ([QUICKSTART, "--wrkdir=x"], "wrkdir"),
 ])
