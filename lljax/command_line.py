@@ -60,7 +60,7 @@ def read_flags(argv, doc: str, *required: str) -> None:
         raise ConfigError(f"{short(left[0])} belongs to no flag: " + (f"did you mean --config={left[0]}?" if config else
                           "put values that hold spaces in quotes"))
     for name in required:
-        if flags.FLAGS[name].value is None:
+        if flags.FLAGS[name].value in (None, ""):
             raise ConfigError(f"--{name} is missing: {flags.FLAGS[name].help}")
 
 
