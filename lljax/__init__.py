@@ -6,14 +6,15 @@ H head size, F MLP width, V vocabulary, R LoRA rank, L layers, G group size of s
 
 import logging
 
-# transformers says so whenever it is imported beside no torch, which lljax does not need.
-logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+# transformers warns of this at import, and lljax needs no PyTorch.
+logging.getLogger("transformers").addFilter(
+    lambda record: "PyTorch was not found" not in record.getMessage())
 
 __all__ = ["prepare_model", "train"]
 
 
 def __getattr__(name: str):
-    # Imported when it is asked for: jax takes seconds, and what a script says of its flags needs none of it.
+    # Imported on first use: jax takes seconds, and the help of a script needs none of it.
     if name in __all__:
         from lljax import api
         return getattr(api, name)

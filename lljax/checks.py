@@ -1,7 +1,7 @@
-"""What one field of a configuration may hold: the words that the table `lljax.config.CHECKS` is written in.
+"""Checks of single configuration fields; `lljax.config.CHECKS` is a table of them.
 
-A check is called with the name of a field and its value, and raises ConfigError in one line of bounded
-length, whatever the value is.
+A check is called with the name of a field and its value. It raises ConfigError if the value is
+illegal, in one line of bounded length.
 """
 
 import math
@@ -20,9 +20,9 @@ BELOW_ONE = 1 - 2.0**-24                     # the largest float32 below 1
 
 
 def whole(least: int, most: int = INT32, why: str = "") -> Check:
-    """A whole number from `least` to `most`; why: what an illegal one would do."""
+    """An integer from `least` to `most`; why: what an illegal one would do."""
     says = f"is not a whole number from {least} to {most:,}{why and ': ' + why}"
-    return _check(lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most, says)
+    return _check(lambda x: type(x) is int and least <= x <= most, says)
 
 
 def number(least: float, most: float = HUGE, why: str = "") -> Check:
@@ -56,12 +56,12 @@ def text() -> Check:
 
 
 def path() -> Check:
-    """What can be a path, or empty."""
-    return _check(_is_path, "is not a path: at most 4,096 characters, and 255 bytes between two slashes")
+    """A text that can be a path; empty for none."""
+    return _check(_is_path, "is not a path: at most 4,096 characters, each name at most 255 bytes")
 
 
 def required(check: Check, how: str) -> Check:
-    """`check`, of a field that may not stay empty; how: what to set it to."""
+    """`check`, and not empty; how: what to set the field to."""
     def run(field, value):
         if value in ("", (), []):
             raise ConfigError(f"{field} is empty: {how}")
@@ -90,7 +90,7 @@ def pair(first: Check, second: Check, example: tuple) -> Check:
 
 
 def any_of(*checks: Check) -> Check:
-    """What passes one of `checks`; the last of them says what is wrong."""
+    """Passes if one of `checks` passes; otherwise the last of them raises."""
     def run(field, value):
         for check in checks[:-1]:
             try:

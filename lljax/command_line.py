@@ -1,4 +1,4 @@
-"""What scripts do before their work: flags of those that take a config file, and the memory of a GPU."""
+"""What scripts do before their work: the flags of those that take a config file, and GPU memory."""
 
 import ast
 import contextlib
@@ -18,7 +18,7 @@ from lljax import yaml_config
 from lljax.config import CHECKS, default_config, flat
 from lljax.errors import ConfigError, LljaxError, short
 from lljax.field_names import comments, unknown_field
-from lljax.files import first_line, printable
+from lljax.files import first_line
 
 HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 YAML = (".yaml", ".yml")
@@ -33,12 +33,12 @@ def config_flag() -> flags.FlagHolder:
 
 
 def read_flags(argv, doc: str, *required: str) -> None:
-    """Parses the command line; what is wrong with it becomes one line. With --help prints what there is, and leaves.
+    """Parses the command line. With --help, prints the help of the script and exits.
 
-    doc: of the script, with its examples.
+    doc: the docstring of the script, with its examples. required: flags that must be given.
 
     Raises:
-      ConfigError: an unknown flag or field, a value of the wrong type, a required flag that is missing, or a config
+      ConfigError: an unknown flag or field, a value of the wrong type, a missing flag, or a config
         file that cannot be used.
     """
     if any(argument in HELP for argument in argv[1:]):
@@ -52,28 +52,30 @@ def read_flags(argv, doc: str, *required: str) -> None:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         for field, value in _overrides(argv):
-            if value is not None and (f"config.{field}=" in str(error) or f"{field.rpartition('.')[2]!r}" in str(error)):
+            named = (f"config.{field}=", repr(field.rpartition(".")[2]))     # by absl, ConfigDict
+            if value is not None and any(name in str(error) for name in named):
                 _check_text(field, value)
         raise ConfigError(first_line(error)[:300]) from None
     if left:
-        config = Path(left[0]).suffix in (".py", *YAML)
-        raise ConfigError(f"{short(left[0])} belongs to no flag: " + (f"did you mean --config={left[0]}?" if config else
-                          "put values that hold spaces in quotes"))
+        is_config = Path(left[0]).suffix in (".py", *YAML)
+        hint = f"did you mean --config={left[0]}?" if is_config else "quote values with spaces"
+        raise ConfigError(f"{short(left[0])} belongs to no flag: {hint}")
     for name in required:
         if flags.FLAGS[name].value in (None, ""):
             raise ConfigError(f"--{name} is missing: {flags.FLAGS[name].help}")
 
 
 def help_text(doc: str) -> str:
-    """The help of a script: its doc, its flags, and the fields of a configuration with what each is for."""
-    usual, said = flat(default_config()), comments()
-    own = [flag for module in (__name__, sys.argv[0]) for flag in flags.FLAGS.get_flags_for_module(module)]
-    rows = [(f"--{flag.name}", " ".join(flag.help.split())) for flag in own]
-    lines = [doc.strip(), "", "Flags:", *_columns(rows, 22), "", "Fields of the configuration, each set by "
-             "--config.FIELD=VALUE, with their defaults:"]
-    rows = [(f"{field} = {usual[field]!r}", said.get(field, said.get(field.rpartition(".")[0])))
-            for field in CHECKS]
-    return "\n".join([*lines, *_columns(rows, 46)])
+    """The help of a script: its docstring, its flags, and the fields of a configuration."""
+    default, said = flat(default_config()), comments()
+    defined = [flag for module in (__name__, sys.argv[0])
+               for flag in flags.FLAGS.get_flags_for_module(module)]
+    rows = [(f"--{flag.name}", " ".join(flag.help.split())) for flag in defined]
+    fields = [(f"{field} = {default[field]!r}", said.get(field, said.get(field.rpartition(".")[0])))
+              for field in CHECKS]
+    return "\n".join([doc.strip(), "", "Flags:", *_columns(rows, 22), "",
+                      "Fields and their defaults; --config.FIELD=VALUE sets one:",
+                      *_columns(fields, 46)])
 
 
 def _columns(rows, width: int) -> list[str]:
@@ -87,19 +89,19 @@ class _ConfigFile(flags.ArgumentParser):
 
 
 def load_config(named: str) -> ConfigDict:
-    """The configuration of `FILE.py`, of `FILE.py:ARGUMENT`, whose get_config takes the argument, or of a YAML file.
+    """Loads FILE.py, FILE.py:ARGUMENT (get_config takes the argument), or a YAML file.
 
     Raises:
-      ConfigError: no such file (with the nearest name), or it fails (with the line).
+      ConfigError: no such file (names the nearest), or it fails (names the line).
     """
     name, _, argument = named.partition(":") if ".py:" in named else (named, "", "")
     path = Path(name)
     if not os.path.isfile(name):             # False also where the name is too long to be one
-        raise ConfigError(f"--config={printable(name)[:300]}: there is no such file{_nearest_file(path)}")
+        raise ConfigError(f"--config={name[:300]}: there is no such file{_nearest_file(path)}")
     if path.suffix in YAML:
         return yaml_config.read(name)
     if path.suffix != ".py":
-        raise ConfigError(f"--config={printable(name)}: a config file is Python (.py) or YAML ({', '.join(YAML)})")
+        raise ConfigError(f"--config={name}: a config file is Python (.py) or YAML (.yaml, .yml)")
     try:
         with _importing_beside(path):
             spec = importlib.util.spec_from_file_location("lljax_run_config", path)
@@ -110,17 +112,17 @@ def load_config(named: str) -> ConfigDict:
             config = module.get_config(*([argument] if argument else []))
     except LljaxError:
         raise
-    except Exception as error:               # whatever the user's own code does
+    except Exception as error:               # the user's own code may raise anything
         raise ConfigError(_failed(path, error)) from None
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{path}: get_config() returned {short(config)}: return the configuration that "
-                          "lljax.config.default_config() gave")
+        raise ConfigError(f"{path}: get_config() returned {short(config)}: return the "
+                          "configuration that lljax.config.default_config() gave")
     return config
 
 
 @contextlib.contextmanager
 def _importing_beside(path: Path):
-    """What stands beside a config file, or beside its folder, can be imported by it."""
+    """Lets a config file import modules beside it, and packages beside its folder."""
     before = list(sys.path)
     sys.path += [str(path.resolve().parent), str(path.resolve().parent.parent)]
     try:
@@ -130,25 +132,26 @@ def _importing_beside(path: Path):
 
 
 def _failed(path: Path, error: Exception) -> str:
-    """The line about a config file that raised `error`."""
+    """The error message for a config file that raised `error`."""
     places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
               if Path(frame.filename) == path.absolute() or frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else places[-1] if places else None
     where = f"{path}:{line}" if line else str(path)
     if unknown := re.search(r'Key "(\w+)" does not exist', str(error)):
-        written = re.search(rf"\w\.([\w.]*\b{unknown[1]})\b", linecache.getline(str(path), line or 0))
+        source = linecache.getline(str(path), line or 0)
+        written = re.search(rf"\w\.([\w.]*\b{unknown[1]})\b", source)
         return f"{where}: {unknown_field(written[1] if written else unknown[1])}"
     return f"{where}: {type(error).__name__}: {first_line(error)[:300]}"
 
 
 def _nearest_file(path: Path) -> str:
-    """" : did you mean ...", if a file there, or of configs/, has a name like it."""
-    root = Path(yaml_config.__file__).parent.parent
-    there = [file for folder in dict.fromkeys((path.parent, Path("configs"), root / "configs")) if os.path.isdir(folder)
-             for file in sorted(folder.iterdir()) if file.suffix in (".py", *YAML)]
+    """A hint: the file beside `path`, or in configs/, whose name is most like it."""
+    shipped = Path(yaml_config.__file__).parent.parent / "configs"
     by_stem = {}
-    for file in there:
-        by_stem.setdefault(file.stem, file)
+    for folder in (path.parent, Path("configs"), shipped):
+        for file in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
+            if file.suffix in (".py", *YAML):
+                by_stem.setdefault(file.stem, file)
     near = difflib.get_close_matches(path.stem, by_stem, 1)
     return f": did you mean {str(by_stem[near[0]])!r}?" if near else ": see configs/ for some"
 
@@ -156,18 +159,19 @@ def _nearest_file(path: Path) -> str:
 # ---------------------------------------------------------------- fields on the command line
 def _overrides(argv) -> list[tuple[str, str | None]]:
     """(field, text) of every --config.FIELD=TEXT; the text is None if it is the next argument."""
-    found = [re.match(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL) for argument in argv[1:]]
+    pattern = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+    found = [pattern.match(argument) for argument in argv[1:]]
     return [(match[1], match[2]) for match in found if match]
 
 
 def _check_text(field: str, text: str) -> None:
-    """Raises ConfigError, in the words of its check, where `text` cannot be a value of `field`."""
-    usual = flat(default_config())[field]
+    """Raises the ConfigError of its check if `text` cannot be a value of `field`."""
+    default = flat(default_config())[field]
     try:
-        value = ast.literal_eval(text) if isinstance(usual, (int, float, tuple)) else text
+        value = ast.literal_eval(text) if isinstance(default, (int, float, tuple)) else text
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         value = text
-    if isinstance(usual, bool):
+    if isinstance(default, bool):
         value = text.lower() in ("true", "false", "1", "0", "t", "f", "yes", "no") or text
     CHECKS[field](f"--config.{field}", value)
 

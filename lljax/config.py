@@ -400,19 +400,19 @@ def flat(config: ConfigDict, prefix: str = "") -> dict:
     """The values of a configuration (or a part of it) by their dotted names."""
     out = {}
     for name, value in config.items():
-        whole_name = f"{prefix}{name}"
-        out |= flat(value, f"{whole_name}.") if isinstance(value, ConfigDict) else {whole_name: value}
+        full = f"{prefix}{name}"
+        out |= flat(value, f"{full}.") if isinstance(value, ConfigDict) else {full: value}
     return out
 
 
 def warmup_steps(optimizer: ConfigDict, steps: int) -> int:
-    """Steps of the warm-up in a run of `steps`: those of `optimizer.warmup_steps`, or for -1 LongLoRA's 20, at most a
-    step in 25."""
+    """Warm-up steps of a run of `steps`: `optimizer.warmup_steps`, or if that is -1 LongLoRA's 20,
+    at most a step in 25."""
     return min(20, -(-steps // 25)) if optimizer.warmup_steps < 0 else optimizer.warmup_steps
 
 
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
-    """A copy that means the same from another folder, for config.json: the paths of what is there are absolute."""
+    """A copy for config.json that can be used from another folder: existing paths are absolute."""
     c = config.copy_and_resolve_references()
     with c.unlocked():
         c.model.path, c.lora.adapter = _absolute(c.model.path), _absolute(c.lora.adapter)

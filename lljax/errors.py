@@ -63,7 +63,7 @@ class Stopped(LljaxError):
 
 
 class _Short(reprlib.Repr):
-    """Never builds more text than it shows, of values that expand without end or take no decimal form."""
+    """A repr that never builds more text than it returns, and prints integers of any size."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The names of the fields of a configuration: which one was meant, and what each is for."""
+"""The names of configuration fields: which one was meant, and what each is for."""
 
 import difflib
 import inspect
@@ -12,7 +12,7 @@ OTHER_NAMES = {                              # what other trainers call a field,
     "model.dtype": "torch_dtype bf16 fp16 precision",
     "model.quantize": "load_in_4bit load_in_8bit quantization quantization_bit",
     "context.length": "context_length max_length max_seq_length max_seq_len seq_len cutoff_len",
-    "context.schedule": "steps max_steps total_steps epochs num_epochs num_train_epochs attention attn_implementation",
+    "context.schedule": "steps max_steps total_steps epochs num_epochs num_train_epochs attention",
     "context.rope.type": "rope_scaling",
     "context.group": "group_size_ratio group_size",
     "context.window": "sliding_window",
@@ -47,7 +47,7 @@ ALSO_CALLED = {name: field for field, names in OTHER_NAMES.items() for name in n
 
 
 def unknown_field(name: str) -> str:
-    """The line about a field that there is not: with the field that was probably meant."""
+    """The error message for an unknown field; names the field that was probably meant."""
     if inside := next((field for field in CHECKS if field.startswith(f"{name}.")), None):
         return f"{name} is a group of fields: set them one by one, such as {inside}"
     last = name.rpartition(".")[2]
@@ -59,11 +59,12 @@ def unknown_field(name: str) -> str:
 
 
 def _alike(last: str) -> list[str]:
-    """The field whose last part is most like `last`, if any is."""
+    """The field whose last part is most like `last`, if there is one."""
     by_last = {field.rpartition(".")[2]: field for field in CHECKS}
     return [by_last[near] for near in difflib.get_close_matches(last, by_last, 1)]
 
 
 def comments() -> dict[str, str]:
-    """What the source of `default_config` says of each field, by its dotted name."""
-    return dict(re.findall(r"^    c\.([\w.]+) = .*?  # (.+)$", inspect.getsource(default_config), re.MULTILINE))
+    """The comment beside each field in the source of `default_config`, by its dotted name."""
+    source = inspect.getsource(default_config)
+    return dict(re.findall(r"^    c\.([\w.]+) = .*?  # (.+)$", source, re.MULTILINE))

@@ -1,14 +1,15 @@
-"""Where scripts print their tables."""
+"""The console on which scripts print their tables."""
 
 import sys
 
 from rich.console import Console
 
-WIDE = 400                                   # columns where nobody's window ends
+WIDE = 400                                   # columns in a file or a pipe: wider than any table
 
 
 def console(least: int = 0) -> Console:
-    """A console of the terminal's width, or of `least` columns if that is more; as wide as tables become in a file or a
-    pipe, where rich would take 80 and cut them."""
-    terminal = Console()
-    return Console(width=max(terminal.width, least) if sys.stdout.isatty() else WIDE)
+    """A console as wide as the terminal, at least `least` columns.
+
+    In a file or a pipe rich would take 80 columns and cut tables: there it is WIDE.
+    """
+    return Console(width=max(Console().width, least) if sys.stdout.isatty() else WIDE)

@@ -20,20 +20,22 @@ TRAIN_TYPES = {                              # what each sets, before the fields
 }
 FIELDS = {                                   # flat name -> field of the tree
     "model": "model.path", "context_length": "context.length", "lora_rank": "lora.rank",
-    "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "seed": "seed", "dtype": "model.dtype",
-    "learning_rate": "optimizer.learning_rate", "batch_size": "training.rows",
+    "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "seed": "seed",
+    "dtype": "model.dtype", "learning_rate": "optimizer.learning_rate",
+    "batch_size": "training.rows",
     "gradient_accumulation": "training.accumulate", "quantize": "model.quantize",
 }
 NESTED = {
     "scheduler": {"type": "optimizer.schedule", "warmup_steps": "optimizer.warmup_steps",
                   "total_steps": None},
-    "dataset": {"train": "data.train", "valid": "data.valid", "valid_fraction": "data.valid_fraction",
-                "max_length": None},
+    "dataset": {"train": "data.train", "valid": "data.valid",
+                "valid_fraction": "data.valid_fraction", "max_length": None},
     "rope": {"type": "context.rope.type", "factor": "context.rope.factor"},
 }
 OTHERS = ("train_type", "target_modules", "attention_impl", "sequence_parallel", "context_schedule")
-ATTENTION = {"shifted_sparse": "shifted", "s2": "shifted", "shifted": "shifted", "window": "window", "full": "full"}
-# Names of kernels. lljax takes the best there is for the device and the mask, so these choose nothing.
+ATTENTION = {"shifted_sparse": "shifted", "s2": "shifted", "shifted": "shifted",
+             "window": "window", "full": "full"}
+# Names of kernels choose nothing: lljax takes the best kernel for the device and the mask.
 KERNELS = ("auto", "eager", "sdpa", "flex_attention", "xformers", "flash_attn", "flash_attention",
            *(f"{name}{version}" for version in (2, 3, 4)
              for name in ("flashattn", "flash_attn_", "flash_attention_", "fa")))
@@ -42,11 +44,12 @@ KERNELS = ("auto", "eager", "sdpa", "flex_attention", "xformers", "flash_attn", 
 def read(path: str) -> ConfigDict:
     """The configuration that a YAML file describes; see README, "A run in YAML".
 
-    In `context_schedule` a stage's `steps` is the step at which it ends. Without `attention_impl`, or where it names a
-    kernel, longlora trains its stages in shifted sparse attention and the last in full, and the others in full throughout.
+    In `context_schedule` a stage's `steps` is the step at which it ends. Without `attention_impl`,
+    or if it names a kernel, longlora trains its last stage in full attention and the others in
+    shifted sparse attention; the other train types train in full attention.
 
     Raises:
-      ConfigError: the file cannot be read, or a field is unknown (with the nearest name) or has an illegal value.
+      ConfigError: the file cannot be read, or a field is unknown (names the nearest) or illegal.
     """
     given = _mapping(path)
     _known(path, given, (*FIELDS, *NESTED, *OTHERS))
@@ -94,14 +97,14 @@ def _mapping(path: str) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a field that is given twice, of which YAML would silently take the last."""
+    """Refuses a field that is given twice: YAML would take the last one in silence."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{short(key.value)} is given twice",
-                                                        key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{short(key.value)} is given twice", key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -109,7 +112,8 @@ class _Loader(yaml.SafeLoader):
 def _spread_tokens(path, c: ConfigDict, value) -> None:
     """`sequence_parallel`: true spreads the tokens of a row over all devices, n over n of them."""
     if not isinstance(value, bool) and not (isinstance(value, int) and value >= 1):
-        raise ConfigError(f"{path}: sequence_parallel={short(value)} is neither true, false nor a number of devices")
+        raise ConfigError(f"{path}: sequence_parallel={short(value)} is neither true, false nor a "
+                          "number of devices")
     if value is True:
         c.mesh.sequence, c.mesh.fsdp = -1, 1
     elif value:
@@ -122,31 +126,35 @@ def _schedule(path, given, context_length: int, train_type: str) -> tuple:
     stages = given.get("context_schedule")
     if stages is None:
         if total is None:
-            raise ConfigError(f"{path}: scheduler.total_steps: a number of steps is needed where there is no "
-                              "context_schedule")
+            raise ConfigError(f"{path}: scheduler.total_steps: a number of steps is needed where "
+                              "there is no context_schedule")
         stages = [{"max_length": context_length if longest is None else longest, "steps": total}]
     if not isinstance(stages, list) or not stages:
         raise ConfigError(f"{path}: context_schedule={short(stages)} is not a list of stages")
-    kinds = ["shifted"] * (len(stages) - 1) + ["full"] if train_type == "longlora" else ["full"] * len(stages)
+    kinds = ["full"] * len(stages)
+    if train_type == "longlora":
+        kinds[:-1] = ["shifted"] * (len(stages) - 1)
     if "attention_impl" in given:
         named = given["attention_impl"]
         _choose(path, "attention_impl", named, (*ATTENTION, *KERNELS))
         if named in ATTENTION:
             kinds = [ATTENTION[named]] * len(stages)
         else:
-            logging.info("%s: attention_impl=%s: lljax takes the best kernel there is for the device", path, named)
+            logging.info("%s: attention_impl=%s: lljax takes the best kernel for the device", path,
+                         named)
     out = []
     for i, (stage, kind) in enumerate(zip(stages, kinds)):
         if not isinstance(stage, dict) or set(stage) != {"max_length", "steps"}:
-            raise ConfigError(f"{path}: context_schedule[{i}]={short(stage)}: a stage is {{max_length: tokens, steps: "
-                              "step at which it ends}")
+            raise ConfigError(f"{path}: context_schedule[{i}]={short(stage)}: a stage is "
+                              "{max_length: tokens, steps: step at which it ends}")
         out.append((stage["steps"], stage["max_length"], kind))
     if longest is not None and longest != out[-1][1]:
-        raise ConfigError(f"{path}: dataset.max_length={short(longest)} and context_schedule, whose last stage has rows "
-                          f"of {short(out[-1][1])} tokens, differ: make them equal")
+        raise ConfigError(f"{path}: dataset.max_length={short(longest)} and context_schedule, whose"
+                          f" last stage has rows of {short(out[-1][1])} tokens, differ: make them "
+                          "equal")
     if total is not None and out[-1][0] != total:
-        raise ConfigError(f"{path}: scheduler.total_steps={short(total)} and context_schedule, whose last stage ends at "
-                          f"step {short(out[-1][0])}, differ: make them equal")
+        raise ConfigError(f"{path}: scheduler.total_steps={short(total)} and context_schedule, "
+                          f"whose last stage ends at step {short(out[-1][0])}, differ: make them equal")
     return tuple(out)
 
 
@@ -155,17 +163,19 @@ def _known(path, given: dict, allowed, prefix: str = "") -> None:
         if name not in allowed:
             nearest = _meant(name, allowed) if isinstance(name, str) else None
             hint = f"did you mean {nearest!r}?" if nearest else f"there are {', '.join(allowed)}"
-            raise ConfigError(f"{path}: unknown field {short(f'{prefix}{name}' if prefix else name)}: {hint}")
+            full = f"{prefix}{name}" if prefix else name
+            raise ConfigError(f"{path}: unknown field {short(full)}: {hint}")
 
 
 def _meant(name: str, allowed) -> str | None:
-    """The field of the YAML that does what another trainer calls `name`, or the nearest spelling."""
-    field = ALSO_CALLED.get(name.lower())
-    called = {f: f"{outer}.{inner}" for outer, fields in NESTED.items() for inner, f in fields.items()}
-    called |= {f: flat for flat, f in FIELDS.items()}
+    """The YAML field that another trainer calls `name`, or the one with the nearest spelling."""
+    called = {field: f"{outer}.{inner}" for outer, fields in NESTED.items()
+              for inner, field in fields.items()}
+    called |= {field: flat for flat, field in FIELDS.items()}
     called |= {"context.schedule": "scheduler.total_steps", "mesh.sequence": "sequence_parallel",
                "lora.targets": "target_modules", None: None}
-    return called.get(field) or next(iter(difflib.get_close_matches(name, allowed, 1)), None)
+    nearest = difflib.get_close_matches(name, allowed, 1)
+    return called.get(ALSO_CALLED.get(name.lower())) or (nearest[0] if nearest else None)
 
 
 def _choose(path, name: str, value, allowed) -> None:
@@ -174,11 +184,11 @@ def _choose(path, name: str, value, allowed) -> None:
 
 
 def _set(path, c, field: str, name: str, value) -> None:
-    """Sets a field to what the file calls `name`, once it is known to be legal."""
-    usual = get(c, field)
-    if isinstance(usual, tuple):
+    """Checks and sets a field; name: what the file calls it."""
+    default = get(c, field)
+    if isinstance(default, tuple):
         value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    elif isinstance(usual, float) and isinstance(value, str) and len(value) < 40:
+    elif isinstance(default, float) and isinstance(value, str) and len(value) < 40:
         try:
             value = float(value)             # YAML reads 2e-4 as a text
         except ValueError:

@@ -28,7 +28,8 @@ from lljax.terminal import console
 from lljax.training import fit
 
 CONFIG = config_flag()
-DEVICE = flags.DEFINE_string("device", None, "NAME or NAME:COUNT, such as h100-80g:8, a100-80g, a10-24g, l4, rtx4090, rtx4060-8g, b200, v5e-8, v5p-8 ...")
+DEVICE = flags.DEFINE_string("device", None, "h100-80g:8 (eight of them), a100-80g, a10-24g, l4, rtx4090, rtx4060-8g, b200, "
+                             "v5e-8, v5p-8 ...")
 SEARCHES = {"context": search.longest_context, "batch": search.largest_batch, "devices": search.fewest_devices}
 SEARCH = flags.DEFINE_enum("search", None, list(SEARCHES), "Find the longest last stage, or the most rows of it, or the fewest "
                            "devices, that fit.")

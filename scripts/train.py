@@ -1,7 +1,7 @@
 """Trains what a config file says; the same command again goes on where it stopped.
 
 python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
-python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/mine --config.data.train=my.jsonl --config.lora.rank=16
+python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/mine --config.lora.rank=16
 python scripts/train.py --config=run.yaml --workdir=runs/from_yaml
 """
 
@@ -18,12 +18,14 @@ from lljax.config import validate
 from lljax.errors import exit_cleanly
 
 CONFIG = config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: its checkpoints, metrics and report.")
-PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "FIRST:STOP, steps to trace into WORKDIR/profile for TensorBoard.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: its checkpoints, metrics and report.")
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:STOP, steps to trace into WORKDIR/profile for TensorBoard.")
 
 
 def main(argv) -> None:
-    # force: a library that was imported has set up logging already, for warnings alone.
+    # force: an imported library has set up logging already, for warnings alone.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     with exit_cleanly():
         read_flags(argv, __doc__, "config", "workdir")
@@ -33,7 +35,7 @@ def main(argv) -> None:
 
 
 def train() -> None:
-    # Imported here: that takes seconds, and what is wrong with the command line is said before.
+    # Imported here: it takes seconds, and errors on the command line come first.
     from lljax import distributed
     from lljax.evaluation.during import examiner
     from lljax.training import loop
@@ -41,17 +43,20 @@ def train() -> None:
 
     for noisy in ("jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)    # Orbax, of a save that failed: lljax says it in a line
+    # Orbax logs a save that failed with its traceback; lljax says it in a line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     with distributed.session(), exit_cleanly():
         distributed.start(CONFIG.value.mesh.peer_timeout)
-        loop.train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value), examiner=examiner)
+        loop.train(CONFIG.value, WORKDIR.value, examiner=examiner,
+                   profile_steps=read_steps(PROFILE_STEPS.value))
         if distributed.first():
             print(next_commands(WORKDIR.value, CONFIG.value.data))
 
 
 def next_commands(workdir: str, data) -> str:
-    """What there is to do with a run that is done."""
-    report, run = shlex.quote(str(Path(workdir) / "report.html")), f"--workdir={shlex.quote(workdir)}"
+    """The lines that a finished run ends with: its report, and the commands that come next."""
+    report = shlex.quote(str(Path(workdir) / "report.html"))
+    run = f"--workdir={shlex.quote(workdir)}"
     tasks = "perplexity,passkey" if data.valid or data.valid_fraction else "passkey"
     return (f"Done. The report is {report}. Next:\n"
             f"python scripts/export.py {run} --format=peft     # or merged, split\n"

@@ -14,6 +14,7 @@ from lljax.field_names import ALSO_CALLED, comments, unknown_field
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "--config=configs/quickstart.py"
+BEGIN = "from lljax.config import default_config\ndef get_config():\n    c = default_config()\n"
 
 
 def train(*arguments, cwd=ROOT):
@@ -71,9 +72,9 @@ def test_a_config_file_that_is_not_there_is_one_line(monkeypatch, name, message)
     ("x = 1\n", "has no get_config"),
     ("def get_config():\n    return {'seed': 1}\n", "returned {'seed': 1}: return the configuration"),
     ("import nowhere\n", ":1: ModuleNotFoundError: No module named 'nowhere'"),
-    ("from lljax.config import default_config\ndef get_config():\n    c = default_config()\n    c.lora.rnak = 3\n    return c\n",
+    (f"{BEGIN}    c.lora.rnak = 3\n    return c\n",
      ":4: there is no config field 'lora.rnak': did you mean 'lora.rank'"),
-    ("from lljax.config import default_config\ndef get_config():\n    c = default_config()\n    c.lora.rank = 'x'\n    return c\n",
+    (f"{BEGIN}    c.lora.rank = 'x'\n    return c\n",
      ":4: TypeError: .*rank"),
 ])
 def test_a_config_file_that_fails_says_its_line(tmp_path, source, message):

@@ -76,9 +76,10 @@ def test_what_cannot_work_is_refused_with_the_way_out(changes, message):
 BOMB = ["lol"] * 9
 for _ in range(9):
     BOMB = [BOMB] * 9                        # 9 ** 10 words, should anybody write them out
-ODD = (math.nan, math.inf, -math.inf, -1, -2, 0, 1, 2, 0.5, 1.0, 1e-300, 1e300, 2 ** 31, 10 ** 30, 10 ** 10_000, True, False, None,
-       "", "x", "x" * 10_000, "\0", "a\nb\x1b[31m", "\ud800", b"x", (), (1,), ("x",), ((1, 2, 3),), [], ["x", 1], {}, {"a": 1}, BOMB,
-       object(), len, ConfigDict({"a": 1}))
+ODD = (math.nan, math.inf, -math.inf, -1, -2, 0, 1, 2, 0.5, 1.0, 1e-300, 1e300, 2 ** 31, 10 ** 30,
+       10 ** 10_000, True, False, None, "", "x", "x" * 10_000, "\0", "a\nb\x1b[31m", "\ud800", b"x",
+       (), (1,), ("x",), ((1, 2, 3),), [], ["x", 1], {}, {"a": 1}, BOMB, object(), len,
+       ConfigDict({"a": 1}))
 
 
 def test_every_field_has_a_check():
