@@ -30,7 +30,7 @@ def main(argv) -> None:
     with exit_cleanly():
         read_flags(argv, __doc__, "config", "workdir")
         validate(CONFIG.value)
-    take_gpu_memory()
+        take_gpu_memory()
     train()
 
 
