@@ -58,7 +58,7 @@ def read_flags(argv, doc: str, *required: str) -> None:
         raise ConfigError(first_line(error)[:300]) from None
     if left:
         is_config = Path(left[0]).suffix in (".py", *YAML)
-        hint = f"did you mean --config={left[0]}?" if is_config else "quote values with spaces; see --help"
+        hint = f"did you mean --config={left[0]}?" if is_config else "see --help"
         raise ConfigError(f"{short(left[0])} belongs to no flag: {hint}")
     for name in required:
         if flags.FLAGS[name].value in (None, ""):
