@@ -189,6 +189,11 @@ def _adapt(model: Decoder, c: dict) -> Decoder:
         length = model.spec.max_length
     elif length is None:
         length = int(model.spec.rope.original_length * factor)
+        if length < model.spec.max_length:
+            raise ConfigError(f"lora_config: longlora_scaling_factor={factor} stretches the "
+                              f"{model.spec.rope.original_length:,} tokens that RoPE was trained "
+                              f"for to {length:,}, and the model reads {model.spec.max_length:,}: "
+                              "use a larger factor, or none")
     stretch = c["use_longlora"] and (factor != "auto" or length > model.spec.max_length)
     kind = "yarn" if stretch else "keep"
     settings |= {"context.rope.type": kind, "context.rope.factor": factor, **_lora_fields(c, model)}

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import peft
 import pytest
+from conftest import write_base
 from flax import nnx
 
 import lljax
@@ -68,6 +69,16 @@ def test_longlora_stretches_by_yarn_and_trains_embeddings_and_norms(base):
     model = lljax.prepare_model(base, {"use_longlora": True, "longlora_scaling_factor": 4})
     assert (model.spec.rope.type, model.spec.rope.factor, model.spec.max_length) == ("yarn", 4.0, 128)
     assert trains(model) == {"embed", "norm"}
+
+
+def test_a_factor_that_would_shorten_the_model_is_refused(tmp_path):
+    llama3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8}
+    model, _ = lljax.prepare_model(write_base(tmp_path / "base", rope_scaling=llama3))   # reads 32
+    with pytest.raises(ConfigError, match="the 8 tokens .* to 16, and the model reads 32"):
+        lljax.prepare_model(model, {"use_longlora": True, "longlora_scaling_factor": 2})
+    lljax.prepare_model(model, {"use_longlora": True, "longlora_scaling_factor": 8})
+    assert (model.spec.rope.type, model.spec.max_length) == ("yarn", 64)
 
 
 @pytest.mark.parametrize("given,message", [
