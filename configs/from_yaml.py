@@ -1,10 +1,16 @@
 """A run described by one flat YAML file, for those who come from YAML trainers.
 
 python scripts/train.py --config=configs/from_yaml.py:run.yaml --workdir=runs/mine
+
+--config=run.yaml does the same.
 """
 
+from lljax.errors import ConfigError
 from lljax.yaml_config import read
 
 
-def get_config(path: str):
+def get_config(path: str = ""):
+    if not path:
+        raise ConfigError("configs/from_yaml.py: name the YAML file, such as --config=run.yaml or "
+                          "--config=configs/from_yaml.py:run.yaml")
     return read(path)

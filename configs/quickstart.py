@@ -27,5 +27,4 @@ def get_config():
     c.training.eval_rows = 16
     c.optimizer.learning_rate = 1.5e-3
     c.optimizer.learning_rate_ratio.embed = 0.2  # a row a step is too noisy for the embeddings at the full rate
-    c.optimizer.warmup_steps = 10
     return c

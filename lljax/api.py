@@ -1,102 +1,265 @@
 """The Python face: prepare a model, train it, use it."""
 
+import dataclasses
+import difflib
+import logging
+import os
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from lljax.build import load_base, stretched
-from lljax.config import default_config
-from lljax.errors import ConfigError
+from lljax.build import attach_adapters, load_base, stretched
+from lljax.checks import TOKENS, flag, number, one_of, whole
+from lljax.config import CHECKS, default_config, validate
+from lljax.errors import ConfigError, short
+from lljax.field_names import unknown_field
 from lljax.interop.base import open_base
-from lljax.models import lora, spec
+from lljax.interop.huggingface import load_weights
+from lljax.interop.started import StartedBase, starts_from_base
+from lljax.models import spec as specs
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.quantize import FORMS
 from lljax.training import loop
 
-# The fields of `lora_config` and what they are where they are not given.
-LORA_CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
-               "task_type": "CAUSAL_LM", "use_longlora": False, "longlora_sequence_length": None,
-               "longlora_scaling_factor": None}
+# The fields of `lora_config` that are used, and their defaults.
+LORA_CONFIG = {
+    "r": 8, "lora_alpha": 16, "target_modules": None, "lora_dropout": 0.0, "use_rslora": False,
+    "use_dora": False, "init_lora_weights": True, "rank_pattern": None, "alpha_pattern": None,
+    "modules_to_save": None, "ensure_weight_tying": False, "task_type": None, "peft_type": "LORA",
+    "use_longlora": False, "longlora_sequence_length": None, "longlora_scaling_factor": None,
+}
+# Fields of peft.LoraConfig that describe where an adapter is from and change nothing ...
+DESCRIBES = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision")
+# ... and fields that are not supported, with the value that means "not used".
+NOT_USED = {
+    "bias": "none", "fan_in_fan_out": False, "inference_mode": False,
+    "megatron_core": "megatron.core", "qalora_group_size": 16,
+    **dict.fromkeys((
+        "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config",
+        "loftq_config", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config",
+        "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config",
+        "layer_replication", "runtime_config", "lora_bias", "target_parameters", "use_bdlora",
+        "arrow_config", "kasa_config")),
+}
+SAVED = {"embed_tokens": "embed", "lm_head": "head", "norm": "norm"}  # modules_to_save by role
+PREPARED = ("model.", "lora.", "context.rope.", "context.length", "train_type")
 
 
 def prepare_model(model, lora_config=None, *, dtype: str = "float32", quantize: str = "none"):
-    """`prepare_model(path)` -> (model, tokenizer); `prepare_model(model, lora_config)` -> the model with adapters.
+    """`prepare_model(path)` -> (model, tokenizer).
+    `prepare_model(model, lora_config)` -> the model with adapters.
 
-    path: a hub id, a folder, or a GGUF file. quantize: as `model.quantize`. lora_config: a mapping (or an object with such
-    attributes) of r, lora_alpha, target_modules, task_type, use_longlora, longlora_sequence_length and
-    longlora_scaling_factor. With `use_longlora` embeddings and norms train too, and RoPE is interpolated linearly, by the
-    factor, or so that it reaches the length.
+    path: a hub id, a folder, or a GGUF file. quantize: as `model.quantize`.
+    lora_config: a peft.LoraConfig, or a mapping of its fields. Used are r, lora_alpha,
+      target_modules (None: q, k, v and o), lora_dropout, use_rslora, use_dora, rank_pattern,
+      alpha_pattern, init_lora_weights (True, "pissa", "pissa_niter_N", "olora", "loftq") and
+      modules_to_save ("embed_tokens", "lm_head", "norm" for all norms). Any other field is refused
+      unless it has its default. A mapping may also have use_longlora: embeddings and norms train
+      too, and YaRN stretches RoPE, to longlora_scaling_factor times the length it was trained for,
+      or to longlora_sequence_length.
 
     Raises:
       ConfigError: an unknown field or an illegal value. ModelError: the base cannot be read.
     """
-    if lora_config is None:
-        if quantize not in ("none", *FORMS):
-            raise ConfigError(f"prepare_model: quantize={quantize!r} is none of none, {', '.join(FORMS)}")
-        base = open_base(model)
-        decoder = load_base(base, spec.from_hf(base.config), jnp.dtype(dtype), quantize)
-        decoder.settings = (("model.path", model), ("model.dtype", dtype), ("model.quantize", quantize))
-        return decoder, base.tokenizer()
-    return _adapt(model, _read(lora_config))
+    if isinstance(model, Decoder) and lora_config is not None:
+        return _adapt(model, _read(lora_config))
+    if not isinstance(model, (str, os.PathLike)):
+        raise ConfigError("prepare_model takes a path, or a model from prepare_model(path) and a "
+                          "lora_config")
+    one_of("float32", "bfloat16")("prepare_model: dtype", dtype)
+    one_of("none", *FORMS)("prepare_model: quantize", quantize)
+    path = os.fspath(model)
+    CHECKS["model.path"]("prepare_model: path", path)
+    base = open_base(path)
+    decoder = load_base(base, specs.from_hf(base.config), jnp.dtype(dtype), quantize)
+    decoder.settings = (("model.path", path), ("model.dtype", dtype), ("model.quantize", quantize))
+    if lora_config is not None:
+        decoder = _adapt(decoder, _read(lora_config))
+    return decoder, base.tokenizer()
 
 
-def train(model: Decoder, *, data, workdir: str, steps: int, length: int | None = None, **fields) -> Decoder:
-    """Trains a prepared model on JSONL `data` for `steps` and returns it; the same script again resumes.
+def train(model: Decoder, *, data, workdir, steps: int, length: int | None = None,
+          **fields) -> Decoder:
+    """Trains a prepared model on JSONL `data` for `steps`; the same script again resumes.
 
-    The arrays of `model` are given away: use the model that is returned. length: tokens a row, by default all the model
-    reads. Attention is shifted for the first three quarters of the steps of a LongLoRA model, then full. Further fields
-    of the configuration go by their dotted names with "__" for ".", for example optimizer__learning_rate=1e-4.
+    data: a file, a folder, or several. length: tokens a row, by default all that the model reads.
+    A LongLoRA model trains in shifted attention for the first three quarters of the steps, then
+    in full attention. fields: further fields of the configuration, by their dotted names with "__"
+    for ".", for example optimizer__learning_rate=1e-4.
+
+    Returns: the trained model. The arrays of `model` are given away.
+
+    Raises:
+      ConfigError: a model without adapters, an unknown field or an illegal value; and what
+        lljax.training.loop.train raises.
     """
-    settings = dict(model.settings)
+    settings = dict(getattr(model, "settings", ()))
     if "lora.rank" not in settings:
-        raise ConfigError("this model has no adapters: call prepare_model(model, lora_config) first")
-    length = length or model.spec.max_length
+        raise ConfigError("lljax.train: this model has no adapters: model, tokenizer = "
+                          "lljax.prepare_model(path), then model = lljax.prepare_model(model, "
+                          "lora_config)")
+    whole(1)("lljax.train: steps", steps)
+    length = model.spec.max_length if length is None else length
+    whole(2, TOKENS)("lljax.train: length", length)
     bulk = 3 * steps // 4 if settings.pop("longlora") else 0
     schedule = ((bulk, length, "shifted"),) if bulk else ()
-    c = default_config()
-    settings |= {"data.train": (data,) if isinstance(data, str) else tuple(data),
-                 "alarm.stall_minutes": 0.0,                    # what hangs may be interrupted here, and the process lives on
-                 "context.length": model.spec.max_length, "context.schedule": (*schedule, (steps, length, "full"))}
-    settings |= {name.replace("__", "."): value for name, value in fields.items()}
-    try:
-        c.update_from_flattened_dict(settings)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"lljax.train: {str(error).splitlines()[0][:160]}") from None
-    from lljax.evaluation.during import examiner  # here: nothing else of lljax needs the benchmarks to start
+    files = data if isinstance(data, (tuple, list)) else (data,)
+    settings |= {
+        "data.train": tuple(os.fspath(f) if isinstance(f, os.PathLike) else f for f in files),
+        "alarm.stall_minutes": 0.0,          # here the user can interrupt what hangs
+        "context.length": model.spec.max_length,
+        "context.schedule": (*schedule, (steps, length, "full")),
+    }
+    for name, value in fields.items():
+        field = name.replace("__", ".")
+        if field not in CHECKS:
+            raise ConfigError(f"lljax.train: {unknown_field(field)}")
+        if field.startswith(PREPARED):
+            raise ConfigError(f"lljax.train: {field} is settled by prepare_model: give it there")
+        settings[field] = value
+    c = _configuration(settings, "lljax.train")
+    from lljax.evaluation.during import examiner  # here: only this needs the benchmarks
     return loop.train(c, workdir, model=model, examiner=examiner)
 
 
-def _read(lora_config) -> dict:
-    given = dict(lora_config) if isinstance(lora_config, Mapping) else {
-        name: getattr(lora_config, name) for name in LORA_CONFIG if hasattr(lora_config, name)}
-    for name in given:
-        if name not in LORA_CONFIG:
-            raise ConfigError(f"lora_config: unknown field {name!r}; there are {', '.join(LORA_CONFIG)}")
-    c = LORA_CONFIG | given
-    if str(getattr(c["task_type"], "value", c["task_type"])) != "CAUSAL_LM":
-        raise ConfigError(f"lora_config: task_type={c['task_type']!r}; CAUSAL_LM is what is trained here")
-    extras = [name for name in ("longlora_sequence_length", "longlora_scaling_factor") if c[name] is not None]
-    if extras and not c["use_longlora"]:
-        raise ConfigError(f"lora_config: {extras[0]}={c[extras[0]]} needs use_longlora=True")
+def _configuration(settings: Mapping, who: str):
+    """The default configuration with these fields, each of which is checked."""
+    c = default_config()
+    for field, value in settings.items():
+        CHECKS[field](f"{who}: {field}", value)
+    c.update_from_flattened_dict(settings)
     return c
 
 
+def _read(lora_config) -> dict:
+    """The used fields of a lora_config; raises ConfigError for what is not supported."""
+    defaults = NOT_USED
+    if isinstance(lora_config, Mapping):
+        given = dict(lora_config)
+    elif dataclasses.is_dataclass(lora_config) and not isinstance(lora_config, type):
+        given = {f.name: getattr(lora_config, f.name) for f in dataclasses.fields(lora_config)}
+        defaults = NOT_USED | _defaults(lora_config)     # of whatever version of PEFT it is
+    else:
+        raise ConfigError(f"lora_config={short(lora_config)} is neither a mapping nor a "
+                          "peft.LoraConfig")
+    c = LORA_CONFIG | {name: value for name, value in given.items() if name in LORA_CONFIG}
+    for name, only in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM")):
+        if c[name] is not None and getattr(c[name], "value", c[name]) != only:
+            raise ConfigError(f"lora_config: {name}={short(c[name])}: only {only} is trained here")
+    for name in given.keys() - LORA_CONFIG.keys() - set(DESCRIBES):
+        _check_unused(name, given[name], defaults)
+    for name in ("use_longlora", "ensure_weight_tying"):
+        flag()(f"lora_config: {name}", c[name])
+    for name, check in (("longlora_sequence_length", whole(2, TOKENS)),
+                        ("longlora_scaling_factor", number(1, TOKENS))):
+        if c[name] is None:
+            continue
+        if not c["use_longlora"]:
+            raise ConfigError(f"lora_config: {name}={short(c[name])} needs use_longlora=True")
+        check(f"lora_config: {name}", c[name])
+    return c
+
+
+def _defaults(config) -> dict:
+    """The defaults of the fields of a dataclass."""
+    return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            for f in dataclasses.fields(config)}
+
+
+def _check_unused(name, value, defaults: Mapping) -> None:
+    if name not in defaults:
+        nearest = difflib.get_close_matches(str(name), LORA_CONFIG, 1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(LORA_CONFIG)}"
+        raise ConfigError(f"lora_config: unknown field {short(name)}: {hint}")
+    empty = isinstance(value, (Mapping, list, tuple, set, str)) and not value
+    if not (value is None or value is False or empty or value == defaults[name]):
+        raise ConfigError(f"lora_config: {name}={short(value)} is not supported: leave it at "
+                          f"{defaults[name]!r}")
+
+
 def _adapt(model: Decoder, c: dict) -> Decoder:
-    targets = (c["target_modules"],) if isinstance(c["target_modules"], str) else tuple(c["target_modules"])
-    also_train = ("embed", "norm") if c["use_longlora"] else ()
-    length, factor = c["longlora_sequence_length"], c["longlora_scaling_factor"]
-    if length is None:
-        length = int(model.spec.rope.original_length * factor) if factor else model.spec.max_length
-    kind = "linear" if c["use_longlora"] and (factor or length > model.spec.max_length) else "keep"
-    model.spec = stretched(model.spec, type=kind, factor=factor or "auto", length=length)
-    lora.attach(model, rank=c["r"], alpha=float(c["lora_alpha"]), targets=targets, also_train=also_train)
+    settings = dict(getattr(model, "settings", ()))
+    if "lora.rank" in settings:
+        raise ConfigError("prepare_model: this model has adapters already: begin with "
+                          "prepare_model(path)")
+    length, factor = c["longlora_sequence_length"], c["longlora_scaling_factor"] or "auto"
+    if length is None and factor == "auto":
+        length = model.spec.max_length
+    elif length is None:
+        length = int(model.spec.rope.original_length * factor)
+        if length < model.spec.max_length:
+            raise ConfigError(f"lora_config: longlora_scaling_factor={factor} stretches the "
+                              f"{model.spec.rope.original_length:,} tokens that RoPE was trained "
+                              f"for to {length:,}, and the model reads {model.spec.max_length:,}: "
+                              "use a larger factor, or none")
+    stretch = c["use_longlora"] and (factor != "auto" or length > model.spec.max_length)
+    kind = "yarn" if stretch else "keep"
+    settings |= {"context.rope.type": kind, "context.rope.factor": factor, **_lora_fields(c, model)}
+    config = _configuration(settings | {
+        "data.train": ("-",), "context.length": length,
+        "context.schedule": ((1, length, "full"),)}, "lora_config")
+    validate(config)
+    spec = stretched(model.spec, type=kind, factor=factor, length=length)
+    attach_adapters(model, config)
+    model.spec = spec
+    if stretch:
+        logging.info("YaRN stretches RoPE by %g, to %s tokens", spec.rope.factor,
+                     f"{spec.max_length:,}")
+    if starts_from_base(model):              # the kernels keep what the factors do not take
+        started = StartedBase(open_base(config.model.path), model)
+        load_weights(model, started, dtype=jnp.dtype(config.model.dtype))
+        started.give_factors()
     for _, variable in declared(model):
-        if variable.get_metadata("role") in also_train:
+        if variable.get_metadata("role") in config.lora.also_train:
             variable.set_value(variable.get_value().astype(jnp.float32))
     initialise(model, seed=0)
-    model.settings += (("lora.rank", c["r"]), ("lora.alpha", float(c["lora_alpha"])), ("lora.targets", targets),
-                       ("lora.also_train", also_train), ("context.rope.type", kind),
-                       ("context.rope.factor", factor or "auto"), ("longlora", c["use_longlora"]))
+    model.settings = (*settings.items(), ("longlora", c["use_longlora"]))
     return model
+
+
+def _lora_fields(c: dict, model: Decoder) -> dict:
+    """The fields of `config.lora` for a lora_config."""
+    targets, init = c["target_modules"], c["init_lora_weights"]
+    if targets is None:
+        targets = default_config().lora.targets
+    if isinstance(targets, (set, frozenset)):
+        targets = sorted(targets, key=str)   # the order of a set changes with the process
+    if init is not True and (not isinstance(init, str) or init in ("gaussian", "default")):
+        raise ConfigError(f"lora_config: init_lora_weights={short(init)} is not supported: use "
+                          "True, 'pissa', 'pissa_niter_4' (or another number), 'olora' or 'loftq'")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(c[name] or {}, Mapping):
+            raise ConfigError(f"lora_config: {name}={short(c[name])} is not a mapping of names to "
+                              "numbers")
+    return {
+        "lora.rank": c["r"],
+        "lora.alpha": c["lora_alpha"],
+        "lora.dropout": c["lora_dropout"],
+        "lora.rslora": c["use_rslora"],
+        "lora.dora": c["use_dora"],
+        "lora.init": "default" if init is True else init,
+        "lora.rank_pattern": tuple((c["rank_pattern"] or {}).items()),
+        "lora.alpha_pattern": tuple((c["alpha_pattern"] or {}).items()),
+        "lora.targets": tuple(targets) if isinstance(targets, (list, tuple)) else (targets,),
+        "lora.also_train": _also_train(c, model),
+    }
+
+
+def _also_train(c: dict, model: Decoder) -> tuple[str, ...]:
+    """The roles that modules_to_save and use_longlora name."""
+    saved = c["modules_to_save"] or ()
+    saved = saved if isinstance(saved, (list, tuple, set)) else (saved,)
+    roles = {"embed", "norm"} if c["use_longlora"] else set()
+    for name in saved:
+        if not isinstance(name, str) or name not in SAVED:
+            raise ConfigError(f"lora_config: modules_to_save: {short(name)} is none of "
+                              f"{', '.join(SAVED)} ('norm' names every norm, as in PEFT)")
+        roles.add(SAVED[name])
+    if model.spec.tied and {"embed_tokens", "lm_head"} & set(saved):
+        if not c["ensure_weight_tying"]:
+            logging.warning("modules_to_save: embed_tokens and lm_head are one table in this "
+                            "model, and train as one")
+        roles = roles - {"head"} | {"embed"}
+    return tuple(sorted(roles))

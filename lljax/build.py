@@ -69,10 +69,7 @@ def abstract_model(config, hf_config: dict) -> Decoder:
     if config.train_type == "full":
         lora.mark_trainable(model)
     else:
-        lora.attach(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets,
-                    rslora=config.lora.rslora, dropout=config.lora.dropout, dora=config.lora.dora, init=config.lora.init,
-                    seed=config.seed, rank_pattern=config.lora.rank_pattern, alpha_pattern=config.lora.alpha_pattern,
-                    also_train=config.lora.also_train)
+        attach_adapters(model, config)
     form, dtype = form_of(config.model.quantize, hf_config), jnp.dtype(config.model.dtype)
     if form:
         _quantise(model, ("kernel",), lambda rows: form, dtype)
@@ -80,6 +77,14 @@ def abstract_model(config, hf_config: dict) -> Decoder:
         _quantise(model, ("kernel", "embed", "head"), lambda rows: quantize.integers(8, rows), dtype, trainable=True)
     _multiply_in(model, config.model.matmul)
     return model
+
+
+def attach_adapters(model: Decoder, config) -> None:
+    """Gives a model the adapters that `config.lora` describes, see lljax.models.lora.attach."""
+    lora.attach(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets,
+                rslora=config.lora.rslora, dropout=config.lora.dropout, dora=config.lora.dora, init=config.lora.init,
+                seed=config.seed, rank_pattern=config.lora.rank_pattern, alpha_pattern=config.lora.alpha_pattern,
+                also_train=config.lora.also_train)
 
 
 def _multiply_in(model: Decoder, matmul: str) -> None:

@@ -1,11 +1,28 @@
 """The default configuration tree. Every run is this tree with some fields changed; `validate()` refuses the rest."""
 
-import math
+import os
 import re
 
 from ml_collections import ConfigDict
 
-from lljax.errors import ConfigError
+from lljax.checks import (
+    BELOW_ONE,
+    INT32,
+    TOKENS,
+    above_zero,
+    any_of,
+    flag,
+    number,
+    one_of,
+    pair,
+    path,
+    required,
+    several,
+    share,
+    text,
+    whole,
+)
+from lljax.errors import ConfigError, short
 
 
 def default_config() -> ConfigDict:
@@ -25,7 +42,7 @@ def default_config() -> ConfigDict:
     c.context.length = 8192                  # tokens the finished model is to read
     c.context.schedule = ((1000, 8192, "full"),)  # stages (until_step, length, full | shifted | window)
     c.context.rope = ConfigDict(type_safe=False)  # so that factor takes a word or a number
-    c.context.rope.type = "linear"           # keep (as the base has it) | linear | dynamic | yarn
+    c.context.rope.type = "yarn"             # keep (as the base has it) | linear | dynamic | yarn
     c.context.rope.factor = "auto"           # auto: ceil(length / original length), or a number >= 1
     c.context.group = 0.25                   # shifted: below 1 a share of the row, from 2 up a number of tokens
     c.context.window = 4096                  # window: tokens each token sees behind it, itself included
@@ -33,9 +50,9 @@ def default_config() -> ConfigDict:
     c.context.anchor_markers = ()            # window: strings, one token each, whose every occurrence is seen too
 
     c.lora = ConfigDict()
-    c.lora.rank = 8
-    c.lora.alpha = 16.0
-    c.lora.dropout = 0.0
+    c.lora.rank = 8                          # columns of A, rows of B
+    c.lora.alpha = 16.0                      # the update is alpha / rank * A B
+    c.lora.dropout = 0.0                     # share of the inputs of the factors that is left out
     c.lora.rank_pattern = ()                 # ranks of single modules: ((name or regular expression, rank), ...), first match
     c.lora.alpha_pattern = ()                # alphas of single modules, likewise
     c.lora.rslora = False                    # scale alpha / sqrt(rank) instead of alpha / rank
@@ -56,9 +73,9 @@ def default_config() -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"               # adamw | adafactor | lion | muon | adamw8bit; train_type full: galore | q_galore
-    c.optimizer.learning_rate = 2e-4         # lion wants a third to a tenth of what the others do
+    c.optimizer.learning_rate = 2e-4         # at the end of the warm-up; lion wants a third to a tenth of what the others do
     c.optimizer.schedule = "cosine"          # linear | cosine | constant, after the warm-up
-    c.optimizer.warmup_steps = 20
+    c.optimizer.warmup_steps = -1            # steps to the full learning rate; -1: a step in 25, at most 20
     c.optimizer.beta1 = 0.9                  # all but adafactor
     c.optimizer.beta2 = 0.95                 # all but adafactor
     c.optimizer.eps = 1e-8                   # all but adafactor and lion
@@ -66,7 +83,7 @@ def default_config() -> ConfigDict:
     c.optimizer.galore.rank = 128            # of the subspace in which a matrix has moments
     c.optimizer.galore.update_every = 200    # steps between two subspaces (q_galore: at first)
     c.optimizer.galore.scale = 0.25          # of the update of a matrix, beside its learning rate
-    c.optimizer.clip_norm = 1.0              # global norm
+    c.optimizer.clip_norm = 1.0              # largest global norm of the gradient; 0: no clipping
     c.optimizer.learning_rate_ratio = ConfigDict({  # by role; LoRA+ (arXiv 2402.12354) is lora_b = 16
         "lora_a": 1.0, "lora_b": 1.0, "lora_magnitude": 1.0, "embed": 1.0, "norm": 1.0, "head": 1.0, "kernel": 1.0,
         "bias": 1.0, "router": 1.0})
@@ -104,9 +121,9 @@ def default_config() -> ConfigDict:
     c.alarm.stall_minutes = 30.0             # without a finished step, evaluation batch or save, and the process ends; 0: waits
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every_steps = 100
-    c.checkpoint.every_minutes = 30.0
-    c.checkpoint.keep = 3
+    c.checkpoint.every_steps = 100           # steps between two checkpoints
+    c.checkpoint.every_minutes = 30.0        # minutes after which there is one before that
+    c.checkpoint.keep = 3                    # newest checkpoints that stay
 
     c.mesh = ConfigDict()
     c.mesh.data = 1                          # copies of the weights, each with its own rows; -1: what is left
@@ -120,11 +137,124 @@ def default_config() -> ConfigDict:
 
 
 LEAST_HISTORY = 20                           # values of which a median is believed
+FACTORS = ("lora_a", "lora_b", "lora_magnitude")
+ROLES = (*FACTORS, "embed", "norm", "head", "kernel", "bias", "router")
 READS = {                                    # fields of the optimizer that not all read, by its name
     "adamw": ("beta1", "beta2", "eps"), "adafactor": (), "lion": ("beta1", "beta2"), "muon": ("beta1", "beta2", "eps"),
     "adamw8bit": ("beta1", "beta2", "eps"),
     "galore": ("beta1", "beta2", "eps", "galore.rank", "galore.update_every", "galore.scale"),
     "q_galore": ("beta1", "beta2", "eps", "galore.rank", "galore.update_every", "galore.scale"),
+}
+
+
+def _stage(field, value):
+    """A check: a stage of the schedule."""
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise ConfigError(f"{field}={short(value)}: a stage is (until_step, length, 'full' | 'shifted' | 'window')")
+    until, length, attention = value
+    whole(1)(f"{field}: until_step", until)
+    whole(2, TOKENS)(f"{field}: length", length)
+    one_of("full", "shifted", "window")(f"{field}: attention", attention)
+
+
+def _factor(field, value):
+    """A check: "auto", or a number of at least 1, which the command line gives as text."""
+    if isinstance(value, str) and value != "auto" and len(value) < 40:
+        try:
+            value = float(value)
+        except ValueError:
+            raise ConfigError(f"{field}={short(value)} is neither 'auto' nor a number of at least 1") from None
+    if value != "auto":
+        number(1, TOKENS)(field, value)
+
+
+def _first_factors(field, value):
+    """A check: `lora.init`."""
+    if not (isinstance(value, str) and re.fullmatch(r"default|pissa|pissa_niter_[1-9]\d{0,3}|olora|loftq", value)):
+        raise ConfigError(f"{field}={short(value)} is none of default, pissa, pissa_niter_4 (or another number), olora, "
+                          "loftq")
+
+
+_RANK, _ALPHA = whole(1, 65_536), above_zero(1e6)
+CHECKS = {                                   # what each field may hold; which go together: `validate`
+    "seed": whole(0),
+    "train_type": one_of("lora", "full"),
+    "model.path": path(),
+    "model.revision": text(),
+    "model.init": one_of("pretrained", "random"),
+    "model.dtype": one_of("bfloat16", "float32"),
+    "model.matmul": one_of("default", "fp8"),
+    "model.quantize": one_of("none", "nf4", "nf4-double", "int4", "int8", "fp8"),
+    "context.length": whole(2, TOKENS),
+    "context.schedule": required(several(_stage), "give stages such as ((1000, 8192, 'shifted'),)"),
+    "context.rope.type": one_of("keep", "linear", "dynamic", "yarn", "llama3", "longrope"),
+    "context.rope.factor": _factor,
+    "context.group": any_of(number(1e-6, BELOW_ONE), number(2, TOKENS, "tokens; below 1 a share of the row")),
+    "context.window": whole(1, TOKENS),
+    "context.anchors": whole(0, TOKENS),
+    "context.anchor_markers": several(text()),
+    "lora.rank": _RANK,
+    "lora.alpha": _ALPHA,
+    "lora.dropout": share(),
+    "lora.rank_pattern": several(pair(text(), _RANK, ("q_proj", 16))),
+    "lora.alpha_pattern": several(pair(text(), _ALPHA, ("q_proj", 32.0))),
+    "lora.rslora": flag(),
+    "lora.dora": flag(),
+    "lora.init": _first_factors,
+    "lora.targets": several(text()),
+    "lora.also_train": several(one_of("embed", "norm", "head")),
+    "lora.adapter": path(),
+    "data.train": several(required(path(), "name a file or a folder")),
+    "data.valid": several(required(path(), "name a file or a folder")),
+    "data.valid_fraction": share(),
+    "data.loss_on": one_of("assistant", "everything"),
+    "data.packing": flag(),
+    "data.overlong": one_of("split", "truncate", "drop"),
+    "data.max_bad_fraction": share(),
+    "optimizer.name": one_of(*READS),
+    "optimizer.learning_rate": above_zero(),
+    "optimizer.schedule": one_of("linear", "cosine", "constant"),
+    "optimizer.warmup_steps": whole(-1),
+    "optimizer.beta1": number(0, BELOW_ONE),
+    "optimizer.beta2": number(0, BELOW_ONE),
+    "optimizer.eps": above_zero(),
+    "optimizer.galore.rank": _RANK,
+    "optimizer.galore.update_every": whole(1),
+    "optimizer.galore.scale": above_zero(),
+    "optimizer.clip_norm": number(0),
+    **{f"optimizer.learning_rate_ratio.{role}": number(0, 1e4) for role in ROLES},
+    **{f"optimizer.weight_decay.{role}": number(0, 1e4) for role in ROLES},
+    "training.rows": whole(1),
+    "training.accumulate": whole(1),
+    "training.neftune_alpha": number(0, 1e6),
+    "training.router_aux_loss_coef": number(0, 1e6),
+    "training.eval_every": whole(0),
+    "training.eval_rows": whole(1),
+    "training.eval_tasks": several(pair(text(), whole(1, TOKENS), ("passkey/tokens", 4096))),
+    **{f"training.eval_files.{name}": path() for name in (
+        "haystack", "squad", "hotpotqa", "longbench", "longbench_config", "longbench2", "zeroscrolls")},
+    "training.report_every": whole(0),
+    "memory.remat": one_of("full", "attention", "none"),
+    "memory.offload": flag(),
+    "memory.layers_per_residual": whole(1),
+    "memory.tile": whole(0, TOKENS),
+    "memory.loss_chunk": whole(1, TOKENS),
+    "memory.refuse": flag(),
+    "alarm.nonfinite": one_of("skip", "stop"),
+    "alarm.spike": one_of("warn", "skip", "stop", "rollback"),
+    "alarm.spike_z": above_zero(1e6, "every second step would be an alarm"),
+    "alarm.history": whole(LEAST_HISTORY, 2**20),
+    "alarm.max_bad_steps": whole(1),
+    "alarm.stall_minutes": any_of(number(0, 0), number(
+        1, 1e6, "below, a step that is merely slow would count as stalled; 0: no watch")),
+    "checkpoint.every_steps": whole(1),
+    "checkpoint.every_minutes": above_zero(1e9, "every step would be saved; for that there is "
+                                                "checkpoint.every_steps=1"),
+    "checkpoint.keep": whole(1),
+    **{f"mesh.{axis}": any_of(whole(-1, -1), whole(1, why="devices, or -1 for all that the others leave"))
+       for axis in ("data", "fsdp", "expert", "sequence", "tensor")},
+    "mesh.context_parallel": one_of("auto", "allgather", "ulysses", "ring", "halo"),
+    "mesh.peer_timeout": number(10, 86_400, "seconds; with fewer a process that is merely busy would count as lost"),
 }
 
 
@@ -139,59 +269,29 @@ def validate(c: ConfigDict) -> None:
     Raises:
       ConfigError: a value or a combination of values is illegal.
     """
-    _choice(c, "train_type", ("lora", "full"))
-    _choice(c, "model.init", ("pretrained", "random"))
-    _choice(c, "model.dtype", ("bfloat16", "float32"))
-    _choice(c, "model.matmul", ("default", "fp8"))
-    _choice(c, "model.quantize", ("none", "nf4", "nf4-double", "int4", "int8", "fp8"))
-    _choice(c, "context.rope.type", ("keep", "linear", "dynamic", "yarn"))
-    _choice(c, "data.loss_on", ("assistant", "everything"))
-    _choice(c, "data.overlong", ("split", "truncate", "drop"))
-    _choice(c, "optimizer.name", tuple(READS))
-    _choice(c, "optimizer.schedule", ("linear", "cosine", "constant"))
-    _choice(c, "memory.remat", ("full", "attention", "none"))
-    _choice(c, "mesh.context_parallel", ("auto", "allgather", "ulysses", "ring", "halo"))
-    _choice(c, "alarm.nonfinite", ("skip", "stop"))
-    _choice(c, "alarm.spike", ("warn", "skip", "stop", "rollback"))
-    for field, least in (("context.length", 2), ("context.window", 1), ("context.anchors", 0), ("lora.rank", 1),
-                         ("training.rows", 1), ("training.accumulate", 1), ("training.eval_every", 0),
-                         ("training.eval_rows", 1), ("training.report_every", 0), ("memory.loss_chunk", 1),
-                         ("memory.layers_per_residual", 1), ("memory.tile", 0),
-                         ("optimizer.warmup_steps", 0),
-                         ("optimizer.galore.rank", 1), ("optimizer.galore.update_every", 1),
-                         ("alarm.history", LEAST_HISTORY), ("alarm.max_bad_steps", 1),
-                         ("checkpoint.every_steps", 1), ("checkpoint.keep", 1), ("optimizer.learning_rate", 0.0),
-                         ("optimizer.clip_norm", 0.0), ("lora.alpha", 0.0), ("training.neftune_alpha", 0.0),
-                         ("training.router_aux_loss_coef", 0.0),
-                         ("alarm.spike_z", 0.0)):
-        if not get(c, field) >= least:
-            raise ConfigError(f"{field}={get(c, field)}: it must be at least {least}")
-    if not c.mesh.peer_timeout >= 10:
-        raise ConfigError(f"mesh.peer_timeout={c.mesh.peer_timeout}: a process that is merely busy would count as lost; use at "
-                          "least 10 seconds")
-    if not (c.alarm.stall_minutes == 0 or c.alarm.stall_minutes >= 1):
-        raise ConfigError(f"alarm.stall_minutes={c.alarm.stall_minutes}: a step that is merely slow would count as stalled; "
-                          "use at least 1 minute, or 0 for no watch")
-    if not c.checkpoint.every_minutes > 0:
-        raise ConfigError(f"checkpoint.every_minutes={c.checkpoint.every_minutes} would save at every step: use a larger "
-                          "number, or checkpoint.every_steps=1")
-    for field in ("lora.dropout", "data.valid_fraction", "data.max_bad_fraction"):
-        if not 0 <= get(c, field) < 1:
-            raise ConfigError(f"{field}={get(c, field)}: it is a share, from 0 to below 1")
+    fields = flat(default_config()).keys()
+    missing, unknown = sorted(fields - flat(c).keys()), sorted(flat(c).keys() - fields)
+    if missing:
+        raise ConfigError(f"the configuration has no field {missing[0]}: begin get_config() with "
+                          "c = lljax.config.default_config()")
+    if unknown:
+        raise ConfigError(f"there is no config field {short(unknown[0])}")
+    for field, check in CHECKS.items():
+        check(field, get(c, field))
     if not c.model.path:
         raise ConfigError("model.path is empty: name a hub id, a folder with config.json, or a GGUF file")
     if not c.data.train:
         raise ConfigError("data.train is empty: name JSONL files or folders (scripts/prepare_data.py makes them)")
     if c.data.valid and c.data.valid_fraction:
-        raise ConfigError(f"data.valid_fraction={c.data.valid_fraction} and data.valid={c.data.valid} both hold "
+        raise ConfigError(f"data.valid_fraction={c.data.valid_fraction} and data.valid={short(c.data.valid)} both hold "
                           "documents out: set data.valid_fraction to 0 or data.valid to ()")
     for field in ("training.eval_every", "training.eval_tasks"):
         if get(c, field) and not (c.data.valid or c.data.valid_fraction):
             raise ConfigError(f"{field}={get(c, field)} has nothing to evaluate: set data.valid or data.valid_fraction")
-    for pair in c.training.eval_tasks:
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int)):
-            raise ConfigError(f"training.eval_tasks: {pair!r} is no pair of a task and a number of tokens, such as "
-                              "('passkey/tokens', 4096)")
+    for number, (task, tokens) in enumerate(c.training.eval_tasks):
+        if tokens > c.context.length:
+            raise ConfigError(f"training.eval_tasks[{number}]={short((task, tokens))} asks at more tokens than "
+                              f"context.length={c.context.length}, which the model is to read: ask at fewer")
     if not c.training.eval_tasks:
         for field, path in c.training.eval_files.items():
             if path:
@@ -203,15 +303,6 @@ def validate(c: ConfigDict) -> None:
     if c.model.init == "random" and c.train_type == "lora":
         raise ConfigError("model.init='random' leaves train_type='lora' with a frozen random base: use "
                           "train_type='full' or model.init='pretrained'")
-    for field, kinds, least in (("lora.rank_pattern", int, 1), ("lora.alpha_pattern", (int, float), 0.0)):
-        for pair in get(c, field):
-            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
-                    and isinstance(pair[1], kinds) and pair[1] >= least):
-                raise ConfigError(f"{field}: {pair!r} is no pair of a name or regular expression and a number of at least "
-                                  f"{least}, such as ('q_proj', 16)")
-    if not re.fullmatch(r"default|pissa|pissa_niter_[1-9]\d*|olora|loftq", c.lora.init):
-        raise ConfigError(f"lora.init={c.lora.init!r} is none of default, pissa, pissa_niter_4 (or another number), olora, "
-                          "loftq")
     if c.lora.init == "loftq" and c.model.quantize == "none":
         raise ConfigError("lora.init='loftq' makes up for what quantising loses and model.quantize='none' loses nothing: set "
                           "model.quantize='nf4', or lora.init='default'")
@@ -239,8 +330,13 @@ def validate(c: ConfigDict) -> None:
     if c.mesh.context_parallel != "auto" and c.mesh.sequence == 1:
         raise ConfigError(f"mesh.context_parallel={c.mesh.context_parallel!r} and mesh.sequence=1: nothing is spread over "
                           "tokens; set mesh.sequence, or mesh.context_parallel='auto'")
-    _validate_optimizer(c)
     _validate_context(c.context)
+    _validate_optimizer(c)
+    tokens = c.training.rows * c.training.accumulate * c.context.schedule[-1][1]
+    if tokens > INT32:
+        raise ConfigError(f"training.rows={c.training.rows}, training.accumulate={c.training.accumulate} and rows of "
+                          f"{c.context.schedule[-1][1]:,} tokens are {tokens:,} tokens a step, which int32 does not "
+                          "count: lower one of them")
 
 
 def _validate_optimizer(c: ConfigDict) -> None:
@@ -251,6 +347,19 @@ def _validate_optimizer(c: ConfigDict) -> None:
     if name == "q_galore" and c.memory.remat == "none":
         raise ConfigError("memory.remat='none' keeps every layer's weights as optimizer.name='q_galore' makes them dense: use "
                           "memory.remat='full' or 'attention'")
+    steps, ratios = total_steps(c), c.optimizer.learning_rate_ratio
+    if c.optimizer.warmup_steps >= max(steps, 2):
+        raise ConfigError(f"optimizer.warmup_steps={c.optimizer.warmup_steps} and context.schedule, which ends at step "
+                          f"{steps}: the learning rate would still rise at the last step; use fewer, or -1 for a step "
+                          "in 25")
+    factors = FACTORS if c.lora.targets else ()
+    trained = [role for role in ROLES if c.train_type == "full" or role in (*factors, *c.lora.also_train)]
+    if not trained:
+        raise ConfigError("lora.targets=() and lora.also_train=(): nothing would train; name layers such as "
+                          "('q_proj', 'v_proj')")
+    if all(ratios[role] == 0 for role in trained):
+        raise ConfigError(f"optimizer.learning_rate_ratio is 0 for every role that trains ({', '.join(trained)}): "
+                          "nothing would be learned")
     for field in sorted(set().union(*READS.values()) - set(READS[name])):
         value, usual = get(c.optimizer, field), get(default, field)
         if value != usual:
@@ -260,19 +369,10 @@ def _validate_optimizer(c: ConfigDict) -> None:
 
 def _validate_context(context: ConfigDict) -> None:
     end, lengths = 0, []
-    if not context.schedule:
-        raise ConfigError("context.schedule is empty: give stages such as ((1000, 8192, 'shifted'),)")
-    for number, stage in enumerate(context.schedule):
-        where = f"context.schedule[{number}]={tuple(stage) if isinstance(stage, (tuple, list)) else stage!r}"
-        if not isinstance(stage, (tuple, list)) or len(stage) != 3:
-            raise ConfigError(f"{where}: a stage is (until_step, length, 'full' | 'shifted' | 'window')")
-        until, length, attention = stage
-        if not isinstance(until, int) or until <= end:
+    for number, (until, length, _) in enumerate(context.schedule):
+        where = f"context.schedule[{number}]={tuple(context.schedule[number])}"
+        if until <= end:
             raise ConfigError(f"{where}: a stage ends after the one before it; the previous ends at step {end}")
-        if attention not in ("full", "shifted", "window"):
-            raise ConfigError(f"{where}: attention {attention!r} is none of full, shifted, window")
-        if not isinstance(length, int) or length < 2:
-            raise ConfigError(f"{where}: length is a number of tokens, at least 2")
         if lengths and length < lengths[-1]:
             raise ConfigError(f"{where}: stages do not get shorter; the previous has {lengths[-1]} tokens")
         end = until
@@ -281,17 +381,12 @@ def _validate_context(context: ConfigDict) -> None:
         raise ConfigError(f"context.schedule reaches {lengths[-1]} tokens but context.length={context.length}: "
                           "raise context.length (the RoPE factor follows it) or shorten the stage")
     factor, group = context.rope.factor, context.group
-    if factor != "auto" and not _number(factor) >= 1:
-        raise ConfigError(f"context.rope.factor={factor!r}: 'auto', or a number of at least 1")
     if factor != "auto" and context.rope.type == "keep":
         raise ConfigError(f"context.rope.factor={factor!r} and context.rope.type='keep': a kept RoPE takes no factor; "
                           "set context.rope.factor='auto' or another type")
-    if any(attention == "shifted" for _, _, attention in context.schedule):
-        if not (0 < group < 1 or group >= 2):
-            raise ConfigError(f"context.group={group}: below 1 a share of the row, from 2 up a number of tokens")
-        if group >= 2 and (not math.isfinite(group) or group % 2):
-            raise ConfigError(f"context.group={group} is odd, and shifted attention moves by half a group: "
-                              f"use an even number of tokens such as {int(group) // 2 * 2 + 2}")
+    if any(attention == "shifted" for _, _, attention in context.schedule) and group >= 2 and group % 2:
+        raise ConfigError(f"context.group={group} is odd, and shifted attention moves by half a group: "
+                          f"use an even number of tokens such as {int(group) // 2 * 2 + 2}")
 
 
 def get(config: ConfigDict, field: str):
@@ -301,13 +396,32 @@ def get(config: ConfigDict, field: str):
     return config
 
 
-def _number(value) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
+def flat(config: ConfigDict, prefix: str = "") -> dict:
+    """The values of a configuration (or a part of it) by their dotted names."""
+    out = {}
+    for name, value in config.items():
+        full = f"{prefix}{name}"
+        out |= flat(value, f"{full}.") if isinstance(value, ConfigDict) else {full: value}
+    return out
 
 
-def _choice(c: ConfigDict, field: str, choices: tuple[str, ...]) -> None:
-    if get(c, field) not in choices:
-        raise ConfigError(f"{field}={get(c, field)!r} is none of {', '.join(choices)}")
+def warmup_steps(optimizer: ConfigDict, steps: int) -> int:
+    """Warm-up steps of a run of `steps`: `optimizer.warmup_steps`, or if that is -1 LongLoRA's 20,
+    at most a step in 25."""
+    return min(20, -(-steps // 25)) if optimizer.warmup_steps < 0 else optimizer.warmup_steps
+
+
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """A copy for config.json that can be used from another folder: existing paths are absolute."""
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        c.model.path, c.lora.adapter = _absolute(c.model.path), _absolute(c.lora.adapter)
+        c.data.train, c.data.valid = (tuple(map(_absolute, paths)) for paths in (c.data.train, c.data.valid))
+        for name, path in c.training.eval_files.items():
+            c.training.eval_files[name] = _absolute(path)
+    return c
+
+
+def _absolute(path: str) -> str:
+    there = os.path.expanduser(path)
+    return os.path.abspath(there) if path and os.path.exists(there) else path

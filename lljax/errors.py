@@ -4,7 +4,10 @@ import contextlib
 import errno
 import os
 import re
+import reprlib
 import sys
+
+from lljax.files import printable
 
 
 class LljaxError(Exception):
@@ -59,6 +62,26 @@ class Stopped(LljaxError):
     exit_code = 75
 
 
+class _Short(reprlib.Repr):
+    """A repr that never builds more text than it returns, and prints integers of any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 60, 60
+        self.maxtuple = self.maxlist = self.maxset = self.maxfrozenset = self.maxdict = 4
+
+    def repr_int(self, x, level):
+        return repr(x) if x.bit_length() <= 200 else f"<an integer of {x.bit_length():,} bits>"
+
+
+def short(value) -> str:
+    """`repr(value)` for an error message: one line of bounded length, in bounded time."""
+    text = printable(_SHORT.repr(value))
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+_SHORT = _Short()
+
 # How Python, Rust and numpy say that a disk is full, or a quota or a limit of the size of files reached.
 FULL = re.compile("|".join([*(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
                             r"\d+ requested and \d+ written"]))
@@ -70,7 +93,7 @@ def exit_cleanly():
     try:
         yield
     except LljaxError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
         text = next(iter(str(error).splitlines()), "")

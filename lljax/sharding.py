@@ -63,7 +63,11 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, expert: int = 1, sequence: int = 
         sizes = sizes | {open_[0]: devices.size // known}
     if len(open_) > 1 or math.prod(sizes.values()) != devices.size:
         named = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items())
-        raise ConfigError(f"{named} do not make up the {devices.size} devices here: set one of them to -1")
+        if devices.size == 1:
+            raise ConfigError(f"{named}: there is one device, and nothing to spread over: leave them at 1 or -1 (in YAML "
+                              "sequence_parallel: true takes the devices there are)")
+        way_out = f"{known} do not divide {devices.size}" if devices.size % known else "set exactly one of them to -1"
+        raise ConfigError(f"{named} do not make up the {devices.size} devices here: {way_out}")
     return Mesh(devices.reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

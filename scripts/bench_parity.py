@@ -14,10 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from lljax.errors import ConfigError, exit_cleanly
+from lljax.terminal import console
 
 LIMIT = 1e-4
 
@@ -39,7 +39,7 @@ def bench(names: list[str]) -> bool:
         table = table or Table("family", *found)
         table.add_row(name, *(str(value) if kind == "round trip" else f"{value:.1e}" for kind, value in found.items()))
         sound &= found["round trip"] == 0 and max(found.values()) <= LIMIT
-    Console().print(table)
+    console().print(table)
     return sound
 
 

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -31,9 +30,10 @@ from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Sources, TooShort
 from lljax.interop.base import end_tokens, tokenizer_fingerprint
 from lljax.restore import read_config
+from lljax.terminal import console
 from lljax.training.report import write_report
 
-CONSOLE = Console()
+CONSOLE = console()
 
 
 def evaluate(arguments) -> None:

@@ -2,6 +2,7 @@
 
 python scripts/plan.py --config=configs/qwen_32k.py --device=h100-80g:8
 python scripts/plan.py --config=configs/qwen_32k.py --device=v5e-8 --search=context
+python scripts/plan.py --config=run.yaml --device=rtx4090 --config.model.quantize=nf4
 
 Compiles the real training step of every stage for the real device, with no weights and no device: `pip install -e
 '.[plan-tpu]'` or `'.[plan-gpu]'` brings the compilers. Exit code 1 where it does not fit.
@@ -13,11 +14,9 @@ import sys
 
 import off_device  # noqa: F401
 from absl import flags
-from ml_collections import config_flags
-from rich.console import Console
 from rich.table import Table
 
-from lljax.command_line import read_flags
+from lljax.command_line import config_flag, read_flags
 from lljax.config import validate
 from lljax.devices import GiB
 from lljax.errors import exit_cleanly
@@ -25,16 +24,18 @@ from lljax.interop.base import open_config
 from lljax.planning import plan as planning
 from lljax.planning import search
 from lljax.planning.devices import target
+from lljax.terminal import console
 from lljax.training import fit
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), see configs/.", lock_config=True)
-DEVICE = flags.DEFINE_string("device", None, "h100-80g:8, a100-80g, a10-24g, l4, rtx4090, rtx4060-8g, b200, v5e-8, v5p-8 ...")
+CONFIG = config_flag()
+DEVICE = flags.DEFINE_string("device", None, "h100-80g:8 (eight of them), a100-80g, a10-24g, l4, rtx4090, rtx4060-8g, b200, "
+                             "v5e-8, v5p-8 ...")
 SEARCHES = {"context": search.longest_context, "batch": search.largest_batch, "devices": search.fewest_devices}
 SEARCH = flags.DEFINE_enum("search", None, list(SEARCHES), "Find the longest last stage, or the most rows of it, or the fewest "
                            "devices, that fit.")
 HOST = flags.DEFINE_float("host_gb", None, "Host memory a device, GB; that of a typical node where it is not given.")
 EFFICIENCY = flags.DEFINE_float("efficiency", 0.4, "Share of the peak arithmetic that the run is taken to reach.")
-CONSOLE = Console(width=160)
+CONSOLE = console(least=160)
 
 
 def show(plans, target, options) -> None:
@@ -76,7 +77,7 @@ def advise(config, hf_config, target, plans, options) -> None:
 def main(argv) -> None:
     logging.basicConfig(level=logging.ERROR, force=True)
     with exit_cleanly():
-        read_flags(argv, "config", "device")
+        read_flags(argv, __doc__, "config", "device")
         config, chosen = CONFIG.value, target(DEVICE.value)
         with config.unlocked():
             config.data.train = config.data.train or ("-",)  # no document is read

@@ -13,7 +13,6 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
@@ -23,8 +22,9 @@ from lljax.data.formats import Document
 from lljax.data.template import encode, with_template
 from lljax.errors import ConfigError, DataError, exit_cleanly
 from lljax.interop.base import open_base
+from lljax.terminal import console
 
-CONSOLE = Console()
+CONSOLE = console()
 STDLIB_EXCLUDE = ("site-packages/*", "*/tests/*", "test/*", "*/test/*", "idlelib/idle_test/*", "lib2to3/*",
                   "pydoc_data/*", "config-*/*", "encodings/*")
 

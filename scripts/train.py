@@ -1,38 +1,67 @@
 """Trains what a config file says; the same command again goes on where it stopped.
 
-python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/qwen_32k [--config.lora.rank=16 ...] [--profile_steps=20:23]
+python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/mine --config.lora.rank=16
+python scripts/train.py --config=run.yaml --workdir=runs/from_yaml
 """
 
 import logging
+import shlex
 import sys
+from pathlib import Path
 
 import leaves_on_sigterm  # noqa: F401
 from absl import flags
-from ml_collections import config_flags
 
-from lljax import distributed
-from lljax.command_line import read_flags, take_gpu_memory
+from lljax.command_line import config_flag, read_flags, take_gpu_memory
+from lljax.config import validate
 from lljax.errors import exit_cleanly
-from lljax.evaluation.during import examiner
-from lljax.training.loop import train
-from lljax.training.profile import read_steps
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), see configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints, metrics and report.")
-PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "first:stop, steps to trace into WORKDIR/profile for TensorBoard.")
+CONFIG = config_flag()
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: its checkpoints, metrics and report.")
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:STOP, steps to trace into WORKDIR/profile for TensorBoard.")
 
 
 def main(argv) -> None:
-    take_gpu_memory()
-    # force: a library that was imported has set up logging already, for warnings alone.
+    # force: an imported library has set up logging already, for warnings alone.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    with exit_cleanly():
+        read_flags(argv, __doc__, "config", "workdir")
+        validate(CONFIG.value)
+        take_gpu_memory()
+    train()
+
+
+def train() -> None:
+    # Imported here: it takes seconds, and errors on the command line come first.
+    from lljax import distributed
+    from lljax.evaluation.during import examiner
+    from lljax.training import loop
+    from lljax.training.profile import read_steps
+
     for noisy in ("jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)    # Orbax, of a save that failed: lljax says it in a line
+    # Orbax logs a save that failed with its traceback; lljax says it in a line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     with distributed.session(), exit_cleanly():
-        read_flags(argv, "config", "workdir")
         distributed.start(CONFIG.value.mesh.peer_timeout)
-        train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value), examiner=examiner)
+        loop.train(CONFIG.value, WORKDIR.value, examiner=examiner,
+                   profile_steps=read_steps(PROFILE_STEPS.value))
+        if distributed.first():
+            print(next_commands(WORKDIR.value, CONFIG.value.data))
+
+
+def next_commands(workdir: str, data) -> str:
+    """The lines that a finished run ends with: its report, and the commands that come next."""
+    report = shlex.quote(str(Path(workdir) / "report.html"))
+    run = f"--workdir={shlex.quote(workdir)}"
+    tasks = "perplexity,passkey" if data.valid or data.valid_fraction else "passkey"
+    return (f"Done. The report is {report}. Next:\n"
+            f"python scripts/export.py {run} --format=peft     # or merged, split\n"
+            f"python scripts/evaluate.py {run} --tasks={tasks}\n"
+            f"python scripts/generate.py {run} --prompt='Once upon a time'")
 
 
 if __name__ == "__main__":

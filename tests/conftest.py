@@ -100,7 +100,6 @@ def run_config(tiny, documents):
     c.lora.rank = 4
     c.data.train, c.data.valid_fraction = (documents,), 0.2
     c.training.rows, c.training.eval_rows = 8, 8
-    c.optimizer.warmup_steps = 2
     c.checkpoint.every_steps = 3
     return c
 

@@ -1,11 +1,13 @@
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
-from lljax.config import default_config, validate
-from lljax.errors import ConfigError
-from lljax.yaml_config import read
+from lljax.checks import BELOW_ONE, HUGE
+from lljax.config import CHECKS, ROLES, default_config, flat, get, validate, warmup_steps, with_absolute_paths
+from lljax.errors import ConfigError, short
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -30,13 +32,14 @@ def test_every_shipped_config_is_legal(path):
     ({"context.schedule": ((10, 9000, "full"),)}, "raise context.length"),
     ({"context.group": 7.0, "context.schedule": ((1, 64, "shifted"),)}, "use an even number of tokens such as 8"),
     ({"context.rope.type": "keep", "context.rope.factor": "4"}, "takes no factor"),
-    ({"context.rope.factor": "0.5"}, "at least 1"),
+    ({"context.rope.factor": "0.5"}, "not a number from 1"),
     ({"model.init": "random"}, "frozen random base"),
     ({"lora.adapter": "x", "train_type": "full"}, "use train_type='lora'"),
     ({"data.valid_fraction": 0.1, "data.valid": ("v.jsonl",)}, "both hold documents out"),
     ({"training.eval_every": 5}, "nothing to evaluate"),
     ({"training.eval_tasks": (("needle", 64),)}, "training.eval_tasks=.*nothing to evaluate"),
-    ({"training.eval_tasks": ("needle", 64), "data.valid": ("v.jsonl",)}, "'needle' is no pair of a task and a number"),
+    ({"training.eval_tasks": ("needle", 64), "data.valid": ("v.jsonl",)}, "'needle' is not a pair such as"),
+    ({"training.eval_tasks": (("needle", 9000),), "data.valid": ("v.jsonl",)}, "more tokens than context.length=8192"),
     ({"training.eval_tasks": (("needle", 64),), "data.valid": ("v.jsonl",), "mesh.sequence": 2}, "use mesh.sequence=1"),
     ({"training.eval_files.squad": "dev.json"}, "training.eval_files.squad='dev.json' and training.eval_tasks=()"),
     ({"optimizer.schedule": "cos"}, "none of linear, cosine, constant"),
@@ -53,8 +56,12 @@ def test_every_shipped_config_is_legal(path):
     ({"lora.init": "loftq"}, "lora.init='loftq'.*model.quantize='none'.*set model.quantize='nf4'"),
     ({"lora.init": "pizza"}, "none of default, pissa"),
     ({"lora.init": "pissa", "lora.adapter": "x"}, "use lora.init='default'"),
-    ({"lora.rank_pattern": (("q_proj", 0),)}, "lora.rank_pattern: .*a number of at least 1"),
-    ({"lora.alpha_pattern": ("q_proj", 3)}, "lora.alpha_pattern: 'q_proj' is no pair"),
+    ({"lora.rank_pattern": (("q_proj", 0),)}, r"lora.rank_pattern\[0\]\[1\]=0 is not a whole number from 1"),
+    ({"lora.alpha_pattern": ("q_proj", 3)}, "'q_proj' is not a pair such as"),
+    ({"lora.targets": (), "lora.also_train": ()}, "nothing would train"),
+    ({"optimizer.learning_rate_ratio": dict.fromkeys(ROLES, 0.0)}, "nothing would be learned"),
+    ({"optimizer.warmup_steps": 1000}, "warmup_steps=1000.*ends at step 1000"),
+    ({"training.rows": 1000, "training.accumulate": 1000}, "8,192,000,000 tokens a step"),
     ({"model.path": ""}, "model.path is empty"),
 ])
 def test_what_cannot_work_is_refused_with_the_way_out(changes, message):
@@ -65,34 +72,87 @@ def test_what_cannot_work_is_refused_with_the_way_out(changes, message):
     assert "\n" not in str(caught.value)
 
 
-def yaml(tmp_path, text):
-    path = tmp_path / "run.yaml"
-    path.write_text("model: base\ndataset: {train: docs.jsonl}\n" + text)
-    return read(str(path))
+# ---------------------------------------------------------------- every field
+BOMB = ["lol"] * 9
+for _ in range(9):
+    BOMB = [BOMB] * 9                        # 9 ** 10 words, should anybody write them out
+ODD = (math.nan, math.inf, -math.inf, -1, -2, 0, 1, 2, 0.5, 1.0, 1e-300, 1e300, 2 ** 31, 10 ** 30,
+       10 ** 10_000, True, False, None, "", "x", "x" * 10_000, "\0", "a\nb\x1b[31m", "\ud800", b"x",
+       (), (1,), ("x",), ((1, 2, 3),), [], ["x", 1], {}, {"a": 1}, BOMB, object(), len,
+       ConfigDict({"a": 1}))
 
 
-def test_yaml_stages_end_in_full_attention(tmp_path):
-    c = yaml(tmp_path, "train_type: longlora\ncontext_length: 64\nscheduler: {total_steps: 9, type: linear}\n"
-                       "context_schedule: [{max_length: 32, steps: 4}, {max_length: 64, steps: 9}]\n")
-    assert c.context.schedule == ((4, 32, "shifted"), (9, 64, "full"))
-    assert c.lora.also_train == ("embed", "norm") and c.optimizer.schedule == "linear"
-    validate(c)
+def test_every_field_has_a_check():
+    assert CHECKS.keys() == flat(default_config()).keys()
 
 
-def test_yaml_qlora_is_a_lora_over_a_base_in_nf4(tmp_path):
-    c = yaml(tmp_path, "train_type: qlora\nscheduler: {total_steps: 9}\n")
-    assert c.model.quantize == "nf4-double" and c.lora.also_train == ()
-    validate(c)
+@pytest.mark.parametrize("field", CHECKS)
+def test_odd_values_are_refused_in_one_short_line_or_legal(field):
+    usual = get(default_config(), field)
+    for value in ODD:
+        try:
+            CHECKS[field](field, value)
+        except ConfigError as error:
+            assert field in str(error) and len(str(error)) < 400 and str(error).isprintable()
+            continue
+        assert not isinstance(value, float) or math.isfinite(value)
+        if isinstance(usual, (bool, tuple, str)) and field != "context.rope.factor":
+            assert isinstance(value, (type(usual), list)) and value != [BOMB]
+        elif field != "context.rope.factor":
+            assert isinstance(value, int if isinstance(usual, int) else (int, float)) and not isinstance(value, bool)
+            assert abs(value) <= (2 ** 31 if isinstance(usual, int) else HUGE)
 
 
-@pytest.mark.parametrize("text,message", [
-    ("lora_rnak: 3", "did you mean 'lora_rank'"),
-    ("scheduler: {warmup: 3}", "did you mean 'warmup_steps'"),
-    ("lora_rank: many", "lora_rank='many'"),
-    ("scheduler: {total_steps: 5}\ncontext_schedule: [{max_length: 32, steps: 4}]", "make them equal"),
-    ("scheduler: {total_steps: [", "not YAML"),
-])
-def test_bad_yaml_is_one_line(tmp_path, text, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        yaml(tmp_path, text)
-    assert "\n" not in str(caught.value)
+def test_the_defaults_are_legal():
+    validate(good())
+
+
+@pytest.mark.parametrize("field,value", [
+    ("optimizer.eps", 0.0), ("optimizer.eps", 1e-300), ("optimizer.beta1", 1.0), ("optimizer.beta2", 1.0),
+    ("optimizer.beta2", 1 - 1e-9), ("optimizer.learning_rate", 0.0), ("optimizer.learning_rate", math.inf),
+    ("optimizer.weight_decay.kernel", math.nan), ("optimizer.learning_rate_ratio.lora_b", math.nan),
+    ("optimizer.clip_norm", -1.0), ("alarm.stall_minutes", math.inf), ("alarm.spike_z", 0.0), ("mesh.data", 0),
+    ("mesh.sequence", -2), ("seed", 2 ** 31), ("lora.rank", 10 ** 6), ("lora.alpha", 0.0), ("context.window", 2 ** 31),
+    ("context.length", 2 ** 25), ("data.train", (1,)), ("data.train", ("",)), ("model.path", "a" * 5000),
+    ("model.path", "a" * 300), ("optimizer.galore.scale", 0.0), ("training.neftune_alpha", math.nan)])
+def test_what_would_disable_or_break_a_run_is_refused(field, value):
+    with pytest.raises(ConfigError, match=field):
+        CHECKS[field](field, value)
+
+
+@pytest.mark.parametrize("field,value", [
+    ("optimizer.clip_norm", 0.0), ("optimizer.beta1", 0.0), ("optimizer.beta2", BELOW_ONE), ("mesh.fsdp", -1),
+    ("alarm.stall_minutes", 0.0), ("context.group", 0.25), ("context.group", 512), ("seed", 2 ** 31 - 1),
+    ("context.rope.factor", "4"), ("context.rope.factor", 1.5), ("lora.init", "pissa_niter_16"), ("memory.tile", 0)])
+def test_what_is_at_the_bound_is_legal(field, value):
+    CHECKS[field](field, value)
+
+
+def test_a_tree_of_ones_own_is_told_how_to_begin():
+    with pytest.raises(ConfigError, match="has no field .*default_config"):
+        validate(ConfigDict({"seed": 1}))
+
+
+@pytest.mark.parametrize("steps,expected", [(1, 1), (8, 1), (20, 1), (240, 10), (500, 20), (5000, 20)])
+def test_the_warm_up_fits_the_run(steps, expected):
+    c = default_config()
+    assert warmup_steps(c.optimizer, steps) == expected
+    c.optimizer.warmup_steps = 3
+    assert warmup_steps(c.optimizer, steps) == 3
+
+
+def test_paths_of_what_is_there_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    Path("docs.jsonl").touch()
+    c = good()
+    c.lora.adapter, c.training.eval_files.squad = "no/where", "docs.jsonl"
+    s = with_absolute_paths(c)
+    assert s.model.path == str(tmp_path / "base") and s.data.train == (str(tmp_path / "docs.jsonl"),)
+    assert s.lora.adapter == "no/where" and s.training.eval_files.squad == str(tmp_path / "docs.jsonl")
+    assert c.model.path == "base" and with_absolute_paths(s).to_json() == s.to_json()
+
+
+def test_short_never_writes_a_value_out():
+    for value in ODD:
+        assert len(short(value)) <= 120 and short(value).isprintable()

@@ -203,14 +203,15 @@ def command(config, workdir, *overrides):
 
 
 def test_yaml_trains_and_bad_input_is_one_line(tiny, documents, tmp_path):
-    good = tmp_path / "run.yaml"
-    good.write_text(f"""
-model: {tiny}
+    (tmp_path / "base").symlink_to(tiny)
+    (tmp_path / "run.yaml").write_text(f"""
+model: base
 train_type: longlora
 context_length: 64
 lora_rank: 4
 lora_alpha: 8
 target_modules: [q_proj, v_proj]
+attention_impl: flashattn3
 scheduler: {{type: linear, warmup_steps: 1, total_steps: 2}}
 context_schedule: [{{max_length: 32, steps: 1}}, {{max_length: 64, steps: 2}}]
 dataset: {{train: {documents}, max_length: 64}}
@@ -221,8 +222,12 @@ dtype: float32
     def run(config, *overrides):
         done = subprocess.run(command(config, tmp_path / "run", *overrides), cwd=ROOT, capture_output=True, text=True)
         return done.returncode, done.stderr.strip().splitlines()[-1]
-    assert run(f"configs/from_yaml.py:{good}")[0] == 0
-    assert (tmp_path / "run" / "report.html").exists()
+    done = subprocess.run([sys.executable, ROOT / "scripts/train.py", "--config=run.yaml", "--workdir=a run"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'a run/report.html'" in done.stdout and "scripts/export.py --workdir='a run'" in done.stdout
+    assert (tmp_path / "a run" / "report.html").exists()
+    assert read_config(tmp_path / "a run").model.path == str(tmp_path / "base")      # found from any folder
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: x\nlora_rnak: 3\n")
     code, line = run(f"configs/from_yaml.py:{bad}")

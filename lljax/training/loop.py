@@ -14,7 +14,7 @@ from flax import nnx
 from rich.progress import track
 
 from lljax.build import fill, mesh_of, move, placed_model
-from lljax.config import get, total_steps, validate
+from lljax.config import get, total_steps, validate, with_absolute_paths
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.tokens import prepare
 from lljax.devices import of_kind
@@ -62,6 +62,7 @@ def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: ra
       Stopped: SIGTERM or Ctrl-C; state saved.
     """
     validate(config)
+    config = with_absolute_paths(config)
     if profile_steps and profile_steps[-1] > total_steps(config):
         raise ConfigError(f"--profile_steps={profile_steps.start}:{profile_steps.stop}: the run ends after step "
                           f"{total_steps(config)}")
@@ -77,6 +78,8 @@ def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: ra
 def _train(config, workdir: Path, model, profile_steps: range | None, examiner, stop: StopRequest) -> nnx.Module:
     # ---------------------------------------------------------------- base, tokenizer, documents
     mesh = mesh_of(config.mesh)
+    if config.mesh.sequence == -1 and mesh.devices.size == 1:
+        logging.info("mesh.sequence=-1: there is one device, and nothing to spread the tokens of a row over")
     check_rows(config.training.rows, mesh)
     base = open_base(config.model.path, config.model.revision)
     tokenizer = base.tokenizer()

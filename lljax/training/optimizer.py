@@ -14,6 +14,7 @@ import optax
 import optax.contrib
 from flax import nnx
 
+from lljax.config import warmup_steps
 from lljax.training.eight_bit import scale_by_adam_8bit
 
 
@@ -52,7 +53,7 @@ MATRICES = ("kernel", "lora_a", "lora_b")    # roles of what multiplies an activ
 
 def learning_rate(optimizer, steps: int, ratio: float = 1.0) -> optax.Schedule:
     """Linear warm-up to `optimizer.learning_rate` * ratio, then linear | cosine to zero at `steps`, or constant."""
-    peak, warmup = optimizer.learning_rate * ratio, optimizer.warmup_steps
+    peak, warmup = optimizer.learning_rate * ratio, warmup_steps(optimizer, steps)
     rest = max(1, steps - warmup)
     after = {"linear": optax.linear_schedule(peak, 0.0, rest),
              "cosine": optax.cosine_decay_schedule(peak, rest),
@@ -64,8 +65,8 @@ def learning_rate(optimizer, steps: int, ratio: float = 1.0) -> optax.Schedule:
 
 
 def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTransformation:
-    """Global-norm clipping, then for each group the direction of `optimizer.name`, decoupled weight decay (Loshchilov & Hutter
-    2017, arXiv 1711.05101) and the learning rate.
+    """Global-norm clipping (none where `optimizer.clip_norm` is 0), then for each group the direction of `optimizer.name`,
+    decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101) and the learning rate.
 
     groups: a pytree like the trainable state with the group of each leaf (`groups_of`).
     """
@@ -75,8 +76,8 @@ def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTr
                            optax.add_decayed_weights(optimizer.weight_decay[role]),
                            optax.scale_by_learning_rate(learning_rate(optimizer, steps, optimizer.learning_rate_ratio[role])))
     present = sorted(set(jax.tree.leaves(groups)))
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm),
-                       optax.partition({group: of_group(group) for group in present}, groups))
+    clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
+    return optax.chain(clip, optax.partition({group: of_group(group) for group in present}, groups))
 
 
 def groups_of(trainable: nnx.State) -> nnx.State:

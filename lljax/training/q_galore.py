@@ -90,7 +90,7 @@ def q_galore(optimizer, steps: int, groups: nnx.State, dtype) -> Rule:
         return *of(state.projection), state
 
     def apply(trainable, before, state, grads, norm, ok, key):
-        count, clip = state.count + 1, jnp.minimum(1.0, o.clip_norm / norm)
+        count, clip = state.count + 1, jnp.minimum(1.0, (o.clip_norm or jnp.inf) / norm)
         keys = iter(jax.random.split(key, len(jax.tree.leaves(grads))))
 
         def stepped(w, role, g, projection, mu, nu):

@@ -213,3 +213,12 @@ def test_q_galore_of_every_stack_and_expert(run_config, tmp_path, family):
     mesh = {"mesh.fsdp": 1, "mesh.expert": 2, "mesh.sequence": 2, "mesh.tensor": 2}
     together, _ = tiny_steps(run_config, "q_galore", 4, devices=8, **mesh)
     np.testing.assert_allclose(together, alone[:4], rtol=2e-3)
+
+
+@pytest.mark.parametrize("norm,clips", [(0.0, False), (1e9, False), (1e-3, True)])
+def test_a_clip_norm_of_zero_clips_nothing(norm, clips):
+    optimizer = make_optimizer(optimizer_of("lion", clip_norm=norm, beta1=0.0), 4, GROUPS)
+    params, gradient = leaves(0), leaves(1)
+    moments = optimizer.update(gradient, optimizer.init(params), params)[1]
+    momentum = next(x for x in jax.tree.leaves(moments) if x.shape == SHAPES["embed"])
+    assert np.allclose(momentum, 0.05 * gradient["embed"], rtol=1e-4) != clips

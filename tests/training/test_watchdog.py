@@ -19,7 +19,7 @@ from lljax.training.watchdog import Watchdog
 SCRIPT = """
 import ctypes, importlib.util, os, sys, time, types
 sys.modules["lljax"] = types.ModuleType("lljax")
-for name in ("errors", "training.watchdog"):
+for name in ("files", "errors", "training.watchdog"):
     spec = importlib.util.spec_from_file_location("lljax." + name, "lljax/" + name.replace(".", "/") + ".py")
     sys.modules["lljax." + name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
