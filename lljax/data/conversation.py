@@ -1,0 +1,396 @@
+"""Where the replies of a conversation are in what a chat template makes of it.
+
+Templates trim contents, move systems to the front, drop earlier thoughts. So a conversation is rendered twice: as it is, and
+with a mark in place of every text. What stands between the marks is the template's. The two are walked through together,
+which shows that every text is there as it was, and where. The number of renderings does not grow with the number of turns.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+from lljax.data.render import Job, TemplateError, render
+from lljax.files import first_line
+
+# Tags that templates look for in a content, which therefore stay: <think>, [THINK], <seed:think>, <tool_response> ...
+TAG = re.compile(r"([<\[◁]/?[\w:|]{0,20}(?:think|tool)\w{0,20}[>\]▷])", re.IGNORECASE)
+OPENS_THOUGHT = re.compile(r"([<\[◁][\w:|]{0,20}think\w{0,20}[>\]▷])\s*", re.IGNORECASE)
+ENDS_THOUGHT = re.compile(r"[<\[◁]/[\w:|]{0,20}think\w{0,20}[>\]▷]", re.IGNORECASE)
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")        # fields that hold the thought of a reply
+ROLES = ("system", "developer", "user", "assistant", "tool")     # others may be text of the row
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Refused(ValueError):
+    """Why a conversation cannot be used, in words of ours: no text of it is among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A reply in the rendered text, in characters.
+
+    start: behind what the generation prompt writes. stop: behind the token that ends the turn, which begins at `end`; without
+    one (`end` is None), behind what else the template closes the reply with. calls: it calls tools.
+    """
+
+    message: int
+    start: int
+    stop: int
+    end: int | None
+    calls: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """text: rendered. generated: the spans that the template itself marks as generated, if it marks any."""
+
+    text: str
+    replies: list[Reply]
+    generated: list[tuple[int, int]]
+
+
+def locate(messages: Sequence[dict], tools: Sequence[dict], tokenizer, ends: Collection[str], *,
+           knows_thoughts: bool) -> Conversation:
+    """Renders a conversation and finds its replies.
+
+    ends: the tokens that end a turn, as text. knows_thoughts: the template shows the thought of a last reply, so that
+    those of earlier ones are left out on purpose.
+
+    Raises:
+      Refused: the template raises, or does not show a text of the conversation as it is.
+      ModelError: as `render`.
+    """
+    refused = None
+    for spelled in spellings(messages):
+        try:
+            return _Rendered(spelled, list(tools), tokenizer, ends).conversation(knows_thoughts)
+        except Refused as error:
+            refused = refused or error
+    raise refused
+
+
+def spellings(messages: Sequence[dict]) -> Iterator[list[dict]]:
+    """The messages as they are; and where tools are called, as one template or another wants that: the arguments as an
+    object or as text, no content as none, null or ""."""
+    given = [_with_thoughts({key: value for key, value in message.items() if value is not None}) for message in messages]
+    yield given
+    if not any(message.get("tool_calls") for message in given):
+        return
+    bare = [i for i, message in enumerate(given) if message.get("tool_calls") and not message.get("content")]
+    turned = [_with_arguments_turned(message) for message in given]
+    for made, content in itertools.product((given, turned), ((), (None,), ("",))):
+        spelled = [message | {"content": content[0]} if content and i in bare else message for i, message in enumerate(made)]
+        if made is turned or content:
+            yield spelled
+
+
+def _with_thoughts(message: dict) -> dict:
+    """The thought under both names that templates read, as transformers passes it on."""
+    thought = next((message[name] for name in THOUGHTS if name in message), None)
+    return message if thought is None else {"thinking": thought} | message | {"reasoning_content": thought}
+
+
+def _with_arguments_turned(message: dict) -> dict:
+    def turn(function):
+        arguments = function.get("arguments")
+        try:
+            other = json.loads(arguments) if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        except ValueError:
+            return function
+        return function | {"arguments": other}
+    return _with_functions(message, turn)
+
+
+def _with_functions(message: dict, change) -> dict:
+    """The message with `change` made to the function of every call: {"function": {...}}, or the function itself."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Refused("tool_calls is not a list of calls")
+    return message | {"tool_calls": [call | {"function": change(call["function"])} if isinstance(call.get("function"), dict)
+                                     else change(call) for call in calls]}
+
+
+@dataclasses.dataclass
+class _Mark:
+    """One hidden text. message: -1 for tools. kind: content, thought, call or tool."""
+
+    message: int
+    kind: str
+    text: str
+    shown: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a hidden text stands in the rendering."""
+
+    start: int
+    stop: int
+    mark: _Mark
+
+
+class _Marker:
+    """Puts marks, which hold no character that templates trim or escape, in place of texts. White space around a text and
+    the tags in it stay."""
+
+    def __init__(self, text: str):
+        self.stem = next(stem for stem in (f"Mq{k}x" for k in itertools.count()) if stem not in text)
+        self.marks: list[_Mark] = []
+
+    def hide(self, message: int, kind: str, text: str) -> str:
+        core = text.strip()
+        if not core:
+            return text
+        self.marks.append(_Mark(message, kind, core))
+        before, _, after = text.partition(core)
+        return f"{before}{self.stem}{len(self.marks) - 1}z{after}"
+
+    def split(self, rendering: str) -> tuple[list[str], list[_Mark]]:
+        """What stands between the marks, and the marks."""
+        parts = re.split(self.stem + r"(\d+)z", rendering)
+        return parts[::2], [self.marks[int(number)] for number in parts[1::2]]
+
+    def message(self, i: int, message: dict) -> dict:
+        hidden = dict(message)
+        thoughts = [name for name in THOUGHTS if isinstance(message.get(name), str)]
+        if thoughts:
+            hidden |= dict.fromkeys(thoughts, self.hide(i, "thought", message[thoughts[0]]))
+        if isinstance(message.get("content"), str):
+            parts = TAG.split(message["content"])
+            thought = 0                      # how many parts belong to the thought
+            if message["role"] == "assistant":
+                thought = max((n for n, part in enumerate(parts) if n % 2 and ENDS_THOUGHT.fullmatch(part)), default=0)
+            hidden["content"] = "".join(part if n % 2 else self.hide(i, "thought" if n < thought else "content", part)
+                                        for n, part in enumerate(parts))
+        return _with_functions(hidden, lambda function: self._call(i, function))
+
+    def _call(self, i: int, function: dict) -> dict:
+        name, arguments = function.get("name"), function.get("arguments")
+        hidden = {"name": self.hide(i, "call", name)} if isinstance(name, str) else {}
+        return function | hidden | ({"arguments": self._leaves(i, arguments)} if arguments is not None else {})
+
+    def _leaves(self, i: int, value):
+        if isinstance(value, dict):
+            return {key: self._leaves(i, item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._leaves(i, item) for item in value]
+        return self.hide(i, "call", value) if isinstance(value, str) else value
+
+    def tool(self, tool: dict) -> dict:
+        inner = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+        if not isinstance(inner.get("name"), str):
+            return tool
+        named = inner | {"name": self.hide(-1, "tool", inner["name"])}
+        return tool | {"function": named} if inner is not tool else named
+
+
+def _as_shown(text: str) -> Iterator[str]:
+    """A text as templates write it: as it is, or as JSON, once or twice."""
+    yield text
+    once = json.dumps(text, ensure_ascii=False)[1:-1]
+    yield once
+    yield json.dumps(text)[1:-1]
+    yield json.dumps(once, ensure_ascii=False)[1:-1]
+
+
+class _Rendered:
+    """A rendered conversation: `text`, and `places` of its texts in the order in which they stand there."""
+
+    def __init__(self, messages: list[dict], tools: list[dict], tokenizer, ends: Collection[str]):
+        self.messages, self.tools, self.tokenizer = messages, tools, tokenizer
+        self.ends = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
+        marks_own = GENERATION.search(str(tokenizer.chat_template)) is not None
+        (whole,) = self._render(({"return_assistant_tokens_mask": marks_own}, messages, tools))
+        self.text, self.generated = whole.text, [(start, stop) for start, stop in whole.spans]
+        self.places, self.marks = self._find(range(-1, len(messages)))
+        if self.places is None:              # the template looks into some text: hide those of one message at a time
+            self.places, self.marks = [], []
+            for i in range(-1, len(messages)):
+                places, marks = self._find([i])
+                if places is None:
+                    raise Refused(self._not_shown(_Mark(i, "tool" if i < 0 else "content", "")))
+                self.places += places
+                self.marks += marks
+        self._starts, self._closings = {}, {}
+
+    def _render(self, *jobs) -> list:
+        rendered = render(self.tokenizer, [Job(messages, options | {"tools": tools or None})
+                                           for options, messages, tools in jobs])
+        for one in rendered:
+            if isinstance(one, TemplateError):       # templates put the content into it, through Jinja
+                said = first_line(one)
+                reason = said if said in str(self.tokenizer.chat_template) else one.kind
+                raise Refused(f"the chat template refuses it ({reason[:120]})")
+        return rendered
+
+    def _hidden(self, which, marker: _Marker, until: int | None = None):
+        return ([marker.message(i, message) if i in which else message for i, message in enumerate(self.messages[:until])],
+                [marker.tool(tool) for tool in self.tools] if -1 in which else self.tools)
+
+    def _find(self, which) -> tuple[list[_Place] | None, list[_Mark]]:
+        """The places of the texts of some messages, and all their marks; None: the rendering is another one with marks."""
+        marker = _Marker(self.text)
+        (rendering,) = self._render(({}, *self._hidden(which, marker)))
+        between, marks = marker.split(rendering.text)
+        at, places = len(between[0]), []
+        if not self.text.startswith(between[0]):
+            return None, []
+        for mark, then in zip(marks, between[1:]):
+            shown = next((text for text in _as_shown(mark.text) if self.text.startswith(text, at)
+                          and self.text.startswith(then, at + len(text))), None)
+            if shown is None:
+                return None, []
+            if not mark.shown:               # gpt-oss shows the name of a tool again where it answers
+                places.append(_Place(at, at + len(shown), mark))
+            mark.shown = True
+            at += len(shown) + len(then)
+        return (places if at == len(self.text) else None), marker.marks
+
+    def _not_shown(self, mark: _Mark) -> str:
+        if mark.message < 0:
+            return "the chat template does not show the tools of the row"
+        role = self.messages[mark.message]["role"]
+        what = {"content": "", "thought": "the thought of ", "call": "a tool call of "}[mark.kind]
+        return (f"the chat template does not show {what}message {mark.message}" + f" ({role})" * (role in ROLES)
+                + " as it is" * (mark.kind == "content"))
+
+    def conversation(self, knows_thoughts: bool) -> Conversation:
+        for mark in self.marks:
+            dropped = mark.kind == "thought" and (knows_thoughts or not self._has_field(mark.message))
+            if not mark.shown and not dropped and mark.message != self._last_thought:
+                raise Refused(self._not_shown(mark))
+        self._index()
+        if self._last_thought is not None:
+            self._restore(self._last_thought)
+        replies = [self._reply(i) for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        for one, other in itertools.pairwise(replies):
+            if other.start < one.stop:
+                raise Refused(f"the chat template mixes message {other.message} with another")
+        return Conversation(self.text, replies, self.generated)
+
+    # ---------------------------------------------------------------- thoughts
+    def _has_field(self, i: int) -> bool:
+        return any(name in self.messages[i] for name in THOUGHTS)
+
+    @functools.cached_property
+    def _last_thought(self) -> int | None:
+        """The index of the last message where its thought is not shown."""
+        i = len(self.messages) - 1
+        lost = any(mark.message == i and mark.kind == "thought" and not mark.shown for mark in self.marks)
+        return i if lost else None
+
+    def _restore(self, i: int) -> None:
+        """Puts the lost thought of the last reply where the model will write it: behind a generation prompt that opens one,
+        as DeepSeek-R1's does."""
+        own = self._own[i]
+        j, base = self._before(own[0].start if own else None, i)
+        opened = self._tails(i, j)[1] if i else ""
+        opening = list(OPENS_THOUGHT.finditer(opened))
+        if not own or any(place.mark.kind != "content" for place in own) or not opening or opening[-1].end() != len(opened):
+            raise Refused(self._not_shown(_Mark(i, "thought", "")))
+        tag, message = opening[-1][1], self.messages[i]
+        if self._has_field(i):
+            said = f"{message['reasoning_content'].strip()}\n{tag[0]}/{tag[1:]}\n\n{message.get('content', '')}"
+        else:
+            said = message["content"].lstrip().removeprefix(tag)
+        said = (said.lstrip("\n") if opened.endswith("\n") else said).rstrip()
+        rest = self.text[own[-1].stop:]
+        self.text = self.text[:base] + opened + said
+        start = base + len(opened)
+        self.places = [place for place in self.places if place.stop <= base]
+        self.places.append(_Place(start, len(self.text), own[-1].mark))
+        self.text, self.generated = self.text + rest, []
+        self._index()
+
+    # ---------------------------------------------------------------- replies
+    def _index(self) -> None:
+        """Makes what `_before` and `_next` look up."""
+        self.places.sort(key=lambda place: place.start)
+        self._at = [place.start for place in self.places]
+        self._own = [[] for _ in self.messages]
+        for place in self.places:
+            if place.mark.message >= 0:
+                self._own[place.mark.message].append(place)
+        self._last = [next((place for place in reversed(self.places) if place.mark.message < 0), None)]
+        for own in self._own:                # of all messages before i, and the tools, the place that comes last
+            self._last.append(max((place for place in (self._last[-1], *own[-1:]) if place),
+                                  key=lambda place: place.start, default=None))
+
+    def _reply(self, i: int) -> Reply:
+        own = self._own[i]
+        first = bisect.bisect_left(self._at, own[0].start) if own else 0
+        if self.places[first:first + len(own)] != own:
+            raise Refused(f"the chat template mixes message {i} with another")
+        j, base = self._before(own[0].start if own else None, i)
+        gap = self.text[base:self._next(base)]
+        start = base + self._start(i, j, gap, bool(own))
+        after = own[-1].stop if own else start
+        behind = self._next(after)
+        calls = bool(self.messages[i].get("tool_calls"))
+        if end := self.ends.search(self.text, after, behind):
+            return Reply(i, start, end.end(), end.start(), calls)
+        stop = after + self._closing(i, i if own else j, self.text[after:behind], after - base if not own else 0)
+        return Reply(i, start, stop, None, calls)
+
+    def _before(self, at: int | None, i: int) -> tuple[int | None, int]:
+        """The message whose text stands last before `at`, or before message i, which shows no text; and where that ends."""
+        if at is None:
+            place = self._last[i]
+        else:
+            n = bisect.bisect_left(self._at, at)
+            place = self.places[n - 1] if n else None
+        return (place.mark.message, place.stop) if place else (None, 0)
+
+    def _next(self, at: int) -> int:
+        n = bisect.bisect_left(self._at, at)
+        return self._at[n] if n < len(self._at) else len(self.text)
+
+    def _tails(self, until: int, shown: int | None) -> tuple[str, str]:
+        """What stands behind the text of message `shown` where messages[:until] are all: without and with a generation
+        prompt."""
+        marker = _Marker(self.text)
+        hidden = self._hidden([shown], marker, until)
+        rendered = self._render(({}, *hidden), ({"add_generation_prompt": True}, *hidden))
+        closed, opened = (marker.split(one.text)[0][-1] for one in rendered)
+        return closed, opened
+
+    def _start(self, i: int, j: int | None, gap: str, has_text: bool) -> int:
+        """Where in the gap before its text, which follows that of message j, the reply begins: as much of the generation
+        prompt as is shown belongs to the prompt (R1's opens a thought that the history leaves out)."""
+        kind = (tuple((message["role"], bool(message.get("tool_calls"))) for message in self.messages[max(j or 0, 0):i]),
+                gap, has_text)
+        if kind not in self._starts:
+            closed, opened = self._tails(max(i, 1), j if i else 0 if has_text else None)
+            least, shown = _shared(closed, opened), _shared(opened, gap)
+            if i == 0:                       # no message is before it to be followed by a prompt
+                prompt = opened[least:]
+                least = shown = gap.find(prompt) + len(prompt) if prompt and prompt in gap else len(gap) if has_text else 0
+            if shown < least:
+                raise Refused(f"the chat template mixes message {i} with another")
+            end = self.ends.search(gap, least)
+            self._starts[kind] = shown if has_text or not end else min(shown, end.start())
+        return self._starts[kind]
+
+    def _closing(self, i: int, shown: int | None, gap: str, skip: int) -> int:
+        """How much of the gap behind reply i closes it: what would stand there if it were the last, as far as the gap has
+        it. skip: how much of that is before the gap."""
+        kind = (gap, skip)
+        if kind not in self._closings:
+            closed = self._tails(i + 1, shown)[0][skip:].rstrip()
+            common = closed[:_shared(closed, gap)]
+            if common != closed:             # never a part of the next turn's marker
+                common = "".join(re.findall(r"\S*\s", common))
+            self._closings[kind] = len(common.rstrip())
+        return self._closings[kind]
+
+
+def _shared(a: str, b: str) -> int:
+    """The length of the prefix that two texts share."""
+    return len(os.path.commonprefix((a, b)))
