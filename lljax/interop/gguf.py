@@ -61,12 +61,14 @@ class GgufBase:
     """The interface of lljax.interop.base.FolderBase over one GGUF file."""
 
     def __init__(self, path: str, file: Path):
-        self.path, self.prefix, self.file, self.generation_config = path, "", file, None
+        self.path, self.prefix, self.file = path, "", file
         with self._reading("not a GGUF file that can be read"):
             self._reader = Reader(file)
             names = LAYER | (GEMMA if self._architecture == "gemma3" else {})
             self._tensors = {_hf_name(t.name, names): t for t in self._reader.tensors if t.name != "rope_freqs.weight"}
             self.config = self._config()
+            ends = [self._field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+            self.generation_config = {"eos_token_id": [end for end in dict.fromkeys(ends) if end is not None]}
 
     @contextlib.contextmanager
     def _reading(self, failure: str):
