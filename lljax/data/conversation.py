@@ -75,17 +75,18 @@ def locate(messages: Sequence[dict], tools: Sequence[dict], tokenizer, ends: Col
 
 
 def spellings(messages: Sequence[dict]) -> Iterator[list[dict]]:
-    """The messages as they are; and where tools are called, as one template or another wants that: the arguments as an
-    object or as text, no content as none, null or ""."""
+    """The messages as they are; and where tools are called, as one template or another wants that: the arguments as objects or
+    as text, no content as none, null or ""."""
     given = [_with_thoughts({key: value for key, value in message.items() if value is not None}) for message in messages]
     yield given
     if not any(message.get("tool_calls") for message in given):
         return
     bare = [i for i, message in enumerate(given) if message.get("tool_calls") and not message.get("content")]
-    turned = [_with_arguments_turned(message) for message in given]
-    for made, content in itertools.product((given, turned), ((), (None,), ("",))):
-        spelled = [message | {"content": content[0]} if content and i in bare else message for i, message in enumerate(made)]
-        if made is turned or content:
+    for kind, content in itertools.product((None, dict, str), ((), (None,), ("",))):
+        spelled = [_with_functions(message, lambda function: _with_arguments(function, kind)) for message in given]
+        for i in bare if content else ():
+            spelled[i] = spelled[i] | {"content": content[0]}
+        if spelled != given:
             yield spelled
 
 
@@ -95,15 +96,16 @@ def _with_thoughts(message: dict) -> dict:
     return message if thought is None else {"thinking": thought} | message | {"reasoning_content": thought}
 
 
-def _with_arguments_turned(message: dict) -> dict:
-    def turn(function):
-        arguments = function.get("arguments")
-        try:
-            other = json.loads(arguments) if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        except ValueError:
-            return function
-        return function | {"arguments": other}
-    return _with_functions(message, turn)
+def _with_arguments(function: dict, kind: type | None) -> dict:
+    """The function of a call with its arguments as an object (dict) or as text (str)."""
+    arguments = function.get("arguments")
+    try:
+        if kind is dict and isinstance(arguments, str):
+            return function | {"arguments": json.loads(arguments)}
+    except ValueError:                       # not every model wrote JSON
+        return function
+    return function | {"arguments": json.dumps(arguments, ensure_ascii=False)} if kind is str and isinstance(arguments, dict) \
+        else function
 
 
 def _with_functions(message: dict, change) -> dict:
@@ -119,11 +121,12 @@ def _with_functions(message: dict, change) -> dict:
 
 @dataclasses.dataclass
 class _Mark:
-    """One hidden text. message: -1 for tools. kind: content, thought, call or tool."""
+    """One hidden text. message: -1 for tools. kind: content, thought, call or tool. space: white space behind it."""
 
     message: int
     kind: str
     text: str
+    space: str = ""
     shown: bool = False
 
 
@@ -148,9 +151,9 @@ class _Marker:
         core = text.strip()
         if not core:
             return text
-        self.marks.append(_Mark(message, kind, core))
-        before, _, after = text.partition(core)
-        return f"{before}{self.stem}{len(self.marks) - 1}z{after}"
+        before, _, space = text.partition(core)
+        self.marks.append(_Mark(message, kind, core, space))
+        return f"{before}{self.stem}{len(self.marks) - 1}z{space}"
 
     def split(self, rendering: str) -> tuple[list[str], list[_Mark]]:
         """What stands between the marks, and the marks."""
@@ -332,11 +335,13 @@ class _Rendered:
         gap = self.text[base:self._next(base)]
         start = base + self._start(i, j, gap, bool(own))
         after = own[-1].stop if own else start
+        if own and self.text.startswith(own[-1].mark.space, after):
+            after += len(own[-1].mark.space)
         behind = self._next(after)
         calls = bool(self.messages[i].get("tool_calls"))
         if end := self.ends.search(self.text, after, behind):
             return Reply(i, start, end.end(), end.start(), calls)
-        stop = after + self._closing(i, i if own else j, self.text[after:behind], after - base if not own else 0)
+        stop = after + self._closing(i, i if own else j, self.text[after:behind], after - (own[-1].stop if own else base))
         return Reply(i, start, stop, None, calls)
 
     def _before(self, at: int | None, i: int) -> tuple[int | None, int]:
@@ -374,9 +379,17 @@ class _Rendered:
                 least = shown = gap.find(prompt) + len(prompt) if prompt and prompt in gap else len(gap) if has_text else 0
             if shown < least:
                 raise Refused(f"the chat template mixes message {i} with another")
+            if shown < len(opened):          # "<think>" and "<tool_call>" share a prefix, but no token
+                shown = max(least, self._shared_tokens(opened, gap))
             end = self.ends.search(gap, least)
             self._starts[kind] = shown if has_text or not end else min(shown, end.start())
         return self._starts[kind]
+
+    def _shared_tokens(self, a: str, b: str) -> int:
+        """The length of the prefix of tokens that two texts share."""
+        a, b = (self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False) for text in (a, b))
+        n = _shared(a["input_ids"], b["input_ids"])
+        return a["offset_mapping"][n - 1][1] if n else 0
 
     def _closing(self, i: int, shown: int | None, gap: str, skip: int) -> int:
         """How much of the gap behind reply i closes it: what would stand there if it were the last, as far as the gap has
@@ -391,6 +404,6 @@ class _Rendered:
         return self._closings[kind]
 
 
-def _shared(a: str, b: str) -> int:
-    """The length of the prefix that two texts share."""
+def _shared(a: Sequence, b: Sequence) -> int:
+    """The length of the prefix that two texts, or lists, share."""
     return len(os.path.commonprefix((a, b)))

@@ -86,7 +86,8 @@ def _conversation(document: Document, tokenizer, loss_on: str):
     for reply in found.replies:
         if reply.message not in trained:
             continue
-        own = [span for span in found.generated if span[0] < reply.stop and reply.start < span[1]]
+        own = [(start, min(stop, reply.stop)) for start, stop in found.generated
+               if start < reply.stop and reply.start < stop]
         spans += [*own, (reply.end, reply.stop)] if own and reply.end is not None else own or [(reply.start, reply.stop)]
     if loss_on == "everything":
         off = [(reply.start, reply.stop) for reply in found.replies if reply.message in document.untrained]
