@@ -30,6 +30,10 @@ class Refused(ValueError):
     """Why a conversation cannot be used, in words of ours: no text of it is among them."""
 
 
+class _Raised(Refused):
+    """The template raised."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """A reply in the rendered text, in characters.
@@ -70,7 +74,8 @@ def locate(messages: Sequence[dict], tools: Sequence[dict], tokenizer, ends: Col
         try:
             return _Rendered(spelled, list(tools), tokenizer, ends).conversation(knows_thoughts)
         except Refused as error:
-            refused = refused or error
+            if refused is None or isinstance(refused, _Raised):      # a spelling that the template takes says more
+                refused = error
     raise refused
 
 
@@ -160,6 +165,12 @@ class _Marker:
         parts = re.split(self.stem + r"(\d+)z", rendering)
         return parts[::2], [self.marks[int(number)] for number in parts[1::2]]
 
+    def behind(self, rendering: str) -> str:
+        """What stands behind all marks; one that has been seen before is its text again."""
+        between, marks = self.split(rendering)
+        last = max((marks.index(mark) for mark in marks), default=-1)
+        return between[last + 1] + "".join(mark.text + then for mark, then in zip(marks[last + 1:], between[last + 2:]))
+
     def message(self, i: int, message: dict) -> dict:
         hidden = dict(message)
         thoughts = [name for name in THOUGHTS if isinstance(message.get(name), str)]
@@ -230,7 +241,7 @@ class _Rendered:
             if isinstance(one, TemplateError):       # templates put the content into it, through Jinja
                 said = first_line(one)
                 reason = said if said in str(self.tokenizer.chat_template) else one.kind
-                raise Refused(f"the chat template refuses it ({reason[:120]})")
+                raise _Raised(f"the chat template refuses it ({reason[:120]})")
         return rendered
 
     def _hidden(self, which, marker: _Marker, until: int | None = None):
@@ -272,10 +283,9 @@ class _Rendered:
         self._index()
         if self._last_thought is not None:
             self._restore(self._last_thought)
-        replies = [self._reply(i) for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        for one, other in itertools.pairwise(replies):
-            if other.start < one.stop:
-                raise Refused(f"the chat template mixes message {other.message} with another")
+        indices = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        starts = [self._start(i) for i in indices]
+        replies = [self._reply(i, start, then) for i, start, then in zip(indices, starts, [*starts[1:], len(self.text)])]
         return Conversation(self.text, replies, self.generated)
 
     # ---------------------------------------------------------------- thoughts
@@ -326,23 +336,27 @@ class _Rendered:
             self._last.append(max((place for place in (self._last[-1], *own[-1:]) if place),
                                   key=lambda place: place.start, default=None))
 
-    def _reply(self, i: int) -> Reply:
+    def _start(self, i: int) -> int:
         own = self._own[i]
         first = bisect.bisect_left(self._at, own[0].start) if own else 0
-        if self.places[first:first + len(own)] != own:
-            raise Refused(f"the chat template mixes message {i} with another")
         j, base = self._before(own[0].start if own else None, i)
-        gap = self.text[base:self._next(base)]
-        start = base + self._start(i, j, gap, bool(own))
-        after = own[-1].stop if own else start
-        if own and self.text.startswith(own[-1].mark.space, after):
-            after += len(own[-1].mark.space)
-        behind = self._next(after)
+        if self.places[first:first + len(own)] != own or (j is not None and j > i):
+            raise Refused(f"the chat template mixes message {i} with another")
+        return base + self._prompt(i, j, self.text[base:self._next(base)], bool(own))
+
+    def _reply(self, i: int, start: int, behind: int) -> Reply:
+        """behind: where the next reply starts."""
         calls = bool(self.messages[i].get("tool_calls"))
+        last, after = (self._own[i] or [None])[-1], start
+        if last:
+            after = last.stop + len(last.mark.space) * self.text.startswith(last.mark.space, last.stop)
+        behind = min(behind, self._next(after))
+        if not start <= after <= behind:
+            raise Refused(f"the chat template mixes message {i} with another")
         if end := self.ends.search(self.text, after, behind):
             return Reply(i, start, end.end(), end.start(), calls)
-        stop = after + self._closing(i, i if own else j, self.text[after:behind], after - (own[-1].stop if own else base))
-        return Reply(i, start, stop, None, calls)
+        j, base = (i, last.stop) if last else self._before(None, i)
+        return Reply(i, start, after + self._closing(i, j, self.text[after:behind], after - base), None, calls)
 
     def _before(self, at: int | None, i: int) -> tuple[int | None, int]:
         """The message whose text stands last before `at`, or before message i, which shows no text; and where that ends."""
@@ -363,45 +377,47 @@ class _Rendered:
         marker = _Marker(self.text)
         hidden = self._hidden([shown], marker, until)
         rendered = self._render(({}, *hidden), ({"add_generation_prompt": True}, *hidden))
-        closed, opened = (marker.split(one.text)[0][-1] for one in rendered)
+        closed, opened = (marker.behind(one.text) for one in rendered)
         return closed, opened
 
-    def _start(self, i: int, j: int | None, gap: str, has_text: bool) -> int:
-        """Where in the gap before its text, which follows that of message j, the reply begins: as much of the generation
-        prompt as is shown belongs to the prompt (R1's opens a thought that the history leaves out)."""
-        kind = (tuple((message["role"], bool(message.get("tool_calls"))) for message in self.messages[max(j or 0, 0):i]),
-                gap, has_text)
-        if kind not in self._starts:
-            closed, opened = self._tails(max(i, 1), j if i else 0 if has_text else None)
+    def _prompt(self, i: int, j: int | None, gap: str, has_text: bool) -> int:
+        """Where in the gap before its text, which follows that of message j, reply i starts: as much of the generation prompt
+        as the gap shows belongs to the prompt (R1's opens a thought that the history leaves out)."""
+        key = (tuple((message["role"], bool(message.get("tool_calls"))) for message in self.messages[max(j or 0, 0):i]),
+               gap, has_text)
+        if key not in self._starts:
+            closed, opened = self._tails(max(i, 1), j if i else 0)
             least, shown = _shared(closed, opened), _shared(opened, gap)
             if i == 0:                       # no message is before it to be followed by a prompt
                 prompt = opened[least:]
                 least = shown = gap.find(prompt) + len(prompt) if prompt and prompt in gap else len(gap) if has_text else 0
-            if shown < least:
+            elif shown < least:
                 raise Refused(f"the chat template mixes message {i} with another")
-            if shown < len(opened):          # "<think>" and "<tool_call>" share a prefix, but no token
-                shown = max(least, self._shared_tokens(opened, gap))
-            end = self.ends.search(gap, least)
-            self._starts[kind] = shown if has_text or not end else min(shown, end.start())
-        return self._starts[kind]
+            elif shown < len(opened):        # "<think>" and "<tool_call>" share characters, but no token
+                shown = max(least, self._shared_tokens(opened, gap)[0])
+            end = None if has_text else self.ends.search(gap, least)
+            self._starts[key] = min(shown, end.start()) if end else shown
+        return self._starts[key]
 
-    def _shared_tokens(self, a: str, b: str) -> int:
-        """The length of the prefix of tokens that two texts share."""
-        a, b = (self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False) for text in (a, b))
-        n = _shared(a["input_ids"], b["input_ids"])
-        return a["offset_mapping"][n - 1][1] if n else 0
+    def _closing(self, i: int, j: int | None, gap: str, skip: int) -> int:
+        """How much of the gap behind reply i closes it: what would stand there if it were the last, as far as the gap has it.
+        skip: how much of what stands behind the text of message j is before the gap."""
+        key = (gap, skip)
+        if key not in self._closings:
+            closed = self._tails(i + 1, j)[0][skip:].rstrip()
+            if not gap.startswith(closed):
+                common, special = self._shared_tokens(closed, gap)           # never a part of the next turn's marker
+                closed = closed[:common] if special else re.sub(r"\S+\Z", "", closed[:common])
+            self._closings[key] = len(closed.rstrip())
+        return self._closings[key]
 
-    def _closing(self, i: int, shown: int | None, gap: str, skip: int) -> int:
-        """How much of the gap behind reply i closes it: what would stand there if it were the last, as far as the gap has
-        it. skip: how much of that is before the gap."""
-        kind = (gap, skip)
-        if kind not in self._closings:
-            closed = self._tails(i + 1, shown)[0][skip:].rstrip()
-            common = closed[:_shared(closed, gap)]
-            if common != closed:             # never a part of the next turn's marker
-                common = "".join(re.findall(r"\S*\s", common))
-            self._closings[kind] = len(common.rstrip())
-        return self._closings[kind]
+    def _shared_tokens(self, a: str, b: str) -> tuple[int, bool]:
+        """The length of the prefix of whole tokens that two texts share, and whether the last of these is no word."""
+        first, other = (self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+                        for text in (a, b))
+        n = _shared(first["input_ids"], other["input_ids"])
+        return ((first["offset_mapping"][n - 1][1], first["input_ids"][n - 1] in self.tokenizer.added_tokens_decoder)
+                if n else (0, True))
 
 
 def _shared(a: Sequence, b: Sequence) -> int:
