@@ -126,7 +126,8 @@ def _with_functions(message: dict, change) -> dict:
 
 @dataclasses.dataclass
 class _Mark:
-    """One hidden text. message: -1 for tools. kind: content, thought, call or tool. space: white space behind it."""
+    """One hidden text. message: -1 for tools. kind: content, thought, call, arguments (of a call, as text)
+    or tool. space: white space behind it."""
 
     message: int
     kind: str
@@ -188,7 +189,11 @@ class _Marker:
     def _call(self, i: int, function: dict) -> dict:
         name, arguments = function.get("name"), function.get("arguments")
         hidden = {"name": self.hide(i, "call", name)} if isinstance(name, str) else {}
-        return function | hidden | ({"arguments": self._leaves(i, arguments)} if arguments is not None else {})
+        if isinstance(arguments, str):
+            hidden |= {"arguments": self.hide(i, "arguments", arguments)}
+        elif arguments is not None:
+            hidden |= {"arguments": self._leaves(i, arguments)}
+        return function | hidden
 
     def _leaves(self, i: int, value):
         if isinstance(value, dict):
@@ -232,6 +237,8 @@ class _Rendered:
                     raise Refused(self._not_shown(_Mark(i, "tool" if i < 0 else "content", "")))
                 self.places += places
                 self.marks += marks
+        if any(place.mark.kind == "arguments" and self.text[place.start - 1] == '"' for place in self.places):
+            raise _Raised("the chat template shows arguments of tool calls, which are text, as JSON in JSON")
         self._starts, self._closings = {}, {}
 
     def _render(self, *jobs) -> list:
@@ -271,7 +278,7 @@ class _Rendered:
         if mark.message < 0:
             return "the chat template does not show the tools of the row"
         role = self.messages[mark.message]["role"]
-        what = {"content": "", "thought": "the thought of ", "call": "a tool call of "}[mark.kind]
+        what = {"content": "", "thought": "the thought of "}.get(mark.kind, "a tool call of ")
         return (f"the chat template does not show {what}message {mark.message}" + f" ({role})" * (role in ROLES)
                 + " as it is" * (mark.kind == "content"))
 
