@@ -17,8 +17,9 @@ from collections.abc import Collection, Iterator, Sequence
 from lljax.data.render import Job, TemplateError, render
 from lljax.files import first_line
 
-# Tags that templates look for in a content, which therefore stay: <think>, [THINK], <seed:think>, <tool_response> ...
-TAG = re.compile(r"([<\[◁]/?[\w:|]{0,20}(?:think|tool)\w{0,20}[>\]▷])", re.IGNORECASE)
+# What templates look for in a content, which therefore stays: <think>, [THINK], <seed:think>, <tool_response>, /no_think ...
+TAG = re.compile(r"([<\[◁]/?[\w:|]{0,20}(?:think|tool)\w{0,20}[>\]▷]|/(?:no_?)?think\b|detailed thinking (?:on|off))",
+                 re.IGNORECASE)
 OPENS_THOUGHT = re.compile(r"([<\[◁][\w:|]{0,20}think\w{0,20}[>\]▷])\s*", re.IGNORECASE)
 ENDS_THOUGHT = re.compile(r"[<\[◁]/[\w:|]{0,20}think\w{0,20}[>\]▷]", re.IGNORECASE)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")        # fields that hold the thought of a reply
@@ -124,7 +125,7 @@ def _with_functions(message: dict, change) -> dict:
                                      else change(call) for call in calls]}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Mark:
     """One hidden text. message: -1 for tools. kind: content, thought, call, arguments (of a call, as text)
     or tool. space: white space behind it."""
@@ -169,7 +170,8 @@ class _Marker:
     def behind(self, rendering: str) -> str:
         """What stands behind all marks; one that has been seen before is its text again."""
         between, marks = self.split(rendering)
-        last = max((marks.index(mark) for mark in marks), default=-1)
+        first = {mark: n for n, mark in reversed(list(enumerate(marks)))}
+        last = max(first.values(), default=-1)
         return between[last + 1] + "".join(mark.text + then for mark, then in zip(marks[last + 1:], between[last + 2:]))
 
     def message(self, i: int, message: dict) -> dict:
@@ -228,15 +230,7 @@ class _Rendered:
         marks_own = GENERATION.search(str(tokenizer.chat_template)) is not None
         (whole,) = self._render(({"return_assistant_tokens_mask": marks_own}, messages, tools))
         self.text, self.generated = whole.text, [(start, stop) for start, stop in whole.spans]
-        self.places, self.marks = self._find(range(-1, len(messages)))
-        if self.places is None:              # the template looks into some text: hide those of one message at a time
-            self.places, self.marks = [], []
-            for i in range(-1, len(messages)):
-                places, marks = self._find([i])
-                if places is None:
-                    raise Refused(self._not_shown(_Mark(i, "tool" if i < 0 else "content", "")))
-                self.places += places
-                self.marks += marks
+        self.places, self.marks = self._find()
         if any(place.mark.kind == "arguments" and self.text[place.start - 1] == '"' for place in self.places):
             raise _Raised("the chat template shows arguments of tool calls, which are text, as JSON in JSON")
         self._starts, self._closings = {}, {}
@@ -251,28 +245,27 @@ class _Rendered:
                 raise _Raised(f"the chat template refuses it ({reason[:120]})")
         return rendered
 
-    def _hidden(self, which, marker: _Marker, until: int | None = None):
-        return ([marker.message(i, message) if i in which else message for i, message in enumerate(self.messages[:until])],
-                [marker.tool(tool) for tool in self.tools] if -1 in which else self.tools)
-
-    def _find(self, which) -> tuple[list[_Place] | None, list[_Mark]]:
-        """The places of the texts of some messages, and all their marks; None: the rendering is another one with marks."""
-        marker = _Marker(self.text)
-        (rendering,) = self._render(({}, *self._hidden(which, marker)))
+    def _find(self) -> tuple[list[_Place], list[_Mark]]:
+        """The places of all texts, and their marks, of which some may not be shown."""
+        marker, places = _Marker(self.text), []
+        hidden = [marker.message(i, message) for i, message in enumerate(self.messages)]
+        (rendering,) = self._render(({}, hidden, [marker.tool(tool) for tool in self.tools]))
         between, marks = marker.split(rendering.text)
-        at, places = len(between[0]), []
+        seen = set(marks)
+        changed = next((mark for mark in marker.marks if mark not in seen and mark.kind != "thought"), None)
+        at = len(between[0])
         if not self.text.startswith(between[0]):
-            return None, []
+            raise Refused(self._not_shown(changed or marks[0] if marks else _Mark(0, "content", "")))
         for mark, then in zip(marks, between[1:]):
-            shown = next((text for text in _as_shown(mark.text) if self.text.startswith(text, at)
-                          and self.text.startswith(then, at + len(text))), None)
+            shown = next((text for text in _as_shown(mark.text) if self.text.startswith(text + then, at)), None)
             if shown is None:
-                return None, []
+                raise Refused(self._not_shown(changed or mark))
             if not mark.shown:               # gpt-oss shows the name of a tool again where it answers
                 places.append(_Place(at, at + len(shown), mark))
-            mark.shown = True
-            at += len(shown) + len(then)
-        return (places if at == len(self.text) else None), marker.marks
+            mark.shown, at = True, at + len(shown) + len(then)
+        if at < len(self.text):
+            raise Refused(self._not_shown(changed or marks[-1]))
+        return places, marker.marks
 
     def _not_shown(self, mark: _Mark) -> str:
         if mark.message < 0:
@@ -284,8 +277,9 @@ class _Rendered:
 
     def conversation(self, knows_thoughts: bool) -> Conversation:
         for mark in self.marks:
-            dropped = mark.kind == "thought" and (knows_thoughts or not self._has_field(mark.message))
-            if not mark.shown and not dropped and mark.message != self._last_thought:
+            dropped = mark.kind == "thought" and (knows_thoughts or not self._has_field(mark.message)
+                                                  or mark.message == self._last_thought)
+            if not mark.shown and not dropped:
                 raise Refused(self._not_shown(mark))
         self._index()
         if self._last_thought is not None:
@@ -382,8 +376,9 @@ class _Rendered:
         """What stands behind the text of message `shown` where messages[:until] are all: without and with a generation
         prompt."""
         marker = _Marker(self.text)
-        hidden = self._hidden([shown], marker, until)
-        rendered = self._render(({}, *hidden), ({"add_generation_prompt": True}, *hidden))
+        messages = [marker.message(i, message) if i == shown else message for i, message in enumerate(self.messages[:until])]
+        tools = [marker.tool(tool) for tool in self.tools] if shown == -1 else self.tools
+        rendered = self._render(({}, messages, tools), ({"add_generation_prompt": True}, messages, tools))
         closed, opened = (marker.behind(one.text) for one in rendered)
         return closed, opened
 
@@ -395,11 +390,12 @@ class _Rendered:
         if key not in self._starts:
             closed, opened = self._tails(max(i, 1), j if i else 0)
             least, shown = _shared(closed, opened), _shared(opened, gap)
-            if i == 0:                       # no message is before it to be followed by a prompt
+            if i == 0 or shown < least:      # nothing is before it, or that ends otherwise when it is the last
                 prompt = opened[least:]
-                least = shown = gap.find(prompt) + len(prompt) if prompt and prompt in gap else len(gap) if has_text else 0
-            elif shown < least:
-                raise Refused(f"the chat template mixes message {i} with another")
+                at = gap.find(prompt) if prompt else -1
+                if at < 0 and i:
+                    raise Refused(f"the chat template mixes message {i} with another")
+                least = shown = at + len(prompt) if at >= 0 else len(gap) * has_text
             elif shown < len(opened):        # "<think>" and "<tool_call>" share characters, but no token
                 shown = max(least, self._shared_tokens(opened, gap)[0])
             end = None if has_text else self.ends.search(gap, least)

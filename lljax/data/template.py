@@ -98,6 +98,8 @@ def _conversation(document: Document, tokenizer, loss_on: str):
     if last.message == len(document.messages) - 1 and last.end is None:
         end = turn.last[last.calls] if turn.last[last.calls] is not None else tokenizer.eos_token_id
         if end is not None:
+            if last.message in trained:      # with white space before it
+                mask |= _inside([(last.stop, len(found.text))], offsets)
             ids, mask = [*ids, end], [*mask, last.message in trained]
     return ids, mask
 

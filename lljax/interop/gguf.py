@@ -61,7 +61,7 @@ class GgufBase:
     """The interface of lljax.interop.base.FolderBase over one GGUF file."""
 
     def __init__(self, path: str, file: Path):
-        self.path, self.prefix, self.file = path, "", file
+        self.path, self.prefix, self.file, self.generation_config = path, "", file, None
         with self._reading("not a GGUF file that can be read"):
             self._reader = Reader(file)
             names = LAYER | (GEMMA if self._architecture == "gemma3" else {})

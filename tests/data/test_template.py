@@ -81,7 +81,7 @@ def test_replies_are_found_where_a_template_shows_the_last_one_otherwise():
 
 def test_the_user_is_not_trained_where_the_history_drops_what_the_generation_prompt_opens():
     assert trained(make(R1), TALK) == ["yes<e>", "no<e>"]
-    assert trained(make(R1), [user("q"), reply("<think>hm</think>yes")]) == ["yes<e>"]
+    assert trained(make(R1), [user("q"), reply("<think>hm</think>yes"), *TALK[:2]]) == ["yes<e>", "yes<e>"]
     assert trained(make(THINKING), TALK) == ["yes<e>", "</think>no<e>"]
 
 
@@ -114,8 +114,8 @@ def test_a_call_of_a_tool_is_trained_without_content():
 
 
 def test_a_content_that_the_template_does_not_show_is_refused():
-    hiding = FORGETFUL.replace("{{ m.content +", "{{ (m.content if loop.last else 'x') +")
-    with pytest.raises(ValueError, match="does not show message 1"):
+    hiding = FORGETFUL.replace("{{ m.content +", "{{ (m.content if loop.last or m.role == 'user' else 'x') +")
+    with pytest.raises(ValueError, match=r"does not show message 1 \(assistant\) as it is"):
         trained(make(hiding), TALK)
 
 
