@@ -14,7 +14,8 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}### {{ message.role | capitalize }}:\n"
     "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
     "{{ message.content or '' }}"
-    "{% for call in message.tool_calls or [] %}\n{{ (call.function or call) | tojson }}{% endfor %}"
+    "{% for call in message.tool_calls or [] %}{{ '\n' if message.content or not loop.first }}"
+    "{{ (call.function or call) | tojson }}{% endfor %}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}")
 

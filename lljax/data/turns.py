@@ -62,7 +62,7 @@ def _ends(tokenizer, last: list[int], middle: list[int], special: set[int]) -> l
     """What ends a reply that has `last` behind it when it is the last, and `middle` when another turn follows."""
     n = next((n for n, (a, b) in enumerate(zip(last, middle)) if a != b), min(len(last), len(middle)))
     if both := [i for i in last[:n] if i in special]:
-        return both[-1:]
+        return [tokenizer.eos_token_id] if tokenizer.eos_token_id in both else both[-1:]
     marker = next((m for m in range(n, len(middle)) if tokenizer.decode([middle[m]]).strip()), None)
     return ([i for i in last if i in special][-1:]
             + ([middle[marker]] if marker is not None and middle[marker] in special else []))
