@@ -163,11 +163,11 @@ class _Rendered:
             raise Refused(self._not_shown(missing or (marks or [Mark(0, "content", "")])[0]))
         at = len(between[0])
         for mark, then in zip(marks, between[1:]):
-            shown = next((text for text in mark.as_shown() if self.text.startswith(text + then, at)),
-                         None)
+            shown = next((text for text in mark.as_shown()
+                          if self.text.startswith(text + then, at)), None)
             if shown is None:
                 raise Refused(self._not_shown(missing or mark))
-            if not mark.shown:               # gpt-oss shows the name of a tool where it answers, too
+            if not mark.shown:               # gpt-oss shows the name of a tool at its answer too
                 places.append(_Place(at, at + len(shown), mark))
             mark.shown, at = True, at + len(shown) + len(then)
         if at < len(self.text):
@@ -191,7 +191,7 @@ class _Rendered:
 
     # ---------------------------------------------------------------- what is not shown
     def check(self, knows_thoughts: bool) -> None:
-        """Puts the lost thought of the last reply back. Raises Refused for what else is not shown."""
+        """Puts the lost thought of the last reply back; refuses what else is not shown."""
         last = len(self.messages) - 1
         lost = [mark for mark in self.marks if not mark.shown]
         for mark in lost:

@@ -80,8 +80,9 @@ class Marker:
         if message["role"] == "assistant":
             ends = [n for n, part in enumerate(parts) if n % 2 and ENDS_THOUGHT.fullmatch(part)]
             thought = max(ends, default=0)
-        return "".join(part if n % 2 else self._hide(i, "thought" if n < thought else "content", part)
-                       for n, part in enumerate(parts))
+        for n in range(0, len(parts), 2):
+            parts[n] = self._hide(i, "thought" if n < thought else "content", parts[n])
+        return "".join(parts)
 
     def _function(self, i: int, function: dict) -> dict:
         name, arguments, hidden = function.get("name"), function.get("arguments"), {}

@@ -1,7 +1,8 @@
 """Chat templates, run in a process of their own: in bounded time and memory, whatever they do.
 
-A template comes with a model and is a program: it may loop without end, write gigabytes, raise, or end its process. The
-process is started at the first rendering, serves all that follow, and ends with this one.
+A template comes with a model and is a program of other people: it may loop without end, write
+gigabytes, raise, or end its process. The process is started at the first rendering, serves all that
+follow, and ends with this one.
 """
 
 import atexit
@@ -20,14 +21,15 @@ from typing import NamedTuple
 from lljax.errors import ModelError
 from lljax.files import first_line
 
-START_SECONDS = 120                          # for the process to start, on a machine that does much else
-SECONDS, SECONDS_A_MESSAGE = 20, 0.02        # for the renderings of one call; Qwen3's takes 0.0002 a message
-MEMORY = 4 << 30                             # bytes that the process may take for them
+START_SECONDS = 120                          # for the process to start
+SECONDS, SECONDS_A_MESSAGE = 20, 0.02        # for the renderings of one call; Qwen3's takes 0.0002
+MEMORY = 2 << 30                             # bytes that the process may take for them
 LONGEST = 1 << 28                            # characters of one rendering
+ADVICE = "mend chat_template, or remove it to use lljax's own"
 
 
 class TemplateError(ValueError):
-    """What a template raised. `kind`: the class; the message is the template's, and may hold text of the conversation."""
+    """What a template raised. kind: its class. The message may hold text of the conversation."""
 
     def __init__(self, message: str, kind: str):
         super().__init__(message)
@@ -35,14 +37,14 @@ class TemplateError(ValueError):
 
 
 class Job(NamedTuple):
-    """One rendering. options: more for the template, such as add_generation_prompt, tools, return_assistant_tokens_mask."""
+    """One rendering. options: of transformers' render_jinja_template, such as tools."""
 
     messages: Sequence[dict]
     options: dict = {}
 
 
 class Rendering(NamedTuple):
-    """text, and where in it the template's own {% generation %} blocks are, if they were asked for."""
+    """text, and where its {% generation %} blocks are, if return_assistant_tokens_mask is set."""
 
     text: str
     spans: list[list[int]]
@@ -55,29 +57,32 @@ def render(tokenizer, jobs: Sequence[Job]) -> list[Rendering | TemplateError]:
       ModelError: the template does not end, or takes more memory than is granted.
     """
     tools = next((job.options["tools"] for job in jobs if job.options.get("tools")), None)
-    request = {"template": tokenizer.get_chat_template(None, tools), "special_tokens": tokenizer.special_tokens_map,
+    request = {"template": tokenizer.get_chat_template(None, tools),
+               "special_tokens": tokenizer.special_tokens_map,
                "jobs": [{"messages": list(job.messages), "options": job.options} for job in jobs]}
     seconds = SECONDS + SECONDS_A_MESSAGE * sum(len(job.messages) for job in jobs)
     found = []
     for reply in _PROCESS.ask(json.dumps(request, default=str).encode(), seconds):
         if reply.get("kind") == "MemoryError":
-            raise ModelError(f"the model's chat template takes more than {MEMORY >> 30} GiB for one conversation, or writes more "
-                             f"than {LONGEST:,} characters: mend chat_template, or remove it to use lljax's own")
-        found.append(TemplateError(reply["error"], reply["kind"]) if "kind" in reply else Rendering(**reply))
+            raise ModelError(f"the model's chat template takes more than {MEMORY >> 30} GiB for a "
+                             f"conversation, or writes more than {LONGEST:,} characters: {ADVICE}")
+        found.append(TemplateError(reply["error"], reply["kind"]) if "kind" in reply
+                     else Rendering(**reply))
     return found
 
 
 def chat_text(tokenizer, messages: Sequence[dict], **options) -> str:
     """A conversation as text, with the beginning of the reply that is to come.
 
-    options: for the template, such as add_generation_prompt=False or tools.
+    options: as of a Job, such as add_generation_prompt=False.
 
     Raises:
       ModelError: the template refuses it, or as `render`.
     """
     (rendered,) = render(tokenizer, [Job(messages, {"add_generation_prompt": True} | options)])
     if isinstance(rendered, TemplateError):
-        raise ModelError(f"the chat template refuses the conversation ({rendered.kind}: {first_line(rendered)[:200]})")
+        raise ModelError("the chat template refuses the conversation "
+                         f"({rendered.kind}: {first_line(rendered)[:200]})")
     return rendered.text
 
 
@@ -94,7 +99,7 @@ class _Process:
                 if self._popen is None:
                     self._start()
                 return json.loads(self._exchange(request, seconds))
-            except BaseException:            # also what interrupts: its answer would be taken for that of the next
+            except BaseException:            # of an interrupt too: the next would read its answer
                 self.stop()
                 raise
 
@@ -103,16 +108,22 @@ class _Process:
             with contextlib.suppress(OSError):
                 self._popen.kill()
             with contextlib.suppress(OSError):
-                self._popen.stdin.close()    # what could not be written yet is of no use
+                self._popen.stdin.close()
             self._popen.stdout.close()
             self._popen.wait()
             self._popen = None
 
     def _start(self) -> None:
-        # In a session of its own: signals to the group are for the run, which may save and go on rendering.
-        self._popen = subprocess.Popen(
-            [sys.executable, "-P", Path(__file__).with_name("render_process.py"), str(MEMORY), str(LONGEST)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True)
+        # In a session of its own: signals to the group are for the run, which may go on rendering.
+        script = Path(__file__).with_name("render_process.py")
+        try:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", script, str(MEMORY), str(LONGEST)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+                start_new_session=True)
+        except OSError as error:
+            raise ModelError("the process that runs chat templates cannot be started "
+                             f"({first_line(error)})") from None
         self._exchange(json.dumps({"jobs": []}).encode(), START_SECONDS)
 
     def _exchange(self, request: bytes, seconds: float) -> bytes:
@@ -142,13 +153,13 @@ class _Process:
         poll = select.poll()
         poll.register(pipe, event)
         if not poll.poll(1000 * max(0.0, until - time.monotonic())):
-            raise ModelError(f"the model's chat template has not ended within {seconds:.0f} seconds: mend chat_template, or "
-                             "remove it to use lljax's own")
+            raise ModelError("the model's chat template has not ended within "
+                             f"{seconds:.0f} seconds: {ADVICE}")
 
     def _gone(self):
         code = self._popen.wait()
-        raise ModelError(f"the process of the model's chat template ended (exit {code}), for want of memory or by what the "
-                         "template does: mend chat_template, or remove it to use lljax's own")
+        raise ModelError(f"the process of the model's chat template ended (exit {code}), for want "
+                         f"of memory or by what the template does: {ADVICE}")
 
 
 _PROCESS = _Process()

@@ -1,7 +1,7 @@
-"""The process that runs chat templates, which are programs of other people. Started by lljax/data/render.py.
+"""The process that runs chat templates. Started by lljax/data/render.py.
 
-Reads requests from stdin and answers on stdout, each 8 bytes of length and then JSON; ends with its input. Imports nothing
-of lljax.
+Reads requests from stdin and answers on stdout, each 8 bytes of length and then JSON; ends with its
+input. Imports nothing of lljax.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import sys
 
 def bound_memory(room: int) -> None:
     """Lets this process take `room` more bytes than it has now."""
-    with contextlib.suppress(ImportError, OSError, ValueError):      # not every system has the file or the limit
+    with contextlib.suppress(ImportError, OSError, ValueError):      # not every system has these
         import resource
         with open("/proc/self/statm") as file:
             limit = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + room
@@ -41,7 +41,8 @@ def main() -> None:
     bound_memory(int(sys.argv[1]))
     while header := requests.read(8):
         request = json.loads(requests.read(int.from_bytes(header)))
-        reply = json.dumps([answer(request, job, int(sys.argv[2])) for job in request["jobs"]]).encode()
+        longest = int(sys.argv[2])
+        reply = json.dumps([answer(request, job, longest) for job in request["jobs"]]).encode()
         answers.write(len(reply).to_bytes(8) + reply)
         answers.flush()
 

@@ -12,7 +12,8 @@ from lljax.data.turns import turns
 PLAIN_TEMPLATE = (
     "{% if tools %}### Tools:\n{{ tools | tojson }}\n\n{% endif %}"
     "{% for message in messages %}### {{ message.role | capitalize }}:\n"
-    "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n"
+    "{% endif %}"
     "{{ message.content or '' }}"
     "{% for call in message.tool_calls or [] %}{{ '\n' if message.content or not loop.first }}"
     "{{ (call.function or call) | tojson }}{% endfor %}"
@@ -23,11 +24,13 @@ PLAIN_TEMPLATE = (
 def encode(document: Document, tokenizer, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens uint32 [n] and the mask of trained ones bool [n].
 
-    loss_on: "assistant" trains replies with the token that ends them, completions and plain text; "everything" trains
-    every token but those of replies whose loss is off. Conversations go through the tokenizer's own chat template.
+    loss_on: "assistant" trains replies with the token that ends them, completions and plain text;
+    "everything" trains every token but those of replies whose loss is off. Conversations go
+    through the tokenizer's own chat template.
 
     Raises:
-      ValueError: the template refuses the conversation or does not show all of it, or no token is trained.
+      ValueError: the template refuses the conversation or does not show all of it, or no token
+        is trained.
       ModelError: the template does not end, or takes too much memory.
     """
     if document.messages:
@@ -35,7 +38,7 @@ def encode(document: Document, tokenizer, loss_on: str) -> tuple[np.ndarray, np.
     else:
         tokens, mask = _text(document, tokenizer, loss_on)
     mask = np.asarray(mask, bool)
-    if not mask[1:].any():                   # the first token of a document has nothing to be predicted from
+    if not mask[1:].any():                   # nothing predicts the first token of a document
         raise ValueError("no token of it is trained")
     return np.asarray(tokens, np.uint32), mask
 
@@ -47,7 +50,8 @@ def adds_bos(tokenizer) -> bool:
 
 
 def with_template(tokenizer):
-    """The tokenizer, given PLAIN_TEMPLATE where it has no chat template; with bos before it where a text gets one."""
+    """The tokenizer, given PLAIN_TEMPLATE where it has no chat template, with bos before it where
+    the tokenizer puts one before a text."""
     if tokenizer.chat_template is None:
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + PLAIN_TEMPLATE
     return tokenizer
@@ -63,7 +67,8 @@ def turn_ends(tokenizer) -> tuple[int, ...]:
 
 
 def _text(document: Document, tokenizer, loss_on: str):
-    # Together, as a prompt and its continuation are read; a token across the boundary belongs to the completion.
+    # Together, as a prompt and its continuation are read; a token across the boundary belongs to
+    # the completion.
     text, n = document.prompt + document.text, len(document.prompt)
     ids, offsets = _tokenized(text, tokenizer)
     whole = loss_on == "everything" or not n
@@ -76,12 +81,13 @@ def _text(document: Document, tokenizer, loss_on: str):
 
 
 def _conversation(document: Document, tokenizer, loss_on: str):
-    trained = [i for i, message in enumerate(document.messages)
-               if message["role"] == "assistant" and i >= document.given and i not in document.untrained]
+    trained = [i for i, message in enumerate(document.messages) if message["role"] == "assistant"
+               and i >= document.given and i not in document.untrained]
     if not trained:
         raise Refused("the conversation has no assistant message that is trained")
     turn = turns(tokenizer)
-    found = locate(document.messages, document.tools, tokenizer, turn.ends, knows_thoughts=turn.thoughts)
+    found = locate(document.messages, document.tools, tokenizer, turn.ends,
+                   knows_thoughts=turn.thoughts)
     ids, offsets = _tokenized(found.text, tokenizer)
     spans = []
     for reply in found.replies:
@@ -89,15 +95,19 @@ def _conversation(document: Document, tokenizer, loss_on: str):
             continue
         own = [(start, min(stop, reply.stop)) for start, stop in found.generated
                if start < reply.stop and reply.start < stop]
-        spans += [*own, (reply.end, reply.stop)] if own and reply.end is not None else own or [(reply.start, reply.stop)]
+        spans += own or [(reply.start, reply.stop)]
+        if reply.end is not None:
+            spans.append((reply.end, reply.stop))
     if loss_on == "everything":
-        off = [(reply.start, reply.stop) for reply in found.replies if reply.message in document.untrained]
+        off = [(reply.start, reply.stop) for reply in found.replies
+               if reply.message in document.untrained]
         mask = ~_inside(off, offsets)
     else:
         mask = _inside(spans, offsets)
     last = found.replies[-1]
     if last.message == len(document.messages) - 1 and last.end is None:
-        end = turn.last[last.calls] if turn.last[last.calls] is not None else tokenizer.eos_token_id
+        end = turn.last[last.calls]
+        end = tokenizer.eos_token_id if end is None else end
         if end is not None:
             if last.message in trained:      # with white space before it
                 mask |= _inside([(last.stop, len(found.text))], offsets)
@@ -111,7 +121,8 @@ def _inside(spans: Iterable[tuple[int, int]], offsets) -> np.ndarray:
     inside = np.zeros(len(offsets), bool)
     for start, stop in spans:
         first, behind = np.searchsorted(offsets[:, 0], (start, stop))
-        inside[first:behind] |= (offsets[first:behind, 1] <= stop) & (offsets[first:behind, 1] > offsets[first:behind, 0])
+        begin, end = offsets[first:behind].T
+        inside[first:behind] |= (begin < end) & (end <= stop)
     return inside
 
 
