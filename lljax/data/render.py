@@ -22,9 +22,9 @@ from lljax.errors import ModelError
 from lljax.files import first_line
 
 START_SECONDS = 120                          # for the process to start
-SECONDS, SECONDS_A_MESSAGE = 20, 0.02        # for the renderings of one call; Qwen3's takes 0.0002
+SECONDS, SECONDS_A_MESSAGE = 10, 0.02        # for the renderings of one call; Qwen3's takes 0.0002
 MEMORY = 2 << 30                             # bytes that the process may take for them
-LONGEST = 1 << 28                            # characters of one rendering
+LONGEST = 1 << 22                            # characters of one rendering, of a short conversation
 ADVICE = "mend chat_template, or remove it to use lljax's own"
 
 
@@ -64,8 +64,8 @@ def render(tokenizer, jobs: Sequence[Job]) -> list[Rendering | TemplateError]:
     found = []
     for reply in _PROCESS.ask(json.dumps(request, default=str).encode(), seconds):
         if reply.get("kind") == "MemoryError":
-            raise ModelError(f"the model's chat template takes more than {MEMORY >> 30} GiB for a "
-                             f"conversation, or writes more than {LONGEST:,} characters: {ADVICE}")
+            raise ModelError("the model's chat template writes far more than it is given, or takes "
+                             f"more than {MEMORY >> 30} GiB: {ADVICE}")
         found.append(TemplateError(reply["error"], reply["kind"]) if "kind" in reply
                      else Rendering(**reply))
     return found

@@ -40,8 +40,8 @@ def main() -> None:
     import transformers.utils.chat_template_utils  # noqa: F401  slow, and not within the bound
     bound_memory(int(sys.argv[1]))
     while header := requests.read(8):
-        request = json.loads(requests.read(int.from_bytes(header)))
-        longest = int(sys.argv[2])
+        size = int.from_bytes(header)
+        request, longest = json.loads(requests.read(size)), max(int(sys.argv[2]), 16 * size)
         reply = json.dumps([answer(request, job, longest) for job in request["jobs"]]).encode()
         answers.write(len(reply).to_bytes(8) + reply)
         answers.flush()
