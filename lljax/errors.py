@@ -95,9 +95,12 @@ def exit_cleanly():
     except LljaxError as error:
         print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except Exception as error:
+    except BaseException as error:
         text = next(iter(str(error).splitlines()), "")
-        if not FULL.search(text):
+        if type(error).__name__ == "PanicException":         # of Rust, and no Exception: a tokenizer whose rules fail on a text
+            print(f"ModelError: the tokenizer fails on a text ({text[:200]})", file=sys.stderr)
+            sys.exit(ModelError.exit_code)
+        if not isinstance(error, Exception) or not FULL.search(text):
             raise
         print(f"DiskError: {text}: make room and give the same command again", file=sys.stderr)
         sys.exit(LljaxError.exit_code)

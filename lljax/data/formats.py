@@ -24,6 +24,8 @@ class Document:
     prompt: str = ""
     text: str = ""
     given: int = 0                           # how many of the messages are the prompt, not to be trained
+    tools: tuple[dict, ...] = ()             # as chat templates take them
+    untrained: frozenset[int] = frozenset()  # indices of messages whose loss is off
 
     def texts(self) -> list[str]:
         return [self.prompt, self.text, *(message.get("content") or "" for message in self.messages)]

@@ -1,44 +1,44 @@
 """Documents into tokens, and which of those tokens are trained."""
 
-import os
+from collections.abc import Iterable
 
 import numpy as np
 
+from lljax.data.conversation import Refused, locate
 from lljax.data.formats import Document
+from lljax.data.turns import turns
 
-# For a base without a chat template of its own.
+# For a base without a chat template of its own. It shows all that a conversation holds.
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}### {{ message.role | capitalize }}:\n{{ message.content }}"
+    "{% if tools %}### Tools:\n{{ tools | tojson }}\n\n{% endif %}"
+    "{% for message in messages %}### {{ message.role | capitalize }}:\n"
+    "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n"
+    "{% endif %}"
+    "{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}{{ '\n' if message.content or not loop.first }}"
+    "{{ (call.function or call) | tojson }}{% endfor %}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}")
-MARK = "\ue000content\ue000"             # private characters, which no text holds by chance
-
-
-class Refused(ValueError):
-    """Why a conversation cannot be used, in words of ours: no text of it is among them."""
 
 
 def encode(document: Document, tokenizer, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens uint32 [n] and the mask of trained ones bool [n].
 
-    loss_on: "assistant" trains replies with the token that ends them, completions and plain text; "everything" trains
-    every token. Conversations go through the tokenizer's own chat template.
+    loss_on: "assistant" trains replies with the token that ends them, completions and plain text;
+    "everything" trains every token but those of replies whose loss is off. Conversations go
+    through the tokenizer's own chat template.
 
     Raises:
-      ValueError: the template refuses the conversation, or no token is trained.
+      ValueError: the template refuses the conversation or does not show all of it, or no token
+        is trained.
+      ModelError: the template does not end, or takes too much memory.
     """
     if document.messages:
-        tokens, mask = _conversation(list(document.messages), document.given, tokenizer)
+        tokens, mask = _conversation(document, tokenizer, loss_on)
     else:
-        # Together, as a prompt and its continuation are read; a token across the boundary belongs to the completion.
-        ids, offsets = _tokenised(document.prompt + document.text, tokenizer)
-        start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        tokens = [*start, *ids, *end]
-        completion = [stop > len(document.prompt) or not document.prompt for _, stop in offsets]
-        mask = [not document.prompt] * len(start) + completion + [True] * len(end)
-    mask = np.ones(len(tokens), bool) if loss_on == "everything" else np.asarray(mask, bool)
-    if not mask[1:].any():                   # the first token of a document has nothing to be predicted from
+        tokens, mask = _text(document, tokenizer, loss_on)
+    mask = np.asarray(mask, bool)
+    if not mask[1:].any():                   # nothing predicts the first token of a document
         raise ValueError("no token of it is trained")
     return np.asarray(tokens, np.uint32), mask
 
@@ -50,102 +50,87 @@ def adds_bos(tokenizer) -> bool:
 
 
 def with_template(tokenizer):
-    """The tokenizer, given PLAIN_TEMPLATE where it has no chat template."""
+    """The tokenizer, given PLAIN_TEMPLATE where it has no chat template, with bos before it where
+    the tokenizer puts one before a text."""
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + PLAIN_TEMPLATE
     return tokenizer
 
 
-def _tokenised(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return out["input_ids"], out["offset_mapping"]
+def turn_ends(tokenizer) -> tuple[int, ...]:
+    """The ids of the tokens that end a reply under the tokenizer's chat template; none without one.
+
+    Raises:
+      ModelError: the template does not end, or takes too much memory.
+    """
+    return tuple(turns(tokenizer).ends.values()) if tokenizer.chat_template else ()
 
 
-def _conversation(messages: list[dict], given: int, tokenizer):
-    if not any(message["role"] == "assistant" for message in messages[given:]):
-        raise Refused("the conversation has no assistant message")
-    template = tokenizer.chat_template
-    try:
-        marks = isinstance(template, str) and "{% generation %}" in template.replace("{%-", "{%").replace("-%}", "%}")
-        if marks and not given:
-            out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True,
-                                                return_assistant_tokens_mask=True,
-                                                tokenizer_kwargs={"verbose": False})
-            return out["input_ids"], out["assistant_masks"]
-        text, spans = _rendered(messages, given, tokenizer)
-    except Refused:
-        raise
-    except Exception as error:               # templates raise what they like, through Jinja, and may put the content into it
-        said = next(iter(str(error).strip().splitlines()), "")
-        reason = said if said and said in str(template) else type(error).__name__
-        raise Refused(f"the chat template refuses it ({reason[:120]})") from None
-    ids, offsets = _tokenised(text, tokenizer)
-    mask, k = [], 0
-    for start, stop in offsets:
-        while k < len(spans) and spans[k][1] <= start:
-            k += 1
-        mask.append(k < len(spans) and stop > start >= spans[k][0])
+def _text(document: Document, tokenizer, loss_on: str):
+    # Together, as a prompt and its continuation are read; a token across the boundary belongs to
+    # the completion.
+    text, n = document.prompt + document.text, len(document.prompt)
+    ids, offsets = _tokenized(text, tokenizer)
+    whole = loss_on == "everything" or not n
+    mask = [whole or stop > n for _, stop in offsets]
+    if adds_bos(tokenizer) and not text.lstrip().startswith(tokenizer.bos_token):
+        ids, mask = [tokenizer.bos_token_id, *ids], [whole, *mask]
+    if tokenizer.eos_token_id is not None and not text.rstrip().endswith(tokenizer.eos_token):
+        ids, mask = [*ids, tokenizer.eos_token_id], [*mask, True]
     return ids, mask
 
 
-def _rendered(messages: list[dict], given: int, tokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the spans of the replies after the first `given` messages, with what ends them.
-
-    A reply starts where the conversation before it ends with as much of its generation prompt as the text shows (R1's
-    opens a thought that the history drops), and ends with the text that the template puts behind it.
-
-    Raises:
-      Refused: a reply has no place of its own in the text.
-    """
-    def render(part, prompt=False):
-        return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
-
-    whole = render(messages)
-
-    def marked(i):
-        part = [*messages[:i], messages[i] | {"content": MARK}]
-        head, found, rest = render(part + messages[i + 1:]).partition(MARK)
-        if not found or MARK in rest:
-            raise Refused(f"the chat template does not show message {i} as it is")
-        return part, head, rest
-
-    def ending(i):
-        """A place in `whole`, and what messages[:i + 1] show from there on: without and with a generation prompt.
-
-        Some templates render a message otherwise once others follow (Qwen3 drops the thoughts of a reply): then the
-        place is where its content ends, which a mark in its stead shows.
-        """
-        closed, opened = render(messages[:i + 1]), render(messages[:i + 1], True)
-        if whole.startswith(closed.rstrip()):
-            return 0, closed, opened
-        part, _, rest = marked(i)
-        if not whole.endswith(rest):
-            raise Refused(f"the chat template does not show message {i} as it is")
-        return len(whole) - len(rest), render(part).rpartition(MARK)[2], render(part, True).rpartition(MARK)[2]
-
-    spans, cursor = [], 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < given:
+def _conversation(document: Document, tokenizer, loss_on: str):
+    trained = [i for i, message in enumerate(document.messages) if message["role"] == "assistant"
+               and i >= document.given and i not in document.untrained]
+    if not trained:
+        raise Refused("the conversation has no assistant message that is trained")
+    turn = turns(tokenizer)
+    found = locate(document.messages, document.tools, tokenizer, turn.ends,
+                   knows_thoughts=turn.thoughts)
+    ids, offsets = _tokenized(found.text, tokenizer)
+    spans = []
+    for reply in found.replies:
+        if reply.message not in trained:
             continue
-        at, closed, opened = ending(i)
-        stop = at + _shared(closed.rstrip(), whole[at:])
-        if i:
-            at, closed, opened = ending(i - 1)
-            least, shown = at + _shared(closed, opened), at + _shared(opened, whole[at:])
-            start = max(least, shown)
-            if shown < at + len(opened) and isinstance(message.get("content"), str):
-                head = marked(i)[1]                              # a reply of "<div>" begins as "<think>" does
-                start = min(start, max(least, len(head))) if whole.startswith(head) else start
-        else:
-            head, prompt = marked(0)[1], opened[_shared(closed, opened):]
-            start = head.find(prompt) + len(prompt) if prompt and prompt in head else _shared(head, whole)
-        if not cursor <= start <= stop:
-            raise Refused(f"the chat template mixes message {i} with another")
-        spans.append((start, stop))
-        cursor = stop
-    return whole, spans
+        own = [(start, min(stop, reply.stop)) for start, stop in found.generated
+               if start < reply.stop and reply.start < stop]
+        spans += own or [(reply.start, reply.stop)]
+        if reply.end is not None:
+            spans.append((reply.end, reply.stop))
+    if loss_on == "everything":
+        off = [(reply.start, reply.stop) for reply in found.replies
+               if reply.message in document.untrained]
+        mask = ~_inside(off, offsets)
+    else:
+        mask = _inside(spans, offsets)
+    last = found.replies[-1]
+    if last.message == len(document.messages) - 1 and last.end is None:
+        end = turn.last[last.calls]
+        end = tokenizer.eos_token_id if end is None else end
+        if end is not None:
+            if last.message in trained:      # with white space before it
+                mask |= _inside([(last.stop, len(found.text))], offsets)
+            ids, mask = [*ids, end], [*mask, last.message in trained]
+    return ids, mask
 
 
-def _shared(a: str, b: str) -> int:
-    """The length of the prefix that two texts share."""
-    return len(os.path.commonprefix((a, b)))
+def _inside(spans: Iterable[tuple[int, int]], offsets) -> np.ndarray:
+    """Which tokens lie inside a span of characters, whole: bool [n]."""
+    offsets = np.asarray(offsets, np.int64).reshape(-1, 2)
+    inside = np.zeros(len(offsets), bool)
+    for start, stop in spans:
+        first, behind = np.searchsorted(offsets[:, 0], (start, stop))
+        begin, end = offsets[first:behind].T
+        inside[first:behind] |= (begin < end) & (end <= stop)
+    return inside
+
+
+def _tokenized(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    try:
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":         # of Rust; no Exception
+            raise
+        raise Refused("the tokenizer cannot read a text of it") from None
+    return out["input_ids"], out["offset_mapping"]

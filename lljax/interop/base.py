@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lljax.data.template import turn_ends
 from lljax.errors import ModelError
 from lljax.interop import safetensors
+from lljax.interop.tokenizer_bounds import check, serialized
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 # By model_type, of models that read more than text: the prefix of the tensors of their text model, and its architecture.
@@ -58,7 +60,11 @@ class FolderBase:
     def tokenizer(self):
         from transformers import AutoTokenizer  # slow to import, and not every caller needs it
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+            check(self.path, tokenizer)
+            return tokenizer
+        except ModelError:
+            raise
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"{self.path}: the tokenizer cannot be read ({reason})") from None
@@ -165,13 +171,21 @@ def read_json(path: Path) -> dict:
 
 
 def end_tokens(base, tokenizer) -> frozenset[int]:
-    """The tokens that end a text or a turn: the tokenizer's, and those of generation_config.json."""
+    """The tokens that end a text or a turn: the tokenizer's, those of generation_config.json or of a GGUF's metadata, and those
+    that the chat template ends a reply with.
+
+    Raises:
+      ModelError: generation_config.json names something else than ids; the chat template does not end.
+    """
     named = (base.generation_config or {}).get("eos_token_id")
-    return frozenset({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(token) is int and token >= 0 for token in named):
+        raise ModelError(f"{base.path}: generation_config.json: eos_token_id is no id nor a list of ids")
+    return frozenset({tokenizer.eos_token_id, *named, *turn_ends(tokenizer)} - {None})
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
     """sha256 over the vocabulary, merges and chat template."""
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    digest = hashlib.sha256(serialized(tokenizer).encode())
     digest.update(str(tokenizer.chat_template).encode())
     return digest.hexdigest()

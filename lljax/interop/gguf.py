@@ -67,6 +67,8 @@ class GgufBase:
             names = LAYER | (GEMMA if self._architecture == "gemma3" else {})
             self._tensors = {_hf_name(t.name, names): t for t in self._reader.tensors if t.name != "rope_freqs.weight"}
             self.config = self._config()
+            ends = [self._field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+            self.generation_config = {"eos_token_id": [end for end in dict.fromkeys(ends) if end is not None]}
 
     @contextlib.contextmanager
     def _reading(self, failure: str):

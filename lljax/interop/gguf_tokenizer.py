@@ -4,6 +4,8 @@ A GGUF names its pre-tokenizer and leaves the rule to the reader: the rules here
 tokenizer.json files.
 """
 
+import logging
+
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +15,10 @@ from lljax.errors import ModelError
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 CONTROL, USER = 3, 4                         # token_type of special tokens, and of plain ones kept whole
+NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}   # ours, and that of <name>_token_id
+# What llama.cpp takes where the file does not say (llama-vocab.cpp, init of LLAMA_VOCAB_TYPE_SPM).
+DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {}}
+LONGEST = 256                                # characters; SentencePiece makes tokens of 16, Gemma has some of 31
 
 
 def _split(pattern: str):
@@ -43,15 +49,19 @@ def build(path: str, fields: dict, chat_template: str | None) -> PreTrainedToken
     for kind, special in ((USER, False), (CONTROL, True)):
         backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special)
                             for token, this in zip(tokens, kinds) if this == kind])
-    named = {f"{ours}_token": tokens[fields[f"{theirs}_token_id"]]
-             for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-             if f"{theirs}_token_id" in fields}
+    ids = {name: fields.get(f"{name}_token_id", DEFAULTS[fields["model"]].get(name)) for name in NAMES.values()}
+    for name, i in ids.items():
+        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
+            raise ModelError(f"{path}: tokenizer.ggml.{name}_token_id is {i!r:.40}; there are {len(tokens)} tokens")
+    named = {f"{ours}_token": tokens[ids[theirs]] for ours, theirs in NAMES.items() if ids[theirs] is not None}
     # Without the flag llama.cpp adds it to these two kinds.
-    default = fields["model"] == "llama" or (fields.get("pre") == "llama-bpe" and "bos_token" in named)
+    default = "bos_token" in named and (fields["model"] == "llama" or fields.get("pre") == "llama-bpe")
     if fields.get("add_bos_token", default):
+        if "bos_token" not in named:
+            raise ModelError(f"{path}: tokenizer.ggml.add_bos_token is true, and there is no tokenizer.ggml.bos_token_id")
         bos = named["bos_token"]
         backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fields["bos_token_id"])])
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])])
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **named)
 
 
@@ -75,8 +85,10 @@ def _sentencepiece(path: str, fields: dict) -> tokenizers.Tokenizer:
     scored tokens first."""
     tokens, scores = fields["tokens"], fields["scores"]
     index = {token: i for i, token in enumerate(tokens)}
+    if long := sum(len(token) > LONGEST for token in tokens):
+        logging.info("%s: %d tokens of more than %d characters are made of no text", path, long, LONGEST)
     merges = [(-scores[i], index[token[:k]], index[token[k:]], token[:k], token[k:]) for i, token in enumerate(tokens)
-              for k in range(1, len(token)) if token[:k] in index and token[k:] in index]
+              if len(token) <= LONGEST for k in range(1, len(token)) if token[:k] in index and token[k:] in index]
     backend = tokenizers.Tokenizer(models.BPE(index, [merge[3:] for merge in sorted(merges)], unk_token=tokens[0],
                                               fuse_unk=True, byte_fallback=True))
     prefix = fields.get("add_space_prefix", True)            # not in Gemma's

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import tokenizers
+from data.templates import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lljax.data.formats import Document
-from lljax.data.template import adds_bos, encode, with_template
+from lljax.data.template import adds_bos, encode
 
 CHATML = ("{% if messages[0].role != 'system' %}{{ '<s>system\\nHelp.<e>\\n' }}{% endif %}{% for m in messages %}"
           "{{ '<s>' + m.role + '\\n' + m.content + '<e>\\n' }}{% endfor %}"
@@ -40,18 +41,7 @@ def reply(content: str, **fields) -> dict:
 
 
 def make(template=None, *, bos=False):
-    """A tokenizer of single bytes and a few special tokens, so that every boundary is exact."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=261, special_tokens=["<s>", "<e>", "<b>"], show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator([""], trainer)
-    if bos:
-        backend.post_processor = tokenizers.processors.TemplateProcessing("<b> $A", special_tokens=[("<b>", 2)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", bos_token="<b>" if bos else None)
-    tokenizer.chat_template = template
-    return with_template(tokenizer)
+    return byte_tokenizer(template, eos="<e>", bos="<b>" if bos else None, adds_bos=bos)
 
 
 def trained(tokenizer, messages, loss_on="assistant") -> list[str]:
@@ -81,7 +71,7 @@ def test_replies_are_found_where_a_template_shows_the_last_one_otherwise():
 
 def test_the_user_is_not_trained_where_the_history_drops_what_the_generation_prompt_opens():
     assert trained(make(R1), TALK) == ["yes<e>", "no<e>"]
-    assert trained(make(R1), [user("q"), reply("<think>hm</think>yes")]) == ["yes<e>"]
+    assert trained(make(R1), [user("q"), reply("<think>hm</think>yes"), *TALK[:2]]) == ["yes<e>", "yes<e>"]
     assert trained(make(THINKING), TALK) == ["yes<e>", "</think>no<e>"]
 
 
@@ -114,8 +104,8 @@ def test_a_call_of_a_tool_is_trained_without_content():
 
 
 def test_a_content_that_the_template_does_not_show_is_refused():
-    hiding = FORGETFUL.replace("{{ m.content +", "{{ (m.content if loop.last else 'x') +")
-    with pytest.raises(ValueError, match="does not show message 1"):
+    hiding = FORGETFUL.replace("{{ m.content +", "{{ (m.content if loop.last or m.role == 'user' else 'x') +")
+    with pytest.raises(ValueError, match=r"does not show message 1 \(assistant\) as it is"):
         trained(make(hiding), TALK)
 
 
@@ -174,6 +164,120 @@ def test_a_document_longer_than_the_tokenizer_expects_prints_nothing(template, c
     encode(Document("file:1", messages=tuple(TALK)), tokenizer, "assistant")
     encode(Document("file:1", text="a long text"), tokenizer, "assistant")
     assert capfd.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------- the end of a turn
+PHI = ("{% for m in messages %}{{ '<s>' + m.role + ':' + m.content + '<e>' }}{% endfor %}"
+       "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% else %}{{ '<s>!' }}{% endif %}")
+NEXT = ("{% for m in messages %}{{ '<s>' if m.role == 'user' else '<b>' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<b>{% endif %}")                                                 # as GLM-4.5
+TEXT = ("{% for m in messages %}{{ '|' + m.role + '|' + m.content + ' |end|' }}{% endfor %}"            # no special token
+        "{% if add_generation_prompt %}|assistant|{% endif %}")
+
+
+def test_a_token_after_the_end_of_a_reply_is_not_trained():
+    """Behind the last reply as before the next turn stands <s>."""
+    assert trained(make(PHI), TALK) == ["yes<e>", "no<e>"]
+
+
+def test_the_marker_that_ends_a_turn_is_trained_also_behind_the_last_reply():
+    assert trained(make(NEXT), TALK) == ["yes<s>", "no<s>"]
+    assert trained(make(NEXT), TALK[:3]) == ["yes<s>"]
+
+
+def test_a_reply_without_a_token_that_ends_it_gets_eos_when_it_is_the_last():
+    assert trained(make(TEXT), TALK) == ["yes |end|", "no |end|<e>"]
+
+
+def test_a_marker_of_the_next_turn_is_never_trained_in_part():
+    closing = TEXT.replace("' |end|'", "('|last|' if loop.last and m.role == 'assistant' else '')")
+    assert trained(make(closing), TALK) == ["yes", "no|last|<e>"]
+
+
+def test_a_generation_block_without_the_end_of_the_turn_trains_it_all_the_same():
+    inside = MARKED.replace("{{ m.content + '<e>' }}", "{{ m.content }}").replace(
+        "{%- endgeneration -%}", "{%- endgeneration -%}{{ '<e>' }}")
+    assert trained(make(inside), TALK) == ["yes<e>", "no<e>"]
+    assert trained(make(MARKED.replace("'<e>' }}\n", "'<e>and more' }}")), TALK) == ["yes<e>", "no<e>"]
+
+
+# ---------------------------------------------------------------- what a row says
+CALL = [{"type": "function", "function": {"name": "look", "arguments": {"q": "x"}}}]
+
+
+@pytest.mark.parametrize("template", [None, CHATML, MARKED])
+@pytest.mark.parametrize("loss_on", ["assistant", "everything"])
+def test_replies_whose_loss_is_off_are_not_trained(template, loss_on):
+    tokenizer = make(template)
+    tokens, mask = encode(Document("f:1", messages=tuple(TALK), untrained=frozenset({1})), tokenizer, loss_on)
+    assert "yes<e>" not in tokenizer.decode(tokens[mask]).replace(TALK[0]["content"], "")
+    assert tokenizer.decode(tokens[mask]).rstrip().endswith("no<e>")
+    with pytest.raises(ValueError, match="no assistant message that is trained"):
+        encode(Document("f:1", messages=tuple(TALK[:3]), untrained=frozenset({1})), tokenizer, loss_on)
+
+
+def test_the_plain_template_shows_tools_calls_thoughts_and_roles():
+    tokenizer = make()
+    talk = [user("q"), reply(None, tool_calls=CALL), {"role": "tool", "content": "42"}, reply("done", reasoning_content="hm")]
+    tokens, mask = encode(Document("f:1", messages=tuple(talk), tools=({"name": "look"},)), tokenizer, "assistant")
+    assert tokenizer.decode(tokens) == (
+        '### Tools:\n[{"name": "look"}]\n\n### User:\nq\n### Assistant:\n{"name": "look", "arguments": {"q": "x"}}<e>'
+        "\n### Tool:\n42\n### Assistant:\n<think>\nhm\n</think>\n\ndone<e>\n")
+    assert tokenizer.decode(tokens[mask]) == (
+        '{"name": "look", "arguments": {"q": "x"}}<e><think>\nhm\n</think>\n\ndone<e>')
+
+
+@pytest.mark.parametrize("message,tools,reason", [
+    ({"role": "developer", "content": "rules"}, (), r"message 0 \(developer\) as it is"),
+    ({"role": "the keeper", "content": "rules"}, (), "message 0 as it is"),
+    (reply("", tool_calls=CALL), (), r"a tool call of message 0 \(assistant\)"),
+    (reply("yes", reasoning_content="hm"), (), r"the thought of message 0 \(assistant\)"),
+    (user("q"), ({"type": "function", "function": {"name": "look"}},), "the tools of the row")])
+def test_what_a_template_does_not_show_is_refused(message, tools, reason):
+    template = ("{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ '<s>' + m.role + ':' + m.content + '<e>' }}"
+                "{% endif %}{% endfor %}")
+    with pytest.raises(ValueError, match=f"does not show {reason}"):
+        encode(Document("f:1", messages=(message, *TALK), tools=tools), make(template), "assistant")
+
+
+def test_a_call_whose_arguments_a_template_wants_in_another_form_is_shown_in_that():
+    call = "m.tool_calls[0].function.name + m.tool_calls[0].function.arguments"
+    as_text = CHATML.replace("m.content + '<e>", f"(m.content if m.content is not none else {call}) + '<e>")
+    as_object = CHATML.replace("m.content + '<e>", f"m.content + ({call} | tojson if m.tool_calls else '') + '<e>")
+    given = [{"function": {"name": "look", "arguments": '{"q": "x"}'}}]
+    for template in (as_text, as_object):
+        for calls in (CALL, given):
+            assert trained(make(template), [user("q"), reply(None, tool_calls=calls)]) == ['look{"q": "x"}<e>']
+
+
+# ---------------------------------------------------------------- bos and eos
+def test_a_text_that_has_bos_and_eos_gets_no_second():
+    tokenizer = byte_tokenizer(None, eos="<e>", bos="<b>", adds_bos=True)
+    for document in (Document("f:1", text="<b>ab<e>"), Document("f:1", prompt="<b>a", text="b<e>"), Document("f:1", text="ab"),
+                     Document("f:1", text="<b>ab"), Document("f:1", text="ab<e>")):
+        tokens, mask = encode(document, tokenizer, "assistant")
+        assert tokenizer.decode(tokens) == "<b>ab<e>" and mask[-1] and mask[0] == (not document.prompt)
+
+
+def test_the_plain_template_begins_with_bos_where_texts_do():
+    assert trained(make(bos=True), TALK) == ["yes<e>", "no<e>"]
+    for bos in (False, True):
+        tokenizer = make(bos=bos)
+        tokens, _ = encode(Document("f:1", messages=tuple(TALK)), tokenizer, "assistant")
+        assert tokenizer.decode(tokens).startswith("<b>### User" if bos else "### User")
+        assert tokenizer.decode(tokens).count("<b>") == bos
+
+
+def test_a_text_on_which_a_tokenizer_panics_is_refused(monkeypatch):
+    panic = type("PanicException", (BaseException,), {})
+
+    class Panics:
+        bos_token_id = eos_token_id = None
+
+        def __call__(self, *_, **__):
+            raise panic("called `Result::unwrap()` on an `Err` value")
+    with pytest.raises(ValueError, match="the tokenizer cannot read a text of it"):
+        encode(Document("f:1", text="aaa"), Panics(), "assistant")
 
 
 @pytest.mark.parametrize("messages,reason", [

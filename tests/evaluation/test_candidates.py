@@ -8,7 +8,7 @@ import pytest
 
 from lljax.build import load_base, stretched
 from lljax.evaluation.candidates import of_base
-from lljax.interop.base import end_tokens, open_base
+from lljax.interop.base import open_base
 from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import write_adapter
 from lljax.models import lora, spec
@@ -76,11 +76,3 @@ def test_a_key_knows_the_weights_the_tokenizer_and_what_ends_a_turn(form, tiny, 
 def test_a_base_alone_is_one_model(tiny):
     found = of_base(tiny, None)
     assert [each.name for each in found.models] == ["base"] and found.extended == spec.from_hf(open_base(tiny).config)
-
-
-def test_what_ends_a_turn_is_the_tokenizers_and_the_models(tiny, tokenizer):
-    base = open_base(tiny)
-    assert end_tokens(base, tokenizer) == {0}
-    for named, wanted in (([5, 7], {0, 5, 7}), (5, {0, 5}), (None, {0})):
-        base = type("Base", (), {"generation_config": {"eos_token_id": named}})
-        assert end_tokens(base, tokenizer) == wanted

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from lljax.errors import ModelError
-from lljax.interop.base import open_base, read_json, tokenizer_fingerprint
+from lljax.interop.base import end_tokens, open_base, read_json, tokenizer_fingerprint
 
 
 def test_a_folder_gives_its_config_tensors_and_tokenizer(hf_folder):
@@ -105,3 +106,24 @@ def test_json_is_read_from_a_regular_file_alone(tmp_path):
     for name in ("pipe.json", "device.json", "."):
         with pytest.raises(ModelError, match="there is no such file"):
             read_json(tmp_path / name)
+
+
+# ---------------------------------------------------------------- what ends a text or a turn
+def test_what_ends_a_turn_is_the_tokenizers_the_models_and_the_templates(tiny, tokenizer, monkeypatch):
+    base = open_base(tiny)
+    assert end_tokens(base, tokenizer) == {0}
+    for named, wanted in (([5, 7], {0, 5, 7}), (5, {0, 5}), (None, {0}), ([], {0})):
+        monkeypatch.setattr(type(base), "generation_config", {"eos_token_id": named})
+        assert end_tokens(base, tokenizer) == wanted
+    added = copy.deepcopy(tokenizer)
+    added.add_tokens(["<turn>"], special_tokens=True)
+    added.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    assert end_tokens(base, added) == {0, added.convert_tokens_to_ids("<turn>")}
+
+
+@pytest.mark.parametrize("named", [[[1]], {}, "1", 1.5, True, -1, [None]])
+def test_ends_that_are_no_ids_are_one_line(named, tiny, tokenizer, monkeypatch):
+    base = open_base(tiny)
+    monkeypatch.setattr(type(base), "generation_config", {"eos_token_id": named})
+    with pytest.raises(ModelError, match="eos_token_id is no id nor a list of ids"):
+        end_tokens(base, tokenizer)

@@ -11,7 +11,7 @@ import transformers
 from lljax.errors import ModelError
 from lljax.interop import gguf as gguf_base
 from lljax.interop import gguf_tokenizer
-from lljax.interop.base import open_base
+from lljax.interop.base import end_tokens, open_base
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.huggingface import load_weights
 from lljax.models.decoder import Decoder
@@ -241,6 +241,34 @@ def test_sentencepiece_vocabularies_merge_by_score_and_fall_back_to_bytes(tmp_pa
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
+def sentencepiece(tokens, **fields):
+    return gguf_tokenizer.build("model.gguf", {
+        "model": "llama", "tokens": tokens, "scores": [0.0] * len(tokens), "token_type": [2, 3, 3] + [1] * (len(tokens) - 3)
+    } | fields, None)
+
+
+@pytest.mark.parametrize("fields,bos", [
+    ({}, "<s>"), ({"add_bos_token": False}, "<s>"), ({"bos_token_id": 2}, "</s>"), ({"bos_token_id": 2, "eos_token_id": 1}, "</s>")])
+def test_metadata_without_bos_and_eos_has_those_of_llama_cpp(fields, bos):
+    tokenizer = sentencepiece(["<unk>", "<s>", "</s>", "\u2581", "a"], **fields)
+    assert (tokenizer.bos_token, tokenizer.unk_token) == (bos, "<unk>") and tokenizer.eos_token in ("<s>", "</s>")
+    assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == fields.get("add_bos_token", True)
+
+
+def test_long_tokens_cost_no_more_than_their_length(caplog):
+    """Every one of 800 tokens is made of two others in as many ways as it has letters; one has a million."""
+    with caplog.at_level("INFO"):
+        tokenizer = sentencepiece(["<unk>", "<s>", "</s>", "\u2581", *("a" * k for k in range(1, 800)), "b" * 1_000_000])
+    assert "544 tokens of more than 256 characters" in caplog.text
+    assert tokenizer.convert_ids_to_tokens(tokenizer("aaaa", add_special_tokens=False)["input_ids"])[-1].endswith("aa")
+
+
+def test_the_tokens_that_end_a_turn_are_in_the_metadata(tmp_path):
+    write(tmp_path / "m.gguf", metadata={"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 7})
+    base = open_base(str(tmp_path / "m.gguf"))
+    assert end_tokens(base, base.tokenizer()) == {WORDS.index("</s>"), 5, 7}
+
+
 # ---------------------------------------------------------------- refusals
 @pytest.mark.parametrize("metadata", [
     {"llama.embedding_length": None}, {"llama.attention.head_count": [8, 8]}, {"llama.attention.head_count": 0,
@@ -249,6 +277,7 @@ def test_sentencepiece_vocabularies_merge_by_score_and_fall_back_to_bytes(tmp_pa
     {"llama.rope.scaling.type": "longrope"}, {"llama.rope.scaling.type": "linear"},
     {"llama.attention.head_count_kv": 3},
     {"tokenizer.ggml.eos_token_id": 4000}, {"tokenizer.ggml.merges": None}, {"tokenizer.ggml.bos_token_id": None},
+    {"tokenizer.ggml.eos_token_id": "1"}, {"tokenizer.ggml.bos_token_id": [1]},
     {"tokenizer.ggml.tokens": None}, {"tokenizer.ggml.model": "bert"}, {"tokenizer.ggml.pre": "unheard of"},
 ], ids=str)
 def test_metadata_that_makes_no_model_is_one_line(tmp_path, metadata):

@@ -1,0 +1,166 @@
+"""Chat templates, run in a process of their own: in bounded time and memory, whatever they do.
+
+A template comes with a model and is a program of other people: it may loop without end, write
+gigabytes, raise, or end its process. The process is started at the first rendering, serves all that
+follow, and ends with this one.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lljax.errors import ModelError
+from lljax.files import first_line
+
+START_SECONDS = 120                          # for the process to start
+SECONDS, SECONDS_A_MESSAGE = 10, 0.02        # for the renderings of one call; Qwen3's takes 0.0002
+MEMORY = 2 << 30                             # bytes that the process may take for them
+LONGEST = 1 << 22                            # characters of one rendering, of a short conversation
+ADVICE = "mend chat_template, or remove it to use lljax's own"
+
+
+class TemplateError(ValueError):
+    """What a template raised. kind: its class. The message may hold text of the conversation."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+class Job(NamedTuple):
+    """One rendering. options: of transformers' render_jinja_template, such as tools."""
+
+    messages: Sequence[dict]
+    options: dict = {}
+
+
+class Rendering(NamedTuple):
+    """text, and where its {% generation %} blocks are, if return_assistant_tokens_mask is set."""
+
+    text: str
+    spans: list[list[int]]
+
+
+def render(tokenizer, jobs: Sequence[Job]) -> list[Rendering | TemplateError]:
+    """Renders by the chat template of a tokenizer; one that raised stands there as an error.
+
+    Raises:
+      ModelError: the template does not end, or takes more memory than is granted.
+    """
+    tools = next((job.options["tools"] for job in jobs if job.options.get("tools")), None)
+    request = {"template": tokenizer.get_chat_template(None, tools),
+               "special_tokens": tokenizer.special_tokens_map,
+               "jobs": [{"messages": list(job.messages), "options": job.options} for job in jobs]}
+    seconds = SECONDS + SECONDS_A_MESSAGE * sum(len(job.messages) for job in jobs)
+    found = []
+    for reply in _PROCESS.ask(json.dumps(request, default=str).encode(), seconds):
+        if reply.get("kind") == "MemoryError":
+            raise ModelError("the model's chat template writes far more than it is given, or takes "
+                             f"more than {MEMORY >> 30} GiB: {ADVICE}")
+        found.append(TemplateError(reply["error"], reply["kind"]) if "kind" in reply
+                     else Rendering(**reply))
+    return found
+
+
+def chat_text(tokenizer, messages: Sequence[dict], **options) -> str:
+    """A conversation as text, with the beginning of the reply that is to come.
+
+    options: as of a Job, such as add_generation_prompt=False.
+
+    Raises:
+      ModelError: the template refuses it, or as `render`.
+    """
+    (rendered,) = render(tokenizer, [Job(messages, {"add_generation_prompt": True} | options)])
+    if isinstance(rendered, TemplateError):
+        raise ModelError("the chat template refuses the conversation "
+                         f"({rendered.kind}: {first_line(rendered)[:200]})")
+    return rendered.text
+
+
+class _Process:
+    """The process, started where there is none that serves."""
+
+    def __init__(self):
+        self._popen, self._lock = None, threading.Lock()
+
+    def ask(self, request: bytes, seconds: float) -> list[dict]:
+        """Raises ModelError where the answer does not come."""
+        with self._lock:
+            try:
+                if self._popen is None:
+                    self._start()
+                return json.loads(self._exchange(request, seconds))
+            except BaseException:            # of an interrupt too: the next would read its answer
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        if self._popen is not None:
+            with contextlib.suppress(OSError):
+                self._popen.kill()
+            with contextlib.suppress(OSError):
+                self._popen.stdin.close()
+            self._popen.stdout.close()
+            self._popen.wait()
+            self._popen = None
+
+    def _start(self) -> None:
+        # In a session of its own: signals to the group are for the run, which may go on rendering.
+        script = Path(__file__).with_name("render_process.py")
+        try:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", script, str(MEMORY), str(LONGEST)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+                start_new_session=True)
+        except OSError as error:
+            raise ModelError("the process that runs chat templates cannot be started "
+                             f"({first_line(error)})") from None
+        self._exchange(json.dumps({"jobs": []}).encode(), START_SECONDS)
+
+    def _exchange(self, request: bytes, seconds: float) -> bytes:
+        until = time.monotonic() + seconds
+        send = memoryview(len(request).to_bytes(8) + request)
+        os.set_blocking(self._popen.stdin.fileno(), False)
+        while send:
+            self._wait(self._popen.stdin, select.POLLOUT, until, seconds)
+            try:
+                send = send[os.write(self._popen.stdin.fileno(), send):]
+            except BrokenPipeError:
+                self._gone()
+        return self._read(int.from_bytes(self._read(8, until, seconds)), until, seconds)
+
+    def _read(self, size: int, until: float, seconds: float) -> bytes:
+        parts = []
+        while size:
+            self._wait(self._popen.stdout, select.POLLIN, until, seconds)
+            part = os.read(self._popen.stdout.fileno(), min(size, 1 << 20))
+            if not part:
+                self._gone()
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def _wait(self, pipe, event: int, until: float, seconds: float) -> None:
+        poll = select.poll()
+        poll.register(pipe, event)
+        if not poll.poll(1000 * max(0.0, until - time.monotonic())):
+            raise ModelError("the model's chat template has not ended within "
+                             f"{seconds:.0f} seconds: {ADVICE}")
+
+    def _gone(self):
+        code = self._popen.wait()
+        raise ModelError(f"the process of the model's chat template ended (exit {code}), for want "
+                         f"of memory or by what the template does: {ADVICE}")
+
+
+_PROCESS = _Process()
+atexit.register(_PROCESS.stop)
