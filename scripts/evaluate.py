@@ -15,25 +15,26 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from lljax.config import default_config
+from lljax.console import console
 from lljax.data.template import with_template
 from lljax.data.tokens import TokenStore, prepare
-from lljax.errors import ConfigError, exit_cleanly
+from lljax.errors import ConfigError, Stopped, exit_cleanly
 from lljax.evaluation import perplexity, registry, results, zeroscrolls
 from lljax.evaluation.answer import Asking, answer, too_short
 from lljax.evaluation.candidates import Candidates, of_base, of_run
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.results import Predictions, Score
-from lljax.evaluation.task import Example, Sources, TooShort
+from lljax.evaluation.task import Example, Sources, TooShort, refuse_beyond
+from lljax.files import first_line
 from lljax.interop.base import end_tokens, tokenizer_fingerprint
 from lljax.restore import read_config
 from lljax.training.report import write_report
 
-CONSOLE = Console()
+CONSOLE = console()
 
 
 def evaluate(arguments) -> None:
@@ -44,14 +45,16 @@ def evaluate(arguments) -> None:
     sources = Sources(**{field: getattr(arguments, field) for field in Sources.__dataclass_fields__})
     names = [name for name in arguments.tasks.split(",") if name]
     protocols = [name for name in PROTOCOLS if name in names]
-    if unknown := [name for name in names if name.startswith("perplexity/") and name not in PROTOCOLS]:
-        raise ConfigError(f"--tasks: there is no task {unknown[0]!r}; known here: {', '.join(PROTOCOLS)}")
     tasks = registry.find([name for name in names if name not in PROTOCOLS], sources)
     candidates = of_run(arguments.workdir) if arguments.workdir else of_base(arguments.model, arguments.adapter)
     lengths = read_lengths(arguments.lengths) or doublings(candidates.extended.rope.original_length,
                                                            candidates.extended.max_length)
+    refuse_beyond(lengths[-1], candidates.extended.max_length, "--lengths")
     out = arguments.out or arguments.workdir
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out={out}: {first_line(error)}") from None
     tokenizer = candidates.base.tokenizer()
     texts = read_held_out(arguments, protocols, lengths, held_out(arguments, candidates, tokenizer, out) if protocols else None)
     asking = Asking(with_template(tokenizer), arguments.samples, arguments.seed, arguments.chat,
@@ -93,7 +96,7 @@ def held_out(arguments, candidates: Candidates, tokenizer, out: Path) -> TokenSt
 
 def read_held_out(arguments, protocols, lengths, store) -> dict:
     """What each protocol reads at each length; nothing where the length is too short for it."""
-    texts = {}
+    texts: dict = {}
     for protocol in protocols:
         for length in lengths:
             try:
@@ -106,16 +109,28 @@ def read_held_out(arguments, protocols, lengths, store) -> dict:
 
 def perplexities(model, name: str, key: str, texts: dict, made: Predictions, **where) -> Iterator[Score]:
     """What `read_held_out` gave, measured, or found again: in `made` a perplexity is the answer to all that was read."""
+    digest = lambda pieces: hashlib.sha256(pieces.tobytes()).hexdigest()
+    same = {}                                # by protocol a digest of what it predicts at every length
+    for (protocol, _), pieces in texts.items():
+        if len(pieces) and (predicted := perplexity.predicted(protocol, pieces)) is not None:
+            same[protocol] = digest(predicted)[:12]
     for (protocol, length), pieces in progress(texts.items(), f"{name}: perplexity") if texts else ():
         value = math.nan
         if len(pieces):
-            read = Example(str(len(pieces)), hashlib.sha256(pieces.tobytes()).hexdigest(), (), 0)
-            known = made.find(key, protocol, length, read)
-            if known is None:
-                known = repr(perplexity.measure(protocol, model, pieces, length, **where))
-                made.add(key, protocol, length, read, known)
-            value = float(known)
-        yield Score(name, protocol, length, value, len(pieces))
+            read = Example(str(len(pieces)), digest(pieces), (), 0)
+            value = number(made.find(key, protocol, length, read))
+            if math.isnan(value):
+                value = perplexity.measure(protocol, model, pieces, length, **where)
+                made.add(key, protocol, length, read, repr(value))
+        yield Score(name, protocol, length, value, len(pieces), texts=same.get(protocol, ""))
+
+
+def number(text: str | None) -> float:
+    """NaN where there is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def submit(out: Path, name: str, key: str, scores: list[Score], samples: int | None, made: Predictions) -> None:
@@ -154,7 +169,7 @@ def read_lengths(text: str) -> list[int]:
     except ValueError:
         lengths = {0}
     if any(length < 1 for length in lengths):
-        raise ConfigError(f"--lengths={text}: comma-separated numbers of tokens, such as 512,4k")
+        raise ConfigError(f"--lengths={text:.60}: comma-separated numbers of tokens, such as 512,4k")
     return sorted(lengths)
 
 
@@ -194,7 +209,10 @@ def main() -> None:
         for field in ("samples", "documents", "rows"):
             if getattr(arguments, field) is not None and getattr(arguments, field) < 1:
                 raise ConfigError(f"--{field}={getattr(arguments, field)}: a number of at least 1")
-        evaluate(arguments)
+        try:
+            evaluate(arguments)
+        except KeyboardInterrupt:
+            raise Stopped("the same command goes on from what was answered") from None
 
 
 if __name__ == "__main__":
