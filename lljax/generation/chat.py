@@ -21,7 +21,7 @@ class Chat:
         """The tokens that the model continues with its reply to `text`.
 
         Raises:
-          TooLong: it alone does not fit; the conversation is as it was before. ModelError: as `render`.
+          TooLong: it alone does not fit; the conversation is as it was before. ModelError: as `chat_text`.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         before = len(asked)

@@ -143,7 +143,8 @@ def length_chart(title: str, lengths: list[int], lines: dict[str, list[float]], 
     if log:
         y = _value_scale([Line(np.arange(len(told)), np.array(told), "series")], log=True, from_zero=False)
     else:
-        y = Scale(min(*told, 0.0), 1.03 * max(*told, 100.0), HEIGHT - BOTTOM, TOP - 28)
+        low, high = min(*told, 0.0), max(*told, 100.0)
+        y = Scale(low - 0.05 * (high - low), high + 0.05 * (high - low), HEIGHT - BOTTOM, TOP - 28)      # room for rings
     x = lambda i: LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / len(lengths)
     y_ticks, labels, _ = _value_ticks(y)
     body = [f'<text class="name" x="{LEFT}" y="13">{escape(title)}</text>',
@@ -169,8 +170,9 @@ def heatmap(title: str, lengths: list[int], rows: list[str], values: list[list[f
 
     A cell has the class `cold` or `warm` of its half of the scale, as opaque as it is far from the middle.
     """
-    high, top = 30, 26
-    wide = (WIDTH - LEFT - RIGHT) / len(lengths)
+    wide, top = (WIDTH - LEFT - RIGHT) / len(lengths), 26
+    narrow = wide < 84                       # too narrow for both on a line, in the larger letters of a phone
+    high = 40 if narrow else 30
     x, height = (lambda i: LEFT + wide * (i + 0.5)), top + high * len(rows) + BOTTOM
     body = [f'<text class="name" x="{LEFT}" y="13">{escape(title)}</text>', *_lengths_below(lengths, x, height - BOTTOM)]
     for at, (row, scores) in enumerate(zip(rows, values)):
@@ -181,10 +183,11 @@ def heatmap(title: str, lengths: list[int], rows: list[str], values: list[list[f
             far = abs(min(max(score, 0), 100) - 50) / 50 if known else 0
             half = ("warm" if score < 50 else "cold") if known else "none"
             told = f"{score:.0f}" if known else UNKNOWN
-            counted = f'<tspan class="count"> n={n:,}</tspan>' if known and n else ""
+            start = f' x="{_n(x(i))}" dy="1.1em">' if narrow else "> "
+            counted = f'<tspan class="count"{start}n={n:,}</tspan>' if known and n else ""
             body.append(f'<rect class="cell {half}" x="{_n(x(i) - wide / 2 + 1)}" y="{y + 1}" width="{_n(wide - 2)}" '
                         f'height="{high - 2}" fill-opacity="{0.12 + 0.68 * far:.2f}"/><text class="score" x="{_n(x(i))}" '
-                        f'y="{_n(y + high / 2 + 5)}" text-anchor="middle">{told}{counted}</text>')
+                        f'y="{_n(y + high / 2 + (-2 if narrow and counted else 5))}" text-anchor="middle">{told}{counted}</text>')
     return _svg(title, body, height)
 
 

@@ -371,8 +371,9 @@ def _lm_eval_rows(found: dict) -> dict[tuple, list]:
             metric, _, filtered = key.partition(",")
             if isinstance(value, (int, float)) and filtered and not metric.endswith("_stderr"):
                 name = metric if filtered == "none" else f"{metric}, {filtered}"
+                error = values.get(f"{metric}_stderr,{filtered}")            # "N/A" where there is none
                 rows[task, arguments, key] = [task, arguments, shots, name, value,
-                                              values.get(f"{metric}_stderr,{filtered}"), n]
+                                              error if isinstance(error, (int, float)) else None, n]
     return rows
 
 
@@ -440,7 +441,7 @@ def _configuration(config: dict) -> str:
     fields = dict(_flat(config))
     if not fields:
         return ""
-    rows = "".join(f"<tr><th scope='row'>{escape(field)}</th><td>{escape(json.dumps(value, ensure_ascii=False))}"
+    rows = "".join(f"<tr><th scope='row'>{escape(field)}</th><td>{escape(_short(json.dumps(value, ensure_ascii=False), 4000))}"
                    "</td></tr>" for field, value in fields.items())
     return (f"<details><summary>{len(fields)} fields</summary><div class='table'><table class='config'><tbody>{rows}"
             "</tbody></table></div></details>")

@@ -43,9 +43,8 @@ def test_what_no_longer_fits_is_left_out_oldest_first_and_the_system_stays(chatt
 
 def test_a_template_that_raises_is_one_line(chatting, monkeypatch):
     monkeypatch.setattr(chatting, "chat_template", "{{ raise_exception('no \\x1b[31m\n\nsystem') }}")
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError, match=r"^the chat template refuses the conversation \(.*no \\x1b\[31m\)$"):
         Chat(chatting, 100).ask("hi")
-    assert str(caught.value) == "the chat template refuses the conversation (no \\x1b[31m)"
 
 
 def run(monkeypatch, base, *flags, said=""):
