@@ -1,6 +1,6 @@
 """Continues a prompt, or talks, with a base, a base with an adapter, or with what a run trained.
 
-python scripts/generate.py --workdir=runs/quickstart --prompt='def main():'
+python scripts/generate.py --workdir=runs/quickstart --prompt='def main():' --repetition_penalty=1.2
 python scripts/generate.py --model=lljax/assets/tiny-512 --adapter=runs/quickstart/export/peft --prompt='import os'
 python scripts/generate.py --workdir=runs/mine --chat --prompt='What does this contract say about notice?'
 python scripts/generate.py --workdir=runs/mine --chat --system='You answer in one sentence.'
@@ -10,6 +10,7 @@ python scripts/generate.py --workdir=runs/mine --chat --system='You answer in on
 
 import argparse
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -53,7 +54,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with exit_cleanly():
-        run(arguments)
+        try:
+            run(arguments)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:              # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or Python complains at its end
+            sys.exit(1)
 
 
 def run(arguments) -> None:

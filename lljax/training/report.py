@@ -26,7 +26,8 @@ COMMANDS = (
     ("A base and a plain LoRA for vllm --enable-lora", "python scripts/export.py --workdir={run} --format=split"),
     ("Held-out perplexity by length", "python scripts/evaluate.py --workdir={run}"),
     ("What it finds in long texts", "python scripts/evaluate.py --workdir={run} --tasks=perplexity,passkey,needle,ruler"),
-    ("Talk to it", "python scripts/generate.py --workdir={run} --prompt='...'"),
+    ("A text that it continues", "python scripts/generate.py --workdir={run} --prompt='...'"),
+    ("Talk to it", "python scripts/generate.py --workdir={run} --chat"),
     ("Serve the merged model", "vllm serve {run}/export/merged --max-model-len {length}"),
 )
 MOST_EVALUATIONS = 40                        # the newest, in the table of those while training

@@ -72,6 +72,16 @@ def test_what_is_shown_is_what_is_decoded_and_fits_what_the_model_reads(tiny, mo
     assert written > 0 and read + written <= script.of_base(tiny, None).extended.max_length
 
 
+def test_what_the_terminal_cannot_show_is_escaped_and_a_stop_string_ends_the_text(tiny, tokenizer, monkeypatch):
+    tokens = [token for c in "naïve, and more" for token in tokenizer(c)["input_ids"]]
+    monkeypatch.setattr(script.Writer, "model", None)
+    monkeypatch.setattr(script, "stream", lambda *_, **how: ([token] for token in tokens))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out := io.BytesIO(), encoding="ascii"))
+    run(monkeypatch, tiny, "--prompt=a", "--stop= more")
+    sys.stdout.flush()
+    assert out.getvalue() == b"na\\xefve, and\n"
+
+
 @pytest.mark.parametrize("flags,told", [
     ([], "--prompt or --prompt_file, or talk with --chat"), (["--prompt=a", "--system=b"], "--system without --chat"),
     (["--prompt=a", "--stop="], "--stop=''"), (["--prompt=a", "--tokens=0"], "--tokens=0"),
