@@ -96,7 +96,7 @@ def held_out(arguments, candidates: Candidates, tokenizer, out: Path) -> TokenSt
 
 def read_held_out(arguments, protocols, lengths, store) -> dict:
     """What each protocol reads at each length; nothing where the length is too short for it."""
-    texts: dict = {}
+    texts = {}
     for protocol in protocols:
         for length in lengths:
             try:
@@ -118,15 +118,15 @@ def perplexities(model, name: str, key: str, texts: dict, made: Predictions, **w
         value = math.nan
         if len(pieces):
             read = Example(str(len(pieces)), digest(pieces), (), 0)
-            value = number(made.find(key, protocol, length, read))
+            value = parsed(made.find(key, protocol, length, read))
             if math.isnan(value):
                 value = perplexity.measure(protocol, model, pieces, length, **where)
                 made.add(key, protocol, length, read, repr(value))
         yield Score(name, protocol, length, value, len(pieces), texts=same.get(protocol, ""))
 
 
-def number(text: str | None) -> float:
-    """NaN where there is none."""
+def parsed(text: str | None) -> float:
+    """The number that a prediction is; NaN where it is none."""
     try:
         return float(text)
     except (TypeError, ValueError):

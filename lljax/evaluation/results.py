@@ -10,18 +10,17 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lljax.errors import DataError
 from lljax.evaluation import needle
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.ruler import SHORTEST, TASKS, THRESHOLD, effective_length
 from lljax.evaluation.task import Example
-from lljax.files import atomic_write, printable, read_object
+from lljax.files import atomic_write, first_line, printable, read_object
 from lljax.training.charts import short_length
 
 FAMILIES = ("ruler", "longbench", "longbench_e", "zeroscrolls")      # their authors report the mean of their tasks
 # Those that get a row, in this order: of LongBench-E and LongBench v2. (The depths of a needle are in its heatmap.)
 GROUPS = ("0-4k", "4-8k", "8k+", "easy", "hard", "short", "medium", "long")
-
-
 BASE, STRETCHED, TRAINED = "base", "base, RoPE stretched", "trained"         # models, as scores call them
 SHARES = ("needle", "passkey")               # tasks of which a score is the share that was found
 MISSING = "–"
@@ -33,14 +32,22 @@ class Predictions:
 
     A prediction is found again by model, task, length and example, and only if the question is still the same. `model`
     must name everything about it that changes its answers. The file holds answers and predictions, and no prompts.
+
+    Raises:
+      DataError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._made, whole = _read(path)
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: predictions are kept there, and it is not a regular file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._made, whole = _read(path)
+            self._file = open(path, "ab")
+        except OSError as error:
+            raise DataError(f"{path}: predictions cannot be kept there ({first_line(error)})") from None
         self._asked: dict[tuple, str] = {}
-        self._file = open(path, "ab")
         self._file.truncate(whole)           # what a kill left of a line
 
     def find(self, model: str, task: str, length: int, example: Example) -> str | None:
@@ -191,15 +198,12 @@ def _counts(scores: Sequence[Score]) -> dict[str, set[int]]:
 
 
 def _examples_told(counts: Mapping[str, set[int]]) -> str:
-    """For a caption: ", 10 examples each", or which tasks have how many."""
-    alike: dict[int, list[str]] = {}
-    for task, found in counts.items():
-        if len(found) == 1:
-            alike.setdefault(min(found), []).append(task)
-    if len(alike) == 1 and len(counts) == len(next(iter(alike.values()))):
-        return f", {next(iter(alike))} examples each"
-    told = [f"{n} examples of {', '.join(tasks)}" for n, tasks in alike.items()]
-    return "".join(f"; {text}" for text in told)
+    """For a caption: ", 10 examples each", or which tasks have how many; of those with unlike numbers the cells say it."""
+    numbers = sorted(set().union(*counts.values()))
+    if len(numbers) == 1:
+        return f", {numbers[0]} examples each"
+    alike = {n: [task for task, found in counts.items() if found == {n}] for n in numbers}
+    return "".join(f"; {n} examples of {', '.join(tasks)}" for n, tasks in alike.items() if tasks)
 
 
 def _table(scores: Sequence[Score], caption: str, decimals: int) -> dict:

@@ -335,7 +335,8 @@ def _chart(chart: dict) -> str:
                                       [numbers(row) for row in chart["values"]], [int(n) for n in chart["samples"]]), [])
     lines = {_short(name): numbers(values) for name, values in chart["lines"].items()}
     legend = [(f"series{number % charts.SERIES}", name) for number, name in enumerate(lines)]
-    return _figure(charts.length_chart(title, lengths, lines, log=bool(chart["log"])), legend)
+    drawn = charts.length_chart(title, lengths, lines, log=bool(chart["log"]))
+    return _figure(drawn, legend) if drawn else ""
 
 
 def _image(workdir: Path, image: dict) -> str:
@@ -354,8 +355,11 @@ def _lm_eval(workdir: Path) -> str:
     """A table of what the lm-evaluation-harness wrote in the run's folder: of each model, task and metric the newest value."""
     files = sorted({path for pattern in LM_EVAL for path in workdir.glob(pattern)}, key=lambda path: path.name)
     rows: dict[tuple, list] = {}
-    for found in map(read_object, files):
-        _guarded("lm-eval's results", lambda: rows.update(_lm_eval_rows(found)) or "")
+    for path in files:
+        try:
+            rows |= _lm_eval_rows(read_object(path))
+        except (AttributeError, TypeError) as error:     # something else under that name
+            logging.warning("%s is passed over: %s", path, first_line(error))
     return _table({"columns": ["task", "model", "shots", "metric", "value", "stderr", "n"], "rows": [*rows.values()],
                    "caption": "lm-evaluation-harness"}) if rows else ""
 

@@ -98,6 +98,14 @@ def test_damaged_lines_are_passed_over_said_and_asked_again(tmp_path, caplog):
             assert made.find("base", "vt", 512, example(2)) == "again"
 
 
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "device", tmp_path / "file" / "below"):
+        with pytest.raises(DataError, match="predictions"):
+            Predictions(path)
+
+
 def test_what_was_added_outlives_a_kill(tmp_path):
     path = tmp_path / "predictions.jsonl"
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
