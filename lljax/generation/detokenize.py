@@ -36,12 +36,12 @@ class Detokenizer:
         return self._certain(self._taken(whole))
 
     def finish(self) -> str:
-        """The rest: an unfinished character, and what was no stop string after all."""
+        """The rest, up to a stop string: an unfinished character, and what began none after all."""
         if self.ended:
             return ""
-        rest = self._held + self._taken(self._decode(self._context + self._waiting))
-        self._held = ""
-        return rest
+        text = self._certain(self._taken(self._decode(self._context + self._waiting)))
+        rest, self._held = self._held, ""
+        return text + rest
 
     def _taken(self, whole: str) -> str:
         """The text of the waiting tokens, which become the context of the next."""

@@ -172,5 +172,7 @@ class _Written:
             self.ended = self._text.ended
 
     def completion(self) -> Completion:
-        text = None if self._text is None else "".join(self._pieces) + self._text.finish()
-        return Completion(self.tokens, text, self.ended)
+        if self._text is None:
+            return Completion(self.tokens, None, self.ended)
+        text = "".join(self._pieces) + self._text.finish()
+        return Completion(self.tokens, text, self.ended or self._text.ended)

@@ -71,6 +71,12 @@ def test_a_stop_string_ends_the_text_across_the_borders_of_tokens(tokenizer, sto
         assert made.add(tokens[0]) == "" or shown is None
 
 
+def test_a_stop_string_is_found_in_what_was_never_completed(sentencepiece):
+    made = Detokenizer(sentencepiece, ("\ufffd\ufffd",))
+    shown = [made.add(sentencepiece.convert_tokens_to_ids(piece)) for piece in ("▁hello", "<0xE6>", "<0x97>")]
+    assert "".join(shown) + made.finish() == "hello" and made.ended
+
+
 def test_decoding_is_linear_in_the_number_of_tokens(tokenizer):
     decoded = []
 
