@@ -29,7 +29,7 @@ from lljax.evaluation.candidates import Candidates, of_base, of_run
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Sources, TooShort, refuse_beyond
-from lljax.files import first_line
+from lljax.files import printable
 from lljax.interop.base import end_tokens, tokenizer_fingerprint
 from lljax.restore import read_config
 from lljax.training.report import write_report
@@ -44,6 +44,8 @@ def evaluate(arguments) -> None:
         raise ConfigError("--model without --out: name a folder for tables and predictions with --out")
     sources = Sources(**{field: getattr(arguments, field) for field in Sources.__dataclass_fields__})
     names = [name for name in arguments.tasks.split(",") if name]
+    if not names:
+        raise ConfigError(f"--tasks={arguments.tasks}: it names no task; perplexity is one")
     protocols = [name for name in PROTOCOLS if name in names]
     tasks = registry.find([name for name in names if name not in PROTOCOLS], sources)
     candidates = of_run(arguments.workdir) if arguments.workdir else of_base(arguments.model, arguments.adapter)
@@ -53,15 +55,15 @@ def evaluate(arguments) -> None:
     out = arguments.out or arguments.workdir
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out={out}: {first_line(error)}") from None
+    except FileExistsError:
+        raise ConfigError(f"--out={out}: it is no folder") from None
     tokenizer = candidates.base.tokenizer()
     texts = read_held_out(arguments, protocols, lengths, held_out(arguments, candidates, tokenizer, out) if protocols else None)
     asking = Asking(with_template(tokenizer), arguments.samples, arguments.seed, arguments.chat,
                     end_tokens(candidates.base, tokenizer), arguments.rows, "int8" if arguments.cache == "int8" else None)
     reasons = too_short(progress(tasks, "first examples") if tasks else (), lengths, asking)
     for reason in dict.fromkeys(reasons.values()):
-        CONSOLE.print(f"– {reason}", highlight=False)
+        say(f"– {reason}")
     how = ", chat" * arguments.chat + ", int8 cache" * (arguments.cache == "int8")      # no perplexity depends on it
     scores, keys = [], {}
     with Predictions(out / "predictions.jsonl") as made:
@@ -77,7 +79,7 @@ def evaluate(arguments) -> None:
     scores = results.write(out, scores, keys)
     for table in results.tables(scores):
         show(table)
-    CONSOLE.print(f"Report: {write_report(out)}", highlight=False)
+    say(f"Report: {write_report(out)}")
 
 
 def held_out(arguments, candidates: Candidates, tokenizer, out: Path) -> TokenStore:
@@ -102,7 +104,7 @@ def read_held_out(arguments, protocols, lengths, store) -> dict:
             try:
                 texts[protocol, length] = perplexity.read(protocol, store, length, max(lengths), arguments.documents)
             except TooShort as error:
-                CONSOLE.print(f"– {error}", highlight=False)
+                say(f"– {error}")
                 texts[protocol, length] = ()
     return texts
 
@@ -142,10 +144,13 @@ def submit(out: Path, name: str, key: str, scores: list[Score], samples: int | N
             continue
         path = out / f"zeroscrolls-{results.file_name(name)}-{length}.csv"
         if samples is not None and any(score.samples >= samples for score in asked.values()):
-            CONSOLE.print(f"– {path.name} is not written: the leaderboard takes all examples, and --samples={samples} may "
-                          "leave some out", highlight=False)
+            say(f"– {path.name} is not written: the leaderboard takes all examples, and --samples={samples} may leave some out")
         else:
             zeroscrolls.write_submission(path, {short: made.of(key, score.task, length) for short, score in asked.items()})
+
+
+def say(text: str) -> None:
+    CONSOLE.print(printable(text), highlight=False, markup=False)
 
 
 def show(made: dict) -> None:
@@ -157,7 +162,7 @@ def show(made: dict) -> None:
 
 def progress(items, title: str):
     if not CONSOLE.is_terminal:
-        CONSOLE.print(title, highlight=False)
+        say(title)
         return items
     return track(items, title, console=CONSOLE, transient=True)
 
@@ -213,6 +218,8 @@ def main() -> None:
             evaluate(arguments)
         except KeyboardInterrupt:
             raise Stopped("the same command goes on from what was answered") from None
+        except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise ConfigError(f"{error.filename}: {error.strerror.lower()}") from None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from lljax.errors import ConfigError, exit_cleanly
-from lljax.files import first_line
+from lljax.files import first_line, printable
 from lljax.training.report import write_report
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with exit_cleanly():
         try:
-            print(write_report(arguments.workdir))
+            print(printable(str(write_report(arguments.workdir))))
         except OSError as error:
             raise ConfigError(f"--workdir={arguments.workdir}: report.html cannot be written ({first_line(error)})") from None
 

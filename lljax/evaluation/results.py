@@ -201,7 +201,7 @@ def _examples_told(counts: Mapping[str, set[int]]) -> str:
     """For a caption: ", 10 examples each", or which tasks have how many; of those with unlike numbers the cells say it."""
     numbers = sorted(set().union(*counts.values()))
     if len(numbers) == 1:
-        return f", {numbers[0]} examples each"
+        return f", {numbers[0]} example{'s' * (numbers[0] != 1)} each"
     alike = {n: [task for task, found in counts.items() if found == {n}] for n in numbers}
     return "".join(f"; {n} examples of {', '.join(tasks)}" for n, tasks in alike.items() if tasks)
 
