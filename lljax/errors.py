@@ -89,7 +89,13 @@ FULL = re.compile("|".join([*(os.strerror(number) for number in (errno.ENOSPC, e
 
 @contextlib.contextmanager
 def exit_cleanly():
-    """Turns an `LljaxError`, and a full disk, into one line on stderr and an exit code. For the `main` of scripts."""
+    """Turns an `LljaxError`, and a full disk, into one line on stderr and an exit code. For the `main` of scripts.
+
+    What a terminal's encoding lacks is written as an escape from here on.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):        # something else stands in its place
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except LljaxError as error:

@@ -19,15 +19,17 @@ from rich.progress import track
 from rich.table import Table
 
 from lljax.config import default_config
+from lljax.console import console
 from lljax.data.template import with_template
 from lljax.data.tokens import TokenStore, prepare
-from lljax.errors import ConfigError, exit_cleanly
+from lljax.errors import ConfigError, Stopped, exit_cleanly
 from lljax.evaluation import perplexity, registry, results, zeroscrolls
 from lljax.evaluation.answer import Asking, answer, too_short
 from lljax.evaluation.candidates import Candidates, of_base, of_run
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.results import Predictions, Score
-from lljax.evaluation.task import Example, Sources, TooShort
+from lljax.evaluation.task import Example, Sources, TooShort, refuse_beyond
+from lljax.files import printable
 from lljax.interop.base import end_tokens, tokenizer_fingerprint
 from lljax.restore import read_config
 from lljax.terminal import console
@@ -43,22 +45,26 @@ def evaluate(arguments) -> None:
         raise ConfigError("--model without --out: name a folder for tables and predictions with --out")
     sources = Sources(**{field: getattr(arguments, field) for field in Sources.__dataclass_fields__})
     names = [name for name in arguments.tasks.split(",") if name]
+    if not names:
+        raise ConfigError(f"--tasks={arguments.tasks}: it names no task; perplexity is one")
     protocols = [name for name in PROTOCOLS if name in names]
-    if unknown := [name for name in names if name.startswith("perplexity/") and name not in PROTOCOLS]:
-        raise ConfigError(f"--tasks: there is no task {unknown[0]!r}; known here: {', '.join(PROTOCOLS)}")
     tasks = registry.find([name for name in names if name not in PROTOCOLS], sources)
     candidates = of_run(arguments.workdir) if arguments.workdir else of_base(arguments.model, arguments.adapter)
     lengths = read_lengths(arguments.lengths) or doublings(candidates.extended.rope.original_length,
                                                            candidates.extended.max_length)
+    refuse_beyond(lengths[-1], candidates.extended.max_length, "--lengths")
     out = arguments.out or arguments.workdir
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"--out={out}: it is no folder") from None
     tokenizer = candidates.base.tokenizer()
     texts = read_held_out(arguments, protocols, lengths, held_out(arguments, candidates, tokenizer, out) if protocols else None)
     asking = Asking(with_template(tokenizer), arguments.samples, arguments.seed, arguments.chat,
                     end_tokens(candidates.base, tokenizer), arguments.rows, "int8" if arguments.cache == "int8" else None)
     reasons = too_short(progress(tasks, "first examples") if tasks else (), lengths, asking)
     for reason in dict.fromkeys(reasons.values()):
-        CONSOLE.print(f"– {reason}", highlight=False)
+        say(f"– {reason}")
     how = ", chat" * arguments.chat + ", int8 cache" * (arguments.cache == "int8")      # no perplexity depends on it
     scores, keys = [], {}
     with Predictions(out / "predictions.jsonl") as made:
@@ -74,7 +80,7 @@ def evaluate(arguments) -> None:
     scores = results.write(out, scores, keys)
     for table in results.tables(scores):
         show(table)
-    CONSOLE.print(f"Report: {write_report(out)}", highlight=False)
+    say(f"Report: {write_report(out)}")
 
 
 def held_out(arguments, candidates: Candidates, tokenizer, out: Path) -> TokenStore:
@@ -99,23 +105,35 @@ def read_held_out(arguments, protocols, lengths, store) -> dict:
             try:
                 texts[protocol, length] = perplexity.read(protocol, store, length, max(lengths), arguments.documents)
             except TooShort as error:
-                CONSOLE.print(f"– {error}", highlight=False)
+                say(f"– {error}")
                 texts[protocol, length] = ()
     return texts
 
 
 def perplexities(model, name: str, key: str, texts: dict, made: Predictions, **where) -> Iterator[Score]:
     """What `read_held_out` gave, measured, or found again: in `made` a perplexity is the answer to all that was read."""
+    digest = lambda pieces: hashlib.sha256(pieces.tobytes()).hexdigest()
+    same = {}                                # by protocol a digest of what it predicts at every length
+    for (protocol, _), pieces in texts.items():
+        if len(pieces) and (predicted := perplexity.predicted(protocol, pieces)) is not None:
+            same[protocol] = digest(predicted)[:12]
     for (protocol, length), pieces in progress(texts.items(), f"{name}: perplexity") if texts else ():
         value = math.nan
         if len(pieces):
-            read = Example(str(len(pieces)), hashlib.sha256(pieces.tobytes()).hexdigest(), (), 0)
-            known = made.find(key, protocol, length, read)
-            if known is None:
-                known = repr(perplexity.measure(protocol, model, pieces, length, **where))
-                made.add(key, protocol, length, read, known)
-            value = float(known)
-        yield Score(name, protocol, length, value, len(pieces))
+            read = Example(str(len(pieces)), digest(pieces), (), 0)
+            value = parsed(made.find(key, protocol, length, read))
+            if math.isnan(value):
+                value = perplexity.measure(protocol, model, pieces, length, **where)
+                made.add(key, protocol, length, read, repr(value))
+        yield Score(name, protocol, length, value, len(pieces), texts=same.get(protocol, ""))
+
+
+def parsed(text: str | None) -> float:
+    """The number that a prediction is; NaN where it is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def submit(out: Path, name: str, key: str, scores: list[Score], samples: int | None, made: Predictions) -> None:
@@ -127,10 +145,13 @@ def submit(out: Path, name: str, key: str, scores: list[Score], samples: int | N
             continue
         path = out / f"zeroscrolls-{results.file_name(name)}-{length}.csv"
         if samples is not None and any(score.samples >= samples for score in asked.values()):
-            CONSOLE.print(f"– {path.name} is not written: the leaderboard takes all examples, and --samples={samples} may "
-                          "leave some out", highlight=False)
+            say(f"– {path.name} is not written: the leaderboard takes all examples, and --samples={samples} may leave some out")
         else:
             zeroscrolls.write_submission(path, {short: made.of(key, score.task, length) for short, score in asked.items()})
+
+
+def say(text: str) -> None:
+    CONSOLE.print(printable(text), highlight=False, markup=False)
 
 
 def show(made: dict) -> None:
@@ -142,7 +163,7 @@ def show(made: dict) -> None:
 
 def progress(items, title: str):
     if not CONSOLE.is_terminal:
-        CONSOLE.print(title, highlight=False)
+        say(title)
         return items
     return track(items, title, console=CONSOLE, transient=True)
 
@@ -154,7 +175,7 @@ def read_lengths(text: str) -> list[int]:
     except ValueError:
         lengths = {0}
     if any(length < 1 for length in lengths):
-        raise ConfigError(f"--lengths={text}: comma-separated numbers of tokens, such as 512,4k")
+        raise ConfigError(f"--lengths={text:.60}: comma-separated numbers of tokens, such as 512,4k")
     return sorted(lengths)
 
 
@@ -194,7 +215,12 @@ def main() -> None:
         for field in ("samples", "documents", "rows"):
             if getattr(arguments, field) is not None and getattr(arguments, field) < 1:
                 raise ConfigError(f"--{field}={getattr(arguments, field)}: a number of at least 1")
-        evaluate(arguments)
+        try:
+            evaluate(arguments)
+        except KeyboardInterrupt:
+            raise Stopped("the same command goes on from what was answered") from None
+        except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise ConfigError(f"{error.filename}: {error.strerror.lower()}") from None
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Continues a prompt, with a base, a base with an adapter, or with what a run trained.
+"""Continues a prompt, or talks, with a base, a base with an adapter, or with what a run trained.
 
-python scripts/generate.py --workdir=runs/quickstart --prompt='def main():'
-python scripts/generate.py --model=lljax/assets/tiny-512 --prompt='import os'
+python scripts/generate.py --workdir=runs/quickstart --prompt='def main():' --repetition_penalty=1.2
 python scripts/generate.py --model=lljax/assets/tiny-512 --adapter=runs/quickstart/export/peft --prompt='import os'
 python scripts/generate.py --workdir=runs/mine --chat --prompt='What does this contract say about notice?'
+python scripts/generate.py --workdir=runs/mine --chat --system='You answer in one sentence.'
+
+--chat without a prompt is a conversation: /exit or Ctrl-D ends it, Ctrl-C cuts a reply short. Every reply reads all of it anew.
 """
 
 import argparse
+import functools
+import os
 import sys
 from pathlib import Path
 
@@ -16,11 +20,15 @@ import numpy as np
 from lljax.data.template import adds_bos, with_template
 from lljax.errors import ConfigError, exit_cleanly
 from lljax.evaluation.candidates import of_base, of_run
+from lljax.files import first_line
+from lljax.generation.chat import Chat, TooLong
+from lljax.generation.detokenize import Detokenizer
 from lljax.generation.generate import stream
 from lljax.generation.sample import Sampling
 from lljax.interop.base import end_tokens
 
 CACHES = {"full": None, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
+CONTINUED, REPLY = 128, 1024                 # tokens that are written where --tokens says nothing
 
 
 def main() -> None:
@@ -29,11 +37,13 @@ def main() -> None:
     source.add_argument("--workdir", type=Path, help="a run, whose trained model answers")
     source.add_argument("--model", help="hub id, folder or GGUF file of a base")
     parser.add_argument("--adapter", type=Path, help="folder of an adapter of --model, in PEFT's format")
-    text = parser.add_mutually_exclusive_group(required=True)
+    text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt")
     text.add_argument("--prompt_file", type=Path)
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model")
-    parser.add_argument("--tokens", type=int, default=128, help="at most this many are written")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model; without a prompt, "
+                        "a conversation")
+    parser.add_argument("--system", default="", help="with --chat: the message of the system, which comes first")
+    parser.add_argument("--tokens", type=int, help=f"at most this many are written; by default {CONTINUED}, with --chat {REPLY:,}")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -44,52 +54,134 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with exit_cleanly():
-        answer(arguments)
+        try:
+            run(arguments)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:              # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or Python complains at its end
+            sys.exit(1)
 
 
-def answer(arguments) -> None:
-    if arguments.workdir and arguments.adapter:
-        raise ConfigError("--adapter and --workdir: a run has its own; use --model with --adapter")
-    if arguments.prompt_file and not arguments.prompt_file.is_file():
-        raise ConfigError(f"--prompt_file={arguments.prompt_file}: there is no such file")
-    text = arguments.prompt if arguments.prompt is not None else arguments.prompt_file.read_text()
-    found = of_run(arguments.workdir) if arguments.workdir else of_base(arguments.model, arguments.adapter)
-    tokenizer = with_template(found.base.tokenizer())
+def run(arguments) -> None:
+    text, tokens, sampling = checked(arguments)
+    writer = Writer(arguments, tokens, sampling)
     if arguments.chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if adds_bos(tokenizer) and not arguments.chat:
-        prompt = [tokenizer.bos_token_id, *prompt]
+        room = writer.longest - min(tokens, writer.longest // 2)
+        chat = Chat(writer.tokenizer, room, arguments.system)
+        if text is None:
+            converse(writer, chat)
+        else:
+            writer.write(chat.ask(text))
+        return
+    prompt = writer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if adds_bos(writer.tokenizer):
+        prompt = [writer.tokenizer.bos_token_id, *prompt]
     if not prompt:
         raise ConfigError("the prompt is empty")
-    stop = end_tokens(found.base, tokenizer)
+    if len(prompt) >= writer.longest:
+        raise ConfigError(f"the prompt takes {len(prompt):,} tokens and the model reads {writer.longest:,}")
+    writer.write(prompt)
+
+
+def checked(arguments) -> tuple[str | None, int, Sampling]:
+    """The prompt, where there is one, how many tokens are written at most, and how they are chosen.
+
+    Raises:
+      ConfigError: flags that do not go together, or a value that cannot be used.
+    """
+    if arguments.workdir and arguments.adapter:
+        raise ConfigError("--adapter and --workdir: a run has its own; use --model with --adapter")
+    if arguments.system and not arguments.chat:
+        raise ConfigError("--system without --chat: only a chat template has a place for it")
+    if arguments.prompt is None and arguments.prompt_file is None and not arguments.chat:
+        raise ConfigError("name what to continue with --prompt or --prompt_file, or talk with --chat")
+    if "" in arguments.stop:
+        raise ConfigError("--stop='': an empty string would end every text before it begins")
+    if arguments.tokens is not None and arguments.tokens < 1:
+        raise ConfigError(f"--tokens={arguments.tokens}: a number of at least 1")
+    text = arguments.prompt
+    if arguments.prompt_file:
+        if not arguments.prompt_file.is_file():
+            raise ConfigError(f"--prompt_file={arguments.prompt_file}: there is no such file, or it is not a regular one")
+        try:
+            text = arguments.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"--prompt_file={arguments.prompt_file}: it cannot be read ({first_line(error)})") from None
+    for flag, given in (("prompt", text or ""), ("system", arguments.system), ("stop", "".join(arguments.stop))):
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"--{flag}: it is not UTF-8") from None
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
                         arguments.seed)
-    written, whole, shown = [], "", 0
-    for (token,) in stream(found.models[-1].load(), [np.asarray(prompt)], tokens=arguments.tokens, sampling=sampling,
-                           dtype=found.dtype, cache_dtype=CACHES[arguments.cache], layout=found.layout):
-        if int(token) in stop:
-            break
-        written.append(int(token))
-        whole = tokenizer.decode(written)    # a character may need several tokens, so the whole is decoded each time
-        ends = [at for at in map(whole.find, arguments.stop) if at >= 0]
-        if ends:
-            whole = whole[:min(ends)]
-            break
-        certain = len(whole) - unsure(whole, arguments.stop)
-        if certain > shown:
-            print(whole[shown:certain], end="", flush=True)
-            shown = certain
-    print(whole[shown:])
-    print(f"({len(prompt)} + {len(written)} tokens)", file=sys.stderr)
+    return text, arguments.tokens or (REPLY if arguments.chat else CONTINUED), sampling
 
 
-def unsure(text: str, stops: list[str]) -> int:
-    """How many characters at the end may change or go: those of an unfinished one, or that may begin a string that ends it."""
-    if text.endswith("\N{REPLACEMENT CHARACTER}"):
-        return len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+class Writer:
+    """The model that was asked for, which shows its text as it writes it. longest: the tokens that it reads, those that it
+    writes among them."""
+
+    def __init__(self, arguments, tokens: int, sampling: Sampling):
+        found = of_run(arguments.workdir) if arguments.workdir else of_base(arguments.model, arguments.adapter)
+        self.tokenizer = with_template(found.base.tokenizer())
+        self.longest = found.extended.max_length
+        self._found, self._tokens, self._stop_strings = found, tokens, arguments.stop
+        self._stop = end_tokens(found.base, self.tokenizer)
+        self._how = {"sampling": sampling, "dtype": found.dtype, "cache_dtype": CACHES[arguments.cache], "layout": found.layout}
+
+    @functools.cached_property
+    def model(self):
+        return self._found.models[-1].load()
+
+    def write(self, prompt: list[int]) -> str:
+        """Continues `prompt`; returns what was shown. Ctrl-C ends it where it is."""
+        text, count, pieces = Detokenizer(self.tokenizer, self._stop_strings), 0, []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+        try:
+            for (token,) in stream(self.model, [np.asarray(prompt)], **self._how,
+                                   tokens=min(self._tokens, self.longest - len(prompt))):
+                if int(token) in self._stop:
+                    break
+                count += 1
+                show(text.add(int(token)))
+                if text.ended:
+                    break
+        except KeyboardInterrupt:
+            pass
+        show(text.finish())
+        print()
+        print(f"({len(prompt):,} + {count:,} tokens)", file=sys.stderr)
+        return "".join(pieces)
+
+
+def converse(writer: Writer, chat: Chat) -> None:
+    """Reads messages from the terminal, or lines from a pipe, and replies to each, until /exit or the end."""
+    sys.stdin.reconfigure(errors="replace")
+    _ = writer.model                         # read before the first message is
+    print("(/exit or Ctrl-D ends the conversation)", file=sys.stderr)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if text == "/exit":
+            return
+        if not text:
+            continue
+        before = chat.left_out
+        try:
+            prompt = chat.ask(text)
+        except TooLong as error:
+            print(f"({error}: say it in fewer words)", file=sys.stderr)
+            continue
+        if chat.left_out > before:
+            print(f"(the conversation is longer than the {chat.room:,} tokens that the model reads before a reply: its oldest "
+                  f"{chat.left_out} messages are left out)", file=sys.stderr)
+        chat.heard(writer.write(prompt))
 
 
 if __name__ == "__main__":

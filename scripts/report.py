@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from lljax.errors import ConfigError, exit_cleanly
+from lljax.files import first_line, printable
 from lljax.training.report import write_report
 
 
@@ -15,9 +16,10 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     arguments = parser.parse_args()
     with exit_cleanly():
-        if not (arguments.workdir / "config.json").is_file():
-            raise ConfigError(f"--workdir={arguments.workdir}: no run was started there (no config.json)")
-        print(write_report(arguments.workdir))
+        try:
+            print(printable(str(write_report(arguments.workdir))))
+        except OSError as error:
+            raise ConfigError(f"--workdir={arguments.workdir}: report.html cannot be written ({first_line(error)})") from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lljax.data.template import adds_bos
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Task, TooShort, group_scores
 from lljax.generation.generate import generate
+from lljax.generation.prompt import chat_tokens
 from lljax.sharding import Layout
 from lljax.training.charts import short_length
 
@@ -40,12 +41,9 @@ class Asking:
     def tokens(self, example: Example) -> list[int]:
         """What the model reads."""
         if self.chat and example.chat:
-            text = self.tokenizer.apply_chat_template([{"role": "user", "content": example.prompt}], tokenize=False,
-                                                      add_generation_prompt=True) + example.answer_prefix
-            bos = []                         # a template has it where it wants it
-        else:
-            text, bos = example.text, [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
-        return [*bos, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+            return chat_tokens(self.tokenizer, [{"role": "user", "content": example.prompt}], example.answer_prefix)
+        bos = [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
+        return [*bos, *self.tokenizer(example.text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def too_short(tasks: Sequence[Task], lengths: Sequence[int], asking: Asking) -> dict[tuple[str, int], str]:

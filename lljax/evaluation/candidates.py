@@ -12,6 +12,7 @@ from flax import nnx
 
 from lljax.build import answering, extended_spec, load_base
 from lljax.errors import ConfigError
+from lljax.evaluation.results import BASE, STRETCHED, TRAINED
 from lljax.interop.base import end_tokens, open_base, tokenizer_fingerprint
 from lljax.interop.peft import read_adapter_config
 from lljax.models import lora, spec
@@ -20,8 +21,6 @@ from lljax.models.spec import DecoderSpec
 from lljax.restore import adapted_base, adapted_spec, read_config, restore_run
 from lljax.sharding import Layout
 from lljax.training.checkpoint import describe
-
-STRETCHED = "base, RoPE stretched"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ def of_run(workdir: Path) -> Candidates:
     models = [] if config.model.init == "random" else \
         _bases(base, extended, dtype, settings, config.model.quantize, config.model.matmul)
     layout = answering(extended)
-    trained = Candidate("trained", lambda: restore_run(workdir, layout=layout)[1], settings)
+    trained = Candidate(TRAINED, lambda: restore_run(workdir, layout=layout)[1], settings)
     return Candidates(base, [*models, trained], extended, dtype, layout)
 
 
@@ -91,12 +90,12 @@ def of_base(path: str, adapter: Path | None) -> Candidates:
         return Candidates(base, _bases(base, plain, dtype), plain, dtype, answering(plain))
     settings, extended = repr(read_adapter_config(adapter)), adapted_spec(base, adapter)
     layout = answering(extended)
-    trained = Candidate("trained", lambda: adapted_base(base, adapter, dtype, layout), settings)
+    trained = Candidate(TRAINED, lambda: adapted_base(base, adapter, dtype, layout), settings)
     return Candidates(base, [*_bases(base, extended, dtype), trained], extended, dtype, layout)
 
 
 def _bases(base, extended: DecoderSpec, dtype, settings: str = "", *like) -> list[Candidate]:
     """The base, and the base under the other spec if it is another. like: see `load_base`."""
-    specs = {"base": spec.from_hf(base.config), STRETCHED: extended}
+    specs = {BASE: spec.from_hf(base.config), STRETCHED: extended}
     return [Candidate(name, lambda under=under: load_base(base, under, dtype, *like, layout=answering(under)), settings)
-            for name, under in specs.items() if name == "base" or under != specs["base"]]
+            for name, under in specs.items() if name == BASE or under != specs[BASE]]

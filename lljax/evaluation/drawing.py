@@ -1,4 +1,4 @@
-"""What the pictures of an evaluation share: a canvas with sharp text, as a PNG."""
+"""A canvas with sharp text, as a PNG."""
 
 import io
 import math

@@ -14,7 +14,7 @@ from lljax.evaluation.answer import Asking, answer, too_short
 from lljax.evaluation.candidates import model_key
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.results import Predictions
-from lljax.evaluation.task import Sources
+from lljax.evaluation.task import Sources, refuse_beyond
 from lljax.interop.base import end_tokens, tokenizer_fingerprint
 
 
@@ -24,12 +24,15 @@ def examiner(config, base, tokenizer, workdir: Path) -> Callable:
     look() is called before every example, and may leave: the answers so far are in `workdir`/eval_predictions.jsonl.
 
     Raises:
-      ConfigError: an unknown task, one whose file is not named in `training.eval_files`, or too short a length for it.
+      ConfigError: an unknown task, one whose file is not named in `training.eval_files`, or a length too short for it or
+        far beyond what the model is trained to read.
       DataError: a file, or what is held out, is not what the task needs.
     """
     if jax.process_count() > 1:
         raise ConfigError(f"training.eval_tasks={tuple(config.training.eval_tasks)}: a run of several processes cannot answer "
                           "tasks; evaluate its checkpoints with scripts/evaluate.py")
+    for _, length in config.training.eval_tasks:
+        refuse_beyond(length, config.context.length, "training.eval_tasks")
     asking = Asking(tokenizer, config.training.eval_rows, config.seed, stop=end_tokens(base, tokenizer))
     sources = Sources(**{field: Path(path) for field, path in config.training.eval_files.items() if path})
     pairs = [(registry.find([name], sources, "training.eval_tasks"), length) for name, length in config.training.eval_tasks

@@ -17,6 +17,7 @@ from lljax.errors import ConfigError
 from lljax.evaluation.candidates import of_base, of_run
 from lljax.evaluation.likelihood import log_likelihoods
 from lljax.generation.generate import generate
+from lljax.generation.prompt import chat_text
 from lljax.generation.sample import Sampling
 from lljax.interop.base import end_tokens, tokenizer_fingerprint
 
@@ -60,8 +61,8 @@ class LljaxLM(TemplateLM):
         return tokenizer_fingerprint(self.tokenizer)
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                                  continue_final_message=not add_generation_prompt)
+        return chat_text(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt,
+                         continue_final_message=not add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """bos comes first where the tokenizer wants it, and once where a chat template has written it."""

@@ -26,6 +26,8 @@ def prose(path: Path | None) -> tuple[str, ...]:
             raise ConfigError("this Python has no pydoc_data to hide needles in: name a text file with --haystack") from None
         text = "\n".join(topics[name] for name in sorted(topics))
     else:
+        if path.exists() and not path.is_file():     # a device never ends
+            raise DataError(f"{path}: the haystack is not a regular file")
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:

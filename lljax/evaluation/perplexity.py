@@ -24,8 +24,11 @@ def read(protocol: str, store: TokenStore, length: int, longest: int, limit: int
     """What a protocol reads of held-out documents at `length`, the longest being `longest`: int32 [n, tokens], n <= `limit`.
 
     Raises:
-      DataError: the documents are too short. TooShort: the length is.
+      DataError: there are none, or they are too short. TooShort: the length is.
     """
+    if not len(store.lengths):
+        raise DataError(f"{protocol}: no document is held out: name JSONL files with --held_out (or, for a run to come, with "
+                        "data.valid, or a share of its documents with data.valid_fraction)")
     if protocol == "perplexity":
         found = windows(store, longest, limit)
     elif protocol == "perplexity/longlora":
@@ -45,6 +48,12 @@ def measure(protocol: str, model: nnx.Module, texts: Iterable[np.ndarray], lengt
     if protocol == "perplexity":
         return perplexity(model, texts, length, **how)
     return window_perplexity(model, texts, length - 1 if protocol == "perplexity/longlora" else STRIDE, **how)
+
+
+def predicted(protocol: str, pieces: np.ndarray) -> np.ndarray | None:
+    """What `read` gave, as far as a protocol predicts it at every length of one command; None where each length has texts of
+    its own."""
+    return {"perplexity": pieces, "perplexity/new_tokens": pieces[:, -STRIDE:]}.get(protocol)
 
 
 def windows(store: TokenStore, longest: int, limit: int) -> np.ndarray:
@@ -86,7 +95,7 @@ def perplexity(model: nnx.Module, texts: Iterable[np.ndarray], length: int, *, d
         inputs, targets = (x.reshape(-1, length) for x in (text[:usable], text[1:usable + 1]))
         total += _summed(graphdef, state, inputs, targets, dtype, layout)
         count += targets.size
-    return math.exp(total / count) if count else math.nan
+    return _exp(total / count) if count else math.nan
 
 
 def window_perplexity(model: nnx.Module, texts: Iterable[np.ndarray], counted: int, *, dtype=jnp.float32,
@@ -98,7 +107,12 @@ def window_perplexity(model: nnx.Module, texts: Iterable[np.ndarray], counted: i
         targets = np.append(text[1:], np.int32(IGNORED))
         targets[:len(text) - 1 - counted] = IGNORED
         losses.append(_summed(graphdef, state, text[None], targets[None], dtype, layout))
-    return math.exp(sum(losses) / (len(losses) * counted))
+    return _exp(sum(losses) / (len(losses) * counted))
+
+
+def _exp(loss: float) -> float:
+    """Infinite where a float64 has no room for it."""
+    return math.exp(loss) if loss < 709 else math.inf * loss
 
 
 def _summed(graphdef, state, inputs, targets, dtype, layout) -> float:

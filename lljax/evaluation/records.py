@@ -43,6 +43,8 @@ def _lines(path: Path):
 
 
 def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():         # a device never ends
+        raise DataError(f"{path}: not a regular file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lljax.errors import ConfigError, DataError
 from lljax.evaluation import longbench, longbench2, needle, passkey, ruler, zeroscrolls
+from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.task import Sources, Task
 
 
@@ -14,7 +15,7 @@ def find(names: Sequence[str], sources: Sources, field: str = "--tasks") -> list
     eleven that need no file and those whose file is named. field: where the names were given, for errors.
 
     Raises:
-      ConfigError: there is no such task.
+      ConfigError: there is no such task. (PROTOCOLS are named among those that there are: who calls takes them out first.)
       DataError: the folder of a family holds none of its files.
     """
     every = {**passkey.tasks(), "needle": needle.task(sources.haystack), **ruler.tasks(sources),
@@ -26,7 +27,7 @@ def find(names: Sequence[str], sources: Sources, field: str = "--tasks") -> list
         members = families.get(name, [name] if name in every else None)
         if members is None:
             family = name.split("/")[0]
-            known = [task for task in every if task.startswith(f"{family}/")] or [*families]
+            known = [task for task in [*PROTOCOLS, *every] if family in (task, task.split("/")[0])] or [*families, *PROTOCOLS]
             raise ConfigError(f"{field}: there is no task {name!r}; known here: {', '.join(known)}")
         if not members:
             raise DataError(f"--longbench={sources.longbench}: the folder holds none of its files, such as "

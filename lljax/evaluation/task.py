@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lljax.errors import ConfigError
 
+FAR = 16                                     # times what a model reads: how it fails beyond can be measured, up to here
+
 
 class TooShort(ConfigError):
     """What a task always holds does not fit the length: the other tasks and lengths may go on."""
@@ -67,6 +69,12 @@ class Sources:
     longbench_config: Path | None = None
     longbench2: Path | None = None
     zeroscrolls: Path | None = None
+
+
+def refuse_beyond(length: int, reads: int, field: str) -> None:
+    """Raises ConfigError where `length` is far beyond the `reads` tokens that the model reads; `field` named it."""
+    if length > FAR * reads:
+        raise ConfigError(f"{field}: {length:,} tokens are more than {FAR} times the {reads:,} that the model reads")
 
 
 def mean(grade: Callable[[str, Example], float]) -> Callable[[Sequence[str], Sequence[Example]], float]:

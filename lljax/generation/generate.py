@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lljax.generation.detokenize import Detokenizer
 from lljax.generation.sample import GREEDY, Sampling, choose
 from lljax.models.cache import empty_cache, longer, repeated
 from lljax.sharding import Layout, row_parts
@@ -52,7 +53,7 @@ def generate(model: nnx.Module, prompts: Sequence[np.ndarray], *, tokens: int, s
                 row.add(int(token))
             if all(row.ended for row in written):
                 break
-        done.extend(Completion(row.tokens, row.text, row.ended) for row in written)
+        done.extend(row.completion() for row in written)
     return done
 
 
@@ -156,8 +157,8 @@ class _Written:
 
     def __init__(self, tokenizer, stop, stop_strings):
         self.tokens, self.ended = [], False
-        self.text = None if tokenizer is None else ""
-        self._tokenizer, self._stop, self._stop_strings = tokenizer, stop, stop_strings
+        self._stop, self._pieces = stop, []
+        self._text = None if tokenizer is None else Detokenizer(tokenizer, stop_strings, skip_special_tokens=True)
 
     def add(self, token: int) -> None:
         if self.ended:
@@ -166,9 +167,12 @@ class _Written:
             self.ended = True
             return
         self.tokens.append(token)
-        if self._tokenizer is None:
-            return
-        self.text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
-        found = [at for at in (self.text.find(string) for string in self._stop_strings) if at >= 0]
-        if found:
-            self.text, self.ended = self.text[:min(found)], True
+        if self._text is not None:
+            self._pieces.append(self._text.add(token))
+            self.ended = self._text.ended
+
+    def completion(self) -> Completion:
+        if self._text is None:
+            return Completion(self.tokens, None, self.ended)
+        text = "".join(self._pieces) + self._text.finish()
+        return Completion(self.tokens, text, self.ended or self._text.ended)

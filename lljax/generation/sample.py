@@ -29,10 +29,11 @@ class Sampling:
 
     def __post_init__(self):
         for name, good, needed in (("temperature", self.temperature >= 0, "at least 0"),
-                                   ("top_k", self.top_k >= 0, "at least 0"),
+                                   ("top_k", 0 <= self.top_k < 2 ** 31, "at least 0 and below 2^31"),
                                    ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
                                    ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-                                   ("repetition", self.repetition > 0, "above 0")):
+                                   ("repetition", self.repetition > 0, "above 0"),
+                                   ("seed", -2 ** 63 <= self.seed < 2 ** 63, "an integer of 64 bits")):
             if not good:
                 raise ConfigError(f"sampling: {name}={getattr(self, name)} must be {needed}")
 

@@ -9,7 +9,9 @@ import numpy as np
 WIDTH, HEIGHT = 560, 276                     # units of the viewBox; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 58, 22, 54, 40    # margins: y labels, -, labels of the bands, x labels
 COLUMNS = 240                                # points of a line, and more than a screen resolves
+SERIES = 6                                   # looks of a line for a model; with more of them they come again
 READINGS = 80                                # places along x that answer the pointer
+UNKNOWN = "\u2013"
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -127,6 +129,68 @@ def share_bar(title: str, parts: dict[str, float]) -> str:
     return _svg(title, body, 26 + height + 6)
 
 
+def length_chart(title: str, lengths: list[int], lines: dict[str, list[float]], *, log: bool = False) -> str:
+    """An SVG of scores over lengths that are equally far apart, a line for each name; a score that is not finite is a gap.
+
+    Line i has the class `series{i}`, whose colour, width and dashes differ, and rings of a size of its own, so that equal
+    ones show through each other. log: a logarithmic y axis for scores above 0; otherwise it reaches from 0 to 100 at least.
+    An empty text where there is nothing to draw.
+    """
+    usable = lambda value: math.isfinite(value) and (value > 0 or not log)
+    told = [value for values in lines.values() for value in values if usable(value)]
+    if not told:
+        return ""
+    if log:
+        y = _value_scale([Line(np.arange(len(told)), np.array(told), "series")], log=True, from_zero=False)
+    else:
+        low, high = min(*told, 0.0), max(*told, 100.0)
+        y = Scale(low - 0.05 * (high - low), high + 0.05 * (high - low), HEIGHT - BOTTOM, TOP - 28)      # room for rings
+    x = lambda i: LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / len(lengths)
+    y_ticks, labels, _ = _value_ticks(y)
+    body = [f'<text class="name" x="{LEFT}" y="13">{escape(title)}</text>',
+            *(f'<path class="grid" d="M{LEFT} {_n(y(t))}H{WIDTH - RIGHT}"/>'
+              f'<text class="tick" x="{LEFT - 7}" y="{_n(y(t) + 4)}" text-anchor="end">{label}</text>'
+              for t, label in zip(y_ticks, labels)), *_lengths_below(lengths, x, HEIGHT - BOTTOM)]
+    for number, (name, values) in enumerate(lines.items()):
+        looks = number % SERIES
+        runs, points = [[]], [(x(i), y(value)) if usable(value) else None for i, value in enumerate(values)]
+        for point in points:
+            runs[-1].append(point) if point else runs.append([])
+        path = "".join("M" + "L".join(f"{_n(a)} {_n(b)}" for a, b in run) for run in runs if len(run) > 1)
+        body.append(f'<path class="series{looks}" d="{path}"/>' if path else "")
+        body += [f'<circle class="series{looks} ring" cx="{_n(point[0])}" cy="{_n(point[1])}" r="{6.5 - 1.1 * looks:.1f}">'
+                 f'<title>{escape(name)} at {length:,}: {value:.4g}</title></circle>'
+                 for point, length, value in zip(points, lengths, values) if point]
+    return _svg(title, body)
+
+
+def heatmap(title: str, lengths: list[int], rows: list[str], values: list[list[float]], samples: list[int]) -> str:
+    """An SVG grid of scores from 0 to 100, rows by lengths, NaN where there is none. samples: of each cell of a length, told
+    in the cells; 0 where it is not known.
+
+    A cell has the class `cold` or `warm` of its half of the scale, as opaque as it is far from the middle.
+    """
+    wide, top = (WIDTH - LEFT - RIGHT) / len(lengths), 26
+    narrow = wide < 84                       # too narrow for both on a line, in the larger letters of a phone
+    high = 40 if narrow else 30
+    x, height = (lambda i: LEFT + wide * (i + 0.5)), top + high * len(rows) + BOTTOM
+    body = [f'<text class="name" x="{LEFT}" y="13">{escape(title)}</text>', *_lengths_below(lengths, x, height - BOTTOM)]
+    for at, (row, scores) in enumerate(zip(rows, values)):
+        y = top + high * at
+        body.append(f'<text class="tick" x="{LEFT - 7}" y="{_n(y + high / 2 + 4)}" text-anchor="end">{escape(row)}</text>')
+        for i, (score, n) in enumerate(zip(scores, samples)):
+            known = math.isfinite(score)
+            far = abs(min(max(score, 0), 100) - 50) / 50 if known else 0
+            half = ("warm" if score < 50 else "cold") if known else "none"
+            told = f"{score:.0f}" if known else UNKNOWN
+            start = f' x="{_n(x(i))}" dy="1.1em">' if narrow else "> "
+            counted = f'<tspan class="count"{start}n={n:,}</tspan>' if known and n else ""
+            body.append(f'<rect class="cell {half}" x="{_n(x(i) - wide / 2 + 1)}" y="{y + 1}" width="{_n(wide - 2)}" '
+                        f'height="{high - 2}" fill-opacity="{0.12 + 0.68 * far:.2f}"/><text class="score" x="{_n(x(i))}" '
+                        f'y="{_n(y + high / 2 + (-2 if narrow and counted else 5))}" text-anchor="middle">{told}{counted}</text>')
+    return _svg(title, body, height)
+
+
 def smoothed(y: np.ndarray, window: int, groups: np.ndarray) -> np.ndarray:
     """The median of the finite values among the `window` (odd) around each, never across `groups`. float64 [n].
 
@@ -156,6 +220,13 @@ def short_length(tokens: int) -> str:
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{unit}"
     return compact(tokens)
+
+
+def _lengths_below(lengths: list[int], x, y: float) -> list[str]:
+    """The labels of an axis of lengths, `x` of whose numbers are the places; `y` is its height."""
+    return [*(f'<text class="tick" x="{_n(x(i))}" y="{_n(y + 17)}" text-anchor="middle">{short_length(length)}</text>'
+              for i, length in enumerate(lengths)),
+            f'<text class="tick" x="{WIDTH - RIGHT}" y="{_n(y + BOTTOM - 5)}" text-anchor="end">length in tokens</text>']
 
 
 def _svg(title: str, body: list[str], height: int = HEIGHT) -> str:

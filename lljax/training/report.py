@@ -4,15 +4,16 @@ import base64
 import json
 import logging
 import math
-import os
 import shlex
 import time
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from lljax.errors import ConfigError
+from lljax.files import atomic_write, first_line, read_object
 from lljax.training import charts
 from lljax.training.charts import Band, Line, Mark, compact
 from lljax.training.monitor import read_metrics
@@ -25,10 +26,14 @@ COMMANDS = (
     ("A base and a plain LoRA for vllm --enable-lora", "python scripts/export.py --workdir={run} --format=split"),
     ("Held-out perplexity by length", "python scripts/evaluate.py --workdir={run}"),
     ("What it finds in long texts", "python scripts/evaluate.py --workdir={run} --tasks=perplexity,passkey,needle,ruler"),
-    ("Talk to it", "python scripts/generate.py --workdir={run} --prompt='...'"),
+    ("A text that it continues", "python scripts/generate.py --workdir={run} --prompt='...'"),
+    ("Talk to it", "python scripts/generate.py --workdir={run} --chat"),
     ("Serve the merged model", "vllm serve {run}/export/merged --max-model-len {length}"),
 )
 MOST_EVALUATIONS = 40                        # the newest, in the table of those while training
+MOST_FINDINGS, MOST_ROWS, MOST_COLUMNS, LONGEST_CELL = 8, 1000, 64, 300      # that the page shows
+LARGEST_IMAGE = 1 << 24                      # bytes
+LM_EVAL = ("results_*.json", "*/results_*.json", "lm_eval/**/results_*.json")        # where --output_path may have put them
 ALARMS = {"skipped": "skipped", "warned": "alarm, applied", "back": "rolled back"}
 UNKNOWN, NUMBER = "&#8211;", " class='number'"
 
@@ -44,7 +49,7 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <header><h1>{name}</h1><p>{model}</p></header>
-<main>{summary}{sections}</main>
+<main>{sections}</main>
 <footer>lljax, {written}</footer>
 </body>
 </html>
@@ -52,41 +57,91 @@ PAGE = """<!doctype html>
 
 
 def write_report(workdir) -> Path:
-    """Writes `workdir`/report.html from what lies there (what is missing is left out) and returns its path.
+    """Writes `workdir`/report.html from what lies there and returns its path. What is missing is left out; what is damaged
+    too, and said.
 
-    Reads config.json, run.json, metrics.jsonl, data_statistics.json, profile.json (a `lljax.training.profile.Breakdown`), and
-    evaluation.json: {"tables": [{"columns": [name, ...], "rows": [[cell, ...], ...], "caption": text}], "images": [{"file":
-    name of a PNG in `workdir`, "title": text}]}. Of a folder that holds evaluation.json alone the page holds no more.
+    Reads config.json, run.json, metrics.jsonl, data_statistics.json, profile.json (a `lljax.training.profile.Breakdown`), what
+    the lm-evaluation-harness left (LM_EVAL), and evaluation.json: {"finding": [{"what", "before", "after", "note"}, ...],
+    "tables": [{"columns": [name, ...], "rows": [[cell, ...], ...], "caption": text}], "charts": as
+    `lljax.evaluation.results.charts` makes them, "images": [{"file": name of a PNG in `workdir`, "title": text}]}. Of a folder
+    that holds evaluation.json alone the page holds no more.
 
     Raises:
       ConfigError: no run was started in `workdir`, and nothing was evaluated there.
+      OSError: report.html cannot be written.
     """
     workdir = Path(workdir)
     started = any((workdir / name).is_file() for name in ("config.json", "metrics.jsonl"))
     if not started and not (workdir / "evaluation.json").is_file():
         raise ConfigError(f"--workdir={workdir}: no run was started there (neither config.json nor metrics.jsonl)")
-    config, run = _read(workdir / "config.json"), _read(workdir / "run.json")
-    records = read_metrics(workdir)
-    steps, evaluations = [r for r in records if "eval" not in r], [r for r in records if "eval" in r]
-    model, name = config.get("model", {}).get("path", ""), workdir.resolve().name
-    evaluation = _read(workdir / "evaluation.json")
-    told = _tables(evaluation.get("tables", []) + _while_training(evaluations)) + _images(workdir, evaluation.get("images", []))
-    sections = (
-        ("Curves", _curves(steps, evaluations) if started else ""),
-        ("Evaluation", told),
-        ("Where the time goes", _time(steps, _read(workdir / "profile.json"))),
-        ("Data", _data(_read(workdir / "data_statistics.json"))),
-        ("What to do with it", _commands(workdir, config, steps) if started else ""),
-        ("Configuration", _configuration(config)),
+    config, run, profile, statistics, evaluation = (
+        read_object(workdir / f"{name}.json") for name in ("config", "run", "profile", "data_statistics", "evaluation"))
+    records = [r for r in read_metrics(workdir) if isinstance(r, dict) and isinstance(r.get("step"), int)]
+    steps, evaluations = [r for r in records if "eval" not in r], [r for r in records if isinstance(r.get("eval"), dict)]
+    section = lambda title, body: f"<section><h2>{title}</h2>{body}</section>" if body else ""
+    parts = (
+        _guarded("the finding", _finding, evaluation, evaluations),
+        _guarded("the summary", _summary, config, run, steps) if started else "",
+        section("Curves", _guarded("the curves", _curves, steps, evaluations) if started else ""),
+        section("Evaluation", _evaluation(workdir, evaluation, evaluations)),
+        section("Where the time goes", _guarded("profile.json", _time, steps, profile)),
+        section("Data", _guarded("data_statistics.json", _data, statistics)),
+        section("What to do with it", _guarded("config.json", _commands, workdir, config, steps) if started else ""),
+        section("Configuration", _guarded("config.json", _configuration, config)),
     )
-    page = PAGE.format(
-        title=escape(f"{name}: {model}" if model else name), style=STYLE.read_text(), name=escape(name),
-        model=escape(model), written=time.strftime("%Y-%m-%d %H:%M"), summary=_summary(config, run, steps) if started else "",
-        sections="".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in sections if body))
-    unfinished = workdir / "report.html.tmp"
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, workdir / "report.html")
-    return workdir / "report.html"
+    name, model = workdir.resolve().name, config.get("model")
+    model = str(model.get("path", "")) if isinstance(model, dict) else ""
+    page = PAGE.format(title=escape(f"{name}: {model}" if model else name), style=STYLE.read_text(), name=escape(name),
+                       model=escape(model), written=time.strftime("%Y-%m-%d %H:%M"), sections="".join(parts))
+    path = workdir / "report.html"
+    atomic_write(path, page.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def _guarded(what: str, make: Callable[..., str], *told) -> str:
+    """What `make` makes of files that may hold anything; where it cannot, a line in its place: a page of the rest is worth
+    more than none."""
+    try:
+        return make(*told)
+    except Exception as error:
+        logging.warning("report.html goes without a part of %s: %s (%s)", what, first_line(error), type(error).__name__)
+        return f"<p>A part of {what} is damaged and left out.</p>"
+
+
+def _each(what: str, make: Callable[..., str], items) -> str:
+    return "".join(_guarded(what, make, item) for item in items) if isinstance(items, list) else ""
+
+
+# -------------------------------------------------------------------- the finding
+def _finding(evaluation: dict, evaluations: list[dict]) -> str:
+    """What came of the training, before and after: by an evaluation, or else by those while training."""
+    found = evaluation.get("finding")
+    cells = _each("evaluation.json", _found, (found if isinstance(found, list) else [])[:MOST_FINDINGS])
+    if not cells and evaluations:
+        cells = "".join(map(_found, _found_while_training(evaluations)))
+    return f"<dl class='facts finding'>{cells}</dl>" if cells else ""
+
+
+def _found(told: dict) -> str:
+    before, after = (_short(told[name]) for name in ("before", "after"))
+    change = f"{escape(before)} <span>&#8594;</span> <b>{escape(after)}</b>" if told["before"] is not None else \
+        f"<b>{escape(after)}</b>"
+    note = f"{told.get('between', 'base &#8594; trained') if told['before'] is not None else 'trained'}" + (
+        f", {escape(_short(told['note']))}" if told.get("note") else "")
+    return f"<div><dt>{escape(_short(told['what']))}</dt><dd>{change}</dd><dd class='note'>{note}</dd></div>"
+
+
+def _found_while_training(evaluations: list[dict]) -> list[dict]:
+    """Of the held-out perplexity at the longest length: the first and the last."""
+    names = {(int(length), name) for record in evaluations for name, _, length in (key.partition("@") for key in record["eval"])
+             if name == "perplexity" and length.isdecimal()}
+    if not names:
+        return []
+    length, name = max(names)
+    told = [(r["step"], _number(r["eval"][f"{name}@{length}"])) for r in evaluations if f"{name}@{length}" in r["eval"]]
+    (first, before), (last, after) = told[0], told[-1]
+    return [{"what": f"Held-out perplexity at {length:,} tokens", "before": _figures(before) if last > first else None,
+             "after": _figures(after), "between": f"step {first:,} &#8594; step {last:,}", "note": "while training"}]
 
 
 # -------------------------------------------------------------------- summary
@@ -223,7 +278,7 @@ def _time(steps: list[dict], profile: dict) -> str:
              + [["collectives behind computing", found.hidden, round(100 * found.hidden / found.seconds, 1)]],
              "caption": f"From the trace of {traced}, the average of {found.devices} devices"}
     legend = [(f"part{i}", name) for i, name in enumerate(parts)]
-    return said + _tables([table]) + f"<div class='charts'>{_figure(chart, legend)}</div>"
+    return said + f"<div class='tables'>{_table(table)}</div><div class='charts'>{_figure(chart, legend)}</div>"
 
 
 def _finite_values(steps: list[dict], name: str) -> np.ndarray:
@@ -250,40 +305,101 @@ def _while_training(evaluations: list[dict]) -> list[dict]:
                  f" (the last {MOST_EVALUATIONS} of {len(rows)})" if len(rows) > len(shown) else "")}]
 
 
-def _tables(tables: list[dict]) -> str:
-    out = []
-    for table in tables:
-        head = "".join(f"<th scope='col'{NUMBER if _numeric(row[i] for row in table['rows']) else ''}>"
-                       f"{escape(str(name))}</th>" for i, name in enumerate(table["columns"]))
-        body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in table["rows"])
-        out.append(f"<div class='table'><table><caption>{escape(table.get('caption', ''))}</caption>"
-                   f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
-    return f"<div class='tables'>{''.join(out)}</div>" if out else ""
+def _evaluation(workdir: Path, evaluation: dict, evaluations: list[dict]) -> str:
+    guarded = lambda make, name: _each("evaluation.json", make, evaluation.get(name, []))
+    while_training = _guarded("metrics.jsonl", lambda: "".join(map(_table, _while_training(evaluations))))
+    tables = guarded(_table, "tables") + _guarded("lm-eval's results", _lm_eval, workdir) + while_training
+    drawn = guarded(_chart, "charts") + guarded(lambda image: _image(workdir, image), "images")
+    return (f"<div class='tables'>{tables}</div>" if tables else "") + (f"<div class='charts'>{drawn}</div>" if drawn else "")
 
 
-def _images(workdir: Path, images: list[dict]) -> str:
-    shown = ""
-    for image in images:
-        path = workdir / Path(image["file"]).name
-        if path.is_file():
-            png = path.read_bytes()
-            width = int.from_bytes(png[16:20]) // 2      # they have two pixels for one of the page
-            shown += (f"<figure><img src='data:image/png;base64,{base64.b64encode(png).decode()}' width='{width}' "
-                      f"alt='{escape(image['title'])}'></figure>")
-    return f"<div class='charts'>{shown}</div>" if shown else ""
+def _table(table: dict) -> str:
+    columns, rows = [_short(name) for name in table["columns"][:MOST_COLUMNS]], table["rows"]
+    caption = _short(table.get("caption", ""), 10 * LONGEST_CELL)
+    if len(rows) > MOST_ROWS:
+        caption += f" (the first {MOST_ROWS:,} of {len(rows):,} rows)"
+    rows = [row[:MOST_COLUMNS] for row in rows[:MOST_ROWS]]
+    head = "".join(f"<th scope='col'{NUMBER if _numeric(row[i] for row in rows if i < len(row)) else ''}>{escape(name)}</th>"
+                   for i, name in enumerate(columns))
+    body = "".join("<tr>" + "".join(_cell(cell, name) for cell, name in zip(row, columns)) + "</tr>" for row in rows)
+    return (f"<div class='table'><table><caption>{escape(caption)}</caption>"
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
 
-def _cell(value) -> str:
+def _chart(chart: dict) -> str:
+    """As `lljax.evaluation.results.charts` describes them."""
+    numbers = lambda values: [_number(value) for value in values]
+    title, lengths = _short(chart["title"]), [int(length) for length in chart["lengths"][:MOST_COLUMNS]]
+    if chart["kind"] == "heatmap":
+        return _figure(charts.heatmap(title, lengths, [_short(row) for row in chart["rows"][:MOST_ROWS]],
+                                      [numbers(row) for row in chart["values"]], [int(n) for n in chart["samples"]]), [])
+    lines = {_short(name): numbers(values) for name, values in chart["lines"].items()}
+    legend = [(f"series{number % charts.SERIES}", name) for number, name in enumerate(lines)]
+    drawn = charts.length_chart(title, lengths, lines, log=bool(chart["log"]))
+    return _figure(drawn, legend) if drawn else ""
+
+
+def _image(workdir: Path, image: dict) -> str:
+    path = workdir / Path(str(image["file"])).name
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_IMAGE:
+        return ""
+    png = path.read_bytes()
+    if not png.startswith(b"\x89PNG"):
+        return ""
+    width = int.from_bytes(png[16:20]) // 2  # they have two pixels for one of the page
+    return (f"<figure><img src='data:image/png;base64,{base64.b64encode(png).decode()}' width='{width}' "
+            f"alt='{escape(_short(image['title']))}'></figure>")
+
+
+def _lm_eval(workdir: Path) -> str:
+    """A table of what the lm-evaluation-harness wrote in the run's folder: of each model, task and metric the newest value."""
+    files = sorted({path for pattern in LM_EVAL for path in workdir.glob(pattern)}, key=lambda path: path.name)
+    rows: dict[tuple, list] = {}
+    for path in files:
+        try:
+            rows |= _lm_eval_rows(read_object(path))
+        except (AttributeError, TypeError) as error:     # something else under that name
+            logging.warning("%s is passed over: %s", path, first_line(error))
+    return _table({"columns": ["task", "model", "shots", "metric", "value", "stderr", "n"], "rows": [*rows.values()],
+                   "caption": "lm-evaluation-harness"}) if rows else ""
+
+
+def _lm_eval_rows(found: dict) -> dict[tuple, list]:
+    """Of a results file of lm_eval 0.4: {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}}}."""
+    arguments = found.get("config", {}).get("model_args", "")
+    if isinstance(arguments, dict):
+        arguments = ",".join(f"{name}={value}" for name, value in arguments.items())
+    rows = {}
+    for task, values in found.get("results", {}).items():
+        shots, n = found.get("n-shot", {}).get(task), found.get("n-samples", {}).get(task, {}).get("effective")
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if isinstance(value, (int, float)) and filtered and not metric.endswith("_stderr"):
+                name = metric if filtered == "none" else f"{metric}, {filtered}"
+                error = values.get(f"{metric}_stderr,{filtered}")            # "N/A" where there is none
+                rows[task, arguments, key] = [task, arguments, shots, name, value,
+                                              error if isinstance(error, (int, float)) else None, n]
+    return rows
+
+
+def _cell(value, column: str) -> str:
+    """The column's name is shown beside the value where the page is too narrow for columns."""
+    label = f" data-column='{escape(column)}'"
     if value is None:
-        return f"<td{NUMBER}>{UNKNOWN}</td>"
-    return f"<td{NUMBER}>{_figures(value)}</td>" if _numeric([value]) else f"<td>{escape(str(value))}</td>"
+        return f"<td{NUMBER}{label}>{UNKNOWN}</td>"
+    return f"<td{NUMBER}{label}>{_figures(value)}</td>" if _numeric([value]) else f"<td{label}>{escape(_short(value))}</td>"
+
+
+def _short(value, most: int = LONGEST_CELL) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _numeric(column) -> bool:
-    """Whether the cells are numbers, or stand for one that is missing; formatted ones ("1,024", "3.50", "nan", "–") too."""
+    """Whether the cells are numbers, or stand for one that is missing; formatted ones ("1,024", "3.50 (n=5)", "nan", "–") too."""
     def one(value):
         try:
-            float(str(value).replace(",", ""))
+            float(str(value).partition(" (n=")[0].replace(",", ""))
         except ValueError:
             return False
         return not isinstance(value, bool)
@@ -293,7 +409,7 @@ def _numeric(column) -> bool:
 def _figures(value) -> str:
     """A number at the precision that a reader compares: whole ones with separators, others with four figures."""
     if isinstance(value, str) or not math.isfinite(value):
-        return escape(str(value))
+        return escape(_short(value))
     if isinstance(value, int) or abs(value) >= 1e4:
         return f"{value:,.0f}"
     return f"{value:#.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3e}"
@@ -316,7 +432,7 @@ def _data(statistics: dict) -> str:
         _figure(charts.bar_chart(f"Documents by length: {part}", numbers["histogram"]["edges"],
                                  numbers["histogram"]["counts"], "tokens"), [])
         for part, numbers in parts.items() if numbers.get("histogram", {}).get("counts"))
-    return _tables([table]) + f"<div class='charts'>{figures}</div>"
+    return f"<div class='tables'>{_table(table)}</div><div class='charts'>{figures}</div>"
 
 
 def _commands(workdir: Path, config: dict, steps: list[dict]) -> str:
@@ -330,7 +446,7 @@ def _configuration(config: dict) -> str:
     fields = dict(_flat(config))
     if not fields:
         return ""
-    rows = "".join(f"<tr><th scope='row'>{escape(field)}</th><td>{escape(json.dumps(value, ensure_ascii=False))}"
+    rows = "".join(f"<tr><th scope='row'>{escape(field)}</th><td>{escape(_short(json.dumps(value, ensure_ascii=False), 4000))}"
                    "</td></tr>" for field, value in fields.items())
     return (f"<details><summary>{len(fields)} fields</summary><div class='table'><table class='config'><tbody>{rows}"
             "</tbody></table></div></details>")
@@ -364,16 +480,8 @@ def _column(steps: list[dict], name: str) -> np.ndarray:
 
 
 def _number(value) -> float:
-    """A value of metrics.jsonl, where "nan" and "inf" are words."""
-    return math.nan if value is None else float(value)
-
-
-def _read(path: Path) -> dict:
-    """The JSON object of a file; empty where there is none, or it is broken (a report does not fail for that)."""
+    """A value of metrics.jsonl, where "nan" and "inf" are words; NaN for what is no number."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        logging.warning("%s is not JSON (%s): the report goes without it", path, error)
-        return {}
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

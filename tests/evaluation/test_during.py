@@ -49,6 +49,7 @@ def test_a_run_that_was_stopped_among_its_examples_goes_on_from_there(run_config
 def test_mistakes_come_before_the_run(run_config, base, tokenizer, tmp_path):
     for tasks, message in (((("pass", 512),), "training.eval_tasks: there is no task 'pass'"),
                            ((("passkey/tokens", 16),), "training.eval_tasks: passkey/tokens: .* of 16 tokens"),
+                           ((("needle", 10 ** 12),), "training.eval_tasks: 1,000,000,000,000 tokens are more than 16 times"),
                            ((("longbench2", 512),), "name it with --longbench2 .*training.eval_files"),
                            ((("perplexity", 64),), "'perplexity' is what a run reports anyway")):
         run_config.training.eval_tasks = tasks

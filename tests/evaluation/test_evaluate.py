@@ -23,9 +23,11 @@ def evaluate(*flags):
     return done.returncode, done.stdout, done.stderr.strip().splitlines()
 
 
-def test_flags_that_do_not_go_together_are_refused():
-    code, _, errors = evaluate("--workdir=runs/x", "--adapter=y")
-    assert code == 2 and errors == ["ConfigError: --adapter and --workdir: a run has its own; use --model with --adapter"]
+def test_flags_that_do_not_go_together_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--workdir=runs/x", "--adapter=y"])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert capsys.readouterr().err == "ConfigError: --adapter and --workdir: a run has its own; use --model with --adapter\n"
 
 
 @pytest.fixture
@@ -69,6 +71,36 @@ def test_a_base_is_measured_once_and_again_when_its_weights_are_others(command, 
     assert again["perplexity", "base"] != other["perplexity", "base"]
 
 
+def test_mistakes_and_odd_files_are_one_line(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for flags, told in ((["--tasks=pasky"], "known here: passkey, needle, ruler"), (["--tasks=pasky"], "perplexity/new_tokens"),
+                        (["--lengths=1000000000000"], "more than 16 times the 32 that the model reads"),
+                        (["--tasks=needle", "--lengths=512", "--haystack=/dev/zero"], "not a regular file"),
+                        ([f"--out={tmp_path / 'file' / 'below'}"], "file/below: not a directory"),
+                        ([f"--out={tmp_path / 'file'}"], "--out="), (["--tasks=,"], "it names no task"),
+                        (["--lengths=" + "9" * 5000], "--lengths=999")):
+        with pytest.raises(SystemExit) as ended:
+            command(*flags)
+        shown = capsys.readouterr().err
+        assert ended.value.code in (2, 3) and told in shown and len(shown) < 400 and shown.count("\n") == 1
+
+
+def test_a_damaged_perplexity_among_the_predictions_is_measured_again(command, tmp_path):
+    first = command("--lengths=16")
+    path = tmp_path / "out" / "predictions.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"prediction": "much"}) + "\n{\n")
+    assert command("--lengths=16") == first and len(path.read_text().splitlines()) == 3
+
+
+def test_lengths_measured_before_stay_beside_new_ones(command):
+    command("--lengths=16")
+    longer = command("--lengths=32")
+    assert [list(row) for row in longer] == [["perplexity, 3 documents to 16", "base"], ["perplexity, 3 documents to 32", "base"]]
+    both = command("--lengths=16,32")
+    assert list(both) == [("perplexity", "base")] and "–" not in both["perplexity", "base"]
+
+
 def questions(n, prompt="What is it?"):
     return [Example(str(i), prompt, ("",), 8) for i in range(n)]
 
@@ -108,7 +140,7 @@ def test_a_run_is_evaluated_and_nothing_is_asked_twice(run_config, tmp_path):
     models = ["base", "base, RoPE stretched", "trained"]
     assert [row[:2] for row in found["tables"][0]["rows"]] == [["perplexity/longlora", model] for model in models]
     assert [row[:3] for row in found["tables"][1]["rows"][:3]] == [["passkey/tokens", model, "–"] for model in models]
-    assert len(found["images"]) == 1 + 3 and "data:image/png" in write_report(tmp_path / "out").read_text()
+    assert len(found["charts"]) == 1 + 3 and write_report(tmp_path / "out").read_text().count("<svg") == 4
     lines = (tmp_path / "out" / "predictions.jsonl").read_text()
     assert lines.count("\n") == 3 * (2 + 1 + 11)
     assert evaluate(*flags)[0] == 0 and (tmp_path / "out" / "predictions.jsonl").read_text() == lines

@@ -1,11 +1,8 @@
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from lljax.errors import ConfigError
-from lljax.evaluation import drawing, heatmap, needle
+from lljax.evaluation import needle
 from lljax.evaluation.sizes import Counter
 from lljax.evaluation.task import group_scores
 
@@ -40,17 +37,3 @@ def test_the_users_own_text_is_the_haystack(tmp_path, tiny_512):
     assert example.prompt.count("Call me Ishmael.") > 5
     with pytest.raises(ConfigError, match="^needle: .*--lengths"):
         next(needle.task(path).examples(tiny_512, 32, 1, 0))
-
-
-def test_the_heatmap_is_a_png_whose_cells_have_the_scores_colours():
-    scores = np.array([[0, 100, np.nan], [50, 25, 75]])
-    image = Image.open(io.BytesIO(heatmap.png("Title", [512, 4096, 131_072], [0, 100], scores)))
-    assert image.format == "PNG" and image.getpixel((1, 1)) == (255, 255, 255)
-    for row in range(2):
-        for column in range(3):
-            x = heatmap.LEFT + heatmap.CELL[0] * column + 4
-            y = heatmap.TOP + heatmap.CELL[1] * row + 4
-            assert image.getpixel((drawing.SCALE * x, drawing.SCALE * y)) == heatmap.colour(scores[row, column])
-    assert heatmap.colour(0) != heatmap.colour(100) and heatmap.colour(np.nan) == heatmap.NOTHING
-    wide = Image.open(io.BytesIO(heatmap.png("A title that is far longer than one column of cells", [512], [0], [[1]])))
-    assert wide.width > 2 * drawing.SCALE * (heatmap.LEFT + heatmap.CELL[0])

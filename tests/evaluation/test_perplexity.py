@@ -1,10 +1,22 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from lljax.evaluation.perplexity import longlora_windows, new_token_windows, perplexity, window_perplexity
+from lljax.errors import DataError
+from lljax.evaluation import perplexity as module
+from lljax.evaluation.perplexity import (
+    longlora_windows,
+    new_token_windows,
+    perplexity,
+    predicted,
+    read,
+    window_perplexity,
+)
+from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.task import TooShort
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
@@ -71,3 +83,26 @@ def test_new_tokens_are_counted_once_and_are_the_same_at_every_length(model, los
 
 def test_tokens_have_32_bits():
     assert longlora_windows(np.full(2000, 151_935, np.uint32), 512, 2).max() == 151_935
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_where_nothing_is_held_out_that_is_the_reason_and_not_the_length(protocol):
+    nothing = types.SimpleNamespace(lengths=np.zeros(0, int), stream=np.zeros(0, np.uint32))
+    with pytest.raises(DataError, match="no document is held out: name JSONL files with --held_out"):
+        read(protocol, nothing, 512, 4096, 8)
+
+
+def test_what_is_predicted_at_every_length_of_a_command_tells_its_texts_from_those_of_others():
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 30, 900).astype(np.uint32) for _ in range(3)]
+    store = types.SimpleNamespace(lengths=np.array([900] * 3), stream=np.concatenate(documents), tokens=documents.__getitem__)
+    of = lambda protocol, length, longest: predicted(protocol, read(protocol, store, length, longest, 8))
+    for protocol in ("perplexity", "perplexity/new_tokens"):
+        assert np.array_equal(of(protocol, 300, 600), of(protocol, 600, 600))
+        assert not np.array_equal(of(protocol, 300, 600), of(protocol, 300, 800))
+    assert of("perplexity/longlora", 300, 600) is None
+
+
+def test_a_loss_beyond_a_float_is_an_infinite_perplexity(model, monkeypatch):
+    monkeypatch.setattr(module, "_summed", lambda *_: 800.0 * 32)
+    assert perplexity(model, np.zeros((1, 33), np.int32), 32) == np.inf

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lljax.errors import ConfigError, DataError
-from lljax.evaluation import registry, results, ruler
+from lljax.evaluation import needle, registry, results, ruler
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Sources
 from lljax.training.report import write_report
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.modules["lljax"] = types.ModuleType("lljax")
 sys.modules["lljax"].__path__ = ["lljax"]
-from lljax.evaluation import heatmap, registry
+from lljax.evaluation import registry
 from lljax.evaluation.results import Predictions
 from lljax.evaluation.task import Example
 
@@ -80,11 +80,29 @@ def test_a_file_torn_at_any_byte_keeps_its_whole_lines_and_goes_on(tmp_path):
     assert path.read_bytes().startswith(whole) and path.read_bytes().count(b"\n") == 4
 
 
-def test_damage_before_the_last_line_is_named(tmp_path):
+def test_damaged_lines_are_passed_over_said_and_asked_again(tmp_path, caplog):
     path = tmp_path / "predictions.jsonl"
-    for bad in (b"{\n", b"[]\n", b'{"model": "base"}\n'):
-        path.write_bytes(bad + b'{"model": "m", "task": "t", "length": 1, "id": "1", "question": "q", "prediction": "p"}\n')
-        with pytest.raises(DataError, match="predictions.jsonl:1: not a prediction"):
+    with Predictions(path) as made:
+        for i in range(2):
+            made.add("base", "vt", 512, example(i), "kept")
+    first, last = path.read_bytes().splitlines(keepends=True)
+    for bad in (b"{\n", b"[]\n", b"5\n", b"\xff\xfe\n", b'{"model": "base"}\n', b"[" * 100_000 + b"\n", b"1" * 5000 + b"\n",
+                last.replace(b'"base"', b'["base"]'), last.replace(b'"kept"', b"5"), last[:40] + b"\n"):
+        caplog.clear()
+        path.write_bytes(first + bad + last)
+        with Predictions(path) as made:
+            assert [made.find("base", "vt", 512, example(i)) for i in range(3)] == ["kept", "kept", None]
+            made.add("base", "vt", 512, example(2), "again")
+        assert "predictions.jsonl:2: 1 damaged lines" in caplog.text
+        with Predictions(path) as made:
+            assert made.find("base", "vt", 512, example(2)) == "again"
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "device", tmp_path / "file" / "below"):
+        with pytest.raises(DataError, match="predictions"):
             Predictions(path)
 
 
@@ -125,11 +143,57 @@ def test_the_tables_have_rows_of_models_columns_of_lengths_and_the_means_of_fami
     text = (tmp_path / "evaluation.md").read_text()
     assert "| ruler/vt | base | 90.0 | 10.0 |\n" in text and "| task | model | 4k | 8k |\n|---|---|---:|---:|\n" in text
     assert found["scores"][1] == {"model": "base", "task": "ruler/vt", "length": 4096, "score": 90.0, "samples": 10,
-                                  "groups": {}}
-    assert found["images"] == [{"file": "curve-ruler-mean-of-2.png", "title": "ruler, mean of 2 by length, 0 to 100"},
-                               {"file": "needle-base.png", "title": "Needles found, in percent: base"}]
-    assert all((tmp_path / image["file"]).read_bytes().startswith(b"\x89PNG") for image in found["images"])
-    assert not list(tmp_path.glob("*.tmp"))
+                                  "groups": {}, "texts": ""}
+    assert [(chart["kind"], chart["title"]) for chart in found["charts"]] == [
+        ("curves", "ruler, mean of 2 by length, 0 to 100"), ("heatmap", "Needles found, in percent: base")]
+    assert found["charts"][0]["lengths"] == [4096, 8192] and found["charts"][0]["lines"]["adapter"] == [90.0, None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md"]
+
+
+def test_the_number_of_examples_is_said_in_the_cells_where_it_is_not_the_same_and_else_below():
+    made = lambda *told: results.tables([Score(model, task, length, 50.0, n) for model, task, length, n in told])[-1]
+    alike = made(("base", "needle", 512, 11), ("trained", "needle", 1024, 11))
+    assert "length in tokens, 11 examples each." in alike["caption"] and alike["rows"][0] == ["needle", "base", "50.0", "–"]
+    unlike = made(("base", "needle", 512, 11), ("base", "needle", 1024, 55), ("trained", "needle", 1024, 55),
+                  ("base", "longbench2", 512, 9))
+    assert unlike["rows"] == [["needle", "base", "50.0 (n=11)", "50.0 (n=55)"], ["needle", "trained", "–", "50.0 (n=55)"],
+                              ["longbench2", "base", "50.0", "–"]]
+    assert "; 9 examples of longbench2." in unlike["caption"]
+    read = made(("base", "perplexity", 512, 5), ("base", "perplexity", 1024, 8))
+    assert read["rows"] == [["perplexity", "base", "50.00 (n=5)", "50.00 (n=8)"]] and "perplexity: 5 to 8 docu" in read["caption"]
+
+
+def test_perplexities_of_other_texts_have_rows_and_curves_of_their_own():
+    scores = [Score(model, "perplexity", length, 20.0, n, texts=texts) for model in ("base", "trained")
+              for length, n, texts in ((512, 8, "a"), (1024, 8, "a"), (4096, 5, "b"))]
+    made, = results.tables(scores)
+    assert made["rows"] == [["perplexity, 8 documents to 1k", "base", "20.00", "20.00", "–"],
+                            ["perplexity, 8 documents to 1k", "trained", "20.00", "20.00", "–"],
+                            ["perplexity, 5 documents to 4k", "base", "–", "–", "20.00"],
+                            ["perplexity, 5 documents to 4k", "trained", "–", "–", "20.00"]]
+    assert "perplexity, 5 documents to 4k: 5 documents, every length predicts the same tokens." in made["caption"]
+    assert list(results.drawn_by_length(scores)) == ["perplexity, 8 documents to 1k"]
+    assert results.tables(scores[:2])[0]["rows"] == [["perplexity", "base", "20.00", "20.00"]]
+
+
+def test_the_finding_is_what_was_trained_against_the_base_at_the_longest_length():
+    told = [("base", "perplexity", 512, 20.0), ("base", "perplexity", 4096, 111.211), ("trained", "perplexity", 4096, 18.899),
+            (results.STRETCHED, "perplexity", 4096, 22.86), ("trained", "needle", 4096, 36.36), ("base", "needle", 4096, 0.0),
+            ("base", "passkey/tokens", 8192, 100.0), ("trained, chat", "passkey/tokens", 4096, 80.0), *[
+                ("trained", f"ruler/{task}", 4096, 90.0) for task in ("vt", "fwe")]]
+    assert results.finding([Score(*each, 11) for each in told]) == [
+        {"what": "Perplexity at 4,096 tokens", "before": "111.21", "after": "18.90",
+         "note": "n=11, RoPE stretched, nothing trained: 22.86"},
+        {"what": "Needles found at 4,096 tokens", "before": "0%", "after": "36%", "note": "n=11"},
+        {"what": "passkey/tokens at 4,096 tokens, chat", "before": None, "after": "80%", "note": "n=11"},
+        {"what": "ruler, mean of 2 at 4,096 tokens", "before": None, "after": "90.0", "note": "n=22"}]
+    assert results.finding([Score("base", "perplexity", 512, 20.0, 5)]) == []
+
+
+def test_a_heatmap_says_of_how_many_examples_each_cell_is():
+    groups = {needle.group(depth): 100.0 for depth in needle.DEPTHS}
+    *_, chart = results.charts([Score("base", "needle", length, 100.0, n, groups) for length, n in ((4096, 11), (512, 33))])
+    assert chart["lengths"] == [512, 4096] and chart["samples"] == [3, 1] and len(chart["values"]) == len(chart["rows"]) == 11
 
 
 def test_drawn_by_length_are_tasks_with_two_of_them_and_means_in_place_of_a_familys_tasks():
@@ -203,21 +267,43 @@ def test_an_evaluation_keeps_what_earlier_ones_found_of_the_same_models(tmp_path
         ("base, chat", "ruler/vt", 1024, 3.0)]       # of what was trained before nothing holds
     text = (tmp_path / "evaluation.md").read_text()
     assert "| perplexity | base | 1.00 | 1.00 |" in text and "| ruler/vt | base | 1.0 | 2.0 |" in text
-    assert json.loads((tmp_path / "evaluation.json").read_text())["images"] and math.isnan(found[4].groups["0%"])
-    # Of perplexity all lengths are read anew, and nothing else is touched; means are made, not kept.
-    results.write(tmp_path, [Score("base", "perplexity", 2048, 4.0, 5)], {"base": "base 1"})
-    assert read() == {("base", "perplexity", 2048): 4.0, ("base", "ruler/vt", 512): 1.0, ("base", "ruler/vt", 1024): 2.0,
-                      ("base", "needle", 512): 1.0, ("base", "ruler/fwe", 1024): 2.0, ("base, chat", "ruler/vt", 1024): 3.0}
-    for broken in ("", "[]", "{}", '{"scores": [{"model": "base"}], "keys": {}}', '{"scores": [1], "keys": []}'):
-        (tmp_path / "evaluation.json").write_text(broken)
-        results.write(tmp_path, [Score("base", "ruler/vt", 512, 5.0, 5)], {"base": "base 1"})
-        assert read() == {("base", "ruler/vt", 512): 5.0}
+    assert json.loads((tmp_path / "evaluation.json").read_text())["charts"] and math.isnan(found[4].groups["0%"])
+    # Other lengths of a task stay, of perplexity too, and nothing else is touched; means are made, not kept.
+    results.write(tmp_path, [Score("base", "perplexity", 2048, 4.0, 5), Score("base", "perplexity", 512, 6.0, 5)],
+                  {"base": "base 1"})
+    assert read() == {("base", "perplexity", 512): 6.0, ("base", "perplexity", 1024): 1.0, ("base", "perplexity", 2048): 4.0,
+                      ("base", "ruler/vt", 512): 1.0, ("base", "ruler/vt", 1024): 2.0, ("base", "needle", 512): 1.0,
+                      ("base", "ruler/fwe", 1024): 2.0, ("base, chat", "ruler/vt", 1024): 3.0}
 
 
-def test_the_report_of_an_evaluation_embeds_its_pictures(tmp_path):
-    results.write(tmp_path, SCORES, {})
+GOOD = {"model": "base", "task": "ruler/vt", "length": 512, "score": 50.0, "samples": 5, "groups": {}}
+
+
+@pytest.mark.parametrize("broken", [
+    "", "[]", "{}", "5", "[" * 100_000, "\0" * 50, '{"scores": [{"model": "base"}], "keys": {}}', '{"scores": [1], "keys": []}',
+    {"scores": 5, "keys": 5}, {"scores": [GOOD], "keys": [["base", "base 1"]]}, *({"keys": {"base": "base 1"}, "scores": [
+        GOOD | {field: value}]} for field, value in (
+            ("model", ["base"]), ("model", None), ("task", {}), ("length", "512"), ("length", 512.5), ("length", -1),
+            ("length", 10 ** 400), ("length", True), ("score", "50"), ("score", 10 ** 400), ("samples", None), ("groups", []),
+            ("groups", {"0%": "a"})))], ids=str)
+def test_an_odd_evaluation_json_is_passed_over(tmp_path, broken):
+    (tmp_path / "evaluation.json").write_text(broken if isinstance(broken, str) else json.dumps(broken))
+    new = Score("base", "ruler/fwe", 512, 5.0, 5)
+    assert results.write(tmp_path, [new], {"base": "base 1"}) == [new]
+    write_report(tmp_path)
+
+
+def test_sound_scores_beside_a_damaged_one_stay(tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps({"keys": {"base": "base 1"}, "scores": [GOOD | {"score": "x"}, GOOD]}))
+    new = Score("base", "ruler/fwe", 512, 5.0, 5)
+    assert results.write(tmp_path, [new], {"base": "base 1"}) == [Score("base", "ruler/vt", 512, 50.0, 5), new]
+
+
+def test_the_report_of_an_evaluation_draws_its_charts(tmp_path):
+    results.write(tmp_path, [*SCORES, Score("base", "needle", 512, 100.0, 33, {needle.group(depth): 100.0 for depth in
+                                                                                 needle.DEPTHS})], {})
     page = write_report(tmp_path).read_text()
-    assert "src='data:image/png;base64,iVBOR" in page and "ruler, mean of 2" in page and "No step" not in page
+    assert page.count("<svg") == 3 and "ruler, mean of 2" in page and "n=3" in page and "No step" not in page
 
 
 def test_names_of_tasks_are_families_or_single_tasks(tmp_path):
@@ -233,5 +319,7 @@ def test_names_of_tasks_are_families_or_single_tasks(tmp_path):
         names("longbench_e", longbench=tmp_path)
     with pytest.raises(ConfigError, match="no task 'ruler/niah'; known here: ruler/niah_single_1, "):
         names("ruler/niah")
-    with pytest.raises(ConfigError, match="no task 'rulr'; known here: passkey, needle, ruler, "):
+    with pytest.raises(ConfigError, match="no task 'rulr'; known here: passkey, needle, .*, perplexity, "):
         names("rulr")
+    with pytest.raises(ConfigError, match="no task 'perplexity/new'; known here: perplexity, .*, perplexity/new_tokens$"):
+        names("perplexity/new")

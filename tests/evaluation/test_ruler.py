@@ -1,6 +1,7 @@
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,9 @@ def test_needles_lie_at_many_depths_of_the_users_own_text(tmp_path, tiny_512):
         examples("niah_single_2_local", tiny_512, 2048, sources=Sources(haystack=text))
     with pytest.raises(DataError, match="cannot be read"):
         examples("niah_single_2_local", tiny_512, 2048, sources=Sources(haystack=tmp_path / "gone.txt"))
+    for device in ("/dev/zero", tmp_path):
+        with pytest.raises(DataError, match="the haystack is not a regular file"):
+            examples("niah_single_2_local", tiny_512, 2048, sources=Sources(haystack=Path(device)))
 
 
 def test_more_words_than_there_are_become_compounds():

@@ -39,7 +39,7 @@ def test_repetition_lowers_what_was_seen_whatever_its_sign():
 
 
 @pytest.mark.parametrize("name,value", [("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("min_p", 1.5),
-                                        ("repetition", 0.0)])
+                                        ("repetition", 0.0), ("top_k", 2 ** 31), ("seed", 2 ** 63)])
 def test_a_value_out_of_range_is_one_line(name, value):
     with pytest.raises(ConfigError, match=f"sampling: {name}={value} must be"):
         Sampling(**{name: value})

@@ -2,19 +2,19 @@
 
 import json
 import math
+import random
 import re
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from lljax.training.report import write_report
+from scripts import report
 
-ROOT = Path(__file__).parents[2]
 SCHEDULE = [[10, 8192, "shifted"], [20, 16384, "shifted"], [40, 32768, "full"]]
-VOID = {"meta", "br", "hr", "rect", "path", "circle", "line", "polyline"}
+VOID = {"meta", "br", "hr", "img", "rect", "path", "circle", "line", "polyline"}
 
 
 def record(step, **changes):
@@ -152,15 +152,131 @@ def test_a_long_run_still_gives_a_small_page(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 500_000
 
 
-def test_the_script_writes_it_and_refuses_a_folder_without_a_run(tmp_path):
+def test_the_script_writes_it_and_says_in_a_line_why_it_cannot(tmp_path, monkeypatch, capsys):
     def script(workdir):
-        return subprocess.run([sys.executable, "scripts/report.py", f"--workdir={workdir}"], cwd=ROOT, text=True,
-                              capture_output=True, env={"PYTHONPATH": ".", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin"})
+        monkeypatch.setattr(sys, "argv", ["report.py", f"--workdir={workdir}"])
+        try:
+            report.main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
     page(tmp_path / "run", [record(1)])
-    done = script(tmp_path / "run")
-    assert done.returncode == 0 and done.stdout.strip().endswith("report.html")
-    refused = script(tmp_path)
-    assert refused.returncode == 2 and "no run was started there" in refused.stderr and refused.stderr.count("\n") == 1
+    assert script(tmp_path / "run") == (0, f"{tmp_path / 'run' / 'report.html'}\n", "")
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run" / "report.html").mkdir()
+    for workdir, told in ((tmp_path, "no run was started there"), (tmp_path / "run", "report.html cannot be written")):
+        code, _, errors = script(workdir)
+        assert code == 2 and told in errors and errors.count("\n") == 1
+
+
+def evaluated(**changes):
+    finding = {"what": "Perplexity at 4,096 tokens", "before": "111.21", "after": "18.90", "note": "n=5"}
+    chart = {"kind": "curves", "title": "By length", "log": True, "lengths": [512, 1024], "lines": {"base": [20.0, None]}}
+    grid = {"kind": "heatmap", "title": "Needles", "lengths": [512], "rows": ["0%"], "values": [[50.0]], "samples": [3]}
+    return {"finding": [finding], "charts": [chart, grid],
+            "tables": [{"columns": ["task", "512"], "rows": [["vt", "90.0 (n=5)"]], "caption": "Scores"}]} | changes
+
+
+def test_the_finding_comes_first_from_an_evaluation_or_else_from_those_while_training(tmp_path):
+    records = [record(1), *({"step": step, "eval": {"perplexity@512": 9.0, "perplexity@4096": value}}
+                            for step, value in ((10, 30.0), (20, 25.0), (40, 20.5)))]
+    text = page(tmp_path / "a", records, evaluation=evaluated())
+    assert 0 < text.index("111.21 <span>&#8594;</span> <b>18.90</b>") < text.index("<dt>steps</dt>")
+    assert "base &#8594; trained, n=5" in text and "while training</dd>" not in text
+    text = page(tmp_path / "b", records)
+    assert "30.00 <span>&#8594;</span> <b>20.50</b>" in text and "at 4,096 tokens" in text and "step 10 &#8594; step 40" in text
+    assert "class='facts finding'" not in page(tmp_path / "c", [record(1)])
+    assert "<b>20.50</b>" in page(tmp_path / "d", [record(1), records[-1]]) and "<span>" not in "".join(
+        re.findall("<dl class='facts finding'>.*?</dl>", (tmp_path / "d" / "report.html").read_text()))
+
+
+def test_charts_are_drawn_in_the_colours_of_the_page_and_every_value_has_its_column_beside_it(tmp_path):
+    lines = {name: [50.0, 60.0] for name in ("one", "two", "three")}
+    text = page(tmp_path, [], evaluation=evaluated(charts=[
+        {"kind": "curves", "title": "Equal", "log": False, "lengths": [512, 1024], "lines": lines}, evaluated()["charts"][1]]))
+    looks = [re.findall(rf'class="series{i}(?: ring)?"[^>]*', text) for i in range(3)]
+    assert all(len(each) == 3 for each in looks)     # a line and two rings, of unlike sizes where they lie on each other
+    assert len({re.search(r'r="([\d.]+)"', each[1])[1] for each in looks}) == 3
+    assert all(f"<i class='series{i}'></i>{name}" in text for i, name in enumerate(lines))
+    assert "n=3" in text and not re.search(r'(?:fill|stroke)="', text)
+    assert "<td data-column='task'>vt</td><td class='number' data-column='512'>90.0 (n=5)</td>" in text
+
+
+def test_what_the_lm_evaluation_harness_left_in_the_folder_is_told_and_the_newest_of_it(tmp_path):
+    def left(name, accuracy, **more):
+        path = tmp_path / "run" / "lm_eval" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({
+            "results": {"arc_easy": {"alias": "arc_easy", "acc,none": accuracy, "acc_stderr,none": 0.04, "acc_norm,none": 0.25,
+                                     "acc_norm_stderr,none": "N/A"}},
+            "n-shot": {"arc_easy": 5}, "n-samples": {"arc_easy": {"original": 2376, "effective": 50}},
+            "config": {"model": "lljax", "model_args": "workdir=runs/x"}} | more))
+    left("results_2026-01-02T10.json", 0.375)
+    left("sub/results_2026-01-01T10.json", 0.125)
+    left("results_2026-01-03T10.json", 0.5, config=[], results=5)
+    text = page(tmp_path / "run", [record(1)])
+    cells = re.findall(r"<tr>(<td data-column='task'>arc_easy.*?)</tr>", text)
+    told = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in cells]
+    assert told == [["arc_easy", "workdir=runs/x", "5", "acc", "0.3750", "0.04000", "50"],
+                    ["arc_easy", "workdir=runs/x", "5", "acc_norm", "0.2500", "&#8211;", "50"]]
+
+
+ODD = [None, True, -1, 10 ** 400, float("nan"), 1e308, "", "x" * 100_000, [], {}, [[]], {"a": {"b": []}}, "\ud800", "<script>"]
+
+
+def mutated(rng, value):
+    if rng.random() < 0.12:
+        return rng.choice(ODD)
+    if isinstance(value, dict):
+        return {name: mutated(rng, each) for name, each in value.items() if rng.random() > 0.04}
+    return [mutated(rng, each) for each in value] if isinstance(value, list) else value
+
+
+def test_files_that_hold_anything_give_a_page_of_the_rest(tmp_path):
+    rng = random.Random(0)
+    part = {"documents": 5, "tokens": 50, "trained_tokens": 40, "lengths": {"p50": 4}, "histogram": {"edges": [1, 2], "counts": [5]}}
+    profile = {"steps": [2, 3], "devices": 8, "seconds": 2.0, "computing": 1.2, "collectives": 0.5, "data": 0.1, "hidden": 0.3}
+    files = {"config": {"model": {"path": "base"}, "context": {"length": 32768, "schedule": SCHEDULE}}, "profile": profile,
+             "run": {"parameters": 10, "trainable": 1, "devices": 1, "device": "cpu"}, "evaluation": evaluated(),
+             "data_statistics": {"train": part}, "results_1": {"results": {"arc": {"acc,none": 0.5}}, "config": {}}}
+    records = [record(step) for step in range(1, 12)] + [{"step": 11, "eval": {"perplexity@512": 9.0}}]
+    for _ in range(25):
+        for name, content in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(mutated(rng, content)))
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(mutated(rng, each)) + "\n" for each in records))
+        text = write_report(tmp_path).read_text()
+        check_nesting(text)
+        assert "<script" not in text and len(text) < 200_000
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"5", b"1" * 5000, b"{}", b'{"tables": 1e999}'])
+def test_a_damaged_evaluation_is_passed_over_and_the_rest_is_told(tmp_path, content, caplog):
+    page(tmp_path, [record(1)])
+    (tmp_path / "evaluation.json").write_bytes(content)
+    assert "trained tokens" in write_report(tmp_path).read_text()
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / "evaluation.json").symlink_to("/dev/zero")       # which never ends
+    assert "trained tokens" in write_report(tmp_path).read_text()
+
+
+def test_a_picture_that_is_a_link_or_no_png_is_not_shown(tmp_path):
+    (tmp_path / "secret").write_bytes(b"\x89PNG" + b"s" * 40)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "link.png").symlink_to(tmp_path / "secret")
+    (run / "text.png").write_text("text")
+    (run / "good.png").write_bytes(b"\x89PNG" + b"g" * 40)
+    text = page(run, [], evaluation={"images": [{"file": name, "title": "a"} for name in (
+        "link.png", "text.png", "../secret", "good.png", "gone.png")]})
+    assert text.count("<img") == 1
+
+
+def test_two_may_write_the_report_at_the_same_time(tmp_path):
+    page(tmp_path, [record(s) for s in range(1, 41)])
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write_report(tmp_path), range(40)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
 
 
 def test_a_trace_shows_as_a_bar_of_parts_that_make_up_the_step(tmp_path):
