@@ -33,26 +33,38 @@ def extended_spec(hf_config: dict, context) -> DecoderSpec:
     spec = specs.from_hf(hf_config)
     if context.rope.type == "keep" and context.length > spec.max_length:
         raise ConfigError(f"context.length={context.length} exceeds the base's {spec.max_length} tokens and "
-                          "context.rope.type='keep' does not stretch it: use linear, dynamic or yarn")
-    factor = context.rope.factor if context.rope.factor == "auto" else float(context.rope.factor)
+                          "context.rope.type='keep' does not stretch it: use yarn, or linear or dynamic")
+    factor = context.rope.factor
+    if isinstance(factor, str) and factor != "auto":     # from the command line
+        factor = float(factor)
     return stretched(spec, type=context.rope.type, factor=factor, length=context.length)
 
 
 def stretched(spec: DecoderSpec, *, type: str, factor: float | str, length: int) -> DecoderSpec:
     """`spec` with its RoPE stretched to read `length` tokens, see lljax.models.rope.extend.
 
-    Where RoPE turns chunked layers alone, it never compares tokens further apart than a chunk, and "auto" leaves it as it is.
+    Layers with a RoPE of their own (`more_ropes`) keep it. If RoPE turns chunked layers alone, it
+    never compares tokens further apart than a chunk, and "auto" leaves it as it is.
     """
     extended = rope.extend(spec.rope, type=type, factor=factor, length=length, max_length=spec.max_length)
     if extended == spec.rope:
         return spec
     if factor == "auto" and all(layer.chunked for layer in spec.layers if layer.rope is not None):
         return dataclasses.replace(spec, max_length=length)
-    if spec.family == "phi3":
+    if spec.family == "phi3" and extended.type != "longrope":
+        usable = "longrope" if spec.rope.type == "longrope" else "keep"
         raise ConfigError(f"context.rope.type={type!r}: transformers reads a phi3 model with no RoPE but its own, so nothing "
-                          "could load what was trained; use context.rope.type='keep'")
-    if spec.rope.type in ("llama3", "yarn", "longrope") and extended.type != spec.rope.type:
-        logging.warning("a %s RoPE replaces the base's own %s scaling", extended.type, spec.rope.type)
+                          f"could load what was trained; use context.rope.type={usable!r}")
+    if any(local.type == "dynamic" for local in spec.more_ropes):
+        raise ConfigError(f"context.rope.type={type!r}: the sliding layers of this base have a dynamic RoPE, whose original "
+                          "length would change with that of the others; use context.rope.type='keep'")
+    if gone := rope.lost(spec.rope, extended):
+        kept = f"; context.rope.type={spec.rope.type!r} keeps them" if spec.rope.type in rope.EXTENDABLE else ""
+        logging.warning("context.rope.type=%r replaces the %s scaling of the base, and its %s are lost%s", type,
+                        spec.rope.type, ", ".join(gone), kept)
+    elif extended.attention_factor is not None:
+        logging.warning("the base fixes attention_factor=%s, which stays as the factor grows from %g to %g",
+                        extended.attention_factor, spec.rope.factor, extended.factor)
     return dataclasses.replace(spec, rope=extended, max_length=length)
 
 
