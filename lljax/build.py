@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from lljax import sharding
 from lljax.errors import ConfigError
+from lljax.interop.base import open_base, open_config
 from lljax.interop.huggingface import load_weights
-from lljax.interop.peft import load_adapter
+from lljax.interop.peft import load_adapter, parts_head, under_adapter
 from lljax.interop.quantized import form_of
 from lljax.interop.started import StartedBase, starts_from_base
 from lljax.models import fp8, lora, quantize, rope
@@ -22,6 +23,23 @@ from lljax.models.decoder import Decoder, share_residuals
 from lljax.models.initialise import initialise
 from lljax.models.layers import Linear
 from lljax.models.spec import DecoderSpec, repeats
+
+
+def open_run_base(config):
+    """The base of a run, as the adapter that the run continues from sees it.
+
+    Raises:
+      ModelError: there is none, or it cannot be read; or the adapter.
+    """
+    base = open_base(config.model.path, config.model.revision)
+    return under_adapter(base, config.lora.adapter) if config.lora.adapter else base
+
+
+def open_run_config(config) -> dict:
+    """The config.json of `open_run_base`; of a hub id nothing else is downloaded."""
+    hf_config = open_config(config.model.path, config.model.revision)
+    parted = config.lora.adapter and parts_head(hf_config, config.lora.adapter)
+    return hf_config | {"tie_word_embeddings": False} if parted else hf_config
 
 
 def extended_spec(hf_config: dict, context) -> DecoderSpec:

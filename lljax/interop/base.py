@@ -8,6 +8,7 @@ import numpy as np
 
 from lljax.errors import ModelError
 from lljax.interop import safetensors
+from lljax.interop.own_head import untie_if_they_differ
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 # By model_type, of models that read more than text: the prefix of the tensors of their text model, and its architecture.
@@ -101,7 +102,9 @@ def _folder(path: str, folder: Path) -> FolderBase:
     base = FolderBase(path, folder)
     if base.config.get("quantization_config"):
         from lljax.interop.quantized import QuantisedFolder
-        return QuantisedFolder(path, folder)
+        base = QuantisedFolder(path, folder)
+    if (folder / "model.safetensors").exists() or (folder / safetensors.INDEX).exists():
+        untie_if_they_differ(base)
     return base
 
 

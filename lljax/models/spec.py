@@ -214,6 +214,9 @@ def _ropes_by_layer(c: dict) -> tuple[dict, dict]:
     return tuple(c | {"rope_parameters": each | {"truncate": True}, "rope_scaling": None} for each in (main, local))
 
 
+ROPE_FIELDS = rope.TOP.keys() | {"rope_local_base_freq"}     # of config.json, as `rope_to_hf` writes them
+
+
 def rope_to_hf(spec: DecoderSpec) -> dict:
     """The config.json entries of a decoder's RoPE, see lljax.models.rope.to_hf."""
     entries = rope.to_hf(spec.rope, spec.max_length)

@@ -35,6 +35,11 @@ def list_of(value: Value) -> Value:
     return Value(lambda x: type(x) is list and all(map(value.holds, x)), f"a list with {value.wanted} in every place")
 
 
+def dict_of(value: Value) -> Value:
+    return Value(lambda x: type(x) is dict and all(map(value.holds, x.values())),
+                 f"an object with {value.wanted} in every place")
+
+
 # A comparison with NaN is false, and True is no number.
 NUMBER = Value(lambda x: type(x) in (int, float) and 0 < x <= LARGEST, "a number above 0")
 NOT_NEGATIVE = Value(lambda x: type(x) in (int, float) and 0 <= x <= LARGEST, "a number from 0 on")
