@@ -64,7 +64,7 @@ def _ask(patterns: list[str], texts) -> list:
     command = [sys.executable, "-I", "-S", "-c", CHILD]
     try:
         said = subprocess.run(command, input=json.dumps([patterns, texts]).encode(), stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=SECONDS).stdout
+                              stderr=subprocess.PIPE, timeout=SECONDS).stdout
     except subprocess.TimeoutExpired as expired:
         said = expired.stdout or b""
     return [json.loads(line) for line in said.splitlines(keepends=True) if line.endswith(b"\n")]

@@ -51,6 +51,9 @@ CASES = {
         "llama", LONGROPE | {"attention_factor": 1.3}, {}, {"factor": 4.0, "long_factor": (1.0, 1.44, 3.61, 5.29)}),
     "longrope, phi3": ("phi3", PHI3, {"hidden_size": 96, "original_max_position_embeddings": ORIGINAL},
                        {"factor": 4.0, "long_factor": (1.0, 1.44, 3.61, 5.29)}),
+    "longrope, phi3 with an attention_factor": (
+        "phi3", PHI3 | {"attention_factor": 1.3}, {"hidden_size": 96, "original_max_position_embeddings": ORIGINAL},
+        {"factor": 4.0, "long_factor": (1.0, 1.44, 3.61, 5.29)}),
     "linear, by layer": ("gemma3_text", LOCAL | {"full_attention": LINEAR}, {}, {"factor": 4.0}),
     "yarn, by layer": ("gemma3_text", LOCAL | {"full_attention": YARN | {"truncate": False}}, {}, {"factor": 4.0}),
     "dynamic, by layer": (

@@ -223,6 +223,10 @@ def rope_to_hf(spec: DecoderSpec) -> dict:
     if "partial_rotary_factor" in ROPE.get(spec.family, {}):             # 1 is not what transformers takes if nothing is said
         share = {"partial_rotary_factor": spec.rope.partial}
         entries |= share | {name: entries[name] | share for name in ("rope_parameters", "rope_scaling") if name in entries}
+    if spec.family == "phi3" and spec.rope.type == "longrope" and spec.rope.attention_factor is None:
+        # transformers 4 wants these three alone; both versions make the factor from the lengths.
+        if spec.rope.original_length * spec.rope.factor == entries["max_position_embeddings"]:
+            entries["rope_scaling"] = {"type": "longrope", **{name: entries["rope_parameters"][name] for name in rope.LISTS}}
     if not spec.more_ropes:
         return entries
     local = rope.to_hf(spec.more_ropes[0], spec.max_length)["rope_parameters"]
