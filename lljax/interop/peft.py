@@ -51,7 +51,7 @@ FIELDS = {"peft_type": WORD, "r": RANK, "lora_alpha": ALPHA, "modules_to_save": 
 
 
 class AdapterConfig(NamedTuple):
-    """Of an adapter, what lora.attach needs to know; and whether it keeps a tied head and its embedding one table."""
+    """The settings of an adapter, as lora.attach takes them. ties: a tied head and its embedding stay one table."""
 
     rank: int
     alpha: float

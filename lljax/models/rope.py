@@ -155,7 +155,8 @@ def llama3_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
     """Llama 3.1: wavelengths beyond the original length interpolated, a ramp below. `_compute_llama3_parameters`."""
     base = base_frequencies(spec.theta, H)
     turns = spec.original_length * base / (2 * np.pi)    # over the original length
-    ramp = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    with np.errstate(divide="ignore"):       # Llama 4 has one factor for both: a step
+        ramp = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     kept = np.clip(ramp, 0, 1).astype(np.float32)
     return Frequencies(jnp.asarray((1 - kept) * base / np.float32(spec.factor) + kept * base), 1.0)
 
@@ -266,7 +267,7 @@ SCALING = {
 LISTS = ("short_factor", "long_factor")
 THETA = Value(lambda x: NUMBER.holds(x) and x > 1, "a number above 1")
 FIELDS = SCALING | {
-    "type": WORD, "rope_type": WORD, "rope_theta": optional(THETA),
+    "type": WORD, "rope_type": WORD, "rope_theta": THETA,
     "partial_rotary_factor": optional(SHARE), "original_max_position_embeddings": optional(whole(1)),
 }
 # Of a whole config.json.

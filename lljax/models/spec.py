@@ -8,7 +8,7 @@ import dataclasses
 from lljax.errors import ModelError
 from lljax.models import rope
 from lljax.models.rope import RopeSpec
-from lljax.models.values import FLAG, NUMBER, Value, check, list_of, one_of, optional, shown, whole
+from lljax.models.values import FLAG, NOT_NEGATIVE, NUMBER, Value, check, list_of, one_of, optional, shown, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +364,7 @@ VALUES = rope.TOP | dict.fromkeys(REQUIRED, whole(1)) | {
     "num_hidden_layers": whole(1, MOST_LAYERS), "num_key_value_heads": optional(whole(1)), "head_dim": optional(whole(1)),
     "sliding_window_pattern": whole(1), "max_window_layers": whole(0),
     "decoder_sparse_step": whole(1), "first_k_dense_replace": whole(0), "rms_norm_eps": NUMBER,
-    "initializer_range": NUMBER, "query_pre_attn_scalar": NUMBER, "attn_logit_softcapping": optional(NUMBER),
+    "initializer_range": NOT_NEGATIVE, "query_pre_attn_scalar": NUMBER, "attn_logit_softcapping": optional(NUMBER),
     "final_logit_softcapping": optional(NUMBER), "routed_scaling_factor": NUMBER, "attn_scale": NUMBER,
     "floor_scale": NUMBER, "swiglu_alpha": NUMBER, "swiglu_limit": NUMBER, "rope_local_base_freq": rope.THETA,
     "attn_temperature_tuning": Value(lambda x: type(x) in (bool, int), "true or false"),

@@ -30,7 +30,7 @@ def load(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_a_head_of_its_own_is_read_and_said_as_in_transformers(hf_folder, logits, caplog, family):
     folder = give_head(hf_folder(family, tied=True))
     base, model = read(folder)

@@ -35,6 +35,7 @@ KINDS = {                                    # name: (max_position_embeddings, r
     "yarn, one mscale alone counts for nothing": (16384, {"rope_type": "yarn", "factor": 4.0, "mscale": 0.5,
                                                           "original_max_position_embeddings": 4096}),
     "llama3 of Llama 3.1": (131072, LLAMA31),
+    "llama3 of Llama 4": (262144, LLAMA31 | {"factor": 16.0, "high_freq_factor": 1.0}),
     "longrope": (131072, {"rope_type": "longrope", "original_max_position_embeddings": 4096}),
     "longrope, own attention factor": (131072, {"rope_type": "longrope", "factor": 32.0, "attention_factor": 1.19,
                                                 "original_max_position_embeddings": 4096}),
