@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from lljax import sharding
 from lljax.errors import ConfigError
+from lljax.interop.base import open_base, open_config
 from lljax.interop.huggingface import load_weights
-from lljax.interop.peft import load_adapter
+from lljax.interop.peft import load_adapter, parts_head, under_adapter
 from lljax.interop.quantized import form_of
 from lljax.interop.started import StartedBase, starts_from_base
 from lljax.models import fp8, lora, quantize, rope
@@ -24,6 +25,23 @@ from lljax.models.layers import Linear
 from lljax.models.spec import DecoderSpec, repeats
 
 
+def open_run_base(config):
+    """The base of a run, as the adapter that the run continues from sees it.
+
+    Raises:
+      ModelError: there is none, or it cannot be read; or the adapter.
+    """
+    base = open_base(config.model.path, config.model.revision)
+    return under_adapter(base, config.lora.adapter) if config.lora.adapter else base
+
+
+def open_run_config(config) -> dict:
+    """The config.json of `open_run_base`; of a hub id nothing else is downloaded."""
+    hf_config = open_config(config.model.path, config.model.revision)
+    parted = config.lora.adapter and parts_head(hf_config, config.lora.adapter)
+    return hf_config | {"tie_word_embeddings": False} if parted else hf_config
+
+
 def extended_spec(hf_config: dict, context) -> DecoderSpec:
     """The base's spec, its RoPE changed as `config.context` says.
 
@@ -33,26 +51,38 @@ def extended_spec(hf_config: dict, context) -> DecoderSpec:
     spec = specs.from_hf(hf_config)
     if context.rope.type == "keep" and context.length > spec.max_length:
         raise ConfigError(f"context.length={context.length} exceeds the base's {spec.max_length} tokens and "
-                          "context.rope.type='keep' does not stretch it: use linear, dynamic or yarn")
-    factor = context.rope.factor if context.rope.factor == "auto" else float(context.rope.factor)
+                          "context.rope.type='keep' does not stretch it: use yarn, or linear or dynamic")
+    factor = context.rope.factor
+    if isinstance(factor, str) and factor != "auto":     # from the command line
+        factor = float(factor)
     return stretched(spec, type=context.rope.type, factor=factor, length=context.length)
 
 
 def stretched(spec: DecoderSpec, *, type: str, factor: float | str, length: int) -> DecoderSpec:
     """`spec` with its RoPE stretched to read `length` tokens, see lljax.models.rope.extend.
 
-    Where RoPE turns chunked layers alone, it never compares tokens further apart than a chunk, and "auto" leaves it as it is.
+    Layers with a RoPE of their own (`more_ropes`) keep it. If RoPE turns chunked layers alone, it
+    never compares tokens further apart than a chunk, and "auto" leaves it as it is.
     """
     extended = rope.extend(spec.rope, type=type, factor=factor, length=length, max_length=spec.max_length)
     if extended == spec.rope:
         return spec
     if factor == "auto" and all(layer.chunked for layer in spec.layers if layer.rope is not None):
         return dataclasses.replace(spec, max_length=length)
-    if spec.family == "phi3":
+    if spec.family == "phi3" and extended.type != "longrope":
+        usable = "longrope" if spec.rope.type == "longrope" else "keep"
         raise ConfigError(f"context.rope.type={type!r}: transformers reads a phi3 model with no RoPE but its own, so nothing "
-                          "could load what was trained; use context.rope.type='keep'")
-    if spec.rope.type in ("llama3", "yarn", "longrope") and extended.type != spec.rope.type:
-        logging.warning("a %s RoPE replaces the base's own %s scaling", extended.type, spec.rope.type)
+                          f"could load what was trained; use context.rope.type={usable!r}")
+    if any(local.type == "dynamic" for local in spec.more_ropes):
+        raise ConfigError(f"context.rope.type={type!r}: the sliding layers of this base have a dynamic RoPE, whose original "
+                          "length would change with that of the others; use context.rope.type='keep'")
+    if gone := rope.lost(spec.rope, extended):
+        kept = f"; context.rope.type={spec.rope.type!r} keeps them" if spec.rope.type in rope.EXTENDABLE else ""
+        logging.warning("context.rope.type=%r replaces the %s scaling of the base, and its %s are lost%s", type,
+                        spec.rope.type, ", ".join(gone), kept)
+    elif extended.attention_factor is not None:
+        logging.warning("the base fixes attention_factor=%s, which stays as the factor grows from %g to %g",
+                        extended.attention_factor, spec.rope.factor, extended.factor)
     return dataclasses.replace(spec, rope=extended, max_length=length)
 
 

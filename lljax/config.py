@@ -42,7 +42,7 @@ def default_config() -> ConfigDict:
     c.context.length = 8192                  # tokens the finished model is to read
     c.context.schedule = ((1000, 8192, "full"),)  # stages (until_step, length, full | shifted | window)
     c.context.rope = ConfigDict(type_safe=False)  # so that factor takes a word or a number
-    c.context.rope.type = "yarn"             # keep (as the base has it) | linear | dynamic | yarn
+    c.context.rope.type = "yarn"             # keep (as the base has it) | linear | dynamic | yarn | llama3, longrope (such a base)
     c.context.rope.factor = "auto"           # auto: ceil(length / original length), or a number >= 1
     c.context.group = 0.25                   # shifted: below 1 a share of the row, from 2 up a number of tokens
     c.context.window = 4096                  # window: tokens each token sees behind it, itself included

@@ -7,12 +7,12 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lljax.build import build_model, places
+from lljax.build import build_model, open_run_base, places
 from lljax.config import default_config
-from lljax.errors import ConfigError
-from lljax.interop.base import open_base, read_json
+from lljax.errors import ConfigError, ModelError
+from lljax.interop.base import read_json
 from lljax.interop.huggingface import load_weights
-from lljax.interop.peft import load_adapter, read_adapter_config
+from lljax.interop.peft import load_adapter, named, read_adapter_config, under_adapter
 from lljax.models import lora, spec
 from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
@@ -30,7 +30,7 @@ def restore_run(workdir, step: int | None = None, layout: Layout | None = None):
     """
     workdir = Path(workdir)
     config = read_config(workdir)
-    base = open_base(config.model.path, config.model.revision)
+    base = open_run_base(config)
     model = build_model(config, base, layout.mesh if layout else make_mesh(devices=jax.local_devices()[:1]))
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     checkpoints = Checkpoints(workdir, **config.checkpoint, read_only=True)
@@ -58,15 +58,28 @@ def adapted_base(base, adapter: Path, dtype, layout: Layout | None = None) -> De
     Raises:
       ModelError: the adapter is none, or not of this base.
     """
-    settings = read_adapter_config(adapter)
+    base = under_adapter(base, adapter)
     model = Decoder(adapted_spec(base, adapter))
-    lora.attach(model, **settings._asdict())
+    with named(adapter):
+        read_adapter_config(adapter).attach(model)
     load_weights(model, base, dtype=dtype, shardings=places(layout))
     load_adapter(model, adapter, shardings=places(layout))
     return model
 
 
 def adapted_spec(base, adapter: Path) -> DecoderSpec:
-    """That of the base, under the RoPE in the rope.json that lljax writes beside an adapter, where there is one."""
-    path = adapter / "rope.json"
-    return spec.from_hf(base.config | (read_json(path) if path.is_file() else {}))
+    """That of the base, under the RoPE in the rope.json that lljax writes beside an adapter, where there is one.
+
+    Raises:
+      ModelError: rope.json holds what is no RoPE of this base.
+    """
+    config, path = under_adapter(base, adapter).config, adapter / "rope.json"
+    if not path.is_file():
+        return spec.from_hf(config)
+    given = read_json(path)
+    for field in given.keys() - spec.ROPE_FIELDS:
+        raise ModelError(f"{path}: {field} is no field of a RoPE")
+    try:
+        return spec.from_hf(config | given)
+    except ModelError as error:
+        raise ModelError(f"{path}: {str(error).removeprefix('config.json: ')}") from None

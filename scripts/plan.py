@@ -16,11 +16,11 @@ import off_device  # noqa: F401
 from absl import flags
 from rich.table import Table
 
+from lljax.build import open_run_config
 from lljax.command_line import config_flag, read_flags
 from lljax.config import validate
 from lljax.devices import GiB
 from lljax.errors import exit_cleanly
-from lljax.interop.base import open_config
 from lljax.planning import plan as planning
 from lljax.planning import search
 from lljax.planning.devices import target
@@ -82,7 +82,7 @@ def main(argv) -> None:
         with config.unlocked():
             config.data.train = config.data.train or ("-",)  # no document is read
         validate(config)
-        hf_config = open_config(config.model.path, config.model.revision)
+        hf_config = open_run_config(config)
         with CONSOLE.status(f"compiling for {chosen.name}") as status:
             options = planning.Options(EFFICIENCY.value, HOST.value and int(HOST.value * 1e9),
                                        lambda text: status.update(f"compiling {text}"))

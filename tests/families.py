@@ -61,7 +61,8 @@ FAMILIES = {
         "num_hidden_layers": 7, "sliding_window_pattern": 3, "rope_parameters": LOCAL_AND_GLOBAL}),
     "phi3": (transformers.Phi3Config, {"sliding_window": 20, "pad_token_id": 0, "eos_token_id": 1}),
     "phi3 turning part of the head": (transformers.Phi3Config, {
-        "hidden_size": 96, "pad_token_id": 0, "eos_token_id": 1, "rope_parameters": PART_OF_THE_HEAD}),
+        "hidden_size": 96, "pad_token_id": 0, "eos_token_id": 1, "original_max_position_embeddings": 32,
+        "rope_parameters": PART_OF_THE_HEAD}),
     "internlm3": (transformers.InternLM3Config, {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
     "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20}),
     "qwen2_moe": (transformers.Qwen2MoeConfig, {

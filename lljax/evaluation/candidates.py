@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lljax.build import answering, extended_spec, load_base
+from lljax.build import answering, extended_spec, load_base, open_run_base
 from lljax.errors import ConfigError
 from lljax.evaluation.results import BASE, STRETCHED, TRAINED
 from lljax.interop.base import end_tokens, open_base, tokenizer_fingerprint
-from lljax.interop.peft import read_adapter_config
+from lljax.interop.peft import read_adapter_config, under_adapter
 from lljax.models import lora, spec
 from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
@@ -69,7 +69,7 @@ def of_run(workdir: Path) -> Candidates:
     config = read_config(workdir)
     if not any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*")):     # now, and not after the base's turn
         raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
-    base = open_base(config.model.path, config.model.revision)
+    base = open_run_base(config)
     extended, dtype = extended_spec(base.config, config.context), jnp.dtype(config.model.dtype)
     settings = json.dumps([json.loads(config[part].to_json_best_effort()) for part in ("model", "lora")])
     models = [] if config.model.init == "random" else \
@@ -88,6 +88,7 @@ def of_base(path: str, adapter: Path | None) -> Candidates:
     if not adapter:
         plain = spec.from_hf(base.config)
         return Candidates(base, _bases(base, plain, dtype), plain, dtype, answering(plain))
+    base = under_adapter(base, adapter)
     settings, extended = repr(read_adapter_config(adapter)), adapted_spec(base, adapter)
     layout = answering(extended)
     trained = Candidate(TRAINED, lambda: adapted_base(base, adapter, dtype, layout), settings)

@@ -10,6 +10,7 @@ from lljax.data.template import turn_ends
 from lljax.errors import ModelError
 from lljax.interop import safetensors
 from lljax.interop.tokenizer_bounds import check, serialized
+from lljax.interop.own_head import untie_if_they_differ
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 # By model_type, of models that read more than text: the prefix of the tensors of their text model, and its architecture.
@@ -107,7 +108,9 @@ def _folder(path: str, folder: Path) -> FolderBase:
     base = FolderBase(path, folder)
     if base.config.get("quantization_config"):
         from lljax.interop.quantized import QuantisedFolder
-        return QuantisedFolder(path, folder)
+        base = QuantisedFolder(path, folder)
+    if (folder / "model.safetensors").exists() or (folder / safetensors.INDEX).exists():
+        untie_if_they_differ(base)
     return base
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from lljax.errors import ModelError
 from lljax.interop import gguf_tokenizer
-from lljax.models.rope import RopeSpec, base_frequencies, llama3_frequencies
+from lljax.models.rope import FIELDS, THETA, RopeSpec, base_frequencies, llama3_frequencies
+from lljax.models.values import NUMBER, check, shown, whole
 
 # HF's model_type and class of each. Mistral models call themselves llama.
 ARCHITECTURES = {"llama": ("llama", "LlamaForCausalLM"), "qwen2": ("qwen2", "Qwen2ForCausalLM"),
@@ -27,6 +28,10 @@ GEMMA = {"post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_fee
          "post_ffw_norm": "post_feedforward_layernorm"}
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
+YARN = {"original_max_position_embeddings": "original_context_length", "beta_fast": "yarn_beta_fast",
+        "beta_slow": "yarn_beta_slow"}
+# What else llama.cpp scales by, with the values that change nothing.
+NEUTRAL = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0, "alpha": 0.0}
 
 MOST_VALUES = 1 << 22                        # in an array of the metadata: of a larger vocabulary nobody has heard
 
@@ -124,12 +129,11 @@ class GgufBase:
         if a not in ARCHITECTURES:
             raise ModelError(f"{self.path}: architecture {a!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
 
-        def need(key, default=None):
+        def need(key, default=None, wanted=whole(1)):
             value = self._field(f"{a}.{key}", default)
             if value is None:
                 raise ModelError(f"{self.path}: the metadata has no {a}.{key}")
-            if not isinstance(value, (int, float)) or value <= 0:    # a list: layers that differ
-                raise ModelError(f"{self.path}: {a}.{key} is {value!r}; one number above 0 is needed")
+            check({f"{a}.{key}": value}, {f"{a}.{key}": wanted}, str(self.path))      # a list: layers that differ
             return value
         N, D = need("attention.head_count"), need("embedding_length")
         vocabulary = self.shape("model.embed_tokens.weight")[0] if "model.embed_tokens.weight" in self._tensors else None
@@ -142,8 +146,8 @@ class GgufBase:
             "num_key_value_heads": need("attention.head_count_kv", N),
             "head_dim": need("attention.key_length", D // N),
             "max_position_embeddings": need("context_length"),
-            "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-            "rope_theta": need("rope.freq_base", 10_000.0),
+            "rms_norm_eps": need("attention.layer_norm_rms_epsilon", wanted=NUMBER),
+            "rope_theta": need("rope.freq_base", 10_000.0, THETA),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "hidden_act": "silu", "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"), "torch_dtype": "float16",
@@ -151,8 +155,12 @@ class GgufBase:
         if a == "gemma3":                    # only the largest scales scores by another number than its head size
             scored = D // N if config["num_hidden_layers"] == 62 else config["head_dim"]
             config |= {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
-                       "rope_theta": need("rope.freq_base", 1_000_000.0), "query_pre_attn_scalar": scored,
-                       "sliding_window": need("attention.sliding_window")}
+                       "rope_theta": need("rope.freq_base", 1_000_000.0, THETA), "query_pre_attn_scalar": scored,
+                       "sliding_window": need("attention.sliding_window"),
+                       "rope_local_base_freq": need("rope.freq_base_swa", 10_000.0, THETA)}
+        if (turning := need("rope.dimension_count", config["head_dim"])) != config["head_dim"]:
+            raise ModelError(f"{self.path}: {a}.rope.dimension_count is {turning} of {config['head_dim']} dimensions, which is "
+                             "not supported: use the HuggingFace folder of this model")
         if a == "llama":
             config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._tensors
         return config | {"rope_scaling": self._rope_scaling(a, config["rope_theta"], config["head_dim"])}
@@ -164,9 +172,14 @@ class GgufBase:
         kind, factor = self._field(f"{a}.rope.scaling.type"), self._field(f"{a}.rope.scaling.factor")
         if kind in (None, "none"):
             return None
+        for key, neutral in NEUTRAL.items():
+            if (value := self._field(f"{a}.rope.scaling.{key}", neutral)) != neutral:
+                raise ModelError(f"{self.path}: {a}.rope.scaling.{key} is {shown(value)}, which is not supported: use the "
+                                 "HuggingFace folder of this model")
         scaling = {"rope_type": kind, "factor": factor}
         if kind == "yarn":
-            scaling["original_max_position_embeddings"] = self._field(f"{a}.rope.scaling.original_context_length")
+            scaling |= {name: self._field(f"{a}.rope.scaling.{key}") for name, key in YARN.items()}
+        check(scaling, FIELDS, f"{self.path}: {a}.rope.scaling")
         return scaling
 
     def _llama3(self, divisors: np.ndarray, theta: float, H: int) -> dict:

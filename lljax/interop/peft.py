@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
 
 import collections
+import contextlib
 import json
 import math
 import re
@@ -15,9 +16,12 @@ from lljax.errors import ConfigError, ModelError
 from lljax.interop import safetensors
 from lljax.interop.base import read_json
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value
+from lljax.interop.own_head import OwnHead
 from lljax.interop.started import StartedBase, owns_kernel, starts_from_base
 from lljax.models.declare import Weight, declared
-from lljax.models.lora import TABLES, adaptable, of_pattern
+from lljax.models.lora import TABLES, adaptable, attach, matched_tables, of_pattern
+from lljax.models.spec import is_tied
+from lljax.models.values import FLAG, LARGEST, WORD, Value, check, dict_of, list_of, optional, shown, whole
 from lljax.sharding import put
 
 PREFIX = "base_model.model."
@@ -36,7 +40,19 @@ BESIDE = ("model.embed_tokens.weight", "model.embed_tokens.base_layer.weight", "
 MODULES = {"embed": "embed_tokens", "head": "lm_head"}   # modules_to_save by role; norms have several names
 
 
+# What the fields of adapter_config.json that are read may hold.
+ALPHA = Value(lambda x: type(x) in (int, float) and abs(x) <= LARGEST, "a number")
+RANK = whole(1, 1 << 20)
+NAMES = list_of(WORD)
+FIELDS = {"peft_type": WORD, "r": RANK, "lora_alpha": ALPHA, "modules_to_save": optional(NAMES),
+          "target_modules": Value(lambda x: WORD.holds(x) or NAMES.holds(x), "a word or a list of words"),
+          "rank_pattern": optional(dict_of(RANK)), "alpha_pattern": optional(dict_of(ALPHA)),
+          "use_rslora": FLAG, "use_dora": FLAG, "ensure_weight_tying": FLAG}
+
+
 class AdapterConfig(NamedTuple):
+    """The settings of an adapter, as lora.attach takes them. ties: a tied head and its embedding stay one table."""
+
     rank: int
     alpha: float
     rslora: bool
@@ -45,39 +61,70 @@ class AdapterConfig(NamedTuple):
     rank_pattern: tuple = ()                 # (pattern, value) each, as lora.attach takes them
     alpha_pattern: tuple = ()
     dora: bool = False
+    ties: bool = False
+
+    def attach(self, model: nnx.Module) -> None:
+        attach(model, **{name: value for name, value in self._asdict().items() if name != "ties"})
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """What lora.attach needs to know of an adapter made here or elsewhere.
+    """The settings of an adapter made here or elsewhere.
 
     Raises:
       ModelError: no adapter there, or one of a kind that is not supported.
     """
     path = Path(folder) / "adapter_config.json"
     c = read_json(path)
-    if c.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {c.get('peft_type')!r}, and LORA is supported")
+    check({"peft_type": None, "r": None, "lora_alpha": None, "target_modules": None, **c}, FIELDS, str(path))
+    if c["peft_type"] != "LORA":
+        raise ModelError(f"{path}: peft_type is {shown(c['peft_type'])}, and LORA is supported")
     for field, unused in UNSUPPORTED.items():
         if c.get(field) not in unused:
-            raise ModelError(f"{path}: {field}={c[field]!r} is not supported; merge this adapter with PEFT and use the "
+            raise ModelError(f"{path}: {field}={shown(c[field])} is not supported; merge this adapter with PEFT and use the "
                              "merged model as the base")
+    targets, saved = c["target_modules"], {name.rpartition(".")[2] for name in c.get("modules_to_save") or ()}
+    roles = {role for role, name in MODULES.items() if name in saved}
+    roles |= {"norm"} if any(name.endswith("norm") for name in saved) else set()
+    return AdapterConfig(
+        rank=c["r"], alpha=float(c["lora_alpha"]), rslora=bool(c.get("use_rslora")),
+        targets=(targets,) if isinstance(targets, str) else tuple(targets), also_train=tuple(sorted(roles)),
+        rank_pattern=tuple((c.get("rank_pattern") or {}).items()),
+        alpha_pattern=tuple((name, float(alpha)) for name, alpha in (c.get("alpha_pattern") or {}).items()),
+        dora=bool(c.get("use_dora")), ties=bool(c.get("ensure_weight_tying")))
+
+
+@contextlib.contextmanager
+def named(folder):
+    """What is wrong with the settings of an adapter, as an error that names its file."""
     try:
-        targets = c["target_modules"]
-        targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        saved = tuple(c.get("modules_to_save") or ())
-        if not all(isinstance(name, str) for name in targets + saved) or int(c["r"]) < 1:
-            raise ValueError("target_modules and modules_to_save hold names, and r is at least 1")
-        alpha = float(c["lora_alpha"])
-        ranks = tuple((name, int(rank)) for name, rank in (c.get("rank_pattern") or {}).items())
-        alphas = tuple((name, float(alpha)) for name, alpha in (c.get("alpha_pattern") or {}).items())
-        if not all(rank >= 1 for _, rank in ranks) or not all(math.isfinite(x) for x in (alpha, *dict(alphas).values())):
-            raise ValueError("ranks are at least 1, and alphas finite")
-        roles = {role for role, name in MODULES.items() if name in saved}
-        roles |= {"norm"} if any(name.endswith("norm") for name in saved) else set()
-        return AdapterConfig(int(c["r"]), alpha, bool(c.get("use_rslora")), targets, tuple(sorted(roles)),
-                             ranks, alphas, bool(c.get("use_dora")))
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: {type(error).__name__}: {error}") from None
+        yield
+    except ConfigError as error:
+        raise ModelError(f"{folder}/adapter_config.json: {error}") from None
+
+
+def parts_head(hf_config: dict, folder) -> bool:
+    """Whether an adapter takes the head of a tied base and its embedding for two tables: PEFT wraps or adapts the one that is
+    named and leaves the other as the base has it, unless `ensure_weight_tying`.
+
+    Raises:
+      ModelError: it adapts both by the same factors.
+    """
+    settings = read_adapter_config(folder)
+    if not is_tied(hf_config):
+        return False
+    with named(folder):
+        adapted = matched_tables(settings.targets)
+    if not adapted and not {"embed", "head"} & set(settings.also_train):
+        return False
+    if settings.ties and adapted:
+        raise ModelError(f"{folder}: ensure_weight_tying with {sorted(adapted)[0]!r} in target_modules is not supported; merge "
+                         "this adapter with PEFT and use the merged model as the base")
+    return not settings.ties
+
+
+def under_adapter(base, folder):
+    """`base` as an adapter sees it, see `parts_head`."""
+    return OwnHead(base) if parts_head(base.config, folder) else base
 
 
 def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
@@ -87,6 +134,9 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
       ModelError: a tensor is missing, left over, or has another shape; the model scales its factors in another way.
     """
     config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
+    if model.spec.tied and parts_head({"tie_word_embeddings": True}, folder):
+        raise ModelError(f"{folder}: it trains the head of a tied base or its embedding alone, and this model has one table for "
+                         "both: open the base with lljax.interop.peft.under_adapter")
     for name, weight, lora in adaptable(model):  # shapes do not show these, and they change what the factors mean
         if lora is None:
             continue

@@ -8,7 +8,6 @@ can be adapted too (`TableLora`).
 
 import functools
 import math
-import re
 import zlib
 
 import jax
@@ -19,6 +18,7 @@ from lljax.errors import ConfigError
 from lljax.models.declare import LoraWeight, declare, declared, hf_names
 from lljax.models.layers import Linear
 from lljax.models.quantize import Quantised, dequantise
+from lljax.patterns import matching
 
 FACTORS = ("lora_a", "lora_b", "lora_magnitude")
 TABLES = {"embed_tokens": "embed", "lm_head": "head"}    # what can be adapted beside linear layers, and its role
@@ -133,22 +133,20 @@ def attach(model: nnx.Module, *, rank: int, alpha: float, targets, rslora: bool 
            dora: bool = False, init: str = "default", seed: int = 0, rank_pattern=(), alpha_pattern=(), also_train=()) -> None:
     """Gives every layer that `targets` name its adapter, and marks what trains: the factors and `also_train`.
 
-    A target is a short name ("q_proj"), a regular expression over the dotted name ("self_attn\\.[qv]_proj"), or
-    "all-linear". The model is changed in place; new Variables are abstract until initialised or loaded.
+    A target is the end of a name ("q_proj"), a regular expression over the dotted name ("self_attn\\.[qv]_proj"), with
+    "model.layers.0." in front or not, or "all-linear". The model is changed in place; new Variables are abstract until
+    initialised or loaded.
 
     init, seed: how the factors start, see lljax.models.start; other than "default" the base must be read through
       lljax.interop.started. rank_pattern, alpha_pattern: pairs (pattern, value); see `of_pattern`.
 
     Raises:
-      ConfigError: a target, a role or a pattern matches nothing; the line lists the candidates.
+      ConfigError: a target, a role or a pattern matches nothing (the line lists the candidates), some layers of those that
+        are one array, or is no regular expression.
     """
     candidates = [(name, weight) for name, weight, _ in adaptable(model)]
-    for target in targets:
-        if not any(matches(target, name) for name, _ in candidates):
-            names = ", ".join(dict.fromkeys(name for name, _ in candidates))
-            raise ConfigError(f"lora.targets: {target!r} matches no linear layer; there are {names}")
-    adapted = [(name, weight) for name, weight in candidates if any(matches(target, name) for target in targets)]
-    names = dict.fromkeys(name for name, _ in adapted)
+    names = _targeted(candidates, tuple(targets))
+    adapted = [(name, weight) for name, weight in candidates if name in names]
     for field, pairs in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         for pattern, _ in pairs:
             if all(of_pattern([(pattern, True)], name, weight, field, None) is None for name, weight in adapted):
@@ -240,12 +238,38 @@ def linear_layers(model: nnx.Module):
             yield (f"{name.rpartition('.')[0]}.{path[-1]}" if "part" in kernel else name), module
 
 
-def matches(target: str, name: str) -> bool:
-    """As in PEFT: a short name, or a regular expression over the whole name, with "model.layers.0." in front or not."""
-    if name in TABLES and target == "all-linear":
-        return False
-    return target in ("all-linear", name.rpartition(".")[2]) or \
-        any(re.fullmatch(target, full) for full in (name, f"model.layers.0.{name}"))
+def matched_tables(targets) -> set[str]:
+    """Those of `TABLES` that these targets name."""
+    texts = {"model.embed_tokens": "embed_tokens", "embed_tokens": "embed_tokens", "lm_head": "lm_head"}
+    return {texts[text] for found in matching(tuple(targets), tuple(texts), "lora.targets") for text in found}
+
+
+def _targeted(candidates, targets: tuple[str, ...]) -> list[str]:
+    """The names of (name, weight) that targets match, as PEFT has it: see `attach`."""
+    layers = {}                              # name -> its full names, of all stacks of layers
+    for name, weight in candidates:
+        layers.setdefault(name, []).extend(_full_names(name, weight))
+    texts, reached = (*layers, *(full for of in layers.values() for full in of)), set()
+    for target, found in zip(targets, matching(targets, texts, "lora.targets")):
+        here = {full for name, of in layers.items() for full in of
+                if name in found or full in found or (target == "all-linear" and name not in TABLES)}
+        if not here:
+            raise ConfigError(f"lora.targets: {target!r} matches no linear layer; there are {', '.join(layers)}")
+        reached |= here
+    for of in layers.values():
+        if 0 < len(reached.intersection(of)) < len(of):
+            first, other = next(full for full in of if full in reached), next(full for full in of if full not in reached)
+            raise ConfigError(f"lora.targets: {first} is matched and {other} is not, and layers are adapted all or none: leave "
+                              "the number out")
+    return [name for name, of in layers.items() if reached.issuperset(of)]
+
+
+def _full_names(name: str, weight: nnx.Variable) -> list[str]:
+    """"model.layers.0.self_attn.q_proj" and so on, of the layers that a weight holds."""
+    if "layers" not in weight.get_metadata():
+        return [weight.get_metadata("hf").removesuffix(".weight")]
+    first, step = weight.get_metadata("layers")
+    return [f"model.layers.{first + i * step}.{name}" for i in range(weight.get_value().shape[0])]
 
 
 def of_pattern(pairs, name: str, weight: nnx.Variable, field: str, default):
@@ -258,11 +282,9 @@ def of_pattern(pairs, name: str, weight: nnx.Variable, field: str, default):
     names = [hf.removesuffix(".weight") for hf in hf_names(weight)] if pairs else []
     if "part" in weight.get_metadata():      # of a fused layer, under its own name
         names = [f"{hf.rpartition('.')[0]}.{name.rpartition('.')[2]}" for hf in names]
-    for pattern, value in pairs:
-        try:
-            matched = [re.match(rf"(.*\.)?({pattern})$", name) is not None for name in names]
-        except re.error as error:
-            raise ConfigError(f"lora.{field}: {pattern!r} is no regular expression ({error})") from None
+    found = matching(tuple(pattern for pattern, _ in pairs), tuple(names), f"lora.{field}", r"(.*\.)?")
+    for (pattern, value), of in zip(pairs, found):
+        matched = [name in of for name in names]
         if all(matched):
             return value
         if any(matched):

@@ -13,6 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lljax.errors import ConfigError, ModelError
+from lljax.models.values import (
+    FLAG, LARGEST, NOT_NEGATIVE, NUMBER, OBJECT, SHARE, WORD, Value, check, list_of, optional, shown,
+    whole,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +155,8 @@ def llama3_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
     """Llama 3.1: wavelengths beyond the original length interpolated, a ramp below. `_compute_llama3_parameters`."""
     base = base_frequencies(spec.theta, H)
     turns = spec.original_length * base / (2 * np.pi)    # over the original length
-    ramp = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    with np.errstate(divide="ignore"):       # Llama 4 has one factor for both: a step
+        ramp = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     kept = np.clip(ramp, 0, 1).astype(np.float32)
     return Frequencies(jnp.asarray((1 - kept) * base / np.float32(spec.factor) + kept * base), 1.0)
 
@@ -169,36 +174,115 @@ def longrope_frequencies(spec: RopeSpec, H: int, length) -> Frequencies:
 
 KINDS = {"default": default_frequencies, "linear": linear_frequencies, "dynamic": dynamic_frequencies,
          "yarn": yarn_frequencies, "llama3": llama3_frequencies, "longrope": longrope_frequencies}
-EXTENDABLE = ("linear", "dynamic", "yarn")
+EXTENDABLE = ("linear", "dynamic", "yarn", "llama3", "longrope")
+OWN = ("llama3", "longrope")                 # these extend a base of the same kind alone
 
 
-def extend(spec: RopeSpec, *, type: str, factor: float | str, length: int, max_length: int) -> RopeSpec:
+def extend(
+    spec: RopeSpec, *, type: str, factor: float | str, length: int, max_length: int
+) -> RopeSpec:
     """The RoPE of a base stretched to read `length` tokens, as `context.rope = {type, factor}` asks.
 
-    "keep" leaves the base's own. Otherwise `factor` counts from the length the frequencies were trained for
-    (`spec.original_length`) and replaces whatever scaling the base has; "auto" is ceil(length / original length), and
-    leaves a base alone that reaches `length` already (max_length: the tokens the base reads as it is).
+    "keep" leaves the RoPE of the base. The kind that the base has already keeps every field and
+    changes the factor (longrope: see `longer_factors`); another kind replaces its scaling, see
+    `lost`. `factor` is the new factor itself, not a multiple of the old one. It counts from the
+    length that the frequencies were trained for, for llama3 and longrope from the length that a
+    factor of 1 would give (Llama 3.1 reads 131,072 tokens with a factor of 8: from 16,384).
+    "auto" is the least whole factor that reaches `length`, and leaves a base alone that reaches it
+    already. max_length: the tokens that the base reads as it is.
 
     Raises:
-      ConfigError: an unknown type, a factor that is no number of at least 1 or does not reach `length`, or dynamic
-        over a base that is scaled in another way.
+      ConfigError: an unknown type; a factor that is no number of at least 1 or does not reach
+        `length`; dynamic over a base that is scaled in another way; llama3 or longrope over a base
+        that is not.
     """
     if type not in ("keep", *EXTENDABLE):
         raise ConfigError(f"context.rope.type={type!r} is none of keep, {', '.join(EXTENDABLE)}")
     if type == "keep" or (factor == "auto" and length <= max_length):
         return spec
+    if type in OWN and type != spec.type:
+        raise ConfigError(f"context.rope.type={type!r} extends a base with {type} frequencies, and "
+                          f"those of this base are {spec.type!r}: use yarn")
     if type == "dynamic" and spec.type not in ("default", "dynamic"):
-        raise ConfigError(f"context.rope.type='dynamic' leaves short rows unscaled, and the base was trained under "
-                          f"{spec.type!r}: use linear or yarn")
+        raise ConfigError("context.rope.type='dynamic' leaves short rows unscaled, and the base was "
+                          f"trained under {spec.type!r}: use linear or yarn")
+    if type == "longrope" and spec.factor <= 1:
+        raise ConfigError(f"context.rope.type='longrope': the factor of the base is {spec.factor}, "
+                          "which does not tell how its long_factor grows: use yarn")
+    unit = max_length / spec.factor if type in OWN else spec.original_length
+    least = math.ceil(length / unit)
     if factor == "auto":
-        factor = math.ceil(length / spec.original_length)
-    if not isinstance(factor, (int, float)) or not 1 <= factor < math.inf:
-        raise ConfigError(f"context.rope.factor={factor!r}: 'auto', or a number of at least 1")
-    if factor * spec.original_length < length:
-        raise ConfigError(f"context.rope.factor={factor} stretches {spec.original_length} tokens to "
-                          f"{int(factor * spec.original_length)}, short of context.length={length}: use 'auto' or "
-                          f"{math.ceil(length / spec.original_length)}")
-    return RopeSpec(type, theta=spec.theta, factor=float(factor), original_length=spec.original_length, partial=spec.partial)
+        factor = least
+    if not isinstance(factor, (int, float)) or not 1 <= factor <= LARGEST:
+        raise ConfigError(f"context.rope.factor={shown(factor)}: 'auto', or a number of at least 1")
+    if factor * unit < length:
+        raise ConfigError(f"context.rope.factor={factor} stretches {unit:.0f} tokens to "
+                          f"{int(factor * unit)}, short of context.length={length}: use 'auto' or "
+                          f"{least}")
+    factor = float(factor)
+    if type != spec.type:
+        return RopeSpec(type, theta=spec.theta, factor=factor, original_length=spec.original_length,
+                        partial=spec.partial)
+    if type == "longrope":
+        return dataclasses.replace(spec, factor=factor, long_factor=longer_factors(spec, factor))
+    return dataclasses.replace(spec, factor=factor)
+
+
+def longer_factors(spec: RopeSpec, factor: float) -> tuple[float, ...]:
+    """The `long_factor` of a longrope base at another factor.
+
+    An entry is spec.factor ** share, from 0 (the dimension is extrapolated) to 1 (interpolated), and
+    becomes factor ** share. Position interpolation (share 1) and NTK-aware scaling (share 2i / (H - 2))
+    are extended exactly; fast dimensions stay nearly as they are, which linear scaling would blur.
+    """
+    growth = math.log(factor) / math.log(spec.factor)
+    return tuple(each ** growth for each in spec.long_factor)
+
+
+def lost(before: RopeSpec, after: RopeSpec) -> list[str]:
+    """The fields of the scaling of `before`, as "name=value", that `after` of another kind drops."""
+    if before.type == after.type:
+        return []
+    return [f"{name}={f'[{len(value)} numbers]' if name in LISTS else value}"
+            for name, value in scaling(before).items()]
+
+
+def scaling(spec: RopeSpec) -> dict:
+    """The fields of its scaling: those that its kind always has, and others that are set."""
+    if spec.type == "default":
+        return {}
+    always = ("factor", *WRITTEN.get(spec.type, ()))
+    return {name: getattr(spec, name) for name in SCALING
+            if name in always or getattr(spec, name) != DEFAULTS[name]}
+
+
+# Fields of `rope_parameters`, which `RopeSpec` has too, and what they may hold.
+SCALING = {
+    "factor": optional(NUMBER), "attention_factor": optional(NUMBER),
+    "beta_fast": optional(NUMBER), "beta_slow": optional(NUMBER),
+    "mscale": optional(NOT_NEGATIVE), "mscale_all_dim": optional(NOT_NEGATIVE), "truncate": FLAG,
+    "low_freq_factor": optional(NUMBER), "high_freq_factor": optional(NUMBER),
+    "short_factor": optional(list_of(NUMBER)), "long_factor": optional(list_of(NUMBER)),
+}
+LISTS = ("short_factor", "long_factor")
+THETA = Value(lambda x: NUMBER.holds(x) and x > 1, "a number above 1")
+FIELDS = SCALING | {
+    "type": WORD, "rope_type": WORD, "rope_theta": THETA,
+    "partial_rotary_factor": optional(SHARE), "original_max_position_embeddings": optional(whole(1)),
+}
+# Of a whole config.json.
+TOP = {name: FIELDS[name]
+       for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
+TOP |= {"max_position_embeddings": whole(1), "rope_scaling": optional(OBJECT),
+        "rope_parameters": optional(OBJECT)}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(RopeSpec)}
+# What a kind cannot do without when it is read, and what it has whatever the value.
+NEEDS = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+         "longrope": ("short_factor", "long_factor")}
+WRITTEN = {"yarn": ("beta_fast", "beta_slow", "truncate"),
+           "llama3": ("low_freq_factor", "high_freq_factor"), "longrope": LISTS}
+WITH_ORIGINAL = ("yarn", "llama3", "longrope")           # these name the length they were trained for
 
 
 def from_hf(hf_config: dict) -> RopeSpec:
@@ -207,43 +291,44 @@ def from_hf(hf_config: dict) -> RopeSpec:
     Where both are present the legacy form wins, as it does in transformers.
 
     Raises:
-      ModelError: an unknown kind, one without the fields it needs, or a RoPE by layer type.
+      ModelError: an unknown kind, one without the fields it needs, a value that cannot be right, or
+        a RoPE by layer type.
     """
+    check(hf_config, TOP)
     given = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
-    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise ModelError("config.json: rope_parameters has to be one flat object, the same for every layer")
-    partial = given.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor") or 1.0
-    if not (isinstance(partial, (int, float)) and 0 < partial <= 1):
-        raise ModelError(f"config.json: partial_rotary_factor={partial!r} is no share of the head: above 0, at most 1")
+    if any(isinstance(value, dict) and name not in FIELDS for name, value in given.items()):
+        raise ModelError("config.json: rope_parameters has to be one flat object, the same for every "
+                         "layer")
     kind = given.get("rope_type", given.get("type", "default"))
+    check(given, FIELDS, f"config.json: rope_type {shown(kind)}")
     kind = {"su": "longrope"}.get(kind, kind)
     if kind not in KINDS:
-        raise ModelError(f"config.json: rope_type {kind!r} is none of {', '.join(KINDS)}")
-    max_length = hf_config.get("max_position_embeddings", 2048)
-    original = hf_config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
-    if kind in ("default", "linear", "dynamic") or original is None:
-        original = max_length
+        raise ModelError(f"config.json: rope_type {shown(kind)} is none of {', '.join(KINDS)}")
     for field in NEEDS.get(kind, ()):
         if given.get(field) is None:
             raise ModelError(f"config.json: rope_type {kind!r} needs {field!r}")
-    for field in NUMBERS:
-        value = given.get(field, 1)
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
-            raise ModelError(f"config.json: {field}={value!r} of rope_type {kind!r} is no number above 0")
-    fields = {"theta": given.get("rope_theta", hf_config.get("rope_theta", 10_000.0)), "factor": given.get("factor"),
-              "short_factor": tuple(given.get("short_factor") or ()),
-              "long_factor": tuple(given.get("long_factor") or ())}
-    fields |= {name: given.get(name) for name in OPTIONAL}
-    if kind == "longrope" and fields["factor"] is None:
-        fields["factor"] = max_length / original
-    return RopeSpec(kind, original_length=original, partial=partial, **{k: v for k, v in fields.items() if v is not None})
 
-
-OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor",
-            "high_freq_factor")
-NEEDS = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
-         "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor")}
-NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings")
+    def first(name, default):
+        values = (given.get(name), hf_config.get(name), default)
+        return next(value for value in values if value is not None)
+    max_length = hf_config.get("max_position_embeddings", DEFAULTS["original_length"])
+    original = max_length
+    if kind in WITH_ORIGINAL:                # the one beside the others counts before the one in them
+        original = hf_config.get("original_max_position_embeddings") or \
+            given.get("original_max_position_embeddings") or max_length
+    common = {"theta": first("rope_theta", DEFAULTS["theta"]), "original_length": original,
+              "partial": first("partial_rotary_factor", DEFAULTS["partial"])}
+    if kind == "default":
+        return RopeSpec(**common)
+    fields = {name: tuple(given[name]) if name in LISTS else given[name]
+              for name in SCALING if given.get(name) is not None}
+    if kind == "longrope":
+        fields.setdefault("factor", max_length / original)
+    spec = RopeSpec(kind, **common, **fields)
+    if kind == "llama3" and spec.high_freq_factor < spec.low_freq_factor:
+        raise ModelError(f"config.json: high_freq_factor={spec.high_freq_factor} is below "
+                         f"low_freq_factor={spec.low_freq_factor}")
+    return spec
 
 
 def to_hf(spec: RopeSpec, max_length: int) -> dict:
@@ -252,28 +337,27 @@ def to_hf(spec: RopeSpec, max_length: int) -> dict:
     vLLM multiplies `max_position_embeddings` by the factor of linear and dynamic, so there it stays the original;
     for the others it is the extended one. Factors are JSON floats: vLLM tests for the type. The legacy entry holds
     theta too, because in transformers it replaces the new one whole where these entries override a loaded config.
+    transformers 4 reads the share of the head that turns, and the original length of longrope, beside the legacy entry
+    alone, and makes the factor of longrope from both lengths.
     """
     parameters = {"rope_type": spec.type, "rope_theta": float(spec.theta)}
-    if spec.type in ("linear", "dynamic", "yarn", "llama3", "longrope"):
-        parameters["factor"] = float(spec.factor)
-    if spec.type in ("yarn", "llama3", "longrope"):
+    beside = {"rope_theta": float(spec.theta)}
+    for name, value in scaling(spec).items():
+        parameters[name] = list(value) if name in LISTS else value
+        if name in ("factor", "attention_factor"):
+            parameters[name] = float(value)
+    if spec.type in WITH_ORIGINAL:
         parameters["original_max_position_embeddings"] = spec.original_length
-    if spec.type == "llama3":
-        parameters |= {"low_freq_factor": spec.low_freq_factor, "high_freq_factor": spec.high_freq_factor}
+    if spec.type in ("linear", "dynamic"):
+        max_length = spec.original_length
     if spec.type == "longrope":
-        parameters |= {"short_factor": list(spec.short_factor), "long_factor": list(spec.long_factor)}
-    if spec.type == "yarn":
-        parameters |= {"beta_fast": spec.beta_fast, "beta_slow": spec.beta_slow, "truncate": spec.truncate}
-        parameters |= {name: getattr(spec, name) for name in ("mscale", "mscale_all_dim")
-                       if getattr(spec, name) is not None}
-    if spec.attention_factor is not None:
-        parameters["attention_factor"] = float(spec.attention_factor)
+        beside["original_max_position_embeddings"] = spec.original_length
+        max_length = max(max_length, int(spec.original_length * spec.factor))
     if spec.partial != 1:
-        parameters["partial_rotary_factor"] = spec.partial
-    stays = spec.type in ("linear", "dynamic")
-    legacy = {} if spec.type == "default" else {"rope_scaling": dict(parameters)}
-    return {"rope_parameters": parameters, "rope_theta": float(spec.theta), **legacy,
-            "max_position_embeddings": spec.original_length if stays else max_length}
+        parameters["partial_rotary_factor"] = beside["partial_rotary_factor"] = spec.partial
+    if spec.type != "default":
+        beside["rope_scaling"] = dict(parameters)
+    return {"rope_parameters": parameters, **beside, "max_position_embeddings": max_length}
 
 
 def reach(spec: RopeSpec, max_position_embeddings: int) -> int:

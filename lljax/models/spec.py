@@ -8,6 +8,7 @@ import dataclasses
 from lljax.errors import ModelError
 from lljax.models import rope
 from lljax.models.rope import RopeSpec
+from lljax.models.values import FLAG, NOT_NEGATIVE, NUMBER, Value, check, list_of, one_of, optional, shown, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +140,10 @@ def _default(name: str, value):
     return lambda c: c.get(name, value)
 
 
-def _positive(c: dict, name: str, default: int):
-    value = c.get(name, default)
-    if not isinstance(value, (int, float)) or value <= 0:
-        raise ModelError(f"config.json: {name} is {value!r}; a number above 0 is needed")
-    return value
+def _window(c: dict, default: int | None = None) -> int | None:
+    """Of the layers that have one; transformers writes 0 where none has."""
+    check(c, {"sliding_window": optional(whole(1))})
+    return c.get("sliding_window", default)
 
 
 def _windows(*windows: int | None) -> tuple[LayerSpec, ...]:
@@ -155,7 +155,7 @@ def _sliding(c: dict, otherwise, local: str = "sliding_attention") -> list[bool]
     types = _of_layers(c, "layer_types", lambda i: local if otherwise(i) else "full_attention")
     for i, kind in enumerate(types):
         if kind not in ("full_attention", local):
-            raise ModelError(f"config.json: layer_types[{i}] {kind!r} is none of full_attention, {local}")
+            raise ModelError(f"config.json: layer_types[{i}] {shown(kind)} is none of full_attention, {local}")
     return [kind == local for kind in types]
 
 
@@ -164,7 +164,7 @@ def _of_layers(c: dict, name: str, otherwise) -> list:
     L = c["num_hidden_layers"]
     given = c.get(name) or [otherwise(i) for i in range(L)]
     if not isinstance(given, list) or len(given) != L:
-        raise ModelError(f"config.json: {name} has {len(given) if isinstance(given, list) else given!r} entries for "
+        raise ModelError(f"config.json: {name} has {len(given) if isinstance(given, list) else shown(given)} entries for "
                          f"num_hidden_layers={L}")
     return given
 
@@ -173,14 +173,14 @@ def _upper_layers(c: dict) -> tuple[LayerSpec, ...]:
     """Qwen: a sliding window from layer `max_window_layers` on, or as `layer_types` says, where it is switched on."""
     if not c.get("use_sliding_window", False):
         return _windows(*(None,) * c["num_hidden_layers"])
-    window = c.get("sliding_window", 4096)
+    window = _window(c, 4096)
     return _windows(*(window if slides else None for slides in _sliding(c, lambda i: i >= c.get("max_window_layers", 28))))
 
 
 def _local_and_global(period):
     """Gemma: all layers but each `period`-th slide; Gemma 3's sliding ones have the second RoPE."""
     def layers(c: dict) -> tuple[LayerSpec, ...]:
-        slides, window = _sliding(c, lambda i: (i + 1) % period(c)), c.get("sliding_window", 4096)
+        slides, window = _sliding(c, lambda i: (i + 1) % period(c)), _window(c, 4096)
         local = 1 if c["model_type"] == "gemma3_text" else 0
         return tuple(LayerSpec(window, rope=local) if slide else LayerSpec() for slide in slides)
     return layers
@@ -201,9 +201,8 @@ def _chunked_layers(c: dict) -> tuple[LayerSpec, ...]:
 def _ropes_by_layer(c: dict) -> tuple[dict, dict]:
     """Gemma 3's config.json, with the RoPE of the global layers alone, and with that of the local ones. Its
     max_position_embeddings counts a linear factor in, as vLLM takes it; elsewhere it does not (lljax.models.rope.to_hf)."""
-    given = c.get("rope_parameters") or {}
-    given = {kind: of or {} for kind, of in given.items()} if isinstance(given, dict) else None
-    if given is None or not all(isinstance(of, dict) for of in given.values()):
+    given = {kind: of or {} for kind, of in (c.get("rope_parameters") or {}).items()}
+    if not all(isinstance(of, dict) for of in given.values()):
         raise ModelError("config.json: rope_parameters of a gemma3_text model has an object for each of full_attention, "
                          "sliding_attention")
     main = {"rope_theta": c.get("rope_theta", 1_000_000.0), **given.get("full_attention", {}), **(c.get("rope_scaling") or {})}
@@ -211,12 +210,23 @@ def _ropes_by_layer(c: dict) -> tuple[dict, dict]:
     kind, factor = main.get("rope_type", main.get("type")), main.get("factor")
     if kind == "linear" and isinstance(factor, (int, float)) and factor >= 1:
         c = c | {"max_position_embeddings": int(c["max_position_embeddings"] / factor)}
-    return tuple(c | {"rope_parameters": rope_parameters, "rope_scaling": None} for rope_parameters in (main, local))
+    # transformers looks for `truncate` outside of these objects, where it never is.
+    return tuple(c | {"rope_parameters": each | {"truncate": True}, "rope_scaling": None} for each in (main, local))
+
+
+ROPE_FIELDS = rope.TOP.keys() | {"rope_local_base_freq"}     # of config.json, as `rope_to_hf` writes them
 
 
 def rope_to_hf(spec: DecoderSpec) -> dict:
     """The config.json entries of a decoder's RoPE, see lljax.models.rope.to_hf."""
     entries = rope.to_hf(spec.rope, spec.max_length)
+    if "partial_rotary_factor" in ROPE.get(spec.family, {}):             # 1 is not what transformers takes if nothing is said
+        share = {"partial_rotary_factor": spec.rope.partial}
+        entries |= share | {name: entries[name] | share for name in ("rope_parameters", "rope_scaling") if name in entries}
+    if spec.family == "phi3" and spec.rope.type == "longrope" and spec.rope.attention_factor is None:
+        # transformers 4 wants these three alone; both versions make the factor from the lengths.
+        if spec.rope.original_length * spec.rope.factor == entries["max_position_embeddings"]:
+            entries["rope_scaling"] = {"type": "longrope", **{name: entries["rope_parameters"][name] for name in rope.LISTS}}
     if not spec.more_ropes:
         return entries
     local = rope.to_hf(spec.more_ropes[0], spec.max_length)["rope_parameters"]
@@ -230,11 +240,10 @@ def _number(c: dict, *names: str) -> int:
     """The first of these fields that is there.
 
     Raises:
-      ModelError: there is none, or it is no number of at least 1.
+      ModelError: there is none, or it is no whole number of at least 1.
     """
     name = next((name for name in names if c.get(name) is not None), names[0])
-    if not isinstance(c.get(name), int) or c[name] < 1:
-        raise ModelError(f"config.json: {name} is {c.get(name)!r}; a number of at least 1 is needed")
+    check({name: c.get(name)}, {name: whole(1)})
     return c[name]
 
 
@@ -264,8 +273,8 @@ def _llama4_moe(c: dict) -> MoESpec:
 
 def _gpt_oss_moe(c: dict) -> MoESpec:
     return MoESpec(_number(c, "num_local_experts", "num_experts"), _number(c, "num_experts_per_tok"), c["intermediate_size"],
-                   best_first=True, fused="turns", bias=True, clamp=(_positive(c, "swiglu_alpha", 1.702),
-                                                                    _positive(c, "swiglu_limit", 7.0)), router="router")
+                   best_first=True, fused="turns", bias=True, clamp=(c.get("swiglu_alpha", 1.702),
+                                                                    c.get("swiglu_limit", 7.0)), router="router")
 
 
 def _mixtral_moe(c: dict) -> MoESpec:
@@ -287,7 +296,7 @@ def _dense_first(c: dict) -> tuple[LayerSpec, ...]:
 def _temperature(c: dict) -> tuple[float, float] | None:
     if not c.get("attn_temperature_tuning", True):
         return None
-    return c.get("attn_scale", 0.1), _positive(c, "floor_scale", 8192)
+    return c.get("attn_scale", 0.1), c.get("floor_scale", 8192)
 
 
 def _latent(c: dict) -> MLASpec:
@@ -297,31 +306,31 @@ def _latent(c: dict) -> MLASpec:
 
 GEMMA = {"activation": "gelu_tanh", "norm_plus_one": True, "norms_after": True, "qkv_bias": _flag("attention_bias"),
          "output_bias": _flag("attention_bias"), "embed_scale": lambda c: c["hidden_size"] ** 0.5,
-         "attention_scale": lambda c: _positive(c, "query_pre_attn_scalar", 256) ** -0.5}
+         "attention_scale": lambda c: c.get("query_pre_attn_scalar", 256) ** -0.5}
 
 # What differs between families, as defaults of the fields above: values, or functions of the HF config.
 FAMILIES = {
     "llama": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"),
               "mlp_bias": _flag("mlp_bias")},
-    "mistral": {"layers": lambda c: _windows(*(c.get("sliding_window", 4096),) * c["num_hidden_layers"])},
+    "mistral": {"layers": lambda c: _windows(*(_window(c, 4096),) * c["num_hidden_layers"])},
     "qwen2": {"qkv_bias": True, "layers": _upper_layers},
     "qwen3": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "qk_norm": True,
               "layers": _upper_layers},
     "gemma2": GEMMA | {"layers": _local_and_global(lambda c: 2), "attention_softcap": _default("attn_logit_softcapping", 50.0),
                        "logit_softcap": _default("final_logit_softcapping", 30.0)},
-    "gemma3_text": GEMMA | {"layers": _local_and_global(lambda c: _positive(c, "sliding_window_pattern", 6)), "qk_norm": True,
+    "gemma3_text": GEMMA | {"layers": _local_and_global(lambda c: c.get("sliding_window_pattern", 6)), "qk_norm": True,
                             "logit_softcap": _default("final_logit_softcapping", None)},
-    "phi3": {"fused": True, "layers": lambda c: _windows(*(c.get("sliding_window"),) * c["num_hidden_layers"])},
+    "phi3": {"fused": True, "layers": lambda c: _windows(*(_window(c),) * c["num_hidden_layers"])},
     "internlm3": {"qkv_bias": lambda c: c.get("qkv_bias", c.get("attention_bias", False)),
                   "output_bias": lambda c: c.get("bias", c.get("mlp_bias", False)),
                   "mlp_bias": lambda c: c.get("bias", c.get("mlp_bias", False))},
     "mixtral": {"moe": _mixtral_moe,
-                "layers": lambda c: (LayerSpec(c.get("sliding_window"), moe=True),) * c["num_hidden_layers"]},
+                "layers": lambda c: (LayerSpec(_window(c), moe=True),) * c["num_hidden_layers"]},
     "qwen2_moe": {"qkv_bias": lambda c: c.get("qkv_bias", True), "moe": _softmax_moe,
                   "layers": lambda c: _sparse_layers(c, _upper_layers(c))},
     "qwen3_moe": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "qk_norm": True,
                   "moe": _softmax_moe, "layers": lambda c: _sparse_layers(c, _windows(*(
-                      c.get("sliding_window", 4096) if c.get("use_sliding_window") else None,) * c["num_hidden_layers"]))},
+                      _window(c, 4096) if c.get("use_sliding_window") else None,) * c["num_hidden_layers"]))},
     "glm4_moe": {"qkv_bias": _flag("attention_bias"), "qk_norm": _flag("use_qk_norm"), "moe": _sigmoid_moe,
                  "layers": _dense_first},
     "deepseek_v3": {"qkv_bias": _flag("attention_bias"), "output_bias": _flag("attention_bias"), "moe": _sigmoid_moe,
@@ -332,7 +341,7 @@ FAMILIES = {
                     "F": lambda c: _number({"intermediate_size_mlp": 16_384, **c}, "intermediate_size_mlp")},
     "gpt_oss": {"qkv_bias": _default("attention_bias", True), "output_bias": _default("attention_bias", True), "sinks": True,
                 "moe": _gpt_oss_moe, "layers": lambda c: tuple(
-                    LayerSpec(c.get("sliding_window", 128) if slides else None, moe=True)
+                    LayerSpec(_window(c, 128) if slides else None, moe=True)
                     for slides in _sliding(c, lambda i: (i + 1) % 2))},
 }
 # Where config.json has none. The others: as many key/value heads as query heads, and hidden_size // num_attention_heads.
@@ -343,12 +352,27 @@ MAX_LENGTH = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_76
               "phi3": 4096, "internlm3": 32_768, "mixtral": 131_072, "qwen2_moe": 32_768, "qwen3_moe": 32_768,
               "glm4_moe": 131_072, "deepseek_v3": 4096, "llama4_text": 131_072, "gpt_oss": 131_072}
 NORM_EPS = dict.fromkeys(("phi3", "internlm3", "mixtral", "glm4_moe", "llama4_text", "gpt_oss"), 1e-5)       # the others: 1e-6
-ROPE = {"glm4_moe": {"partial_rotary_factor": 0.5}, "llama4_text": {"rope_theta": 500_000.0},
+ROPE = {"glm4_moe": {"partial_rotary_factor": 0.5}, "phi3": {"original_max_position_embeddings": 4096}, "llama4_text": {"rope_theta": 500_000.0},
         "gpt_oss": {"rope_theta": 150_000.0, "rope_parameters": {
             "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
             "original_max_position_embeddings": 4096}}}
 TIED = ("gemma2", "gemma3_text")
 MOST_LAYERS = 10_000                         # each is looked at: a number out of a damaged file would take all memory
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What fields of config.json may hold, where they are there; `_number` checks the others.
+VALUES = rope.TOP | dict.fromkeys(REQUIRED, whole(1)) | {
+    "num_hidden_layers": whole(1, MOST_LAYERS), "num_key_value_heads": optional(whole(1)), "head_dim": optional(whole(1)),
+    "sliding_window_pattern": whole(1), "max_window_layers": whole(0),
+    "decoder_sparse_step": whole(1), "first_k_dense_replace": whole(0), "rms_norm_eps": NUMBER,
+    "initializer_range": NOT_NEGATIVE, "query_pre_attn_scalar": NUMBER, "attn_logit_softcapping": optional(NUMBER),
+    "final_logit_softcapping": optional(NUMBER), "routed_scaling_factor": NUMBER, "attn_scale": NUMBER,
+    "floor_scale": NUMBER, "swiglu_alpha": NUMBER, "swiglu_limit": NUMBER, "rope_local_base_freq": rope.THETA,
+    "attn_temperature_tuning": Value(lambda x: type(x) in (bool, int), "true or false"),
+    **dict.fromkeys(("no_rope_layers", "moe_layers", "mlp_only_layers"), optional(list_of(whole(0)))),
+    **dict.fromkeys(("dtype", "torch_dtype"), optional(one_of("bfloat16", "float16", "float32", "float64"))),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "bias", "use_sliding_window",
+                     "use_bidirectional_attention", "norm_topk_prob", "use_qk_norm", "rope_interleave"), FLAG),
+}
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}         # ours: HF's name
 
 
@@ -359,19 +383,14 @@ def from_hf(hf_config: dict) -> DecoderSpec:
       ModelError: an unsupported family or activation, a missing field, or head counts that do not divide.
     """
     c, family = hf_config, hf_config.get("model_type")
-    if family not in FAMILIES:
-        raise ModelError(f"config.json: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ModelError(f"config.json: model_type {shown(family)} is not supported; supported are {', '.join(FAMILIES)}")
     c = {"max_position_embeddings": MAX_LENGTH[family], **c}
-    optional = [field for field in ("num_key_value_heads", "head_dim") if c.get(field) is not None]
-    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                  "max_position_embeddings", *optional):
-        most = MOST_LAYERS if field == "num_hidden_layers" else 2 ** 31 - 1
-        if not isinstance(c.get(field), int) or not 1 <= c[field] <= most:
-            raise ModelError(f"config.json: {field} is {c.get(field)!r:.60}; a number from 1 to {most:,} is needed")
+    check({**dict.fromkeys(REQUIRED), **c}, VALUES)
     row = {"layers": lambda c: _windows(*(None,) * c["num_hidden_layers"])} | FAMILIES[family]
     wanted = ACTIVATIONS[row.get("activation", "silu")]
     if (given := c.get("hidden_activation") or c.get("hidden_act") or wanted) != wanted:
-        raise ModelError(f"config.json: hidden_act {given!r} of model_type {family!r} is not supported; {wanted} is")
+        raise ModelError(f"config.json: hidden_act {shown(given)} of model_type {family!r} is not supported; {wanted} is")
     if c.get("use_bidirectional_attention"):
         raise ModelError("config.json: use_bidirectional_attention is not supported; a decoder looks back only")
     D, N = c["hidden_size"], c["num_attention_heads"]
@@ -401,7 +420,12 @@ def from_hf(hf_config: dict) -> DecoderSpec:
     return DecoderSpec(family, V=c["vocab_size"], D=D, N=N, K=K, H=H, rope=main,
                        more_ropes=tuple(others), max_length=rope.reach(main, c["max_position_embeddings"]),
                        norm_eps=c.get("rms_norm_eps", NORM_EPS.get(family, 1e-6)),
-                       tied=c.get("tie_word_embeddings", family in TIED), **fields)
+                       tied=is_tied(c), **fields)
+
+
+def is_tied(hf_config: dict) -> bool:
+    """Whether config.json says that the head is the embedding."""
+    return bool(hf_config.get("tie_word_embeddings", hf_config.get("model_type") in TIED))
 
 
 def _check_experts(moe: MoESpec) -> None:

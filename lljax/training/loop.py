@@ -13,14 +13,14 @@ import numpy as np
 from flax import nnx
 from rich.progress import track
 
-from lljax.build import fill, mesh_of, move, placed_model
+from lljax.build import fill, mesh_of, move, open_run_base, placed_model
 from lljax.config import get, total_steps, validate, with_absolute_paths
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.tokens import prepare
 from lljax.devices import of_kind
 from lljax.distributed import first, first_then_others, from_all, wait
 from lljax.errors import ConfigError, NumericAbort, Stopped
-from lljax.interop.base import open_base, tokenizer_fingerprint
+from lljax.interop.base import tokenizer_fingerprint
 from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.decoder import FULL
@@ -81,7 +81,7 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     if config.mesh.sequence == -1 and mesh.devices.size == 1:
         logging.info("mesh.sequence=-1: there is one device, and nothing to spread the tokens of a row over")
     check_rows(config.training.rows, mesh)
-    base = open_base(config.model.path, config.model.revision)
+    base = open_run_base(config)
     tokenizer = base.tokenizer()
     tokenizer_id = tokenizer_fingerprint(tokenizer)
     examine = examiner(config, base, tokenizer, workdir) if config.training.eval_tasks else None

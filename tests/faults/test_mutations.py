@@ -189,9 +189,8 @@ def write_adapter(folder, tiny):
         "target_modules": ["q_proj", "v_proj"], "modules_to_save": None, "init_lora_weights": True}))
 
     def read():
-        settings = read_adapter_config(folder)
         model = Decoder(spec)
-        lora.attach(model, **settings._asdict())
+        read_adapter_config(folder).attach(model)
         load_adapter(model, folder)
     return read
 

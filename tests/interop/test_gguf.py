@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import gguf
@@ -153,6 +154,32 @@ def test_the_rope_factors_of_llama_3_become_its_parameters(tmp_path, factor):
     read = from_hf(open_base(str(tmp_path / "m.gguf")).config).rope
     np.testing.assert_allclose(frequencies(read, H, 0).inverse, frequencies(spec, H, 0).inverse, rtol=1e-6)
     assert read.type == "llama3"
+
+
+def test_the_betas_of_yarn_are_read(tmp_path):
+    write(tmp_path / "m.gguf", metadata={
+        "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 16,
+        "llama.rope.scaling.yarn_beta_fast": 8.0, "llama.rope.scaling.yarn_beta_slow": 2.0})
+    read = from_hf(open_base(str(tmp_path / "m.gguf")).config).rope
+    assert read == RopeSpec("yarn", 5000.0, 4.0, 16, beta_fast=8.0, beta_slow=2.0)
+
+
+@pytest.mark.parametrize("key,value,line", [
+    ("attention.layer_norm_rms_epsilon", math.nan, "epsilon is nan; it has to be a number above 0"),
+    ("attention.layer_norm_rms_epsilon", -1.0, "epsilon is -1.0"), ("attention.layer_norm_rms_epsilon", math.inf, "is inf"),
+    ("rope.freq_base", math.nan, "freq_base is nan"), ("rope.freq_base", 1.0, "freq_base is 1.0; it has to be a number above 1"),
+    ("block_count", 2.0, "block_count is 2.0; it has to be a whole number"), ("context_length", True, "context_length is True"),
+    ("rope.dimension_count", 4, "dimension_count is 4 of 8 dimensions"),
+    ("rope.scaling.factor", math.nan, "rope.scaling: factor is nan"),
+    ("rope.scaling.attn_factor", 1.5, "attn_factor is 1.5, which is not supported"),
+    ("rope.scaling.yarn_log_multiplier", 0.1, "yarn_log_multiplier is 0.1"),
+])
+def test_metadata_that_cannot_be_right_is_one_line(tmp_path, key, value, line):
+    write(tmp_path / "m.gguf", metadata={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0,
+                                         f"llama.{key}": value})
+    with pytest.raises(ModelError, match=line) as refusal:
+        open_base(str(tmp_path / "m.gguf"))
+    assert "\n" not in str(refusal.value)
 
 
 def test_rope_factors_of_another_rule_are_refused(tmp_path):

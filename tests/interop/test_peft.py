@@ -1,26 +1,31 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
+from families import TOKENS
+from flax import nnx
 from safetensors.torch import load_file, save_file
 
-from lljax import sharding
-from lljax.build import build_model
+from lljax import patterns, sharding
+from lljax.build import build_model, open_run_base
 from lljax.config import default_config
 from lljax.errors import ModelError
 from lljax.interop.base import open_base
-from lljax.interop.huggingface import load_weights
-from lljax.interop.peft import load_adapter, read_adapter_config, write_adapter
+from lljax.interop.export import export_merged, export_peft, export_split
+from lljax.interop.huggingface import hf_names, hf_value, load_weights
+from lljax.interop.peft import PREFIX, load_adapter, read_adapter_config, under_adapter, write_adapter
 from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
+from lljax.restore import adapted_base, adapted_spec
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -101,12 +106,78 @@ def test_a_tied_adapter_of_peft_gives_its_logits(hf_folder, tmp_path, logits):
     np.testing.assert_allclose(logits(model), logits(theirs), atol=1e-4, rtol=1e-4)
 
 
-def test_a_head_that_left_its_tied_embedding_is_refused(hf_folder, tmp_path):
-    """PEFT trains the two apart when both are in modules_to_save; a tied model has no place for the second."""
+# PEFT leaves the table that is not named as the base has it: head and embedding are two from there on.
+PARTED = {
+    "embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "both": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "factors of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "factors of the head": {"target_modules": ["q_proj", "lm_head"]},
+    "factors of both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "head and factors of the embedding": {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+    "by a regular expression": {"target_modules": r"(.*\.q_proj)|(model\.embed_tokens)"},
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "embedding" else pytest.mark.slow) for case in PARTED])
+def test_an_adapter_that_parts_a_tied_head_from_its_embedding(hf_folder, tmp_path, logits, case):
+    """Logits and gradients are PEFT's, and so are the logits of what is exported and of a run that goes on from it."""
+    folder = hf_folder(tied=True)
+    theirs = torch_adapter(folder, tmp_path / "adapter", **PARTED[case])
+    base = under_adapter(open_base(str(folder)), tmp_path / "adapter")
+    model = adapted_base(base, tmp_path / "adapter", jnp.float32)
+    wanted = logits(theirs)
+    np.testing.assert_allclose(logits(model), wanted, atol=1e-4, rtol=1e-4)
+
+    theirs(torch.from_numpy(TOKENS)).logits.square().mean().backward()
+    grads = {name.replace(".modules_to_save", "").replace(".default", ""): parameter.grad.numpy()
+             for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    ours = {PREFIX + name: hf_value(variable, i) for _, variable in declared(gradient(model))
+            if variable.get_metadata("trainable") for i, name in enumerate(hf_names(variable))}
+    assert ours.keys() == grads.keys()
+    for name, grad in grads.items():
+        np.testing.assert_allclose(ours[name], grad, atol=1e-4 * np.abs(grad).max(), rtol=1e-3, err_msg=name)
+
+    export_peft(model, base, tmp_path / "peft")
+    export_merged(model, base, tmp_path / "merged")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    export_split(model, base, tmp_path / "split")
+    split = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "split" / "base")
+    for exported in (peft.PeftModel.from_pretrained(plain, tmp_path / "peft"), merged,
+                     peft.PeftModel.from_pretrained(split, tmp_path / "split" / "adapter")):
+        np.testing.assert_allclose(logits(exported), wanted, atol=1e-4, rtol=1e-4)
+    settings = read_adapter_config(tmp_path / "adapter")
+    continued = build(folder, tmp_path / "adapter", lora__targets=settings.targets, lora__also_train=settings.also_train)
+    np.testing.assert_allclose(logits(continued), wanted, atol=1e-4, rtol=1e-4)
+
+
+def gradient(model):
+    """The model with the gradients of the mean square of its logits in the place of what trains."""
+    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
+
+    @jax.jit
+    def gradients(trainable):
+        def loss(trainable):
+            model = nnx.merge(graphdef, trainable, frozen)
+            hidden = model(jnp.asarray(TOKENS), positions=jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape))
+            return jnp.mean(jnp.square(model.logits(hidden)))
+        return jax.grad(loss)(trainable)
+    return nnx.merge(graphdef, gradients(trainable), frozen)
+
+
+def test_factors_that_a_tied_head_and_its_embedding_share_are_refused(hf_folder, tmp_path):
     base = hf_folder(tied=True)
-    torch_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
-    model = attached(base, read_adapter_config(tmp_path / "adapter"), also_train=("embed",))
-    with pytest.raises(ModelError, match="lm_head"):
+    torch_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(ModelError, match="ensure_weight_tying with 'embed_tokens' in target_modules is not supported"):
+        adapted_base(open_base(str(base)), tmp_path / "adapter", jnp.float32)
+
+
+def test_a_tied_model_has_no_place_for_an_adapter_that_parts_its_head(hf_folder, tmp_path):
+    base = hf_folder(tied=True)
+    torch_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = attached(base, read_adapter_config(tmp_path / "adapter"))
+    with pytest.raises(ModelError, match="the head of a tied base or its embedding alone"):
         load_adapter(model, tmp_path / "adapter")
 
 
@@ -158,7 +229,8 @@ def configuration(base, folder, **changes):
 
 
 def build(base, folder, **changes):
-    return build_model(configuration(base, folder, **changes), open_base(str(base)), sharding.make_mesh(fsdp=-1))
+    config = configuration(base, folder, **changes)
+    return build_model(config, open_run_base(config), sharding.make_mesh(fsdp=-1))
 
 
 def test_a_run_continues_from_an_adapter(adapter, trained, logits):
@@ -212,12 +284,42 @@ def test_initialisations_that_leave_the_base_alone_are_taken(config_folder, init
 
 @pytest.mark.parametrize("fields", [
     {"r": None}, {"r": "many"}, {"r": -3}, {"lora_alpha": None}, {"target_modules": [3]}, {"target_modules": None},
-    {"modules_to_save": [3]}, {"rank_pattern": 3}, {"rank_pattern": {"q_proj": "many"}}, {"alpha_pattern": ["q_proj"]}],
+    {"modules_to_save": [3]}, {"modules_to_save": "lm_head"}, {"r": 8.5}, {"r": True}, {"r": 1 << 40},
+    {"lora_alpha": float("nan")}, {"target_modules": {"q_proj": 1}}, {"use_rslora": "false"}, {"use_dora": [1]},
+    {"ensure_weight_tying": 2}, {"alpha_pattern": {"q_proj": float("inf")}}, {"peft_type": ["LORA"] * 1000},
+    {"rank_pattern": 3}, {"rank_pattern": {"q_proj": "many"}}, {"alpha_pattern": ["q_proj"]}],
     ids=str)
 def test_a_damaged_configuration_is_one_line(config_folder, fields):
     edit(config_folder, **fields)
     with pytest.raises(ModelError, match="adapter_config.json"):
         read_adapter_config(config_folder)
+
+
+@pytest.mark.parametrize("fields,line", [
+    ({"target_modules": ["*_proj"]}, r"'\*_proj' is no regular expression"), ({"target_modules": "(a+"}, "is no regular expression"),
+    ({"target_modules": "([a-z_.0-9]+)+!"}, "is not done with the names of the layers"),
+    ({"rank_pattern": {"(.*)*!": 3}}, "is not done with the names of the layers"),
+    ({"target_modules": ["layers.0.self_attn.q_proj"]}, "layers are adapted all or none"),
+], ids=str)
+def test_a_pattern_of_an_adapter_that_cannot_be_is_one_line(adapter, monkeypatch, fields, line):
+    base, folder = adapter
+    edit(folder, **fields)
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    with pytest.raises(ModelError, match=line) as refusal:
+        adapted_base(open_base(str(base)), folder, jnp.float32)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("content,line", [
+    ({"model_type": "qwen2"}, "model_type is no field of a RoPE"), ({"rms_norm_eps": 1.0}, "rms_norm_eps is no field of a RoPE"),
+    ({"rope_parameters": [1]}, r"rope.json: rope_parameters is \[1\]"), ({"rope_theta": {}}, "rope.json: rope_theta is {}"),
+    ({"rope_scaling": {"rope_type": {"a": 1}}}, "rope.json: .*rope_type is {'a': 1}"),
+    ({"max_position_embeddings": "64"}, "rope.json: max_position_embeddings is '64'")], ids=str)
+def test_a_rope_json_holds_a_rope(adapter, content, line):
+    base, folder = adapter
+    (folder / "rope.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=line):
+        adapted_spec(open_base(str(base)), folder)
 
 
 def test_factors_of_a_pickle_are_not_read(adapter):

@@ -244,3 +244,14 @@ def test_what_cannot_be_read_is_one_line(quantised, kind, changes, line):
         base = open_base(str(quantised(kind, **dict(changes))[0]))
         load_base(base, spec.from_hf(base.config), jnp.float32, KINDS[kind][2])
     assert "\n" not in str(error.value)
+
+
+def test_a_head_beside_a_tied_embedding_is_the_head_of_a_quantised_base_too(quantised):
+    folder, _ = quantised("gptq")
+    file = safetensors.File(folder / "model.safetensors")
+    tensors = {name: np.array(file.read(name)) for name in file.entries}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    safetensors.write(folder / "model.safetensors", safetensors.layout(tensors.items()), lambda name: tensors[name])
+    base = open_base(str(folder))
+    model = load_base(base, spec.from_hf(base.config), jnp.float32, "int4")
+    np.testing.assert_array_equal(model.head, tensors["lm_head.weight"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lljax import patterns
 from lljax.errors import ConfigError
 from lljax.models import lora
 from lljax.models.declare import LoraWeight, declared
@@ -65,6 +66,29 @@ def test_all_linear_adapts_every_linear_layer():
 def test_a_target_that_matches_nothing_is_refused_with_the_candidates():
     with pytest.raises(ConfigError, match=r"'q_porj' matches no linear layer; there are .*self_attn.q_proj"):
         build(targets=("q_proj", "q_porj"))
+
+
+@pytest.mark.parametrize("targets,line", [
+    (("*_proj",), r"'\*_proj' is no regular expression \(nothing to repeat"), ((1,), "1 is no name and no regular expression"),
+    (("q_(proj",), "is no regular expression"), (("(" * 5000,), "is no regular expression"),
+    (("model.layers.0.self_attn.q_proj",), "layers.0.self_attn.q_proj is matched and model.layers.1.self_attn.q_proj is not"),
+    ((r".*layers\.[01]\.self_attn\.q_proj",), "layers.2.self_attn.q_proj is not, and layers are adapted all or none"),
+])
+def test_a_target_that_cannot_be_is_refused(targets, line):
+    with pytest.raises(ConfigError, match="lora.targets: .*" + line) as refusal:
+        attached(targets=targets)
+    assert len(str(refusal.value)) < 300
+
+
+def test_layers_that_are_named_one_by_one_are_adapted():
+    assert adapted(attached(targets=tuple(f"layers.{i}.self_attn.q_proj" for i in range(3)))) == ["self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("arguments", [{"targets": ("v_proj", r"([a-z_.0-9]+)+!")}, {"rank_pattern": ((r"(.*)*!", 2),)}], ids=str)
+def test_a_regular_expression_without_end_is_refused_in_time(arguments, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    with pytest.raises(ConfigError, match="is not done with the names of the layers in 0.5 seconds"):
+        attached(**arguments)
 
 
 def test_patterns_give_single_modules_their_rank_and_alpha():

@@ -35,6 +35,7 @@ KINDS = {                                    # name: (max_position_embeddings, r
     "yarn, one mscale alone counts for nothing": (16384, {"rope_type": "yarn", "factor": 4.0, "mscale": 0.5,
                                                           "original_max_position_embeddings": 4096}),
     "llama3 of Llama 3.1": (131072, LLAMA31),
+    "llama3 of Llama 4": (262144, LLAMA31 | {"factor": 16.0, "high_freq_factor": 1.0}),
     "longrope": (131072, {"rope_type": "longrope", "original_max_position_embeddings": 4096}),
     "longrope, own attention factor": (131072, {"rope_type": "longrope", "factor": 32.0, "attention_factor": 1.19,
                                                 "original_max_position_embeddings": 4096}),
@@ -174,8 +175,8 @@ def test_written_config_is_what_vllm_needs(kind):
     written = rope.to_hf(spec, length)
     parameters = written["rope_parameters"]
     # vLLM: max_position_embeddings * factor for linear and dynamic, as it stands for the others.
-    stays = spec.type in ("linear", "dynamic")
-    assert written["max_position_embeddings"] == (spec.original_length if stays else length)
+    reads = {"linear": spec.original_length, "dynamic": spec.original_length, "longrope": 32 * spec.original_length}
+    assert written["max_position_embeddings"] == reads.get(spec.type, length)
     assert ("original_max_position_embeddings" in parameters) == (spec.type in ("yarn", "llama3", "longrope"))
     assert spec.type == "default" or type(parameters["factor"]) is float
     assert written["rope_theta"] == parameters["rope_theta"] == 500_000.0
@@ -219,11 +220,26 @@ def test_the_legacy_entry_wins_over_the_new_one_as_in_transformers():
 @pytest.mark.parametrize("config,named", [
     ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "'ntk' is none of default, linear"),
     ({"rope_scaling": {"type": "linear"}}, "'factor'"),
-    ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor='4'"),
-    ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0"),
+    ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor is '4'"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
+    ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor is nan; it has to be a number above 0"),
+    ({"rope_scaling": {"type": "yarn", "factor": float("inf")}}, "factor is inf"),
+    ({"rope_scaling": {"type": "yarn", "factor": 10 ** 400}}, "factor is 1000"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": True}}, "beta_fast is True"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": -1}}, "mscale is -1"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": "no"}}, "truncate is 'no'; it has to be true or false"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0.5}},
+     "original_max_position_embeddings is 0.5"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [float("nan")]}}, r"long_factor is \[nan\]"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": {"1": 1.0}, "long_factor": [1.0]}}, "short_factor is {'1': 1.0}"),
+    ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, r"type is \['linear'\]; it has to be a word"),
+    ({"rope_scaling": {**LLAMA31, "high_freq_factor": 0.5}}, "high_freq_factor=0.5 is below low_freq_factor=1.0"),
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"), ({"rope_theta": float("nan")}, "rope_theta is nan"),
+    ({"rope_theta": 1}, "rope_theta is 1; it has to be a number above 1"), ({"rope_theta": [1e4]}, "rope_theta"),
+    ({"max_position_embeddings": -1}, "max_position_embeddings is -1"),
     ({"rope_scaling": {**LLAMA31, "low_freq_factor": None}}, "'low_freq_factor'"),
     ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "'long_factor'"),
-    ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
+    ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": "half"}}, "partial_rotary"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}, "every layer"),
 ])
@@ -265,8 +281,31 @@ def test_a_factor_counts_from_the_original_length_and_replaces_the_scaling_of_th
     assert stretched(RopeSpec(), "yarn", 16) == RopeSpec("yarn", 10_000.0, 16.0, 2048)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "default"])
+def test_twice_the_length_is_the_same_kind_with_twice_the_factor(kind):
+    """Frequencies of transformers, of the base's own fields with the factor doubled by hand."""
+    config, H = hf_config(kind), 64
+    base = rope.from_hf(config.to_dict())
+    reads = rope.reach(base, config.max_position_embeddings)
+    factor = 2 * base.factor
+    longer = stretched(base, base.type, factor, length=2 * reads, max_length=reads)
+    parameters = config.rope_parameters
+    parameters["factor"] = factor
+    if base.type == "longrope":
+        parameters["long_factor"] = [x ** (np.log(factor) / np.log(base.factor)) for x in parameters["long_factor"]]
+    for length in (4097, 32_769, 2 * reads):
+        inverse, scale = theirs(config, length)
+        got = rope.frequencies(longer, H, length)
+        np.testing.assert_allclose(got.inverse, inverse, rtol=1e-6)
+        assert float(got.scale) == pytest.approx(scale, rel=1e-6)
+
+
 @pytest.mark.parametrize("base,type,factor,named", [
-    (RopeSpec(), "llama3", "auto", "context.rope.type='llama3' is none of keep, linear, dynamic, yarn"),
+    (RopeSpec(), "ntk", "auto", "context.rope.type='ntk' is none of keep, linear, dynamic, yarn, llama3, longrope"),
+    (RopeSpec(), "llama3", "auto", "extends a base with llama3 frequencies, and those of this base are 'default': use yarn"),
+    (LLAMA3, "longrope", "auto", "extends a base with longrope frequencies.*'llama3': use yarn"),
+    (RopeSpec("longrope", factor=1.0), "longrope", 16.0, "factor of the base is 1.0"),
+    (RopeSpec(), "linear", 10 ** 400, "context.rope.factor=1000"),
     (RopeSpec(), "linear", 0.5, "context.rope.factor=0.5"),
     (RopeSpec(), "linear", float("nan"), "context.rope.factor=nan"),
     (RopeSpec(), "linear", float("inf"), "context.rope.factor=inf"),
