@@ -4,6 +4,6 @@ Letters used throughout: B batch, T query positions, S key positions, D model wi
 H head size, F MLP width, V vocabulary, R LoRA rank, L layers, G group size of shifted sparse attention.
 """
 
-from lljax.api import prepare_model, train
+from lljax.api import export, generate, prepare_model, train
 
-__all__ = ["prepare_model", "train"]
+__all__ = ["export", "generate", "prepare_model", "train"]
