@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from lljax.errors import ConfigError, Stopped
-from lljax.files import first_line, printable
+from lljax.files import printable
 
 RECORD = "lljax_export.json"                 # what was written: {"format": ..., "files": [...]}
 
@@ -30,7 +30,7 @@ def check_out(out: Path, overwrite: bool = False) -> None:
         if out.exists() and not out.is_dir():
             raise ConfigError(f"--out={_shown(out)} is a file: name a folder")
     except OSError as error:
-        raise ConfigError(f"--out={_shown(out)}: {first_line(error)}") from None
+        raise _cannot_be(out, error) from None
     if not held:
         return
     ours, others = _exported(out)
@@ -57,9 +57,10 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
+        check_out(out, overwrite)            # an earlier export may have come back
         unfinished.mkdir()
     except OSError as error:
-        raise ConfigError(f"--out={_shown(out)}: {first_line(error)}") from None
+        raise _cannot_be(out, error) from None
     try:
         with _signals_raise():
             result = write(unfinished)
@@ -132,6 +133,10 @@ def _signals_raise():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _cannot_be(out: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--out={_shown(out):.200}: no folder can be there ({error.strerror}: {_shown(error.filename):.200})")
 
 
 def _shown(path: Path) -> str:
