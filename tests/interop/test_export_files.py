@@ -1,5 +1,6 @@
 """What stands beside the weights of an export."""
 
+import hashlib
 import json
 import os
 import random
@@ -256,13 +257,17 @@ def test_transformers_4_and_5_read_exports_of_real_tokenizers(trained, tmp_path,
         assert names(own) <= names(folder)
         for file in names(own) - changed:
             assert (folder / file).read_bytes() == (own / file).read_bytes(), (export, file)
+    texts, own_tokenizer = random_texts(1000), open_base(str(bases["dense"])).tokenizer()
     (tmp_path / "asked.json").write_text(json.dumps({
-        "texts": random_texts(1000), "tokens": tokens.tolist(), "models": {name: str(path) for name, path in exports.items()},
+        "texts": texts, "tokens": tokens.tolist(), "models": {name: str(path) for name, path in exports.items()},
         "tokenizers": {name: str(path) for name, path in {**exports, "base": bases["dense"]}.items()}}))
     for python in pythons:
         subprocess.run([python, Path(__file__).with_name("peer.py"), "asked.json", "out.npz"], cwd=tmp_path, check=True,
                        env=os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"})
         read = np.load(tmp_path / "out.npz")
+        if str(read["version"]).startswith("4."):            # 5 has rules of its own for some: see lljax.interop.tokenizer
+            ids = [own_tokenizer(text)["input_ids"] for text in texts]
+            assert read["ids base"] == hashlib.sha256(json.dumps(ids).encode()).hexdigest()
         for export in exports:
             assert read[f"ids {export}"] == read["ids base"], (python, export)
             assert read[f"template {export}"] == read["template base"]
