@@ -193,7 +193,8 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, chat_template
 
     def value(name):
         read = np.asarray(sources[name]())
-        written = read.astype(wanted[name])
+        with np.errstate(over="ignore"):     # told below
+            written = read.astype(wanted[name])
         if (name not in copied or read.dtype != written.dtype) and not np.isfinite(written).all():
             raise ConfigError(f"tensor {name!r} is not finite in {wanted[name]}: "
                               + ("use --dtype=bfloat16" if np.isfinite(read).all() else "export an earlier --step"))
@@ -202,8 +203,8 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, chat_template
     safetensors.write_sharded(folder, layout, value, max_shard_bytes=max_shard_bytes)
     write_files(base, folder, model.spec, tokenizer, dtype=dtype, chat_template=chat_template)
     rounded = sorted({str(wanted[name]) for name in sources.keys() - copied if wanted[name].itemsize < 4})
-    return "" if dtype or not rounded else (f"\n# Trained weights are rounded to {' and '.join(rounded)}, as the base's are "
-                                            "stored: --dtype=float32 writes them unrounded.")
+    return "" if dtype or not rounded else (f"\n# Trained weights are rounded to {' and '.join(rounded)}, the type of the "
+                                            "base: --dtype=float32 writes all weights in float32.")
 
 
 def _replaced(weight: np.ndarray, kernels) -> np.ndarray:
