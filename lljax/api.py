@@ -113,14 +113,11 @@ def generate(model: Decoder, tokenizer, prompt, *, tokens: int = 128, stop: tupl
     ids = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise ConfigError("lljax.generate: the prompt is empty")
-    try:
-        chosen = Sampling(**sampling)
-    except TypeError:
-        names = ", ".join(field.name for field in dataclasses.fields(Sampling))
-        raise ConfigError(f"lljax.generate: {', '.join(sampling)}: the fields of sampling are {names}") from None
-    from lljax.generation.generate import generate as continue_prompts
-    completion, = continue_prompts(model, [np.asarray(ids)], tokens=tokens, sampling=chosen, stop=end_tokens(base, tokenizer),
-                                   stop_strings=tuple(stop), tokenizer=tokenizer,
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    if unknown := [name for name in sampling if name not in names]:
+        raise ConfigError(f"lljax.generate: {unknown[0]} is none of tokens, stop, {', '.join(names)}")
+    completion, = continue_prompts(model, [np.asarray(ids)], tokens=tokens, sampling=Sampling(**sampling),
+                                   stop=end_tokens(base, tokenizer), stop_strings=tuple(stop), tokenizer=tokenizer,
                                    dtype=jnp.dtype(dict(model.settings)["model.dtype"]))
     return completion.text
 
