@@ -13,6 +13,8 @@ from lljax.interop.base import TOKENIZER_FILES, end_tokens, read_json
 from lljax.models.spec import DecoderSpec, from_hf, rope_to_hf
 
 TEMPLATE_FILE = "chat_template.jinja"
+# Other names of max_position_embeddings; vLLM takes the least of all that are there.
+LENGTHS = ("n_positions", "max_seq_len", "max_seq_length", "max_sequence_length", "seq_len", "seq_length", "model_max_length")
 
 
 def write_files(base, folder: Path, spec: DecoderSpec, tokenizer, *, dtype: str | None, chat_template: str | None) -> None:
@@ -34,7 +36,7 @@ def write_files(base, folder: Path, spec: DecoderSpec, tokenizer, *, dtype: str 
         tokenizer.chat_template = chat_template
         (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     _write_json(folder / "config.json", _config(base, spec, dtype), base)
-    if generation := _generation_config(base, tokenizer):
+    if generation := _generation_config(base, spec, tokenizer):
         _write_json(folder / "generation_config.json", generation, base)
     file = folder / "tokenizer_config.json"
     if settings := _tokenizer_config(base, spec, read_json(file) if file.is_file() else {}):
@@ -78,14 +80,18 @@ def _config(base, spec: DecoderSpec, dtype: str | None) -> dict:
     config.pop("quantization_config", None)  # the weights are dense
     if _changed(base, spec) or "rope_parameters" in config:              # which transformers 4 does not read
         config |= rope_to_hf(spec)
+    if _changed(base, spec):
+        config |= {name: config["max_position_embeddings"] for name in LENGTHS if isinstance(config.get(name), int)}
     if dtype:
         config |= {"dtype": dtype, "torch_dtype": dtype}                 # transformers 5 and 4
     return config
 
 
-def _generation_config(base, tokenizer) -> dict | None:
+def _generation_config(base, spec: DecoderSpec, tokenizer) -> dict | None:
     """The base's with all tokens that end a reply; None where config.json names them already."""
     own, ends = base.generation_config, end_tokens(base, tokenizer)
+    if own is not None and _changed(base, spec) and isinstance(own.get("max_length"), int):
+        own = own | {"max_length": spec.max_length}
     named = (base.config if own is None else own).get("eos_token_id")
     named = named if isinstance(named, list) else [named] if named is not None else []
     if ends <= set(named):

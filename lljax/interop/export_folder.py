@@ -9,7 +9,7 @@ import signal
 import threading
 from pathlib import Path
 
-from lljax.errors import ConfigError, Stopped
+from lljax.errors import FULL, ConfigError, Stopped
 from lljax.files import printable
 
 RECORD = "lljax_export.json"                 # what was written: {"format": ..., "files": [...]}
@@ -60,6 +60,8 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
         check_out(out, overwrite)            # an earlier export may have come back
         unfinished.mkdir()
     except OSError as error:
+        if FULL.search(str(error)):          # has a line of its own, see lljax.errors.exit_cleanly
+            raise
         raise _cannot_be(out, error) from None
     try:
         with _signals_raise():

@@ -85,6 +85,16 @@ def test_a_stretched_rope_changes_two_files_and_in_them_only_the_lengths(publish
         assert list(new)[:len(old)] == list(old) and (out / name).read_text().startswith('{\n    "')
 
 
+def test_every_length_in_the_base_is_that_of_the_model(published, trained, tmp_path):
+    edit(published / "config.json", max_position_embeddings=64, seq_length=64, model_max_length=64)
+    edit(published / "generation_config.json", max_length=64)
+    base, model = trained(published, "yarn")
+    export_merged(model, base, tmp_path / "out")
+    config = read(tmp_path / "out" / "config.json")
+    assert [config[name] for name in ("max_position_embeddings", "seq_length", "model_max_length")] == [160] * 3
+    assert read(tmp_path / "out" / "generation_config.json") == {"eos_token_id": 1, "top_p": 0.9, "max_length": 160}
+
+
 @pytest.mark.parametrize("length,written", [(1 << 60, 1 << 60), (32, 160)])
 def test_a_tokenizer_is_as_long_as_the_model_reads(published, trained, tmp_path, length, written):
     edit(published / "tokenizer_config.json", model_max_length=length)
