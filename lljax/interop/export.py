@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from lljax.errors import ConfigError
+from lljax.files import printable
 from lljax.interop import safetensors
 from lljax.interop.export_files import TEMPLATE_FILE, write_files
 from lljax.interop.export_folder import complete
@@ -52,7 +53,7 @@ def export_peft(model: nnx.Module, base, out: Path, *, dtype: str | None = None,
         if chat_template is not None:
             (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         return config
-    _check_finite(model)
+    _check(model, base, out)
     config = complete(out, "peft", write, overwrite)
     if reason := _not_plain(model):
         note = f"# vLLM takes no adapter with {reason}: export with --format=merged to serve it."
@@ -87,7 +88,7 @@ def export_merged(model: nnx.Module, base, out: Path, *, dtype: str | None = Non
     `export_peft`. Returns how to load it.
     """
     _check_dtype(dtype)
-    _check_finite(model)
+    _check(model, base, out)
     rounded = complete(out, "merged", lambda folder: _write_model(
         model, base, folder, merge=True, dtype=dtype, chat_template=chat_template, max_shard_bytes=max_shard_bytes), overwrite)
     return (f"import transformers\nmodel = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
@@ -103,7 +104,7 @@ def export_split(model: nnx.Module, base, out: Path, *, dtype: str | None = None
     if reason := _not_plain(model):
         raise ConfigError(f"--format=split is for servers that take plain LoRA, and this adapter has {reason}: use "
                           "--format=merged or --format=peft")
-    _check_finite(model)
+    _check(model, base, out)
 
     def write(folder):
         (folder / "base").mkdir()
@@ -236,9 +237,11 @@ def _check_dtype(dtype: str | None) -> None:
         raise ConfigError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
 
 
-def _check_finite(model) -> None:
-    """Refuses a model that training has broken."""
+def _check(model, base, out: Path) -> None:
+    """Refuses a model that training has broken, and a folder that holds the base."""
     for name, variable in declared(model):
         if variable.get_metadata().get("trainable", False) and not bool(jnp.isfinite(variable.get_value()).all()):
             raise ConfigError(f"{name} holds values that are not finite, so nothing is exported: take an earlier checkpoint "
                               "with --step")
+    if (base.folder or base.file).resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"--out={printable(str(out))} holds the base of the run: name another folder")

@@ -68,6 +68,7 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
             result = write(unfinished)
             files = sorted(str(file.relative_to(unfinished)) for file in unfinished.rglob("*") if file.is_file())
             (unfinished / RECORD).write_text(json.dumps({"format": format, "files": files}, indent=2) + "\n")
+        check_out(out, overwrite)            # another process may have been quicker
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, _Signal):

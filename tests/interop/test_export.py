@@ -247,6 +247,14 @@ def test_the_peft_commands_say_that_vllm_refuses_trained_embeddings(example, hf_
 
 
 # ---------------------------------------------------------------- the folder
+def test_a_base_that_is_itself_an_export_is_not_replaced(example, trained, tmp_path):
+    export_split(example.model, example.base, tmp_path / "first")
+    base, model = trained(tmp_path / "first" / "base")
+    for out in (tmp_path / "first", tmp_path / "first" / "base", tmp_path):
+        with pytest.raises(ConfigError, match="holds the base of the run"):
+            export_merged(model, base, out, overwrite=True)
+
+
 def test_the_current_folder_may_be_the_target(example, tmp_path, monkeypatch):
     base, model = example
     (tmp_path / "here").mkdir()

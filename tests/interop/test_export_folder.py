@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def test_an_export_stays_where_its_successor_fails(tmp_path):
     assert (tmp_path / "out" / "weights").read_text() == "w" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_of_two_exports_at_once_the_first_stays(tmp_path):
+    def while_another_ends(folder):
+        complete(tmp_path / "another", "peft", write)
+        (tmp_path / "another").rename(tmp_path / "out")
+        (folder / "late").write_text("x")
+    with pytest.raises(ConfigError, match="holds an earlier export"):
+        complete(tmp_path / "out", "merged", while_another_ends)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "late").exists()
+
+
 @pytest.mark.parametrize("content", [{"mine": "x"}, {"lljax_export.json": "{"}, {"lljax_export.json": '{"files": 5}'},
                                      {"lljax_export.json": "[" * 100_000}])
 def test_nothing_but_an_export_is_replaced(tmp_path, content):
@@ -86,11 +97,9 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, out, line):
 # ---------------------------------------------------------------- what killed exports leave
 def dead() -> int:
     """The id of a process that was."""
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return pid
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
 
 
 def test_what_killed_exports_left_is_removed_and_nothing_else(tmp_path):
