@@ -28,7 +28,7 @@ class FolderBase:
     path: what the user named. config: HF config.json as a dict; where the folder holds more than a text model, that of the text
     model, and `prefix` is what the names of its tensors begin with there. names(), shape(name), read(name): tensors under their
     HF names and in HF orientation. stored(name, form): a kernel as it is stored, where it is quantised in that form.
-    tokenizer(): a transformers fast tokenizer. fingerprint(): tells bases apart.
+    tokenizer(): a transformers fast tokenizer. folder: of its files; None for a GGUF file. fingerprint(): tells bases apart.
     """
 
     def __init__(self, path: str, folder: Path):

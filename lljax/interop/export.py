@@ -75,7 +75,7 @@ def export_peft(model: nnx.Module, base, out: Path, *, dtype: str | None = None,
     return (f"# rope.json holds the RoPE that the adapter was trained with; an adapter cannot carry it itself.\n"
             f"import json, peft, transformers\nrope = json.load(open({str(out / 'rope.json')!r}))\n"
             f"config = transformers.AutoConfig.from_pretrained({source}){text_model}\n"
-            'if hasattr(config, "rope_parameters"): rope.pop("rope_scaling", None)  # transformers 5; 4 reads the other\n'
+            'if transformers.__version__ > "5": rope.pop("rope_scaling", None)  # the form of transformers 4\n'
             f"config.update(rope)\nmodel = transformers.AutoModelForCausalLM.from_pretrained({source}, config=config)\n"
             f"{QUIET}model = peft.PeftModel.from_pretrained(model, {str(out)!r})\n{template}{note}")
 
@@ -194,7 +194,7 @@ def _write_model(model, base, folder: Path, *, merge: bool, dtype, chat_template
 
     def value(name):
         read = np.asarray(sources[name]())
-        with np.errstate(over="ignore"):     # told below
+        with np.errstate(over="ignore"):     # reported below
             written = read.astype(wanted[name])
         if (name not in copied or read.dtype != written.dtype) and not np.isfinite(written).all():
             raise ConfigError(f"tensor {name!r} is not finite in {wanted[name]}: "

@@ -30,7 +30,7 @@ def check_out(out: Path, overwrite: bool = False) -> None:
         if out.exists() and not out.is_dir():
             raise ConfigError(f"--out={_shown(out)} is a file: name a folder")
     except OSError as error:
-        raise _cannot_be(out, error) from None
+        raise _no_folder(out, error) from None
     if not held:
         return
     ours, others = _exported(out)
@@ -62,7 +62,7 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
     except OSError as error:
         if FULL.search(str(error)):          # has a line of its own, see lljax.errors.exit_cleanly
             raise
-        raise _cannot_be(out, error) from None
+        raise _no_folder(out, error) from None
     try:
         with _signals_raise():
             result = write(unfinished)
@@ -138,7 +138,7 @@ def _signals_raise():
             signal.signal(number, handler)
 
 
-def _cannot_be(out: Path, error: OSError) -> ConfigError:
+def _no_folder(out: Path, error: OSError) -> ConfigError:
     return ConfigError(f"--out={_shown(out):.200}: no folder can be there ({error.strerror}: {_shown(error.filename):.200})")
 
 
