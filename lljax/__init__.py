@@ -10,7 +10,7 @@ import logging
 logging.getLogger("transformers").addFilter(
     lambda record: "PyTorch was not found" not in record.getMessage())
 
-__all__ = ["prepare_model", "train"]
+__all__ = ["export", "generate", "prepare_model", "train"]
 
 
 def __getattr__(name: str):

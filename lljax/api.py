@@ -5,15 +5,21 @@ import difflib
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from lljax.build import attach_adapters, load_base, stretched
 from lljax.checks import TOKENS, flag, number, one_of, whole
 from lljax.config import CHECKS, default_config, validate
+from lljax.data.template import adds_bos, with_template
 from lljax.errors import ConfigError, short
 from lljax.field_names import unknown_field
-from lljax.interop.base import open_base
+from lljax.generation.generate import generate as continue_prompts
+from lljax.generation.sample import Sampling
+from lljax.interop.base import end_tokens, open_base
+from lljax.interop.export import FORMATS
 from lljax.interop.huggingface import load_weights
 from lljax.interop.started import StartedBase, starts_from_base
 from lljax.models import spec as specs
@@ -21,6 +27,7 @@ from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.quantize import FORMS
+from lljax.restore import trained_template
 from lljax.training import loop
 
 # The fields of `lora_config` that are used, and their defaults.
@@ -121,7 +128,61 @@ def train(model: Decoder, *, data, workdir, steps: int, length: int | None = Non
         settings[field] = value
     c = _configuration(settings, "lljax.train")
     from lljax.evaluation.during import examiner  # here: only this needs the benchmarks
-    return loop.train(c, workdir, model=model, examiner=examiner)
+    trained = loop.train(c, workdir, model=model, examiner=examiner)
+    trained.workdir = str(workdir)
+    return trained
+
+
+def export(model: Decoder, path, *, format: str = "peft", dtype: str | None = None, overwrite: bool = False) -> str:
+    """Writes a trained model to the folder `path` for PyTorch; returns the commands that load it.
+
+    format: "peft", an adapter; "merged", a checkpoint; "split", a base and a plain LoRA for vLLM. dtype: of the weights of
+    the last two, by default the base's. overwrite: replaces an earlier export.
+
+    Raises:
+      ConfigError: an unknown format or dtype, a folder that is taken, or a model that the format cannot hold.
+    """
+    base = _base(model, "lljax.export")
+    if format not in FORMATS:
+        raise ConfigError(f"lljax.export: format={format!r} is none of {', '.join(FORMATS)}")
+    workdir = getattr(model, "workdir", None)
+    template = trained_template(Path(workdir), base) if workdir else None
+    return FORMATS[format](model, base, Path(path), dtype=dtype, overwrite=overwrite, chat_template=template)
+
+
+def generate(model: Decoder, tokenizer, prompt, *, tokens: int = 128, stop: tuple[str, ...] = (), **sampling) -> str:
+    """Continues `prompt`: a text, or the messages of a conversation, [{"role": ..., "content": ...}, ...].
+
+    tokens: at most this many are written. stop: strings that end the text as well. sampling: fields of
+    lljax.generation.sample.Sampling, such as temperature=0.7; by default the likeliest token is taken.
+
+    Raises:
+      ConfigError: an empty prompt, or an illegal value.
+    """
+    base, tokenizer = _base(model, "lljax.generate"), with_template(tokenizer)
+    if isinstance(prompt, str):
+        start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        text = prompt
+    else:
+        start, text = [], tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    ids = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ConfigError("lljax.generate: the prompt is empty")
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    if unknown := [name for name in sampling if name not in names]:
+        raise ConfigError(f"lljax.generate: {unknown[0]} is none of tokens, stop, {', '.join(names)}")
+    completion, = continue_prompts(model, [np.asarray(ids)], tokens=tokens, sampling=Sampling(**sampling),
+                                   stop=end_tokens(base, tokenizer), stop_strings=tuple(stop), tokenizer=tokenizer,
+                                   dtype=jnp.dtype(dict(model.settings)["model.dtype"]))
+    return completion.text
+
+
+def _base(model: Decoder, who: str):
+    """The base of a model of `prepare_model`."""
+    settings = dict(getattr(model, "settings", ()))
+    if "model.path" not in settings:
+        raise ConfigError(f"{who}: this model is not one of lljax.prepare_model or lljax.train")
+    return open_base(settings["model.path"])
 
 
 def _configuration(settings: Mapping, who: str):

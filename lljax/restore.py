@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from lljax.build import build_model, open_run_base, places
 from lljax.config import default_config
+from lljax.data.template import with_template
 from lljax.errors import ConfigError, ModelError
 from lljax.interop.base import read_json
 from lljax.interop.huggingface import load_weights
@@ -50,6 +51,15 @@ def read_config(workdir: Path) -> ConfigDict:
     with config.unlocked():
         config.update(json.loads(path.read_text()))
     return config
+
+
+def trained_template(workdir: Path, base) -> str | None:
+    """The chat template that a run trained under for want of one in its base; None where it trained no conversation."""
+    path = Path(workdir) / "data_statistics.json"
+    statistics = read_json(path).get("train") if path.is_file() else None
+    conversations = statistics.get("conversations", 1) if isinstance(statistics, dict) else 1
+    tokenizer = base.tokenizer()
+    return with_template(tokenizer).chat_template if conversations and tokenizer.chat_template is None else None
 
 
 def adapted_base(base, adapter: Path, dtype, layout: Layout | None = None) -> Decoder:

@@ -1,5 +1,6 @@
 """The base model: a hub id, a local folder and a GGUF file are opened alike."""
 
+import glob
 import hashlib
 import json
 from pathlib import Path
@@ -8,11 +9,18 @@ import numpy as np
 
 from lljax.data.template import turn_ends
 from lljax.errors import ModelError
+from lljax.files import first_line
 from lljax.interop import safetensors
 from lljax.interop.tokenizer_bounds import check, serialized
 from lljax.interop.own_head import untie_if_they_differ
 
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+# What an export copies: the tokenizer, the code that an auto_map names, the license. No pattern begins with a wildcard that
+# would reach the weights of other formats in subfolders, such as original/.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+                   "tekken.json", "tiktoken.model", "spiece.model", "sentencepiece*.model", "qwen.tiktoken",
+                   "chat_template*", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")
+# What is downloaded of a hub repository; the shards that its index names follow.
+HUB_FILES = ["config.json", "generation_config.json", "model.safetensors", safetensors.INDEX, "*.py", *TOKENIZER_FILES]
 # By model_type, of models that read more than text: the prefix of the tensors of their text model, and its architecture.
 TEXT_MODELS = {"llama4": ("language_model.", "Llama4ForCausalLM")}
 
@@ -23,7 +31,7 @@ class FolderBase:
     path: what the user named. config: HF config.json as a dict; where the folder holds more than a text model, that of the text
     model, and `prefix` is what the names of its tensors begin with there. names(), shape(name), read(name): tensors under their
     HF names and in HF orientation. stored(name, form): a kernel as it is stored, where it is quantised in that form.
-    tokenizer(): a transformers fast tokenizer. fingerprint(): tells bases apart.
+    tokenizer(): a transformers fast tokenizer. folder: of its files; None for a GGUF file. fingerprint(): tells bases apart.
     """
 
     def __init__(self, path: str, folder: Path):
@@ -59,16 +67,11 @@ class FolderBase:
         return read_json(path) if path.is_file() else None
 
     def tokenizer(self):
-        from transformers import AutoTokenizer  # slow to import, and not every caller needs it
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
-            check(self.path, tokenizer)
-            return tokenizer
-        except ModelError:
-            raise
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{self.path}: the tokenizer cannot be read ({reason})") from None
+        from lljax.interop.tokenizer import open_tokenizer  # transformers is slow to import
+        file, end = self.folder / "tokenizer_config.json", self.config.get("eos_token_id")
+        end = end[0] if isinstance(end, list) and end else end
+        return open_tokenizer(self.path, self.folder, read_json(file) if file.is_file() else {},
+                              end if isinstance(end, int) else None)
 
     def fingerprint(self) -> str:
         """sha256 over config.json and the headers and sizes of the weight files; the weights are not read."""
@@ -86,22 +89,32 @@ def open_base(path: str, revision: str = "main"):
     Raises:
       ModelError: nothing there, or not a model that can be read.
     """
-    try:
-        local = Path(path).expanduser()
-    except RuntimeError:                     # the home of a user that is not there
-        raise ModelError(f"model.path={path!r}: no such folder") from None
+    local = _local(path)
+    if local is None:
+        return _folder(path, _download(path, revision))
     if local.suffix == ".gguf":
         from lljax.interop.gguf import GgufBase
         if not local.is_file():
             raise ModelError(f"model.path={path!r}: there is no such file")
         return GgufBase(path, local)
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise ModelError(f"model.path={path!r}: the folder has no config.json")
-        return _folder(path, local)
-    if local.exists():
+    if not local.is_dir():
         raise ModelError(f"model.path={path!r} is neither a folder nor a .gguf file")
-    return _folder(path, _download(path, revision))
+    if not (local / "config.json").is_file():
+        raise ModelError(f"model.path={path!r}: the folder has no config.json")
+    return _folder(path, local)
+
+
+def _local(path: str) -> Path | None:
+    """The local file or folder that a path means; None for a hub id.
+
+    Raises:
+      ModelError: it cannot be either.
+    """
+    try:
+        local = Path(path).expanduser()
+        return local if local.suffix == ".gguf" or local.exists() else None
+    except (RuntimeError, OSError) as error:     # the home of nobody; a name of 5,000 characters
+        raise ModelError(f"model.path={path!r:.80}: no such folder ({first_line(error):.80})") from None
 
 
 def _folder(path: str, folder: Path) -> FolderBase:
@@ -120,9 +133,9 @@ def open_config(path: str, revision: str = "main") -> dict:
     Raises:
       ModelError: as `open_base`.
     """
-    if Path(path).expanduser().exists() or Path(path).suffix == ".gguf":
+    if _local(path) is not None:
         return open_base(path, revision).config
-    return text_model(read_json(_download(path, revision, files=["config.json"]) / "config.json"))[0]
+    return text_model(read_json(_snapshot(path, revision, ["config.json"]) / "config.json"))[0]
 
 
 def text_model(config: dict) -> tuple[dict, str]:
@@ -142,16 +155,26 @@ def text_model(config: dict) -> tuple[dict, str]:
     return {"model_type": f"{config['model_type']}_text"} | text | shared | {"architectures": [architecture]}, prefix
 
 
-def _download(path: str, revision: str, files=HUB_FILES) -> Path:
+def _download(path: str, revision: str) -> Path:
+    """HUB_FILES of a hub repository, and the shards of its index."""
+    folder = _snapshot(path, revision, HUB_FILES)
+    if (folder / safetensors.INDEX).is_file():
+        shards = read_json(folder / safetensors.INDEX).get("weight_map")
+        if isinstance(shards, dict):             # else what opens them says what is wrong
+            # Of the same commit, also where the branch has moved on.
+            _snapshot(path, folder.name, sorted({glob.escape(str(shard)) for shard in shards.values()}))
+    return folder
+
+
+def _snapshot(path: str, revision: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=files))
     except HFValidationError:
-        raise ModelError(f"model.path={path!r}: no such folder, and not a hub id either") from None
+        raise ModelError(f"model.path={path!r:.80}: no such folder, and not a hub id either") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"model.path={path!r}: no such folder, and the hub does not give it ({reason})") from None
+        raise ModelError(f"model.path={path!r}: no such folder, and the hub does not give it ({first_line(error)})") from None
 
 
 def read_json(path: Path) -> dict:

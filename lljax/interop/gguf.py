@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import gguf
+import ml_dtypes
 import numpy as np
 
 from lljax.errors import ModelError
@@ -66,7 +67,7 @@ class GgufBase:
     """The interface of lljax.interop.base.FolderBase over one GGUF file."""
 
     def __init__(self, path: str, file: Path):
-        self.path, self.prefix, self.file, self.generation_config = path, "", file, None
+        self.path, self.prefix, self.file, self.folder, self.generation_config = path, "", file, None, None
         with self._reading("not a GGUF file that can be read"):
             self._reader = Reader(file)
             names = LAYER | (GEMMA if self._architecture == "gemma3" else {})
@@ -93,7 +94,8 @@ class GgufBase:
         return tuple(int(x) for x in reversed(self._tensors[name].shape))
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(np.float16)          # what an export writes where a tensor did not change
+        """What an export writes, for all tensors alike."""
+        return np.dtype(getattr(ml_dtypes, self.config["torch_dtype"], self.config["torch_dtype"]))
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
@@ -135,6 +137,8 @@ class GgufBase:
                 raise ModelError(f"{self.path}: the metadata has no {a}.{key}")
             check({f"{a}.{key}": value}, {f"{a}.{key}": wanted}, str(self.path))      # a list: layers that differ
             return value
+        # Activations of Gemma overflow float16, and a weight in bfloat16 may.
+        wide = a == "gemma3" or any(t.tensor_type == gguf.GGMLQuantizationType.BF16 for t in self._reader.tensors)
         N, D = need("attention.head_count"), need("embedding_length")
         vocabulary = self.shape("model.embed_tokens.weight")[0] if "model.embed_tokens.weight" in self._tensors else None
         if vocabulary is None:
@@ -150,7 +154,7 @@ class GgufBase:
             "rope_theta": need("rope.freq_base", 10_000.0, THETA),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "hidden_act": "silu", "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"), "torch_dtype": "float16",
+            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"), "torch_dtype": "bfloat16" if wide else "float16",
         }
         if a == "gemma3":                    # only the largest scales scores by another number than its head size
             scored = D // N if config["num_hidden_layers"] == 62 else config["head_dim"]

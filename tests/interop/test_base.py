@@ -1,14 +1,17 @@
 import copy
 import json
 import os
+import socket
 
+import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from lljax.errors import ModelError
-from lljax.interop.base import end_tokens, open_base, read_json, tokenizer_fingerprint
+from lljax.interop.base import end_tokens, open_base, open_config, read_json, tokenizer_fingerprint
 
 
 def test_a_folder_gives_its_config_tensors_and_tokenizer(hf_folder):
@@ -33,6 +36,66 @@ def test_a_local_folder_comes_before_a_hub_id_of_that_name(hf_folder, tmp_path, 
     hf_folder(name="Qwen/Qwen3-8B")
     monkeypatch.chdir(tmp_path)
     assert open_base("Qwen/Qwen3-8B").config["hidden_size"] == 48
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """serve(files {name: content}, commits) stands in for the hub; returns what was asked: [(revision, files that came)]."""
+    def serve(files, commit="c0ffee"):
+        asked, folder = [], tmp_path / "snapshots" / commit
+
+        def snapshot_download(path, *, revision, allow_patterns):
+            came = list(filter_repo_objects(files, allow_patterns=allow_patterns))
+            asked.append((revision, came))
+            for name in came:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(files[name])
+            return str(folder)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return asked
+    return serve
+
+
+def test_of_a_hub_repository_the_shards_of_its_index_are_downloaded_and_no_other_weights(hf_folder, hub):
+    folder = hf_folder(shards="40KB")
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    weights = {name for name in files if name.endswith(".safetensors")}
+    others = ["original/model.safetensors", "original/consolidated.00.pth", "original/tokenizer.model", "consolidated.safetensors",
+              "model.fp16.safetensors", "pytorch_model.bin", "onnx/model.onnx", "model-00001-of-00009.safetensors",
+              "metal/model.bin", "figures/a.json"]
+    beside = ["tokenizer.model", "modeling_x.py", "additional_chat_templates/tool_use.jinja", "LICENSE", "tekken.json"]
+    asked = hub(files | dict.fromkeys([*others, *beside], b"x"))
+    base = open_base("someone/some-model", "v1")
+    assert len(weights) > 2 and sorted(base.names()) == sorted(open_base(str(folder)).names())
+    assert {name for _, came in asked for name in came} == {*files, *beside}
+    assert [revision for revision, _ in asked] == ["v1", "c0ffee"]       # all of one commit
+
+
+def test_a_hub_repository_with_one_file_of_weights_is_asked_once(hf_folder, hub):
+    files = {file.name: file.read_bytes() for file in hf_folder().iterdir()}
+    asked = hub(files)
+    assert open_base("someone/some-model").names() and len(asked) == 1 and sorted(asked[0][1]) == sorted(files)
+
+
+@pytest.mark.parametrize("index", [b"{", b'{"weight_map": 5}', b'{"weight_map": {"a": "*"}}', b'{"weight_map": {"a": 7}}'])
+def test_an_index_that_is_none_is_one_line(hf_folder, hub, index):
+    files = {file.name: file.read_bytes() for file in hf_folder().iterdir()}
+    asked = hub(files | {"model.safetensors.index.json": index, "other.safetensors": b"x"})
+    with pytest.raises(ModelError, match="index") as error:
+        open_base("someone/some-model").names()
+    assert "\n" not in str(error.value) and not any("other.safetensors" in came for _, came in asked)
+
+
+@pytest.mark.parametrize("path", ["/gone/models/tiny", "./models/tiny", "../tiny", "~/models/tiny", "models/tiny/", "a/b/c", ".tiny",
+                                  "x" * 5000, "models/" + "x" * 5000, "gone.gguf", "./gone/model.gguf", ""])
+def test_the_hub_is_never_asked_for_a_path(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for open_it in (open_base, open_config):
+        with pytest.raises(ModelError, match="no such f|there is no such file|config.json") as error:
+            open_it(path)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def test_the_fingerprint_changes_with_the_config_and_the_tensors_and_with_nothing_else(hf_folder):

@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -78,6 +80,33 @@ def test_the_printed_commands_load_the_model_with_its_rope(hf_folder, trained, l
     close(logits(run(export(model, base, tmp_path / "out"))), logits(model))
 
 
+@pytest.mark.parametrize("export", [export_merged, export_peft, export_split])
+def test_the_printed_lines_are_sound_for_any_path_and_warn_of_nothing_to_come(hf_folder, trained, tmp_path, export):
+    name = "it's a \"b\"\n$(touch x)"
+    base, model = trained(hf_folder(name=f"{name}/base"), "yarn", also_train=())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        commands = export(model, base, tmp_path / name / "out")
+        run(commands)
+    served = next(line for line in commands.splitlines() if "vllm serve" in line)
+    words = subprocess.run(["bash", "-c", "vllm() { printf '%s\\0' \"$@\"; }; " + served.removeprefix("# ")], cwd=tmp_path,
+                           capture_output=True, check=True).stdout.decode().split("\0")
+    assert Path(words[1]) == (base.folder if export is export_peft else tmp_path / name / "out" / "base"
+                              if export is export_split else tmp_path / name / "out")
+    assert words[words.index("--max-model-len") + 1] == "160" and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("rope_type,length,allows", [("linear", 64, False), ("linear", 40, True), ("yarn", 64, True),
+                                                     ("yarn", 160, False), ("keep", 1 << 60, False)])
+def test_serving_an_adapter_raises_the_limit_that_the_bases_tokenizer_sets(hf_folder, trained, tmp_path, rope_type, length, allows):
+    """vLLM: the smaller of positions and tokenizer, times the factor of linear."""
+    folder = hf_folder(max_position_embeddings=160 if rope_type == "keep" else 64)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    base, model = trained(folder, rope_type, also_train=())
+    assert ("# VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 vllm serve" in export_peft(model, base, tmp_path / "out")) is allows
+
+
 @pytest.mark.parametrize("export,also_train,rslora,targets", [
     (export_peft, (), True, ("all-linear",)), (export_merged, ("norm",), True, (r"self_attn\.[qk]_proj",)),
     (export_peft, ("norm",), False, ("o_proj",)), (export_split, ("embed", "head"), False, ("o_proj",)),
@@ -138,6 +167,49 @@ def test_the_config_names_the_type_of_the_weights(example, tmp_path):
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("export,out", [(export_merged, "."), (export_split, "base")])
+def test_trained_weights_of_a_bfloat16_base_are_whole_in_float32_and_else_the_rounding_is_said(hf_folder, trained, logits,
+                                                                                               tmp_path, export, out):
+    base, model = trained(hf_folder(tied=False, dtype=torch.bfloat16), "keep", targets=("q_proj",))
+    commands = export(model, base, tmp_path / "whole", dtype="float32")
+    assert "rounded" not in commands
+    whole = run(commands)
+    assert whole.dtype == torch.float32
+    close(logits(whole), logits(model))
+    commands = export(model, base, tmp_path / "rounded")
+    assert "Trained weights are rounded to bfloat16" in commands
+    off = np.abs(logits(run(commands)) - logits(model)).max()
+    assert 1e-3 < off < 0.5
+
+
+def test_a_type_that_is_none_and_one_for_an_adapter_are_refused(example, tmp_path):
+    base, model = example
+    for export in (export_merged, export_split):
+        with pytest.raises(ConfigError, match="--dtype=int8 is none of float32, bfloat16, float16"):
+            export(model, base, tmp_path / "out", dtype="int8")
+    with pytest.raises(ConfigError, match="--dtype=bfloat16: an adapter is written in float32"):
+        export_peft(model, base, tmp_path / "out", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("export", [export_merged, export_peft, export_split])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_exported(hf_folder, trained, tmp_path, export, value):
+    base, model = trained(hf_folder())
+    lora_b = model.layers[0].self_attn.q_proj.lora.b
+    lora_b.set_value(lora_b.get_value().at[0, 0, 0].set(value))
+    with pytest.raises(ConfigError, match="q_proj.*not finite.*--step"):
+        export(model, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_beyond_a_type_are_not_exported_in_it(hf_folder, trained, tmp_path):
+    base, model = trained(hf_folder(tied=False))
+    model.norm.weight.set_value(model.norm.weight.get_value().at[0].set(1e5))
+    with pytest.raises(ConfigError, match="'model.norm.weight' is not finite in float16: use --dtype=bfloat16"):
+        export_merged(model, base, tmp_path / "out", dtype="float16")
+    export_merged(model, base, tmp_path / "out", dtype="bfloat16")
+
+
 # ---------------------------------------------------------------- what servers read
 @pytest.mark.parametrize("rope_type,positions", [("linear", 64), ("dynamic", 64), ("yarn", 160)])
 def test_config_and_tokenizer_have_the_lengths_that_vllm_reads(hf_folder, trained, tmp_path, rope_type, positions):
@@ -174,38 +246,13 @@ def test_the_peft_commands_say_that_vllm_refuses_trained_embeddings(example, hf_
     assert "--format=split" not in export_peft(model, base, tmp_path / "factors")
 
 
-def test_the_generation_config_goes_along(hf_folder, trained, tmp_path):
-    """Chat models keep their end-of-turn tokens there; without it a server does not stop."""
-    folder = hf_folder()
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
-    base, model = trained(folder)
-    export_merged(model, base, tmp_path / "out")
-    assert load(tmp_path / "out").generation_config.eos_token_id == [1, 5]
-
-
 # ---------------------------------------------------------------- the folder
-def test_a_folder_that_holds_something_is_refused_and_untouched(example, tmp_path):
-    base, model = example
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(ConfigError, match="not empty"):
-        export_merged(model, base, tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
-
-
-def test_a_file_in_the_place_of_the_folder_is_refused_in_one_line(example, tmp_path):
-    base, model = example
-    (tmp_path / "out").write_text("x")
-    with pytest.raises(ConfigError, match="out"):
-        export_merged(model, base, tmp_path / "out")
-
-
-def test_a_neighbouring_folder_of_the_user_survives(example, tmp_path):
-    base, model = example
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "mine").write_text("x")
-    export_merged(model, base, tmp_path / "out")
-    assert (tmp_path / "out.tmp" / "mine").exists()
+def test_a_base_that_is_itself_an_export_is_not_replaced(example, trained, tmp_path):
+    export_split(example.model, example.base, tmp_path / "first")
+    base, model = trained(tmp_path / "first" / "base")
+    for out in (tmp_path / "first", tmp_path / "first" / "base", tmp_path):
+        with pytest.raises(ConfigError, match="holds the base of the run"):
+            export_merged(model, base, out, overwrite=True)
 
 
 def test_the_current_folder_may_be_the_target(example, tmp_path, monkeypatch):

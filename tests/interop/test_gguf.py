@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -186,6 +187,21 @@ def test_rope_factors_of_another_rule_are_refused(tmp_path):
     write(tmp_path / "m.gguf", extra={"rope_freqs.weight": np.array([1, 2, 5, 3], np.float32)})
     with pytest.raises(ModelError, match="rope_freqs"):
         open_base(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("architecture,kind,dtype", [("qwen2", "F16", "float16"), ("qwen2", "Q8_0", "float16"),
+                                                     ("qwen2", "BF16", "bfloat16"), ("gemma3", "Q8_0", "bfloat16")])
+def test_exports_are_in_a_type_that_holds_the_model(tmp_path, trained, architecture, kind, dtype):
+    """Activations of Gemma overflow float16."""
+    write(tmp_path / "m.gguf", architecture, tied=True, kind=gguf.GGMLQuantizationType[kind])
+    base, model = trained(tmp_path / "m.gguf", targets=("q_proj",))
+    export_merged(model, base, tmp_path / "out")
+    out = open_base(str(tmp_path / "out"))
+    assert out.config["torch_dtype"] == dtype and {str(out.dtype(name)) for name in out.names()} == {dtype}
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"     # which transformers 4 has too
+    assert not isinstance(tokenizer.get("extra_special_tokens"), list)
+    assert out.tokenizer()("abc a")["input_ids"] == base.tokenizer()("abc a")["input_ids"]
 
 
 @pytest.mark.parametrize("export", [export_merged, export_peft, export_split])

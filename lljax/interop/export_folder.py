@@ -1,0 +1,146 @@
+"""The folder of an export: it appears complete or not at all, and replaces nothing but an earlier export."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+from lljax.errors import FULL, ConfigError, Stopped
+from lljax.files import printable
+
+RECORD = "lljax_export.json"                 # what was written: {"format": ..., "files": [...]}
+
+
+class _Signal(SystemExit):
+    """Passes the `except Exception` of libraries."""
+
+
+def check_out(out: Path, overwrite: bool = False) -> None:
+    """Refuses a folder that holds something; with `overwrite` one that holds anything but an export.
+
+    Raises:
+      ConfigError
+    """
+    try:
+        held = sorted(out.iterdir()) if out.is_dir() else []
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out={_shown(out)} is a file: name a folder")
+    except OSError as error:
+        raise _no_folder(out, error) from None
+    if not held:
+        return
+    ours, others = _exported(out)
+    if not ours:
+        raise ConfigError(f"--out={_shown(out)} is a folder that is not empty, and no export that lljax recorded: name another, "
+                          "or remove it")
+    if others:
+        raise ConfigError(f"--out={_shown(out)} holds an export and also {_shown(others[0])}: name another, or move that")
+    if not overwrite:
+        raise ConfigError(f"--out={_shown(out)} holds an earlier export: --overwrite replaces it, or name another folder")
+
+
+def complete(out: Path, format: str, write, overwrite: bool = False):
+    """Runs `write(folder)` on a folder that becomes `out` when it is complete, and returns its result.
+
+    SIGTERM, SIGHUP and errors leave nothing behind; what a process that was killed left is removed by the next export.
+
+    Raises:
+      ConfigError: `out` is taken or cannot be written. Stopped: on a signal.
+    """
+    check_out(out, overwrite)
+    out = out.resolve()
+    unfinished, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        check_out(out, overwrite)            # an earlier export may have come back
+        unfinished.mkdir()
+    except OSError as error:
+        if FULL.search(str(error)):          # has a line of its own, see lljax.errors.exit_cleanly
+            raise
+        raise _no_folder(out, error) from None
+    try:
+        with _signals_raise():
+            result = write(unfinished)
+            files = sorted(str(file.relative_to(unfinished)) for file in unfinished.rglob("*") if file.is_file())
+            (unfinished / RECORD).write_text(json.dumps({"format": format, "files": files}, indent=2) + "\n")
+        check_out(out, overwrite)            # another process may have been quicker
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, _Signal):
+            raise Stopped(f"{error} during the export: nothing was written") from None
+        raise
+    if out.exists() and any(out.iterdir()):
+        out.rename(old)
+        unfinished.rename(out)
+        shutil.rmtree(old)
+    elif out.exists():                       # filled, not replaced: it may be where the user's shell is
+        for child in unfinished.iterdir():
+            child.rename(out / child.name)
+        unfinished.rmdir()
+    else:
+        unfinished.rename(out)
+    return result
+
+
+def _exported(out: Path) -> tuple[bool, list[Path]]:
+    """Whether `out` holds an export of ours, and what else it holds."""
+    try:
+        record = json.loads((out / RECORD).read_text())
+        files = {Path(file) for file in record["files"]} | {Path(RECORD)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False, []
+    held = {path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return True, sorted(held - files)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Removes what exports to `out` left whose processes were killed; puts back what one of them was replacing."""
+    for path in out.parent.iterdir():
+        match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)\.(tmp|old)", path.name)
+        if match is None or path.is_symlink() or not path.is_dir() or _alive(int(match[1])):
+            continue
+        if match[2] == "old" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:                          # another user's
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def _signals_raise():
+    """SIGTERM and SIGHUP raise in here, so that what is unfinished is removed. Python gives signals to the main thread alone."""
+    def receive(number, _):
+        raise _Signal(signal.Signals(number).name)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:           # nohup
+                previous[number] = signal.signal(number, receive) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _no_folder(out: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--out={_shown(out):.200}: no folder can be there ({error.strerror}: {_shown(error.filename):.200})")
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path))

@@ -1,0 +1,144 @@
+import json
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from lljax.errors import ConfigError, Stopped
+from lljax.interop.export_folder import check_out, complete
+
+
+def write(folder):
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text("{}")
+    (folder / "weights").write_text("w")
+    return "result"
+
+
+def test_the_folder_appears_whole_with_a_record_of_its_files(tmp_path):
+    def looks(folder):
+        assert not (tmp_path / "out").exists()
+        return write(folder)
+    assert complete(tmp_path / "out", "split", looks) == "result"
+    record = json.loads((tmp_path / "out" / "lljax_export.json").read_text())
+    assert record == {"format": "split", "files": ["base/config.json", "weights"]}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---------------------------------------------------------------- what is there already
+def test_an_export_is_replaced_where_it_is_asked_for(tmp_path):
+    complete(tmp_path / "out", "split", write)
+    with pytest.raises(ConfigError, match="holds an earlier export: --overwrite replaces it"):
+        complete(tmp_path / "out", "peft", write)
+    complete(tmp_path / "out", "peft", lambda folder: (folder / "adapter").write_text("a"), overwrite=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "lljax_export.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_stays_where_its_successor_fails(tmp_path):
+    complete(tmp_path / "out", "split", write)
+
+    def fail(folder):
+        write(folder)
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        complete(tmp_path / "out", "split", fail, overwrite=True)
+    assert (tmp_path / "out" / "weights").read_text() == "w" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_of_two_exports_at_once_the_first_stays(tmp_path):
+    def while_another_ends(folder):
+        complete(tmp_path / "another", "peft", write)
+        (tmp_path / "another").rename(tmp_path / "out")
+        (folder / "late").write_text("x")
+    with pytest.raises(ConfigError, match="holds an earlier export"):
+        complete(tmp_path / "out", "merged", while_another_ends)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "late").exists()
+
+
+@pytest.mark.parametrize("content", [{"mine": "x"}, {"lljax_export.json": "{"}, {"lljax_export.json": '{"files": 5}'},
+                                     {"lljax_export.json": "[" * 100_000}])
+def test_nothing_but_an_export_is_replaced(tmp_path, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, text in content.items():
+        (out / name).write_text(text)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="is a folder that is not empty, and no export") as error:
+            complete(out, "peft", write, overwrite)
+        assert "\n" not in str(error.value)
+    assert {path.name: path.read_text() for path in out.iterdir()} == content
+
+
+@pytest.mark.parametrize("mine", ["notes.md", "base/notes.md", "link"])
+def test_an_export_with_something_of_the_users_is_not_replaced(tmp_path, mine):
+    complete(tmp_path / "out", "split", write)
+    if mine == "link":
+        (tmp_path / "out" / mine).symlink_to(tmp_path)
+    else:
+        (tmp_path / "out" / mine).write_text("x")
+    with pytest.raises(ConfigError, match=f"holds an export and also {mine}"):
+        check_out(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("out,line", [("/dev/null/x", "no folder can be there"), ("/proc/x/y", "no folder"),
+                                      ("x" * 300, "too long"), ("file", "is a file"), ("file/x", "no folder can be there")])
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, out, line):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    with pytest.raises(ConfigError, match=line) as error:
+        complete(Path(out), "peft", write)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ---------------------------------------------------------------- what killed exports leave
+def dead() -> int:
+    """The id of a process that was."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_killed_exports_left_is_removed_and_nothing_else(tmp_path):
+    left = [f".out.{dead()}.tmp", f".out.{dead()}.old"]
+    kept = [f".out.{os.getppid()}.tmp", f".other.{dead()}.tmp", ".out.mine.tmp"]
+    for name in (*left, *kept):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / "out").mkdir()
+    complete(tmp_path / "out", "split", write)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *kept}
+
+
+def test_an_export_that_was_set_aside_when_the_process_died_comes_back(tmp_path):
+    complete(tmp_path / "out", "split", write)
+    (tmp_path / "out").rename(tmp_path / f".out.{dead()}.old")
+    with pytest.raises(ConfigError, match="holds an earlier export"):
+        complete(tmp_path / "out", "peft", write)
+    assert (tmp_path / "out" / "weights").read_text() == "w"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_behind(tmp_path, number):
+    before = signal.getsignal(number)
+
+    def told(folder):
+        write(folder)
+        try:
+            os.kill(os.getpid(), number)
+            threading.Event().wait(5)
+        except Exception:                    # as libraries do
+            pytest.fail("the signal was swallowed")
+    with pytest.raises(Stopped, match=f"{number.name} during the export"):
+        complete(tmp_path / "out", "merged", told)
+    assert not list(tmp_path.iterdir()) and signal.getsignal(number) is before
+
+
+def test_another_thread_exports_too(tmp_path):
+    thread = threading.Thread(target=complete, args=(tmp_path / "out", "split", write))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "out" / "weights").exists()
