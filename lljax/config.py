@@ -53,6 +53,7 @@ def default_config() -> ConfigDict:
     c.data.packing = True                    # several documents a row, or one
     c.data.overlong = "split"                # split | truncate | drop documents longer than the row
     c.data.max_bad_fraction = 0.01           # share of unreadable rows above which the run stops
+    c.data.max_row_bytes = 16 << 20          # a longer row is unreadable: tokenizers take 260 bytes of memory a character
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"               # adamw | adafactor | lion | muon | adamw8bit; train_type full: galore | q_galore
@@ -155,7 +156,7 @@ def validate(c: ConfigDict) -> None:
     _choice(c, "alarm.spike", ("warn", "skip", "stop", "rollback"))
     for field, least in (("context.length", 2), ("context.window", 1), ("context.anchors", 0), ("lora.rank", 1),
                          ("training.rows", 1), ("training.accumulate", 1), ("training.eval_every", 0),
-                         ("training.eval_rows", 1), ("training.report_every", 0), ("memory.loss_chunk", 1),
+                         ("training.eval_rows", 1), ("training.report_every", 0), ("data.max_row_bytes", 1024), ("memory.loss_chunk", 1),
                          ("memory.layers_per_residual", 1), ("memory.tile", 0),
                          ("optimizer.warmup_steps", 0),
                          ("optimizer.galore.rank", 1), ("optimizer.galore.update_every", 1),
@@ -180,6 +181,10 @@ def validate(c: ConfigDict) -> None:
             raise ConfigError(f"{field}={get(c, field)}: it is a share, from 0 to below 1")
     if not c.model.path:
         raise ConfigError("model.path is empty: name a hub id, a folder with config.json, or a GGUF file")
+    for field in ("data.train", "data.valid"):
+        for path in get(c, field):
+            if not isinstance(path, str) or not path:
+                raise ConfigError(f"{field}: {path!r} is no path of a file or folder")
     if not c.data.train:
         raise ConfigError("data.train is empty: name JSONL files or folders (scripts/prepare_data.py makes them)")
     if c.data.valid and c.data.valid_fraction:

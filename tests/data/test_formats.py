@@ -52,9 +52,9 @@ def test_further_keys_of_a_message_are_left_alone():
     (b'{"text": "a\\u0000b"}', "NUL"), (b'{"messages": []}', "'messages'"), (b'{"messages": {}}', "'messages'"),
     (b'{"messages": ["a"]}', "message 0 has no role"), (b'{"messages": [{"role": "user"}]}', "message 0 .* no text"),
     (b'{"messages": [{"role": "assistant", "content": 5, "tool_calls": [1]}]}', "message 0 .* no text"),
-    (b'{"messages": [{"role": "user", "content": "a\\u0000"}]}', "NUL"),
+    (b'{"messages": [{"role": "assistant", "content": "a\\u0000"}]}', "NUL"),
     (b'{"text": "a\\ud800b"}', "surrogate"),
-    (b'{"messages": [{"role": "user", "content": "a\\ud800"}]}', "surrogate"),
+    (b'{"messages": [{"role": "assistant", "content": "a\\ud800"}]}', "surrogate"),
     (b'{"query": "a", "response": ""}', "'response' is empty"),
     (b'{"query": "a", "response": "b", "history": "c"}', "history"),
     (b'{"query": "a", "response": "b", "history": [["c"]]}', "history"),
@@ -135,10 +135,10 @@ def test_missing_empty_and_foreign_paths_are_refused(tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_line_beyond_the_limit_is_skipped_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_ROW", 32)
+def test_a_line_beyond_the_limit_is_skipped_whole(tmp_path):
     file = write(tmp_path / "rows.jsonl", b'{"text": "' + b"a" * 100 + b'"}', b'{"text": "b"}')
-    bad, good = formats.read([file])
+    bad, good = formats.read([file], max_row_bytes=32)
+    assert "data.max_row_bytes=32" in bad.reason
     assert (bad.line, good.text, good.where) == (1, "b", f"{file}:2")
 
 
