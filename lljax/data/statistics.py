@@ -35,10 +35,14 @@ def remarks(found: dict, overlong: str) -> list[str]:
     if train["trained_tokens"] < FEW * train["tokens"]:
         lines.append(f"only {train['trained_tokens'] / train['tokens']:.2%} of the tokens are trained: the rest are prompts, "
                      "which data.loss_on='everything' trains too")
-    unread = {file: keys for part in found.values() for file, keys in part["unread"].items() if keys}
-    for file, keys in list(unread.items())[:SHOWN]:
-        lines.append(f"{printable(file)}: keys that nothing reads: " +
-                     ", ".join(f"{key} ({rows:,} rows)" for key, rows in sorted(keys.items())))
-    if len(unread) > SHOWN:
-        lines.append(f"{len(unread) - SHOWN:,} further files have keys that nothing reads")
-    return lines
+    return lines + [line for part in found.values() for line in unread_keys(part["unread"])]
+
+
+def unread_keys(unread: dict[str, dict[str, int]]) -> list[str]:
+    """A line for each of the first files with keys that no reader knows."""
+    having = {file: keys for file, keys in unread.items() if keys}
+    lines = [f"{printable(file)}: keys that nothing reads: " +
+             ", ".join(f"{key} ({rows:,} rows)" for key, rows in sorted(keys.items()))
+             for file, keys in list(having.items())[:SHOWN]]
+    more = len(having) - SHOWN
+    return lines + ([f"{more:,} further files have keys that nothing reads"] if more > 0 else [])

@@ -184,10 +184,10 @@ def _fill(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
         for row in progress(rows, f"tokenizing {part}"):
             counts["rows"] += 1
             if isinstance(row, Document):
-                file, _, line = row.where.rpartition(":")
                 try:
                     tokens, mask = encode(row, tokenizer, data.loss_on)
                 except ValueError as error:
+                    file, _, line = row.where.rpartition(":")
                     row = BadRow(file, int(line), str(error))
             if isinstance(row, BadRow):
                 counts["bad_rows"] += 1
@@ -200,17 +200,20 @@ def _fill(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
             held_out = part == "train" and share(row) < data.valid_fraction
             writers["valid" if held_out else part].add(tokens, mask)
             parts["valid" if held_out else part]["conversations"] += bool(row.messages)
-            _count(counts["unread"].setdefault(file, {}), row.unread, template)
+            count_unread(row, counts["unread"], template)
     sums = {f"{part}/{name}": crc for part, writer in writers.items() for name, crc in writer.close().items()}
     (folder / "counts.json").write_text(json.dumps(
         {"rows": sum(counts["rows"] for counts in parts.values()), "bad": sum(counts["bad_rows"] for counts in parts.values()),
          "first_bad": first, "largest": largest, "crc32": sums, "parts": parts}))
 
 
-def _count(found: dict[str, int], unread: tuple[str, ...], template: str) -> None:
-    """Counts the keys of a row that no reader knows, nor the chat template, which sees whole messages."""
-    for key in unread:
-        if not (key.startswith("messages.") and key.removeprefix("messages.") in template):
+def count_unread(document: Document, unread: dict[str, dict[str, int]], template: str | None) -> None:
+    """Adds the keys of a document that no reader knows to `unread`, rows by file and key. Messages are seen whole by the chat
+    template, where any word may name a key; None: it is not known."""
+    found = unread.setdefault(document.where.rpartition(":")[0], {})
+    for key in document.unread:
+        of_message = key.startswith("messages.")
+        if not of_message or template is not None and key.removeprefix("messages.") not in template:
             key = key if key in found or len(found) < KEYS else "(others)"
             found[key] = found.get(key, 0) + 1
 
