@@ -184,48 +184,58 @@ def _lines(opened, limit: int) -> Iterator[tuple[int, bytes | ValueError]]:
 
 def _array(opened, limit: int) -> Iterator[tuple[int, object]]:
     """(number, row) of one JSON array, which is never in memory as a whole."""
-    decoder, stream = json.JSONDecoder(), io.TextIOWrapper(opened, "utf-8-sig")
-    text, at, number = stream.read(CHUNK), 0, 0
-    at = text.index("[") + 1
-
-    def more() -> bool:
-        nonlocal text, at
-        read = stream.read(max(CHUNK, len(text) - at))   # twice as much, so that a long row is not begun too often
-        text, at = text[at:] + read, 0
-        return bool(read)
-
-    def sign() -> str:
-        """The next character that is no space; "" at the end."""
-        nonlocal at
-        while True:
-            at = SPACE.match(text, at).end()
-            if at < len(text) or not more():
-                return text[at:at + 1]
-
+    text, number, decode = _Text(opened), 0, json.JSONDecoder().raw_decode
     try:
-        while sign() != "]":
+        text.take("[")
+        while text.next() != "]":
             try:
-                row, end = decoder.raw_decode(text, at)
+                row, end = decode(text.read, text.at)
             except RecursionError:
                 raise _NotAnArray(f"row {number + 1} is nested too deeply") from None
             except ValueError as error:      # or the rest of the row has not been read yet
-                if len(text) - at > limit:
-                    raise _NotAnArray(f"row {number + 1} is longer than data.max_row_bytes={limit}, or not JSON; raise that, or "
-                                      "write one row a line into a .jsonl file") from None
-                if not more():
-                    raise _NotAnArray(f"row {number + 1} is not JSON ({error.msg}), or the file is cut off") from None
+                if len(text.read) - text.at > limit:
+                    raise _NotAnArray(f"row {number + 1} is longer than data.max_row_bytes={limit}, "
+                                      "or not JSON") from None
+                if not text.more():
+                    raise _NotAnArray(f"row {number + 1} is not JSON ({error.msg}), or the file is "
+                                      "cut off") from None
                 continue
-            number, length, at = number + 1, end - at, end
+            number, length, text.at = number + 1, end - text.at, end
             yield number, _TooLong(limit) if length > limit else row
-            if sign() == ",":
-                at += 1
-            elif sign() != "]":
-                raise _NotAnArray(f"the array does not go on after row {number}, or the file is cut off")
-        at += 1
-        if sign():
+            if not text.take(",") and text.next() != "]":
+                raise _NotAnArray(f"the array does not go on after row {number}, or is cut off")
+        text.take("]")
+        if text.next():
             raise _NotAnArray(f"something follows the array of {number} rows")
     except UnicodeDecodeError:
         raise _NotAnArray(f"not UTF-8 after row {number}") from None
+
+
+class _Text:
+    """The text of a file that is read on as it is needed: `read`, done with up to `at`."""
+
+    def __init__(self, opened):
+        self.read, self.at = "", 0
+        self._opened, self._decoder = opened, codecs.getincrementaldecoder("utf-8-sig")()
+
+    def more(self) -> bool:
+        """Reads on; False at the end. Doubles what is held, so that a long row is not parsed too often."""
+        new = self._opened.read(max(CHUNK, len(self.read) - self.at))
+        self.read, self.at = self.read[self.at:] + self._decoder.decode(new, final=not new), 0
+        return bool(new)
+
+    def next(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            self.at = SPACE.match(self.read, self.at).end()
+            if self.at < len(self.read) or not self.more():
+                return self.read[self.at:self.at + 1]
+
+    def take(self, sign: str) -> bool:
+        """Whether `sign` is next; moves behind it."""
+        found = self.next() == sign
+        self.at += found
+        return found
 
 
 SPACE = re.compile(r"[ \t\n\r]*")

@@ -99,9 +99,11 @@ def prepare(data, tokenizer, vocabulary: int, cache: Path, *, tokenizer_fingerpr
                    for part, paths in (("train", data.train), ("valid", data.valid))}
         fingerprint = _fingerprint(sources, data, tokenizer, tokenizer_fingerprint)
         folder = cache / fingerprint[:16]
-        clear_unfinished(cache)
-        if not (folder / "counts.json").exists():
-            _build(folder, sources, data, tokenizer, vocabulary, progress)
+        try:
+            if not (folder / "counts.json").exists():
+                _build(folder, sources, data, tokenizer, vocabulary, progress)
+        finally:
+            clear_unfinished(cache)
         counts = _checked(folder, vocabulary)
         listed = cache.parent / "bad_rows.jsonl"
         listed.unlink(missing_ok=True)
