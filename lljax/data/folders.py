@@ -1,10 +1,9 @@
 """A folder of text files (a code repository, papers as text) into JSONL documents with file markers."""
 
-import contextlib
 import errno
+import fcntl
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -84,22 +83,26 @@ def write_jsonl(texts, out: Path) -> tuple[int, int]:
     Raises:
       ConfigError: nothing can be written there.
     """
-    unfinished, rows, characters = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"), 0, 0
+    unfinished, rows, characters = out.with_name(f".{out.name}.tmp"), 0, 0
     try:
         if out.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         out.parent.mkdir(parents=True, exist_ok=True)
-        file = open(unfinished, "w", encoding="utf-8")
+        file = open(unfinished, "a", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"--out={printable(str(out))}: another process is writing it") from None
     except OSError as error:
         raise ConfigError(f"--out={printable(str(out))}: it cannot be written ({error.strerror.lower()})") from None
-    try:
-        with file:
+    with file:
+        file.truncate(0)                     # what a process that was killed has left
+        try:
             for text in texts:
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                 rows, characters = rows + 1, characters + len(text)
-        if rows:
-            unfinished.rename(out)
-    finally:
-        with contextlib.suppress(OSError):
+            file.flush()
+            if rows:
+                unfinished.rename(out)
+        finally:
             unfinished.unlink(missing_ok=True)
     return rows, characters

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -76,7 +77,7 @@ def files(paths, *, field: str = "") -> list[Path]:
       DataError: a path is missing or no file of rows, or a folder holds none.
     """
     found, named = [], f"{field}: " if field else ""
-    for path in map(Path, paths):
+    for path in map(Path, map(os.path.expanduser, paths)):
         shown = named + printable(str(path))
         try:
             is_folder, is_file = path.is_dir(), path.is_file()

@@ -20,7 +20,7 @@ from lljax.data.clock import dated
 from lljax.data.formats import BadRow, Document
 from lljax.data.template import PLAIN_TEMPLATE, encode, with_template
 from lljax.errors import DataError, ModelError
-from lljax.files import printable
+from lljax.files import first_line, printable
 
 ENCODING = 3                                 # raised when the same documents give other tokens or masks
 # What these become is part of the fingerprint: libraries that encode otherwise make other tokens.
@@ -204,9 +204,12 @@ def _fill(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
             parts["valid" if held_out else part]["conversations"] += bool(row.messages)
             count_unread(row, counts["unread"], template)
     sums = {f"{part}/{name}": crc for part, writer in writers.items() for name, crc in writer.close().items()}
-    (folder / "counts.json").write_text(json.dumps(
-        {"rows": sum(counts["rows"] for counts in parts.values()), "bad": sum(counts["bad_rows"] for counts in parts.values()),
-         "first_bad": first, "largest": largest, "crc32": sums, "parts": parts}))
+    if first:
+        sums["bad_rows.jsonl"] = _crc32(folder / "bad_rows.jsonl")
+    counts = {"rows": sum(counts["rows"] for counts in parts.values()),
+              "bad": sum(counts["bad_rows"] for counts in parts.values()),
+              "first_bad": first, "largest": largest, "crc32": sums, "parts": parts}
+    (folder / "counts.json").write_text(json.dumps(counts | {"own_crc32": _own_crc32(counts)}))
 
 
 def count_unread(document: Document, unread: dict[str, dict[str, int]], template: str | None) -> None:
@@ -225,14 +228,19 @@ def _checked(folder: Path, vocabulary: int) -> dict:
     damaged = f"{printable(str(folder))}: the tokens kept there are damaged ({{}}): delete the folder, and they are made again"
     try:
         counts = json.loads((folder / "counts.json").read_text())
-        wrong = [name for name, crc in counts["crc32"].items() if _crc32(folder / name) != crc]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise DataError(damaged.format("counts.json, or a file that it names")) from None
+        wrong = "counts.json" if counts.pop("own_crc32", None) != _own_crc32(counts) else next(
+            (name for name, crc in counts["crc32"].items() if _crc32(folder / name) != crc), None)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(damaged.format(first_line(error))) from None
     if wrong:
-        raise DataError(damaged.format(f"{wrong[0]} is not as it was written"))
+        raise DataError(damaged.format(f"{wrong} is not as it was written"))
     if counts["largest"] >= vocabulary:
         raise _foreign(counts["largest"], vocabulary)
     return counts
+
+
+def _own_crc32(counts: dict) -> int:
+    return zlib.crc32(json.dumps(counts).encode())
 
 
 def _crc32(path: Path) -> int:

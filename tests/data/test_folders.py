@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import re
@@ -99,6 +100,14 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tree, tmp_path):
     with pytest.raises(RuntimeError):
         folders.write_jsonl(broken(), tmp_path / "new" / "rows.jsonl")
     assert not list((tmp_path / "new").iterdir())
+    with open(tmp_path / "new" / ".rows.jsonl.tmp", "w") as other:       # of a process that writes, and then of one killed
+        other.write("half of a row")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is writing it"):
+            folders.write_jsonl(["a"], tmp_path / "new" / "rows.jsonl")
+    assert folders.write_jsonl(["a"], tmp_path / "new" / "rows.jsonl") == (1, 1)
+    assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ['{"text": "a"}\n']
 
 
 @pytest.fixture
