@@ -53,9 +53,11 @@ def make(folder: Path, arguments, include, exclude) -> None:
                               follow_links=arguments.follow_links, skipped=skipped)
     rows, characters = folders.write_jsonl(texts, arguments.out)
     if rows == 0:
-        raise DataError(f"{printable(str(folder))}: no text file matches --include={printable(','.join(include))}")
-    say(f"{printable(str(arguments.out))}: {rows:,} documents, {characters:,} characters; {len(skipped):,} files skipped "
-        "(empty, too large, no UTF-8 text, or links out of the folder: --follow_links)")
+        raise DataError(f"{printable(str(folder))}: no text file matches "
+                        f"--include={printable(','.join(include))}")
+    say(f"{printable(str(arguments.out))}: {rows:,} documents, {characters:,} characters; "
+        f"{len(skipped):,} files skipped (empty, too large, no UTF-8 text, or links out of the "
+        "folder: --follow_links)")
 
 
 def folder(arguments) -> None:
@@ -177,7 +179,8 @@ def show(arguments) -> None:
 def excerpt(tokens: np.ndarray, limit: int, tokenizer) -> str:
     """The text of the first and the last of more than `limit` tokens, without terminal codes."""
     parts = [tokens] if len(tokens) <= limit else [tokens[:limit // 2], tokens[-(limit // 2):]]
-    texts = ["\n".join(map(printable, tokenizer.decode(part).expandtabs(4).split("\n"))) for part in parts]
+    lines = (tokenizer.decode(part).expandtabs(4).split("\n") for part in parts)
+    texts = ("\n".join(map(printable, each)) for each in lines)
     return f" \u2026 {len(tokens) - limit // 2 * 2:,} tokens \u2026 ".join(texts)
 
 
@@ -205,17 +208,22 @@ def main() -> None:
         command.add_argument("--model", required=run is not validate,
                              help="hub id, folder or GGUF file whose tokenizer and chat template are used")
         command.add_argument("--loss_on", choices=("assistant", "everything"), default="assistant")
-        command.add_argument("--max_row_bytes", type=int, default=formats.MAX_ROW_BYTES, help="as data.max_row_bytes")
+        command.add_argument("--max_row_bytes", type=positive, default=formats.MAX_ROW_BYTES,
+                             help="as data.max_row_bytes")
         if run is validate:
             command.add_argument("--max_bad_fraction", type=float, default=0.0)
         elif run is stats:
             command.add_argument("--length", type=positive, default=8192, help="tokens a row")
-            command.add_argument("--rows", type=positive, default=1, help="rows a step: training.rows x training.accumulate")
-            command.add_argument("--overlong", choices=("split", "truncate", "drop"), default="split", help="as data.overlong")
+            command.add_argument("--rows", type=positive, default=1,
+                                 help="rows a step: training.rows x training.accumulate")
+            command.add_argument("--overlong", choices=("split", "truncate", "drop"), default="split",
+                                 help="as data.overlong")
             command.add_argument("--no_packing", action="store_true", help="one document a row")
         else:
-            command.add_argument("--row", type=int, default=0, help="its number among the usable rows, from 0")
-            command.add_argument("--tokens", type=positive, default=400, help="how many are shown, spread over the spans")
+            command.add_argument("--row", type=int, default=0,
+                                 help="its number among the usable rows, from 0")
+            command.add_argument("--tokens", type=positive, default=400,
+                                 help="how many are shown, spread over the spans")
     with exit_cleanly():
         arguments = parser.parse_args()
         arguments.run(arguments)

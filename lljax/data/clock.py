@@ -7,12 +7,15 @@ from pathlib import Path
 from lljax.errors import DataError
 from lljax.files import atomic_write, printable
 
-DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAwdbBmyYHIMSfjUWpZzcxXGuVeDFTRCklsnrt"]
+LETTERS = "aAwdbBmyYHIMSfjUWpZzcxXGuVeDFTRCklsnrt"
+DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in LETTERS]
 
 
 def dated(tokenizer, cache: Path):
-    """The tokenizer as the documents kept in `cache` are encoded with: where its chat template asks for the date
-    (`strftime_now`), a copy whose template is always told the moment at which the first of them were.
+    """The tokenizer that the documents kept in `cache` are encoded with.
+
+    If its chat template asks for the date (`strftime_now`), a copy whose template is always told the
+    moment at which the first of them were encoded, which `cache`/clock keeps.
 
     Raises:
       DataError: `cache`/clock is no date and time.
@@ -20,9 +23,11 @@ def dated(tokenizer, cache: Path):
     if "strftime_now" not in str(tokenizer.chat_template):
         return tokenizer
     fixed, now = copy.copy(tokenizer), _moment(cache / "clock")
-    own = tokenizer.chat_template            # some have several, by name
-    fixed.chat_template = {name: stopped(text, now) for name, text in own.items()} if isinstance(own, dict) else \
-        stopped(own, now)
+    if isinstance(tokenizer.chat_template, dict):        # several, by name
+        fixed.chat_template = {name: stopped(text, now)
+                               for name, text in tokenizer.chat_template.items()}
+    else:
+        fixed.chat_template = stopped(tokenizer.chat_template, now)
     return fixed
 
 
@@ -32,7 +37,7 @@ def stopped(template: str, now: datetime) -> str:
     A macro, because transformers passes no function into a template.
     """
     values = {directive: now.strftime(directive) for directive in DIRECTIVES}
-    replaced = "".join(f"|replace({name!r},{value!r})" for name, value in values.items() if value != name)
+    replaced = "".join(f"|replace({name!r},{value!r})" for name, value in values.items())
     return ("{%- macro strftime_now(format) -%}{{ format|replace('%%','\\0')" + replaced +
             "|replace('\\0','%') }}{%- endmacro +%}" + template)
 
@@ -46,5 +51,5 @@ def _moment(kept: Path) -> datetime:
         atomic_write(kept, now.isoformat())
         return now
     except ValueError:
-        raise DataError(f"{printable(str(kept))}: not the date and time that the documents were encoded at: write it as "
-                        "2026-01-31T12:00:00, or use a new --workdir") from None
+        raise DataError(f"{printable(str(kept))}: not the date and time that the documents were "
+                        "encoded at: write it as 2026-01-31T12:00:00, or use a new --workdir") from None

@@ -26,9 +26,10 @@ def make_loader(store: TokenStore, *, length: int, rows: int, packing: bool, ove
     pieces = Pieces(store, length, overlong)
     if not len(pieces):
         counts = pieces.counts()
-        raise DataError(f"data.train leaves no piece of at most {length} tokens (data.overlong={overlong!r}): "
-                        f"{counts['dropped']} of {len(store)} documents are longer, {counts['untrained']} have no trained token "
-                        "within them: set data.overlong='split', or use longer rows")
+        raise DataError(f"data.train leaves no piece of at most {length} tokens "
+                        f"(data.overlong={overlong!r}): {counts['dropped']} of {len(store)} documents "
+                        f"are longer, {counts['untrained']} have no trained token within them: set "
+                        "data.overlong='split', or use longer rows")
     dataset = grain.MapDataset.source(pieces).shuffle(seed=seed % 2 ** 32).repeat()
     # Reading ahead would be lost work on every resume, and reading is a copy from mapped memory.
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))

@@ -30,12 +30,13 @@ class Pieces:
         self._dropped = len(store) - len(fits)
 
     def counts(self) -> dict[str, int]:
-        """Documents that are trained, those `dropped` for their length and those `untrained` for want of a target; and
-        pieces, and tokens in pieces."""
+        """Numbers: `documents` that are trained, those `dropped` for their length, those `untrained`
+        for want of a target within reach; `pieces`, and `tokens` in them."""
         documents = len(np.unique(self.document))
         tokens = np.minimum(self.store.lengths[self.document] - self.start, self.T).sum()
-        return {"documents": documents, "dropped": self._dropped,
-                "untrained": len(self.store) - self._dropped - documents, "pieces": len(self), "tokens": int(tokens)}
+        untrained = len(self.store) - self._dropped - documents
+        return {"documents": documents, "dropped": self._dropped, "untrained": untrained,
+                "pieces": len(self), "tokens": int(tokens)}
 
     def __len__(self) -> int:
         return len(self.document)

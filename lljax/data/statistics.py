@@ -1,4 +1,4 @@
-"""What the documents of a run come to: numbers for the report, and what a user should hear before it trains."""
+"""What the documents of a run come to: numbers for the report, and what to say before it trains."""
 
 from lljax.data.packing import Pieces
 from lljax.data.tokens import Documents
@@ -9,8 +9,10 @@ SHOWN = 10                                   # files whose unread keys are logge
 
 
 def statistics(documents: Documents, overlong: str, lengths) -> dict:
-    """data_statistics.json: for "train" and "valid" what the store counts, and rows, bad_rows, conversations and unread (rows
-    by file and key that no reader knows); for "train" also `at`: what of it is trained in rows of each of `lengths`."""
+    """data_statistics.json: `TokenStore.statistics` and `Documents.counts` of "train" and "valid".
+
+    "train" has `at` too: `Pieces.counts`, what of it is trained in rows of each of `lengths`.
+    """
     found = {part: store.statistics() | documents.counts[part]
              for part, store in (("train", documents.train), ("valid", documents.valid))}
     found["train"]["at"] = [{"length": length} | Pieces(documents.train, length, overlong).counts()
@@ -24,17 +26,19 @@ def remarks(found: dict, overlong: str) -> list[str]:
     for at in train["at"]:
         of = f"of {train['documents']:,} documents"
         if at["dropped"]:
-            lines.append(f"{at['dropped']:,} {of} are longer than {at['length']:,} tokens (data.overlong='drop'): they are left "
-                         "out; 'split' trains them in pieces")
+            lines.append(f"{at['dropped']:,} {of} are longer than {at['length']:,} tokens "
+                         "(data.overlong='drop'): they are left out; 'split' trains them in pieces")
         if at["untrained"] and overlong == "truncate":
-            lines.append(f"{at['untrained']:,} {of} have no trained token within the first {at['length']:,} "
-                         "(data.overlong='truncate'): they are left out; use 'split', or longer rows")
+            lines.append(f"{at['untrained']:,} {of} have no trained token within the first "
+                         f"{at['length']:,} (data.overlong='truncate'): they are left out; use "
+                         "'split', or longer rows")
         if overlong == "split" and 2 * at["tokens"] < train["tokens"]:
-            lines.append(f"{1 - at['tokens'] / train['tokens']:.0%} of the tokens are in pieces of {at['length']:,} that hold no "
-                         "trained one: they are left out, and replies do not see them; use longer rows")
-    if train["trained_tokens"] < FEW * train["tokens"]:
-        lines.append(f"only {train['trained_tokens'] / train['tokens']:.2%} of the tokens are trained: the rest are prompts, "
-                     "which data.loss_on='everything' trains too")
+            lines.append(f"{1 - at['tokens'] / train['tokens']:.0%} of the tokens are in pieces of "
+                         f"{at['length']:,} that hold no trained one: they are left out, and "
+                         "replies do not see them; use longer rows")
+    if (share := train["trained_tokens"] / max(train["tokens"], 1)) < FEW:
+        lines.append(f"only {share:.2%} of the tokens are trained: the rest are prompts, which "
+                     "data.loss_on='everything' trains too")
     return lines + [line for part in found.values() for line in unread_keys(part["unread"])]
 
 

@@ -15,17 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-from lljax.data import formats
+from lljax.data import sources
 from lljax.data.clock import dated
-from lljax.data.formats import BadRow, Document
+from lljax.data.formats import BadRow, Document, read_file
 from lljax.data.template import PLAIN_TEMPLATE, encode, with_template
 from lljax.errors import DataError, ModelError
 from lljax.files import first_line, printable
 
 ENCODING = 3                                 # raised when the same documents give other tokens or masks
 # What these become is part of the fingerprint: libraries that encode otherwise make other tokens.
-PROBES = (Document("", text="def f(x):\n    return 'é' # 12\n\n"), Document("", prompt="1 + 1 = ", text=" 2"),
-          Document("", messages=tuple({"role": role, "content": f" {role}: a\n" } for role in 2 * ("user", "assistant"))))
+TALK = tuple({"role": role, "content": f" {role}: a\n"} for role in 2 * ("user", "assistant"))
+PROBES = (Document("", text="def f(x):\n    return 'é' # 12\n\n"), Document("", messages=TALK),
+          Document("", prompt="1 + 1 = ", text=" 2"))
 FIELDS = {"train": "data.train", "valid": "data.valid"}
 SHARES = (0.5, 0.9, 0.99)
 KEYS = 100                                   # unread keys of a file that are counted by name
@@ -34,8 +35,11 @@ ABANDONED = 600                              # seconds after which such a folder
 
 
 class TokenStore:
-    """Tokenized documents: `tokens(i)` uint32 and `mask(i)` bool of document i, `lengths` int64 of all; `stream` uint32, the
-    tokens of all, end to end, and `trained` bool, their masks."""
+    """Tokenized documents: `tokens(i)` uint32 and `mask(i)` bool of document i, `lengths` int64.
+
+    End to end: `stream` uint32, the tokens of all, and `trained` bool, their masks; document i is at
+    [offsets[i], offsets[i + 1]).
+    """
 
     def __init__(self, folder: Path):
         self.offsets = np.load(folder / "offsets.npy")
@@ -69,9 +73,12 @@ def _map(path: Path, dtype) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """The outcome of `prepare`. fingerprint: of the content of the files and of how it was tokenized. bad: rows that
-    could not be used. counts: of each of "train" and "valid", what data_statistics.json says beside the store's own: rows,
-    bad_rows, conversations, and unread, the number of rows by file and key that no reader knows."""
+    """The outcome of `prepare`.
+
+    fingerprint: of the content of the files and of how it was tokenized. bad: rows that could not
+    be used. counts: for "train" and "valid" the numbers of rows, bad_rows and conversations, and
+    unread, the number of rows by file and key that no reader knows.
+    """
 
     train: TokenStore
     valid: TokenStore
@@ -86,22 +93,25 @@ def prepare(data, tokenizer, vocabulary: int, cache: Path, *, tokenizer_fingerpr
     """Reads and tokenizes what `config.data` names, or finds it done in `cache`.
 
     Rows that cannot be used are listed in `cache`/../bad_rows.jsonl by file, line and reason, never with their text.
-    `progress(iterator, title)` may wrap the iteration over rows. fields: what errors say named the files.
+    `progress(iterator, title)` may wrap the iteration over rows. fields: what errors say named the
+    files.
 
     Raises:
-      DataError: no usable row, none held out, too many bad ones (data.max_bad_fraction), a file that is missing, cannot be
-        read or changes while it is read, tokens in `cache` that are not as they were written, a file in the place of a folder.
+      DataError: no usable row, none held out, too many bad ones (data.max_bad_fraction); a file that
+        is missing, cannot be read or changes while it is read; tokens in `cache` that are not as
+        they were written; a file in the place of a folder.
       ModelError: the tokenizer knows tokens that the model does not.
     """
     with _in_their_places():
         tokenizer = dated(with_template(tokenizer), cache)
-        sources = {part: [(file, formats.sha256(file)) for file in formats.files(paths, field=fields.get(part, ""))]
-                   for part, paths in (("train", data.train), ("valid", data.valid))}
-        fingerprint = _fingerprint(sources, data, tokenizer, tokenizer_fingerprint)
+        files = {part: [(file, sources.sha256(file))
+                        for file in sources.files(paths, field=fields.get(part, ""))]
+                 for part, paths in (("train", data.train), ("valid", data.valid))}
+        fingerprint = _fingerprint(files, data, tokenizer, tokenizer_fingerprint)
         folder = cache / fingerprint[:16]
         try:
             if not (folder / "counts.json").exists():
-                _build(folder, sources, data, tokenizer, vocabulary, progress)
+                _build(folder, files, data, tokenizer, vocabulary, progress)
         finally:
             clear_unfinished(cache)
         counts = _checked(folder, vocabulary)
@@ -109,18 +119,19 @@ def prepare(data, tokenizer, vocabulary: int, cache: Path, *, tokenizer_fingerpr
         listed.unlink(missing_ok=True)
         if counts["bad"]:
             shutil.copyfile(folder / "bad_rows.jsonl", listed)
-    documents = Documents(TokenStore(folder / "train"), TokenStore(folder / "valid"), fingerprint, counts["bad"],
-                          counts["parts"])
+    train, valid = TokenStore(folder / "train"), TokenStore(folder / "valid")
+    documents = Documents(train, valid, fingerprint, counts["bad"], counts["parts"])
     _usable(documents, counts, data, fields)
     return documents
 
 
-def _fingerprint(sources, data, tokenizer, tokenizer_fingerprint: str) -> str:
-    how = [ENCODING, PLAIN_TEMPLATE, tokenizer.special_tokens_map, tokenizer.chat_template, data.loss_on,
-           data.valid_fraction, data.max_row_bytes, tokenizer_fingerprint, [_probed(probe, tokenizer) for probe in PROBES]]
+def _fingerprint(files, data, tokenizer, tokenizer_fingerprint: str) -> str:
+    how = [ENCODING, PLAIN_TEMPLATE, tokenizer.special_tokens_map, tokenizer.chat_template,
+           data.loss_on, data.valid_fraction, data.max_row_bytes, tokenizer_fingerprint,
+           [_probed(probe, tokenizer) for probe in PROBES]]
     digest = hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode())
-    for part, files in sources.items():
-        for _, sha256 in files:
+    for part, pairs in files.items():
+        for _, sha256 in pairs:
             digest.update(part.encode() + bytes.fromhex(sha256))
     return digest.hexdigest()
 
@@ -134,7 +145,7 @@ def _probed(probe: Document, tokenizer) -> list | str:
 
 @contextlib.contextmanager
 def _in_their_places():
-    """One line where a file stands in the place of a folder, or the reverse, or may not be written."""
+    """One line where a file stands in the place of a folder, or the reverse, or is not writable."""
     try:
         yield
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
@@ -144,7 +155,7 @@ def _in_their_places():
 
 # ---------------------------------------------------------------- the cache
 def clear_unfinished(cache: Path) -> None:
-    """Removes what processes that ended before they were done have left in `cache`; what is still being written stays."""
+    """Removes what processes that were killed have left in `cache`; what is being written stays."""
     for folder in cache.glob("*.tmp"):
         with contextlib.suppress(OSError):   # it is held, or another process removes it
             try:
@@ -156,7 +167,7 @@ def clear_unfinished(cache: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _build(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
+def _build(folder: Path, files, data, tokenizer, vocabulary, progress) -> None:
     """Writes `folder`, which appears when complete; another process may be building the same one."""
     unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -164,7 +175,7 @@ def _build(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None
         with open(unfinished / LOCK, "wb") as lock:
             with contextlib.suppress(OSError):           # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            _fill(unfinished, sources, data, tokenizer, vocabulary, progress)
+            _fill(unfinished, files, data, tokenizer, vocabulary, progress)
             (unfinished / LOCK).unlink()
             try:
                 unfinished.rename(folder)
@@ -175,14 +186,15 @@ def _build(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _fill(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
-    writers, template = {part: _Writer(folder / part) for part in sources}, str(tokenizer.chat_template)
-    parts = {part: {"rows": 0, "bad_rows": 0, "conversations": 0, "unread": {}} for part in sources}
-    first, largest = "", 0
-    for part, files in sources.items():
+def _fill(folder: Path, files, data, tokenizer, vocabulary, progress) -> None:
+    writers = {part: _Writer(folder / part) for part in files}
+    parts = {part: {"rows": 0, "bad_rows": 0, "conversations": 0, "unread": {}} for part in files}
+    first, largest, template = "", 0, str(tokenizer.chat_template)
+    for part, pairs in files.items():
         counts = parts[part]
         rows = itertools.chain.from_iterable(
-            formats.read_file(file, max_row_bytes=data.max_row_bytes, expected=sha256) for file, sha256 in files)
+            read_file(file, max_row_bytes=data.max_row_bytes, expected=sha256)
+            for file, sha256 in pairs)
         for row in progress(rows, f"tokenizing {part}"):
             counts["rows"] += 1
             if isinstance(row, Document):
@@ -199,11 +211,12 @@ def _fill(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
                 continue
             if (largest := max(largest, int(tokens.max()))) >= vocabulary:
                 raise _foreign(largest, vocabulary, f" ({printable(row.where)})")
-            held_out = part == "train" and share(row) < data.valid_fraction
-            writers["valid" if held_out else part].add(tokens, mask)
-            parts["valid" if held_out else part]["conversations"] += bool(row.messages)
+            into = "valid" if part == "train" and share(row) < data.valid_fraction else part
+            writers[into].add(tokens, mask)
+            parts[into]["conversations"] += bool(row.messages)
             count_unread(row, counts["unread"], template)
-    sums = {f"{part}/{name}": crc for part, writer in writers.items() for name, crc in writer.close().items()}
+    sums = {f"{part}/{name}": crc
+            for part, writer in writers.items() for name, crc in writer.close().items()}
     if first:
         sums["bad_rows.jsonl"] = _crc32(folder / "bad_rows.jsonl")
     counts = {"rows": sum(counts["rows"] for counts in parts.values()),
@@ -212,9 +225,13 @@ def _fill(folder: Path, sources, data, tokenizer, vocabulary, progress) -> None:
     (folder / "counts.json").write_text(json.dumps(counts | {"own_crc32": _own_crc32(counts)}))
 
 
-def count_unread(document: Document, unread: dict[str, dict[str, int]], template: str | None) -> None:
-    """Adds the keys of a document that no reader knows to `unread`, rows by file and key. Messages are seen whole by the chat
-    template, where any word may name a key; None: it is not known."""
+def count_unread(document: Document, unread: dict[str, dict[str, int]],
+                 template: str | None) -> None:
+    """Adds the keys of a document that no reader knows to `unread`, rows by file and key.
+
+    template: the chat template, which sees whole messages and may read any key whose name is in it;
+    None: it is not known.
+    """
     found = unread.setdefault(document.where.rpartition(":")[0], {})
     for key in document.unread:
         of_message = key.startswith("messages.")
@@ -225,7 +242,8 @@ def count_unread(document: Document, unread: dict[str, dict[str, int]], template
 
 def _checked(folder: Path, vocabulary: int) -> dict:
     """counts.json of a folder whose tokens are as they were written."""
-    damaged = f"{printable(str(folder))}: the tokens kept there are damaged ({{}}): delete the folder, and they are made again"
+    damaged = (f"{printable(str(folder))}: the tokens kept there are damaged ({{}}): delete the "
+               "folder, and they are made again")
     try:
         counts = json.loads((folder / "counts.json").read_text())
         wrong = "counts.json" if counts.pop("own_crc32", None) != _own_crc32(counts) else next(
@@ -252,8 +270,8 @@ def _crc32(path: Path) -> int:
 
 
 def _foreign(token: int, vocabulary: int, where: str = "") -> ModelError:
-    return ModelError(f"the tokenizer gives token {token}{where} but the model's vocabulary has {vocabulary}: they do not "
-                      "belong together")
+    return ModelError(f"the tokenizer gives token {token}{where} but the model's vocabulary has "
+                      f"{vocabulary}: they do not belong together")
 
 
 def _usable(documents: Documents, counts: dict, data, fields) -> None:
@@ -267,8 +285,9 @@ def _usable(documents: Documents, counts: dict, data, fields) -> None:
             raise DataError(f"{fields.get(part, 'data')}={tuple(paths)} holds no usable row")
     if data.valid_fraction and not (len(documents.train) and len(documents.valid)):
         whole = "all" if len(documents.valid) else "none"
-        raise DataError(f"data.valid_fraction={data.valid_fraction} holds {whole} of the {rows - bad} documents out: set "
-                        "another share, or data.valid_fraction=0, or name held-out files in data.valid")
+        raise DataError(f"data.valid_fraction={data.valid_fraction} holds {whole} of the "
+                        f"{rows - bad} documents out: set another share, or 0, or name held-out "
+                        "files in data.valid")
 
 
 def share(document: Document) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lljax.config import default_config
-from lljax.data import clock, formats, tokens
+from lljax.data import clock, sources, tokens
 from lljax.data.formats import Document
 from lljax.data.tokens import ABANDONED, LOCK, prepare, share
 from lljax.errors import DataError, ModelError
@@ -120,7 +120,7 @@ def test_tokens_that_are_not_as_they_were_written_are_refused(tmp_path, run, nam
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_tokens(tmp_path, run, monkeypatch):
-    monkeypatch.setattr(formats, "CHUNK", 100)
+    monkeypatch.setattr(sources, "CHUNK", 100)
     file = write(tmp_path / "a.jsonl", texts(50))
 
     def rewritten(rows, title):
