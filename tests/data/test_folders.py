@@ -151,8 +151,8 @@ def test_the_script_names_bad_rows_and_exits_with_3(tmp_path, command):
     assert command("validate", file, "--max_bad_fraction=0.5")[0] == 0
 
 
-MARKED = "{% for m in messages %}{{ raise_exception('no tools') if m.role == 'tool' }}<{{ m.role }}>{{ m.content }}{{ eos_token }}" \
-         "{% endfor %}"
+MARKED = ("{% for m in messages %}{{ raise_exception('no tools') if m.role == 'tool' }}<{{ m.role }}>"
+          "{{ m.content }}{{ eos_token }}{% endfor %}")
 
 
 @pytest.fixture

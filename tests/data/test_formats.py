@@ -125,7 +125,7 @@ REPLY = b'{"role": "assistant", "content": "b"}'
     (b'{"messages": [' + REPLY + b'], "tools": "look"}', "'tools' is not JSON"),
     (b'{"messages": [' + REPLY + b'], "tools": ["look"]}', "'tools' is no list of tools"),
     (b'{"messages": [' + REPLY + b'], "tools": {"name": "look"}}', "'tools' is no list of tools"),
-    (b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}', "message 0: .*image_url. is no"),
+    (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "message 0: .*image_url. is no"),
     (b'{"messages": [{"from": "moderator", "value": "a"}]}', "message 0 .moderator. is from none of human"),
     (b'{"messages": [{"from": "function_call", "value": "look(1)"}]}', "message 0 .function_call. is not JSON"),
     (b'{"messages": [{"from": "function_call", "value": "[1]"}]}', "message 0 .function_call. is no call"),
