@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
     c.lora.adapter = ""                      # folder of a PEFT adapter to continue from
 
     c.data = ConfigDict()
-    c.data.train = ()                        # JSONL or JSONL.gz files, or folders of them
+    c.data.train = ()                        # JSONL files, or folders of them, or JSON arrays; also .gz
     c.data.valid = ()                        # the same, held out; empty: split off train by valid_fraction
     c.data.valid_fraction = 0.0              # share of the documents of train held out, chosen by their hash
     c.data.loss_on = "assistant"             # assistant (replies, completions, plain text) | everything

@@ -172,9 +172,10 @@ def _conversation(row: dict, where: str, messages: list, prompt: list = ()) -> D
     given = len(turns)
     turns += _turns(messages, len(prompt))
     if system := _system(row):
-        if turns[0]["role"] not in ("system", "developer"):
+        first = turns[0] if turns and turns[0]["role"] in ("system", "developer") else None
+        if first is None:
             turns, given = [{"role": "system", "content": system}, *turns], given + bool(given)
-        elif turns[0]["content"] != system:
+        elif first.get("content") != system:
             raise ValueError("'system' and the first message are two system prompts")
     replies = {i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= given}
     untrained, unread = set(), set()
@@ -209,8 +210,8 @@ def _turns(messages: list, first: int) -> list[dict]:
             turn = _call(i, turn)
             if turns and _joins(turns[-1], turn):
                 before = turns.pop()
-                calls = [*before.get("tool_calls", ()), *turn["tool_calls"]]
-                turn = before | turn | {"content": before["content"], "tool_calls": calls}
+                calls = [*(before.get("tool_calls") or ()), *turn["tool_calls"]]
+                turn = before | turn | {"content": before.get("content") or "", "tool_calls": calls}
         turns.append(turn)
     return turns
 
@@ -228,12 +229,15 @@ def _turn(i: int, message) -> dict:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"message {i} has no role")
     role, content = ROLES.get(message["role"], message["role"]), message.get("content")
+    calls = message.get("tool_calls")
     named = f" ({role})" if NAME.fullmatch(role) else ""
     if shared and role not in SENDERS:
         raise ValueError(f"message {i}{named} is from none of human, gpt, {', '.join(SENDERS)}")
     if isinstance(content, list):
         content = "".join(_part(i, part) for part in content)
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+    if not (calls is None or isinstance(calls, list) and all(isinstance(x, dict) for x in calls)):
+        raise ValueError(f"message {i}{named}: 'tool_calls' is not a list of calls")
+    if not isinstance(content, str) and not (content is None and calls):
         raise ValueError(f"message {i}{named} has no text as its content")
     for key in message.keys() & LOSS:
         if message[key] not in (None, 0, 1):
@@ -253,7 +257,7 @@ def _part(i: int, part) -> str:
 
 def _call(i: int, turn: dict) -> dict:
     where = f"message {i} ({turn['role']})"
-    calls, made = _json(turn["content"] or "", where), []
+    calls, made = _json(turn.get("content") or "", where), []
     for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise ValueError(f"{where} is no call: a JSON object with name and arguments")
@@ -266,7 +270,7 @@ def _call(i: int, turn: dict) -> dict:
 
 
 def _system(row: dict) -> str:
-    found = {_text(row, key, empty=True) for key in SYSTEM} - {""}
+    found = {text for key in SYSTEM if (text := _text(row, key, empty=True)).strip()}
     if len(found) > 1:
         raise ValueError(f"{' and '.join(map(repr, SYSTEM))} are two system prompts")
     return found.pop() if found else ""

@@ -65,6 +65,7 @@ def test_conversations_are_read_in_the_spellings_of_the_field(row):
     ({"query": "a", "response": "b"}, 0)])
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
 def test_a_system_prompt_beside_a_conversation_becomes_its_first_message(row, given, key):
+    assert parse(**row, **{key: " "}) == parse(**row)
     document = parse(**row, **{key: "s"})
     assert turns(document) == [("system", "s"), ("user", "a"), ("assistant", "b")]
     assert document.given == given and not document.unread
@@ -87,6 +88,9 @@ def test_calls_in_messages_of_their_own_are_part_of_the_reply_before_them(calls)
     found = parse(messages=[*TALK, *calls, result, end]).messages
     assert found == (TALK[0], TALK[1] | {"tool_calls": [CALL, CALL]}, {"role": "tool", "content": "c"},
                      {"role": "assistant", "content": "d"})
+    for reply in ({"content": None, "tool_calls": [CALL]}, {"tool_calls": [CALL]}, {"content": "", "tool_calls": None}):
+        joined = parse(messages=[TALK[0], {"role": "assistant", **reply}, *calls, result, end]).messages
+        assert joined[1]["tool_calls"] == [CALL] * (2 + bool(reply.get("tool_calls"))) and joined[1]["content"] == ""
     alone = parse(messages=[TALK[0], *calls, result, end]).messages
     assert alone[1] == {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}
 
@@ -129,6 +133,10 @@ REPLY = b'{"role": "assistant", "content": "b"}'
     (b'{"messages": [{"from": "moderator", "value": "a"}]}', "message 0 .moderator. is from none of human"),
     (b'{"messages": [{"from": "function_call", "value": "look(1)"}]}', "message 0 .function_call. is not JSON"),
     (b'{"messages": [{"from": "function_call", "value": "[1]"}]}', "message 0 .function_call. is no call"),
+    (b'{"prompt": [], "completion": [], "system": "s"}', "no assistant message"),
+    (b'{"messages": [{"role": "system", "tool_calls": [{}]}, ' + REPLY + b'], "system": "s"}', "two system prompts"),
+    (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}', "'tool_calls' is not a list of calls"),
+    (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": {}}]}', "'tool_calls' is not a list of calls"),
     (b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "'chosen': .*preference objective"),
     (b'{"messages": [' + REPLY + b'], "rejected_response": "c"}', "'rejected_response': .*preference objective"),
     (b'{"prompt": "a", "completion": "b", "label": false}', "'label': .*preference objective"),
@@ -141,7 +149,7 @@ REPLY = b'{"role": "assistant", "content": "b"}'
     (b'{"text": ["a"]}', "'text' is a list"),
     (b'{"text": "a\\u0000b"}', "NUL"), (b'{"messages": []}', "'messages'"), (b'{"messages": {}}', "'messages'"),
     (b'{"messages": ["a"]}', "message 0 has no role"), (b'{"messages": [{"role": "user"}]}', "message 0 .* no text"),
-    (b'{"messages": [{"role": "assistant", "content": 5, "tool_calls": [1]}]}', "message 0 .* no text"),
+    (b'{"messages": [{"role": "assistant", "content": 5, "tool_calls": [{}]}]}', "message 0 .* no text"),
     (b'{"messages": [{"role": "assistant", "content": "a\\u0000"}]}', "NUL"),
     (b'{"text": "a\\ud800b"}', "surrogate"),
     (b'{"messages": [{"role": "assistant", "content": "a\\ud800"}]}', "surrogate"),
