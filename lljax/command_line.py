@@ -179,7 +179,7 @@ def _check_text(field: str, text: str) -> None:
 def take_gpu_memory() -> None:
     """Has jax take nearly all of a GPU's memory, of which it would leave a quarter unused, and what the host can spare for
     residuals, unless the environment says how much. Before the first device is asked for; every process must call it."""
-    from lljax.host_memory import set_pinned_limit       # imports jax, which --help needs none of
+    from lljax.host_memory import set_pinned_limit  # imports jax, which --help needs none of
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:       # the older name of the same
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.97")
     set_pinned_limit()

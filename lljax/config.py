@@ -63,13 +63,14 @@ def default_config() -> ConfigDict:
     c.lora.adapter = ""                      # folder of a PEFT adapter to continue from
 
     c.data = ConfigDict()
-    c.data.train = ()                        # JSONL or JSONL.gz files, or folders of them
+    c.data.train = ()                        # JSONL files, or folders of them, or JSON arrays; also .gz
     c.data.valid = ()                        # the same, held out; empty: split off train by valid_fraction
     c.data.valid_fraction = 0.0              # share of the documents of train held out, chosen by their hash
     c.data.loss_on = "assistant"             # assistant (replies, completions, plain text) | everything
     c.data.packing = True                    # several documents a row, or one
     c.data.overlong = "split"                # split | truncate | drop documents longer than the row
     c.data.max_bad_fraction = 0.01           # share of unreadable rows above which the run stops
+    c.data.max_row_bytes = 16 << 20          # a longer row is unreadable: tokenizers take 260 bytes of memory a character
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"               # adamw | adafactor | lion | muon | adamw8bit; train_type full: galore | q_galore
@@ -211,6 +212,7 @@ CHECKS = {                                   # what each field may hold; which g
     "data.packing": flag(),
     "data.overlong": one_of("split", "truncate", "drop"),
     "data.max_bad_fraction": share(),
+    "data.max_row_bytes": whole(1024),
     "optimizer.name": one_of(*READS),
     "optimizer.learning_rate": above_zero(),
     "optimizer.schedule": one_of("linear", "cosine", "constant"),

@@ -4,13 +4,16 @@ import os
 
 from rich.console import Console
 
-UNBOUNDED = 10_000                           # columns of what no window shows: nothing is cut or broken there
+UNBOUNDED = 10_000                           # columns of a pipe or a file, where nothing is cut
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console as wide as the window; where there is none (a pipe, a file) and COLUMNS says nothing, without a bound.
+def console(least: int = 0, *, stderr: bool = False) -> Console:
+    """A console as wide as the window, at least `least` columns.
 
-    rich takes 80 columns for it otherwise, and cuts the tables.
+    In a pipe or a file, where rich would take 80 columns and cut tables, it is UNBOUNDED unless
+    COLUMNS says otherwise.
     """
-    made = Console(stderr=stderr)
-    return made if made.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=UNBOUNDED)
+    window = Console(stderr=stderr)
+    if not window.is_terminal and "COLUMNS" not in os.environ:
+        return Console(stderr=stderr, width=UNBOUNDED)
+    return Console(stderr=stderr, width=max(window.width, least))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jax._src import xla_bridge              # jax has no public way to ask whether it has started
+from jax._src import xla_bridge  # jax has no public way to ask whether it has started
 
 from lljax.devices import GiB
 from lljax.distributed import processes_here

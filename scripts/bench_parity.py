@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from lljax.console import console
 from lljax.errors import ConfigError, exit_cleanly
-from lljax.terminal import console
 
 LIMIT = 1e-4
 

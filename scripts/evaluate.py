@@ -21,7 +21,7 @@ from rich.table import Table
 from lljax.config import default_config
 from lljax.console import console
 from lljax.data.template import with_template
-from lljax.data.tokens import TokenStore, prepare
+from lljax.data.tokens import FIELDS, TokenStore, prepare
 from lljax.errors import ConfigError, Stopped, exit_cleanly
 from lljax.evaluation import perplexity, registry, results, zeroscrolls
 from lljax.evaluation.answer import Asking, answer, too_short
@@ -32,7 +32,6 @@ from lljax.evaluation.task import Example, Sources, TooShort, refuse_beyond
 from lljax.files import printable
 from lljax.interop.base import end_tokens, tokenizer_fingerprint
 from lljax.restore import read_config
-from lljax.terminal import console
 from lljax.training.report import write_report
 
 CONSOLE = console()
@@ -92,8 +91,9 @@ def held_out(arguments, candidates: Candidates, tokenizer, out: Path) -> TokenSt
         with data.unlocked():
             data.update({"train": tuple(arguments.held_out.split(",")), "valid": (), "valid_fraction": 0.0,
                          "loss_on": "everything"})
+    fields = {"train": "--held_out"} if arguments.held_out else FIELDS
     found = prepare(data, tokenizer, candidates.base.config["vocab_size"], (out if arguments.held_out else arguments.workdir)
-                    / "data", tokenizer_fingerprint=tokenizer_fingerprint(tokenizer), progress=progress)
+                    / "data", tokenizer_fingerprint=tokenizer_fingerprint(tokenizer), progress=progress, fields=fields)
     return found.train if arguments.held_out else found.valid
 
 

@@ -19,12 +19,12 @@ from rich.table import Table
 from lljax.build import open_run_config
 from lljax.command_line import config_flag, read_flags
 from lljax.config import validate
+from lljax.console import console
 from lljax.devices import GiB
 from lljax.errors import exit_cleanly
 from lljax.planning import plan as planning
 from lljax.planning import search
 from lljax.planning.devices import target
-from lljax.terminal import console
 from lljax.training import fit
 
 CONFIG = config_flag()

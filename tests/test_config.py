@@ -36,6 +36,8 @@ def test_every_shipped_config_is_legal(path):
     ({"model.init": "random"}, "frozen random base"),
     ({"lora.adapter": "x", "train_type": "full"}, "use train_type='lora'"),
     ({"data.valid_fraction": 0.1, "data.valid": ("v.jsonl",)}, "both hold documents out"),
+    ({"data.train": (1,)}, "data.train: 1 is no path"), ({"data.valid": ("",)}, "data.valid: '' is no path"),
+    ({"data.max_row_bytes": 0}, "data.max_row_bytes=0: it must be at least 1024"),
     ({"training.eval_every": 5}, "nothing to evaluate"),
     ({"training.eval_tasks": (("needle", 64),)}, "training.eval_tasks=.*nothing to evaluate"),
     ({"training.eval_tasks": ("needle", 64), "data.valid": ("v.jsonl",)}, "'needle' is not a pair such as"),

@@ -25,8 +25,11 @@ def make_loader(store: TokenStore, *, length: int, rows: int, packing: bool, ove
     """
     pieces = Pieces(store, length, overlong)
     if not len(pieces):
-        raise DataError(f"data.train leaves no piece of at most {length} tokens (data.overlong={overlong!r}): add documents, "
-                        "or set data.overlong='split'")
+        counts = pieces.counts()
+        raise DataError(f"data.train leaves no piece of at most {length} tokens "
+                        f"(data.overlong={overlong!r}): {counts['dropped']} of {len(store)} documents "
+                        f"are longer, {counts['untrained']} have no trained token within them: set "
+                        "data.overlong='split', or use longer rows")
     dataset = grain.MapDataset.source(pieces).shuffle(seed=seed % 2 ** 32).repeat()
     # Reading ahead would be lost work on every resume, and reading is a copy from mapped memory.
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
@@ -34,6 +37,15 @@ def make_loader(store: TokenStore, *, length: int, rows: int, packing: bool, ove
     def stack(batch):
         return {name: np.stack([batch[i][name] for i in (range(rows) if mine is None else mine)]) for name in batch[0]}
     return iter(pack(stream, length, packing=packing).batch(rows, drop_remainder=True, batch_fn=stack))
+
+
+def rows_per_epoch(store: TokenStore, *, length: int, packing: bool, overlong: str, seed: int = 0) -> int:
+    """The number of rows that an epoch of `make_loader` fills; other seeds pack a few more or less."""
+    pieces = Pieces(store, length, overlong)
+    if not packing or not len(pieces):
+        return len(pieces)
+    order = grain.MapDataset.source(pieces).shuffle(seed=seed).to_iter_dataset()
+    return sum(1 for _ in pack(order, length, packing=packing))
 
 
 def eval_batches(store: TokenStore, *, length: int, rows: int, limit: int) -> Iterator[dict[str, np.ndarray]]:

@@ -18,17 +18,25 @@ class Pieces:
     """
 
     def __init__(self, store: TokenStore, T: int, overlong: str):
-        self.store = store
-        document, start = [], []
-        for i, n in enumerate(store.lengths):
-            if n > T and overlong == "drop":
-                continue
-            starts = np.arange(0, n, T) if overlong == "split" else np.zeros(1, np.int64)
-            mask = store.mask(i)
-            starts = [s for s in starts if mask[s + 1:s + T + 1].any()]
-            document += [i] * len(starts)
-            start += starts
-        self.document, self.start, self.T = np.asarray(document, np.int64), np.asarray(start, np.int64), T
+        self.store, self.T = store, T
+        fits = np.flatnonzero(store.lengths <= T) if overlong == "drop" else np.arange(len(store))
+        pieces = -(-store.lengths[fits] // T) if overlong == "split" else np.ones(len(fits), np.int64)
+        document = np.repeat(fits, pieces)
+        start = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * T
+        # A piece of inputs [start, start + T) has the targets [start + 1, start + T + 1).
+        first = store.offsets[document] + start + 1
+        trains = _any(store.trained, first, np.minimum(first + T, store.offsets[document + 1]))
+        self.document, self.start = document[trains], start[trains]
+        self._dropped = len(store) - len(fits)
+
+    def counts(self) -> dict[str, int]:
+        """Numbers: `documents` that are trained, those `dropped` for their length, those `untrained`
+        for want of a target within reach; `pieces`, and `tokens` in them."""
+        documents = len(np.unique(self.document))
+        tokens = np.minimum(self.store.lengths[self.document] - self.start, self.T).sum()
+        untrained = len(self.store) - self._dropped - documents
+        return {"documents": documents, "dropped": self._dropped, "untrained": untrained,
+                "pieces": len(self), "tokens": int(tokens)}
 
     def __len__(self) -> int:
         return len(self.document)
@@ -44,6 +52,16 @@ class Pieces:
 
     def __repr__(self) -> str:               # grain names the source of an iterator state by it
         return f"Pieces({len(self)} of {self.T})"
+
+
+def _any(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Whether any of flags[start:stop] is set, for ascending spans that do not overlap, bool [n]."""
+    found, filled = np.zeros(len(start), bool), np.flatnonzero(start < stop)
+    if len(filled):
+        bounds = np.stack([start[filled], stop[filled]], axis=1).ravel()
+        bounds = bounds[:-1] if bounds[-1] == len(flags) else bounds
+        found[filled] = np.logical_or.reduceat(flags, bounds)[::2]
+    return found
 
 
 def pack(pieces: grain.IterDataset, T: int, *, packing: bool) -> grain.IterDataset:

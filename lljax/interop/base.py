@@ -11,8 +11,8 @@ from lljax.data.template import turn_ends
 from lljax.errors import ModelError
 from lljax.files import first_line
 from lljax.interop import safetensors
-from lljax.interop.tokenizer_bounds import check, serialized
 from lljax.interop.own_head import untie_if_they_differ
+from lljax.interop.tokenizer_bounds import check, serialized
 
 # What an export copies: the tokenizer, the code that an auto_map names, the license. No pattern begins with a wildcard that
 # would reach the weights of other formats in subfolders, such as original/.

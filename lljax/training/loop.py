@@ -16,6 +16,7 @@ from rich.progress import track
 from lljax.build import fill, mesh_of, move, open_run_base, placed_model
 from lljax.config import get, total_steps, validate, with_absolute_paths
 from lljax.data.loader import eval_batches, make_loader
+from lljax.data.statistics import remarks, statistics
 from lljax.data.tokens import prepare
 from lljax.devices import of_kind
 from lljax.distributed import first, first_then_others, from_all, wait
@@ -91,6 +92,9 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     if documents.bad:
         logging.warning("%d rows could not be used: %s lists them", documents.bad, workdir / "bad_rows.jsonl")
     curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
+    counted = statistics(documents, config.data.overlong, [stage.length for stage in curriculum])
+    for line in remarks(counted, config.data.overlong):
+        logging.warning("%s", line)
     if not all(from_all((workdir / "lock").is_file())):
         raise ConfigError(f"--workdir={workdir}: not every process sees what the first one writes there: name a folder on a "
                           "file system that they share")
@@ -134,7 +138,7 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     # Not before it is known that this is the same run: export and evaluation go by these.
     for name, content in (("config", json.loads(config.to_json_best_effort())),
                           ("run", counts | {"devices": mesh.devices.size, "device": kind}),
-                          ("data_statistics", {"train": documents.train.statistics(), "valid": documents.valid.statistics()})):
+                          ("data_statistics", counted)):
         _write_json(workdir / f"{name}.json", content)
 
     # ---------------------------------------------------------------- plan, and then weights

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from lljax.data.loader import eval_batches, make_loader
+from lljax.data.loader import eval_batches, make_loader, rows_per_epoch
 from lljax.data.packing import IGNORED, Pieces
 from lljax.data.tokens import TokenStore, _Writer
 from lljax.errors import DataError
@@ -83,6 +83,18 @@ def test_an_epoch_reads_everything_once_in_an_order_of_its_own(store):
     for epoch in epochs:
         assert predicted(epoch) == trained_tokens(store)
     assert [content(batch) for batch in epochs[0]] != [content(batch) for batch in epochs[1]]
+
+
+@pytest.mark.parametrize("overlong", ["split", "truncate", "drop"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_per_epoch_are_those_that_hold_every_trained_token_once(store, packing, overlong):
+    rows = rows_per_epoch(store, length=T, packing=packing, overlong=overlong, seed=3)
+    pieces = Pieces(store, T, overlong)
+    asked = sum(int((pieces[i]["targets"] != IGNORED).sum()) for i in range(len(pieces)))
+    stream = loader(store, rows=1, packing=packing, overlong=overlong)
+    found = len(predicted(next(stream) for _ in range(rows)))
+    # When rows are packed, the next epoch fills the last ones up.
+    assert abs(found - asked) < 16 * T if packing else found == asked
 
 
 def test_no_piece_is_refused(tmp_path):

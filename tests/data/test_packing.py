@@ -65,6 +65,22 @@ def test_no_document_sees_or_predicts_another(tmp_path, packing):
     assert (several > 0) == packing
 
 
+@pytest.mark.parametrize("trained", [0.0, 0.05, 0.7])
+@pytest.mark.parametrize("overlong", ["split", "truncate", "drop"])
+def test_what_is_trained_and_what_is_left_out_is_counted(tmp_path, trained, overlong):
+    store = make_store(tmp_path, trained=trained)
+    pieces, expected = Pieces(store, T, overlong), []
+    for i, n in enumerate(store.lengths):
+        starts = range(0, n, T) if overlong == "split" else [0] if n <= T or overlong == "truncate" else []
+        expected += [(i, s) for s in starts if store.mask(i)[s + 1:s + T + 1].any()]
+    assert list(zip(pieces.document.tolist(), pieces.start.tolist())) == expected
+    counts = pieces.counts()
+    assert counts["documents"] == len({i for i, _ in expected}) and counts["pieces"] == len(expected)
+    assert counts["dropped"] == (sum(n > T for n in store.lengths) if overlong == "drop" else 0)
+    assert counts["documents"] + counts["dropped"] + counts["untrained"] == len(store)
+    assert counts["tokens"] == sum(len(pieces[i]["tokens"]) for i in range(len(pieces)))
+
+
 def test_pieces_of_a_document_follow_one_another_without_a_gap(tmp_path):
     store = make_store(tmp_path, (100,), trained=1.0)
     pieces = Pieces(store, T, "split")

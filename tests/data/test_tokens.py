@@ -1,13 +1,17 @@
 import copy
+import fcntl
 import json
 import os
+import shutil
+import time
 
 import numpy as np
 import pytest
 
 from lljax.config import default_config
+from lljax.data import clock, sources, tokens
 from lljax.data.formats import Document
-from lljax.data.tokens import prepare, share
+from lljax.data.tokens import ABANDONED, LOCK, prepare, share
 from lljax.errors import DataError, ModelError
 
 
@@ -94,14 +98,120 @@ def test_an_interrupted_build_is_not_taken_for_a_finished_one(tmp_path, run):
     assert len(run(file).train) == 5
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin"])
-def test_tokens_that_are_cut_short_are_refused(tmp_path, run, name):
-    file = write(tmp_path / "a.jsonl", texts(5))
-    run(file)
-    (kept,) = (tmp_path / "run" / "data").glob(f"*/train/{name}")
-    os.truncate(kept, kept.stat().st_size - 4)
-    with pytest.raises(DataError, match="cut short: delete the folder"):
+@pytest.mark.parametrize("name", ["train/tokens.bin", "valid/mask.bin", "train/offsets.npy", "bad_rows.jsonl", "counts.json"])
+@pytest.mark.parametrize("damage", ["a byte changed", "cut short", "missing"])
+def test_tokens_that_are_not_as_they_were_written_are_refused(tmp_path, run, name, damage):
+    file, how = write(tmp_path / "a.jsonl", [*texts(20), "{"]), {"valid_fraction": 0.5, "max_bad_fraction": 0.5}
+    run(file, **how)
+    (folder,) = (tmp_path / "run" / "data").iterdir()
+    content = bytearray((folder / name).read_bytes())
+    if damage == "missing" and name == "counts.json":
+        pytest.skip("the mark of a folder that is complete")
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content[:-1] if damage == "cut short" else content)
+    with pytest.raises(DataError, match="damaged .*delete the folder") as error:
+        run(file, **how)
+    assert "\n" not in str(error.value)
+    shutil.rmtree(folder)
+    assert len(run(file, **how).train)
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_tokens(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK", 100)
+    file = write(tmp_path / "a.jsonl", texts(50))
+
+    def rewritten(rows, title):
+        yield next(rows)
+        write(tmp_path / "a.jsonl", texts(3))
+        yield from rows
+
+    with pytest.raises(DataError, match="a.jsonl: the file changed while it was read"):
+        run(file, progress=rewritten)
+    assert not list((tmp_path / "run" / "data").iterdir()) and len(run(file).train) == 3
+
+
+def test_what_killed_processes_left_is_removed_and_what_is_being_written_stays(tmp_path, run):
+    data = tmp_path / "run" / "data"
+    for name in ("killed", "alive", "early", "old"):
+        (data / f"{name}.tmp" / "train").mkdir(parents=True)
+    for name in ("killed", "alive"):
+        (data / f"{name}.tmp" / LOCK).touch()
+    os.utime(data / "old.tmp", (0, time.time() - ABANDONED - 1))
+    with open(data / "alive.tmp" / LOCK) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(write(tmp_path / "a.jsonl", texts(3)))
+        assert sorted(path.name for path in data.glob("*.tmp")) == ["alive.tmp", "early.tmp"]
+    run(write(tmp_path / "a.jsonl", texts(3)))
+    assert [path.name for path in data.glob("*.tmp")] == ["early.tmp"]
+
+
+@pytest.mark.parametrize("name,make", [("run/data", "file"), ("run/bad_rows.jsonl", "folder"), ("run", "file")])
+def test_a_file_in_the_place_of_a_folder_is_named_in_one_line(tmp_path, run, name, make):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch() if make == "file" else path.mkdir()
+    with pytest.raises(DataError, match=f"{name}.*: move it away, or use another --workdir") as error:
+        run(write(tmp_path / "a.jsonl", [*texts(3), "{"]), max_bad_fraction=0.5)
+    assert "\n" not in str(error.value)
+
+
+DATED = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def test_the_date_in_a_template_is_that_of_the_first_reading_of_the_run(tmp_path, run, tokenizer, monkeypatch):
+    file = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "a"},
+                                                      {"role": "assistant", "content": "b"}]}])
+
+    class Clock(clock.datetime):
+        day = 3
+
+        @classmethod
+        def now(cls):
+            return cls(2024, 2, cls.day)
+    monkeypatch.setattr(clock, "datetime", Clock)
+    monkeypatch.setattr(tokenizer, "chat_template", DATED)
+    first = run(file)
+    assert tokenizer.decode(first.train.tokens(0)).startswith("03 Feb 2024 a")
+    Clock.day = 4
+    assert run(file).fingerprint == first.fingerprint
+    (folder,) = (path for path in (tmp_path / "run" / "data").iterdir() if path.is_dir())
+    shutil.rmtree(folder)
+    assert tokenizer.decode(run(file).train.tokens(0)).startswith("03 Feb 2024 a")
+    (tmp_path / "run" / "data" / "clock").unlink()       # as in another folder
+    other = run(file)
+    assert tokenizer.decode(other.train.tokens(0)).startswith("04 Feb 2024 a")
+    assert other.fingerprint != first.fingerprint
+    (tmp_path / "run" / "data" / "clock").write_text("soon")
+    with pytest.raises(DataError, match="clock: not the date and time"):
         run(file)
+
+
+def test_a_library_that_encodes_otherwise_makes_tokens_of_its_own(tmp_path, run, monkeypatch):
+    file, encode = write(tmp_path / "a.jsonl", texts(5)), tokens.encode
+    first = run(file).fingerprint
+    monkeypatch.setattr(tokens, "encode", lambda *how: tuple(part[:-1] for part in encode(*how)))
+    assert run(file).fingerprint != first
+
+
+def test_what_is_not_read_is_counted_by_file_and_key(tmp_path, run, tokenizer, monkeypatch):
+    talk = [{"role": "user", "content": "a", "mood": 1, "when": 2}, {"role": "assistant", "content": "b"}]
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.mood }}{{ m.content }}{% endfor %}")
+    first = write(tmp_path / "a.jsonl", [{"messages": talk, "id": 1}, *({"text": f"{i}", "id": i} for i in range(9))])
+    second = write(tmp_path / "b.jsonl", ["{", {"text": "c", "meta": {"x": 1}}])
+    found = run(first, valid=(second,), max_bad_fraction=0.5).counts
+    assert found["train"] == {"rows": 10, "bad_rows": 0, "conversations": 1,
+                              "unread": {first: {"id": 10, "messages.when": 1}}}
+    assert found["valid"] == {"rows": 2, "bad_rows": 1, "conversations": 0, "unread": {second: {"meta": 1}}}
+    assert run(first, valid=(second,), max_bad_fraction=0.5).counts == found             # from the cache
+
+
+def test_many_unknown_keys_are_counted_without_end(tmp_path, run):
+    file = write(tmp_path / "a.jsonl", [{"text": "a", f"key_{i}": 1} for i in range(300)])
+    unread = run(file).counts["train"]["unread"][file]
+    assert len(unread) == 101 and sum(unread.values()) == 300 and unread["(others)"] == 200
 
 
 def test_a_document_is_held_out_whatever_stands_beside_it(tmp_path, run, tokenizer):
@@ -153,6 +263,39 @@ def test_no_rows_at_all_are_refused(tmp_path, run):
         run(write(tmp_path / "a.jsonl", []))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, run):
-    with pytest.raises(ModelError, match="vocabulary"):
-        run(write(tmp_path / "a.jsonl", texts(3)), vocabulary=50)
+@pytest.mark.parametrize("valid_fraction,count", [(1e-9, "none"), (1 - 1e-9, "all")])
+def test_a_share_that_holds_out_nothing_or_everything_is_refused(tmp_path, run, valid_fraction, count):
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"holds {count} of the 20 documents out: set another share"):
+            run(write(tmp_path / "a.jsonl", texts(20)), valid_fraction=valid_fraction)
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_files_of_which_no_row_is_usable_are_refused_though_others_are(tmp_path, run, part):
+    paths = {"train": write(tmp_path / "a.jsonl", texts(20)), "valid": write(tmp_path / "b.jsonl", texts(20, 20))}
+    paths[part] = write(tmp_path / "c.jsonl", ["{"])
+    with pytest.raises(DataError, match=rf"data.{part}=.*c.jsonl.* holds no usable row"):
+        run(paths["train"], valid=(paths["valid"],), max_bad_fraction=0.5)
+
+
+@pytest.mark.parametrize("field,name", [("data.train", "train"), ("data.valid", "valid")])
+def test_a_missing_file_is_named_with_its_field(tmp_path, run, field, name):
+    file, missing = write(tmp_path / "a.jsonl", texts(3)), str(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=f"^{field}: {missing}: there is no such file; scripts/prepare_data.py"):
+        run(*((missing,) if name == "train" else (file,)), valid=(missing,) if name == "valid" else ())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_also_from_the_cache(tmp_path, run):
+    file = write(tmp_path / "a.jsonl", texts(3))
+    with pytest.raises(ModelError, match="a.jsonl:1.*vocabulary has 50"):
+        run(file, vocabulary=50)
+    run(file)
+    with pytest.raises(ModelError, match="vocabulary has 50"):
+        run(file, vocabulary=50)
+
+
+def test_the_limit_of_a_row_is_a_field_and_part_of_what_the_tokens_depend_on(tmp_path, run):
+    file = write(tmp_path / "a.jsonl", [*texts(3), {"text": "a" * 2000}])
+    whole = run(file)
+    limited = run(file, max_row_bytes=1024, max_bad_fraction=0.5)
+    assert limited.bad == 1 and whole.bad == 0 and limited.fingerprint != whole.fingerprint

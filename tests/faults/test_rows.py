@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from lljax.config import default_config
-from lljax.data import formats
 from lljax.data.tokens import prepare
 from lljax.errors import DataError
 from lljax.interop.base import open_base, tokenizer_fingerprint
@@ -33,14 +32,16 @@ DEFECTS = {
     "a message without content": b'{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "b"}]}',
     "half of a surrogate pair": b'{"text": "a\\ud83d"}',
     "nested too deeply": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "nested 900 deep": b'{"messages": [{"role": "assistant", "content": "a", "more": ' + b"[" * 900 + b"]" * 900 + b"}]}",
+    "a pair of preferences": b'{"prompt": "a", "chosen": "b", "rejected": "c"}',
+    "a loss between off and on": b'{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}',
 }
 
 
 @pytest.fixture
-def rows(tmp_path, monkeypatch):
+def rows(tmp_path):
     """A file of GOOD rows, of texts and conversations, with EACH of every defect among them: (file, {line: defect}, the texts
     of the good rows in their order)."""
-    monkeypatch.setattr(formats, "MAX_ROW", 250_000)
     rng = np.random.default_rng(0)
     bad = np.repeat(list(DEFECTS), EACH)
     rng.shuffle(bad)
@@ -60,7 +61,7 @@ def rows(tmp_path, monkeypatch):
 
 def prepared(file, tokenizer, cache, **changes):
     data = default_config().data
-    data.train, data.valid_fraction = (str(file),), 0.0
+    data.train, data.valid_fraction, data.max_row_bytes = (str(file),), 0.0, 250_000
     data.update(changes)
     tokenizer.chat_template = TEMPLATE
     return prepare(data, tokenizer, len(tokenizer), cache, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
@@ -73,7 +74,7 @@ def own_tokenizer(tiny):
 
 def test_each_defect_is_reported_by_file_and_line_and_the_others_keep_their_order(rows, own_tokenizer, tmp_path, tally):
     file, where, good = rows
-    row, order = tally("rows of 13 defects among 10,000 good ones", len(where)), tally("good rows among them", GOOD)
+    row, order = tally("rows of 16 defects among 10,000 good ones", len(where)), tally("good rows among them", GOOD)
     documents = prepared(file, own_tokenizer, tmp_path / "run" / "data", max_bad_fraction=0.02)
     reported = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
     assert len(reported) == documents.bad == len(where) and len(documents.train) == GOOD
