@@ -5,6 +5,10 @@ import errno
 import os
 import re
 import sys
+from typing import NoReturn
+
+STDERR = 2                                   # the file, whatever sys.stderr is
+SHOW_CURSOR = "\r\x1b[?25h"                  # a progress bar hides it
 
 
 class LljaxError(Exception):
@@ -54,7 +58,7 @@ class Stalled(LljaxError):
 
 
 class Stopped(LljaxError):
-    """SIGTERM or Ctrl-C arrived; the state was saved and the same command resumes."""
+    """SIGTERM, SIGHUP or Ctrl-C arrived; the state was saved and the same command resumes."""
 
     exit_code = 75
 
@@ -70,11 +74,30 @@ def exit_cleanly():
     try:
         yield
     except LljaxError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _say(f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)
     except Exception as error:
         text = next(iter(str(error).splitlines()), "")
         if not FULL.search(text):
             raise
-        print(f"DiskError: {text}: make room and give the same command again", file=sys.stderr)
+        _say(f"DiskError: {text}: make room and give the same command again")
         sys.exit(LljaxError.exit_code)
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr)
+    except OSError:                          # nobody reads it any more: Python must not try again at exit, with a code of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
+
+
+def say(line: str) -> None:
+    """A line on stderr from any thread, at once; nothing where nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        os.write(STDERR, f"{SHOW_CURSOR if os.isatty(STDERR) else ''}{line}\n".encode(errors="backslashreplace"))
+
+
+def leave(code: int, line: str) -> NoReturn:
+    """Ends the process from any thread, whatever the others wait for."""
+    say(line)
+    os._exit(code)

@@ -29,7 +29,7 @@ def main(argv) -> None:
     for noisy in ("jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.CRITICAL)    # Orbax, of a save that failed: lljax says it in a line
-    with distributed.session(), exit_cleanly():
+    with distributed.to_the_end(), distributed.session(), exit_cleanly():
         read_flags(argv, "config", "workdir")
         distributed.start(CONFIG.value.mesh.peer_timeout)
         train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value), examiner=examiner)

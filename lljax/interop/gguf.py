@@ -14,6 +14,7 @@ import numpy as np
 
 from lljax.errors import ModelError
 from lljax.interop import gguf_tokenizer
+from lljax.interop.base import crc32
 from lljax.models.rope import RopeSpec, base_frequencies, llama3_frequencies
 
 # HF's model_type and class of each. Mistral models call themselves llama.
@@ -101,6 +102,9 @@ class GgufBase:
 
     def stored(self, name: str, form):
         return None                          # of its blocks none is one of ours
+
+    def checksum(self, name: str, before: int = 0) -> int:
+        return crc32(self._tensors[name].data, before)
 
     def fingerprint(self) -> str:
         """sha256 over the size, the metadata and the table of tensors; the weights are not read."""

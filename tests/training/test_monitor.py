@@ -21,7 +21,7 @@ def record(step, **changes):
 
 def run(workdir, steps, *, start=0, total=10, evaluations=()):
     workdir.mkdir(exist_ok=True)
-    with Monitor(workdir, total_steps=total, step=start) as monitor:
+    with Monitor(workdir, stages=[(total, 1.0)], step=start) as monitor:
         for step in steps:
             monitor.step(record(step))
             if step in evaluations:
@@ -43,7 +43,7 @@ def test_a_run_that_begins_anew_keeps_nothing(tmp_path):
 
 
 def test_each_step_is_on_disk_when_the_call_returns(tmp_path):
-    with Monitor(tmp_path, total_steps=9, step=0) as monitor:
+    with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
         for step in (1, 2, 3):
             monitor.step(record(step))
             assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
@@ -60,7 +60,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped_on_resume(tmp_path):
 def test_a_rollback_leaves_the_file_of_a_run_that_never_went_further(tmp_path, capfd):
     run(tmp_path / "straight", range(1, 7))
     (tmp_path / "back").mkdir()
-    with Monitor(tmp_path / "back", total_steps=10, step=0) as monitor:
+    with Monitor(tmp_path / "back", stages=[(10, 1.0)], step=0) as monitor:
         for step in (1, 2, 3, 4, 5):
             monitor.step(record(step))
         monitor.roll_back(3)
@@ -84,7 +84,7 @@ def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_what_is_left(tmp_
 
 def test_numbers_keep_every_bit_of_a_float32(tmp_path):
     values = [struct.unpack("f", struct.pack("f", x))[0] for x in (1 / 3, 1e-38, 3.4e38, 16777217.0)]
-    with Monitor(tmp_path, total_steps=9, step=0) as monitor:
+    with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
         for step, value in enumerate(values, 1):
             monitor.step(record(step, loss=value))
     assert [struct.pack("f", r["loss"]) for r in read_metrics(tmp_path)] == [struct.pack("f", x) for x in values]
@@ -94,7 +94,7 @@ def test_numbers_keep_every_bit_of_a_float32(tmp_path):
 def test_what_is_not_finite_is_still_json(tmp_path, value):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
-    with Monitor(tmp_path, total_steps=9, step=0) as monitor:
+    with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
         monitor.step(record(1, loss=value, grad_norm=value, nonfinite=True, skipped=True, bad=1))
         monitor.evaluation(1, {"loss@512": value})
     step, evaluation = (json.loads(line, parse_constant=refuse)
@@ -113,7 +113,7 @@ def test_without_a_terminal_plain_lines_tell_step_stage_loss_speed_and_what_is_l
 
 
 def test_what_is_said_is_not_markup(tmp_path, capfd):
-    with Monitor(tmp_path, total_steps=2, step=0) as monitor:
+    with Monitor(tmp_path, stages=[(2, 1.0)], step=0) as monitor:
         monitor.say("loss [bold]3[/bold] [/nothing]")
     assert "[bold]3[/bold] [/nothing]" in capfd.readouterr().err
 
@@ -122,7 +122,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rollback(tmp_path
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     run(tmp_path, range(1, 9), evaluations=(4, 8))
     time.sleep(1.1)                          # an events file is named by its second
-    with Monitor(tmp_path, total_steps=10, step=6) as monitor:
+    with Monitor(tmp_path, stages=[(10, 1.0)], step=6) as monitor:
         for step in (7, 8, 9, "back", 8, 9, 10):
             monitor.roll_back(7) if step == "back" else monitor.step(record(step))
             if step == 8:
