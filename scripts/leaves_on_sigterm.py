@@ -1,9 +1,15 @@
 """Imported first: a signal that asks a run to stop ends it with its exit code also while it imports, which takes seconds, and
-when it is done."""
+when it is done; and what is said to a log that was closed goes nowhere, and not into the file that is opened next."""
 
 import contextlib
 import os
 import signal
+
+
+with contextlib.suppress(OSError):
+    while (opened := os.open(os.devnull, os.O_RDWR)) < 3:        # the lowest number that is free
+        pass
+    os.close(opened)
 
 
 def _leave(number, _) -> None:

@@ -107,10 +107,10 @@ class Monitor:
 
 class Unread:
     """A text stream over another that goes on in silence where that cannot be written: nobody reads it any more, or the disk
-    of a log is full."""
+    of a log is full. stream: None where Python found it closed."""
 
     def __init__(self, stream):
-        self._stream = stream
+        self._stream = stream or open(os.devnull, "w")
 
     def __getattr__(self, attribute):
         return getattr(self._stream, attribute)

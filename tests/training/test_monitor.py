@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import os
 import struct
+import sys
 import time
 from types import SimpleNamespace
 
@@ -55,6 +57,55 @@ def test_a_line_cut_short_by_a_kill_is_dropped_on_resume(tmp_path):
         file.write('{"step": 5, "loss": 2.')
     run(tmp_path, range(5, 7), start=4)
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("damage", [
+    b'{"step": 2, "lo\xd3s": 2.0}', b'{"step": 2, "loss": 2.', b"5", b"{}", b'{"step": "2"}', b'{"step": true}', b"[" * 100_000,
+    b'{"step": 2}\xe2\x80\xa8{"step": 3}'])
+def test_a_damaged_line_is_passed_over_with_a_warning_and_those_after_it_stay(tmp_path, damage, caplog):
+    run(tmp_path, range(1, 5))
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    lines[1] = damage
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 3, 4]
+    assert "1 damaged lines are passed over (line 2)" in caplog.text
+    run(tmp_path, range(5, 6), start=4)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 3, 4, 5]
+
+
+def test_a_log_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    with open(write, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        os.close(read)
+        run(tmp_path, range(1, 3), evaluations=(2,))
+        assert len(read_metrics(tmp_path)) == 3
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)
+
+
+def test_without_room_for_tensorboard_there_is_a_warning_and_the_record(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(monitor.EventsWriter, "write_event", full)
+    run(tmp_path, range(1, 4))
+    assert len(read_metrics(tmp_path)) == 3 and caplog.text.count("tensorboard") == 1
+
+
+def test_the_time_left_is_that_of_the_stages_to_come(tmp_path, monkeypatch):
+    """By their FLOPs, and corrected by what was measured; and by what steps are not, such as evaluations."""
+    now = [0.0]
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    left = monitor._TimeLeft([(10, 1e12), (20, 4e12), (30, 8e12)])
+    told = []
+    for step in range(1, 21):
+        seconds = 9.0 if step == 1 else 1.0 if step <= 10 else 5.0           # the first warms up; 5 where 4 was to be expected
+        now[0] += seconds
+        told.append(left.after(step, seconds))
+    assert told[2] == pytest.approx(7 + 40 + 80) and told[9] == pytest.approx(40 + 80)
+    assert told[10] == pytest.approx(9 * 5 + 100) and told[19] == pytest.approx(100)
+    now[0] += sum([9.0, *[1.0] * 9, *[5.0] * 10])            # as long again between the steps
+    assert left.after(20, 5.0) == pytest.approx(2 * 100, rel=0.1)
 
 
 def test_a_rollback_leaves_the_file_of_a_run_that_never_went_further(tmp_path, capfd):
