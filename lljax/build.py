@@ -152,23 +152,25 @@ def build_model(config, base, mesh: Mesh) -> Decoder:
     return model
 
 
-def fill(model: Decoder, config, base, mesh: Mesh) -> None:
-    """Puts the values of a run into its abstract model: the base's, those of `lora.adapter`, fresh ones elsewhere."""
-    dtype = jnp.dtype(config.model.dtype)
+def fill(model: Decoder, config, base, mesh: Mesh) -> dict[str, int]:
+    """Puts the values of a run into its abstract model: the base's, those of `lora.adapter`, fresh ones elsewhere. Returns the
+    checksums of what was read of the base, see `load_weights`."""
+    dtype, sums = jnp.dtype(config.model.dtype), {}
 
     def shardings(variable):
         return _place(variable, mesh)
 
     if starts_from_base(model):
         started = StartedBase(base, model)
-        load_weights(model, started, dtype=dtype, shardings=shardings)
+        sums = load_weights(model, started, dtype=dtype, shardings=shardings)
         started.give_factors(shardings)
     elif config.model.init == "pretrained":
-        load_weights(model, base, dtype=dtype, shardings=shardings)
+        sums = load_weights(model, base, dtype=dtype, shardings=shardings)
     if config.lora.adapter:
         load_adapter(model, config.lora.adapter, shardings=shardings)
     deviation = base.config.get("initializer_range", 0.02)
     initialise(model, config.seed, deviation=deviation, dtype=dtype, shardings=shardings)
+    return sums
 
 
 def load_base(base, spec: DecoderSpec, dtype, quantise: str = "none", matmul: str = "default",

@@ -103,6 +103,37 @@ def session():
         raise
 
 
+@contextlib.contextmanager
+def to_the_end():
+    """Around all that a script does: when that is done the process ends, whatever its other threads wait for. Those of Orbax
+    wait up to five minutes for a save that has failed, and Python for them."""
+    global _script
+    code, _script = 0, True
+    try:
+        yield
+    except SystemExit as error:
+        code = 0 if error.code is None else error.code
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+        code = 1
+    if not isinstance(code, int):            # a text, which Python prints
+        with contextlib.suppress(OSError):
+            print(code, file=sys.stderr)
+        code = 1
+    if jax.distributed.is_initialized():     # which jax does at exit
+        jax.distributed.shutdown()
+    _exit(code)
+
+
+def is_script() -> bool:
+    """Whether the process is there for what lljax does alone, so that any thread may end it."""
+    return _script
+
+
+_script = False
+
+
 def _leave(error: BaseException) -> None:
     if isinstance(error, SystemExit):        # said already
         code = error.code if isinstance(error.code, int) else 1
@@ -126,8 +157,9 @@ def _lost(reason: str) -> None:
 
 def _exit(code: int) -> None:
     """Ends without the exit handlers, in which jax and Orbax would wait for processes that are gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):   # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 

@@ -6,8 +6,12 @@ import os
 import re
 import reprlib
 import sys
+from typing import NoReturn
 
 from lljax.files import printable
+
+STDERR = 2                                   # the file, whatever sys.stderr is
+SHOW_CURSOR = "\r\x1b[?25h"                  # a progress bar hides it
 
 
 class LljaxError(Exception):
@@ -57,7 +61,7 @@ class Stalled(LljaxError):
 
 
 class Stopped(LljaxError):
-    """SIGTERM or Ctrl-C arrived; the state was saved and the same command resumes."""
+    """SIGTERM, SIGHUP or Ctrl-C arrived; the state was saved and the same command resumes."""
 
     exit_code = 75
 
@@ -99,14 +103,33 @@ def exit_cleanly():
     try:
         yield
     except LljaxError as error:
-        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
+        _say(f"{type(error).__name__}: {printable(str(error))}")
         sys.exit(error.exit_code)
     except BaseException as error:
         text = next(iter(str(error).splitlines()), "")
         if type(error).__name__ == "PanicException":         # of Rust, and no Exception: a tokenizer whose rules fail on a text
-            print(f"ModelError: the tokenizer fails on a text ({text[:200]})", file=sys.stderr)
+            _say(f"ModelError: the tokenizer fails on a text ({printable(text)[:200]})")
             sys.exit(ModelError.exit_code)
         if not isinstance(error, Exception) or not FULL.search(text):
             raise
-        print(f"DiskError: {text}: make room and give the same command again", file=sys.stderr)
+        _say(f"DiskError: {printable(text)}: make room and give the same command again")
         sys.exit(LljaxError.exit_code)
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr)
+    except OSError:                          # nobody reads it any more: Python must not try again at exit, with a code of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
+
+
+def say(line: str) -> None:
+    """A line on stderr from any thread, at once; nothing where nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        os.write(STDERR, f"{SHOW_CURSOR if os.isatty(STDERR) else ''}{line}\n".encode(errors="backslashreplace"))
+
+
+def leave(code: int, line: str) -> NoReturn:
+    """Ends the process from any thread, whatever the others wait for."""
+    say(line)
+    os._exit(code)

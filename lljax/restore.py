@@ -1,24 +1,24 @@
 """What was trained, read back to export it, to evaluate it or to talk to it: a run, or an adapter on its base."""
 
-import json
 from pathlib import Path
 
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lljax.build import build_model, open_run_base, places
+from lljax.build import abstract_model, fill, open_run_base, places
 from lljax.config import default_config
 from lljax.data.template import with_template
 from lljax.errors import ConfigError, ModelError
-from lljax.interop.base import read_json
+from lljax.files import first_line
+from lljax.interop.base import read_json, tokenizer_fingerprint
 from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import load_adapter, named, read_adapter_config, under_adapter
 from lljax.models import lora, spec
 from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
 from lljax.sharding import Layout, make_mesh
-from lljax.training.checkpoint import Checkpoints, abstract
+from lljax.training.checkpoint import Checkpoints, abstract, check_identity, check_weights
 
 
 def restore_run(workdir, step: int | None = None, layout: Layout | None = None):
@@ -27,19 +27,26 @@ def restore_run(workdir, step: int | None = None, layout: Layout | None = None):
     It lies as `layout` says, by default on one device, whatever mesh it was trained on.
 
     Raises:
-      ConfigError: the folder holds no run, or no such checkpoint.
+      ConfigError: the folder holds no run, or no such checkpoint; or the base, its tokenizer or its weights are not those that
+        the run was trained with.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
     base = open_run_base(config)
-    model = build_model(config, base, layout.mesh if layout else make_mesh(devices=jax.local_devices()[:1]))
-    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
-    checkpoints = Checkpoints(workdir, **config.checkpoint, read_only=True)
-    restored = checkpoints.restore({"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}, step)
-    checkpoints.close()
-    if restored is None:
+    if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
-    return config, nnx.merge(graphdef, restored[1]["trainable"], nnx.as_pure(frozen)), base
+    checkpoints = Checkpoints(workdir, **config.checkpoint, read_only=True)
+    begun = checkpoints.identity()
+    if begun is None:
+        raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
+    check_identity(begun, begun | {"base": base.fingerprint(), "tokenizer": tokenizer_fingerprint(base.tokenizer())})
+    model = abstract_model(config, base.config)
+    check_weights(begun.get("weights", {}), fill(
+        model, config, base, layout.mesh if layout else make_mesh(devices=jax.local_devices()[:1])))
+    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
+    _, items, _ = checkpoints.restore({"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}, step)
+    checkpoints.close()
+    return config, nnx.merge(graphdef, items["trainable"], nnx.as_pure(frozen)), base
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -48,8 +55,11 @@ def read_config(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise ConfigError(f"--workdir={workdir}: no run was started there (no config.json)")
     config = default_config()
-    with config.unlocked():
-        config.update(json.loads(path.read_text()))
+    try:
+        with config.unlocked():
+            config.update(read_json(path))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path}: not the configuration of a run ({first_line(error)}): put that back") from None
     return config
 
 

@@ -30,7 +30,6 @@ def main(argv) -> None:
     with exit_cleanly():
         read_flags(argv, __doc__, "config", "workdir")
         validate(CONFIG.value)
-        take_gpu_memory()
     train()
 
 
@@ -45,8 +44,9 @@ def train() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Orbax logs a save that failed with its traceback; lljax says it in a line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    with distributed.session(), exit_cleanly():
+    with distributed.to_the_end(), distributed.session(), exit_cleanly():
         distributed.start(CONFIG.value.mesh.peer_timeout)
+        take_gpu_memory()                    # of this process's share: it must know of the others
         loop.train(CONFIG.value, WORKDIR.value, examiner=examiner,
                    profile_steps=read_steps(PROFILE_STEPS.value))
         if distributed.first():

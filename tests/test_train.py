@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from flax import nnx
 
 import lljax
 from lljax.build import build_model, load_base, mesh_of
-from lljax.errors import ConfigError, NumericAbort, Stopped
+from lljax.errors import ConfigError, DataError, ModelError, NumericAbort, Stopped
 from lljax.interop.base import open_base
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.models import lora
@@ -129,15 +130,83 @@ def test_accumulation_and_rows_are_the_same_step(run_config, tmp_path):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-4)
 
 
-def test_another_run_is_not_resumed(run_config, tmp_path):
-    run_config.context.schedule = ((1, 32, "full"),)
-    loop.train(run_config, tmp_path)
+def test_another_run_is_not_resumed_nor_one_on_another_base_opened(run_config, one_device, tmp_path):
+    base, workdir = Path(shutil.copytree(run_config.model.path, tmp_path / "base")), tmp_path / "run"
+    run_config.model.path, run_config.context.schedule = str(base), ((1, 32, "full"),)
+    loop.train(run_config, workdir)
     for field, value in {"lora.rank": 8, "seed": 1, "data.valid_fraction": 0.3}.items():
         changed = run_config.copy_and_resolve_references()
         changed.update_from_flattened_dict({field: value})
         with pytest.raises(ConfigError, match="another " + field.removesuffix(".valid_fraction")):
-            loop.train(changed, tmp_path)
-    assert read_config(tmp_path).lora.rank == run_config.lora.rank       # what export goes by is still that of the weights
+            loop.train(changed, workdir)
+    assert read_config(workdir).lora.rank == run_config.lora.rank        # what export goes by is still that of the weights
+
+    weights = base / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-3] ^= 1                         # of the same shapes, as a later version of the same model has them
+    weights.write_bytes(flipped)
+    for opens in (lambda: restore_run(workdir), lambda: loop.train(run_config, workdir)):
+        with pytest.raises(ConfigError, match="other weights than those this run was started with"):
+            opens()
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["lstrip"] = True
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        restore_run(workdir)
+    (workdir / "config.json").write_text('{"lora": 3}')
+    with pytest.raises(ConfigError, match="config.json: not the configuration of a run"):
+        restore_run(workdir)
+
+
+def test_a_finished_run_goes_on_under_a_longer_schedule_and_says_what_changes(run_config, one_device, tmp_path, caplog):
+    run_config.context.schedule, run_config.data.valid_fraction = ((2, 32, "full"),), 0.0
+    loop.train(run_config, tmp_path)
+    run_config.context.schedule = ((3, 32, "full"),)
+    with caplog.at_level("INFO"):
+        loop.train(run_config, tmp_path)
+    assert "resumed at step 2" in caplog.text and "ends at step 3, and not at 2" in caplog.text
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3] and read_config(tmp_path).context.schedule[-1][0] == 3
+    run_config.context.schedule = ((2, 32, "full"),)
+    with pytest.raises(ConfigError, match="another context.schedule"):
+        loop.train(run_config, tmp_path)
+
+
+@pytest.mark.parametrize("changes,error", [
+    ({"lora.targets": (), "lora.also_train": ()}, "leave nothing to train"),
+    ({"data.valid_fraction": 1e-9}, "holds out none of the 40 documents")])
+def test_what_would_end_in_an_empty_success_is_refused_before_anything_is_computed(run_config, tmp_path, changes, error):
+    run_config.update_from_flattened_dict(changes)
+    with pytest.raises((ConfigError, DataError), match=error):
+        loop.train(run_config, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", [*loop.FILES, *loop.FOLDERS])
+def test_a_file_where_a_folder_belongs_and_the_reverse_are_one_line(run_config, tmp_path, name):
+    (tmp_path / name).mkdir() if name in loop.FILES else (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"{tmp_path}: {name} is there and is no|is a directory") as refused:
+        loop.train(run_config, tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_report_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
+    def fails(_):
+        raise FileNotFoundError(2, "No such file or directory", "report.html.tmp")
+    monkeypatch.setattr(loop, "write_report", fails)
+    loop._report(tmp_path)
+    assert "the report could not be written (FileNotFoundError" in caplog.text
+
+
+def test_a_held_out_text_without_a_token_to_predict_has_no_perplexity(run_config, one_device, tmp_path, monkeypatch, capfd):
+    run_config.context.schedule = ((1, 32, "full"),)
+    monkeypatch.setattr(loop, "eval_batches", lambda *_, **__: iter(()))
+    loop.train(run_config, tmp_path)
+    assert not [r for r in records(tmp_path) if "eval" in r] and "there is no perplexity" in capfd.readouterr().err
+
+
+def test_a_value_that_is_not_finite_is_no_beginning():
+    with pytest.raises(ModelError, match=r"some/base: \['norm'\] holds values that are not finite"):
+        loop._check_finite({"norm": np.array([1.0, np.nan]), "embed": np.ones(3)}, "some/base")
 
 
 def test_a_nan_is_never_applied_and_stops_the_run_in_the_end(run_config, tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 
 from lljax.errors import ModelError
 from lljax.interop import gguf_tokenizer
+from lljax.interop.base import crc32
 from lljax.models.rope import FIELDS, THETA, RopeSpec, base_frequencies, llama3_frequencies
 from lljax.models.values import NUMBER, check, shown, whole
 
@@ -110,6 +111,9 @@ class GgufBase:
 
     def stored(self, name: str, form):
         return None                          # of its blocks none is one of ours
+
+    def checksum(self, name: str, before: int = 0) -> int:
+        return crc32(self._tensors[name].data, before)
 
     def fingerprint(self) -> str:
         """sha256 over the size, the metadata and the table of tensors; the weights are not read."""

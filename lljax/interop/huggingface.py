@@ -18,17 +18,19 @@ from lljax.sharding import put
 HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints still carry
 
 
-def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
+def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> dict[str, int]:
     """Fills every base Variable of an abstract model from `base` (lljax.interop.base); adapters stay abstract.
 
     Trainable Variables become float32, the others `dtype`. `shardings(variable)`, where given, is where a value goes.
     The host holds about one tensor at a time: a stacked value is allocated in place and written layer by layer. Kernels
     that are quantised in the abstract model are quantised on the way, or taken as they are where the base has them so.
 
+    Returns the `checksums` of what was read.
+
     Raises:
       ModelError: a tensor is missing, has another shape, or is of a type that is no weight's; the line names it.
     """
-    available, used = set(base.names()), set()
+    available, used, sums = set(base.names()), set(), {}
     for _, variable in declared(model):
         if isinstance(variable, LoraWeight):
             continue
@@ -49,7 +51,8 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
 
         outline = variable.get_value()
 
-        def read(name, transpose=transpose, wanted=wanted, part=part, outline=outline):
+        def read(name, first=names[0], transpose=transpose, wanted=wanted, part=part, outline=outline):
+            sums[first] = base.checksum(name, sums.get(first, 0))
             whole = part == ...              # a part of a fused tensor is quantised anew
             stored = base.stored(name, outline.form) if whole and isinstance(outline, Quantised) else None
             if stored is not None:
@@ -71,6 +74,19 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> None:
     if ignored:
         logging.warning("%s: %d tensors are not part of the model and were not read, such as %s", base.path,
                         len(ignored), ", ".join(ignored[:3]))
+    return sums
+
+
+def checksums(model: nnx.Module, base) -> dict[str, int]:
+    """{first tensor: crc32 of all} of the tensors that each base Variable is made of, as they are on disk: whatever a run makes
+    of them, and wherever, they are the same."""
+    sums = {}
+    for _, variable in declared(model):
+        if not isinstance(variable, LoraWeight):
+            names = hf_names(variable)
+            for name in names:
+                sums[names[0]] = base.checksum(name, sums.get(names[0], 0))
+    return sums
 
 
 def _zeros(outline, dtype):

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from lljax.errors import ModelError
-from lljax.interop.base import FolderBase
+from lljax.interop.base import FolderBase, crc32
 from lljax.models.quantize import DYNAMIC, FORMS, NF4, OUTER, Form, Quantised, dequantise, pack
 
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])           # where in its eight nibbles AWQ puts an output
@@ -80,6 +80,15 @@ class QuantisedFolder(FolderBase):
         if name not in self.stems:
             return None
         return self._layout.stored(self._of(name), form)
+
+    def checksum(self, name, before=0):
+        if name not in self.stems:
+            return super().checksum(name, before)
+        stem = self.prefix + self.stems[name]
+        for part in self._layout.parts:
+            if stem + part in self.tensors.where:
+                before = crc32(self.tensors.read(stem + part), before)
+        return before
 
     def _of(self, name) -> "Kernel":
         return Kernel(self, self.stems[name])

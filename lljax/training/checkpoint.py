@@ -9,6 +9,7 @@ import logging
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,7 +20,9 @@ from jax.experimental import multihost_utils
 
 from lljax.distributed import any_of, first, from_all
 from lljax.errors import ConfigError, LljaxError
+from lljax.files import first_line, printable
 
+LOOKS = 100                                  # at the checkpoints of a run that goes on and deletes those that were seen
 GATHERED = 1 << 28                           # bytes of an array that every device may hold for its checksum; else in slices
 
 
@@ -59,12 +62,13 @@ class Checkpoints:
         The host copy is taken before this returns, so the arrays may be donated afterwards. A step that is saved
         already is left as it is. What goes wrong in the background is a warning, and the next save tries again.
 
-        wait: returns when the step is committed.
+        wait: returns when the step is committed; so does the first save of a run, which shows whether the folder takes any.
 
         Raises:
           LljaxError: with `wait`, the step could not be written.
         """
         self.settle()
+        wait = wait or not self._manager.all_steps()
         self._last = self._clock()
         if step not in self._manager.all_steps():
             leaves = {name: describe(item) for name, item in items.items()}
@@ -91,15 +95,22 @@ class Checkpoints:
         Raises:
           ConfigError: none of them can be read. A run that began anew beside them would delete them.
         """
-        for step in reversed(self.steps()):
-            try:
-                return self._note(step)["identity"]
-            except Exception as error:
-                logging.warning("%s: its note cannot be read (%s)", self.folder / str(step), _first_line(error))
-        if self.steps():
-            raise ConfigError(f"{self.folder}: no checkpoint can be read (steps {self.steps()}): repair the folder, or give a "
-                              "new --workdir")
-        return None
+        def newest_of(steps):
+            unreadable = []
+            for step in reversed(steps):
+                try:
+                    found = self._note(step)["identity"]
+                except Exception as error:
+                    unreadable.append(f"{step}: {_first_line(error)}")
+                    continue
+                if unreadable:
+                    logging.warning("%s: the notes of some steps cannot be read (%s)", self.folder, "; ".join(unreadable))
+                return found
+            if steps:
+                raise ConfigError(f"{self.folder}: no checkpoint can be read (steps {'; '.join(unreadable)}): repair the "
+                                  "folder, or give a new --workdir")
+            return None
+        return self._looked(newest_of)
 
     def restore(self, like: dict, step: int | None = None):
         """(step, items, loader state) of the newest sound checkpoint (or of `step`), or None where there is none.
@@ -111,10 +122,26 @@ class Checkpoints:
         Raises:
           ConfigError: `step` is asked for and is not there, no checkpoint is sound, or they are of another model.
         """
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise ConfigError(f"{self.folder}: no checkpoint of step {step}; there are {steps or 'none'}")
-        return self._newest_sound([step] if step is not None else reversed(steps), like)
+        def sound_of(steps):
+            if step is not None and step not in steps:
+                raise ConfigError(f"{self.folder}: no checkpoint of step {step}; there are {steps or 'none'}")
+            return self._newest_sound([step] if step is not None else reversed(steps), like)
+        return self._looked(sound_of)
+
+    def _looked(self, look: Callable):
+        """look(steps); and again where it fails and there are other steps by then, which a run that goes on has made and for
+        which it has deleted those that were looked at."""
+        for _ in range(LOOKS):
+            steps = self.steps()
+            try:
+                return look(steps)
+            except ConfigError:
+                if not self._read_only:
+                    raise
+                self._manager.reload()
+                if self.steps() == steps:
+                    raise
+        return look(self.steps())
 
     def point(self, since: int) -> int | None:
         """The checkpoint to roll back to: the newest of a multiple of `every_steps`, from step `since` on. What a clock or a
@@ -204,8 +231,9 @@ class Checkpoints:
     def _failed(self, error: Exception, step: int | None, fatal: bool) -> None:
         self._manager.reload()               # forget the step that is not there
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        text = (f"{which} could not be written to {self.folder} ({_first_line(error)}): make room or mend the folder; "
-                f"the last one saved is of step {max(self.steps(), default='none')}")
+        saved = self.steps()
+        text = (f"{which} could not be written to {printable(str(self.folder))} ({_first_line(error)}): make room or mend the "
+                + (f"folder; the last one saved is of step {saved[-1]}" if saved else "folder, or name another; none is there yet"))
         if fatal:
             raise LljaxError(text) from error
         logging.warning("%s", text)
@@ -244,18 +272,48 @@ def _at_hand(x: jax.Array) -> bool:
     return x.is_fully_addressable or x.is_fully_replicated
 
 
-def check_identity(saved: dict, now: dict) -> None:
-    """Refuses to go on with a run under another base, tokenizer, data or setting.
+def check_identity(saved: dict, now: dict, step: int | None = None) -> None:
+    """Refuses to go on with a run under another base, tokenizer, data or setting. The weights are not looked at, see
+    `check_weights`.
+
+    step: of the newest checkpoint. Where it is the last of the schedule that was saved, that may have become longer.
 
     Raises:
       ConfigError: the line names what differs, with the old and the new value.
     """
-    for field in sorted(saved.keys() | now.keys()):
+    for field in sorted((saved.keys() | now.keys()) - {"weights"}):
         old, new = (json.loads(json.dumps(x.get(field))) for x in (saved, now))
-        if old != new:
-            short = [str(x)[:60] for x in (old, new)]
-            raise ConfigError(f"this run was started with another {field} ({short[0]}, now {short[1]}): restore it, or "
-                              "give a new --workdir")
+        if old == new or field == "context.schedule" and old[-1][0] == step and lengthens(old, new):
+            continue
+        hint = ""
+        if field == "context.schedule" and lengthens(old, new):
+            hint = f"; when step {old[-1][0]} is done it may be made longer"
+        short = [str(x)[:60] for x in (old, new)]
+        raise ConfigError(f"this run was started with another {field} ({short[0]}, now {short[1]}): restore it, or "
+                          f"give a new --workdir{hint}")
+
+
+def lengthens(old, new) -> bool:
+    """Whether a schedule has the same stages as an old one, the last for longer or followed by others."""
+    old, new = ([list(stage) for stage in schedule] for schedule in (old, new))
+    last = len(old) - 1
+    return (len(new) > last and new[:last] == old[:last] and new[last][1:] == old[last][1:]
+            and new[last][0] >= old[last][0] and new[-1][0] > old[-1][0])
+
+
+def check_weights(saved: dict, now: dict) -> None:
+    """Refuses a base whose weights are others than those that a run was begun with.
+
+    saved, now: {a name: crc32}, as `lljax.interop.huggingface.load_weights` returns it. What only one of them has, which a
+    later version may read, does not count; nor does a run that was begun before there were such sums.
+
+    Raises:
+      ConfigError: the line names the first tensor that differs.
+    """
+    for name in sorted(saved.keys() & now.keys()):
+        if saved[name] != now[name]:
+            raise ConfigError(f"model.path holds other weights than those this run was started with ({name} differs): put them "
+                              "back, or give a new --workdir")
 
 
 def _same_model(saved: dict, like: dict, where: Path) -> None:
@@ -271,5 +329,4 @@ def _same_model(saved: dict, like: dict, where: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return text.partition(" [tensorstore_spec")[0][:300]     # what follows is the store's own settings
+    return first_line(error).partition(" [tensorstore_spec")[0][:300]    # what follows is the store's own settings

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.console import Console
 from rich.progress import track
 
 from lljax.build import fill, mesh_of, move, open_run_base, placed_model
@@ -20,18 +22,20 @@ from lljax.data.statistics import remarks, statistics
 from lljax.data.tokens import prepare
 from lljax.devices import of_kind
 from lljax.distributed import first, first_then_others, from_all, wait
-from lljax.errors import ConfigError, NumericAbort, Stopped
+from lljax.errors import ConfigError, DataError, ModelError, NumericAbort, Stopped
+from lljax.files import atomic_write, first_line
 from lljax.interop.base import tokenizer_fingerprint
+from lljax.interop.huggingface import checksums
 from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.decoder import FULL
 from lljax.sharding import Layout
 from lljax.training import fit, flops
-from lljax.training.checkpoint import Checkpoints, abstract, check_identity
+from lljax.training.checkpoint import Checkpoints, abstract, check_identity, check_weights, lengthens
 from lljax.training.curriculum import Stage, stages
-from lljax.training.lock import locked
-from lljax.training.monitor import Monitor, read_metrics
-from lljax.training.optimizer import learning_rate
+from lljax.training.lock import Lock, locked
+from lljax.training.monitor import Monitor, Unread, read_metrics
+from lljax.training.optimizer import finite, learning_rate
 from lljax.training.placement import abstract_batch, check_rows, layout_of, place, row_share, rows_of_share
 from lljax.training.profile import Tracer, waiting_for_data
 from lljax.training.report import write_report
@@ -45,6 +49,9 @@ IDENTITY = ("seed", "train_type", "model.init", "model.dtype", "model.matmul", "
             "training.router_aux_loss_coef", "alarm.nonfinite", "alarm.spike", "alarm.spike_z", "alarm.history",
             "alarm.max_bad_steps")
 SPIKE = ("loss", "loss_z", "grad_norm", "z") # what the record of a rollback has of the step that led to it
+FOLDERS = ("checkpoints", "data", "profile", "tensorboard")      # in a workdir, and files
+FILES = ("lock", "config.json", "run.json", "data_statistics.json", "metrics.jsonl", "bad_rows.jsonl", "eval_predictions.jsonl",
+         "report.html")
 
 
 def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: range | None = None,
@@ -60,7 +67,7 @@ def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: ra
       ConfigError, ModelError, DataError: what the user gave cannot be used; another run is going on in `workdir`.
       OutOfMemory: a device has too little, where the plan did not show it.
       NumericAbort: too many unusable gradients in a row; state saved.
-      Stopped: SIGTERM or Ctrl-C; state saved.
+      Stopped: SIGTERM, SIGHUP or Ctrl-C; state saved.
     """
     validate(config)
     config = with_absolute_paths(config)
@@ -72,11 +79,12 @@ def train(config, workdir, *, model: nnx.Module | None = None, profile_steps: ra
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir={workdir}: it cannot be made ({error.strerror.lower()}): name another folder") from None
-    with locked(workdir), StopRequest() as stop:
-        return _train(config, workdir, model, profile_steps, examiner, stop)
+    with locked(workdir) as lock, StopRequest() as stop:
+        _check_kinds(workdir)
+        return _train(config, workdir, model, profile_steps, examiner, lock, stop)
 
 
-def _train(config, workdir: Path, model, profile_steps: range | None, examiner, stop: StopRequest) -> nnx.Module:
+def _train(config, workdir: Path, model, profile_steps: range | None, examiner, lock: Lock, stop: StopRequest) -> nnx.Module:
     # ---------------------------------------------------------------- base, tokenizer, documents
     mesh = mesh_of(config.mesh)
     if config.mesh.sequence == -1 and mesh.devices.size == 1:
@@ -91,6 +99,11 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
         progress=_progress))
     if documents.bad:
         logging.warning("%d rows could not be used: %s lists them", documents.bad, workdir / "bad_rows.jsonl")
+    if not len(documents.valid) and (config.data.valid or config.data.valid_fraction):
+        raise DataError(f"data.valid={tuple(config.data.valid)} holds no document that could be evaluated: name others, or ()"
+                        if config.data.valid else
+                        f"data.valid_fraction={config.data.valid_fraction:g} holds out none of the {len(documents.train):,} "
+                        "documents, so nothing could be evaluated: raise it, or set it to 0")
     curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
     counted = statistics(documents, config.data.overlong, [stage.length for stage in curriculum])
     for line in remarks(counted, config.data.overlong):
@@ -114,6 +127,9 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     rate = learning_rate(config.optimizer, total_steps(config))
     sizes = [(math.prod(variable.get_value().shape), lora.is_trainable(path, variable)) for path, variable in declared(model)]
     counts = {"parameters": sum(size for size, _ in sizes), "trainable": sum(size for size, trains in sizes if trains)}
+    if not counts["trainable"]:
+        raise ConfigError(f"lora.targets={tuple(config.lora.targets)} and lora.also_train={tuple(config.lora.also_train)} leave "
+                          "nothing to train: name modules, such as ('q_proj', 'v_proj')")
     kind = mesh.devices.flat[0].device_kind
     device = of_kind(kind)
     arithmetic = [flops.of_step(model, config, stage, parts=mesh.shape["sequence"]).model for stage in curriculum]
@@ -130,11 +146,13 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
                               every_minutes=config.checkpoint.every_minutes, keep=config.checkpoint.keep)
     step, loader_state, state, rollbacks = 0, None, None, []
     if begun := checkpoints.identity():
-        check_identity(begun, identity)
+        check_identity(begun, identity, checkpoints.newest())
         with fit.in_memory("restoring the checkpoint", "spread it over more devices", checkpoints.newest):
             step, items, loader_state = checkpoints.restore(jax.tree.map(abstract, to_items(parts.state)))
         state, rollbacks = from_items(items), loader_state["rollbacks"]
         logging.info("resumed at step %d", step)
+        if lengthens(begun["context.schedule"], identity["context.schedule"]):
+            _say_what_changes(config.optimizer, begun["context.schedule"][-1][0], total_steps(config))
     # Not before it is known that this is the same run: export and evaluation go by these.
     for name, content in (("config", json.loads(config.to_json_best_effort())),
                           ("run", counts | {"devices": mesh.devices.size, "device": kind}),
@@ -146,15 +164,23 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     programs, evaluations = _compile(
         parts, config, mesh, spec, [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts) if step < stage.stop],
         [] if over else fit.evaluated_lengths(config, [stage for stage in curriculum if step <= stage.stop]))
-    if not at_hand:
+    if at_hand:
+        identity["weights"] = checksums(model, base)
+    else:
         with fit.in_memory("reading the weights", "spread them over more devices", checkpoints.newest):
-            fill(model, config, base, mesh)
+            identity["weights"] = fill(model, config, base, mesh)
             parts = take_apart(config, model, mesh)
+    check_weights((begun or {}).get("weights", {}), identity["weights"])
+    if any(each != identity["weights"] for each in from_all(identity["weights"])):
+        raise ConfigError(f"model.path={config.model.path!r} holds other weights for other processes of this run: copy one "
+                          "folder to all of them")
     graphdef, frozen, state = parts.graphdef, parts.frozen, state or parts.state
+    _check_finite(state.trainable, config.model.path if step == 0 else f"the checkpoint of step {step}")
     del model, parts                         # a resumed run does not keep its first values
 
     # ---------------------------------------------------------------- steps
     def save(wait=False):
+        lock.check()
         checkpoints.save(step, to_items(state), loader_state, identity, wait=wait)
         watchdog.alive(step)
 
@@ -167,7 +193,7 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
         if stop.agreed():
             save(wait=True)
             checkpoints.close()
-            raise Stopped(f"stopped after step {step}, state saved: the same command goes on from there")
+            raise Stopped(f"after step {step}, state saved: the same command goes on from there")
 
     def roll_back(since, metrics):           # the batches that were read stay read
         nonlocal step, state, rollbacks
@@ -186,19 +212,23 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
                            "lower memory.loss_chunk, or spread it over more devices", last_checkpoint):
             values = _evaluate(program, state.trainable, frozen, documents.valid, config, mesh, layout, length,
                                leave_if_asked)
-            found = {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))}
+            found = {} if values is None else {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))}
             if examine:
                 found |= examine(nnx.merge(graphdef, state.trainable, frozen), step,
                                  Layout(mesh) if mesh.size > 1 else None, leave_if_asked)
-        monitor.evaluation(step, found)
+        if found:
+            monitor.evaluation(step, found)
+        else:
+            monitor.say(f"step {step}: no held-out document has a token to predict: there is no perplexity")
 
     def evaluate_if_due(length):
         if config.training.eval_every and step % config.training.eval_every == 0 and 0 < step < total_steps(config) \
                 and not _evaluated(workdir, step):
             evaluation(length)
 
-    stop.defer()
-    with Monitor(workdir, total_steps=total_steps(config), step=step) as monitor, \
+    stop.defer(checkpoints.newest)
+    work = [(stage.stop, each) for stage, each in zip(curriculum, arithmetic)]
+    with Monitor(workdir, stages=work, step=step) as monitor, \
             Tracer(workdir, profile_steps, step=step) as tracer, \
             Watchdog(60 * config.alarm.stall_minutes, step=step, last_checkpoint=checkpoints.newest) as watchdog:
         # A run may have been stopped between the save of a step and its evaluation.
@@ -257,16 +287,15 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
                 if checkpoints.due(step):
                     save()
                 evaluate_if_due(stage.length)
-                if config.training.report_every and step % config.training.report_every == 0 and first():
-                    write_report(workdir)
+                if config.training.report_every and step % config.training.report_every == 0:
+                    _report(workdir)
 
         # ------------------------------------------------------------ the end
         if len(documents.valid) and not _evaluated(workdir, step):
             evaluation(curriculum[-1].length)
         save(wait=True)
     checkpoints.close()
-    if first():
-        write_report(workdir)
+    _report(workdir)
     wait()
     return nnx.merge(graphdef, state.trainable, frozen)
 
@@ -298,7 +327,8 @@ def _compile(parts, config, mesh, spec, remaining: list, lengths: list[int]) -> 
 def _trouble(metrics: dict) -> str:
     """What is wrong with a step, or an empty text."""
     if metrics["nonfinite"]:
-        return f"the gradient is not finite; skipped ({metrics['bad']} in a row)"
+        what = "update" if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]) else "gradient"
+        return f"the {what} is not finite; skipped ({metrics['bad']} in a row)"
     if metrics["spike"]:
         skipped = f"skipped ({metrics['bad']} in a row)" if metrics["skipped"] else "applied"
         z, what, name = max((metrics["loss_z"], "loss", "loss"), (metrics["z"], "gradient norm", "grad_norm"))
@@ -316,8 +346,9 @@ def _facts(config, mesh) -> dict:
     return {"bytes_per": jnp.dtype(config.model.dtype).itemsize, "memory": fit.capacity(mesh)[0]}
 
 
-def _evaluate(program, trainable, frozen, store, config, mesh, layout, length: int, leave_if_asked) -> float:
-    """Mean loss over held-out pieces of `length` tokens, in full attention. A run that leaves evaluates when it resumes."""
+def _evaluate(program, trainable, frozen, store, config, mesh, layout, length: int, leave_if_asked) -> float | None:
+    """Mean loss over held-out pieces of `length` tokens, in full attention; None where they have no token to predict. A run
+    that leaves evaluates when it resumes."""
     total, count = 0.0, 0
     share, shares = row_share(mesh)
     for batch in eval_batches(store, length=length, rows=config.training.rows, limit=config.training.eval_rows):
@@ -325,7 +356,7 @@ def _evaluate(program, trainable, frozen, store, config, mesh, layout, length: i
         loss, tokens = program(trainable, frozen, place(mine, 1, mesh, layout))
         total, count = total + float(loss), count + int(tokens)
         leave_if_asked()
-    return total / max(count, 1)
+    return total / count if count else None
 
 
 def _loader(store, config, stage: Stage, mesh):
@@ -356,7 +387,7 @@ def _evaluated(workdir: Path, step: int) -> bool:
 
 
 def _progress(items, title):
-    return track(items, description=title, transient=True)
+    return track(items, description=title, transient=True, console=Console(file=Unread(sys.stdout)))
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -368,6 +399,38 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def _write_json(path: Path, content: dict) -> None:
     if first():
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(content, indent=2))
-        unfinished.replace(path)
+        atomic_write(path, json.dumps(content, indent=2))
+
+
+def _report(workdir: Path) -> None:
+    """Writes the report, which no run depends on."""
+    if first():
+        try:
+            write_report(workdir)
+        except Exception as error:
+            logging.warning("%s: the report could not be written (%s: %s); scripts/report.py tries again", workdir,
+                            type(error).__name__, first_line(error))
+
+
+def _check_kinds(workdir: Path) -> None:
+    """Refuses a workdir in which a file stands where a run needs a folder, or the reverse."""
+    for names, right, what in ((FOLDERS, Path.is_dir, "folder"), (FILES, Path.is_file, "file")):
+        for path in (workdir / name for name in names):
+            if path.exists() and not right(path):
+                raise ConfigError(f"--workdir={workdir}: {path.name} is there and is no {what}, which a run needs: move it away, "
+                                  "or name another folder")
+
+
+def _check_finite(trainable, source: str) -> None:
+    """Refuses to begin with a value that is not finite: no step would be good, and it would be saved."""
+    for path, fine in jax.tree_util.tree_leaves_with_path(jax.jit(lambda tree: jax.tree.map(finite, tree))(trainable)):
+        if not fine:
+            raise ModelError(f"{source}: {jax.tree_util.keystr(path)} holds values that are not finite: nothing could be trained "
+                             "from there")
+
+
+def _say_what_changes(optimizer, old: int, new: int) -> None:
+    """What a longer schedule means for a run that was done."""
+    was, now = (float(learning_rate(optimizer, steps)(old)) for steps in (old, new))
+    logging.info("context.schedule ends at step %d, and not at %d: the learning rate (%s) goes on at %.3g, where it had come to "
+                 "%.3g", new, old, optimizer.schedule, now, was)

@@ -25,8 +25,9 @@ class Rule:
     init(trainable) -> state.
     gradients(gradient, trainable, state) -> (loss, gradients, state), where gradient(bind, x) -> (loss, its gradient by x) puts
       bind(x) in the place of the trainable leaves.
-    apply(trainable, before, state, gradients, norm, ok, key) -> (trainable, state): the step, or with ok = False what was
-      before it (`before`: the state before `gradients`). norm: of the gradients. key: of random numbers.
+    apply(trainable, before, state, gradients, norm, ok, key) -> (trainable, state, applied): the step, or with ok = False what
+      was before it (`before`: the state before `gradients`), and so where a value of the step would not be finite. norm: of
+      the gradients. key: of random numbers.
     """
 
     init: Callable
@@ -40,12 +41,19 @@ def by_optax(optimizer: optax.GradientTransformation) -> Rule:
 
     def apply(trainable, before, state, grads, norm, ok, key):
         updates, state = optimizer.update(grads, state, trainable)
-        return chosen(ok, (optax.apply_updates(trainable, updates), state), (trainable, before))
+        new = optax.apply_updates(trainable, updates), state
+        ok &= finite(new)
+        return *chosen(ok, new, (trainable, before)), ok
     return Rule(optimizer.init, gradients, apply)
 
 
 def chosen(ok, new, old):
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+
+def finite(tree) -> jax.Array:
+    """bool: whether every floating-point value of a pytree is finite."""
+    return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]).all()
 
 
 MATRICES = ("kernel", "lora_a", "lora_b")    # roles of what multiplies an activation: [in, out], or a stack of them

@@ -18,7 +18,7 @@ from lljax.models.probe import Probed
 from lljax.models.quantize import Quantised, dense, integers, quantise
 from lljax.training import eight_bit
 from lljax.training.eight_bit import Moment
-from lljax.training.optimizer import Rule, chosen, learning_rate
+from lljax.training.optimizer import Rule, chosen, finite, learning_rate
 
 AGREE = 0.4                                  # cosine of two successive subspaces from which they agree
 PATIENCE = 5                                 # agreements in a row from which a subspace is kept twice as long
@@ -106,11 +106,16 @@ def q_galore(optimizer, steps: int, groups: nnx.State, dtype) -> Rule:
             moments = Moment(*codes[:2]), Moment(*codes[2:])
             if _is_matrix(w):
                 return _by_pieces(stepped, w, role, g, projection, *moments, ok, next(keys))
-            return chosen(ok, stepped(w, role, g, None, *moments), (w, *moments))
+            new = stepped(w, role, g, None, *moments)
+            fine = finite(new)
+            return *chosen(ok & fine, new, (w, *moments)), fine
         each = over(one, trainable, grads, state.projection, *state.mu, *state.nu)
-        trainable, mu, nu = (over(lambda w, role, new, i=i: new[i], trainable, each) for i in range(3))
+        trainable, mu, nu, fine = (over(lambda w, role, new, i=i: new[i], trainable, each) for i in range(4))
         mu, nu = (Moment(*(over(lambda w, role, x, i=i: x[i], trainable, moment) for i in range(2))) for moment in (mu, nu))
-        return trainable, State(chosen(ok, count, before.count), mu, nu, *chosen(ok, state[3:], before[3:]))
+        # A piece is applied or not before the next is computed: what is not finite stays out of it, though of such a step
+        # (which none of the settings that are let in takes) other pieces may be applied.
+        applied = ok & jnp.array(jax.tree.leaves(fine)).all()
+        return trainable, State(chosen(applied, count, before.count), mu, nu, *chosen(ok, state[3:], before[3:])), applied
     return Rule(init, gradients, apply)
 
 
@@ -161,7 +166,8 @@ def _renewed(basis, count, projection: Quantised, due, gap, agreed):
 
 def _by_pieces(f, w: Quantised, role: str, g, projection: Quantised, mu: Moment, nu: Moment, ok, key):
     """f(w, role, g, projection, mu, nu) -> (w, mu, nu) of a layer (of an expert, or of some rows of an embedding) at a time and
-    in place, so that little of it is float32 at one time; what comes back as w is rounded at random."""
+    in place, so that little of it is float32 at one time; what comes back as w is rounded at random. A piece that would not be
+    finite stays as it is. Returns (w, mu, nu, whether all were)."""
     *layers, D, F = w.shape
     like, state = (w, mu, nu), (w, g, mu, nu)
     if layers:
@@ -175,13 +181,16 @@ def _by_pieces(f, w: Quantised, role: str, g, projection: Quantised, mu: Moment,
         state = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (w, g, mu, nu))
     w, g, mu, nu = state
 
-    def piece(i, state):
+    def piece(i, carry):
+        state, fine = carry
+
         def at(tree):
             return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
         w, mu, nu = old = at(state)
         new, mu, nu = f(w, role, at(g), at(projection) if layers else projection, mu, nu)
-        new = chosen(ok, (quantise(new, w.form, w.dtype, jax.random.fold_in(key, i)), mu, nu), old)
-        return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, axis=0), state, new)
-    w, mu, nu = jax.lax.fori_loop(0, len(w.codes), piece, (w, mu, nu))
+        here = finite((new, mu, nu))
+        new = chosen(ok & here, (quantise(new, w.form, w.dtype, jax.random.fold_in(key, i)), mu, nu), old)
+        return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, axis=0), state, new), fine & here
+    (w, mu, nu), fine = jax.lax.fori_loop(0, len(w.codes), piece, ((w, mu, nu), jnp.bool_(True)))
     w = dataclasses.replace(w, rows=D)
-    return jax.tree.map(lambda x, like: x.reshape(-1, *like.shape[1:])[:len(like)], (w, mu, nu), like)
+    return *jax.tree.map(lambda x, like: x.reshape(-1, *like.shape[1:])[:len(like)], (w, mu, nu), like), fine

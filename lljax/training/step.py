@@ -149,7 +149,8 @@ def make_step(graphdef, rule: Rule, settings: StepSettings, like: TrainState):
     The loss is the mean over all predicted tokens of all A x B rows, so that accumulation changes nothing. Where there are
     experts, `settings.balance` times their load-balancing loss is minimised beside it: that of each of the A passes over its
     tokens that are no padding, averaged by predicted tokens. It is a metric, not part of the metric `loss`.
-    A non-finite gradient is never applied; nor is a spike where settings say so. Metrics are float32 scalars.
+    A gradient that is not finite is never applied, nor an update that would leave a value that is not; nor is a spike where
+    settings say so. Metrics are float32 scalars.
     """
     def total_loss(trainable, frozen, micro, key, pattern, layout):
         model = nnx.merge(graphdef, trainable, frozen)
@@ -188,12 +189,12 @@ def make_step(graphdef, rule: Rule, settings: StepSettings, like: TrainState):
         spike = finite & (jnp.maximum(loss_z, z) > settings.spike_z)
         apply = finite & ~spike if settings.skip_spikes else finite
 
-        trainable, optimizer = rule.apply(state.trainable, state.optimizer, optimizer, grads, norm, apply, key)
-        losses, norms = (jnp.where(apply, jnp.roll(history, 1).at[0].set(jnp.log(x)), history)
+        trainable, optimizer, applied = rule.apply(state.trainable, state.optimizer, optimizer, grads, norm, apply, key)
+        losses, norms = (jnp.where(applied, jnp.roll(history, 1).at[0].set(jnp.log(x)), history)
                          for history, x in ((state.losses, loss), (state.norms, norm)))
-        bad = jnp.where(apply, 0, state.bad + 1)
-        metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens, "z": z, "loss_z": loss_z, "nonfinite": ~finite,
-                   "spike": spike, "skipped": ~apply, "bad": bad}
+        bad = jnp.where(applied, 0, state.bad + 1)
+        metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens, "z": z, "loss_z": loss_z,
+                   "nonfinite": ~finite | (apply & ~applied), "spike": spike, "skipped": ~applied, "bad": bad}
         if routing is not None:
             of_tokens, balance, load = routing
             metrics |= {"loss": of_tokens / tokens, "load_balancing_loss": balance / tokens,

@@ -5,11 +5,10 @@ import os
 import threading
 from collections.abc import Callable
 
-from lljax.errors import Stalled
+from lljax.errors import STDERR, Stalled, leave
 
 TICKS = 20                                   # of silence
 LAST_WORDS = 10.0                            # seconds to say them, where even that hangs
-STDERR = 2                                   # the file, whatever sys.stderr is
 
 
 class Watchdog:
@@ -49,8 +48,7 @@ class Watchdog:
             self._heard.clear()
         threading.Timer(LAST_WORDS, os._exit, [Stalled.exit_code]).start()
         faulthandler.dump_traceback(STDERR)
-        line = (f"{Stalled.__name__}: nothing was finished for {self._seconds / 60:g} minutes (alarm.stall_minutes) after step "
-                f"{self._step}, the lines above show where it hangs; the same command goes on after step "
-                f"{self._last_checkpoint() or 0}, the last that is saved; raise alarm.stall_minutes if it was merely slow\n")
-        os.write(STDERR, line.encode())
-        os._exit(Stalled.exit_code)
+        leave(Stalled.exit_code, (
+            f"{Stalled.__name__}: nothing was finished for {self._seconds / 60:g} minutes (alarm.stall_minutes) after step "
+            f"{self._step}, the lines above show where it hangs; the same command goes on after step "
+            f"{self._last_checkpoint() or 0}, the last that is saved; raise alarm.stall_minutes if it was merely slow"))

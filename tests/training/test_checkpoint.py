@@ -1,5 +1,6 @@
 """What was saved comes back bit for bit or not at all, on whatever mesh; a damaged step never costs a sound one."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lljax.errors import ConfigError, LljaxError
 from lljax.training import checkpoint
-from lljax.training.checkpoint import Checkpoints, abstract, check_identity, describe
+from lljax.training.checkpoint import Checkpoints, abstract, check_identity, check_weights, describe
 
 IDENTITY = {"base": "b" * 64, "tokenizer": "t", "data": "d", "lora.rank": 8}
 
@@ -303,6 +304,31 @@ def test_a_save_that_fails_is_said_in_one_line_and_costs_no_other(tmp_path, capl
     assert checkpoints(tmp_path).restore(like(state(mesh(8)), mesh(8)))[0] == 40
 
 
+def test_a_first_save_that_fails_is_the_end_at_once(tmp_path):
+    """Orbax takes the name for one of a bucket."""
+    (tmp_path / "gs:").mkdir()
+    c = checkpoints(tmp_path / "gs:")
+    with pytest.raises(LljaxError, match="gs:/checkpoints.*or name another; none is there yet"):
+        c.save(10, state(mesh(8), 10), {}, IDENTITY)
+
+
+def test_a_reader_looks_again_where_the_run_has_deleted_what_it_saw(tmp_path, monkeypatch):
+    saved(tmp_path, 10)
+    reader, begun = checkpoints(tmp_path, read_only=True), []
+    original = Checkpoints._note
+
+    def goes_on(self, step):                 # between the look and the read, twice
+        if len(begun) < 2:
+            begun.append(step)
+            shutil.rmtree(tmp_path / "checkpoints" / str(step))
+            saved(tmp_path, step + 10)
+        return original(self, step)
+    monkeypatch.setattr(Checkpoints, "_note", goes_on)
+    assert reader.restore(like(state(mesh(8)), mesh(8)))[0] == 30 and begun == [10, 20]
+    begun.clear()
+    assert reader.identity() == IDENTITY
+
+
 def limit_file_size(size):
     resource = pytest.importorskip("resource")
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -357,3 +383,27 @@ def test_a_changed_run_is_refused_by_the_name_of_what_changed(tmp_path, field, v
 
 def test_tuples_and_lists_of_a_config_are_the_same_identity():
     check_identity({"context.schedule": [[10, 64, "full"]]}, {"context.schedule": ((10, 64, "full"),)})
+
+
+OLD = [[4, 32, "shifted"], [8, 64, "full"]]
+
+
+@pytest.mark.parametrize("new,may", [
+    ([[4, 32, "shifted"], [9, 64, "full"]], True), ([*OLD, [12, 64, "shifted"]], True),
+    ([[4, 32, "shifted"], [9, 64, "full"], [12, 96, "full"]], True), (OLD, True),
+    ([[4, 32, "shifted"], [6, 64, "full"], [12, 96, "full"]], False), ([[4, 32, "full"], [9, 64, "full"]], False),
+    ([[5, 32, "shifted"], [9, 64, "full"]], False), ([[4, 32, "shifted"]], False), ([[12, 32, "shifted"]], False)])
+def test_a_schedule_may_become_longer_where_it_was_done_and_its_beginning_is_the_same(new, may):
+    saved, now = {"context.schedule": OLD}, {"context.schedule": tuple(map(tuple, new))}
+    with contextlib.nullcontext() if may else pytest.raises(ConfigError, match="another context.schedule"):
+        check_identity(saved, now, step=8)
+    if new != OLD:
+        with pytest.raises(ConfigError, match="when step 8 is done it may be made longer" if may else "another context.schedule"):
+            check_identity(saved, now, step=6)
+
+
+def test_other_weights_are_refused_by_name_and_what_one_side_does_not_know_does_not_count():
+    check_weights({}, {"a": 1})
+    check_weights({"a": 1, "b": 2}, {"b": 2, "c": 3})
+    with pytest.raises(ConfigError, match="other weights.*b differs"):
+        check_weights({"a": 1, "b": 2}, {"a": 1, "b": 3})

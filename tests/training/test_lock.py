@@ -1,5 +1,6 @@
 """A second process is refused in one line, a killed one leaves nothing behind, and readers do not notice."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -80,3 +81,34 @@ def test_the_first_process_locks_and_its_refusal_reaches_all(tmp_path, monkeypat
     monkeypatch.setattr(lock, "from_all", lambda value: ["process 7 on far trains there", json.loads(json.dumps(value))])
     with pytest.raises(ConfigError, match="process 7 on far"), locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link])
+def test_a_link_in_its_place_is_refused_and_what_it_points_to_stays(tmp_path, make):
+    precious = tmp_path / "precious"
+    precious.write_text("mine\n")
+    make(precious, tmp_path / "lock")
+    with pytest.raises(ConfigError, match="lock is .*: delete that"), locked(tmp_path):
+        pass
+    assert precious.read_text() == "mine\n"
+
+
+def test_deleted_while_a_run_goes_on_it_is_made_again(tmp_path):
+    with locked(tmp_path) as lock:
+        lock.check()
+        (tmp_path / "lock").unlink()
+        lock.check()
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on"), locked(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("replace", ["another run", "a link"])
+def test_a_run_whose_lock_another_has_taken_leaves(tmp_path, replace):
+    with locked(tmp_path) as lock:
+        (tmp_path / "lock").unlink()
+        with locked(tmp_path) if replace == "another run" else contextlib.nullcontext():
+            if replace == "a link":
+                (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+            with pytest.raises(ConfigError, match="deleted or replaced while this run went on.*saves nothing more"):
+                lock.check()
+    assert not (tmp_path / "elsewhere").exists()

@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import os
 import struct
+import sys
 import time
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ def record(step, **changes):
 
 def run(workdir, steps, *, start=0, total=10, evaluations=()):
     workdir.mkdir(exist_ok=True)
-    with Monitor(workdir, total_steps=total, step=start) as monitor:
+    with Monitor(workdir, stages=[(total, 1.0)], step=start) as monitor:
         for step in steps:
             monitor.step(record(step))
             if step in evaluations:
@@ -43,7 +45,7 @@ def test_a_run_that_begins_anew_keeps_nothing(tmp_path):
 
 
 def test_each_step_is_on_disk_when_the_call_returns(tmp_path):
-    with Monitor(tmp_path, total_steps=9, step=0) as monitor:
+    with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
         for step in (1, 2, 3):
             monitor.step(record(step))
             assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
@@ -57,10 +59,59 @@ def test_a_line_cut_short_by_a_kill_is_dropped_on_resume(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("damage", [
+    b'{"step": 2, "lo\xd3s": 2.0}', b'{"step": 2, "loss": 2.', b"5", b"{}", b'{"step": "2"}', b'{"step": true}', b"[" * 100_000,
+    b'{"step": 2}\xe2\x80\xa8{"step": 3}'])
+def test_a_damaged_line_is_passed_over_with_a_warning_and_those_after_it_stay(tmp_path, damage, caplog):
+    run(tmp_path, range(1, 5))
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    lines[1] = damage
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 3, 4]
+    assert "1 damaged lines are passed over (line 2)" in caplog.text
+    run(tmp_path, range(5, 6), start=4)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 3, 4, 5]
+
+
+def test_a_log_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    with open(write, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        os.close(read)
+        run(tmp_path, range(1, 3), evaluations=(2,))
+        assert len(read_metrics(tmp_path)) == 3
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)
+
+
+def test_without_room_for_tensorboard_there_is_a_warning_and_the_record(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(monitor.EventsWriter, "write_event", full)
+    run(tmp_path, range(1, 4))
+    assert len(read_metrics(tmp_path)) == 3 and caplog.text.count("tensorboard") == 1
+
+
+def test_the_time_left_is_that_of_the_stages_to_come(tmp_path, monkeypatch):
+    """By their FLOPs, and corrected by what was measured; and by what steps are not, such as evaluations."""
+    now = [0.0]
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    left = monitor._TimeLeft([(10, 1e12), (20, 4e12), (30, 8e12)])
+    told = []
+    for step in range(1, 21):
+        seconds = 9.0 if step == 1 else 1.0 if step <= 10 else 5.0           # the first warms up; 5 where 4 was to be expected
+        now[0] += seconds
+        told.append(left.after(step, seconds))
+    assert told[2] == pytest.approx(7 + 40 + 80) and told[9] == pytest.approx(40 + 80)
+    assert told[10] == pytest.approx(9 * 5 + 100) and told[19] == pytest.approx(100)
+    now[0] += sum([9.0, *[1.0] * 9, *[5.0] * 10])            # as long again between the steps
+    assert left.after(20, 5.0) == pytest.approx(2 * 100, rel=0.1)
+
+
 def test_a_rollback_leaves_the_file_of_a_run_that_never_went_further(tmp_path, capfd):
     run(tmp_path / "straight", range(1, 7))
     (tmp_path / "back").mkdir()
-    with Monitor(tmp_path / "back", total_steps=10, step=0) as monitor:
+    with Monitor(tmp_path / "back", stages=[(10, 1.0)], step=0) as monitor:
         for step in (1, 2, 3, 4, 5):
             monitor.step(record(step))
         monitor.roll_back(3)
@@ -84,7 +135,7 @@ def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_what_is_left(tmp_
 
 def test_numbers_keep_every_bit_of_a_float32(tmp_path):
     values = [struct.unpack("f", struct.pack("f", x))[0] for x in (1 / 3, 1e-38, 3.4e38, 16777217.0)]
-    with Monitor(tmp_path, total_steps=9, step=0) as monitor:
+    with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
         for step, value in enumerate(values, 1):
             monitor.step(record(step, loss=value))
     assert [struct.pack("f", r["loss"]) for r in read_metrics(tmp_path)] == [struct.pack("f", x) for x in values]
@@ -94,7 +145,7 @@ def test_numbers_keep_every_bit_of_a_float32(tmp_path):
 def test_what_is_not_finite_is_still_json(tmp_path, value):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
-    with Monitor(tmp_path, total_steps=9, step=0) as monitor:
+    with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
         monitor.step(record(1, loss=value, grad_norm=value, nonfinite=True, skipped=True, bad=1))
         monitor.evaluation(1, {"loss@512": value})
     step, evaluation = (json.loads(line, parse_constant=refuse)
@@ -113,7 +164,7 @@ def test_without_a_terminal_plain_lines_tell_step_stage_loss_speed_and_what_is_l
 
 
 def test_what_is_said_is_not_markup(tmp_path, capfd):
-    with Monitor(tmp_path, total_steps=2, step=0) as monitor:
+    with Monitor(tmp_path, stages=[(2, 1.0)], step=0) as monitor:
         monitor.say("loss [bold]3[/bold] [/nothing]")
     assert "[bold]3[/bold] [/nothing]" in capfd.readouterr().err
 
@@ -122,7 +173,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rollback(tmp_path
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     run(tmp_path, range(1, 9), evaluations=(4, 8))
     time.sleep(1.1)                          # an events file is named by its second
-    with Monitor(tmp_path, total_steps=10, step=6) as monitor:
+    with Monitor(tmp_path, stages=[(10, 1.0)], step=6) as monitor:
         for step in (7, 8, 9, "back", 8, 9, 10):
             monitor.roll_back(7) if step == "back" else monitor.step(record(step))
             if step == 8:

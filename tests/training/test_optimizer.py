@@ -13,7 +13,7 @@ from lljax.config import READS, default_config
 from lljax.interop.base import open_base
 from lljax.models.decoder import FULL
 from lljax.training.checkpoint import Checkpoints, abstract, describe
-from lljax.training.optimizer import DIRECTIONS, make_optimizer
+from lljax.training.optimizer import DIRECTIONS, by_optax, make_optimizer
 from lljax.training.placement import layout_of, place
 from lljax.training.step import take_apart
 
@@ -158,6 +158,18 @@ def tiny_steps(run_config, name, steps, devices=1, **changes):
         state, metrics = parts.step(state, parts.frozen, batch, FULL, layout)
         losses.append(float(metrics["loss"]))
     return losses, state
+
+
+@pytest.mark.parametrize("name,changes", [
+    ("adamw", {"eps": 0.0}), ("adamw", {"weight_decay.kernel": float("nan")}), ("lion", {"learning_rate": float("inf")}),
+    ("adamw8bit", {"beta1": 1.0})])
+def test_an_update_that_would_leave_a_value_that_is_not_finite_is_not_applied(name, changes):
+    """Whatever makes it so: settings that should have been refused stand for it here."""
+    rule = by_optax(make_optimizer(optimizer_of(name, **changes), 4, GROUPS))
+    params = jax.tree.map(jnp.asarray, leaves(0))
+    state, grads = rule.init(params), params | {"embed": jnp.zeros_like(params["embed"])}
+    after = jax.jit(rule.apply)(params, state, state, grads, 1.0, True, jax.random.key(0))
+    assert not after[2] and describe(after[:2]) == describe((params, state))
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)

@@ -51,19 +51,20 @@ def gradient(bind, x):
     return jax.value_and_grad(loss)(x)
 
 
+@jax.jit
+def jitted(items, ok, seed):
+    """The items after a step, its gradients and loss, and whether it was applied."""
+    r = rule()
+    loss, grads, state = r.gradients(gradient, items["weights"], items["state"])
+    weights, state, applied = r.apply(items["weights"], items["state"], state, grads, jnp.float32(1), ok, jax.random.key(seed))
+    return {"weights": weights, "state": state}, grads, loss, applied
+
+
 @functools.cache
 def stepper():
-    r = rule()
-
-    @jax.jit
-    def jitted(items, ok, seed):
-        loss, grads, state = r.gradients(gradient, items["weights"], items["state"])
-        weights, state = r.apply(items["weights"], items["state"], state, grads, jnp.float32(1), ok, jax.random.key(seed))
-        return {"weights": weights, "state": state}, grads, loss
-
     def step(items, ok=True, seed=0):
-        return jitted(items, ok, seed)
-    items = {"weights": targets()[0], "state": jax.jit(r.init)(targets()[0])}
+        return jitted(items, ok, seed)[:3]
+    items = {"weights": targets()[0], "state": jax.jit(rule().init)(targets()[0])}
     return jax.device_put(items, jax.devices()[0]), step     # where a restored state lies too: compiled once
 
 
@@ -103,6 +104,16 @@ def test_a_step_that_is_not_applied_changes_nothing():
     items, step = stepper()
     after, _, _ = step(items, ok=False)
     assert describe(after) == describe(items)
+
+
+def test_no_update_leaves_a_value_that_is_not_finite():
+    items, _ = stepper()
+    norm = jax.device_put(jnp.full(8, 3e38), jax.devices()[0])      # whose gradient is not finite
+    items = items | {"weights": items["weights"] | {"norm": norm}}
+    after, _, _, applied = jitted(items, True, 0)
+    assert not applied and after["state"].count == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+    assert describe(after["weights"]["norm"]) == describe(items["weights"]["norm"])
 
 
 def test_a_restored_state_goes_on_bitwise(tmp_path):
