@@ -75,8 +75,10 @@ class FolderBase:
         from lljax.interop.tokenizer import open_tokenizer  # transformers is slow to import
         file, end = self.folder / "tokenizer_config.json", self.config.get("eos_token_id")
         end = end[0] if isinstance(end, list) and end else end
-        return open_tokenizer(self.path, self.folder, read_json(file) if file.is_file() else {},
-                              end if isinstance(end, int) else None)
+        tokenizer = open_tokenizer(self.path, self.folder, read_json(file) if file.is_file() else {},
+                                   end if isinstance(end, int) else None)
+        check(self.path, tokenizer)
+        return tokenizer
 
     def fingerprint(self) -> str:
         """sha256 over config.json and the headers and sizes of the weight files; the weights are not read."""
