@@ -23,7 +23,6 @@ PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "first:stop, steps to
 
 
 def main(argv) -> None:
-    take_gpu_memory()
     # force: a library that was imported has set up logging already, for warnings alone.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("jax", "orbax", "httpx", "tensorboardX"):
@@ -32,6 +31,7 @@ def main(argv) -> None:
     with distributed.session(), exit_cleanly():
         read_flags(argv, "config", "workdir")
         distributed.start(CONFIG.value.mesh.peer_timeout)
+        take_gpu_memory()
         train(CONFIG.value, WORKDIR.value, profile_steps=read_steps(PROFILE_STEPS.value), examiner=examiner)
 
 
