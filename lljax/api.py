@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from lljax.build import load_base, stretched
 from lljax.config import default_config
 from lljax.errors import ConfigError
+from lljax.host_memory import set_pinned_limit
 from lljax.interop.base import open_base
 from lljax.models import lora, spec
 from lljax.models.declare import declared
@@ -33,6 +34,7 @@ def prepare_model(model, lora_config=None, *, dtype: str = "float32", quantize: 
       ConfigError: an unknown field or an illegal value. ModelError: the base cannot be read.
     """
     if lora_config is None:
+        set_pinned_limit()
         if quantize not in ("none", *FORMS):
             raise ConfigError(f"prepare_model: quantize={quantize!r} is none of none, {', '.join(FORMS)}")
         base = open_base(model)

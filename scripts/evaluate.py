@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from lljax.command_line import take_gpu_memory
 from lljax.config import default_config
 from lljax.data.template import with_template
 from lljax.data.tokens import TokenStore, prepare
@@ -190,6 +191,7 @@ def main() -> None:
                         ("longbench2", "file of LongBench v2"), ("zeroscrolls", "folder of ZeroSCROLLS")):
         parser.add_argument(f"--{field}", type=Path, help=help)
     arguments = parser.parse_args()
+    take_gpu_memory()
     with exit_cleanly():
         for field in ("samples", "documents", "rows"):
             if getattr(arguments, field) is not None and getattr(arguments, field) < 1:

@@ -9,7 +9,7 @@ import pytest
 
 from lljax.command_line import take_gpu_memory
 from lljax.devices import GiB
-from lljax.host_memory import LIMIT, PREALLOCATE, host_memory, pinned_limit, pooled, pools_here, usable
+from lljax.host_memory import LIMIT, PREALLOCATE, host_memory, pinned_limit, pool_sizes, gpus_in_use, usable
 from lljax.training import fit
 
 KB = GiB // 1024
@@ -68,15 +68,15 @@ def test_every_gpu_of_the_run_on_a_host_has_a_pool(tmp_path, monkeypatch, nodes,
     (tmp_path / "dev").mkdir()
     for name in [f"nvidia{n}" for n in range(nodes)] + ["nvidiactl", "nvidia-uvm"]:
         (tmp_path / "dev" / name).touch()
-    assert pools_here(processes, tmp_path) == pools
+    assert gpus_in_use(processes, tmp_path) == pools
 
 
 def test_the_pool_keeps_its_regions_and_doubles_them():
-    assert pooled([96], 1e9) == [96]
-    assert pooled([33 * GiB, 70 * GiB], 107 * GiB) == [33 * GiB, (64 + 70) * GiB]
-    assert pooled([70 * GiB, 33 * GiB, 0], 107 * GiB) == [70 * GiB, 33 * GiB, 0]
-    assert pooled([70 * GiB, 110 * GiB, 125 * GiB], 120 * GiB) == [70 * GiB, 110 * GiB, (120 + 125) * GiB]  # 128, cut
-    assert pooled([2 * 2 ** 20, 3 * 2 ** 20], GiB) == [2 * 2 ** 20, 5 * 2 ** 20]
+    assert pool_sizes([96], 1e9) == [96]
+    assert pool_sizes([33 * GiB, 70 * GiB], 107 * GiB) == [33 * GiB, (64 + 70) * GiB]
+    assert pool_sizes([70 * GiB, 33 * GiB, 0], 107 * GiB) == [70 * GiB, 33 * GiB, 0]
+    assert pool_sizes([70 * GiB, 110 * GiB, 125 * GiB], 120 * GiB) == [70 * GiB, 110 * GiB, (120 + 125) * GiB]  # 128, cut
+    assert pool_sizes([2 * 2 ** 20, 3 * 2 ** 20], GiB) == [2 * 2 ** 20, 5 * 2 ** 20]
 
 
 @pytest.mark.parametrize("environment,limit", [

@@ -29,8 +29,8 @@ def need(**changes):
      r"memory.offload=True; memory.layers_per_residual=2, .* memory.refuse=False"),
     ({}, False, None), ({"peak": fit.GiB}, True, None),
     ({"compiled": False}, False, r"needs 3.00 GiB of a device's"),
-    ({"peak": fit.GiB, "host": 9 * fit.GiB}, True, r"needs 9.00 GiB of the host's memory for residuals, and 4.00 are what a "
-     r"device may take of it \(on GPUs XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*: set memory.layers_per_residual=2; "
+    ({"peak": fit.GiB, "host": 9 * fit.GiB}, True, r"needs 9.00 GiB of host memory for residuals and a device can have "
+     r"4.00 \(on a GPU no more than XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB\): set memory.layers_per_residual=2; "
      r"memory.layers_per_residual=4; memory.offload=False, or spread it")])
 def test_what_cannot_fit_is_one_line_with_advice(changes, refuse, message):
     config = default_config()
@@ -67,10 +67,10 @@ def test_the_loop_shows_the_plan_and_refuses_before_it_reads_weights(run_config,
 
 def test_what_the_pool_of_a_gpu_has_given_before_counts():
     needs = [need(label="short", host=33 * fit.GiB), need(label="long", host=70 * fit.GiB)]
-    assert fit.in_turn(needs, "tpu", 1e12) == needs
-    assert [n.host // fit.GiB for n in fit.in_turn(needs, "gpu", 107 * fit.GiB)] == [33, 134]
-    with pytest.raises(ConfigError, match="long needs 134.00 GiB of the host's memory for residuals, and 107.00"):
-        fit.check(fit.in_turn(needs, "gpu", 107 * fit.GiB), 4 * fit.GiB, 107 * fit.GiB, default_config(), (LayerSpec(),) * 4)
+    assert fit.with_pool(needs, "tpu", 1e12) == needs
+    assert [n.host // fit.GiB for n in fit.with_pool(needs, "gpu", 107 * fit.GiB)] == [33, 134]
+    with pytest.raises(ConfigError, match="long needs 134.00 GiB of host memory for residuals and a device can have 107.00"):
+        fit.check(fit.with_pool(needs, "gpu", 107 * fit.GiB), 4 * fit.GiB, 107 * fit.GiB, default_config(), (LayerSpec(),) * 4)
 
 
 @pytest.mark.parametrize("held_out,every,lengths", [
@@ -79,8 +79,8 @@ def test_a_run_evaluates_on_rows_of_its_stages(held_out, every, lengths):
     config = default_config()
     config.data.valid_fraction, config.training.eval_every = held_out, every
     config.context.schedule = ((4, 32, "full"), (7, 48, "full"), (7 + 1, 64, "full"))
-    assert fit.evaluated_lengths(config, stages(config.context)) == lengths
-    assert fit.evaluated_lengths(config, ()) == []
+    assert fit.evaluation_lengths(config, stages(config.context)) == lengths
+    assert fit.evaluation_lengths(config, ()) == []
 
 
 def test_an_evaluation_takes_a_layer_a_tile_at_a_time_as_its_step_does():
@@ -110,6 +110,10 @@ def test_a_device_that_runs_out_of_memory_is_one_line_and_another_failure_is_lef
                 fit.in_memory("a step", "a way out", saved):
             full()
         assert raised.value.exit_code == 71 and "\n" not in str(raised.value)
+    with pytest.raises(OutOfMemory, match="a step: the host is out of memory for residuals .*: raise XLA_PJRT_GPU_HOST_"), \
+            fit.in_memory("a step", "a way out", lambda: None):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 96.00GiB with "
+                                         "allocator xla_gpu_host_bfc on device 0.")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), fit.in_memory("a step", "rest", lambda: None):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
