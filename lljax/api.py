@@ -18,6 +18,7 @@ from lljax.errors import ConfigError, short
 from lljax.field_names import unknown_field
 from lljax.generation.generate import generate as continue_prompts
 from lljax.generation.sample import Sampling
+from lljax.host_memory import set_pinned_limit
 from lljax.interop.base import end_tokens, open_base
 from lljax.interop.export import FORMATS
 from lljax.interop.huggingface import load_weights
@@ -77,6 +78,7 @@ def prepare_model(model, lora_config=None, *, dtype: str = "float32", quantize: 
                           "lora_config")
     one_of("float32", "bfloat16")("prepare_model: dtype", dtype)
     one_of("none", *FORMS)("prepare_model: quantize", quantize)
+    set_pinned_limit()
     path = os.fspath(model)
     CHECKS["model.path"]("prepare_model: path", path)
     base = open_base(path)

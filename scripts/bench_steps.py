@@ -29,7 +29,7 @@ from lljax.command_line import take_gpu_memory
 from lljax.data.packing import IGNORED
 from lljax.devices import GiB, of_kind
 from lljax.errors import ConfigError, exit_cleanly
-from lljax.host_memory import LIMIT, left_of_host
+from lljax.host_memory import LIMIT, available_memory
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
@@ -58,26 +58,26 @@ def _random(leaf, key: int):
                    out_shardings=leaf.sharding)()
 
 
-class HostMemory:
+class HostMemoryMonitor:
     """A context: `taken` is by how many bytes, at most, the memory that the host has left has fallen since; looked at four times
     a second. The resident set of a process does not hold all that it has pinned."""
 
     def __enter__(self):
-        self._before, self.taken, self._over = left_of_host(), 0, threading.Event()
+        self._before, self.taken, self._over = available_memory(), 0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def _watch(self):
         while not self._over.wait(0.25):
-            self.taken = max(self.taken, self._before - left_of_host())
+            self.taken = max(self.taken, self._before - available_memory())
 
     def __exit__(self, *_):
         self._over.set()
         self._thread.join()
 
 
-def measure(row: Row, one_document: bool, steps: int, of_host: HostMemory) -> str:
+def measure(row: Row, one_document: bool, steps: int, of_host: HostMemoryMonitor) -> str:
     """What the row's steps took; of the time the first does not count."""
     device = jax.devices()[0]
     chip = of_kind(device.device_kind)
@@ -134,7 +134,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, force=True)
     take_gpu_memory()
     with exit_cleanly():
-        with HostMemory() as of_host:
+        with HostMemoryMonitor() as of_host:
             text = measure(rows[arguments.row], arguments.one_document, arguments.steps, of_host)
         Console(width=140).print(text, highlight=False)
 

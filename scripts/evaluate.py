@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.progress import track
 from rich.table import Table
 
+from lljax.command_line import take_gpu_memory
 from lljax.config import default_config
 from lljax.console import console
 from lljax.data.template import with_template
@@ -211,6 +212,7 @@ def main() -> None:
                         ("longbench2", "file of LongBench v2"), ("zeroscrolls", "folder of ZeroSCROLLS")):
         parser.add_argument(f"--{field}", type=Path, help=help)
     arguments = parser.parse_args()
+    take_gpu_memory()
     with exit_cleanly():
         for field in ("samples", "documents", "rows"):
             if getattr(arguments, field) is not None and getattr(arguments, field) < 1:

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from lljax.command_line import take_gpu_memory
 from lljax.data.template import adds_bos, with_template
 from lljax.errors import ConfigError, exit_cleanly
 from lljax.evaluation.candidates import of_base, of_run
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--cache", choices=CACHES, default="full", help="of keys and values; full: as the model computes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    take_gpu_memory()
     with exit_cleanly():
         try:
             run(arguments)

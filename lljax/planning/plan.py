@@ -74,8 +74,8 @@ def plan(config, hf_config: dict, target: Target, options: Options) -> list[Stag
     """
     plans = [plan_stage(config, hf_config, target, stage, options) for stage in stages(config.context)]
     room = options.room(target)
-    in_turn = fit.in_turn([p.need for p in plans], target.device.platform, room[1])
-    return [dataclasses.replace(p, need=need, fits=p.fits and need.fits(*room)) for p, need in zip(plans, in_turn)]
+    with_pool = fit.with_pool([p.need for p in plans], target.device.platform, room[1])
+    return [dataclasses.replace(p, need=need, fits=p.fits and need.fits(*room)) for p, need in zip(plans, with_pool)]
 
 
 def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: Options, *, label: str = "") -> StagePlan:
@@ -97,7 +97,7 @@ def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: O
     need = dataclasses.replace(need, temporary=need.temporary + workspace, peak=need.peak + workspace)
     room = options.room(target)
     evaluation = None
-    if need.fits(*room) and T in fit.evaluated_lengths(config, stages(config.context)):
+    if need.fits(*room) and T in fit.evaluation_lengths(config, stages(config.context)):
         full, _ = layout_of(mesh, config.mesh.context_parallel, FULL, T, model.spec, bytes_per=bytes_per, memory=device.memory)
         evaluation, _ = fit.compile_evaluation(
             f"evaluation of {T:,}", make_evaluate(parts.graphdef, step_settings(config)), parts, abstract_batch(1, B, T, mesh), full)

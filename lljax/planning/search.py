@@ -28,7 +28,9 @@ def longest_context(config, hf_config: dict, target: Target, options: Options) -
         changed.context.schedule = ((last.stop, length, last.pattern.kind),)
         return plan_stage(changed, hf_config, target, stages(changed.context)[0], options)
     best, plans = _largest(of, last.length, unit, 1 / 16, "tokens a row")
-    return f"The longest context that fits is {best:,} tokens", plans
+    shorter = [f"{p.stage.length:,}" for p in plans if not p.fits and p.stage.length < best]
+    but = f", though {' and '.join(shorter)} did not fit" if shorter else ""
+    return f"The longest context that fits, of those tried, is {best:,} tokens{but}", plans
 
 
 def largest_batch(config, hf_config: dict, target: Target, options: Options) -> tuple[str, list[StagePlan]]:
@@ -62,11 +64,16 @@ def fewest_devices(config, hf_config: dict, target: Target, options: Options) ->
 
 
 def _largest(of, start: int, unit: int, grain: float, what: str) -> tuple[int, list[StagePlan]]:
-    """The largest multiple n of `unit` whose plan `of(n)` fits, to `grain` of it, and all plans tried in order of n."""
+    """The largest multiple n of `unit` whose plan `of(n)` fits, to `grain` of it, and all plans tried in order of n.
+
+    What does not fit is no bound where there is a grain: compilers find more room at one n than at a smaller one, so the
+    search goes on past the least that does not fit until three in a row do not.
+    """
     tried: dict[int, StagePlan] = {}
 
     def fits(n):
-        tried[n] = of(n)
+        if n not in tried:
+            tried[n] = of(n)
         return tried[n].fits
     low = max(unit, start // unit * unit)
     high = 2 * low
@@ -82,6 +89,10 @@ def _largest(of, start: int, unit: int, grain: float, what: str) -> tuple[int, l
     while high - low > max(unit, grain * low):
         middle = (low + high) // 2 // unit * unit
         low, high = (middle, high) if fits(middle) else (low, middle)
+    n, misses = high, 1
+    while grain and misses < 3:
+        n = (n + max(unit, int(grain * n))) // unit * unit
+        low, misses = (n, 0) if fits(n) else (low, misses + 1)
     return low, [tried[n] for n in sorted(tried)]
 
 
@@ -108,7 +119,8 @@ def room(config, hf_config: dict, target: Target, worst: StagePlan, options: Opt
     def enough():
         return len(found) == 3 or len(plans) == MOST_TRIES
 
-    steps = fit.ways(config, from_hf(hf_config).layers)
+    of_host = worst.need.compiled and worst.need.peak <= options.room(target)[0] and worst.need.host > options.room(target)[1]
+    steps = fit.ways(config, from_hf(hf_config).layers, of_host)
     sums = [_merged(steps[:n]) for n in range(2, len(steps) + 1)]
     everything = _merged(steps)
     if held(worst) < target.device.memory and steps and attempt(everything, target):

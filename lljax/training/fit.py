@@ -1,5 +1,5 @@
-"""What the steps and evaluations of a run take of a device: read from the compiled programs, shown as a table, refused where
-it cannot fit."""
+"""The memory that the steps and evaluations of a run need: read from the compiled programs, shown as a table, refused if they
+cannot fit."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from rich.table import Table
 from lljax.devices import GiB
 from lljax.distributed import from_all, processes_here
 from lljax.errors import ConfigError, OutOfMemory
-from lljax.host_memory import LIMIT, host_memory, pinned_limit, pooled, usable
+from lljax.host_memory import LIMIT, host_memory, pinned_limit, pool_sizes, usable
 from lljax.models.decoder import FULL, share_residuals
 
 
@@ -48,16 +48,16 @@ def compile_step(label: str, parts, batch: dict, pattern, layout) -> tuple[Need,
 
 
 def compile_evaluation(label: str, evaluate, parts, batch: dict, layout) -> tuple[Need, jax.stages.Compiled | None]:
-    """The same of `evaluate` (of lljax.training.step.make_evaluate), called with (trainable, frozen, batch), in full attention.
-    The optimizer waits on the device meanwhile, and counts."""
+    """Compiles `evaluate` (of lljax.training.step.make_evaluate) with full attention. The program is called with (trainable,
+    frozen, batch). Its need includes the optimizer, which stays on the device."""
     def lower():
         return evaluate.lower(parts.state.trainable, parts.frozen, batch, FULL, layout)
     return _compile(label, parts, layout, lower, bytes_of(parts.state.optimizer))
 
 
-def evaluated_lengths(config, stages) -> list[int]:
-    """Tokens of the held-out rows that the `stages` of a run evaluate on, in order: each stage that comes to a step of
-    training.eval_every has rows of its own length, and the run ends with the last one's. None without held-out documents."""
+def evaluation_lengths(config, stages) -> list[int]:
+    """The lengths of the held-out rows that a run evaluates on in `stages`, in order: that of each stage with a step that
+    training.eval_every divides, and that of the last, at the end. Empty without held-out documents."""
     if not (config.data.valid or config.data.valid_fraction) or not stages:
         return []
     every = config.training.eval_every
@@ -65,7 +65,7 @@ def evaluated_lengths(config, stages) -> list[int]:
 
 
 def _compile(label: str, parts, layout, lower, beside: int) -> tuple[Need, jax.stages.Compiled | None]:
-    """beside: bytes that are on the device and no argument of the program."""
+    """beside: bytes on the device that are no argument of the program."""
     sizes = {"label": label, "context_parallel": layout.context_parallel if layout else "none", "base": bytes_of(parts.frozen),
              "trainable": bytes_of(parts.state.trainable), "optimizer": bytes_of(parts.state.optimizer)}
     try:
@@ -90,8 +90,8 @@ def bytes_of(tree) -> int:
 
 
 def capacity(mesh) -> tuple[float, float]:
-    """Bytes of a device, and of the host's memory that residuals of one device can take; the least of all processes, which
-    must all call this. On a GPU they wait in a pool: see lljax.host_memory."""
+    """Bytes of a device's memory, and of host memory for the residuals of one device (on a GPU its pool of pinned memory, see
+    lljax.host_memory): the least over all processes, each of which must call this."""
     here = mesh.local_devices
     share = host_memory() / (processes_here() * len(here))
     memory = (here[0].memory_stats() or {}).get("bytes_limit", share)
@@ -99,12 +99,12 @@ def capacity(mesh) -> tuple[float, float]:
     return tuple(min(each) for each in zip(*from_all([memory, host])))
 
 
-def in_turn(needs: list[Need], platform: str, host: float) -> list[Need]:
-    """The `needs` of programs that run one after the other: a GPU's pool keeps what it gave those before, so that the host
-    has to have it beside what the next one needs."""
+def with_pool(needs: list[Need], platform: str, host: float) -> list[Need]:
+    """The `needs` of programs that run one after the other, with what a GPU's pool must hold for each as `host`: the pool keeps
+    the regions that earlier programs used."""
     if platform not in ("gpu", "cuda"):
         return needs
-    sizes = pooled([n.host for n in needs], host)
+    sizes = pool_sizes([n.host for n in needs], host)
     return [dataclasses.replace(n, host=size) for n, size in zip(needs, sizes)]
 
 
@@ -133,8 +133,8 @@ def check(needs: list[Need], memory: float, host: float, config, layers) -> None
             continue
         of_host = n.compiled and n.peak <= memory
         if of_host:
-            shortage = (f"{n.host / GiB:.2f} GiB of the host's memory for residuals, and {host / GiB:.2f} are what a device may "
-                        f"take of it (on GPUs {LIMIT} says how much jax pins)")
+            shortage = (f"{n.host / GiB:.2f} GiB of host memory for residuals and a device can have {host / GiB:.2f} (on a GPU no "
+                        f"more than {LIMIT})")
         else:
             shortage = f"{n.peak / GiB:.2f} GiB of a device's memory and there are {memory / GiB:.2f}"
         anyway = "; memory.refuse=False tries it as it is" if n.compiled else ""
@@ -149,7 +149,7 @@ def advice(config, layers, of_host: bool = False) -> str:
 
 @contextlib.contextmanager
 def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]):
-    """A context for `what`, in which a device that has no memory left is one line.
+    """A context for `what`: a device, or the host's pinned memory, that is full becomes one line.
 
     Raises:
       OutOfMemory: with the way out, and what the run can go on from.
@@ -161,8 +161,12 @@ def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]
             raise
         step, reason = last_checkpoint(), str(error).strip().splitlines()[0][:120]
         saved = "no checkpoint is there yet" if step is None else f"the last checkpoint is of step {step}"
-        raise OutOfMemory(f"{what}: a device is out of memory ({reason}): {way_out}; {saved}, and the settings of memory and "
-                          "mesh may change when a run goes on") from error
+        where = "a device is out of memory"
+        if "host memory" in reason:          # the pool of pinned memory
+            where = "the host is out of memory for residuals"
+            way_out = f"raise {LIMIT} if the host has more, or set memory.layers_per_residual or memory.offload=False"
+        raise OutOfMemory(f"{what}: {where} ({reason}): {way_out}; {saved}, and the settings of memory and mesh may change when "
+                          "a run goes on") from error
 
 
 def ways(config, layers, of_host: bool = False) -> list[dict]:

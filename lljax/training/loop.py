@@ -163,7 +163,7 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     over = step == total_steps(config) and _evaluated(workdir, step)
     programs, evaluations = _compile(
         parts, config, mesh, spec, [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts) if step < stage.stop],
-        [] if over else fit.evaluated_lengths(config, [stage for stage in curriculum if step <= stage.stop]))
+        [] if over else fit.evaluation_lengths(config, [stage for stage in curriculum if step <= stage.stop]))
     if at_hand:
         identity["weights"] = checksums(model, base)
     else:
@@ -316,7 +316,7 @@ def _compile(parts, config, mesh, spec, remaining: list, lengths: list[int]) -> 
         of_evaluations.append(need)
         evaluations[length] = program, layout
     memory, host = fit.capacity(mesh)
-    needs = fit.in_turn(needs, mesh.devices.flat[0].platform, host) + of_evaluations
+    needs = fit.with_pool(needs, mesh.devices.flat[0].platform, host) + of_evaluations
     if needs:                                # none where the run is over
         logging.info(fit.as_text(fit.table(needs, memory, host, f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, "
                                            f"{memory / fit.GiB:.2f} GiB, and {host / fit.GiB:.2f} of the host")))

@@ -28,18 +28,26 @@ def config(length=4096):
 def compiled(monkeypatch):
     """Stands for the compiler: a stage needs as many GiB as `compiled.need(config, target, stage)` says. Lists what was
     compiled."""
-    seen = types.SimpleNamespace(need=None, base=0, calls=[])
+    seen = types.SimpleNamespace(need=None, base=0, calls=[], host=lambda config, stage: 0)
 
     def plan_stage(config, hf_config, target, stage, options, *, label=""):
         size = seen.need(config, target, stage)
         seen.calls.append(label or stage.length)
-        need = Need(label, "none", int(seen.base * GiB), 0, 0, 0, int(size * GiB), 0, True)
-        return types.SimpleNamespace(stage=stage, need=need, fits=size <= target.device.memory / GiB)
+        need = Need(label, "none", int(seen.base * GiB), 0, 0, 0, int(size * GiB), int(seen.host(config, stage) * GiB), True)
+        return types.SimpleNamespace(stage=stage, need=need, fits=need.fits(target.device.memory, options.room(target)[1]))
     monkeypatch.setattr(search, "plan_stage", plan_stage)
     monkeypatch.setattr(search, "mesh_of", lambda mesh, devices: types.SimpleNamespace(
         shape={"data": 1, "fsdp": 1, "expert": 1, "sequence": 3, "tensor": 1}))
     monkeypatch.setattr("lljax.planning.devices.Target.devices", lambda self: [])
     return seen
+
+
+def test_a_length_that_does_not_fit_is_no_bound(compiled):
+    compiled.need = lambda config, target, stage: 80 if 78_000 < stage.length < 88_000 or stage.length > 100_000 else 10
+    answer, plans = search.longest_context(config(40_000), CONFIG, target("h100-80g"), Options())
+    best = max(p.stage.length for p in plans if p.fits)
+    assert 94_000 < best <= 100_000 and f"is {best:,} tokens, though 79,992 and " in answer
+    assert [p.fits for p in plans if p.stage.length > best] == [False] * 3
 
 
 @pytest.mark.parametrize("limit", [700, 4096, 100_000])
@@ -86,8 +94,17 @@ def test_room_for_a_base_that_exceeds_the_device_is_more_devices(compiled):
     assert search.room(config(), CONFIG, target("v5e-1"), worst(1000, base=50), Options())[0] == []
 
 
-def worst(size, base=0):
-    need = Need("4,096 full", "none", int(base * GiB), 0, 0, 0, int(size * GiB), 0, True)
+def test_room_on_the_host_is_fewer_residuals_or_none_there(compiled):
+    compiled.need = lambda config, target, stage: 40
+    compiled.host = lambda config, stage: 400 * config.memory.offload / config.memory.layers_per_residual
+    changed = config()
+    changed.memory.offload = True
+    found, _ = search.room(changed, CONFIG, target("h100-80g"), worst(40, host=400), Options())
+    assert found == ["memory.layers_per_residual=4", "memory.offload=False", "memory.layers_per_residual=4 memory.offload=False"]
+
+
+def worst(size, base=0, host=0):
+    need = Need("4,096 full", "none", int(base * GiB), 0, 0, 0, int(size * GiB), int(host * GiB), True)
     return types.SimpleNamespace(stage=stages(config().context)[0], need=need, fits=False)
 
 

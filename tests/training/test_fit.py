@@ -5,11 +5,17 @@ import logging
 import jax
 import pytest
 
+from conftest import TINY
+from lljax.build import mesh_of, placed_model
 from lljax.config import default_config
 from lljax.errors import ConfigError, OutOfMemory
+from lljax.models.decoder import FULL
 from lljax.models.spec import LayerSpec
 from lljax.sharding import make_mesh
 from lljax.training import fit, loop
+from lljax.training.curriculum import stages
+from lljax.training.placement import abstract_batch
+from lljax.training.step import make_evaluate, step_settings, take_apart
 
 
 def need(**changes):
@@ -19,11 +25,13 @@ def need(**changes):
 
 
 @pytest.mark.parametrize("changes,refuse,message", [
-    ({}, True, r"stage 64 full needs 3.00 GiB of a device's memory and there are 2.00: set memory.tile=4096; "
+    ({}, True, r"does not fit: 64 full needs 3.00 GiB of a device's memory and there are 2.00: set memory.tile=4096; "
      r"memory.offload=True; memory.layers_per_residual=2, .* memory.refuse=False"),
     ({}, False, None), ({"peak": fit.GiB}, True, None),
     ({"compiled": False}, False, r"needs 3.00 GiB of a device's"),
-    ({"peak": fit.GiB, "host": 9 * fit.GiB}, True, r"needs 9.00 GiB of a host's memory and there are 4.00")])
+    ({"peak": fit.GiB, "host": 9 * fit.GiB}, True, r"needs 9.00 GiB of host memory for residuals and a device can have "
+     r"4.00 \(on a GPU no more than XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB\): set memory.layers_per_residual=2; "
+     r"memory.layers_per_residual=4; memory.offload=False, or spread it")])
 def test_what_cannot_fit_is_one_line_with_advice(changes, refuse, message):
     config = default_config()
     config.memory.refuse = refuse
@@ -52,9 +60,44 @@ def test_the_loop_shows_the_plan_and_refuses_before_it_reads_weights(run_config,
     run_config.context.schedule = ((4, 32, "full"),)
     monkeypatch.setattr(fit, "capacity", lambda mesh: (1000.0, 1e12))
     monkeypatch.setattr(loop, "fill", lambda *_: pytest.fail("weights were read"))
-    with caplog.at_level(logging.INFO), pytest.raises(ConfigError, match="stage 32 full needs"):
+    with caplog.at_level(logging.INFO), pytest.raises(ConfigError, match="32 full needs"):
         loop.train(run_config, tmp_path)
     assert "optimizer" in caplog.text and "NO" in caplog.text
+
+
+def test_what_the_pool_of_a_gpu_has_given_before_counts():
+    needs = [need(label="short", host=33 * fit.GiB), need(label="long", host=70 * fit.GiB)]
+    assert fit.with_pool(needs, "tpu", 1e12) == needs
+    assert [n.host // fit.GiB for n in fit.with_pool(needs, "gpu", 107 * fit.GiB)] == [33, 134]
+    with pytest.raises(ConfigError, match="long needs 134.00 GiB of host memory for residuals and a device can have 107.00"):
+        fit.check(fit.with_pool(needs, "gpu", 107 * fit.GiB), 4 * fit.GiB, 107 * fit.GiB, default_config(), (LayerSpec(),) * 4)
+
+
+@pytest.mark.parametrize("held_out,every,lengths", [
+    (0.1, 0, [64]), (0.0, 3, []), (0.1, 4, [32, 64]), (0.1, 5, [48, 64]), (0.1, 6, [48, 64]), (0.1, 100, [64])])
+def test_a_run_evaluates_on_rows_of_its_stages(held_out, every, lengths):
+    config = default_config()
+    config.data.valid_fraction, config.training.eval_every = held_out, every
+    config.context.schedule = ((4, 32, "full"), (7, 48, "full"), (7 + 1, 64, "full"))
+    assert fit.evaluation_lengths(config, stages(config.context)) == lengths
+    assert fit.evaluation_lengths(config, ()) == []
+
+
+def test_an_evaluation_takes_a_layer_a_tile_at_a_time_as_its_step_does():
+    config = default_config()
+    config.context.length, config.context.schedule = 1024, ((1, 1024, "full"),)
+    config.model.dtype, config.memory.loss_chunk, config.mesh.fsdp = "float32", 64, 1
+    mesh = mesh_of(config.mesh, jax.devices()[:1])
+    batch, taken = abstract_batch(1, 1, 1024, mesh), []
+    for tile in (0, 64):
+        config.memory.tile = tile
+        parts = take_apart(config, placed_model(config, TINY | {"intermediate_size": 1024}, mesh), mesh)
+        evaluate = make_evaluate(parts.graphdef, step_settings(config))
+        need, _ = fit.compile_evaluation("evaluation", evaluate, parts, batch, None)
+        taken.append(need.temporary)
+        assert need.peak >= need.base + need.trainable + need.optimizer + need.temporary and need.optimizer > 0
+    step, _ = fit.compile_step("step", parts, batch, FULL, None)
+    assert taken[1] < taken[0] / 2 and taken[1] < step.temporary
 
 
 def full(*_, **__):
@@ -67,6 +110,10 @@ def test_a_device_that_runs_out_of_memory_is_one_line_and_another_failure_is_lef
                 fit.in_memory("a step", "a way out", saved):
             full()
         assert raised.value.exit_code == 71 and "\n" not in str(raised.value)
+    with pytest.raises(OutOfMemory, match="a step: the host is out of memory for residuals .*: raise XLA_PJRT_GPU_HOST_"), \
+            fit.in_memory("a step", "a way out", lambda: None):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 96.00GiB with "
+                                         "allocator xla_gpu_host_bfc on device 0.")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), fit.in_memory("a step", "rest", lambda: None):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
