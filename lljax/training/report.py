@@ -396,7 +396,8 @@ def _short(value, most: int = LONGEST_CELL) -> str:
 
 
 def _numeric(column) -> bool:
-    """Whether the cells are numbers, or stand for one that is missing; formatted ones ("1,024", "3.50 (n=5)", "nan", "–") too."""
+    """Whether the cells are numbers, or stand for one that is missing; formatted ones ("1,024", "3.50 (n=5)", "nan", "–")
+    too."""
     def one(value):
         try:
             float(str(value).partition(" (n=")[0].replace(",", ""))

@@ -235,7 +235,8 @@ def mutated(rng, value):
 
 def test_files_that_hold_anything_give_a_page_of_the_rest(tmp_path):
     rng = random.Random(0)
-    part = {"documents": 5, "tokens": 50, "trained_tokens": 40, "lengths": {"p50": 4}, "histogram": {"edges": [1, 2], "counts": [5]}}
+    part = {"documents": 5, "tokens": 50, "trained_tokens": 40, "lengths": {"p50": 4},
+            "histogram": {"edges": [1, 2], "counts": [5]}}
     profile = {"steps": [2, 3], "devices": 8, "seconds": 2.0, "computing": 1.2, "collectives": 0.5, "data": 0.1, "hidden": 0.3}
     files = {"config": {"model": {"path": "base"}, "context": {"length": 32768, "schedule": SCHEDULE}}, "profile": profile,
              "run": {"parameters": 10, "trainable": 1, "devices": 1, "device": "cpu"}, "evaluation": evaluated(),
