@@ -5,7 +5,8 @@ python scripts/generate.py --model=lljax/assets/tiny-512 --adapter=runs/quicksta
 python scripts/generate.py --workdir=runs/mine --chat --prompt='What does this contract say about notice?'
 python scripts/generate.py --workdir=runs/mine --chat --system='You answer in one sentence.'
 
---chat without a prompt is a conversation: /exit or Ctrl-D ends it, Ctrl-C cuts a reply short. Every reply reads all of it anew.
+--chat without a prompt is a conversation: /exit or Ctrl-D ends it, Ctrl-C cuts a reply short. Every reply reads all
+of it anew.
 """
 
 import argparse
@@ -41,10 +42,11 @@ def main() -> None:
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt")
     text.add_argument("--prompt_file", type=Path)
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model; without a prompt, "
-                        "a conversation")
-    parser.add_argument("--system", default="", help="with --chat: the message of the system, which comes first")
-    parser.add_argument("--tokens", type=int, help=f"at most this many are written; by default {CONTINUED}, with --chat {REPLY:,}")
+    parser.add_argument("--chat", action="store_true",
+                        help="the prompt is a user's message to a chat model; without a prompt, a conversation")
+    parser.add_argument("--system", default="", help="with --chat: the system's message, which comes first")
+    parser.add_argument("--tokens", type=int,
+                        help=f"written at most; by default {CONTINUED}, with --chat {REPLY:,}")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -61,7 +63,7 @@ def main() -> None:
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:              # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or Python complains at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains
             sys.exit(1)
 
 
@@ -82,7 +84,8 @@ def run(arguments) -> None:
     if not prompt:
         raise ConfigError("the prompt is empty")
     if len(prompt) >= writer.longest:
-        raise ConfigError(f"the prompt takes {len(prompt):,} tokens and the model reads {writer.longest:,}")
+        raise ConfigError(f"the prompt takes {len(prompt):,} tokens, and the model reads "
+                          f"{writer.longest:,}")
     writer.write(prompt)
 
 
@@ -105,32 +108,38 @@ def checked(arguments) -> tuple[str | None, int, Sampling]:
     text = arguments.prompt
     if arguments.prompt_file:
         if not arguments.prompt_file.is_file():
-            raise ConfigError(f"--prompt_file={arguments.prompt_file}: there is no such file, or it is not a regular one")
+            raise ConfigError(f"--prompt_file={arguments.prompt_file}: there is no such file, or it is "
+                              "not a regular one")
         try:
             text = arguments.prompt_file.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
-            raise ConfigError(f"--prompt_file={arguments.prompt_file}: it cannot be read ({first_line(error)})") from None
-    for flag, given in (("prompt", text or ""), ("system", arguments.system), ("stop", "".join(arguments.stop))):
+            raise ConfigError(f"--prompt_file={arguments.prompt_file}: it cannot be read "
+                              f"({first_line(error)})") from None
+    given = {"prompt": text or "", "system": arguments.system, "stop": "".join(arguments.stop)}
+    for flag, value in given.items():
         try:
-            given.encode()
+            value.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"--{flag}: it is not UTF-8") from None
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
-                        arguments.seed)
+    sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+                        min_p=arguments.min_p, repetition=arguments.repetition_penalty, seed=arguments.seed)
     return text, arguments.tokens or (REPLY if arguments.chat else CONTINUED), sampling
 
 
 class Writer:
-    """The model that was asked for, which shows its text as it writes it. longest: the tokens that it reads, those that it
-    writes among them."""
+    """The model that was asked for, which shows its text as it writes it.
+
+    longest: the tokens that it reads, those that it writes among them."""
 
     def __init__(self, arguments, tokens: int, sampling: Sampling):
-        found = of_run(arguments.workdir) if arguments.workdir else of_base(arguments.model, arguments.adapter)
+        found = of_run(arguments.workdir) if arguments.workdir else \
+            of_base(arguments.model, arguments.adapter)
         self.tokenizer = with_template(found.base.tokenizer())
         self.longest = found.extended.max_length
         self._found, self._tokens, self._stop_strings = found, tokens, arguments.stop
         self._stop = end_tokens(found.base, self.tokenizer)
-        self._how = {"sampling": sampling, "dtype": found.dtype, "cache_dtype": CACHES[arguments.cache], "layout": found.layout}
+        self._how = {"sampling": sampling, "dtype": found.dtype, "layout": found.layout,
+                     "cache_dtype": CACHES[arguments.cache]}
 
     @functools.cached_property
     def model(self):
@@ -161,7 +170,8 @@ class Writer:
 
 
 def converse(writer: Writer, chat: Chat) -> None:
-    """Reads messages from the terminal, or lines from a pipe, and replies to each, until /exit or the end."""
+    """Reads messages from the terminal, or lines from a pipe, and replies to each, until /exit or the
+    end."""
     sys.stdin.reconfigure(errors="replace")
     _ = writer.model                         # read before the first message is
     print("(/exit or Ctrl-D ends the conversation)", file=sys.stderr)
@@ -181,8 +191,8 @@ def converse(writer: Writer, chat: Chat) -> None:
             print(f"({error}: say it in fewer words)", file=sys.stderr)
             continue
         if chat.left_out > before:
-            print(f"(the conversation is longer than the {chat.room:,} tokens that the model reads before a reply: its oldest "
-                  f"{chat.left_out} messages are left out)", file=sys.stderr)
+            print(f"(the conversation is longer than the {chat.room:,} tokens that the model reads "
+                  f"before a reply: its oldest {chat.left_out} messages are left out)", file=sys.stderr)
         chat.heard(writer.write(prompt))
 
 

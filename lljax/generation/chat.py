@@ -9,8 +9,9 @@ class TooLong(ConfigError):
 
 
 class Chat:
-    """messages: the system's, where there is one, and then the user's and the model's in turn. left_out: how many of these
-    were dropped since they no longer fit `room` tokens, oldest first and two at a time."""
+    """messages: the system's, where there is one, and then the user's and the model's in turn.
+    left_out: how many of these were dropped since they no longer fit `room` tokens, oldest first and
+    two at a time."""
 
     def __init__(self, tokenizer, room: int, system: str = ""):
         self.tokenizer, self.room, self.left_out = tokenizer, room, 0
@@ -21,14 +22,15 @@ class Chat:
         """The tokens that the model continues with its reply to `text`.
 
         Raises:
-          TooLong: it alone does not fit; the conversation is as it was before. ModelError: as `chat_text`.
+          TooLong: it alone does not fit; the conversation is as it was before.
+          ModelError: as `chat_text`.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         before = len(asked)
         while len(tokens := chat_tokens(self.tokenizer, asked)) > self.room:
             if len(asked) == self._first + 1:
-                raise TooLong(f"the message takes {len(tokens):,} tokens with what the template adds, and the model reads "
-                              f"{self.room:,} before its reply")
+                raise TooLong(f"the message takes {len(tokens):,} tokens with what the template adds, "
+                              f"and the model reads {self.room:,} before its reply")
             del asked[self._first:self._first + 2]
         self.messages, self.left_out = asked, self.left_out + before - len(asked)
         return tokens

@@ -2,31 +2,33 @@
 
 from collections.abc import Sequence
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"      # what a decoder shows for bytes of a character that is not complete
-LONGEST = 32                                 # tokens that wait for one to complete; beyond, they are no text
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"      # what decoders show for bytes of an incomplete character
+LONGEST = 32                                 # tokens that wait for one; beyond, they are no text
 
 
 class Detokenizer:
-    """What `add` returns and then `finish`, put together, is what the tokenizer decodes of all tokens at once (less what a
-    stop string cuts off); of bytes that are no UTF-8 it may show others of the same replacement characters.
+    """What `add` returns and then `finish`, put together, is what the tokenizer decodes of all tokens
+    at once, less what a stop string cuts off. (Beside bytes that are no UTF-8 it may keep characters
+    that decoding at once loses.)
 
-    Only the last few tokens are decoded at a time: those not shown yet, behind the ones shown last, since a decoder drops a
-    space at the beginning of what it is given.
+    Only the last few tokens are decoded at a time: those not shown yet, behind the ones shown last,
+    since a decoder drops a space at the beginning of what it is given.
 
-    stop_strings: the text ends before the first of them, wherever the tokens' borders are; what may be the beginning of one
-    is held back.
+    stop_strings: the text ends before the first of them, wherever the tokens' borders are; what may
+    be the beginning of one is held back.
     """
 
-    def __init__(self, tokenizer, stop_strings: Sequence[str] = (), *, skip_special_tokens: bool = False):
-        special = (token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
-        self._skipped = frozenset(special if skip_special_tokens else ())
+    def __init__(self, tokenizer, stop_strings: Sequence[str] = (), *,
+                 skip_special_tokens: bool = False):
+        added = tokenizer.added_tokens_decoder.items() if skip_special_tokens else ()
+        self._skipped = frozenset(token for token, each in added if each.special)
         self._decode = lambda tokens: tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
         self._stop_strings = tuple(string for string in stop_strings if string)
         self._context, self._waiting, self._held = [], [], ""
         self.ended = False                   # by a stop string
 
     def add(self, token: int) -> str:
-        """The text that the token makes certain; empty where there is none yet, or after a stop string."""
+        """The text that the token makes certain: none yet, perhaps, and none after a stop string."""
         if self.ended or token in self._skipped:
             return ""
         self._waiting.append(token)
@@ -46,7 +48,7 @@ class Detokenizer:
     def _taken(self, whole: str) -> str:
         """The text of the waiting tokens, which become the context of the next."""
         before = self._decode(self._context)
-        # Where bytes are tokens, one that is wrong takes those before it along: then the waiting ones speak for themselves.
+        # Where bytes are tokens, a wrong one takes those before it along: decoded alone, it does not.
         text = whole[len(before):] if whole.startswith(before) else self._decode(self._waiting)
         self._context, self._waiting = self._waiting or self._context, []
         return text
@@ -57,6 +59,8 @@ class Detokenizer:
         if found:
             self.ended, self._held = True, ""
             return text[:min(found)]
-        held = max((n for string in self._stop_strings for n in range(1, len(string)) if text.endswith(string[:n])), default=0)
+        begun = (n for string in self._stop_strings for n in range(1, len(string))
+                 if text.endswith(string[:n]))
+        held = max(begun, default=0)
         self._held = text[len(text) - held:]
         return text[:len(text) - held]

@@ -7,16 +7,19 @@ from lljax.files import first_line
 
 
 def chat_text(tokenizer, messages: Sequence[dict], **options) -> str:
-    """A conversation as text, with the beginning of the reply that is to come. options: for the template, such as
-    add_generation_prompt=False.
+    """A conversation as text, with the beginning of the reply that is to come.
+
+    options: for the template, such as add_generation_prompt=False.
 
     Raises:
       ModelError: the template refuses it. Templates raise what they like.
     """
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **{"add_generation_prompt": True} | options)
+        options = {"add_generation_prompt": True} | options
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except Exception as error:
-        raise ModelError(f"the chat template refuses the conversation ({first_line(error)[:200]})") from None
+        raise ModelError("the chat template refuses the conversation "
+                         f"({first_line(error)[:200]})") from None
 
 
 def chat_tokens(tokenizer, messages: Sequence[dict], begun: str = "") -> list[int]:
@@ -25,4 +28,5 @@ def chat_tokens(tokenizer, messages: Sequence[dict], begun: str = "") -> list[in
     Raises:
       ModelError: as `chat_text`.
     """
-    return tokenizer(chat_text(tokenizer, messages) + begun, add_special_tokens=False, verbose=False)["input_ids"]
+    text = chat_text(tokenizer, messages) + begun
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

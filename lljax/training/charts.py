@@ -187,7 +187,8 @@ def heatmap(title: str, lengths: list[int], rows: list[str], values: list[list[f
             counted = f'<tspan class="count"{start}n={n:,}</tspan>' if known and n else ""
             body.append(f'<rect class="cell {half}" x="{_n(x(i) - wide / 2 + 1)}" y="{y + 1}" width="{_n(wide - 2)}" '
                         f'height="{high - 2}" fill-opacity="{0.12 + 0.68 * far:.2f}"/><text class="score" x="{_n(x(i))}" '
-                        f'y="{_n(y + high / 2 + (-2 if narrow and counted else 5))}" text-anchor="middle">{told}{counted}</text>')
+                        f'y="{_n(y + high / 2 + (-2 if narrow and counted else 5))}" text-anchor="middle">'
+                        f'{told}{counted}</text>')
     return _svg(title, body, height)
 
 

@@ -123,12 +123,12 @@ def _finding(evaluation: dict, evaluations: list[dict]) -> str:
 
 
 def _found(told: dict) -> str:
-    before, after = (_short(told[name]) for name in ("before", "after"))
-    change = f"{escape(before)} <span>&#8594;</span> <b>{escape(after)}</b>" if told["before"] is not None else \
-        f"<b>{escape(after)}</b>"
-    note = f"{told.get('between', 'base &#8594; trained') if told['before'] is not None else 'trained'}" + (
-        f", {escape(_short(told['note']))}" if told.get("note") else "")
-    return f"<div><dt>{escape(_short(told['what']))}</dt><dd>{change}</dd><dd class='note'>{note}</dd></div>"
+    what, before, after, note, between = (
+        escape(_short(told.get(name, ""))) for name in ("what", "before", "after", "note", "between"))
+    compared = told["before"] is not None
+    change = f"{before} <span>&#8594;</span> <b>{after}</b>" if compared else f"<b>{after}</b>"
+    notes = [(between or "base &#8594; trained") if compared else "trained", note]
+    return f"<div><dt>{what}</dt><dd>{change}</dd><dd class='note'>{', '.join(filter(None, notes))}</dd></div>"
 
 
 def _found_while_training(evaluations: list[dict]) -> list[dict]:
@@ -141,7 +141,7 @@ def _found_while_training(evaluations: list[dict]) -> list[dict]:
     told = [(r["step"], _number(r["eval"][f"{name}@{length}"])) for r in evaluations if f"{name}@{length}" in r["eval"]]
     (first, before), (last, after) = told[0], told[-1]
     return [{"what": f"Held-out perplexity at {length:,} tokens", "before": _figures(before) if last > first else None,
-             "after": _figures(after), "between": f"step {first:,} &#8594; step {last:,}", "note": "while training"}]
+             "after": _figures(after), "between": f"step {first:,} to step {last:,}", "note": "while training"}]
 
 
 # -------------------------------------------------------------------- summary
@@ -396,7 +396,8 @@ def _short(value, most: int = LONGEST_CELL) -> str:
 
 
 def _numeric(column) -> bool:
-    """Whether the cells are numbers, or stand for one that is missing; formatted ones ("1,024", "3.50 (n=5)", "nan", "–") too."""
+    """Whether the cells are numbers, or stand for one that is missing; formatted ones ("1,024", "3.50 (n=5)", "nan", "–")
+    too."""
     def one(value):
         try:
             float(str(value).partition(" (n=")[0].replace(",", ""))

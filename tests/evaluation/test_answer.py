@@ -3,7 +3,7 @@ import math
 import pytest
 
 from lljax.data.template import PLAIN_TEMPLATE
-from lljax.errors import DataError
+from lljax.errors import DataError, ModelError
 from lljax.evaluation import answer as module
 from lljax.evaluation.answer import Asking, answer, too_short
 from lljax.evaluation.results import Predictions
@@ -62,6 +62,13 @@ def test_a_models_answers_are_scored_kept_and_found_again(asked, tokenizer, tmp_
         assert made.of("base 1", "capitals", 64) == {"0": cut, "1": " Lima", "2": " Lima"}
         list(answer(None, "base", "base 2", [TASK], [64], asking, made))
         assert len(stub.read) == 6
+
+
+def test_a_template_that_raises_is_said_before_a_model_is_loaded(asked, tokenizer, monkeypatch):
+    _, asking = asked(chat=True)
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles\nmust alternate') }}")
+    with pytest.raises(ModelError, match=r"^the chat template refuses the conversation \(.*roles\)$"):
+        too_short([TASK], [64], asking)
 
 
 def test_a_chat_model_is_asked_through_its_template_where_the_example_allows_it(asked, tmp_path):

@@ -96,7 +96,7 @@ def test_a_damaged_perplexity_among_the_predictions_is_measured_again(command, t
 def test_lengths_measured_before_stay_beside_new_ones(command):
     command("--lengths=16")
     longer = command("--lengths=32")
-    assert [list(row) for row in longer] == [["perplexity, 3 documents to 16", "base"], ["perplexity, 3 documents to 32", "base"]]
+    assert list(longer) == [("perplexity, 3 documents to 16", "base"), ("perplexity, 3 documents to 32", "base")]
     both = command("--lengths=16,32")
     assert list(both) == [("perplexity", "base")] and "–" not in both["perplexity", "base"]
 

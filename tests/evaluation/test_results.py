@@ -160,7 +160,8 @@ def test_the_number_of_examples_is_said_in_the_cells_where_it_is_not_the_same_an
                               ["longbench2", "base", "50.0", "–"]]
     assert "; 9 examples of longbench2." in unlike["caption"]
     read = made(("base", "perplexity", 512, 5), ("base", "perplexity", 1024, 8))
-    assert read["rows"] == [["perplexity", "base", "50.00 (n=5)", "50.00 (n=8)"]] and "perplexity: 5 to 8 docu" in read["caption"]
+    assert read["rows"] == [["perplexity", "base", "50.00 (n=5)", "50.00 (n=8)"]]
+    assert "perplexity: 5 to 8 documents" in read["caption"]
 
 
 def test_perplexities_of_other_texts_have_rows_and_curves_of_their_own():

@@ -56,7 +56,8 @@ def run(monkeypatch, base, *flags, said=""):
 def test_a_conversation_goes_on_over_what_does_not_fit_until_it_is_ended(monkeypatch, capsys):
     asked, replies = [], iter(["first", "second"])
     monkeypatch.setattr(script.Writer, "model", None)
-    monkeypatch.setattr(script.Writer, "write", lambda self, prompt: asked.append(self.tokenizer.decode(prompt)) or next(replies))
+    monkeypatch.setattr(script.Writer, "write",
+                        lambda self, prompt: asked.append(self.tokenizer.decode(prompt)) or next(replies))
     run(monkeypatch, "lljax/assets/tiny-512", "--chat", "--system=S", said=f"a\n\n{'long ' * 2000}\nb\n/exit\nc\n")
     assert len(asked) == 2 and all(text in asked[1] for text in ("S", "a", "first", "b")) and "second" not in asked[1]
     assert "say it in fewer words" in capsys.readouterr().err

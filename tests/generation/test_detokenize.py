@@ -41,8 +41,8 @@ def test_bytes_of_a_character_and_every_border_between_tokens(tokenizer):
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_leading_space_is_dropped_once_and_a_special_token_takes_none_with_it(sentencepiece, skip):
     rng = random.Random(0)
-    characters = [[sentencepiece.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()] for text in ("日", "é", "🤗")]
-    pieces = [[token] for token in range(10)] + characters
+    byte = lambda value: sentencepiece.convert_tokens_to_ids(f"<0x{value:02X}>")
+    pieces = [[token] for token in range(10)] + [[*map(byte, character.encode())] for character in ("日", "é", "🤗")]
     for _ in range(200):
         tokens = [token for piece in rng.choices(pieces, k=12) for token in piece]
         assert told(sentencepiece, tokens, skip_special_tokens=skip) == sentencepiece.decode(tokens, skip_special_tokens=skip)

@@ -99,11 +99,15 @@ def test_light_and_dark_and_a_phone(tmp_path):
     assert "prefers-color-scheme: dark" in text.replace(":dark", ": dark") and 'name="viewport"' in text
 
 
-@pytest.mark.parametrize("where", ["config", "eval", "table", "device"])
+@pytest.mark.parametrize("where", ["config", "eval", "table", "device", "finding", "charts"])
 def test_what_a_user_wrote_is_text_and_not_markup(tmp_path, where):
     evil = "<script>alert(1)</script>\"'&"
     config = {"model": {"path": evil if where == "config" else "base"}, "data": {"train": [evil]}}
     tables = {"tables": [{"columns": [evil], "rows": [[evil]], "caption": evil}]} if where == "table" else {}
+    if where in ("finding", "charts"):
+        lines = {"kind": "curves", "title": evil, "log": False, "lengths": [512, 1024], "lines": {evil: [1.0, 2.0]}}
+        grid = {"kind": "heatmap", "title": evil, "lengths": [512], "rows": [evil], "values": [[1.0]], "samples": [1]}
+        tables = {"finding": [dict.fromkeys(("what", "before", "after", "note", "between"), evil)], "charts": [lines, grid]}
     run = {"parameters": 10, "trainable": 1, "devices": 1, "device": evil if where == "device" else "cpu"}
     evaluation = {"step": 1, "eval": {evil if where == "eval" else "loss@512": 1.0}}
     text = page(tmp_path, [record(1), evaluation], config=config, run=run, evaluation=tables)
@@ -183,9 +187,9 @@ def test_the_finding_comes_first_from_an_evaluation_or_else_from_those_while_tra
                             for step, value in ((10, 30.0), (20, 25.0), (40, 20.5)))]
     text = page(tmp_path / "a", records, evaluation=evaluated())
     assert 0 < text.index("111.21 <span>&#8594;</span> <b>18.90</b>") < text.index("<dt>steps</dt>")
-    assert "base &#8594; trained, n=5" in text and "while training</dd>" not in text
+    assert "base &#8594; trained, n=5" in text and "step 10 to" not in text
     text = page(tmp_path / "b", records)
-    assert "30.00 <span>&#8594;</span> <b>20.50</b>" in text and "at 4,096 tokens" in text and "step 10 &#8594; step 40" in text
+    assert "30.00 <span>&#8594;</span> <b>20.50</b>" in text and "at 4,096 tokens" in text and "step 10 to step 40, while training" in text
     assert "class='facts finding'" not in page(tmp_path / "c", [record(1)])
     assert "<b>20.50</b>" in page(tmp_path / "d", [record(1), records[-1]]) and "<span>" not in "".join(
         re.findall("<dl class='facts finding'>.*?</dl>", (tmp_path / "d" / "report.html").read_text()))
@@ -235,7 +239,8 @@ def mutated(rng, value):
 
 def test_files_that_hold_anything_give_a_page_of_the_rest(tmp_path):
     rng = random.Random(0)
-    part = {"documents": 5, "tokens": 50, "trained_tokens": 40, "lengths": {"p50": 4}, "histogram": {"edges": [1, 2], "counts": [5]}}
+    part = {"documents": 5, "tokens": 50, "trained_tokens": 40, "lengths": {"p50": 4},
+            "histogram": {"edges": [1, 2], "counts": [5]}}
     profile = {"steps": [2, 3], "devices": 8, "seconds": 2.0, "computing": 1.2, "collectives": 0.5, "data": 0.1, "hidden": 0.3}
     files = {"config": {"model": {"path": "base"}, "context": {"length": 32768, "schedule": SCHEDULE}}, "profile": profile,
              "run": {"parameters": 10, "trainable": 1, "devices": 1, "device": "cpu"}, "evaluation": evaluated(),
