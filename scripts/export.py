@@ -22,15 +22,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="by default WORKDIR/export/FORMAT")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
     parser.add_argument("--step", type=int, help="of the checkpoint; by default the last")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights of merged and split; by default as the base's, to "
-                                                        "which trained embeddings and norms are rounded")
+    parser.add_argument("--dtype", choices=DTYPES,
+                        help="of the weights of merged and split; by default as the base's, to which "
+                             "trained weights are rounded")
     arguments = parser.parse_args()
     with exit_cleanly():
         out = arguments.out or arguments.workdir / "export" / arguments.format
         check_out(out, arguments.overwrite)  # before the weights are read
         _, model, base = restore_run(arguments.workdir, arguments.step)
-        commands = FORMATS[arguments.format](model, base, out, dtype=arguments.dtype, overwrite=arguments.overwrite,
-                                             chat_template=trained_template(arguments.workdir, base))
+        commands = FORMATS[arguments.format](
+            model, base, out, dtype=arguments.dtype, overwrite=arguments.overwrite,
+            chat_template=trained_template(arguments.workdir, base))
         print(f"{printable(str(out))} is written. To load it:\n\n{commands}")
 
 

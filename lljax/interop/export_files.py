@@ -1,6 +1,7 @@
-"""The files beside the weights of an exported model: the base's own, with the changed fields alone edited.
+"""The files beside the weights of an exported model: the base's own, with only the changed fields
+edited.
 
-Both transformers 4.57 and 5 read what is written here, and a file that needs no change is a copy of the base's.
+Both transformers 4.57 and 5 read what is written here, and a file that needs no change is a copy.
 """
 
 import json
@@ -14,14 +15,17 @@ from lljax.models.spec import DecoderSpec, from_hf, rope_to_hf
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Other names of max_position_embeddings; vLLM takes the least of all that are there.
-LENGTHS = ("n_positions", "max_seq_len", "max_seq_length", "max_sequence_length", "seq_len", "seq_length", "model_max_length")
+LENGTHS = ("n_positions", "max_seq_len", "max_seq_length", "max_sequence_length", "seq_len",
+           "seq_length", "model_max_length")
+RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
 
 
-def write_files(base, folder: Path, spec: DecoderSpec, tokenizer, *, dtype: str | None, chat_template: str | None) -> None:
+def write_files(base, folder: Path, spec: DecoderSpec, tokenizer, *, dtype: str | None,
+                chat_template: str | None) -> None:
     """Writes all but the weights of a model with this `spec` to an existing folder.
 
-    dtype: of the weights; None for that of the base. chat_template: the template that the run trained under,
-    where the base has none.
+    dtype: of the weights; None for the base's. chat_template: the template that the run trained
+    under, if the base has none.
 
     Raises:
       ModelError: a file of the base cannot be read, or is a link out of its folder.
@@ -35,76 +39,86 @@ def write_files(base, folder: Path, spec: DecoderSpec, tokenizer, *, dtype: str 
     if chat_template is not None:
         tokenizer.chat_template = chat_template
         (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
-    _write_json(folder / "config.json", _config(base, spec, dtype), base)
-    if generation := _generation_config(base, spec, tokenizer):
+    changed = _changed(base, spec)
+    _write_json(folder / "config.json", _config(base, spec, changed, dtype), base)
+    if generation := _generation_config(base, spec, changed, tokenizer):
         _write_json(folder / "generation_config.json", generation, base)
     file = folder / "tokenizer_config.json"
-    if settings := _tokenizer_config(base, spec, read_json(file) if file.is_file() else {}):
-        _write_json(file, settings, base)
+    config = read_json(file) if file.is_file() else {}
+    if config := _tokenizer_config(config, spec, changed):
+        _write_json(file, config, base)
 
 
 def _own_files(folder: Path) -> list[Path]:
     """The files of a base, relative to its folder, that travel with the model.
 
     Raises:
-      ModelError: one is a link out of the folder. A downloaded folder is one of links into the hub's own store.
+      ModelError: one is a link out of the folder. A downloaded folder links into the hub's store.
     """
-    code = {module + ".py" for name in ("config.json", "tokenizer_config.json") for module in _modules(folder / name)}
-    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)} | {folder / name for name in code}
-    while more := {file.with_name(name + ".py") for file in files if file.suffix == ".py" and file.is_file()
-                   for name in re.findall(r"^\s*(?:from|import)\s+\.(\w+)", file.read_text(errors="replace"), re.M)} - files:
-        files |= more                        # what the code imports from beside it
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
+    code = {folder / f"{module}.py" for name in ("config.json", "tokenizer_config.json")
+            for module in _modules(folder / name)}
+    while code:                              # and what it imports from beside it
+        files |= code
+        texts = [file.read_text(errors="replace") for file in code if file.is_file()]
+        imported = {name for text in texts for name in RELATIVE_IMPORT.findall(text)}
+        code = {folder / f"{name}.py" for name in imported} - files
     store = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    for file in (files := sorted(file for file in files if file.is_file())):
+    files = sorted(file for file in files if file.is_file())
+    for file in files:
         if not file.resolve().is_relative_to(store.resolve()):
-            raise ModelError(f"{file}: a link out of the model's folder is not copied: put the file itself there")
+            raise ModelError(f"{file}: a link out of the model's folder is not copied: put the "
+                             "file itself there")
     return [file.relative_to(folder) for file in files]
 
 
 def _modules(path: Path) -> set[str]:
-    """The Python modules of the folder that an auto_map in this file names."""
+    """The Python modules of the folder that the auto_map in this file names."""
     named = (read_json(path) if path.is_file() else {}).get("auto_map") or {}
     values = named.values() if isinstance(named, dict) else [named]
     classes = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    return {name.split(".")[0] for name in classes if isinstance(name, str) and re.fullmatch(r"\w+\.\w+", name)}
+    return {name.split(".")[0] for name in classes
+            if isinstance(name, str) and re.fullmatch(r"\w+\.\w+", name)}
 
 
 def _changed(base, spec: DecoderSpec) -> bool:
     """Whether the RoPE or the length differs from the base's."""
     own = from_hf(base.config)
-    return (own.rope, own.more_ropes, own.max_length) != (spec.rope, spec.more_ropes, spec.max_length)
+    return any(getattr(own, name) != getattr(spec, name)
+               for name in ("rope", "more_ropes", "max_length"))
 
 
-def _config(base, spec: DecoderSpec, dtype: str | None) -> dict:
+def _config(base, spec: DecoderSpec, changed: bool, dtype: str | None) -> dict:
     config = dict(base.config)
     config.pop("quantization_config", None)  # the weights are dense
-    if _changed(base, spec) or "rope_parameters" in config:              # which transformers 4 does not read
+    if changed or "rope_parameters" in config:               # transformers 4 does not read that
         config |= rope_to_hf(spec)
-    if _changed(base, spec):
-        config |= {name: config["max_position_embeddings"] for name in LENGTHS if isinstance(config.get(name), int)}
+    if changed:
+        length = config["max_position_embeddings"]
+        config |= {name: length for name in LENGTHS if isinstance(config.get(name), int)}
     if dtype:
-        config |= {"dtype": dtype, "torch_dtype": dtype}                 # transformers 5 and 4
+        config |= {"dtype": dtype, "torch_dtype": dtype}     # transformers 5 and 4
     return config
 
 
-def _generation_config(base, spec: DecoderSpec, tokenizer) -> dict | None:
-    """The base's with all tokens that end a reply; None where config.json names them already."""
+def _generation_config(base, spec: DecoderSpec, changed: bool, tokenizer) -> dict | None:
+    """The base's with every token that ends a reply; None if config.json names them already."""
     own, ends = base.generation_config, end_tokens(base, tokenizer)
-    if own is not None and _changed(base, spec) and isinstance(own.get("max_length"), int):
+    if changed and own is not None and isinstance(own.get("max_length"), int):
         own = own | {"max_length": spec.max_length}
     named = (base.config if own is None else own).get("eos_token_id")
     named = named if isinstance(named, list) else [named] if named is not None else []
     if ends <= set(named):
         return own
-    if own is None:                          # what transformers takes from config.json without such a file
+    if own is None:                          # what transformers takes from config.json instead
         names = ("bos_token_id", "pad_token_id")
         own = {name: base.config[name] for name in names if base.config.get(name) is not None}
     return own | {"eos_token_id": [*named, *sorted(ends - set(named))]}
 
 
-def _tokenizer_config(base, spec: DecoderSpec, config: dict) -> dict:
+def _tokenizer_config(config: dict, spec: DecoderSpec, changed: bool) -> dict:
     limit = config.get("model_max_length")
-    if _changed(base, spec) or (limit is not None and limit < spec.max_length):     # vLLM reads no further
+    if changed or (limit is not None and limit < spec.max_length):       # vLLM reads no further
         config["model_max_length"] = spec.max_length
     # What transformers 5 writes and 4 does not read.
     if config.get("tokenizer_class") == "TokenizersBackend":
@@ -115,14 +129,14 @@ def _tokenizer_config(base, spec: DecoderSpec, config: dict) -> dict:
 
 
 def _write_json(path: Path, content: dict, base) -> None:
-    """Writes `content` as the base's file of this name is laid out; a copy of that file where they are equal."""
+    """Writes `content` in the layout of the base's file of this name; a copy if they are equal."""
     original = base.folder / path.name if base.folder is not None else None
-    indent, is_ascii = 2, False
+    layout = {"indent": 2, "ensure_ascii": False}
     if original is not None and original.is_file():
         text = original.read_text(encoding="utf-8")
         if json.loads(text) == content:
             shutil.copyfile(original, path)
             return
-        found = re.match(r"\s*\{\s*\n([ \t]+)", text)
-        indent, is_ascii = found[1] if found else None, text.isascii()
-    path.write_text(json.dumps(content, indent=indent, ensure_ascii=is_ascii) + "\n", encoding="utf-8")
+        indent = re.match(r"\s*\{\s*\n([ \t]+)", text)
+        layout = {"indent": indent[1] if indent else None, "ensure_ascii": text.isascii()}
+    path.write_text(json.dumps(content, **layout) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The folder of an export: it appears complete or not at all, and replaces nothing but an earlier export."""
+"""The folder of an export: it appears complete or not at all, and replaces only an earlier export."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ class _Signal(SystemExit):
 
 
 def check_out(out: Path, overwrite: bool = False) -> None:
-    """Refuses a folder that holds something; with `overwrite` one that holds anything but an export.
+    """Refuses a folder that is not empty; with `overwrite`, one that holds more than an export.
 
     Raises:
       ConfigError
@@ -35,18 +35,21 @@ def check_out(out: Path, overwrite: bool = False) -> None:
         return
     ours, others = _exported(out)
     if not ours:
-        raise ConfigError(f"--out={_shown(out)} is a folder that is not empty, and no export that lljax recorded: name another, "
-                          "or remove it")
+        raise ConfigError(f"--out={_shown(out)} is a folder that is not empty, and no export that lljax "
+                          "recorded: name another, or remove it")
     if others:
-        raise ConfigError(f"--out={_shown(out)} holds an export and also {_shown(others[0])}: name another, or move that")
+        raise ConfigError(f"--out={_shown(out)} holds an export and also {_shown(others[0])}: name "
+                          "another, or move that")
     if not overwrite:
-        raise ConfigError(f"--out={_shown(out)} holds an earlier export: --overwrite replaces it, or name another folder")
+        raise ConfigError(f"--out={_shown(out)} holds an earlier export: --overwrite replaces it, or "
+                          "name another folder")
 
 
 def complete(out: Path, format: str, write, overwrite: bool = False):
-    """Runs `write(folder)` on a folder that becomes `out` when it is complete, and returns its result.
+    """Runs `write(folder)` on a folder that becomes `out` when it is complete; returns its result.
 
-    SIGTERM, SIGHUP and errors leave nothing behind; what a process that was killed left is removed by the next export.
+    SIGTERM, SIGHUP and errors leave nothing behind. What a killed process left is removed by the
+    next export.
 
     Raises:
       ConfigError: `out` is taken or cannot be written. Stopped: on a signal.
@@ -66,8 +69,10 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
     try:
         with _signals_raise():
             result = write(unfinished)
-            files = sorted(str(file.relative_to(unfinished)) for file in unfinished.rglob("*") if file.is_file())
-            (unfinished / RECORD).write_text(json.dumps({"format": format, "files": files}, indent=2) + "\n")
+            files = [file for file in unfinished.rglob("*") if file.is_file()]
+            names = sorted(str(file.relative_to(unfinished)) for file in files)
+            record = json.dumps({"format": format, "files": names}, indent=2)
+            (unfinished / RECORD).write_text(record + "\n")
         check_out(out, overwrite)            # another process may have been quicker
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -78,7 +83,7 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
         out.rename(old)
         unfinished.rename(out)
         shutil.rmtree(old)
-    elif out.exists():                       # filled, not replaced: it may be where the user's shell is
+    elif out.exists():                       # filled, not replaced: the user's shell may be there
         for child in unfinished.iterdir():
             child.rename(out / child.name)
         unfinished.rmdir()
@@ -94,12 +99,12 @@ def _exported(out: Path) -> tuple[bool, list[Path]]:
         files = {Path(file) for file in record["files"]} | {Path(RECORD)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False, []
-    held = {path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
-    return True, sorted(held - files)
+    held = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return True, sorted({path.relative_to(out) for path in held} - files)
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Removes what exports to `out` left whose processes were killed; puts back what one of them was replacing."""
+    """Removes what killed exports to `out` left; puts back an export that one was replacing."""
     for path in out.parent.iterdir():
         match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)\.(tmp|old)", path.name)
         if match is None or path.is_symlink() or not path.is_dir() or _alive(int(match[1])):
@@ -122,7 +127,10 @@ def _alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def _signals_raise():
-    """SIGTERM and SIGHUP raise in here, so that what is unfinished is removed. Python gives signals to the main thread alone."""
+    """SIGTERM and SIGHUP raise in this context, so that what is unfinished is removed.
+
+    Python gives signals to the main thread alone.
+    """
     def receive(number, _):
         raise _Signal(signal.Signals(number).name)
 
@@ -139,7 +147,8 @@ def _signals_raise():
 
 
 def _no_folder(out: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--out={_shown(out):.200}: no folder can be there ({error.strerror}: {_shown(error.filename):.200})")
+    return ConfigError(f"--out={_shown(out):.200}: no folder can be there ({error.strerror}: "
+                       f"{_shown(error.filename):.200})")
 
 
 def _shown(path: Path) -> str:
