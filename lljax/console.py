@@ -4,14 +4,16 @@ import os
 
 from rich.console import Console
 
-UNBOUNDED = 10_000                           # columns where no window shows them: nothing is cut
+UNBOUNDED = 10_000                           # columns of a pipe or a file, where nothing is cut
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console as wide as the window; in a pipe or a file as wide as COLUMNS says, or without bound.
+def console(least: int = 0, *, stderr: bool = False) -> Console:
+    """A console as wide as the window, at least `least` columns.
 
-    rich takes 80 columns for it otherwise, and cuts the tables.
+    In a pipe or a file, where rich would take 80 columns and cut tables, it is UNBOUNDED unless
+    COLUMNS says otherwise.
     """
-    made = Console(stderr=stderr)
-    bounded = made.is_terminal or "COLUMNS" in os.environ
-    return made if bounded else Console(stderr=stderr, width=UNBOUNDED)
+    window = Console(stderr=stderr)
+    if not window.is_terminal and "COLUMNS" not in os.environ:
+        return Console(stderr=stderr, width=UNBOUNDED)
+    return Console(stderr=stderr, width=max(window.width, least))
