@@ -12,12 +12,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from lljax.data.render import chat_text
 from lljax.data.template import adds_bos, with_template
 from lljax.errors import ConfigError
 from lljax.evaluation.candidates import of_base, of_run
 from lljax.evaluation.likelihood import log_likelihoods
 from lljax.generation.generate import generate
-from lljax.generation.prompt import chat_text
 from lljax.generation.sample import Sampling
 from lljax.interop.base import end_tokens, tokenizer_fingerprint
 

@@ -43,6 +43,9 @@ class OwnHead:
     def stored(self, name, form):
         return self._base.stored(self._name(name), form)
 
+    def checksum(self, name, before=0):
+        return self._base.checksum(self._name(name), before)
+
 
 def untie_if_they_differ(base) -> None:
     """Unties the config of a base whose file has a head unlike its embedding, as transformers 5 does
