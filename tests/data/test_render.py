@@ -38,8 +38,7 @@ def test_renders_as_transformers_does():
 @pytest.mark.parametrize("template,said", [
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "has not ended within 1 seconds"),
     ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "writes far more|ended within"),
-    ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "writes far more"),
-    ("{{ 'x' * 9999999 }}", "writes far more"), ("{{ lipsum(n=9999) }}", "writes far more|ended within")])
+    ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "writes far more")])
 def test_a_template_without_bounds_is_stopped(template, said, monkeypatch):
     process = module._Process()
     monkeypatch.setattr(module, "MEMORY", 1 << 28)
