@@ -41,7 +41,9 @@ QWEN = Kind(r"""
     {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
 {%- endif %}
 {%- set ns = namespace(asked=-1) %}
-{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.asked = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{%- set ns.asked = loop.index0 %}{%- endif %}
+{%- endfor %}
 {%- for m in messages %}
     {%- if m.role == 'user' or m.role == 'system' and not loop.first %}
         {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
@@ -124,7 +126,7 @@ GLM = Kind(r"""
     r"<\|assistant\|>(.*?(?:<\|user\|>|<\|observation\|>|<\|system\|>|(?=<\|assistant\|>)))",
     thoughts=True, calls=2)
 
-# Thoughts are stripped, and the prompt opens one; arguments are text, a reply of calls has no content.
+# Thoughts are stripped, and the prompt opens one; arguments are text, calls come without content.
 R1 = Kind(r"""
 {{- bos_token }}
 {%- for m in messages %}
@@ -215,11 +217,12 @@ def byte_tokenizer(template: str | None, tokens=("<s>", "<e>", "<b>"), *, eos: s
 
 
 def of_kind(kind: Kind, tokenizer=None):
-    """A tokenizer with the kind's template: of bytes, or the one given, which gets the tokens that it lacks."""
+    """A tokenizer with the kind's template: of bytes, or the one given, with the tokens it lacks."""
     if tokenizer is None:
         return byte_tokenizer(kind.template, kind.tokens, eos=kind.tokens[0],
                               bos=next((token for token in kind.tokens if "begin" in token), None))
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in kind.tokens])
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)
+                          for token in kind.tokens])
     tokenizer.eos_token, tokenizer.chat_template = kind.tokens[0], kind.template
     return tokenizer
 
@@ -229,8 +232,8 @@ TEXTS = ("yes", "no", "  code\n\n", "\u00e9 \u00fc ", "<div>", "<think", "a\n\n`
          "one two three four five", "I'm", "a<b>c</b>", "say \"it\"\\n")
 NAMES = ("look", "w")
 PARAMETERS = {"type": "object", "properties": {"q": {"type": "string", "description": "x"}}}
-TOOLS = tuple({"type": "function", "function": {"name": name, "description": "d", "parameters": PARAMETERS}}
-              for name in NAMES)
+TOOLS = tuple({"type": "function", "function": {
+    "name": name, "description": "d", "parameters": PARAMETERS}} for name in NAMES)
 ARGUMENTS = ({"n": 3, "q": "x"}, {}, '{"q": "x", "n": [1, null]}')
 
 
@@ -246,7 +249,8 @@ def random_conversation(seed: int, kind: Kind):
     def reply(calls: int = 0) -> None:
         message = {"role": "assistant", "content": r.choice(TEXTS)}
         if calls:
-            message |= {"content": r.choice(["", None]), "tool_calls": [call(n) for n in range(calls)]}
+            message |= {"content": r.choice(["", None]),
+                        "tool_calls": [call(n) for n in range(calls)]}
         elif r.random() < 0.06:
             message["content"] = ""
         elif r.random() < 0.3 and kind.thoughts:
@@ -266,8 +270,8 @@ def random_conversation(seed: int, kind: Kind):
         messages.append({"role": "user", "content": r.choice(TEXTS)})
         while kind.calls and r.random() < 0.25:
             reply(n := r.randint(1, kind.calls))
-            messages.extend({"role": "tool", "content": r.choice(TEXTS), "tool_call_id": f"call0000{k}"}
-                            for k in range(n))
+            messages.extend({"role": "tool", "content": r.choice(TEXTS),
+                             "tool_call_id": f"call0000{k}"} for k in range(n))
         reply()
         if r.random() < 0.04 and not kind.alternates and messages[-1]["content"]:
             reply()
