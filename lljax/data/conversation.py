@@ -159,7 +159,7 @@ class _Rendered:
         seen = set(marks)
         missing = next((mark for mark in marker.marks
                         if mark not in seen and mark.kind != "thought"), None)
-        if not self.text.startswith(between[0]):
+        if not self.text.startswith(between[0]) or not marks:
             raise Refused(self._not_shown(missing or (marks or [Mark(0, "content", "")])[0]))
         at = len(between[0])
         for mark, then in zip(marks, between[1:]):

@@ -57,8 +57,11 @@ def render(tokenizer, jobs: Sequence[Job]) -> list[Rendering | TemplateError]:
       ModelError: the template does not end, or takes more memory than is granted.
     """
     tools = next((job.options["tools"] for job in jobs if job.options.get("tools")), None)
-    request = {"template": tokenizer.get_chat_template(None, tools),
-               "special_tokens": tokenizer.special_tokens_map,
+    try:
+        template = tokenizer.get_chat_template(None, tools)
+    except ValueError as error:              # several by name, and none for this
+        raise ModelError(f"chat_template: {first_line(error)}") from None
+    request = {"template": template, "special_tokens": tokenizer.special_tokens_map,
                "jobs": [{"messages": list(job.messages), "options": job.options} for job in jobs]}
     seconds = SECONDS + SECONDS_A_MESSAGE * sum(len(job.messages) for job in jobs)
     found = []

@@ -81,20 +81,21 @@ def _text(document: Document, tokenizer, loss_on: str):
 
 
 def _conversation(document: Document, tokenizer, loss_on: str):
-    trained = [i for i, message in enumerate(document.messages) if message["role"] == "assistant"
-               and i >= document.given and i not in document.untrained]
+    trained = {i for i, message in enumerate(document.messages) if message["role"] == "assistant"
+               and i >= document.given and i not in document.untrained}
     if not trained:
         raise Refused("the conversation has no assistant message that is trained")
     turn = turns(tokenizer)
     found = locate(document.messages, document.tools, tokenizer, turn.ends,
                    knows_thoughts=turn.thoughts)
     ids, offsets = _tokenized(found.text, tokenizer)
-    spans = []
+    spans, generated = [], np.asarray(found.generated, np.int64).reshape(-1, 2)
     for reply in found.replies:
         if reply.message not in trained:
             continue
-        own = [(start, min(stop, reply.stop)) for start, stop in found.generated
-               if start < reply.stop and reply.start < stop]
+        first, behind = (np.searchsorted(generated[:, 1], reply.start, "right"),
+                         np.searchsorted(generated[:, 0], reply.stop))
+        own = [(start, min(stop, reply.stop)) for start, stop in generated[first:behind]]
         spans += own or [(reply.start, reply.stop)]
         if reply.end is not None:
             spans.append((reply.end, reply.stop))

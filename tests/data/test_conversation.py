@@ -1,4 +1,4 @@
-"""What is trained of random conversations, against regular expressions over what transformers renders."""
+"""What is trained of random conversations, against regular expressions over their renderings."""
 
 import dataclasses
 import os
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.templates import GLM, HARMONY, KINDS, QWEN, R1, Kind, of_kind, random_conversation, spans
+from data.templates import (GLM, HARMONY, KINDS, LLAMA, QWEN, R1, Kind, of_kind,
+                            random_conversation, spans)
 from transformers import PreTrainedTokenizerFast
 
 from lljax.data import conversation
@@ -19,7 +20,7 @@ TOKENIZERS = Path(os.environ.get("TOKENIZERS", Path(__file__).parents[2] / "toke
 
 
 def check(tokenizer, kind: Kind, seeds, least: float, may_say=()) -> None:
-    """Trained tokens are those of the spans; every reply ends with a token that ends turns, where the template lets it.
+    """Trained tokens are those of the spans, and every reply ends with a token that ends a turn.
 
     least: the share of the conversations that the template takes. may_say: why it refuses others.
     """
@@ -29,10 +30,11 @@ def check(tokenizer, kind: Kind, seeds, least: float, may_say=()) -> None:
     for seed in seeds:
         messages, tools, untrained = random_conversation(seed, kind)
         try:
-            tokens, mask = encode(Document("f:1", messages=tuple(messages), tools=tools, untrained=untrained), tokenizer,
-                                  "assistant")
+            document = Document("f:1", messages=tuple(messages), tools=tools, untrained=untrained)
+            tokens, mask = encode(document, tokenizer, "assistant")
         except Refused as refused:
-            assert any(said in str(refused) for said in ("has no assistant message", *may_say)), seed
+            said = ("has no assistant message", *may_say)
+            assert any(reason in str(refused) for reason in said), seed
             continue
         taken, text = taken + 1, tokenizer.decode(tokens)
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -58,12 +60,14 @@ def test_trained_spans_of_random_conversations_are_those_found_by_hand(name):
 
 
 ALTERNATE = "roles must alternate"
-REAL = {                                     # by folder: the kind, with a template or the tokenizer's own, and what that refuses
-    "qwen3": (dataclasses.replace(QWEN, template=""), 0.9, ()),
-    "llama3_1": (Kind("", (), (), r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)"), 0.9, ()),
-    "gemma3": (Kind("", (), (), r"<start_of_turn>model\n(.*?<end_of_turn>)", alternates=True), 0.9, (ALTERNATE,)),
-    "deepseek_v3": (Kind("", (), (), r"<｜Assistant｜>(.*?<｜end▁of▁sentence｜>)"), 0.9, ()),
-    "gptoss": (HARMONY, 0.9, ()), "qwen3 as GLM": (GLM, 0.9, ()),
+OWN = dataclasses.replace(QWEN, template="", thoughts=False, calls=0)
+REAL = {                                     # by folder: the kind, with the tokenizer's own template or ours
+    "qwen3": dataclasses.replace(QWEN, template=""),
+    "llama3_1": dataclasses.replace(OWN, replies=LLAMA.replies),
+    "gemma3": dataclasses.replace(OWN, replies=r"<start_of_turn>model\n(.*?<end_of_turn>)",
+                                  alternates=True),
+    "deepseek_v3": dataclasses.replace(OWN, replies=r"<｜Assistant｜>(.*?<｜end▁of▁sentence｜>)"),
+    "gptoss": HARMONY, "qwen3 as GLM": GLM,
 }
 
 
@@ -71,11 +75,12 @@ REAL = {                                     # by folder: the kind, with a templ
 @pytest.mark.parametrize("name", REAL)
 def test_trained_spans_under_real_tokenizers_are_those_found_by_hand(name):
     """make tokenizers brings them. gpt-oss's comes without a template, and gets one of ours."""
-    folder, (kind, least, may_say) = TOKENIZERS / name.split()[0], REAL[name]
+    folder, kind = TOKENIZERS / name.split()[0], REAL[name]
     if not folder.is_dir():
         pytest.skip(f"no {folder}: make tokenizers")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    check(of_kind(kind, tokenizer) if kind.template else tokenizer, kind, range(500), least, may_say)
+    check(of_kind(kind, tokenizer) if kind.template else tokenizer, kind, range(500), 0.9,
+          may_say=(ALTERNATE,) if kind.alternates else ())
 
 
 # ---------------------------------------------------------------- time
@@ -84,23 +89,25 @@ def test_the_number_of_renderings_does_not_grow_with_the_turns(name, monkeypatch
     tokenizer, rendered = of_kind(KINDS[name]), []
     turn_ends(tokenizer)
     own = conversation.render
-    monkeypatch.setattr(conversation, "render", lambda tokenizer, jobs: rendered.extend(jobs) or own(tokenizer, jobs))
+    monkeypatch.setattr(conversation, "render",
+                        lambda tokenizer, jobs: rendered.extend(jobs) or own(tokenizer, jobs))
 
     def renderings(n: int) -> int:
         rendered.clear()
-        talk = [message for i in range(n) for message in (
-            {"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"<think>hm</think>answer {i}"})]
+        talk = [{"role": role, "content": f"{thought}{i} words"} for i in range(n)
+                for role, thought in (("user", ""), ("assistant", "<think>hm</think>"))]
         encode(Document("f:1", messages=tuple(talk)), tokenizer, "assistant")
         return len(rendered)
 
     assert renderings(40) == renderings(10) <= 12
 
 
-@pytest.mark.parametrize("content", ["/no_think", "Be brief. /no_think", "<tool_response>\n42\n</tool_response>", "<think>"])
+@pytest.mark.parametrize("content", [
+    "/no_think", "Be brief. /no_think", "<tool_response>\n42\n</tool_response>", "<think>"])
 def test_what_a_template_looks_for_in_a_text_stays_in_it(content):
-    looks = QWEN.template.replace("{%- set ns = namespace(asked=-1) %}", "{%- set ns = namespace(asked=-1) %}{%- if '/no_think' in "
-                                  "messages[0].content or messages[0].content.startswith('<t') %}{{ 'seen' }}{%- endif %}")
-    tokenizer = of_kind(Kind(looks, QWEN.tokens, (), ""))
+    looks = ("{%- if '/no_think' in messages[0].content or messages[0].content.startswith('<t') %}"
+             "{{- 'seen' }}{%- endif %}") + QWEN.template
+    tokenizer = of_kind(dataclasses.replace(QWEN, template=looks))
     talk = ({"role": "user", "content": content}, {"role": "assistant", "content": "no"})
     tokens, mask = encode(Document("f:1", messages=talk), tokenizer, "assistant")
     assert tokenizer.decode(tokens[mask]) == "<think>\n\n</think>\n\nno<|im_end|>"
@@ -109,15 +116,18 @@ def test_what_a_template_looks_for_in_a_text_stays_in_it(content):
 
 @pytest.mark.parametrize("change", ["| upper", ".split('\n')[0]", "[:40]", ".replace('x', 'y')"])
 def test_a_text_that_a_template_changes_is_refused(change):
-    tokenizer = of_kind(Kind(QWEN.template.replace("m.content + '<|im", f"m.content{change} + '<|im"), QWEN.tokens, (), ""))
-    talk = ({"role": "user", "content": "x" * 50 + "\nline"}, {"role": "assistant", "content": "no"})
+    changes = QWEN.template.replace("m.content + '<|im", f"m.content{change} + '<|im")
+    tokenizer = of_kind(dataclasses.replace(QWEN, template=changes))
+    talk = ({"role": "user", "content": "x" * 50 + "\nline"},
+            {"role": "assistant", "content": "no"})
     with pytest.raises(Refused, match=r"does not show message 0 \(user\) as it is"):
         encode(Document("f:1", messages=talk), tokenizer, "assistant")
 
 
-def test_a_thought_that_the_template_strips_from_the_last_reply_is_trained_where_the_prompt_opens_it():
+def test_a_thought_that_the_template_strips_is_trained_where_the_prompt_opens_it():
     tokenizer = of_kind(R1)
-    for message in ({"content": "<think>\nhm\n</think>\n\nyes"}, {"content": "yes", "reasoning_content": "hm"}):
+    for message in ({"content": "<think>\nhm\n</think>\n\nyes"},
+                    {"content": "yes", "reasoning_content": "hm"}):
         talk = ({"role": "user", "content": "q"}, {"role": "assistant"} | message)
         tokens, mask = encode(Document("f:1", messages=talk), tokenizer, "assistant")
         assert tokenizer.decode(tokens[mask]) == "hm\n</think>\n\nyes<|end|>"

@@ -1,4 +1,4 @@
-"""Chat templates are programs of other people: they end, within bounds of time and memory, or are stopped."""
+"""Chat templates end within bounds of time and memory, or are stopped."""
 
 import os
 import signal
@@ -27,19 +27,22 @@ def still_renders() -> bool:
 
 
 def test_renders_as_transformers_does():
-    own = tokenizer("{{ bos_token }}{% for m in messages %}{{ m | tojson }}{{ eos_token }}{% generation %}x{% endgeneration %}"
-                    "{% endfor %}{{ tools | tojson }}{{ add_generation_prompt }}")
+    own = tokenizer("{{ bos_token }}{% for m in messages %}{{ m | tojson }}{{ eos_token }}"
+                    "{% generation %}x{% endgeneration %}{% endfor %}"
+                    "{{ tools | tojson }}{{ add_generation_prompt }}")
     options = {"tools": [{"name": "\u00e9"}], "add_generation_prompt": True}
-    one, marked = render(own, [Job(TALK, options), Job(TALK, options | {"return_assistant_tokens_mask": True})])
+    one, marked = render(own, [
+        Job(TALK, options), Job(TALK, options | {"return_assistant_tokens_mask": True})])
     assert one.text == marked.text == own.apply_chat_template(TALK, tokenize=False, **options)
     assert [marked.text[start:stop] for start, stop in marked.spans] == ["x", "x"]
 
 
 @pytest.mark.parametrize("template,said", [
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "has not ended within 1 seconds"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+     "has not ended within 1 seconds"),
     ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "writes far more|ended within"),
-    ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "writes far more"),
-    ("{{ 'x' * 9999999 }}", "writes far more"), ("{{ lipsum(n=9999) }}", "writes far more|ended within")])
+    ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+     "writes far more")])
 def test_a_template_without_bounds_is_stopped(template, said, monkeypatch):
     process = module._Process()
     monkeypatch.setattr(module, "MEMORY", 1 << 28)
@@ -57,7 +60,8 @@ def test_a_template_without_bounds_is_stopped(template, said, monkeypatch):
 
 
 @pytest.mark.parametrize("template", [
-    "{{ raise_exception('no') }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages.x.y }}", "{% if %}",
+    "{{ raise_exception('no') }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% if %}",
+    "{{ messages.x.y }}",
     "{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{{ ''.__class__.__mro__ }}"])
 def test_what_a_template_raises_is_one_line(template):
     (rendered,) = render(tokenizer(template), [Job(TALK)])
@@ -94,10 +98,17 @@ def test_an_interrupted_rendering_is_not_taken_for_the_next(monkeypatch):
 
 @pytest.mark.slow
 def test_the_process_ends_with_the_one_that_started_it():
-    code = ("import sys; sys.path[:0] = {path!r}\nfrom data.templates import byte_tokenizer\nfrom lljax.data import render\n"
-            "render.render(byte_tokenizer('x', eos='<e>'), [render.Job([dict(role='user', content='q')])])\n"
-            "print(render._PROCESS._popen.pid, flush=True)\nsys.stdin.read()").format(path=sys.path)
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
+    code = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from data.templates import byte_tokenizer
+from lljax.data import render
+render.render(byte_tokenizer('x', eos='<e>'), [render.Job([dict(role='user', content='q')])])
+print(render._PROCESS._popen.pid, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as started:
         child = int(started.stdout.readline())
         started.kill()
     until = time.monotonic() + 10

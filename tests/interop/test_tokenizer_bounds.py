@@ -26,8 +26,9 @@ def changed(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("part,expected", [
-    (replace(" ", "_"), 1), (replace("a", ""), 1), (replace("``", "...."), 2), (replace("a+", "bbb", "Regex"), 3),
-    ({"type": "NFC"}, 1), ({"type": "Sequence", "normalizers": [replace("a", "bb"), {"type": "NFC"}, replace("b", "ccc")]}, 6),
+    (replace(" ", "_"), 1), (replace("a", ""), 1), (replace("``", "...."), 2),
+    (replace("a+", "bbb", "Regex"), 3), ({"type": "NFC"}, 1),
+    ({"type": "Sequence", "normalizers": [replace("a", "bb"), replace("b", "ccc")]}, 6),
     ({"type": "Sequence", "decoders": [replace("a", "bb"), {"type": "Fuse"}]}, 2)])
 def test_how_much_longer_a_normalizer_makes_a_text_is_seen_in_its_file(part, expected):
     assert growth(part) == expected
