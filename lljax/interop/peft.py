@@ -85,6 +85,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     targets, saved = c["target_modules"], {name.rpartition(".")[2] for name in c.get("modules_to_save") or ()}
     roles = {role for role, name in MODULES.items() if name in saved}
     roles |= {"norm"} if any(name.endswith("norm") for name in saved) else set()
+    for name in sorted(saved - set(MODULES.values())):
+        if not name.endswith("norm"):
+            raise ModelError(f"{path}: modules_to_save holds {shown(name)}; embeddings, heads and norms are supported")
     return AdapterConfig(
         rank=c["r"], alpha=float(c["lora_alpha"]), rslora=bool(c.get("use_rslora")),
         targets=(targets,) if isinstance(targets, str) else tuple(targets), also_train=tuple(sorted(roles)),

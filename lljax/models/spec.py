@@ -300,7 +300,8 @@ def _temperature(c: dict) -> tuple[float, float] | None:
 
 
 def _latent(c: dict) -> MLASpec:
-    return MLASpec(c.get("q_lora_rank") and _number(c, "q_lora_rank"), _number(c, "kv_lora_rank"),
+    q_rank = None if c.get("q_lora_rank") is None else _number(c, "q_lora_rank")
+    return MLASpec(q_rank, _number(c, "kv_lora_rank"),
                    _number(c, "qk_rope_head_dim"), _number(c, "v_head_dim"))
 
 

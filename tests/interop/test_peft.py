@@ -284,7 +284,7 @@ def test_initialisations_that_leave_the_base_alone_are_taken(config_folder, init
 
 @pytest.mark.parametrize("fields", [
     {"r": None}, {"r": "many"}, {"r": -3}, {"lora_alpha": None}, {"target_modules": [3]}, {"target_modules": None},
-    {"modules_to_save": [3]}, {"modules_to_save": "lm_head"}, {"r": 8.5}, {"r": True}, {"r": 1 << 40},
+    {"modules_to_save": [3]}, {"modules_to_save": "lm_head"}, {"modules_to_save": ["score"]}, {"r": 8.5}, {"r": True}, {"r": 1 << 40},
     {"lora_alpha": float("nan")}, {"target_modules": {"q_proj": 1}}, {"use_rslora": "false"}, {"use_dora": [1]},
     {"ensure_weight_tying": 2}, {"alpha_pattern": {"q_proj": float("inf")}}, {"peft_type": ["LORA"] * 1000},
     {"rank_pattern": 3}, {"rank_pattern": {"q_proj": "many"}}, {"alpha_pattern": ["q_proj"]}],
