@@ -138,8 +138,8 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
     """
     config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
     if model.spec.tied and parts_head({"tie_word_embeddings": True}, folder):
-        raise ModelError(f"{folder}: it trains the head of a tied base or its embedding alone, and this model has one table for "
-                         "both: open the base with lljax.interop.peft.under_adapter")
+        raise ModelError(f"{folder}: it trains the head of a tied base or its embedding alone, and this model has one table "
+                         "for both: open the base with lljax.interop.peft.under_adapter")
     for name, weight, lora in adaptable(model):  # shapes do not show these, and they change what the factors mean
         if lora is None:
             continue

@@ -14,7 +14,18 @@ import numpy as np
 
 from lljax.errors import ConfigError, ModelError
 from lljax.models.values import (
-    FLAG, LARGEST, NOT_NEGATIVE, NUMBER, OBJECT, SHARE, WORD, Value, check, list_of, optional, shown,
+    FLAG,
+    LARGEST,
+    NOT_NEGATIVE,
+    NUMBER,
+    OBJECT,
+    SHARE,
+    WORD,
+    Value,
+    check,
+    list_of,
+    optional,
+    shown,
     whole,
 )
 
