@@ -117,6 +117,24 @@ def test_what_is_written_of_a_stretched_base_reads_back_the_same(case):
     assert [(local.type, local.theta) for local in read.more_ropes] == [(local.type, local.theta) for local in spec.more_ropes]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_rope_json_over_a_loaded_config_gives_what_an_exported_config_gives(tmp_path, case):
+    """An adapter's rope.json goes to AutoConfig.from_pretrained with the base; transformers sets one entry after the other."""
+    written = rope_to_hf(longer(config_of(case))[1])
+    (tmp_path / "config.json").write_text(json.dumps(config_of(case)))
+    over = transformers.AutoConfig.from_pretrained(tmp_path, **json.loads(json.dumps(written)))
+    (tmp_path / "config.json").write_text(json.dumps(config_of(case) | written))
+    exported = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert over.max_position_embeddings == exported.max_position_embeddings
+    for wanted, got in zip(*(by_layer(config.rope_parameters) for config in (exported, over)), strict=True):
+        assert got["rope_theta"] and wanted.items() - {("type", "longrope")} <= got.items()
+
+
+def by_layer(parameters):
+    each = [parameters[name] for name in ("full_attention", "sliding_attention") if name in parameters] or [parameters]
+    return [{name: str(value) for name, value in of.items()} for of in each]
+
+
 FEW = ("llama3", "yarn, mscale in the scores", "longrope, phi3")
 
 
