@@ -63,8 +63,8 @@ def _ask(patterns: list[str], texts) -> list:
         return []
     command = [sys.executable, "-I", "-S", "-c", CHILD]
     try:
-        said = subprocess.run(command, input=json.dumps([patterns, texts]).encode(), stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=SECONDS).stdout
+        asked = json.dumps([patterns, texts]).encode()
+        said = subprocess.run(command, input=asked, capture_output=True, timeout=SECONDS).stdout
     except subprocess.TimeoutExpired as expired:
         said = expired.stdout or b""
     return [json.loads(line) for line in said.splitlines(keepends=True) if line.endswith(b"\n")]

@@ -35,6 +35,7 @@ YARN = {"original_max_position_embeddings": "original_context_length", "beta_fas
 # What else llama.cpp scales by, with the values that change nothing.
 NEUTRAL = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0, "alpha": 0.0}
 
+COUNT = whole(1)
 MOST_VALUES = 1 << 22                        # in an array of the metadata: of a larger vocabulary nobody has heard
 
 
@@ -135,7 +136,7 @@ class GgufBase:
         if a not in ARCHITECTURES:
             raise ModelError(f"{self.path}: architecture {a!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
 
-        def need(key, default=None, wanted=whole(1)):
+        def need(key, default=None, wanted=COUNT):
             value = self._field(f"{a}.{key}", default)
             if value is None:
                 raise ModelError(f"{self.path}: the metadata has no {a}.{key}")

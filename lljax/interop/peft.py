@@ -85,6 +85,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     targets, saved = c["target_modules"], {name.rpartition(".")[2] for name in c.get("modules_to_save") or ()}
     roles = {role for role, name in MODULES.items() if name in saved}
     roles |= {"norm"} if any(name.endswith("norm") for name in saved) else set()
+    for name in sorted(saved - set(MODULES.values())):
+        if not name.endswith("norm"):
+            raise ModelError(f"{path}: modules_to_save holds {shown(name)}; embeddings, heads and norms are supported")
     return AdapterConfig(
         rank=c["r"], alpha=float(c["lora_alpha"]), rslora=bool(c.get("use_rslora")),
         targets=(targets,) if isinstance(targets, str) else tuple(targets), also_train=tuple(sorted(roles)),
@@ -135,8 +138,8 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
     """
     config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
     if model.spec.tied and parts_head({"tie_word_embeddings": True}, folder):
-        raise ModelError(f"{folder}: it trains the head of a tied base or its embedding alone, and this model has one table for "
-                         "both: open the base with lljax.interop.peft.under_adapter")
+        raise ModelError(f"{folder}: it trains the head of a tied base or its embedding alone, and this model has one table "
+                         "for both: open the base with lljax.interop.peft.under_adapter")
     for name, weight, lora in adaptable(model):  # shapes do not show these, and they change what the factors mean
         if lora is None:
             continue

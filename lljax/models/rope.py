@@ -346,8 +346,9 @@ def to_hf(spec: RopeSpec, max_length: int) -> dict:
     """The config.json entries of this RoPE, in the new and the legacy form, for a model that reads `max_length` tokens.
 
     vLLM multiplies `max_position_embeddings` by the factor of linear and dynamic, so there it stays the original;
-    for the others it is the extended one. Factors are JSON floats: vLLM tests for the type. The legacy entry holds
-    theta too, because in transformers it replaces the new one whole where these entries override a loaded config.
+    for the others it is the extended one. Factors are JSON floats: vLLM tests for the type. The legacy entry comes first:
+    where these entries override a loaded config of transformers 5, one after the other, each of the two replaces the
+    other whole, and the new one holds everything.
     transformers 4 reads the share of the head that turns, and the original length of longrope, beside the legacy entry
     alone, and makes the factor of longrope from both lengths.
     """
@@ -368,7 +369,7 @@ def to_hf(spec: RopeSpec, max_length: int) -> dict:
         parameters["partial_rotary_factor"] = beside["partial_rotary_factor"] = spec.partial
     if spec.type != "default":
         beside["rope_scaling"] = dict(parameters)
-    return {"rope_parameters": parameters, **beside, "max_position_embeddings": max_length}
+    return {**beside, "rope_parameters": parameters, "max_position_embeddings": max_length}
 
 
 def reach(spec: RopeSpec, max_position_embeddings: int) -> int:

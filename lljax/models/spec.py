@@ -223,10 +223,10 @@ def rope_to_hf(spec: DecoderSpec) -> dict:
     if "partial_rotary_factor" in ROPE.get(spec.family, {}):             # 1 is not what transformers takes if nothing is said
         share = {"partial_rotary_factor": spec.rope.partial}
         entries |= share | {name: entries[name] | share for name in ("rope_parameters", "rope_scaling") if name in entries}
-    if spec.family == "phi3" and spec.rope.type == "longrope" and spec.rope.attention_factor is None:
+    of_lengths = spec.rope.original_length * spec.rope.factor == entries["max_position_embeddings"]
+    if spec.family == "phi3" and spec.rope.type == "longrope" and spec.rope.attention_factor is None and of_lengths:
         # transformers 4 wants these three alone; both versions make the factor from the lengths.
-        if spec.rope.original_length * spec.rope.factor == entries["max_position_embeddings"]:
-            entries["rope_scaling"] = {"type": "longrope", **{name: entries["rope_parameters"][name] for name in rope.LISTS}}
+        entries["rope_scaling"] = {"type": "longrope", **{name: entries["rope_parameters"][name] for name in rope.LISTS}}
     if not spec.more_ropes:
         return entries
     local = rope.to_hf(spec.more_ropes[0], spec.max_length)["rope_parameters"]
@@ -300,7 +300,8 @@ def _temperature(c: dict) -> tuple[float, float] | None:
 
 
 def _latent(c: dict) -> MLASpec:
-    return MLASpec(c.get("q_lora_rank") and _number(c, "q_lora_rank"), _number(c, "kv_lora_rank"),
+    q_rank = None if c.get("q_lora_rank") is None else _number(c, "q_lora_rank")
+    return MLASpec(q_rank, _number(c, "kv_lora_rank"),
                    _number(c, "qk_rope_head_dim"), _number(c, "v_head_dim"))
 
 
@@ -352,7 +353,8 @@ MAX_LENGTH = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_76
               "phi3": 4096, "internlm3": 32_768, "mixtral": 131_072, "qwen2_moe": 32_768, "qwen3_moe": 32_768,
               "glm4_moe": 131_072, "deepseek_v3": 4096, "llama4_text": 131_072, "gpt_oss": 131_072}
 NORM_EPS = dict.fromkeys(("phi3", "internlm3", "mixtral", "glm4_moe", "llama4_text", "gpt_oss"), 1e-5)       # the others: 1e-6
-ROPE = {"glm4_moe": {"partial_rotary_factor": 0.5}, "phi3": {"original_max_position_embeddings": 4096}, "llama4_text": {"rope_theta": 500_000.0},
+ROPE = {"glm4_moe": {"partial_rotary_factor": 0.5}, "phi3": {"original_max_position_embeddings": 4096},
+        "llama4_text": {"rope_theta": 500_000.0},
         "gpt_oss": {"rope_theta": 150_000.0, "rope_parameters": {
             "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
             "original_max_position_embeddings": 4096}}}

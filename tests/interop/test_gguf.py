@@ -168,7 +168,8 @@ def test_the_betas_of_yarn_are_read(tmp_path):
 @pytest.mark.parametrize("key,value,line", [
     ("attention.layer_norm_rms_epsilon", math.nan, "epsilon is nan; it has to be a number above 0"),
     ("attention.layer_norm_rms_epsilon", -1.0, "epsilon is -1.0"), ("attention.layer_norm_rms_epsilon", math.inf, "is inf"),
-    ("rope.freq_base", math.nan, "freq_base is nan"), ("rope.freq_base", 1.0, "freq_base is 1.0; it has to be a number above 1"),
+    ("rope.freq_base", math.nan, "freq_base is nan"),
+    ("rope.freq_base", 1.0, "freq_base is 1.0; it has to be a number above 1"),
     ("block_count", 2.0, "block_count is 2.0; it has to be a whole number"), ("context_length", True, "context_length is True"),
     ("rope.dimension_count", 4, "dimension_count is 4 of 8 dimensions"),
     ("rope.scaling.factor", math.nan, "rope.scaling: factor is nan"),

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from lljax import patterns, sharding
-from lljax.build import build_model, open_run_base
+from lljax.build import build_model, open_run_base, open_run_config
 from lljax.config import default_config
 from lljax.errors import ModelError
 from lljax.interop.base import open_base
@@ -148,7 +148,9 @@ def test_an_adapter_that_parts_a_tied_head_from_its_embedding(hf_folder, tmp_pat
                      peft.PeftModel.from_pretrained(split, tmp_path / "split" / "adapter")):
         np.testing.assert_allclose(logits(exported), wanted, atol=1e-4, rtol=1e-4)
     settings = read_adapter_config(tmp_path / "adapter")
-    continued = build(folder, tmp_path / "adapter", lora__targets=settings.targets, lora__also_train=settings.also_train)
+    changes = {"lora__targets": settings.targets, "lora__also_train": settings.also_train}
+    assert open_run_config(configuration(folder, tmp_path / "adapter", **changes))["tie_word_embeddings"] is False
+    continued = build(folder, tmp_path / "adapter", **changes)
     np.testing.assert_allclose(logits(continued), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -284,7 +286,8 @@ def test_initialisations_that_leave_the_base_alone_are_taken(config_folder, init
 
 @pytest.mark.parametrize("fields", [
     {"r": None}, {"r": "many"}, {"r": -3}, {"lora_alpha": None}, {"target_modules": [3]}, {"target_modules": None},
-    {"modules_to_save": [3]}, {"modules_to_save": "lm_head"}, {"r": 8.5}, {"r": True}, {"r": 1 << 40},
+    {"modules_to_save": [3]}, {"modules_to_save": "lm_head"}, {"modules_to_save": ["score"]}, {"r": 8.5}, {"r": True},
+    {"r": 1 << 40},
     {"lora_alpha": float("nan")}, {"target_modules": {"q_proj": 1}}, {"use_rslora": "false"}, {"use_dora": [1]},
     {"ensure_weight_tying": 2}, {"alpha_pattern": {"q_proj": float("inf")}}, {"peft_type": ["LORA"] * 1000},
     {"rank_pattern": 3}, {"rank_pattern": {"q_proj": "many"}}, {"alpha_pattern": ["q_proj"]}],
@@ -296,7 +299,8 @@ def test_a_damaged_configuration_is_one_line(config_folder, fields):
 
 
 @pytest.mark.parametrize("fields,line", [
-    ({"target_modules": ["*_proj"]}, r"'\*_proj' is no regular expression"), ({"target_modules": "(a+"}, "is no regular expression"),
+    ({"target_modules": ["*_proj"]}, r"'\*_proj' is no regular expression"),
+    ({"target_modules": "(a+"}, "is no regular expression"),
     ({"target_modules": "([a-z_.0-9]+)+!"}, "is not done with the names of the layers"),
     ({"rank_pattern": {"(.*)*!": 3}}, "is not done with the names of the layers"),
     ({"target_modules": ["layers.0.self_attn.q_proj"]}, "layers are adapted all or none"),
@@ -311,7 +315,8 @@ def test_a_pattern_of_an_adapter_that_cannot_be_is_one_line(adapter, monkeypatch
 
 
 @pytest.mark.parametrize("content,line", [
-    ({"model_type": "qwen2"}, "model_type is no field of a RoPE"), ({"rms_norm_eps": 1.0}, "rms_norm_eps is no field of a RoPE"),
+    ({"model_type": "qwen2"}, "model_type is no field of a RoPE"),
+    ({"rms_norm_eps": 1.0}, "rms_norm_eps is no field of a RoPE"),
     ({"rope_parameters": [1]}, r"rope.json: rope_parameters is \[1\]"), ({"rope_theta": {}}, "rope.json: rope_theta is {}"),
     ({"rope_scaling": {"rope_type": {"a": 1}}}, "rope.json: .*rope_type is {'a': 1}"),
     ({"max_position_embeddings": "64"}, "rope.json: max_position_embeddings is '64'")], ids=str)

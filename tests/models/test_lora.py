@@ -84,7 +84,8 @@ def test_layers_that_are_named_one_by_one_are_adapted():
     assert adapted(attached(targets=tuple(f"layers.{i}.self_attn.q_proj" for i in range(3)))) == ["self_attn.q_proj"]
 
 
-@pytest.mark.parametrize("arguments", [{"targets": ("v_proj", r"([a-z_.0-9]+)+!")}, {"rank_pattern": ((r"(.*)*!", 2),)}], ids=str)
+@pytest.mark.parametrize("arguments", [{"targets": ("v_proj", r"([a-z_.0-9]+)+!")}, {"rank_pattern": ((r"(.*)*!", 2),)}],
+                         ids=str)
 def test_a_regular_expression_without_end_is_refused_in_time(arguments, monkeypatch):
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     with pytest.raises(ConfigError, match="is not done with the names of the layers in 0.5 seconds"):
