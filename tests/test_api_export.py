@@ -16,8 +16,9 @@ def prepared(tiny):
     return lljax.prepare_model(model, {"r": 4, "target_modules": ["q_proj"]}), tokenizer
 
 
-@pytest.mark.parametrize("format,file", [("peft", "adapter_model.safetensors"), ("merged", "model.safetensors"),
-                                         ("split", "adapter/adapter_model.safetensors")])
+@pytest.mark.parametrize("format,file", [
+    ("peft", "adapter_model.safetensors"), ("merged", "model.safetensors"),
+    ("split", "adapter/adapter_model.safetensors")])
 def test_a_model_is_exported_in_every_format(prepared, tmp_path, format, file):
     commands = lljax.export(prepared[0], tmp_path / "out", format=format)
     assert (tmp_path / "out" / file).is_file() and "from_pretrained" in commands
@@ -26,9 +27,10 @@ def test_a_model_is_exported_in_every_format(prepared, tmp_path, format, file):
     lljax.export(prepared[0], str(tmp_path / "out"), format=format, overwrite=True)
 
 
-@pytest.mark.parametrize("statistics,template", [({"conversations": 3}, PLAIN_TEMPLATE), ({"conversations": 0}, None),
-                                                 ({}, PLAIN_TEMPLATE)])
-def test_the_template_goes_along_that_conversations_were_trained_under(prepared, tmp_path, monkeypatch, statistics, template):
+@pytest.mark.parametrize("statistics,template", [
+    ({"conversations": 3}, PLAIN_TEMPLATE), ({"conversations": 0}, None), ({}, PLAIN_TEMPLATE)])
+def test_the_template_of_trained_conversations_goes_along(prepared, tmp_path, monkeypatch,
+                                                          statistics, template):
     (tmp_path / "data_statistics.json").write_text(json.dumps({"train": statistics}))
     monkeypatch.setattr(prepared[0], "workdir", str(tmp_path), raising=False)
     lljax.export(prepared[0], tmp_path / "out", format="merged")
@@ -41,7 +43,8 @@ def test_what_cannot_be_exported_is_one_line(prepared, tmp_path, tiny):
         lljax.export(prepared[0], tmp_path / "out", format="gguf")
     with pytest.raises(ConfigError, match="--format=peft exports an adapter"):
         lljax.export(lljax.prepare_model(tiny)[0], tmp_path / "out")
-    for call in (lambda: lljax.export(Decoder, tmp_path / "out"), lambda: lljax.generate(Decoder, prepared[1], "x")):
+    for call in (lambda: lljax.export(Decoder, tmp_path / "out"),
+                 lambda: lljax.generate(Decoder, prepared[1], "x")):
         with pytest.raises(ConfigError, match="not one of lljax.prepare_model"):
             call()
 

@@ -1,4 +1,4 @@
-"""The folder of an export: it appears complete or not at all, and replaces only an earlier export."""
+"""The folder of an export: it appears whole or not at all, and replaces only an earlier export."""
 
 import contextlib
 import json
@@ -35,14 +35,14 @@ def check_out(out: Path, overwrite: bool = False) -> None:
         return
     ours, others = _exported(out)
     if not ours:
-        raise ConfigError(f"--out={_shown(out)} is a folder that is not empty, and no export that lljax "
-                          "recorded: name another, or remove it")
+        raise ConfigError(f"--out={_shown(out)} is a folder that is not empty, and no export that "
+                          "lljax recorded: name another, or remove it")
     if others:
         raise ConfigError(f"--out={_shown(out)} holds an export and also {_shown(others[0])}: name "
                           "another, or move that")
     if not overwrite:
-        raise ConfigError(f"--out={_shown(out)} holds an earlier export: --overwrite replaces it, or "
-                          "name another folder")
+        raise ConfigError(f"--out={_shown(out)} holds an earlier export: --overwrite replaces it, "
+                          "or name another folder")
 
 
 def complete(out: Path, format: str, write, overwrite: bool = False):

@@ -103,7 +103,8 @@ def _add_bos_and_eos(tokenizer, config: dict) -> None:
     they are not given, the post-processor of tokenizer.json stays."""
     ids = tokenizer("a", verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    adds = {"bos": bos is not None and ids[:1] == [bos], "eos": eos is not None and ids[-1:] == [eos]}
+    adds = {"bos": bos is not None and ids[:1] == [bos],
+            "eos": eos is not None and ids[-1:] == [eos]}
     given = {name: config.get(f"add_{name}_token") for name in adds}
     wanted = {name: adds[name] if value is None else value for name, value in given.items()}
     if wanted == adds:

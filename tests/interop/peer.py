@@ -1,4 +1,6 @@
-"""Run by another python: what its transformers makes of folders. peer.py IN.json OUT.npz, see test_export_files.py."""
+"""What the transformers of another python makes of folders: peer.py IN.json OUT.npz.
+
+See test_export_files.py."""
 
 import hashlib
 import json
@@ -17,7 +19,7 @@ for name, folder in asked["tokenizers"].items():
     out[f"ids {name}"] = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     out[f"template {name}"] = str(tokenizer.chat_template)
 for name, folder in asked["models"].items():
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     with torch.no_grad():
         out[f"logits {name}"] = model(torch.tensor(asked["tokens"])).logits.float().numpy()[:, ::9]
 np.savez(sys.argv[2], **out)

@@ -60,7 +60,8 @@ def test_of_a_hub_repository_the_shards_of_its_index_are_downloaded_and_no_other
     folder = hf_folder(shards="40KB")
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     weights = {name for name in files if name.endswith(".safetensors")}
-    others = ["original/model.safetensors", "original/consolidated.00.pth", "original/tokenizer.model", "consolidated.safetensors",
+    others = ["original/model.safetensors", "original/consolidated.00.pth", "original/tokenizer.model",
+              "consolidated.safetensors",
               "model.fp16.safetensors", "pytorch_model.bin", "onnx/model.onnx", "model-00001-of-00009.safetensors",
               "metal/model.bin", "figures/a.json"]
     beside = ["tokenizer.model", "modeling_x.py", "additional_chat_templates/tool_use.jinja", "LICENSE", "tekken.json"]
@@ -86,8 +87,9 @@ def test_an_index_that_is_none_is_one_line(hf_folder, hub, index):
     assert "\n" not in str(error.value) and not any("other.safetensors" in came for _, came in asked)
 
 
-@pytest.mark.parametrize("path", ["/gone/models/tiny", "./models/tiny", "../tiny", "~/models/tiny", "models/tiny/", "a/b/c", ".tiny",
-                                  "x" * 5000, "models/" + "x" * 5000, "gone.gguf", "./gone/model.gguf", ""])
+@pytest.mark.parametrize("path", [
+    "/gone/models/tiny", "./models/tiny", "../tiny", "~/models/tiny", "models/tiny/", "a/b/c", ".tiny",
+    "x" * 5000, "models/" + "x" * 5000, "gone.gguf", "./gone/model.gguf", ""])
 def test_the_hub_is_never_asked_for_a_path(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the hub was asked"))

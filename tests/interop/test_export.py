@@ -98,7 +98,8 @@ def test_the_printed_lines_are_sound_for_any_path_and_warn_of_nothing_to_come(hf
 
 @pytest.mark.parametrize("rope_type,length,allows", [("linear", 64, False), ("linear", 40, True), ("yarn", 64, True),
                                                      ("yarn", 160, False), ("keep", 1 << 60, False)])
-def test_serving_an_adapter_raises_the_limit_that_the_bases_tokenizer_sets(hf_folder, trained, tmp_path, rope_type, length, allows):
+def test_serving_an_adapter_raises_the_limit_of_the_bases_tokenizer(hf_folder, trained, tmp_path,
+                                                                    rope_type, length, allows):
     """vLLM: the smaller of positions and tokenizer, times the factor of linear."""
     folder = hf_folder(max_position_embeddings=160 if rope_type == "keep" else 64)
     path = folder / "tokenizer_config.json"

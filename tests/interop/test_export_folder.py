@@ -33,7 +33,8 @@ def test_an_export_is_replaced_where_it_is_asked_for(tmp_path):
     complete(tmp_path / "out", "split", write)
     with pytest.raises(ConfigError, match="holds an earlier export: --overwrite replaces it"):
         complete(tmp_path / "out", "peft", write)
-    complete(tmp_path / "out", "peft", lambda folder: (folder / "adapter").write_text("a"), overwrite=True)
+    complete(tmp_path / "out", "peft", lambda folder: (folder / "adapter").write_text("a"),
+             overwrite=True)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "lljax_export.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -56,18 +57,20 @@ def test_of_two_exports_at_once_the_first_stays(tmp_path):
         (folder / "late").write_text("x")
     with pytest.raises(ConfigError, match="holds an earlier export"):
         complete(tmp_path / "out", "merged", while_another_ends)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "late").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "late").exists()
 
 
-@pytest.mark.parametrize("content", [{"mine": "x"}, {"lljax_export.json": "{"}, {"lljax_export.json": '{"files": 5}'},
-                                     {"lljax_export.json": "[" * 100_000}])
+@pytest.mark.parametrize("content", [
+    {"mine": "x"}, {"lljax_export.json": "{"}, {"lljax_export.json": '{"files": 5}'},
+    {"lljax_export.json": "[" * 100_000}])
 def test_nothing_but_an_export_is_replaced(tmp_path, content):
     out = tmp_path / "out"
     out.mkdir()
     for name, text in content.items():
         (out / name).write_text(text)
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="is a folder that is not empty, and no export") as error:
+        with pytest.raises(ConfigError, match="a folder that is not empty, and no export") as error:
             complete(out, "peft", write, overwrite)
         assert "\n" not in str(error.value)
     assert {path.name: path.read_text() for path in out.iterdir()} == content
@@ -84,8 +87,9 @@ def test_an_export_with_something_of_the_users_is_not_replaced(tmp_path, mine):
         check_out(tmp_path / "out", overwrite=True)
 
 
-@pytest.mark.parametrize("out,line", [("/dev/null/x", "no folder can be there"), ("/proc/x/y", "no folder"),
-                                      ("x" * 300, "too long"), ("file", "is a file"), ("file/x", "no folder can be there")])
+@pytest.mark.parametrize("out,line", [
+    ("/dev/null/x", "no folder can be there"), ("/proc/x/y", "no folder can be there"),
+    ("x" * 300, "too long"), ("file", "is a file"), ("file/x", "no folder can be there")])
 def test_a_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, out, line):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
