@@ -60,6 +60,8 @@ def test_every_shipped_config_is_legal(path):
     ({"lora.alpha_pattern": ("q_proj", 3)}, "'q_proj' is not a pair such as"),
     ({"lora.targets": (), "lora.also_train": ()}, "nothing would train"),
     ({"optimizer.learning_rate_ratio": dict.fromkeys(ROLES, 0.0)}, "nothing would be learned"),
+    ({"lora.also_train": (), "optimizer.learning_rate_ratio": {"lora_a": 0.0, "lora_b": 0.0}}, "lora_a, lora_b.*nothing"),
+    ({"train_type": "full", "optimizer.learning_rate_ratio": dict.fromkeys(ROLES[3:], 0.0)}, "nothing would be learned"),
     ({"optimizer.warmup_steps": 1000}, "warmup_steps=1000.*ends at step 1000"),
     ({"training.rows": 1000, "training.accumulate": 1000}, "8,192,000,000 tokens a step"),
     ({"model.path": ""}, "model.path is empty"),
