@@ -83,7 +83,7 @@ def test_what_is_no_yaml_of_a_run_is_one_line(tmp_path, name, content):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, "flashattn3", "FlashAttention-2"])
 def test_a_kernels_name_leaves_the_attention_of_the_schedule(tmp_path, kernel, caplog):
     caplog.set_level(logging.INFO)
     stages = ("train_type: longlora\ncontext_length: 64\ncontext_schedule: [{max_length: 32, steps: 4}, "
