@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lljax.command_line import load_config
-from lljax.config import CHECKS, ROLES
+from lljax.config import CHECKS
 from lljax.errors import ConfigError
 from lljax.field_names import ALSO_CALLED, comments, unknown_field
 
@@ -39,7 +39,8 @@ def test_help_into_a_pipe_that_closes_is_no_error():
 
 
 def test_every_field_has_a_comment():
-    assert all(field in comments() or field.rpartition(".")[2] in ROLES or "eval_files" in field for field in CHECKS)
+    said = comments()                        # fields of a group may share the comment of the group
+    assert [field for field in CHECKS if field not in said and field.rpartition(".")[0] not in said] == []
 
 
 def test_names_of_other_trainers_lead_to_fields_that_exist():
