@@ -288,9 +288,9 @@ def validate(c: ConfigDict) -> None:
     for field in ("training.eval_every", "training.eval_tasks"):
         if get(c, field) and not (c.data.valid or c.data.valid_fraction):
             raise ConfigError(f"{field}={get(c, field)} has nothing to evaluate: set data.valid or data.valid_fraction")
-    for i, (task, tokens) in enumerate(c.training.eval_tasks):
+    for at, (task, tokens) in enumerate(c.training.eval_tasks):
         if tokens > c.context.length:
-            raise ConfigError(f"training.eval_tasks[{i}]={short((task, tokens))} asks at more tokens than "
+            raise ConfigError(f"training.eval_tasks[{at}]={short((task, tokens))} asks at more tokens than "
                               f"context.length={c.context.length}, which the model is to read: ask at fewer")
     if not c.training.eval_tasks:
         for field, file in c.training.eval_files.items():
@@ -372,8 +372,8 @@ def _validate_optimizer(c: ConfigDict) -> None:
 
 def _validate_context(context: ConfigDict) -> None:
     end, lengths = 0, []
-    for i, (until, length, _) in enumerate(context.schedule):
-        where = f"context.schedule[{i}]={tuple(context.schedule[i])}"
+    for at, (until, length, _) in enumerate(context.schedule):
+        where = f"context.schedule[{at}]={tuple(context.schedule[at])}"
         if until <= end:
             raise ConfigError(f"{where}: a stage ends after the one before it; the previous ends at step {end}")
         if lengths and length < lengths[-1]:
