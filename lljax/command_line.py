@@ -42,7 +42,7 @@ def read_flags(argv, doc: str, *required: str) -> None:
         file that cannot be used.
     """
     if any(argument in HELP for argument in argv[1:]):
-        print(help_text(doc))
+        show(help_text(doc))
         sys.exit()
     if unknown := [field for field, _ in _overrides(argv) if field not in CHECKS]:
         raise ConfigError(unknown_field(unknown[0]))
@@ -63,6 +63,14 @@ def read_flags(argv, doc: str, *required: str) -> None:
     for name in required:
         if flags.FLAGS[name].value in (None, ""):
             raise ConfigError(f"--{name} is missing: {flags.FLAGS[name].help}")
+
+
+def show(text: str) -> None:
+    """Prints `text`; it is no error if its reader is gone, as with `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:                  # Python would try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(doc: str) -> str:

@@ -295,9 +295,9 @@ def validate(c: ConfigDict) -> None:
             raise ConfigError(f"training.eval_tasks[{at}]={short((task, tokens))} asks at more tokens than "
                               f"context.length={c.context.length}, which the model is to read: ask at fewer")
     if not c.training.eval_tasks:
-        for field, path in c.training.eval_files.items():
-            if path:
-                raise ConfigError(f"training.eval_files.{field}={path!r} and training.eval_tasks=(): nothing reads it; name a "
+        for field, file in c.training.eval_files.items():
+            if file:
+                raise ConfigError(f"training.eval_files.{field}={short(file)} and training.eval_tasks=(): nothing reads it; name a "
                                   "task that does, or no file")
     if c.training.eval_tasks and c.mesh.sequence != 1:
         raise ConfigError(f"training.eval_tasks and mesh.sequence={c.mesh.sequence}: answers are written a token at a time, "
@@ -354,8 +354,11 @@ def _validate_optimizer(c: ConfigDict) -> None:
         raise ConfigError(f"optimizer.warmup_steps={c.optimizer.warmup_steps} and context.schedule, which ends at step "
                           f"{steps}: the learning rate would still rise at the last step; use fewer, or -1 for a step "
                           "in 25")
-    factors = FACTORS if c.lora.targets else ()
-    trained = [role for role in ROLES if c.train_type == "full" or role in (*factors, *c.lora.also_train)]
+    if c.train_type == "full":
+        trained = [role for role in ROLES if role not in FACTORS]
+    else:
+        factors = FACTORS if c.lora.dora else ("lora_a", "lora_b")
+        trained = [*(factors if c.lora.targets else ()), *c.lora.also_train]
     if not trained:
         raise ConfigError("lora.targets=() and lora.also_train=(): nothing would train; name layers such as "
                           "('q_proj', 'v_proj')")
@@ -419,8 +422,8 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     with c.unlocked():
         c.model.path, c.lora.adapter = _absolute(c.model.path), _absolute(c.lora.adapter)
         c.data.train, c.data.valid = (tuple(map(_absolute, paths)) for paths in (c.data.train, c.data.valid))
-        for name, path in c.training.eval_files.items():
-            c.training.eval_files[name] = _absolute(path)
+        for name, file in c.training.eval_files.items():
+            c.training.eval_files[name] = _absolute(file)
     return c
 
 

@@ -37,8 +37,8 @@ ATTENTION = {"shifted_sparse": "shifted", "s2": "shifted", "shifted": "shifted",
              "window": "window", "full": "full"}
 # Names of kernels choose nothing: lljax takes the best kernel for the device and the mask.
 KERNELS = ("auto", "eager", "sdpa", "flex_attention", "xformers", "flash_attn", "flash_attention",
-           *(f"{name}{version}" for version in (2, 3, 4)
-             for name in ("flashattn", "flash_attn_", "flash_attention_", "fa")))
+           "flash_attn2", "flash_attention_2", "fa2", "flash_attn3", "flash_attention_3", "fa3",
+           "flash_attn4", "flash_attention_4", "fa4")
 
 
 def read(path: str) -> ConfigDict:
@@ -136,12 +136,12 @@ def _schedule(path, given, context_length: int, train_type: str) -> tuple:
         kinds[:-1] = ["shifted"] * (len(stages) - 1)
     if "attention_impl" in given:
         named = given["attention_impl"]
-        _choose(path, "attention_impl", named, (*ATTENTION, *KERNELS))
-        if named in ATTENTION:
-            kinds = [ATTENTION[named]] * len(stages)
-        else:
+        if isinstance(named, str) and _plain(named) in map(_plain, KERNELS):
             logging.info("%s: attention_impl=%s: lljax takes the best kernel for the device", path,
                          named)
+        else:
+            _choose(path, "attention_impl", named, (*ATTENTION, *KERNELS))
+            kinds = [ATTENTION[named]] * len(stages)
     out = []
     for i, (stage, kind) in enumerate(zip(stages, kinds)):
         if not isinstance(stage, dict) or set(stage) != {"max_length", "steps"}:
@@ -156,6 +156,10 @@ def _schedule(path, given, context_length: int, train_type: str) -> tuple:
         raise ConfigError(f"{path}: scheduler.total_steps={short(total)} and context_schedule, "
                           f"whose last stage ends at step {short(out[-1][0])}, differ: make them equal")
     return tuple(out)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def _known(path, given: dict, allowed, prefix: str = "") -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import leaves_on_sigterm  # noqa: F401
 from absl import flags
 
-from lljax.command_line import config_flag, read_flags, take_gpu_memory
+from lljax.command_line import config_flag, read_flags, show, take_gpu_memory
 from lljax.config import validate
 from lljax.errors import exit_cleanly
 
@@ -50,7 +50,7 @@ def train() -> None:
         loop.train(CONFIG.value, WORKDIR.value, examiner=examiner,
                    profile_steps=read_steps(PROFILE_STEPS.value))
         if distributed.first():
-            print(next_commands(WORKDIR.value, CONFIG.value.data))
+            show(next_commands(WORKDIR.value, CONFIG.value.data))
 
 
 def next_commands(workdir: str, data) -> str:

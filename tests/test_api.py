@@ -133,7 +133,7 @@ def test_a_model_without_adapters_is_refused(untouched, model, tmp_path):
 
 def test_the_default_warm_up_fits_a_short_run(prepared, documents, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(loop, "train", lambda config, workdir, **_: seen.append(config))
+    monkeypatch.setattr(loop, "train", lambda config, workdir, model, **_: seen.append(config) or model)
     lljax.train(prepared, data=documents, workdir=tmp_path, steps=20)
     rate = loop.learning_rate(seen[0].optimizer, 20)
     assert float(rate(0)) == pytest.approx(seen[0].optimizer.learning_rate)

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lljax.checks import BELOW_ONE, HUGE
-from lljax.config import CHECKS, ROLES, default_config, flat, get, validate, warmup_steps, with_absolute_paths
+from lljax.config import CHECKS, default_config, flat, get, validate, warmup_steps, with_absolute_paths
 from lljax.errors import ConfigError, short
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -16,6 +16,11 @@ def good():
     c = default_config()
     c.model.path, c.data.train = "base", ("docs.jsonl",)
     return c
+
+
+def ratios(*roles):
+    """Changes by which these roles do not learn."""
+    return {f"optimizer.learning_rate_ratio.{role}": 0.0 for role in roles}
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem != "from_yaml"], ids=lambda p: p.stem)
@@ -61,7 +66,8 @@ def test_every_shipped_config_is_legal(path):
     ({"lora.rank_pattern": (("q_proj", 0),)}, r"lora.rank_pattern\[0\]\[1\]=0 is not a whole number from 1"),
     ({"lora.alpha_pattern": ("q_proj", 3)}, "'q_proj' is not a pair such as"),
     ({"lora.targets": (), "lora.also_train": ()}, "nothing would train"),
-    ({"optimizer.learning_rate_ratio": dict.fromkeys(ROLES, 0.0)}, "nothing would be learned"),
+    ({"lora.also_train": (), **ratios("lora_a", "lora_b")}, "lora_a, lora_b.*nothing would be learned"),
+    ({"train_type": "full", **ratios("embed", "norm", "head", "kernel", "bias", "router")}, "nothing would be learned"),
     ({"optimizer.warmup_steps": 1000}, "warmup_steps=1000.*ends at step 1000"),
     ({"training.rows": 1000, "training.accumulate": 1000}, "8,192,000,000 tokens a step"),
     ({"model.path": ""}, "model.path is empty"),

@@ -165,5 +165,5 @@ def test_refusals_name_the_field_and_the_way_out():
         layout_of(make_mesh(sequence=2, tensor=4), "auto", PATTERNS["full"], T, model)
     with pytest.raises(ConfigError, match="rows of 129 tokens.*use a multiple such as 136"):
         layout_of(make_mesh(sequence=8), "auto", PATTERNS["full"], 129, model)
-    with pytest.raises(ConfigError, match="set one of them to -1"):
+    with pytest.raises(ConfigError, match="3 do not divide 8"):
         make_mesh(data=3)
