@@ -221,3 +221,22 @@ def test_alone_every_agreement_is_with_oneself():
     assert distributed.first_then_others(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError), distributed.session():
         raise ZeroDivisionError
+
+
+ENDS = """
+import sys, threading, time
+from lljax.distributed import to_the_end
+threading.Thread(target=time.sleep, args=[60]).start()      # as Orbax has them after a save that failed
+with to_the_end():
+    print("done")
+    {end}
+"""
+
+
+@pytest.mark.parametrize("end,code,said", [
+    ("sys.exit(75)", 75, ""), ("1 / 0", 1, "ZeroDivisionError: division by zero")])
+def test_a_script_that_is_done_ends_whatever_its_threads_wait_for(end, code, said):
+    done = subprocess.run([sys.executable, "-c", ENDS.format(end=end)], capture_output=True, text=True, timeout=50,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert (done.returncode, done.stdout) == (code, "done\n")
+    assert (done.stderr.strip().splitlines() or [""])[-1] == said

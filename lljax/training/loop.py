@@ -175,7 +175,7 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
         raise ConfigError(f"model.path={config.model.path!r} holds other weights for other processes of this run: copy one "
                           "folder to all of them")
     graphdef, frozen, state = parts.graphdef, parts.frozen, state or parts.state
-    _check_finite(state.trainable, config.model.path if step == 0 else f"the checkpoint of step {step}")
+    _check_finite(state.trainable, config.lora.adapter or config.model.path if step == 0 else f"the checkpoint of step {step}")
     del model, parts                         # a resumed run does not keep its first values
 
     # ---------------------------------------------------------------- steps

@@ -10,6 +10,18 @@ from lljax.errors import Stopped, leave, say
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 GRACE = 5.0                                  # seconds for a main thread that may be inside of C, where no exception reaches it
+_listening = []                              # the StopRequests that are entered
+
+
+def _as_any_process() -> None:
+    """For a child that is forked meanwhile: it ends by a signal, of which the run hears nothing."""
+    if _listening:
+        signal.set_wakeup_fd(-1)
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_as_any_process)
 
 
 class _Now(SystemExit):
@@ -50,6 +62,7 @@ class StopRequest:
         os.set_blocking(self._write, False)
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
+        _listening.append(self)
         self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, self._receive) for number in STOPPING if number not in ignored}
         return self
@@ -59,6 +72,7 @@ class StopRequest:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._previous_fd)
+            _listening.remove(self)
             self._over.set()
             os.write(self._write, b"\0")
             self._listener.join()

@@ -25,7 +25,8 @@ def begin(new_run):
     processes = []
 
     def start(name, *overrides, step=6, stderr=None, before=()):
-        run, since = new_run(name, LONG, *overrides), time.time()
+        run, since = new_run(name, *overrides), time.time()
+        run.arguments = [LONG if "context.schedule" in argument else argument for argument in run.arguments]
         with open(run.log, "a") as log:
             processes.append(subprocess.Popen([*before, sys.executable, "scripts/train.py", *run.arguments], cwd=ROOT,
                                               stdout=log, stderr=stderr or log,

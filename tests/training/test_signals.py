@@ -148,6 +148,13 @@ def test_where_nobody_reads_the_log_any_more_it_saves_and_leaves_with_75_too():
     assert process.communicate(timeout=20)[0] == "saved\n" and process.returncode == 75
 
 
+def test_a_signal_to_a_forked_child_ends_that_and_is_none_to_the_run():
+    fork = "import multiprocessing; child = multiprocessing.get_context('fork').Process(target=time.sleep, args=[60]); "
+    ended = "child.start(); child.terminate(); child.join(); time.sleep(0.2); stop.requested = child.exitcode == -15"
+    process = start(before=f"stop.defer(lambda: 7); {fork}{ended}")
+    assert stopped(process) == (["Stopped: after step 3, state saved"], 75)
+
+
 def test_a_signal_that_was_ignored_stays_so():
     """nohup has SIGHUP ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
