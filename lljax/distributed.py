@@ -198,7 +198,7 @@ def from_all(value) -> list:
 
 @functools.lru_cache
 def processes_here() -> int:
-    """How many processes of the run are on this host; each must call this, and may before jax has started."""
+    """How many processes of the run are on this host. Every process must call this; jax need not have started."""
     client = coordination.global_state.client
     if client is None:
         return 1

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jax._src import xla_bridge              # jax has no public function that says whether it has started
+from jax._src import xla_bridge  # jax has no public function that says whether it has started
 
 from lljax.devices import GiB
 from lljax.distributed import processes_here
@@ -68,8 +68,8 @@ def _number(path: Path, name: str) -> int:
 
 
 def usable(host: float) -> float:
-    """Bytes of `host` bytes that offloaded residuals may use. An eighth, and at least 4 GiB, is reserved for the process itself,
-    transfers and the system: beside a pool of 110 GiB, 12 more were in use on a host of 125."""
+    """Bytes of `host` bytes that offloaded residuals may use. An eighth, and at least 4 GiB, is reserved for the process
+    itself, transfers and the system: beside a pool of 110 GiB, 12 more were in use on a host of 125."""
     return max(host - max(host / 8, 4 * GiB), 0.0)
 
 

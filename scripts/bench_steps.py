@@ -1,6 +1,6 @@
 """What steps of Llama-3.1-8B at length take of the device at hand and its host, beside what their program says; and time.
 
-python scripts/bench_steps.py --row='h100-80g shifted 32k nf4'           # see capacity_rows.py; on such a device, or a larger one
+python scripts/bench_steps.py --row='h100-80g shifted 32k nf4'           # see capacity_rows.py; on such a device or another
 python scripts/bench_steps.py --row='h100-80g full 32k' --one_document   # rows that cuDNN serves
 python scripts/bench_steps.py --row='h100-80g shifted 288k' --one_document --steps=1     # 72 GiB of residuals on the host
 
@@ -59,8 +59,8 @@ def _random(leaf, key: int):
 
 
 class HostMemoryMonitor:
-    """A context: `taken` is by how many bytes, at most, the memory that the host has left has fallen since; looked at four times
-    a second. The resident set of a process does not hold all that it has pinned."""
+    """A context. taken: the largest fall of the host's available memory since, in bytes, sampled four times a second. The
+    resident set of a process does not include all pinned memory."""
 
     def __enter__(self):
         self._before, self.taken, self._over = available_memory(), 0, threading.Event()
@@ -78,7 +78,7 @@ class HostMemoryMonitor:
 
 
 def measure(row: Row, one_document: bool, steps: int, of_host: HostMemoryMonitor) -> str:
-    """What the row's steps took; of the time the first does not count."""
+    """What the row's steps took. The first step does not count for the time."""
     device = jax.devices()[0]
     chip = of_kind(device.device_kind)
     if chip is None:
@@ -116,9 +116,9 @@ def measure(row: Row, one_document: bool, steps: int, of_host: HostMemoryMonitor
     assert math.isfinite(loss)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     return (f"{row.name}, {'one document' if one_document else 'two documents'} a row, on {device.device_kind}\n"
-            f"device: peak {peak / GiB:.2f} GiB (drawing the weights {drawing / GiB:.2f}), its program says {need.peak / GiB:.2f}\n"
-            f"host: {of_host.taken / GiB:.2f} GiB taken ({before / GiB:.2f} before the first step; resident {resident:.2f}), its "
-            f"program says {need.host / GiB:.2f} of {host / GiB:.2f} ({LIMIT}={os.environ.get(LIMIT)})\n"
+            f"device: planned {need.peak / GiB:.2f} GiB, peak {peak / GiB:.2f} (drawing the weights {drawing / GiB:.2f})\n"
+            f"host: planned {need.host / GiB:.2f} GiB of {host / GiB:.2f} ({LIMIT}={os.environ.get(LIMIT)}), taken "
+            f"{of_host.taken / GiB:.2f} ({before / GiB:.2f} before the first step), resident {resident:.2f}\n"
             f"time: {took:.2f} s a step ({', '.join(f'{s:.2f}' for s in seconds)}), {T / took:,.0f} tokens/s, "
             f"{hardware / took:.1%} of the peak arithmetic, {useful / took:.1%} without "
             f"what is computed again; compiled in {compiling:.0f} s; loss {loss:.3f}")

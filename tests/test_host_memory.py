@@ -9,7 +9,7 @@ import pytest
 
 from lljax.command_line import take_gpu_memory
 from lljax.devices import GiB
-from lljax.host_memory import LIMIT, PREALLOCATE, host_memory, pinned_limit, pool_sizes, gpus_in_use, usable
+from lljax.host_memory import LIMIT, PREALLOCATE, gpus_in_use, host_memory, pinned_limit, pool_sizes, usable
 from lljax.training import fit
 
 KB = GiB // 1024

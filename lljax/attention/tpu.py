@@ -44,8 +44,8 @@ def backward(q, k, v, mask: Mask, out, lse, d_out, *, scale: float, softcap: flo
     """
     call = _Call(q, k, v, mask, scale, softcap, interpret, blocks)
     d_out, out = call.heads(d_out), call.heads(out)
-    # float32: a small difference of large sums is taken with it. In the order of the kernels: in that of rows the compiler
-    # makes float32 copies of both, each twice as large as the residual.
+    # float32: a small difference of large sums is taken with it. In the kernels' layout: in the rows' layout the compiler
+    # makes float32 copies of both, each twice the size of the residual.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, :, None]
     operands = d_out, call.statistic(lse), delta
     dq = _backward_queries(call, *operands, dtype)

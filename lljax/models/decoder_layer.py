@@ -44,7 +44,7 @@ class DecoderLayer(nnx.Module):
         return x, cache, load
 
     def _before(self, xs, key):
-        """What attends, of (x, place), in place: RoPE computes in float32, and of a tile that is little."""
+        """Queries, keys and values of (x, place), RoPE applied. It computes in float32, so a tile at a time."""
         x, place = xs
         q, k, v = self.self_attn.heads(self.input_layernorm(x), key)
         return self.self_attn.placed(q, place, query=True), self.self_attn.placed(k, place), v

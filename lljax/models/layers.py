@@ -121,8 +121,8 @@ class Attention(nnx.Module):
         return {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
 
     def mix(self, q, k, v, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
-        """Attention [B, T, N * H] of `heads`, queries and keys `placed`, or over `cache` (k, v [B, K, S, H]) and them, its slots
-        from `start` on; and what the cache is to keep of them. `o_proj` comes after it."""
+        """Attention [B, T, N * H] of `heads`, queries and keys `placed`; with a `cache` (k, v [B, K, S, H]) over its entries
+        too, the new ones from slot `start` on. Also returns what the cache keeps of them. `o_proj` comes after it."""
         if cache is not None:
             new = tuple(kept(each, held) for each, held in zip((k, v), cache))
             k, v = (read(write(held, each, start), q.dtype) for held, each in zip(cache, new))

@@ -19,8 +19,8 @@ def collective_bytes(text: str) -> dict[str, int]:
         if name not in seen:
             seen[name] = Counter()
             for line in computations[name][1] if name in computations else ():
-                # The TPU's compiler writes a collective that goes on beside other work into every fusion it goes on beside;
-                # what waits for one names it again.
+                # The TPU's compiler writes an asynchronous collective into every fusion that overlaps it; the instructions that
+                # wait for one name its computation again.
                 if re.match(r" *(ROOT )?%?async-collective-done", line) or "calls=%async_collective_fusion" in line or \
                         re.search(r" async-(update|done)\(", line):
                     continue
@@ -67,8 +67,8 @@ def _own(line: str, computation: str, lines: list[str]) -> Counter:
         return Counter()
     shape, kind, started, operands = match.groups()
     size = sum(_sizes(shape))
-    if started and kind != "all-reduce":     # it lists what it is given, and then what comes of it
-        size = _sizes(shape)[0 if kind == "reduce-scatter" else 1]
+    if started and kind != "all-reduce":     # its tuple holds the operands first, then the results
+        size = _sizes(shape)[:2][0 if kind == "reduce-scatter" else -1]
     elif kind == "reduce-scatter":           # a device's part is what comes of it
         shapes = dict(re.findall(r"%?([\w.-]+) = (\(.*?\)|\S+) [\w-]+\(", "\n".join(lines)))
         size = sum(sum(_sizes(shapes[name])) for name in re.findall(r"[\w.-]+", re.sub(r"/\*.*?\*/", "", operands)))
@@ -85,22 +85,21 @@ def _sizes(shape: str) -> list[int]:
 
 
 def _bytes(dtype: str, dims: str) -> int:
-    """Of an array: `bits` of its type times the product of `dims`, which may be at most so long ("<=8")."""
+    """Bytes of an array. A dynamic dimension ("<=8") counts at its bound."""
     return -(-bits(dtype) * math.prod(int(n.removeprefix("<=")) for n in dims.split(",") if n) // 8)
 
 
 def bits(dtype: str) -> int:
-    """How many bits a value of an HLO type takes: s4 4, f8e4m3fn 8, bf16 16, c64 64; a token or something opaque none. Four
-    bits and fewer are packed.
+    """Bits of one value of an HLO type: 4 for s4, which is packed, 8 for f8e4m3fn, 64 for c64, 0 for token and opaque.
 
     Raises:
-      ValueError: there is no such type.
+      ValueError: an unknown type.
     """
     if dtype in ("pred", "token", "opaque"):
         return 8 if dtype == "pred" else 0
     match = re.fullmatch(r"(?:[suc]|bf)(\d+)|f(\d+)(?:e\d+m\d+\w*)?", dtype)
     if not match:
-        raise ValueError(f"the program has values of a type {dtype!r}, of which lljax.planning.hlo knows no size")
+        raise ValueError(f"unknown HLO type {dtype!r}: lljax.planning.hlo.bits needs its size")
     return int(match[1] or match[2])
 
 

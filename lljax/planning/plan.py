@@ -34,15 +34,15 @@ class Options:
     progress: Callable[[str], None] = lambda text: None
 
     def room(self, target: Target) -> tuple[float, float]:
-        """Bytes of a device and of its host that a run may use; of the host, what a run there would take for residuals."""
+        """Bytes of a device's memory that a run may use, and of host memory for its residuals."""
         return target.device.memory * (1 - MARGIN), usable(self.host or target.device.host)
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
     """FLOPs and tokens are of one optimizer step of all devices, collectives bytes that one device receives in it, seconds
-    of one step. seconds: the largest of the arithmetic (at the efficiency), memory and network bounds. evaluation: what that
-    on held-out rows of the stage's length needs; None where there is none, or the step does not fit. fits: both of them.
+    of one step. seconds: the largest of the arithmetic (at the efficiency), memory and network bounds. evaluation: the
+    need of an evaluation at the stage's length; None if the run has none there, or the step does not fit. fits: both fit.
     """
 
     stage: Stage
@@ -99,8 +99,8 @@ def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: O
     evaluation = None
     if need.fits(*room) and T in fit.evaluation_lengths(config, stages(config.context)):
         full, _ = layout_of(mesh, config.mesh.context_parallel, FULL, T, model.spec, bytes_per=bytes_per, memory=device.memory)
-        evaluation, _ = fit.compile_evaluation(
-            f"evaluation of {T:,}", make_evaluate(parts.graphdef, step_settings(config)), parts, abstract_batch(1, B, T, mesh), full)
+        evaluate = make_evaluate(parts.graphdef, step_settings(config))
+        evaluation, _ = fit.compile_evaluation(f"evaluation of {T:,}", evaluate, parts, abstract_batch(1, B, T, mesh), full)
     counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"])
     passes = 2 if config.memory.remat == "none" else 3       # the weights are read forward, again, and backward
     bounds = {"arithmetic": counted.hardware / (target.count * device.flops * options.efficiency),

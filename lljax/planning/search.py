@@ -66,8 +66,8 @@ def fewest_devices(config, hf_config: dict, target: Target, options: Options) ->
 def _largest(of, start: int, unit: int, grain: float, what: str) -> tuple[int, list[StagePlan]]:
     """The largest multiple n of `unit` whose plan `of(n)` fits, to `grain` of it, and all plans tried in order of n.
 
-    What does not fit is no bound where there is a grain: compilers find more room at one n than at a smaller one, so the
-    search goes on past the least that does not fit until three in a row do not.
+    Memory is not monotone in n: a compiler may pack a longer row better. With a grain, the search therefore continues past the
+    first n that does not fit until three in a row do not fit.
     """
     tried: dict[int, StagePlan] = {}
 

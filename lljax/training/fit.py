@@ -133,8 +133,8 @@ def check(needs: list[Need], memory: float, host: float, config, layers) -> None
             continue
         of_host = n.compiled and n.peak <= memory
         if of_host:
-            shortage = (f"{n.host / GiB:.2f} GiB of host memory for residuals and a device can have {host / GiB:.2f} (on a GPU no "
-                        f"more than {LIMIT})")
+            shortage = (f"{n.host / GiB:.2f} GiB of host memory for residuals and a device can have {host / GiB:.2f} "
+                        f"(on a GPU no more than {LIMIT})")
         else:
             shortage = f"{n.peak / GiB:.2f} GiB of a device's memory and there are {memory / GiB:.2f}"
         anyway = "; memory.refuse=False tries it as it is" if n.compiled else ""
@@ -165,8 +165,8 @@ def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]
         if "host memory" in reason:          # the pool of pinned memory
             where = "the host is out of memory for residuals"
             way_out = f"raise {LIMIT} if the host has more, or set memory.layers_per_residual or memory.offload=False"
-        raise OutOfMemory(f"{what}: {where} ({reason}): {way_out}; {saved}, and the settings of memory and mesh may change when "
-                          "a run goes on") from error
+        raise OutOfMemory(f"{what}: {where} ({reason}): {way_out}; {saved}, and the settings of memory and mesh may "
+                          "change when a run goes on") from error
 
 
 def ways(config, layers, of_host: bool = False) -> list[dict]:

@@ -301,9 +301,9 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
 
 
 def _compile(parts, config, mesh, spec, remaining: list, lengths: list[int]) -> tuple[dict, dict]:
-    """The compiled step of each of the `remaining` (stage, layout), by the stage's number, and the evaluation on rows of each of
-    the `lengths`, with its layout. Logs what they need of a device, and refuses those that cannot fit."""
-    rows, programs, evaluations, needs, of_evaluations = config.training.rows, {}, {}, [], []
+    """Compiles the steps of the `remaining` (stage, layout) and the evaluations on rows of `lengths`: returns the programs by
+    the stage's number, and by length (program, layout). Logs the memory that they need and refuses those that cannot fit."""
+    rows, programs, evaluations, needs, evaluation_needs = config.training.rows, {}, {}, [], []
     for stage, layout in remaining:
         batch = abstract_batch(config.training.accumulate, rows, stage.length, mesh)
         need, programs[stage.number] = fit.compile_step(stage.label, parts, batch, stage.pattern, layout)
@@ -311,12 +311,12 @@ def _compile(parts, config, mesh, spec, remaining: list, lengths: list[int]) -> 
     evaluate = make_evaluate(parts.graphdef, step_settings(config))
     for length in lengths:
         layout, _ = layout_of(mesh, config.mesh.context_parallel, FULL, length, spec, **_facts(config, mesh))
-        need, program = fit.compile_evaluation(f"evaluation of {length:,}", evaluate, parts, abstract_batch(1, rows, length, mesh),
-                                               layout)
-        of_evaluations.append(need)
+        need, program = fit.compile_evaluation(f"evaluation of {length:,}", evaluate, parts,
+                                               abstract_batch(1, rows, length, mesh), layout)
+        evaluation_needs.append(need)
         evaluations[length] = program, layout
     memory, host = fit.capacity(mesh)
-    needs = fit.with_pool(needs, mesh.devices.flat[0].platform, host) + of_evaluations
+    needs = fit.with_pool(needs, mesh.devices.flat[0].platform, host) + evaluation_needs
     if needs:                                # none where the run is over
         logging.info(fit.as_text(fit.table(needs, memory, host, f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, "
                                            f"{memory / fit.GiB:.2f} GiB, and {host / fit.GiB:.2f} of the host")))

@@ -238,7 +238,7 @@ def robust_z(x: jax.Array, history: jax.Array, least: int = LEAST_HISTORY) -> ja
 
 def make_evaluate(graphdef, settings: StepSettings):
     """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (summed loss, predicted tokens) of a batch [1, B, T], as
-    `place` makes it, whose rows hold one document each. Jitted; a layer at a time exists as much of as in the step."""
+    `place` makes it, whose rows hold one document each. Tiled as the step is."""
     @functools.partial(jax.jit, static_argnums=(3, 4))
     def evaluate(trainable, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
         batch = jax.tree.map(lambda x: x[0], batch)

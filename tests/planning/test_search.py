@@ -100,7 +100,8 @@ def test_room_on_the_host_is_fewer_residuals_or_none_there(compiled):
     changed = config()
     changed.memory.offload = True
     found, _ = search.room(changed, CONFIG, target("h100-80g"), worst(40, host=400), Options())
-    assert found == ["memory.layers_per_residual=4", "memory.offload=False", "memory.layers_per_residual=4 memory.offload=False"]
+    assert found == ["memory.layers_per_residual=4", "memory.offload=False",
+                     "memory.layers_per_residual=4 memory.offload=False"]
 
 
 def worst(size, base=0, host=0):

@@ -4,8 +4,8 @@ import logging
 
 import jax
 import pytest
-
 from conftest import TINY
+
 from lljax.build import mesh_of, placed_model
 from lljax.config import default_config
 from lljax.errors import ConfigError, OutOfMemory
