@@ -137,7 +137,7 @@ class _Rendered:
         (whole,) = self._render((messages, tools, {"return_assistant_tokens_mask": own}))
         self.text, self.generated = whole.text, [(start, stop) for start, stop in whole.spans]
         self.places, self.marks = self._find()
-        self._starts, self._closings = {}, {}
+        self._starts, self._prompts, self._closings = {}, {}, {}
         self._index()
 
     def _render(self, *jobs) -> list[Rendering]:
@@ -305,20 +305,26 @@ class _Rendered:
         roles = tuple((message["role"], bool(message.get("tool_calls")))
                       for message in self.messages[max(j or 0, 0):i])
         key = (roles, gap, has_text)
-        if key not in self._starts:
-            closed, opened = self._tails(max(i, 1), j if i else 0)
-            least, shown = _shared(closed, opened), _shared(opened, gap)
-            if i == 0 or shown < least:      # nothing is before it, or ends otherwise as the last
-                prompt = opened[least:]
-                at = gap.find(prompt) if prompt else -1
-                if at < 0 and i:
-                    raise Refused(self._mixed(i))
-                least = shown = at + len(prompt) if at >= 0 else len(gap) * has_text
-            elif shown < len(opened):        # "<think>" and "<tool_call>" share no token
-                shown = max(least, self._shared_tokens(opened, gap)[0])
-            end = None if has_text else self.ends.search(gap, least)
-            self._starts[key] = min(shown, end.start()) if end else shown
-        return self._starts[key]
+        if key in self._starts:
+            return self._starts[key]
+        for prompt, rest in self._prompts.get(roles, ()) if has_text else ():
+            if gap.endswith(prompt):         # what is before that belongs to message j
+                return len(gap) - rest
+        closed, opened = self._tails(max(i, 1), j if i else 0)
+        least, shown = _shared(closed, opened), _shared(opened, gap)
+        if i == 0 or shown < least:          # nothing is before it, or ends otherwise as the last
+            prompt = opened[least:]
+            at = -1 if not prompt else gap.rfind(prompt) if has_text else gap.find(prompt)
+            if at < 0 and i:
+                raise Refused(self._mixed(i))
+            least = shown = at + len(prompt) if at >= 0 else len(gap) * has_text
+        elif shown < len(opened):            # "<think>" and "<tool_call>" share no token
+            shown = max(least, self._shared_tokens(opened, gap)[0])
+        end = None if has_text else self.ends.search(gap, least)
+        self._starts[key] = start = min(shown, end.start()) if end else shown
+        if has_text and gap[least:].strip():
+            self._prompts.setdefault(roles, []).append((gap[least:], len(gap) - start))
+        return start
 
     def _closing(self, i: int, j: int | None, gap: str, skip: int) -> int:
         """How much of the gap behind reply i closes it: what would stand there if it were the last,

@@ -84,20 +84,43 @@ def test_trained_spans_under_real_tokenizers_are_those_found_by_hand(name):
 
 
 # ---------------------------------------------------------------- time
+@pytest.fixture
+def rendered(monkeypatch):
+    """How many renderings a conversation takes."""
+    jobs, own = [], conversation.render
+    monkeypatch.setattr(conversation, "render", lambda tokenizer, these: jobs.extend(these) or own(tokenizer, these))
+
+    def count(tokenizer, messages) -> int:
+        turn_ends(tokenizer)
+        jobs.clear()
+        encode(Document("f:1", messages=tuple(messages)), tokenizer, "assistant")
+        return len(jobs)
+    return count
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_the_number_of_renderings_does_not_grow_with_the_turns(name, monkeypatch):
-    tokenizer, rendered = of_kind(KINDS[name]), []
-    turn_ends(tokenizer)
-    own = conversation.render
-    monkeypatch.setattr(conversation, "render",
-                        lambda tokenizer, jobs: rendered.extend(jobs) or own(tokenizer, jobs))
+def test_the_number_of_renderings_does_not_grow_with_the_turns(name, rendered):
+    tokenizer = of_kind(KINDS[name])
 
     def renderings(n: int) -> int:
-        rendered.clear()
         talk = [{"role": role, "content": f"{thought}{i} words"} for i in range(n)
                 for role, thought in (("user", ""), ("assistant", "<think>hm</think>"))]
-        encode(Document("f:1", messages=tuple(talk)), tokenizer, "assistant")
-        return len(rendered)
+        return rendered(tokenizer, talk)
+
+    assert renderings(40) == renderings(10) <= 12
+
+
+def test_nor_do_calls_of_tools_add_renderings(rendered):
+    """Numbers in arguments, which no mark hides, and answers without text between the replies."""
+    tokenizer = of_kind(QWEN)
+
+    def renderings(n: int) -> int:
+        talk = [message for i in range(n) for message in (
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"function": {"name": "look", "arguments": {"q": "x", "n": i}}}]},
+            {"role": "tool", "content": ""}, {"role": "assistant", "content": f"answer {i}"})]
+        return rendered(tokenizer, talk)
 
     assert renderings(40) == renderings(10) <= 12
 
