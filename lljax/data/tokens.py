@@ -242,16 +242,18 @@ def count_unread(document: Document, unread: dict[str, dict[str, int]],
 
 def _checked(folder: Path, vocabulary: int) -> dict:
     """counts.json of a folder whose tokens are as they were written."""
-    damaged = (f"{printable(str(folder))}: the tokens kept there are damaged ({{}}): delete the "
-               "folder, and they are made again")
+    def damaged(what: str) -> DataError:
+        return DataError(f"{printable(str(folder))}: the tokens kept there are damaged ({what}): "
+                         "delete the folder, and they are made again")
+
     try:
         counts = json.loads((folder / "counts.json").read_text())
         wrong = "counts.json" if counts.pop("own_crc32", None) != _own_crc32(counts) else next(
             (name for name, crc in counts["crc32"].items() if _crc32(folder / name) != crc), None)
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(damaged.format(first_line(error))) from None
+        raise damaged(first_line(error)) from None
     if wrong:
-        raise DataError(damaged.format(f"{wrong} is not as it was written"))
+        raise damaged(f"{wrong} is not as it was written")
     if counts["largest"] >= vocabulary:
         raise _foreign(counts["largest"], vocabulary)
     return counts
