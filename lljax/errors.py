@@ -11,7 +11,7 @@ from typing import NoReturn
 from lljax.files import printable
 
 STDERR = 2                                   # the file, whatever sys.stderr is
-SHOW_CURSOR = "\r\x1b[?25h"                  # a progress bar hides it
+SHOW_CURSOR = "\r\x1b[K\x1b[?25h"            # in place of a progress bar, which hides it
 
 
 class LljaxError(Exception):
@@ -119,7 +119,7 @@ def exit_cleanly():
 def _say(line: str) -> None:
     try:
         print(line, file=sys.stderr)
-    except OSError:                          # nobody reads it any more: Python must not try again at exit, with a code of its own
+    except OSError:                          # nobody reads it: Python must not try again at exit, with a code of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
 
 

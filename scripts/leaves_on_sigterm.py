@@ -13,7 +13,8 @@ with contextlib.suppress(OSError):
 
 def _leave(number, _) -> None:
     with contextlib.suppress(OSError):       # of a terminal that was closed
-        os.write(2, f"Stopped: {signal.Signals(number).name} before the first step or after the last: nothing to save\n".encode())
+        name = signal.Signals(number).name
+        os.write(2, f"Stopped: {name} before the first step or after the last: nothing to save\n".encode())
     os._exit(75)                             # an exception might be caught by what it happens to meet
 
 

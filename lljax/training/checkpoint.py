@@ -232,8 +232,9 @@ class Checkpoints:
         self._manager.reload()               # forget the step that is not there
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         saved = self.steps()
+        then = f"; the last one saved is of step {saved[-1]}" if saved else ", or name another; none is there yet"
         text = (f"{which} could not be written to {printable(str(self.folder))} ({_first_line(error)}): make room or mend the "
-                + (f"folder; the last one saved is of step {saved[-1]}" if saved else "folder, or name another; none is there yet"))
+                f"folder{then}")
         if fatal:
             raise LljaxError(text) from error
         logging.warning("%s", text)

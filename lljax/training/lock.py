@@ -64,8 +64,8 @@ class Lock:
         """
         refusal = "" if not first() or self._is_there() else self.take()
         if refusal := from_all(refusal)[0]:
-            raise ConfigError(f"--workdir={self.path.parent}: its file lock was deleted or replaced while this run went on, and "
-                              f"{refusal}; this run leaves it the folder and saves nothing more")
+            raise ConfigError(f"--workdir={self.path.parent}: its file lock was deleted or replaced while this run went on, "
+                              f"and {refusal}; this run leaves the folder and saves nothing more")
 
     def release(self) -> None:
         if self._held is not None:

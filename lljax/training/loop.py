@@ -102,8 +102,8 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     if not len(documents.valid) and (config.data.valid or config.data.valid_fraction):
         raise DataError(f"data.valid={tuple(config.data.valid)} holds no document that could be evaluated: name others, or ()"
                         if config.data.valid else
-                        f"data.valid_fraction={config.data.valid_fraction:g} holds out none of the {len(documents.train):,} "
-                        "documents, so nothing could be evaluated: raise it, or set it to 0")
+                        f"data.valid_fraction={config.data.valid_fraction:g} holds out none of the "
+                        f"{len(documents.train):,} documents, so nothing could be evaluated: raise it, or set it to 0")
     curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
     counted = statistics(documents, config.data.overlong, [stage.length for stage in curriculum])
     for line in remarks(counted, config.data.overlong):
@@ -128,8 +128,8 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     sizes = [(math.prod(variable.get_value().shape), lora.is_trainable(path, variable)) for path, variable in declared(model)]
     counts = {"parameters": sum(size for size, _ in sizes), "trainable": sum(size for size, trains in sizes if trains)}
     if not counts["trainable"]:
-        raise ConfigError(f"lora.targets={tuple(config.lora.targets)} and lora.also_train={tuple(config.lora.also_train)} leave "
-                          "nothing to train: name modules, such as ('q_proj', 'v_proj')")
+        raise ConfigError(f"lora.targets={tuple(config.lora.targets)} and lora.also_train={tuple(config.lora.also_train)} "
+                          "leave nothing to train: name modules, such as ('q_proj', 'v_proj')")
     kind = mesh.devices.flat[0].device_kind
     device = of_kind(kind)
     arithmetic = [flops.of_step(model, config, stage, parts=mesh.shape["sequence"]).model for stage in curriculum]
@@ -417,20 +417,20 @@ def _check_kinds(workdir: Path) -> None:
     for names, right, what in ((FOLDERS, Path.is_dir, "folder"), (FILES, Path.is_file, "file")):
         for path in (workdir / name for name in names):
             if path.exists() and not right(path):
-                raise ConfigError(f"--workdir={workdir}: {path.name} is there and is no {what}, which a run needs: move it away, "
-                                  "or name another folder")
+                raise ConfigError(f"--workdir={workdir}: {path.name} is there and is no {what}, which a run needs: move it "
+                                  "away, or name another folder")
 
 
 def _check_finite(trainable, source: str) -> None:
     """Refuses to begin with a value that is not finite: no step would be good, and it would be saved."""
     for path, fine in jax.tree_util.tree_leaves_with_path(jax.jit(lambda tree: jax.tree.map(finite, tree))(trainable)):
         if not fine:
-            raise ModelError(f"{source}: {jax.tree_util.keystr(path)} holds values that are not finite: nothing could be trained "
-                             "from there")
+            raise ModelError(f"{source}: {jax.tree_util.keystr(path)} holds values that are not finite: nothing could be "
+                             "trained from there")
 
 
 def _say_what_changes(optimizer, old: int, new: int) -> None:
     """What a longer schedule means for a run that was done."""
     was, now = (float(learning_rate(optimizer, steps)(old)) for steps in (old, new))
-    logging.info("context.schedule ends at step %d, and not at %d: the learning rate (%s) goes on at %.3g, where it had come to "
-                 "%.3g", new, old, optimizer.schedule, now, was)
+    logging.info("context.schedule ends at step %d, and not at %d: the learning rate (%s) goes on at %.3g, where it had come "
+                 "to %.3g", new, old, optimizer.schedule, now, was)

@@ -398,7 +398,8 @@ def test_a_schedule_may_become_longer_where_it_was_done_and_its_beginning_is_the
     with contextlib.nullcontext() if may else pytest.raises(ConfigError, match="another context.schedule"):
         check_identity(saved, now, step=8)
     if new != OLD:
-        with pytest.raises(ConfigError, match="when step 8 is done it may be made longer" if may else "another context.schedule"):
+        hint = "when step 8 is done it may be made longer" if may else "another context.schedule"
+        with pytest.raises(ConfigError, match=hint):
             check_identity(saved, now, step=6)
 
 

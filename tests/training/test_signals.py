@@ -150,7 +150,8 @@ def test_where_nobody_reads_the_log_any_more_it_saves_and_leaves_with_75_too():
 
 def test_a_signal_to_a_forked_child_ends_that_and_is_none_to_the_run():
     fork = "import multiprocessing; child = multiprocessing.get_context('fork').Process(target=time.sleep, args=[60]); "
-    ended = "child.start(); child.terminate(); child.join(); time.sleep(0.2); stop.requested = child.exitcode == -15"
+    ended = "child.start(); time.sleep(0.3); child.terminate(); child.join(); time.sleep(0.2); "
+    ended += "stop.requested = child.exitcode == -15"
     process = start(before=f"stop.defer(lambda: 7); {fork}{ended}")
     assert stopped(process) == (["Stopped: after step 3, state saved"], 75)
 
