@@ -39,11 +39,15 @@ def by_optax(optimizer: optax.GradientTransformation) -> Rule:
     def gradients(gradient, trainable, state):
         return *gradient(lambda x: x, trainable), state
 
-    def apply(trainable, before, state, grads, norm, ok, key):
+    def step(trainable, state, grads):
         updates, state = optimizer.update(grads, state, trainable)
-        new = optax.apply_updates(trainable, updates), state
-        ok &= finite(new)
-        return *chosen(ok, new, (trainable, before)), ok
+        return optax.apply_updates(trainable, updates), state
+
+    def apply(trainable, before, state, grads, norm, ok, key):
+        ok &= finite(step(trainable, state, grads))
+        # Computed again behind the barrier: otherwise all new values wait for the last to be known finite, beside the old ones.
+        trainable, before, state, grads, ok = jax.lax.optimization_barrier((trainable, before, state, grads, ok))
+        return *chosen(ok, step(trainable, state, grads), (trainable, before)), ok
     return Rule(optimizer.init, gradients, apply)
 
 
