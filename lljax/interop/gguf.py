@@ -13,11 +13,11 @@ import gguf
 import ml_dtypes
 import numpy as np
 
-from lljax.errors import ModelError
+from lljax.errors import ModelError, short
 from lljax.interop import gguf_tokenizer
 from lljax.interop.base import crc32
 from lljax.models.rope import FIELDS, THETA, RopeSpec, base_frequencies, llama3_frequencies
-from lljax.models.values import NUMBER, check, shown, whole
+from lljax.models.values import NUMBER, check, whole
 
 # HF's model_type and class of each. Mistral models call themselves llama.
 ARCHITECTURES = {"llama": ("llama", "LlamaForCausalLM"), "qwen2": ("qwen2", "Qwen2ForCausalLM"),
@@ -183,7 +183,7 @@ class GgufBase:
             return None
         for key, neutral in NEUTRAL.items():
             if (value := self._field(f"{a}.rope.scaling.{key}", neutral)) != neutral:
-                raise ModelError(f"{self.path}: {a}.rope.scaling.{key} is {shown(value)}, which is not supported: use the "
+                raise ModelError(f"{self.path}: {a}.rope.scaling.{key} is {short(value)}, which is not supported: use the "
                                  "HuggingFace folder of this model")
         scaling = {"rope_type": kind, "factor": factor}
         if kind == "yarn":

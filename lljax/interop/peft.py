@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lljax.errors import ConfigError, ModelError
+from lljax.errors import ConfigError, ModelError, short
 from lljax.interop import safetensors
 from lljax.interop.base import read_json
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value
@@ -21,7 +21,7 @@ from lljax.interop.started import StartedBase, owns_kernel, starts_from_base
 from lljax.models.declare import Weight, declared
 from lljax.models.lora import TABLES, adaptable, attach, matched_tables, of_pattern
 from lljax.models.spec import is_tied
-from lljax.models.values import FLAG, LARGEST, WORD, Value, check, dict_of, list_of, optional, shown, whole
+from lljax.models.values import FLAG, LARGEST, WORD, Value, check, dict_of, list_of, optional, whole
 from lljax.sharding import put
 
 PREFIX = "base_model.model."
@@ -77,17 +77,17 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     c = read_json(path)
     check({"peft_type": None, "r": None, "lora_alpha": None, "target_modules": None, **c}, FIELDS, str(path))
     if c["peft_type"] != "LORA":
-        raise ModelError(f"{path}: peft_type is {shown(c['peft_type'])}, and LORA is supported")
+        raise ModelError(f"{path}: peft_type is {short(c['peft_type'])}, and LORA is supported")
     for field, unused in UNSUPPORTED.items():
         if c.get(field) not in unused:
-            raise ModelError(f"{path}: {field}={shown(c[field])} is not supported; merge this adapter with PEFT and use the "
+            raise ModelError(f"{path}: {field}={short(c[field])} is not supported; merge this adapter with PEFT and use the "
                              "merged model as the base")
     targets, saved = c["target_modules"], {name.rpartition(".")[2] for name in c.get("modules_to_save") or ()}
     roles = {role for role, name in MODULES.items() if name in saved}
     roles |= {"norm"} if any(name.endswith("norm") for name in saved) else set()
     for name in sorted(saved - set(MODULES.values())):
         if not name.endswith("norm"):
-            raise ModelError(f"{path}: modules_to_save holds {shown(name)}; embeddings, heads and norms are supported")
+            raise ModelError(f"{path}: modules_to_save holds {short(name)}; embeddings, heads and norms are supported")
     return AdapterConfig(
         rank=c["r"], alpha=float(c["lora_alpha"]), rslora=bool(c.get("use_rslora")),
         targets=(targets,) if isinstance(targets, str) else tuple(targets), also_train=tuple(sorted(roles)),

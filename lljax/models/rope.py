@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lljax.errors import ConfigError, ModelError
+from lljax.errors import ConfigError, ModelError, short
 from lljax.models.values import (
     FLAG,
     LARGEST,
@@ -25,7 +25,6 @@ from lljax.models.values import (
     check,
     list_of,
     optional,
-    shown,
     whole,
 )
 
@@ -225,7 +224,7 @@ def extend(
     if factor == "auto":
         factor = least
     if not isinstance(factor, (int, float)) or not 1 <= factor <= LARGEST:
-        raise ConfigError(f"context.rope.factor={shown(factor)}: 'auto', or a number of at least 1")
+        raise ConfigError(f"context.rope.factor={short(factor)}: 'auto', or a number of at least 1")
     if factor * unit < length:
         raise ConfigError(f"context.rope.factor={factor} stretches {unit:.0f} tokens to "
                           f"{int(factor * unit)}, short of context.length={length}: use 'auto' or "
@@ -311,10 +310,10 @@ def from_hf(hf_config: dict) -> RopeSpec:
         raise ModelError("config.json: rope_parameters has to be one flat object, the same for every "
                          "layer")
     kind = given.get("rope_type", given.get("type", "default"))
-    check(given, FIELDS, f"config.json: rope_type {shown(kind)}")
+    check(given, FIELDS, f"config.json: rope_type {short(kind)}")
     kind = {"su": "longrope"}.get(kind, kind)
     if kind not in KINDS:
-        raise ModelError(f"config.json: rope_type {shown(kind)} is none of {', '.join(KINDS)}")
+        raise ModelError(f"config.json: rope_type {short(kind)} is none of {', '.join(KINDS)}")
     for field in NEEDS.get(kind, ()):
         if given.get(field) is None:
             raise ModelError(f"config.json: rope_type {kind!r} needs {field!r}")

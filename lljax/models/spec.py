@@ -5,10 +5,10 @@ Letters: D model width, N query heads, K key/value heads, H head size, F MLP wid
 
 import dataclasses
 
-from lljax.errors import ModelError
+from lljax.errors import ModelError, short
 from lljax.models import rope
 from lljax.models.rope import RopeSpec
-from lljax.models.values import FLAG, NOT_NEGATIVE, NUMBER, Value, check, list_of, one_of, optional, shown, whole
+from lljax.models.values import FLAG, NOT_NEGATIVE, NUMBER, Value, check, list_of, one_of, optional, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _sliding(c: dict, otherwise, local: str = "sliding_attention") -> list[bool]
     types = _of_layers(c, "layer_types", lambda i: local if otherwise(i) else "full_attention")
     for i, kind in enumerate(types):
         if kind not in ("full_attention", local):
-            raise ModelError(f"config.json: layer_types[{i}] {shown(kind)} is none of full_attention, {local}")
+            raise ModelError(f"config.json: layer_types[{i}] {short(kind)} is none of full_attention, {local}")
     return [kind == local for kind in types]
 
 
@@ -164,7 +164,7 @@ def _of_layers(c: dict, name: str, otherwise) -> list:
     L = c["num_hidden_layers"]
     given = c.get(name) or [otherwise(i) for i in range(L)]
     if not isinstance(given, list) or len(given) != L:
-        raise ModelError(f"config.json: {name} has {len(given) if isinstance(given, list) else shown(given)} entries for "
+        raise ModelError(f"config.json: {name} has {len(given) if isinstance(given, list) else short(given)} entries for "
                          f"num_hidden_layers={L}")
     return given
 
@@ -386,13 +386,13 @@ def from_hf(hf_config: dict) -> DecoderSpec:
     """
     c, family = hf_config, hf_config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ModelError(f"config.json: model_type {shown(family)} is not supported; supported are {', '.join(FAMILIES)}")
+        raise ModelError(f"config.json: model_type {short(family)} is not supported; supported are {', '.join(FAMILIES)}")
     c = {"max_position_embeddings": MAX_LENGTH[family], **c}
     check({**dict.fromkeys(REQUIRED), **c}, VALUES)
     row = {"layers": lambda c: _windows(*(None,) * c["num_hidden_layers"])} | FAMILIES[family]
     wanted = ACTIVATIONS[row.get("activation", "silu")]
     if (given := c.get("hidden_activation") or c.get("hidden_act") or wanted) != wanted:
-        raise ModelError(f"config.json: hidden_act {shown(given)} of model_type {family!r} is not supported; {wanted} is")
+        raise ModelError(f"config.json: hidden_act {short(given)} of model_type {family!r} is not supported; {wanted} is")
     if c.get("use_bidirectional_attention"):
         raise ModelError("config.json: use_bidirectional_attention is not supported; a decoder looks back only")
     D, N = c["hidden_size"], c["num_attention_heads"]

@@ -1,16 +1,12 @@
 """What a field of somebody else's JSON may hold, said in tables; a wrong value is one line."""
 
-import reprlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lljax.errors import ModelError
-from lljax.files import printable
+from lljax.errors import ModelError, short
 
 LARGEST = 1e18                               # of a number: beyond any real one, and no float overflows
 MOST = 2 ** 31 - 1                           # of a count
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class Value(NamedTuple):
@@ -57,12 +53,4 @@ def check(given: dict, table: dict[str, Value], where: str = "config.json") -> N
     """
     for name, value in table.items():
         if name in given and not value.holds(given[name]):
-            raise ModelError(f"{where}: {name} is {shown(given[name])}; it has to be {value.wanted}")
-
-
-def shown(value) -> str:
-    """A value of somebody else's, in one line and cut short."""
-    try:
-        return printable(_SHORT.repr(value))
-    except ValueError:                       # Python prints no integer of thousands of digits
-        return "a number of thousands of digits"
+            raise ModelError(f"{where}: {name} is {short(given[name])}; it has to be {value.wanted}")
