@@ -42,7 +42,7 @@ def default_config() -> ConfigDict:
     c.context.length = 8192                  # tokens the finished model is to read
     c.context.schedule = ((1000, 8192, "full"),)  # stages (until_step, length, full | shifted | window)
     c.context.rope = ConfigDict(type_safe=False)  # so that factor takes a word or a number
-    c.context.rope.type = "yarn"             # keep (as the base has it) | linear | dynamic | yarn | llama3, longrope (such a base)
+    c.context.rope.type = "yarn"             # keep (as it is) | linear | dynamic | yarn; on such a base: llama3 | longrope
     c.context.rope.factor = "auto"           # auto: ceil(length / original length), or a number >= 1
     c.context.group = 0.25                   # shifted: below 1 a share of the row, from 2 up a number of tokens
     c.context.window = 4096                  # window: tokens each token sees behind it, itself included
@@ -297,8 +297,8 @@ def validate(c: ConfigDict) -> None:
     if not c.training.eval_tasks:
         for field, file in c.training.eval_files.items():
             if file:
-                raise ConfigError(f"training.eval_files.{field}={short(file)} and training.eval_tasks=(): nothing reads it; name a "
-                                  "task that does, or no file")
+                raise ConfigError(f"training.eval_files.{field}={short(file)} and training.eval_tasks=(): nothing reads it; "
+                                  "name a task that does, or no file")
     if c.training.eval_tasks and c.mesh.sequence != 1:
         raise ConfigError(f"training.eval_tasks and mesh.sequence={c.mesh.sequence}: answers are written a token at a time, "
                           "which does not spread over tokens; use mesh.sequence=1, or scripts/evaluate.py afterwards")

@@ -172,8 +172,8 @@ def test_a_finished_run_goes_on_under_a_longer_schedule_and_says_what_changes(ru
 
 
 @pytest.mark.parametrize("changes,error", [
-    ({"lora.targets": (), "lora.also_train": ()}, "leave nothing to train"),
-    ({"data.valid_fraction": 1e-9}, "holds out none of the 40 documents")])
+    ({"lora.targets": (), "lora.also_train": ()}, "nothing would train"),
+    ({"data.valid_fraction": 1e-9}, "holds none of the 40 documents out")])
 def test_what_would_end_in_an_empty_success_is_refused_before_anything_is_computed(run_config, tmp_path, changes, error):
     run_config.update_from_flattened_dict(changes)
     with pytest.raises((ConfigError, DataError), match=error):

@@ -22,7 +22,7 @@ from lljax.data.statistics import remarks, statistics
 from lljax.data.tokens import prepare
 from lljax.devices import of_kind
 from lljax.distributed import first, first_then_others, from_all, wait
-from lljax.errors import ConfigError, DataError, ModelError, NumericAbort, Stopped
+from lljax.errors import ConfigError, ModelError, NumericAbort, Stopped
 from lljax.files import atomic_write, first_line
 from lljax.interop.base import tokenizer_fingerprint
 from lljax.interop.huggingface import checksums
@@ -99,11 +99,6 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
         progress=_progress))
     if documents.bad:
         logging.warning("%d rows could not be used: %s lists them", documents.bad, workdir / "bad_rows.jsonl")
-    if not len(documents.valid) and (config.data.valid or config.data.valid_fraction):
-        raise DataError(f"data.valid={tuple(config.data.valid)} holds no document that could be evaluated: name others, or ()"
-                        if config.data.valid else
-                        f"data.valid_fraction={config.data.valid_fraction:g} holds out none of the "
-                        f"{len(documents.train):,} documents, so nothing could be evaluated: raise it, or set it to 0")
     curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
     counted = statistics(documents, config.data.overlong, [stage.length for stage in curriculum])
     for line in remarks(counted, config.data.overlong):
