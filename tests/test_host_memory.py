@@ -105,20 +105,28 @@ def test_it_is_too_late_once_jax_has_started(monkeypatch):
 
 def test_training_sets_the_limit_before_jax_starts_and_leaves_what_the_user_set(tmp_path):
     config = tmp_path / "config.py"
-    config.write_text("from lljax.config import default_config as get_config\n")
+    config.write_text("from lljax.config import default_config\n\n\ndef get_config():\n    c = default_config()\n"
+                      "    c.model.path, c.data.train = 'a model', ('documents.jsonl',)\n    return c\n")
     code = f"""if True:
         import os, sys
         sys.path.insert(0, "scripts")
         import train
         from jax._src import xla_bridge
-        train.train = lambda *_, **__: print(os.environ.get("{LIMIT}"), xla_bridge.backends_are_initialized())
-        for given in ({{}}, {{"{LIMIT}": "5"}}, {{"{PREALLOCATE}": "true"}}):
+        from lljax.training import loop
+
+        def show(*_, **__):
+            print("limit", os.environ.get("{LIMIT}"), xla_bridge.backends_are_initialized(), flush=True)
+        for given in ({{"{LIMIT}": "5"}}, {{"{PREALLOCATE}": "true"}}, {{}}):
             for name in ("{LIMIT}", "{PREALLOCATE}"):
                 os.environ.pop(name, None)
             os.environ.update(given)
-            train.main(["train.py", "--config={config}", "--workdir=."])
+            if given:
+                train.take_gpu_memory()
+                show()
+        loop.train = show
+        train.main(["train.py", "--config={config}", "--workdir=."])
     """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    (own, *rest) = [line.split() for line in out.splitlines()[-3:]]
+    *rest, own = [line.split()[1:] for line in out.splitlines() if line.startswith("limit ")]
     assert 2 <= int(own[0]) <= max(usable(host_memory()) * 1.2 / GiB, 2) and own[1] == "False"
     assert rest == [["5", "False"], ["None", "False"]]

@@ -77,7 +77,7 @@ RUN = """
 import ctypes, importlib.util, sys, time, types
 sys.modules["lljax"] = types.ModuleType("lljax")
 sys.modules["lljax.distributed"] = types.SimpleNamespace(any_of=bool, is_script=lambda: True)
-for name in ("errors", "training.signals"):
+for name in ("files", "errors", "training.signals"):
     spec = importlib.util.spec_from_file_location("lljax." + name, "lljax/" + name.replace(".", "/") + ".py")
     sys.modules["lljax." + name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
