@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lljax.build import attach_adapters, load_base, stretched
-from lljax.checks import TOKENS, flag, number, one_of, whole
+from lljax.checks import TOKENS, flag, number, one_of, required, several, text, whole
+from lljax.checks import path as is_path
 from lljax.config import CHECKS, default_config, validate
-from lljax.data.template import adds_bos, with_template
+from lljax.data.template import with_template
 from lljax.errors import ConfigError, short
 from lljax.field_names import unknown_field
 from lljax.generation.generate import generate as continue_prompts
+from lljax.generation.prompt import chat_tokens, text_tokens
 from lljax.generation.sample import Sampling
 from lljax.host_memory import set_pinned_limit
 from lljax.interop.base import end_tokens, open_base
@@ -109,6 +111,7 @@ def train(model: Decoder, *, data, workdir, steps: int, length: int | None = Non
         raise ConfigError("lljax.train: this model has no adapters: model, tokenizer = "
                           "lljax.prepare_model(path), then model = lljax.prepare_model(model, "
                           "lora_config)")
+    _folder("lljax.train: workdir", workdir)
     whole(1)("lljax.train: steps", steps)
     length = model.spec.max_length if length is None else length
     whole(2, TOKENS)("lljax.train: length", length)
@@ -145,8 +148,8 @@ def export(model: Decoder, path, *, format: str = "peft", dtype: str | None = No
       ConfigError: an unknown format or dtype, a folder that is taken, or a model that the format cannot hold.
     """
     base = _base(model, "lljax.export")
-    if format not in FORMATS:
-        raise ConfigError(f"lljax.export: format={format!r} is none of {', '.join(FORMATS)}")
+    one_of(*FORMATS)("lljax.export: format", format)
+    _folder("lljax.export: path", path)
     workdir = getattr(model, "workdir", None)
     template = trained_template(Path(workdir), base) if workdir else None
     return FORMATS[format](model, base, Path(path), dtype=dtype, overwrite=overwrite, chat_template=template)
@@ -162,21 +165,26 @@ def generate(model: Decoder, tokenizer, prompt, *, tokens: int = 128, stop: tupl
       ConfigError: an empty prompt, or an illegal value.
     """
     base, tokenizer = _base(model, "lljax.generate"), with_template(tokenizer)
-    if isinstance(prompt, str):
-        start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-        text = prompt
-    else:
-        start, text = [], tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    ids = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not ids:
-        raise ConfigError("lljax.generate: the prompt is empty")
+    whole(1, TOKENS)("lljax.generate: tokens", tokens)
+    several(text())("lljax.generate: stop", stop)
+    if not prompt or not isinstance(prompt, (str, list, tuple)):
+        raise ConfigError("lljax.generate: the prompt is a text, or a list of messages, and not empty")
+    ids = text_tokens(tokenizer, prompt) if isinstance(prompt, str) else chat_tokens(tokenizer, prompt)
+    room = model.spec.max_length - len(ids)
+    if room < 1:
+        raise ConfigError(f"lljax.generate: the prompt takes {len(ids):,} tokens, and the model reads "
+                          f"{model.spec.max_length:,}")
     names = [field.name for field in dataclasses.fields(Sampling)]
     if unknown := [name for name in sampling if name not in names]:
         raise ConfigError(f"lljax.generate: {unknown[0]} is none of tokens, stop, {', '.join(names)}")
-    completion, = continue_prompts(model, [np.asarray(ids)], tokens=tokens, sampling=Sampling(**sampling),
+    completion, = continue_prompts(model, [np.asarray(ids)], tokens=min(tokens, room), sampling=Sampling(**sampling),
                                    stop=end_tokens(base, tokenizer), stop_strings=tuple(stop), tokenizer=tokenizer,
                                    dtype=jnp.dtype(dict(model.settings)["model.dtype"]))
     return completion.text
+
+
+def _folder(field: str, value) -> None:
+    required(is_path(), "name a folder")(field, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def _base(model: Decoder, who: str):

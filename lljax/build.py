@@ -4,14 +4,15 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lljax import sharding
-from lljax.errors import ConfigError
-from lljax.interop.base import open_base, open_config
+from lljax.errors import ConfigError, ModelError
+from lljax.interop.base import open_base, open_config, read_json
 from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import load_adapter, parts_head, under_adapter
 from lljax.interop.quantized import form_of
@@ -40,6 +41,34 @@ def open_run_config(config) -> dict:
     hf_config = open_config(config.model.path, config.model.revision)
     parted = config.lora.adapter and parts_head(hf_config, config.lora.adapter)
     return hf_config | {"tie_word_embeddings": False} if parted else hf_config
+
+
+def adapted_spec(base, adapter: Path) -> DecoderSpec:
+    """The spec of the base under the RoPE in the rope.json that lljax writes beside an adapter, where there is one.
+
+    Raises:
+      ModelError: rope.json holds what is no RoPE of this base.
+    """
+    config, path = under_adapter(base, adapter).config, Path(adapter) / "rope.json"
+    if not path.is_file():
+        return specs.from_hf(config)
+    given = read_json(path)
+    for field in given.keys() - specs.ROPE_FIELDS:
+        raise ModelError(f"{path}: {field} is no field of a RoPE")
+    try:
+        return specs.from_hf(config | given)
+    except ModelError as error:
+        raise ModelError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+
+
+def rope_unlike_the_adapters(spec: DecoderSpec, base, adapter: str) -> str:
+    """A line that says so if a run continues an adapter under another RoPE than it was trained under; or an empty text."""
+    before = adapted_spec(base, Path(adapter)).rope
+    if not (Path(adapter) / "rope.json").is_file() or before == spec.rope:
+        return ""
+    told = [f"{rope.type} x{rope.factor:g} over {rope.original_length:,} tokens" for rope in (before, spec.rope)]
+    return (f"lora.adapter={adapter} was trained under {told[0]} (its rope.json) and goes on under {told[1]}: set "
+            "context.rope.type and context.rope.factor to keep it as it was")
 
 
 def extended_spec(hf_config: dict, context) -> DecoderSpec:

@@ -6,17 +6,16 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from lljax.build import abstract_model, fill, open_run_base, places
+from lljax.build import abstract_model, adapted_spec, fill, open_run_base, places
 from lljax.config import default_config
 from lljax.data.template import with_template
-from lljax.errors import ConfigError, ModelError
+from lljax.errors import ConfigError
 from lljax.files import first_line
-from lljax.interop.base import read_json, tokenizer_fingerprint
+from lljax.interop.base import read_json, special_tokens, tokenizer_fingerprint
 from lljax.interop.huggingface import load_weights
 from lljax.interop.peft import load_adapter, named, read_adapter_config, under_adapter
-from lljax.models import lora, spec
+from lljax.models import lora
 from lljax.models.decoder import Decoder
-from lljax.models.spec import DecoderSpec
 from lljax.sharding import Layout, make_mesh
 from lljax.training.checkpoint import Checkpoints, abstract, check_identity, check_weights
 
@@ -39,7 +38,9 @@ def restore_run(workdir, step: int | None = None, layout: Layout | None = None):
     begun = checkpoints.identity()
     if begun is None:
         raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
-    check_identity(begun, begun | {"base": base.fingerprint(), "tokenizer": tokenizer_fingerprint(base.tokenizer())})
+    tokenizer = base.tokenizer()
+    check_identity(begun, begun | {"base": base.fingerprint(), "tokenizer": tokenizer_fingerprint(tokenizer),
+                                   "special_tokens": special_tokens(tokenizer)})
     model = abstract_model(config, base.config)
     check_weights(begun.get("weights", {}), fill(
         model, config, base, layout.mesh if layout else make_mesh(devices=jax.local_devices()[:1])))
@@ -85,21 +86,3 @@ def adapted_base(base, adapter: Path, dtype, layout: Layout | None = None) -> De
     load_weights(model, base, dtype=dtype, shardings=places(layout))
     load_adapter(model, adapter, shardings=places(layout))
     return model
-
-
-def adapted_spec(base, adapter: Path) -> DecoderSpec:
-    """That of the base, under the RoPE in the rope.json that lljax writes beside an adapter, where there is one.
-
-    Raises:
-      ModelError: rope.json holds what is no RoPE of this base.
-    """
-    config, path = under_adapter(base, adapter).config, adapter / "rope.json"
-    if not path.is_file():
-        return spec.from_hf(config)
-    given = read_json(path)
-    for field in given.keys() - spec.ROPE_FIELDS:
-        raise ModelError(f"{path}: {field} is no field of a RoPE")
-    try:
-        return spec.from_hf(config | given)
-    except ModelError as error:
-        raise ModelError(f"{path}: {str(error).removeprefix('config.json: ')}") from None

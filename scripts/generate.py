@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lljax.command_line import take_gpu_memory
-from lljax.data.template import adds_bos, with_template
+from lljax.data.template import with_template
 from lljax.errors import ConfigError, exit_cleanly
 from lljax.evaluation.candidates import of_base, of_run
 from lljax.files import first_line
 from lljax.generation.chat import Chat, TooLong
 from lljax.generation.detokenize import Detokenizer
 from lljax.generation.generate import stream
+from lljax.generation.prompt import text_tokens
 from lljax.generation.sample import Sampling
 from lljax.interop.base import end_tokens
 
@@ -78,9 +79,7 @@ def run(arguments) -> None:
         else:
             writer.write(chat.ask(text))
         return
-    prompt = writer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if adds_bos(writer.tokenizer):
-        prompt = [writer.tokenizer.bos_token_id, *prompt]
+    prompt = text_tokens(writer.tokenizer, text)
     if not prompt:
         raise ConfigError("the prompt is empty")
     if len(prompt) >= writer.longest:

@@ -55,8 +55,17 @@ def test_a_text_and_a_conversation_are_continued(prepared):
     assert isinstance(text, str) and text
     assert lljax.generate(model, tokenizer, "def add(", tokens=8, temperature=50.0, seed=1) != text
     chat = lljax.generate(model, tokenizer, [{"role": "user", "content": "add"}], tokens=8)
-    assert chat == lljax.generate(model, tokenizer, "### User:\nadd\n\n### Assistant:\n", tokens=8)
-    with pytest.raises(ConfigError, match="the prompt is empty"):
+    assert chat == lljax.generate(model, tokenizer, "### User:\nadd\n### Assistant:\n", tokens=8)
+    with pytest.raises(ConfigError, match="the prompt is .* not empty"):
         lljax.generate(model, tokenizer, "")
     with pytest.raises(ConfigError, match="heat is none of tokens, stop, temperature"):
         lljax.generate(model, tokenizer, "def", heat=1.0)
+
+
+@pytest.mark.parametrize("prompt,fields,message", [
+    ("def " * 40, {}, "and the model reads 32"), (["def"], {}, "refuses the conversation|no role"), (5, {}, "not empty"),
+    ("def", {"stop": "abc"}, "stop='abc' is not a tuple"), ("def", {"stop": ("",)}, "stop"), ("def", {"tokens": 0}, "tokens=0")])
+def test_a_prompt_that_cannot_be_continued_as_it_is_meant_is_refused(prepared, prompt, fields, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        lljax.generate(*prepared, prompt, **fields)
+    assert "\n" not in str(refused.value)

@@ -14,7 +14,8 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 
-from lljax.data.marks import THOUGHTS, Mark, Marker, with_functions
+from lljax.data.formats import THOUGHTS
+from lljax.data.marks import Mark, Marker, with_functions
 from lljax.data.render import Job, Rendering, TemplateError, render
 from lljax.files import first_line
 

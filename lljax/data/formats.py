@@ -159,8 +159,8 @@ SENDERS = ("system", "developer", "user", "assistant", "tool", *CALLS)   # after
 TEXT_PARTS = ("text", "input_text", "output_text")
 # Whether a message is trained, as OpenAI, Mistral, axolotl and ms-swift write it: 0, 1, false or true.
 LOSS = frozenset({"weight", "train", "training", "loss", "loss_scale", "loss_mask"})
-MESSAGE = LOSS | {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content",
-                  "reasoning", "thinking"}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")    # fields that hold a reply's thought
+MESSAGE = LOSS | {"role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS}
 
 
 def _conversation(row: dict, where: str, messages: list, prompt: list = ()) -> Document:
@@ -235,8 +235,11 @@ def _turn(i: int, message) -> dict:
         raise ValueError(f"message {i}{named} is from none of human, gpt, {', '.join(SENDERS)}")
     if isinstance(content, list):
         content = "".join(_part(i, part) for part in content)
-    if not (calls is None or isinstance(calls, list) and all(isinstance(x, dict) for x in calls)):
-        raise ValueError(f"message {i}{named}: 'tool_calls' is not a list of calls")
+    if not (calls is None or isinstance(calls, list) and all(map(_names_a_tool, calls))):
+        raise ValueError(f"message {i}{named}: 'tool_calls' is not a list of calls, each with the name of a function")
+    for key in THOUGHTS:
+        if not isinstance(message.get(key), str | None):
+            raise ValueError(f"message {i}{named}: {key!r} is no text")
     if not isinstance(content, str) and not (content is None and calls):
         raise ValueError(f"message {i}{named} has no text as its content")
     for key in message.keys() & LOSS:
@@ -245,6 +248,11 @@ def _turn(i: int, message) -> dict:
     if role == message["role"] and content is message.get("content"):
         return message
     return message | {"role": role, "content": content}
+
+
+def _names_a_tool(call) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _part(i: int, part) -> str:

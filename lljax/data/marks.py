@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Iterator
 
+from lljax.data.formats import THOUGHTS
+
 # What templates look for in a content: <think>, [THINK], <seed:think>, <tool_response>, /no_think.
 TAG = re.compile(r"([<\[◁]/?[\w:|]{0,20}(?:think|tool)\w{0,20}[>\]▷]"
                  r"|/(?:no_?)?think\b|detailed thinking (?:on|off))", re.IGNORECASE)
 ENDS_THOUGHT = re.compile(r"[<\[◁]/[\w:|]{0,20}think\w{0,20}[>\]▷]", re.IGNORECASE)
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")    # fields that hold a reply's thought
 
 
 @dataclasses.dataclass(eq=False)

@@ -49,6 +49,12 @@ def adds_bos(tokenizer) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
+def missing_bos(tokenizer, text: str) -> list[int]:
+    """The bos token if the tokenizer puts one before a text and this text does not begin with it."""
+    begins = not adds_bos(tokenizer) or text.lstrip().startswith(tokenizer.bos_token)
+    return [] if begins else [tokenizer.bos_token_id]
+
+
 def with_template(tokenizer):
     """The tokenizer, given PLAIN_TEMPLATE where it has no chat template, with bos before it where
     the tokenizer puts one before a text."""
@@ -73,8 +79,8 @@ def _text(document: Document, tokenizer, loss_on: str):
     ids, offsets = _tokenized(text, tokenizer)
     whole = loss_on == "everything" or not n
     mask = [whole or stop > n for _, stop in offsets]
-    if adds_bos(tokenizer) and not text.lstrip().startswith(tokenizer.bos_token):
-        ids, mask = [tokenizer.bos_token_id, *ids], [whole, *mask]
+    bos = missing_bos(tokenizer, text)
+    ids, mask = [*bos, *ids], [whole] * len(bos) + mask
     if tokenizer.eos_token_id is not None and not text.rstrip().endswith(tokenizer.eos_token):
         ids, mask = [*ids, tokenizer.eos_token_id], [*mask, True]
     return ids, mask

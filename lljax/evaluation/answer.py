@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lljax.data.template import adds_bos
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Task, TooShort, group_scores
 from lljax.generation.generate import generate
-from lljax.generation.prompt import chat_tokens
+from lljax.generation.prompt import chat_tokens, text_tokens
 from lljax.sharding import Layout
 from lljax.training.charts import short_length
 
@@ -42,8 +41,7 @@ class Asking:
         """What the model reads."""
         if self.chat and example.chat:
             return chat_tokens(self.tokenizer, [{"role": "user", "content": example.prompt}], example.answer_prefix)
-        bos = [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
-        return [*bos, *self.tokenizer(example.text, add_special_tokens=False, verbose=False)["input_ids"]]
+        return text_tokens(self.tokenizer, example.text)
 
 
 def too_short(tasks: Sequence[Task], lengths: Sequence[int], asking: Asking) -> dict[tuple[str, int], str]:

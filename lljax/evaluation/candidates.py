@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lljax.build import answering, extended_spec, load_base, open_run_base
+from lljax.build import adapted_spec, answering, extended_spec, load_base, open_run_base
 from lljax.errors import ConfigError
 from lljax.evaluation.results import BASE, STRETCHED, TRAINED
 from lljax.interop.base import end_tokens, open_base, tokenizer_fingerprint
@@ -18,7 +18,7 @@ from lljax.interop.peft import read_adapter_config, under_adapter
 from lljax.models import lora, spec
 from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
-from lljax.restore import adapted_base, adapted_spec, read_config, restore_run
+from lljax.restore import adapted_base, read_config, restore_run
 from lljax.sharding import Layout
 from lljax.training.checkpoint import describe
 

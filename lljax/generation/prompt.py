@@ -1,8 +1,15 @@
-"""What a chat model is given to read: a conversation, rendered by the tokenizer's chat template."""
+"""The tokens that a model is given to read: of a text, or of a conversation under the chat template."""
 
 from collections.abc import Sequence
 
 from lljax.data.render import chat_text
+from lljax.data.template import missing_bos
+
+
+def text_tokens(tokenizer, text: str) -> list[int]:
+    """The tokens of a text, begun as texts are begun in training."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*missing_bos(tokenizer, text), *ids]
 
 
 def chat_tokens(tokenizer, messages: Sequence[dict], begun: str = "") -> list[int]:

@@ -215,11 +215,18 @@ def end_tokens(base, tokenizer) -> frozenset[int]:
     Raises:
       ModelError: generation_config.json names something else than ids; the chat template does not end.
     """
-    named = (base.generation_config or {}).get("eos_token_id")
+    # Without a generation_config, config.json says it: so transformers reads the two.
+    named = (base.generation_config or base.config).get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(token) is int and token >= 0 for token in named):
         raise ModelError(f"{base.path}: generation_config.json: eos_token_id is no id nor a list of ids")
     return frozenset({tokenizer.eos_token_id, *named, *turn_ends(tokenizer)} - {None})
+
+
+def special_tokens(tokenizer) -> dict[str, str]:
+    """The special tokens by role, such as eos_token. They say how texts begin and end, and a file beside the vocabulary
+    may change them."""
+    return {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

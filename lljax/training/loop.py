@@ -15,16 +15,17 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from lljax.build import fill, mesh_of, move, open_run_base, placed_model
+from lljax.build import fill, mesh_of, move, open_run_base, placed_model, rope_unlike_the_adapters
 from lljax.config import get, total_steps, validate, with_absolute_paths
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.statistics import remarks, statistics
+from lljax.data.template import turn_ends
 from lljax.data.tokens import prepare
 from lljax.devices import of_kind
 from lljax.distributed import first, first_then_others, from_all, wait
 from lljax.errors import ConfigError, ModelError, NumericAbort, Stopped
 from lljax.files import atomic_write, first_line
-from lljax.interop.base import tokenizer_fingerprint
+from lljax.interop.base import special_tokens, tokenizer_fingerprint
 from lljax.interop.huggingface import checksums
 from lljax.models import lora
 from lljax.models.declare import declared
@@ -103,6 +104,8 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     counted = statistics(documents, config.data.overlong, [stage.length for stage in curriculum])
     for line in remarks(counted, config.data.overlong):
         logging.warning("%s", line)
+    if counted["train"]["conversations"] and not turn_ends(tokenizer):
+        logging.warning("the chat template ends replies with no token: only the last reply of a conversation is trained to end")
     if not all(from_all((workdir / "lock").is_file())):
         raise ConfigError(f"--workdir={workdir}: not every process sees what the first one writes there: name a folder on a "
                           "file system that they share")
@@ -114,6 +117,8 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
     else:
         model = placed_model(config, base.config, mesh)
     parts, spec = take_apart(config, model, mesh), model.spec
+    if config.lora.adapter and (remark := rope_unlike_the_adapters(spec, base, config.lora.adapter)):
+        logging.warning("%s", remark)
     layouts = [layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, spec, **_facts(config, mesh))
                for stage in curriculum]
     for stage, (layout, reason) in zip(curriculum, layouts):
@@ -133,6 +138,7 @@ def _train(config, workdir: Path, model, profile_steps: range | None, examiner, 
 
     # ---------------------------------------------------------------- resume
     identity = {"base": base.fingerprint(), "tokenizer": tokenizer_id, "data": documents.fingerprint,
+                "special_tokens": special_tokens(tokenizer),
                 **_flat({field: get(config, field) for field in IDENTITY})}
     rolls_back = config.alarm.spike == "rollback"
     if rolls_back:                           # it says how far back

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.templates import (GLM, HARMONY, KINDS, LLAMA, QWEN, R1, Kind, of_kind,
-                            random_conversation, spans)
+from data.templates import GLM, HARMONY, KINDS, LLAMA, QWEN, R1, Kind, of_kind, random_conversation, spans
 from transformers import PreTrainedTokenizerFast
 
 from lljax.data import conversation
@@ -24,7 +23,7 @@ def check(tokenizer, kind: Kind, seeds, least: float, may_say=()) -> None:
 
     least: the share of the conversations that the template takes. may_say: why it refuses others.
     """
-    base = type("Base", (), {"generation_config": None})
+    base = type("Base", (), {"generation_config": None, "config": {}})
     stops, ends, taken = end_tokens(base, tokenizer), set(turn_ends(tokenizer)), 0
     assert ends and ends <= stops
     for seed in seeds:

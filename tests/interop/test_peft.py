@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from lljax import patterns, sharding
-from lljax.build import build_model, open_run_base, open_run_config
+from lljax.build import adapted_spec, build_model, open_run_base, open_run_config
 from lljax.config import default_config
 from lljax.errors import ModelError
 from lljax.interop.base import open_base
@@ -25,7 +25,7 @@ from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
-from lljax.restore import adapted_base, adapted_spec
+from lljax.restore import adapted_base
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 

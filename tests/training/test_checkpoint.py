@@ -408,3 +408,15 @@ def test_other_weights_are_refused_by_name_and_what_one_side_does_not_know_does_
     check_weights({"a": 1, "b": 2}, {"b": 2, "c": 3})
     with pytest.raises(ConfigError, match="other weights.*b differs"):
         check_weights({"a": 1, "b": 2}, {"a": 1, "b": 3})
+
+
+@pytest.mark.parametrize("name", ["a [red]x", "back\\x"])
+def test_a_folder_that_checkpoints_could_not_be_read_back_from_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="name another folder"):
+        Checkpoints(tmp_path / name, every_steps=1, every_minutes=1e9, keep=1)
+
+
+def test_runs_begun_before_special_tokens_were_kept_go_on_and_the_cause_is_named_before_its_consequence():
+    check_identity({"base": "b"}, {"base": "b", "special_tokens": {"eos_token": "</s>"}})
+    with pytest.raises(ConfigError, match="another special_tokens"):
+        check_identity({"data": 1, "special_tokens": {"eos_token": "</s>"}}, {"data": 2, "special_tokens": {"eos_token": "<e>"}})
