@@ -55,7 +55,7 @@ class Checkpoints:
             kept.append(managers.EveryNSteps(self.every_steps, max_to_keep=1))
         options = ocp.CheckpointManagerOptions(preservation_policy=managers.AnyPreservationPolicy(kept),
                                                create=not self._read_only)
-        return ocp.CheckpointManager(self.folder, options=options)
+        return self._listed(lambda: ocp.CheckpointManager(self.folder, options=options))
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`. The clock of any process decides for all."""
@@ -133,6 +133,16 @@ class Checkpoints:
             return self._newest_sound([step] if step is not None else reversed(steps), like)
         return self._looked(sound_of)
 
+    def _listed(self, listing: Callable):
+        """listing(), in which Orbax lists the checkpoints; and again where a run that goes on deleted one meanwhile."""
+        for _ in range(LOOKS):
+            try:
+                return listing()
+            except FileNotFoundError:
+                if not self._read_only:
+                    raise
+        return listing()
+
     def _looked(self, look: Callable):
         """look(steps); and again where it fails and there are other steps by then, which a run that goes on has made and for
         which it has deleted those that were looked at."""
@@ -143,7 +153,7 @@ class Checkpoints:
             except ConfigError:
                 if not self._read_only:
                     raise
-                self._manager.reload()
+                self._listed(self._manager.reload)
                 if self.steps() == steps:
                     raise
         return look(self.steps())

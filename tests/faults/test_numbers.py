@@ -50,7 +50,8 @@ def inject(run_config, monkeypatch):
                 states[len(states) + 1] = before, leaves(after)
                 return after, metrics
             return run
-        return {number: watch(program) for number, program in compiled(*arguments).items()}
+        programs, evaluations = compiled(*arguments)
+        return {number: watch(program) for number, program in programs.items()}, evaluations
     for module, name, value in ((loop, "place", placed), (loop, "abstract_batch", abstract_placed),
                                 (step, "accumulate", multiplied), (loop, "_compile", watched),
                                 (loop, "mesh_of", lambda mesh: make_mesh(devices=jax.devices()[:1]))):
