@@ -1,5 +1,6 @@
 """The flat YAML of a run, read into the configuration tree."""
 
+import contextlib
 import difflib
 import logging
 from pathlib import Path
@@ -193,10 +194,8 @@ def _set(path, c, field: str, name: str, value) -> None:
     if isinstance(default, tuple):
         value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     elif isinstance(default, float) and isinstance(value, str) and len(value) < 40:
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)             # YAML reads 2e-4 as a text
-        except ValueError:
-            pass
     try:
         CHECKS[field](name, value)
     except ConfigError as error:

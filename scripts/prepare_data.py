@@ -152,11 +152,9 @@ def stats(arguments) -> None:
 def show(arguments) -> None:
     rows = (row for row in formats.read(arguments.files, max_row_bytes=arguments.max_row_bytes)
             if isinstance(row, Document))
-    before, row = -1, None
-    for before, row in enumerate(itertools.islice(rows, arguments.row + 1) if arguments.row >= 0 else ()):
-        pass
-    if row is None or before < arguments.row:
-        raise ConfigError(f"--row={arguments.row}: there are rows 0 to {before}")
+    row = next(itertools.islice(rows, arguments.row, None), None) if arguments.row >= 0 else None
+    if row is None:
+        raise ConfigError(f"--row={arguments.row}: there is no such row; they are counted from 0")
     tokenizer = with_template(open_base(arguments.model).tokenizer())
     try:
         tokens, mask = encode(row, tokenizer, arguments.loss_on)

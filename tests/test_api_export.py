@@ -64,7 +64,8 @@ def test_a_text_and_a_conversation_are_continued(prepared):
 
 @pytest.mark.parametrize("prompt,fields,message", [
     ("def " * 40, {}, "and the model reads 32"), (["def"], {}, "refuses the conversation|no role"), (5, {}, "not empty"),
-    ("def", {"stop": "abc"}, "stop='abc' is not a tuple"), ("def", {"stop": ("",)}, "stop"), ("def", {"tokens": 0}, "tokens=0")])
+    ("def", {"stop": "abc"}, "stop='abc' is not a tuple"), ("def", {"stop": ("",)}, "stop"),
+    ("def", {"tokens": 0}, "tokens=0")])
 def test_a_prompt_that_cannot_be_continued_as_it_is_meant_is_refused(prepared, prompt, fields, message):
     with pytest.raises(ConfigError, match=message) as refused:
         lljax.generate(*prepared, prompt, **fields)

@@ -66,9 +66,9 @@ def check_rows(rows: int, mesh) -> None:
     """Raises ConfigError where `rows` do not spread evenly over the mesh."""
     devices = row_parts(mesh)
     if rows % devices:
-        raise ConfigError(f"training.rows={rows} (in YAML batch_size) do not spread evenly over the {devices} devices of mesh.data, "
-                          f"mesh.fsdp and mesh.expert: use a multiple such as {-(-rows // devices) * devices}, or spread the "
-                          "tokens of each row over all devices: mesh.fsdp=1 and mesh.sequence=-1 (in YAML "
+        raise ConfigError(f"training.rows={rows} (in YAML batch_size) do not spread evenly over the {devices} devices of "
+                          f"mesh.data, mesh.fsdp and mesh.expert: use a multiple such as {-(-rows // devices) * devices}, "
+                          "or spread the tokens of each row over all devices: mesh.fsdp=1 and mesh.sequence=-1 (in YAML "
                           "sequence_parallel: true)")
 
 

@@ -292,7 +292,8 @@ def sentencepiece(tokens, **fields):
 
 
 @pytest.mark.parametrize("fields,bos", [
-    ({}, "<s>"), ({"add_bos_token": False}, "<s>"), ({"bos_token_id": 2}, "</s>"), ({"bos_token_id": 2, "eos_token_id": 1}, "</s>")])
+    ({}, "<s>"), ({"add_bos_token": False}, "<s>"), ({"bos_token_id": 2}, "</s>"),
+    ({"bos_token_id": 2, "eos_token_id": 1}, "</s>")])
 def test_metadata_without_bos_and_eos_has_those_of_llama_cpp(fields, bos):
     tokenizer = sentencepiece(["<unk>", "<s>", "</s>", "\u2581", "a"], **fields)
     assert (tokenizer.bos_token, tokenizer.unk_token) == (bos, "<unk>") and tokenizer.eos_token in ("<s>", "</s>")

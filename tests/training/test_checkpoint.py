@@ -419,4 +419,5 @@ def test_a_folder_that_checkpoints_could_not_be_read_back_from_is_refused(tmp_pa
 def test_runs_begun_before_special_tokens_were_kept_go_on_and_the_cause_is_named_before_its_consequence():
     check_identity({"base": "b"}, {"base": "b", "special_tokens": {"eos_token": "</s>"}})
     with pytest.raises(ConfigError, match="another special_tokens"):
-        check_identity({"data": 1, "special_tokens": {"eos_token": "</s>"}}, {"data": 2, "special_tokens": {"eos_token": "<e>"}})
+        check_identity({"data": 1, "special_tokens": {"eos_token": "</s>"}},
+                       {"data": 2, "special_tokens": {"eos_token": "<e>"}})
