@@ -198,4 +198,5 @@ def test_show_shows_every_trained_span_of_a_long_row_and_no_terminal_codes(tmp_p
     assert all(f"assistant{i} " in joined and f"end{i}<end>]" in joined for i in range(3))
     code, out, _ = command("show", file, f"--model={chat}", "--tokens=48")
     assert "4 further spans" in out.replace("\n", " ")
-    assert command("show", file, f"--model={chat}", "--row=1")[2] == "ConfigError: --row=1: there is no such row; they are counted from 0\n"
+    assert command("show", file, f"--model={chat}", "--row=1")[2] == (
+        "ConfigError: --row=1: there is no such row; they are counted from 0\n")
