@@ -12,7 +12,7 @@ import transformers
 from families import FAMILIES, SIZES, jit, torch_logits, write_torch
 from flax import nnx
 
-from lljax.build import stretched
+from lljax.build import rope_unlike_the_adapters, stretched
 from lljax.errors import ConfigError
 from lljax.interop.base import open_base
 from lljax.interop.huggingface import load_weights
@@ -208,3 +208,15 @@ def test_long_factors_of_interpolation_and_of_ntk_become_those_of_the_new_factor
         hf_config = config_of("longrope")
         hf_config["rope_parameters"]["long_factor"] = lists
         np.testing.assert_allclose(longer(hf_config)[1].rope.long_factor, wanted)
+
+
+def test_an_adapter_that_goes_on_under_another_rope_is_said(tiny, tmp_path):
+    base = open_base(tiny)
+    spec = from_hf(base.config)
+    linear, yarn = (stretched(spec, type=type, factor="auto", length=128) for type in ("linear", "yarn"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}))
+    assert not rope_unlike_the_adapters(yarn, base, str(tmp_path))       # nothing is known of its RoPE
+    (tmp_path / "rope.json").write_text(json.dumps(rope_to_hf(linear)))
+    assert not rope_unlike_the_adapters(linear, base, str(tmp_path))
+    assert re.search("trained under linear x4 over 32 tokens .* under yarn x4", rope_unlike_the_adapters(yarn, base, str(tmp_path)))
