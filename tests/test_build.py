@@ -219,4 +219,5 @@ def test_an_adapter_that_goes_on_under_another_rope_is_said(tiny, tmp_path):
     assert not rope_unlike_the_adapters(yarn, base, str(tmp_path))       # nothing is known of its RoPE
     (tmp_path / "rope.json").write_text(json.dumps(rope_to_hf(linear)))
     assert not rope_unlike_the_adapters(linear, base, str(tmp_path))
-    assert re.search("trained under linear x4 over 32 tokens .* under yarn x4", rope_unlike_the_adapters(yarn, base, str(tmp_path)))
+    remark = rope_unlike_the_adapters(yarn, base, str(tmp_path))
+    assert re.search("trained under linear x4 over 32 tokens .* under yarn x4", remark)
