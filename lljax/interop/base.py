@@ -213,13 +213,14 @@ def end_tokens(base, tokenizer) -> frozenset[int]:
     that the chat template ends a reply with.
 
     Raises:
-      ModelError: generation_config.json names something else than ids; the chat template does not end.
+      ModelError: eos_token_id is something else than ids; the chat template does not end.
     """
-    # Without a generation_config, config.json says it: so transformers reads the two.
-    named = (base.generation_config or base.config).get("eos_token_id")
+    # As transformers reads them: config.json counts where there is no generation_config.json.
+    file, held = ("generation_config.json", base.generation_config) if base.generation_config else ("config.json", base.config)
+    named = held.get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(token) is int and token >= 0 for token in named):
-        raise ModelError(f"{base.path}: generation_config.json: eos_token_id is no id nor a list of ids")
+        raise ModelError(f"{base.path}: {file}: eos_token_id is no id nor a list of ids")
     return frozenset({tokenizer.eos_token_id, *named, *turn_ends(tokenizer)} - {None})
 
 
