@@ -98,11 +98,12 @@ def test_an_interrupted_build_is_not_taken_for_a_finished_one(tmp_path, run):
     assert len(run(file).train) == 5
 
 
+DAMAGE = ("a byte changed", "cut short", "missing")
 FILES = ("train/tokens.bin", "valid/mask.bin", "train/offsets.npy", "bad_rows.jsonl", "counts.json")
 
 
 # Without counts.json, the mark of a folder that is complete, it is built again.
-@pytest.mark.parametrize("name,damage", [(name, damage) for name in FILES for damage in ("a byte changed", "cut short", "missing")
+@pytest.mark.parametrize("name,damage", [(name, damage) for name in FILES for damage in DAMAGE
                                          if (name, damage) != ("counts.json", "missing")])
 def test_tokens_that_are_not_as_they_were_written_are_refused(tmp_path, run, name, damage):
     file, how = write(tmp_path / "a.jsonl", [*texts(20), "{"]), {"valid_fraction": 0.5, "max_bad_fraction": 0.5}
