@@ -5,8 +5,8 @@ python scripts/train.py --config=configs/from_yaml.py:run.yaml --workdir=runs/mi
 --config=run.yaml does the same.
 """
 
+from lljax.config.yaml import read
 from lljax.errors import ConfigError
-from lljax.yaml_config import read
 
 
 def get_config(path: str = ""):

@@ -11,27 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from lljax.build import attach_adapters, load_base, stretched
-from lljax.checks import TOKENS, flag, number, one_of, required, several, text, whole
-from lljax.checks import path as is_path
 from lljax.config import CHECKS, default_config, validate
+from lljax.config.checks import TOKENS, flag, number, one_of, required, several, text, whole
+from lljax.config.checks import path as is_path
+from lljax.config.field_names import unknown_field
 from lljax.data.template import with_template
 from lljax.errors import ConfigError, short
-from lljax.field_names import unknown_field
 from lljax.generation.generate import generate as continue_prompts
 from lljax.generation.prompt import chat_tokens, text_tokens
 from lljax.generation.sample import Sampling
-from lljax.host_memory import set_pinned_limit
-from lljax.interop.base import end_tokens, open_base
+from lljax.hardware.host_memory import set_pinned_limit
+from lljax.interop.adapter_init import StartedBase, starts_from_base
 from lljax.interop.export import FORMATS
 from lljax.interop.huggingface import load_weights
-from lljax.interop.started import StartedBase, starts_from_base
+from lljax.interop.open import end_tokens, open_base
 from lljax.models import spec as specs
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.quantize import FORMS
-from lljax.restore import trained_template
-from lljax.training import loop
+from lljax.run import loop
+from lljax.run.restore import trained_template
 
 # The fields of `lora_config` that are used, and their defaults.
 LORA_CONFIG = {
@@ -104,7 +104,7 @@ def train(model: Decoder, *, data, workdir, steps: int, length: int | None = Non
 
     Raises:
       ConfigError: a model without adapters, an unknown field or an illegal value; and what
-        lljax.training.loop.train raises.
+        lljax.run.loop.train raises.
     """
     settings = dict(getattr(model, "settings", ()))
     if "lora.rank" not in settings:
@@ -132,7 +132,7 @@ def train(model: Decoder, *, data, workdir, steps: int, length: int | None = Non
             raise ConfigError(f"lljax.train: {field} is settled by prepare_model: give it there")
         settings[field] = value
     c = _configuration(settings, "lljax.train")
-    from lljax.evaluation.during import examiner  # here: only this needs the benchmarks
+    from lljax.evaluation.eval_hook import examiner
     trained = loop.train(c, workdir, model=model, examiner=examiner)
     trained.workdir = str(workdir)
     return trained

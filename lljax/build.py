@@ -10,20 +10,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lljax import sharding
 from lljax.errors import ConfigError, ModelError
-from lljax.interop.base import open_base, open_config, read_json
+from lljax.interop.adapter_init import StartedBase, starts_from_base
+from lljax.interop.folder import read_json
 from lljax.interop.huggingface import load_weights
+from lljax.interop.layouts import form_of
+from lljax.interop.open import open_base, open_config
 from lljax.interop.peft import load_adapter, parts_head, under_adapter
-from lljax.interop.quantized import form_of
-from lljax.interop.started import StartedBase, starts_from_base
 from lljax.models import fp8, lora, quantize, rope
 from lljax.models import spec as specs
 from lljax.models.declare import declared, dtype_of
 from lljax.models.decoder import Decoder, share_residuals
 from lljax.models.initialise import initialise
-from lljax.models.layers import Linear
+from lljax.models.linear import Linear
 from lljax.models.spec import DecoderSpec, repeats
+from lljax.parallel import sharding
 
 
 def open_run_base(config):

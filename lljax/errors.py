@@ -8,8 +8,6 @@ import reprlib
 import sys
 from typing import NoReturn
 
-from lljax.files import printable
-
 STDERR = 2                                   # the file, whatever sys.stderr is
 SHOW_CURSOR = "\r\x1b[K\x1b[?25h"            # in place of a progress bar, which hides it
 
@@ -55,7 +53,7 @@ class OutOfMemory(LljaxError):
 
 
 class Stalled(LljaxError):
-    """Nothing moved for too long. Never raised: the process ends itself (lljax.training.watchdog) with this exit code."""
+    """Nothing moved for too long. Never raised: the process ends itself (lljax.run.watchdog) with this exit code."""
 
     exit_code = 74
 
@@ -133,3 +131,14 @@ def leave(code: int, line: str) -> NoReturn:
     """Ends the process from any thread, whatever the others wait for."""
     say(line)
     os._exit(code)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that says something, printable; its class where there is none."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return printable(line.strip()) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` with line breaks, terminal codes and what cannot be encoded shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -14,10 +14,10 @@ from capacity_rows import LLAMA, ROWS, Row, config_of
 from rich.console import Console
 from rich.table import Table
 
-from lljax.devices import GiB
 from lljax.errors import ConfigError, exit_cleanly
+from lljax.hardware.chips import GiB
+from lljax.hardware.targets import target
 from lljax.planning import search
-from lljax.planning.devices import target
 from lljax.planning.plan import Options, plan_stage
 from lljax.training.curriculum import stages
 

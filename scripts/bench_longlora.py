@@ -32,15 +32,16 @@ from lljax.build import extended_spec, load_base
 from lljax.config import default_config
 from lljax.data.tokens import prepare
 from lljax.errors import ConfigError, exit_cleanly
-from lljax.evaluation import perplexity, registry, spread
-from lljax.evaluation.answer import Asking, answer
+from lljax.evaluation import perplexity, registry
+from lljax.evaluation.batched_generation import Asking, answer
 from lljax.evaluation.results import Predictions, markdown
 from lljax.evaluation.task import Sources, Task
-from lljax.interop.base import end_tokens, open_base, tokenizer_fingerprint
+from lljax.interop.open import end_tokens, open_base, tokenizer_fingerprint
 from lljax.models import spec
-from lljax.training import loop
-from lljax.training.charts import short_length
-from lljax.training.report import write_report
+from lljax.report import spread
+from lljax.report.page import write_report
+from lljax.report.words import short_length
+from lljax.run import loop
 
 CONSOLE = Console(width=140)
 BASE, LENGTHS = "lljax/assets/tiny-512", (512, 1024, 2048, 4096)

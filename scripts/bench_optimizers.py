@@ -16,12 +16,12 @@ from rich.table import Table
 
 from lljax.build import mesh_of, placed_model
 from lljax.config import READS, default_config, validate
-from lljax.devices import GB
 from lljax.errors import exit_cleanly
+from lljax.hardware.chips import GB
+from lljax.hardware.targets import target
 from lljax.models.declare import declared
-from lljax.planning.devices import target
+from lljax.planning import fit
 from lljax.planning.plan import Options, plan_stage
-from lljax.training import fit
 from lljax.training.curriculum import stages
 from lljax.training.step import take_apart
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lljax.errors import exit_cleanly
-from lljax.training import loop
+from lljax.run import loop
 from lljax.training.step import robust_z
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.py"

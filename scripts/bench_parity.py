@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lljax.console import console
+from lljax.cli.console import console
 from lljax.errors import ConfigError, exit_cleanly
 
 LIMIT = 1e-4

@@ -29,7 +29,7 @@ RANK, ALPHA, TARGETS = 8, 16.0, ("q_proj", "v_proj")
 def lljax_step(model: str, length: int, attention: str):
     """A function that takes one optimizer step and returns its loss."""
     from lljax.build import build_model, mesh_of
-    from lljax.interop.base import open_base
+    from lljax.interop.open import open_base
     from lljax.training.curriculum import stages
     from lljax.training.placement import place
     from lljax.training.step import take_apart

@@ -25,7 +25,7 @@ from flax import nnx
 from lljax.build import load_base
 from lljax.errors import exit_cleanly
 from lljax.generation.generate import CHUNK, read_chunk, stream
-from lljax.interop.base import open_base
+from lljax.interop.open import open_base
 from lljax.models import spec
 from lljax.models.cache import empty_cache
 

@@ -21,12 +21,12 @@ from lljax.config import default_config
 from lljax.data.tokens import prepare
 from lljax.errors import DataError, exit_cleanly
 from lljax.evaluation.perplexity import perplexity, windows
-from lljax.interop.base import open_base, tokenizer_fingerprint
+from lljax.interop.open import open_base, tokenizer_fingerprint
 from lljax.models import spec
 from lljax.models.declare import declared
 from lljax.models.quantize import FORMS, Quantised
-from lljax.training import loop
-from lljax.training.monitor import read_metrics
+from lljax.report.records import read_metrics
+from lljax.run import loop
 
 CONSOLE = Console(width=120)
 

@@ -24,9 +24,10 @@ import jax
 import numpy as np
 
 from lljax.errors import ConfigError, exit_cleanly
-from lljax.training import charts, loop
-from lljax.training.monitor import Monitor
-from lljax.training.report import STYLE
+from lljax.report import charts
+from lljax.report.page import STYLE
+from lljax.run import loop
+from lljax.run.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ((0.25, 512, "shifted"), (0.5, 1024, "shifted"), (1.0, 1024, "full"))   # (share of the steps, length, attention)

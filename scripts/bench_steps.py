@@ -25,15 +25,15 @@ from capacity_rows import LLAMA, ROWS, Row, config_of
 from rich.console import Console
 
 from lljax.build import mesh_of, placed_model
-from lljax.command_line import take_gpu_memory
 from lljax.data.packing import IGNORED
-from lljax.devices import GiB, of_kind
 from lljax.errors import ConfigError, exit_cleanly
-from lljax.host_memory import LIMIT, available_memory
+from lljax.hardware.chips import GiB, of_kind
+from lljax.hardware.compiler_flags import take_gpu_memory
+from lljax.hardware.host_memory import LIMIT, available_memory
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
-from lljax.training import fit, flops
+from lljax.planning import fit, flops
 from lljax.training.curriculum import stages
 from lljax.training.placement import abstract_batch, place
 from lljax.training.step import take_apart

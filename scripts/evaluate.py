@@ -18,22 +18,21 @@ from pathlib import Path
 from rich.progress import track
 from rich.table import Table
 
-from lljax.command_line import take_gpu_memory
+from lljax.cli.console import console
 from lljax.config import default_config
-from lljax.console import console
 from lljax.data.template import with_template
 from lljax.data.tokens import FIELDS, TokenStore, prepare
-from lljax.errors import ConfigError, Stopped, exit_cleanly
+from lljax.errors import ConfigError, Stopped, exit_cleanly, printable
 from lljax.evaluation import perplexity, registry, results, zeroscrolls
-from lljax.evaluation.answer import Asking, answer, too_short
-from lljax.evaluation.candidates import Candidates, of_base, of_run
+from lljax.evaluation.batched_generation import Asking, answer, too_short
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Sources, TooShort, refuse_beyond
-from lljax.files import printable
-from lljax.interop.base import end_tokens, tokenizer_fingerprint
-from lljax.restore import read_config
-from lljax.training.report import write_report
+from lljax.hardware.compiler_flags import take_gpu_memory
+from lljax.interop.open import end_tokens, tokenizer_fingerprint
+from lljax.report.page import write_report
+from lljax.run.open import Candidates, of_base, of_run
+from lljax.run.restore import read_config
 
 CONSOLE = console()
 

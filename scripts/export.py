@@ -8,11 +8,10 @@ python scripts/export.py --workdir=runs/quickstart --format=split    # a base an
 import argparse
 from pathlib import Path
 
-from lljax.errors import exit_cleanly
-from lljax.files import printable
+from lljax.errors import exit_cleanly, printable
 from lljax.interop.export import DTYPES, FORMATS
 from lljax.interop.export_folder import check_out
-from lljax.restore import restore_run, trained_template
+from lljax.run.restore import restore_run, trained_template
 
 
 def main() -> None:

@@ -18,17 +18,16 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from lljax.command_line import take_gpu_memory
 from lljax.data.template import with_template
-from lljax.errors import ConfigError, exit_cleanly
-from lljax.evaluation.candidates import of_base, of_run
-from lljax.files import first_line
+from lljax.errors import ConfigError, exit_cleanly, first_line
 from lljax.generation.chat import Chat, TooLong
 from lljax.generation.detokenize import Detokenizer
 from lljax.generation.generate import stream
 from lljax.generation.prompt import text_tokens
 from lljax.generation.sample import Sampling
-from lljax.interop.base import end_tokens
+from lljax.hardware.compiler_flags import take_gpu_memory
+from lljax.interop.open import end_tokens
+from lljax.run.open import of_base, of_run
 
 CACHES = {"full": None, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
 CONTINUED, REPLY = 128, 1024                 # tokens that are written where --tokens says nothing

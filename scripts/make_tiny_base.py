@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from lljax.data import formats
 from lljax.evaluation import haystack, registry
 from lljax.evaluation.task import Sources, TooShort
-from lljax.interop.base import open_base
+from lljax.interop.open import open_base
 
 ASSET = Path(__file__).parent.parent / "lljax" / "assets" / "tiny-512"
 END = "<|endoftext|>"
@@ -73,7 +73,7 @@ def recall(out: str) -> None:
 def end(workdir: str) -> None:
     """The weights of the run's last checkpoint, in bfloat16."""
     from lljax.interop.export import export_merged
-    from lljax.restore import restore_run
+    from lljax.run.restore import restore_run
     config, model, base = restore_run(workdir)
     with tempfile.TemporaryDirectory() as folder:
         export_merged(model, base, Path(folder) / "merged", dtype="bfloat16")

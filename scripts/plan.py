@@ -17,15 +17,14 @@ from absl import flags
 from rich.table import Table
 
 from lljax.build import open_run_config
-from lljax.command_line import config_flag, read_flags
+from lljax.cli.console import console
 from lljax.config import validate
-from lljax.console import console
-from lljax.devices import GiB
+from lljax.config.flags import config_flag, read_flags
 from lljax.errors import exit_cleanly
+from lljax.hardware.chips import GiB
+from lljax.hardware.targets import target
+from lljax.planning import fit, search
 from lljax.planning import plan as planning
-from lljax.planning import search
-from lljax.planning.devices import target
-from lljax.training import fit
 
 CONFIG = config_flag()
 DEVICE = flags.DEFINE_string("device", None, "h100-80g:8 (eight of them), a100-80g, a10-24g, l4, rtx4090, rtx4060-8g, b200, "

@@ -21,17 +21,16 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from lljax.cli.console import console
 from lljax.config import default_config
-from lljax.console import console
 from lljax.data import folders, formats
 from lljax.data.formats import BadRow, Document
 from lljax.data.loader import rows_per_epoch
 from lljax.data.statistics import remarks, statistics, unread_keys
 from lljax.data.template import encode, with_template
 from lljax.data.tokens import Documents, count_unread, prepare
-from lljax.errors import ConfigError, DataError, exit_cleanly
-from lljax.files import printable
-from lljax.interop.base import open_base, tokenizer_fingerprint
+from lljax.errors import ConfigError, DataError, exit_cleanly, printable
+from lljax.interop.open import open_base, tokenizer_fingerprint
 
 CONSOLE = console()
 STDLIB_EXCLUDE = ("site-packages/*", "*/tests/*", "test/*", "*/test/*", "idlelib/idle_test/*", "lib2to3/*",

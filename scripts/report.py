@@ -6,9 +6,8 @@ python scripts/report.py --workdir=runs/quickstart
 import argparse
 from pathlib import Path
 
-from lljax.errors import ConfigError, exit_cleanly
-from lljax.files import first_line, printable
-from lljax.training.report import write_report
+from lljax.errors import ConfigError, exit_cleanly, first_line, printable
+from lljax.report.page import write_report
 
 
 def main() -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import leaves_on_sigterm  # noqa: F401
 from absl import flags
 
-from lljax.command_line import config_flag, read_flags, show, take_gpu_memory
 from lljax.config import validate
+from lljax.config.flags import config_flag, read_flags, show
 from lljax.errors import exit_cleanly
+from lljax.hardware.compiler_flags import take_gpu_memory
 
 CONFIG = config_flag()
 WORKDIR = flags.DEFINE_string(
@@ -35,10 +36,10 @@ def main(argv) -> None:
 
 def train() -> None:
     # Imported here: it takes seconds, and errors on the command line come first.
-    from lljax import distributed
-    from lljax.evaluation.during import examiner
-    from lljax.training import loop
-    from lljax.training.profile import read_steps
+    from lljax.evaluation.eval_hook import examiner
+    from lljax.parallel import processes as distributed
+    from lljax.run import loop
+    from lljax.run.profile import read_steps
 
     for noisy in ("jax", "orbax", "httpx", "tensorboardX"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -17,15 +17,15 @@ import torch
 import transformers
 from flax import nnx
 
-from lljax.interop.base import open_base
 from lljax.interop.huggingface import load_weights, tensors
+from lljax.interop.open import open_base
 from lljax.interop.peft import write_adapter
 from lljax.models import lora
 from lljax.models.cache import empty_cache
 from lljax.models.declare import LoraWeight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.spec import from_hf
-from lljax.training.loss import cross_entropy
+from lljax.objectives.token_loss import cross_entropy
 
 SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
          "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}

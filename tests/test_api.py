@@ -12,7 +12,7 @@ import lljax
 from lljax.errors import ConfigError
 from lljax.models import lora
 from lljax.models.decoder import Decoder
-from lljax.training import loop
+from lljax.run import loop
 
 POSITIONS = np.arange(12)[None]
 

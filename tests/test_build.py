@@ -14,8 +14,8 @@ from flax import nnx
 
 from lljax.build import rope_unlike_the_adapters, stretched
 from lljax.errors import ConfigError
-from lljax.interop.base import open_base
 from lljax.interop.huggingface import load_weights
+from lljax.interop.open import open_base
 from lljax.models import rope
 from lljax.models.decoder import Decoder
 from lljax.models.spec import from_hf, rope_to_hf

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from lljax.interop.export import export_merged
-from lljax.restore import restore_run
-from lljax.training.monitor import read_metrics
+from lljax.report.records import read_metrics
+from lljax.run.restore import restore_run
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,7 +22,7 @@ from lljax.attention.attend import IMPLEMENTATIONS, Implementation, attend, best
 from lljax.attention.mask import NEVER, Mask
 from lljax.attention.shifted import attend_shifted, parts
 from lljax.errors import ConfigError
-from lljax.sharding import ROWS, TOKENS, Layout
+from lljax.parallel.sharding import ROWS, TOKENS, Layout
 
 HEADS = "tensor"
 CUT = PartitionSpec(ROWS, TOKENS)            # how [B, T] lies on the mesh
@@ -103,7 +103,7 @@ def _allgather(q, k, v, mask, sinks, group, *, size, tensor, how, zigzag):
 
 
 def _in_order(x, size: int):
-    """[B, S, ...] from the order of `lljax.sharding.zigzag` back into that of the row. The mask does not ask for it: the
+    """[B, S, ...] from the order of `lljax.parallel.sharding.zigzag` back into that of the row. The mask does not ask for it: the
     ranges of the blocks of a kernel are narrow only so."""
     chunks = jnp.split(x, 2 * size, axis=1)  # chunk j is with device i = min(j, 2 size - 1 - j), its first or its second
     return jnp.concatenate([chunks[2 * min(j, 2 * size - 1 - j) + (j >= size)] for j in range(2 * size)], axis=1)

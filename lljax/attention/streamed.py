@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lljax.attention.context_parallel import CUT, CUT_HEADS, HEADS, PER_HEAD, attend_heads, from_before, how_of, share_of_heads
 from lljax.attention.mask import NEVER, Mask
-from lljax.sharding import Layout, token_parts
+from lljax.parallel.sharding import Layout, token_parts
 
 HALO = (CUT_HEADS, CUT_HEADS, CUT, CUT)      # how (k, v, k_index, k_segments) lie on the mesh
 

@@ -4,8 +4,8 @@ import copy
 from datetime import datetime
 from pathlib import Path
 
-from lljax.errors import DataError
-from lljax.files import atomic_write, printable
+from lljax.data.files import atomic_write
+from lljax.errors import DataError, printable
 
 LETTERS = "aAwdbBmyYHIMSfjUWpZzcxXGuVeDFTRCklsnrt"
 DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in LETTERS]

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from lljax.data.formats import THOUGHTS
 from lljax.data.marks import Mark, Marker, with_functions
 from lljax.data.render import Job, Rendering, TemplateError, render
-from lljax.files import first_line
+from lljax.errors import first_line
 
 OPENS_THOUGHT = re.compile(r"([<\[◁][\w:|]{0,20}think\w{0,20}[>\]▷])\s*\Z", re.IGNORECASE)
 ROLES = ("system", "developer", "user", "assistant", "tool")     # others may be text of the row

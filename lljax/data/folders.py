@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lljax.errors import ConfigError
-from lljax.files import printable
+from lljax.errors import ConfigError, printable
 
 MARKER = "### file: {path}\n"                # what stands before each file in a document
 MAX_FILE = 4 << 20                           # bytes; a larger file is data, not text that somebody wrote

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lljax.data import sources
 from lljax.data.sources import MAX_ROW_BYTES
-from lljax.files import printable
+from lljax.errors import printable
 
 # The name of a field or role; what else stands in its place may be a text.
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")

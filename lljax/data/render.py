@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lljax.errors import ModelError
-from lljax.files import first_line
+from lljax.errors import ModelError, first_line
 
 START_SECONDS = 120                          # for the process to start
 SECONDS, SECONDS_A_MESSAGE = 10, 0.02        # for the renderings of one call; Qwen3's takes 0.0002

@@ -11,8 +11,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from lljax.errors import DataError
-from lljax.files import first_line, printable
+from lljax.errors import DataError, first_line, printable
 
 LINES = (".jsonl", ".jsonl.gz")              # one row a line
 ARRAYS = (".json", ".json.gz")               # one array of rows, or one row a line

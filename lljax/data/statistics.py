@@ -2,7 +2,7 @@
 
 from lljax.data.packing import Pieces
 from lljax.data.tokens import Documents
-from lljax.files import printable
+from lljax.errors import printable
 
 FEW = 0.02                                   # a share of trained tokens below this is worth a word
 SHOWN = 10                                   # files whose unread keys are logged

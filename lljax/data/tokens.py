@@ -19,8 +19,7 @@ from lljax.data import sources
 from lljax.data.clock import dated
 from lljax.data.formats import BadRow, Document, read_file
 from lljax.data.template import PLAIN_TEMPLATE, encode, with_template
-from lljax.errors import DataError, ModelError
-from lljax.files import first_line, printable
+from lljax.errors import DataError, ModelError, first_line, printable
 
 ENCODING = 3                                 # raised when the same documents give other tokens or masks
 # What these become is part of the fingerprint: libraries that encode otherwise make other tokens.

@@ -15,11 +15,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from lljax.data.render import chat_text
 from lljax.data.template import adds_bos, with_template
 from lljax.errors import ConfigError
-from lljax.evaluation.candidates import of_base, of_run
 from lljax.evaluation.likelihood import log_likelihoods
 from lljax.generation.generate import generate
 from lljax.generation.sample import Sampling
-from lljax.interop.base import end_tokens, tokenizer_fingerprint
+from lljax.interop.open import end_tokens, tokenizer_fingerprint
+from lljax.run.open import of_base, of_run
 
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
             "repetition_penalty": "repetition"}          # the harness's name of it, and ours

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lljax.generation.generate import BY_LENGTH
-from lljax.sharding import Layout
+from lljax.parallel.sharding import Layout
 
 MULTIPLE = 128                               # lengths are padded to one of it, so that few programs are compiled
 CHUNK = 128                                  # tokens of a row whose logits exist at one time

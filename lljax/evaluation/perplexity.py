@@ -14,8 +14,8 @@ from lljax.data.tokens import TokenStore
 from lljax.errors import DataError
 from lljax.evaluation.protocols import STRIDE
 from lljax.evaluation.task import TooShort
-from lljax.sharding import Layout, row_parts
-from lljax.training.loss import cross_entropy
+from lljax.objectives.token_loss import cross_entropy
+from lljax.parallel.sharding import Layout, row_parts
 
 CHUNK = 1024                                 # tokens whose logits exist at one time
 

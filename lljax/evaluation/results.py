@@ -10,18 +10,18 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lljax.errors import DataError
+from lljax.data.files import atomic_write, read_object
+from lljax.errors import DataError, first_line, printable
 from lljax.evaluation import needle
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.ruler import SHORTEST, TASKS, THRESHOLD, effective_length
 from lljax.evaluation.task import Example
-from lljax.files import atomic_write, first_line, printable, read_object
-from lljax.training.charts import short_length
+from lljax.report.words import short_length
+from lljax.run.open import BASE, STRETCHED, TRAINED
 
 FAMILIES = ("ruler", "longbench", "longbench_e", "zeroscrolls")      # their authors report the mean of their tasks
 # Those that get a row, in this order: of LongBench-E and LongBench v2. (The depths of a needle are in its heatmap.)
 GROUPS = ("0-4k", "4-8k", "8k+", "easy", "hard", "short", "medium", "long")
-BASE, STRETCHED, TRAINED = "base", "base, RoPE stretched", "trained"         # models, as scores call them
 SHARES = ("needle", "passkey")               # tasks of which a score is the share that was found
 MISSING = "–"
 KEY = ("model", "task", "length", "id", "question")      # what a prediction is found by

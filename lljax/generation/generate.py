@@ -12,7 +12,7 @@ from flax import nnx
 from lljax.generation.detokenize import Detokenizer
 from lljax.generation.sample import GREEDY, Sampling, choose
 from lljax.models.cache import empty_cache, longer, repeated
-from lljax.sharding import Layout, row_parts
+from lljax.parallel.sharding import Layout, row_parts
 
 CHUNK = 512                                  # prompt tokens read at a time: bounds the memory of a long prompt
 BY_LENGTH = ("dynamic", "longrope")          # RoPE kinds whose angles depend on the length in use

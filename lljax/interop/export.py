@@ -10,14 +10,13 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from lljax.errors import ConfigError
-from lljax.files import printable
+from lljax.errors import ConfigError, printable
 from lljax.interop import safetensors
+from lljax.interop.adapter_init import StartedBase, owns_kernel, starts_from_base
 from lljax.interop.export_files import TEMPLATE_FILE, write_files
 from lljax.interop.export_folder import complete
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, joined, parts_of
 from lljax.interop.peft import write_adapter
-from lljax.interop.started import StartedBase, owns_kernel, starts_from_base
 from lljax.models.declare import declared
 from lljax.models.lora import adaptable
 from lljax.models.spec import rope_to_hf

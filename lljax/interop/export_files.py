@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 
 from lljax.errors import ModelError
-from lljax.interop.base import TOKENIZER_FILES, end_tokens, read_json
+from lljax.interop.folder import read_json
+from lljax.interop.open import TOKENIZER_FILES, end_tokens
 from lljax.models.spec import DecoderSpec, from_hf, rope_to_hf
 
 TEMPLATE_FILE = "chat_template.jinja"

@@ -9,8 +9,7 @@ import signal
 import threading
 from pathlib import Path
 
-from lljax.errors import FULL, ConfigError, Stopped
-from lljax.files import printable
+from lljax.errors import FULL, ConfigError, Stopped, printable
 
 RECORD = "lljax_export.json"                 # what was written: {"format": ..., "files": [...]}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lljax.errors import ModelError, short
 from lljax.interop import gguf_tokenizer
-from lljax.interop.base import crc32
+from lljax.interop.folder import crc32
 from lljax.models.rope import FIELDS, THETA, RopeSpec, base_frequencies, llama3_frequencies
 from lljax.models.values import NUMBER, check, whole
 
@@ -66,7 +66,7 @@ class Reader(gguf.GGUFReader):
 
 
 class GgufBase:
-    """The interface of lljax.interop.base.FolderBase over one GGUF file."""
+    """The interface of lljax.interop.folder.FolderBase over one GGUF file."""
 
     def __init__(self, path: str, file: Path):
         self.path, self.prefix, self.file, self.folder, self.generation_config = path, "", file, None, None

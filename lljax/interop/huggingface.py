@@ -13,13 +13,13 @@ from flax import nnx
 from lljax.errors import ModelError
 from lljax.models.declare import LoraWeight, Weight, declared, dtype_of, hf_names, stacked
 from lljax.models.quantize import Quantised, dequantise, quantise
-from lljax.sharding import put
+from lljax.parallel.sharding import put
 
 HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints still carry
 
 
 def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> dict[str, int]:
-    """Fills every base Variable of an abstract model from `base` (lljax.interop.base); adapters stay abstract.
+    """Fills every base Variable of an abstract model from `base` (lljax.interop.open); adapters stay abstract.
 
     Trainable Variables become float32, the others `dtype`. `shardings(variable)`, where given, is where a value goes.
     The host holds about one tensor at a time: a stacked value is allocated in place and written layer by layer. Kernels

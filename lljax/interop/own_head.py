@@ -14,7 +14,7 @@ class OwnHead:
     """A tied base as an untied one: its head is the table of the file, or else a copy of the embedding.
 
     For adapters that train the head or the embedding alone. The interface of `base`
-    (lljax.interop.base.FolderBase), with a config that says so.
+    (lljax.interop.folder.FolderBase), with a config that says so.
     """
 
     def __init__(self, base):

@@ -14,15 +14,15 @@ from flax import nnx
 
 from lljax.errors import ConfigError, ModelError, short
 from lljax.interop import safetensors
-from lljax.interop.base import read_json
+from lljax.interop.adapter_init import StartedBase, owns_kernel, starts_from_base
+from lljax.interop.folder import read_json
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value
 from lljax.interop.own_head import OwnHead
-from lljax.interop.started import StartedBase, owns_kernel, starts_from_base
 from lljax.models.declare import Weight, declared
 from lljax.models.lora import TABLES, adaptable, attach, matched_tables, of_pattern
 from lljax.models.spec import is_tied
 from lljax.models.values import FLAG, LARGEST, WORD, Value, check, dict_of, list_of, optional, whole
-from lljax.sharding import put
+from lljax.parallel.sharding import put
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -189,7 +189,7 @@ def load_adapter(model: nnx.Module, folder, *, shardings=None) -> None:
 def write_adapter(model: nnx.Module, folder: Path, *, base_name: str, base=None, whole_modules: bool = True) -> dict:
     """Writes the adapter of a model to an existing folder; returns its adapter_config.
 
-    base: the base, which is needed where the factors started from it (lljax.models.start), and where DoRA adapts some of the
+    base: the base, which is needed where the factors started from it (lljax.models.adapter_init), and where DoRA adapts some of the
       layers that are one in HF.
     whole_modules: with the embeddings, norms and heads that trained (`modules_to_save`), or the factors alone.
 

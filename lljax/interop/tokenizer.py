@@ -11,8 +11,7 @@ from pathlib import Path
 
 import tokenizers
 
-from lljax.errors import ModelError
-from lljax.files import first_line
+from lljax.errors import ModelError, first_line
 
 # Texts that tokenizers of different rules split differently.
 PROBES = (

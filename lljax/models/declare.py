@@ -22,7 +22,7 @@ class Weight(nnx.Param):
       part: of a Weight that HF keeps with others in one tensor, (first, step, all): it has the outputs first, first + step, ...
         of the `all` that are there.
       transpose: HF stores the (per-layer) matrix the other way round ([out, in]; ours is [in, out]).
-      axes: logical axis names, one per dimension (see lljax.sharding).
+      axes: logical axis names, one per dimension (see lljax.parallel.sharding).
       role: "kernel" | "bias" | "embed" | "norm" | "head" | "router": the name by which optimizer groups and
         `lora.also_train` refer to it.
       init: "normal" | "zeros" | "ones" | "unit_normal" | "he_uniform" | "norms" (those of the adapted kernel).

@@ -11,20 +11,19 @@ from flax import nnx
 
 from lljax.attention import Mask
 from lljax.attention.mask import chunked
+from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.attention.softcap import capped
 from lljax.models import rope
 from lljax.models.cache import Cache, extend, write
 from lljax.models.declare import declare, stack
 from lljax.models.decoder_layer import DecoderLayer
-from lljax.models.layers import AttentionPattern, RMSNorm
+from lljax.models.linear import RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
 from lljax.models.probe import rows
 from lljax.models.quantize import dense, dequantised
 from lljax.models.spec import DecoderSpec, LayerSpec, repeats
-from lljax.sharding import Layout, constrain_activations, gathered
-from lljax.vocabulary import lookup
-
-FULL = AttentionPattern()
+from lljax.parallel.sharded_embedding import lookup
+from lljax.parallel.sharding import Layout, constrain_activations, gathered
 
 
 class Decoder(nnx.Module):

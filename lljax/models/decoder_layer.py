@@ -7,9 +7,10 @@ from flax import nnx
 
 from lljax.attention import attend_tile, first_halo, tile_reach
 from lljax.attention.mask import NEVER
-from lljax.models.layers import MLP, Attention, RMSNorm
+from lljax.models.linear import MLP, RMSNorm
 from lljax.models.memory import EVERYTHING, cuts, folded, in_tiles, tiled
-from lljax.models.mla import MLA
+from lljax.models.mixers.attention import Attention
+from lljax.models.mixers.mla import MLA
 from lljax.models.moe import MoE, no_load
 from lljax.models.spec import DecoderSpec, LayerSpec
 

@@ -8,8 +8,8 @@ has it (arXiv 2412.19437, section 3.3.2), whose scales are finer.
 import jax
 import jax.numpy as jnp
 
-from lljax import devices
 from lljax.errors import ConfigError
+from lljax.hardware import chips as devices
 
 LARGEST = 448.0
 

@@ -16,9 +16,9 @@ from flax import nnx
 
 from lljax.errors import ConfigError
 from lljax.models.declare import LoraWeight, declare, declared, hf_names
-from lljax.models.layers import Linear
+from lljax.models.linear import Linear
+from lljax.models.patterns import matching
 from lljax.models.quantize import Quantised, dequantise
-from lljax.patterns import matching
 
 FACTORS = ("lora_a", "lora_b", "lora_magnitude")
 TABLES = {"embed_tokens": "embed", "lm_head": "head"}    # what can be adapted beside linear layers, and its role
@@ -50,7 +50,7 @@ class Lora(nnx.Module):
                                  role="lora_magnitude", init="norms", kind=LoraWeight, **held) if dora else None
         self.turned = not kernel.get_metadata("transpose")           # HF holds [in, out], as we do
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
-        self.init, self.seed = init, seed                # see lljax.models.start
+        self.init, self.seed = init, seed                # see lljax.models.adapter_init
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         # Layers of one model drop different units.
         self.salt = zlib.crc32(name.encode()) + held.get("part", (0,))[0]
@@ -137,8 +137,8 @@ def attach(model: nnx.Module, *, rank: int, alpha: float, targets, rslora: bool 
     "model.layers.0." in front or not, or "all-linear". The model is changed in place; new Variables are abstract until
     initialised or loaded.
 
-    init, seed: how the factors start, see lljax.models.start; other than "default" the base must be read through
-      lljax.interop.started. rank_pattern, alpha_pattern: pairs (pattern, value); see `of_pattern`.
+    init, seed: how the factors start, see lljax.models.adapter_init; other than "default" the base must be read through
+      lljax.interop.adapter_init. rank_pattern, alpha_pattern: pairs (pattern, value); see `of_pattern`.
 
     Raises:
       ConfigError: a target, a role or a pattern matches nothing (the line lists the candidates), some layers of those that

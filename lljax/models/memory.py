@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lljax.attention.saved import SAVED
-from lljax.sharding import Layout, row_parts, token_parts
+from lljax.parallel.sharding import Layout, row_parts, token_parts
 
 RESIDUAL = "residual"
 

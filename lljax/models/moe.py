@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec
 
 from lljax.models.declare import declare
 from lljax.models.grouped import grouped_dot
-from lljax.models.layers import MLP, Linear
+from lljax.models.linear import MLP, Linear
 from lljax.models.probe import times
 from lljax.models.spec import DecoderSpec, MoESpec
-from lljax.sharding import ROWS, TOKENS, Layout, each, token_parts, weight_spec
+from lljax.parallel.sharding import ROWS, TOKENS, Layout, each, token_parts, weight_spec
 
 CUT = PartitionSpec(ROWS, TOKENS)
 
@@ -81,7 +81,7 @@ class ExpertLinear(Linear):
 
 
 class Experts(nnx.Module):
-    """The SwiGLU of every expert, see lljax.models.layers.MLP; or a clamped one, see `MoESpec`."""
+    """The SwiGLU of every expert, see lljax.models.linear.MLP; or a clamped one, see `MoESpec`."""
 
     def __init__(self, D: int, moe: MoESpec, *, hf: str):
         if moe.fused:

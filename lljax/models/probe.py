@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lljax.models.quantize import Quantised, dense
-from lljax.sharding import Layout
-from lljax.vocabulary import lookup
+from lljax.parallel.sharded_embedding import lookup
+from lljax.parallel.sharding import Layout
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +58,7 @@ def times(x: jax.Array, weight, dot=jnp.matmul) -> jax.Array:
 
 
 def rows(table, tokens: jax.Array, *, dtype, layout: Layout | None) -> jax.Array:
-    """The rows of a dense table [V, D], see `lljax.vocabulary.lookup`. The gradient of a probe is summed over all places of a
+    """The rows of a dense table [V, D], see `lljax.parallel.sharded_embedding.lookup`. The gradient of a probe is summed over all places of a
     token, in float32."""
     if not isinstance(table, Probed):
         return lookup(table, tokens, dtype=dtype, layout=layout)

@@ -86,7 +86,7 @@ class Quantised:
         return dequantise(self, dtype)
 
     def each(self, f, axes: tuple):
-        """f(array, its logical axes) of each array, given the axes of the dense kernel (lljax.sharding.each)."""
+        """f(array, its logical axes) of each array, given the axes of the dense kernel (lljax.parallel.sharding.each)."""
         *lead, inputs, outputs = axes
         of = {"codes": (*lead, inputs, None, outputs), "scale": (*lead, inputs, outputs), "zero": (*lead, inputs, outputs),
               "outer": (*lead, None), "offset": tuple(lead)}

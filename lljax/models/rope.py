@@ -13,20 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lljax.errors import ConfigError, ModelError, short
-from lljax.models.values import (
-    FLAG,
-    LARGEST,
-    NOT_NEGATIVE,
-    NUMBER,
-    OBJECT,
-    SHARE,
-    WORD,
-    Value,
-    check,
-    list_of,
-    optional,
-    whole,
-)
+from lljax.models.values import FLAG, LARGEST, NOT_NEGATIVE, NUMBER, OBJECT, SHARE, WORD, Value, check, list_of, optional, whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a run needs, before any weight is read: every stage's real step and evaluation compiled for the real target.
 
 Memory comes from the compiler, but for the workspace of cuDNN, which only a device would tell it; arithmetic is counted by
-`lljax.training.flops`; traffic is read from the program.
+`lljax.planning.flops`; traffic is read from the program.
 """
 
 import dataclasses
@@ -10,12 +10,11 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from lljax.attention.pattern import FULL
 from lljax.build import mesh_of, placed_model
-from lljax.host_memory import usable
-from lljax.models.decoder import FULL
-from lljax.planning import hlo
-from lljax.planning.devices import Target
-from lljax.training import fit, flops
+from lljax.hardware.host_memory import usable
+from lljax.hardware.targets import Target
+from lljax.planning import fit, flops, hlo
 from lljax.training.curriculum import Stage, stages
 from lljax.training.placement import abstract_batch, check_rows, layout_of
 from lljax.training.step import make_evaluate, step_settings, take_apart

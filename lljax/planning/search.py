@@ -6,13 +6,13 @@ import operator
 from lljax.build import mesh_of
 from lljax.config import get
 from lljax.errors import ConfigError
+from lljax.hardware.targets import Target, counts, sized
 from lljax.models.spec import from_hf
-from lljax.planning.devices import Target, counts, sized
+from lljax.parallel.sharding import row_parts
+from lljax.planning import fit
+from lljax.planning.fit import words
 from lljax.planning.plan import Options, StagePlan, plan_stage
-from lljax.sharding import row_parts
-from lljax.training import fit
 from lljax.training.curriculum import stages
-from lljax.training.fit import words
 
 MOST_TRIES = 10
 

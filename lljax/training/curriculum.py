@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from lljax.attention.pattern import AttentionPattern
 from lljax.attention.shifted import group_size
-from lljax.models.layers import AttentionPattern
 
 
 @dataclasses.dataclass(frozen=True)

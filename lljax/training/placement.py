@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from lljax.attention.context_parallel import choose
+from lljax.attention.pattern import AttentionPattern
 from lljax.errors import ConfigError
-from lljax.models.layers import AttentionPattern
 from lljax.models.spec import DecoderSpec
-from lljax.sharding import Layout, batch_sharding, row_parts, zigzag
+from lljax.parallel.sharding import Layout, batch_sharding, row_parts, zigzag
 
 
 def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: DecoderSpec, *, bytes_per: int = 4,

@@ -12,15 +12,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lljax.compiler_flags import compiler_options
+from lljax.attention.pattern import AttentionPattern
 from lljax.config import LEAST_HISTORY, total_steps
 from lljax.data.packing import IGNORED
 from lljax.errors import ConfigError
+from lljax.hardware.compiler_flags import compiler_options
 from lljax.models import lora
-from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
-from lljax.sharding import Layout, cut_alike, put, replicated
-from lljax.training.loss import balance_of, busiest_of, cross_entropy
+from lljax.objectives.token_loss import balance_of, busiest_of, cross_entropy
+from lljax.parallel.sharding import Layout, cut_alike, put, replicated
 from lljax.training.optimizer import Rule, by_optax, groups_of, make_optimizer
 from lljax.training.q_galore import q_galore
 

@@ -11,7 +11,7 @@ from lljax.attention import Mask, attend, attend_shifted, causal
 from lljax.attention.context_parallel import _in_order, attend_parallel, choose, halo_size
 from lljax.attention.mask import chunked
 from lljax.errors import ConfigError
-from lljax.sharding import ROWS, TOKENS, Layout, make_mesh, zigzag
+from lljax.parallel.sharding import ROWS, TOKENS, Layout, make_mesh, zigzag
 
 B, T, H = 2, 512, 8
 HEADS = [(8, 8), (8, 2), (6, 2)]

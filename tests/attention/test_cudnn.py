@@ -19,8 +19,9 @@ from test_gpu import cuda_plugin
 import lljax
 from lljax.attention import attend, causal, cudnn, reference
 from lljax.attention.attend import UnsupportedMask, best
+from lljax.attention.pattern import FULL
 from lljax.attention.saved import SAVED, kept
-from lljax.models.decoder import FULL, Decoder
+from lljax.models.decoder import Decoder
 
 T = 300
 ON_GPU = jax.default_backend() == "gpu"
@@ -122,7 +123,7 @@ COMPILE = """
 import json, re, sys
 import jax, jax.numpy as jnp
 from lljax.attention import attend, attend_shifted, causal
-from lljax.planning.devices import target
+from lljax.hardware.targets import target
 
 one = jax.sharding.SingleDeviceSharding(target(sys.argv[1]).devices()[0])
 T, N, K, H = 32768, 32, 8, 128
@@ -141,9 +142,9 @@ STEP = """
 import json, re, sys
 import jax
 from lljax.config import default_config
-from lljax.interop.base import open_config
+from lljax.interop.open import open_config
 from lljax.planning import hlo, plan
-from lljax.planning.devices import target
+from lljax.hardware.targets import target
 
 def calls(device, kind, **changes):
     c = default_config()

@@ -162,8 +162,8 @@ COMPILE = """
 import json, sys
 import jax, jax.numpy as jnp
 from lljax.attention import Mask, attend
-from lljax.planning.devices import target
-from lljax.sharding import make_mesh, replicated
+from lljax.hardware.targets import target
+from lljax.parallel.sharding import make_mesh, replicated
 
 one = replicated(make_mesh(devices=target(sys.argv[1]).devices()))
 

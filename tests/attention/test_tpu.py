@@ -18,7 +18,7 @@ from lljax.attention import causal, reference, tpu
 from lljax.attention.attend import Implementation
 from lljax.attention.blockwise import FLOOR
 from lljax.attention.mask import NEVER, Mask, visible
-from lljax.sharding import zigzag
+from lljax.parallel.sharding import zigzag
 
 T, BLOCKS = 150, (32, 64)
 forward, backward = (functools.partial(f, interpret=True, blocks=BLOCKS) for f in (tpu.forward, tpu.backward))

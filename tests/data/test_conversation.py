@@ -13,7 +13,7 @@ from lljax.data import conversation
 from lljax.data.conversation import Refused
 from lljax.data.formats import Document
 from lljax.data.template import encode, turn_ends
-from lljax.interop.base import end_tokens
+from lljax.interop.open import end_tokens
 
 TOKENIZERS = Path(os.environ.get("TOKENIZERS", Path(__file__).parents[2] / "tokenizers"))
 

@@ -9,8 +9,8 @@ from lljax.data import formats, tokens
 from lljax.data.formats import BadRow, Document
 from lljax.data.template import encode
 from lljax.errors import DataError
-from lljax.interop.base import open_base, tokenizer_fingerprint
-from lljax.training import loop
+from lljax.interop.open import open_base, tokenizer_fingerprint
+from lljax.run import loop
 
 SECRET = "Zanzibar-7741"
 TALK = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": SECRET}]

@@ -1,6 +1,6 @@
 import pytest
 
-from lljax.interop.base import open_base
+from lljax.interop.open import open_base
 
 
 @pytest.fixture(scope="session")

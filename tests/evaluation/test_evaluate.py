@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from lljax.evaluation import answer as asking
+from lljax.evaluation import batched_generation as asking
 from lljax.evaluation import perplexity, zeroscrolls
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example
 from lljax.generation.generate import Completion
-from lljax.training import loop
-from lljax.training.report import write_report
+from lljax.report.page import write_report
+from lljax.run import loop
 from scripts import evaluate as script
 
 

@@ -8,14 +8,7 @@ from flax import nnx
 
 from lljax.errors import DataError
 from lljax.evaluation import perplexity as module
-from lljax.evaluation.perplexity import (
-    longlora_windows,
-    new_token_windows,
-    perplexity,
-    predicted,
-    read,
-    window_perplexity,
-)
+from lljax.evaluation.perplexity import longlora_windows, new_token_windows, perplexity, predicted, read, window_perplexity
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.task import TooShort
 from lljax.models.decoder import Decoder

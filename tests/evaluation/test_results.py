@@ -9,7 +9,7 @@ from lljax.errors import ConfigError, DataError
 from lljax.evaluation import needle, registry, results, ruler
 from lljax.evaluation.results import Predictions, Score
 from lljax.evaluation.task import Example, Sources
-from lljax.training.report import write_report
+from lljax.report.page import write_report
 
 # The package's own __init__ is left out: it would import jax, which none of this needs.
 WRITER = """

@@ -9,7 +9,7 @@ from lljax.errors import ConfigError, DataError
 from lljax.evaluation import haystack, ruler
 from lljax.evaluation.sizes import Counter
 from lljax.evaluation.task import Sources
-from lljax.interop.base import open_base
+from lljax.interop.open import open_base
 
 GENERATED = [name for name in ruler.TASKS if not name.startswith("qa_")]
 NEEDLES = {"niah_single_1": 1, "niah_single_2_local": 1, "niah_single_3_local": 1, "niah_multikey_1_local": 4,

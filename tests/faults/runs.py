@@ -14,18 +14,18 @@ import jax
 import numpy as np
 
 from lljax.build import placed_model
-from lljax.interop.base import open_base
-from lljax.restore import read_config
-from lljax.sharding import make_mesh
-from lljax.training.checkpoint import Checkpoints, abstract
-from lljax.training.monitor import read_metrics
+from lljax.interop.open import open_base
+from lljax.parallel.sharding import make_mesh
+from lljax.report.records import read_metrics
+from lljax.run.checkpoint import Checkpoints, abstract
+from lljax.run.restore import read_config
 from lljax.training.step import take_apart, to_items
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED_EVERY = 100, 5
 TIMES = ("seconds", "tokens_per_second", "data_seconds")
 ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-IMPORTED = ["lljax.training.loop", "lljax.evaluation.during", "ml_collections.config_flags", "torch",
+IMPORTED = ["lljax.run.loop", "lljax.evaluation.eval_hook", "ml_collections.config_flags", "torch",
             "transformers.models.llama.configuration_llama", "transformers.models.auto.tokenization_auto"]
 
 

@@ -10,7 +10,7 @@ from faults.runs import STEPS
 
 from lljax.errors import exit_cleanly
 from lljax.interop.export import export_merged, export_peft, export_split
-from lljax.restore import restore_run
+from lljax.run.restore import restore_run
 
 pytestmark = pytest.mark.faults
 HALF = STEPS // 2

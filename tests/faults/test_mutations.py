@@ -17,7 +17,7 @@ from lljax.config import default_config
 from lljax.data.tokens import prepare
 from lljax.errors import LljaxError
 from lljax.interop import safetensors
-from lljax.interop.base import open_base, tokenizer_fingerprint
+from lljax.interop.open import open_base, tokenizer_fingerprint
 from lljax.interop.peft import load_adapter, read_adapter_config
 from lljax.models import lora
 from lljax.models.decoder import Decoder

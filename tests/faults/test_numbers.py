@@ -8,10 +8,11 @@ from flax import nnx
 
 from lljax.errors import NumericAbort
 from lljax.models import lora
-from lljax.sharding import make_mesh, replicated
-from lljax.training import loop, step
-from lljax.training.checkpoint import Checkpoints
-from lljax.training.monitor import read_metrics
+from lljax.parallel.sharding import make_mesh, replicated
+from lljax.report.records import read_metrics
+from lljax.run import loop
+from lljax.run.checkpoint import Checkpoints
+from lljax.training import step
 
 pytestmark = pytest.mark.faults
 FAULTS = {"NaN gradient": jnp.nan, "Inf gradient": jnp.inf, "loss x 100": 100.0}

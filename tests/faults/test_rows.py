@@ -9,7 +9,7 @@ import pytest
 from lljax.config import default_config
 from lljax.data.tokens import prepare
 from lljax.errors import DataError
-from lljax.interop.base import open_base, tokenizer_fingerprint
+from lljax.interop.open import open_base, tokenizer_fingerprint
 
 pytestmark = pytest.mark.faults
 GOOD, EACH = 10_000, 10

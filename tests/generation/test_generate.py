@@ -14,7 +14,7 @@ from lljax.models.cache import empty_cache
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
-from lljax.sharding import Layout, make_mesh
+from lljax.parallel.sharding import Layout, make_mesh
 
 HF = {"model_type": "llama", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
       "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64}

@@ -12,9 +12,9 @@ import transformers
 from families import FAMILIES, our_logits, torch_logits, write_torch
 from flax import nnx
 
-from lljax.interop.base import open_base
+from lljax.interop.adapter_init import StartedBase, starts_from_base
 from lljax.interop.huggingface import load_weights
-from lljax.interop.started import StartedBase, starts_from_base
+from lljax.interop.open import open_base
 from lljax.models import lora, quantize, rope
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder

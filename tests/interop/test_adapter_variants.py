@@ -10,10 +10,10 @@ import transformers
 from flax import nnx
 
 from lljax.errors import ConfigError
+from lljax.interop.adapter_init import StartedBase
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.huggingface import hf_names, hf_value
 from lljax.interop.peft import PREFIX
-from lljax.interop.started import StartedBase
 from lljax.models import lora
 from lljax.models.declare import LoraWeight, declared
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from lljax.errors import ConfigError, ModelError
-from lljax.interop.base import open_base
 from lljax.interop.export import export_merged, export_peft, export_split
+from lljax.interop.open import open_base
 from lljax.models import lora
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise

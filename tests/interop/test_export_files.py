@@ -17,9 +17,9 @@ from families import our_logits
 from lljax.data.template import PLAIN_TEMPLATE
 from lljax.errors import ModelError
 from lljax.interop import safetensors
-from lljax.interop.base import open_base
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.huggingface import load_weights, tensors
+from lljax.interop.open import open_base
 from lljax.interop.tokenizer import PROBES
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise

@@ -13,9 +13,9 @@ import transformers
 from lljax.errors import ModelError
 from lljax.interop import gguf as gguf_base
 from lljax.interop import gguf_tokenizer
-from lljax.interop.base import end_tokens, open_base
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.huggingface import load_weights
+from lljax.interop.open import end_tokens, open_base
 from lljax.models.decoder import Decoder
 from lljax.models.rope import RopeSpec, base_frequencies, frequencies
 from lljax.models.spec import from_hf

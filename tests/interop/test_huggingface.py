@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lljax import sharding
 from lljax.errors import ModelError
-from lljax.interop.base import open_base
 from lljax.interop.huggingface import load_weights, tensors
+from lljax.interop.open import open_base
 from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.spec import from_hf
+from lljax.parallel import sharding
 
 
 def load(folder, dtype=jnp.float32, shardings=None, also_train=None):

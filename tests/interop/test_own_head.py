@@ -11,8 +11,8 @@ from families import read
 from safetensors.torch import load_file, save_file
 
 from lljax.errors import ModelError
-from lljax.interop.base import open_base, open_config
 from lljax.interop.export import export_merged, export_peft
+from lljax.interop.open import open_base, open_config
 
 
 def give_head(folder, head=None):

@@ -12,20 +12,20 @@ from families import TOKENS
 from flax import nnx
 from safetensors.torch import load_file, save_file
 
-from lljax import patterns, sharding
 from lljax.build import adapted_spec, build_model, open_run_base, open_run_config
 from lljax.config import default_config
 from lljax.errors import ModelError
-from lljax.interop.base import open_base
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.huggingface import hf_names, hf_value, load_weights
+from lljax.interop.open import open_base
 from lljax.interop.peft import PREFIX, load_adapter, read_adapter_config, under_adapter, write_adapter
-from lljax.models import lora
+from lljax.models import lora, patterns
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
-from lljax.restore import adapted_base
+from lljax.parallel import sharding
+from lljax.run.restore import adapted_base
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 

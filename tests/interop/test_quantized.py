@@ -13,9 +13,9 @@ import transformers
 from lljax.build import load_base
 from lljax.errors import ModelError
 from lljax.interop import safetensors
-from lljax.interop.base import open_base
 from lljax.interop.export import export_merged
-from lljax.interop.quantized import form_of
+from lljax.interop.layouts import form_of
+from lljax.interop.open import open_base
 from lljax.models import spec
 from lljax.models.declare import declared
 from lljax.models.quantize import DYNAMIC, NF4, Quantised, dequantise

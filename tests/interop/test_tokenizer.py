@@ -10,7 +10,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lljax.errors import ModelError
-from lljax.interop.base import open_base
+from lljax.interop.open import open_base
 from lljax.interop.tokenizer import PROBES
 
 TEXT = ["hello world, two  spaces and    four\n\tdef f(x): return x[0] + 1  # 12345", *PROBES]

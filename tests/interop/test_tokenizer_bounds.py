@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from lljax.errors import ModelError
-from lljax.interop.base import open_base, tokenizer_fingerprint
+from lljax.interop.open import open_base, tokenizer_fingerprint
 from lljax.interop.tokenizer_bounds import growth
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lljax.attention.pattern import AttentionPattern
 from lljax.models.cache import empty_cache
 from lljax.models.decoder import Decoder, noisy
 from lljax.models.initialise import initialise
-from lljax.models.layers import AttentionPattern
 from lljax.models.memory import Memory
 from lljax.models.spec import from_hf, repeats
 

@@ -6,7 +6,7 @@ from families import our_logits
 
 from lljax.build import load_base
 from lljax.errors import ConfigError
-from lljax.interop.base import open_base
+from lljax.interop.open import open_base
 from lljax.models import fp8
 from lljax.models.fp8 import fp8_dot
 from lljax.models.spec import from_hf

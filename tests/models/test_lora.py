@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lljax import patterns
 from lljax.errors import ConfigError
-from lljax.models import lora
+from lljax.models import lora, patterns
 from lljax.models.declare import LoraWeight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise

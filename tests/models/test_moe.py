@@ -15,7 +15,7 @@ from lljax.models.declare import declared
 from lljax.models.memory import Memory, folded, tiled
 from lljax.models.moe import MoE, no_load
 from lljax.models.spec import MoESpec
-from lljax.sharding import Layout, batch_sharding, make_mesh
+from lljax.parallel.sharding import Layout, batch_sharding, make_mesh
 
 B, T, D = 2, 60, 12
 ROUTERS = {

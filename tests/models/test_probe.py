@@ -10,8 +10,8 @@ import pytest
 from lljax.models.grouped import grouped_dot
 from lljax.models.probe import Probed, rows, times
 from lljax.models.quantize import dense, integers, quantise
-from lljax.sharding import Layout, make_mesh
-from lljax.training.loss import cross_entropy
+from lljax.objectives.token_loss import cross_entropy
+from lljax.parallel.sharding import Layout, make_mesh
 
 KEY = jax.random.key(0)
 

@@ -9,16 +9,17 @@ from flax import nnx
 from lljax.build import abstract_model, build_model, mesh_of, placed_model
 from lljax.config import validate
 from lljax.errors import ConfigError
-from lljax.interop.base import open_base
+from lljax.interop.open import open_base
 from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.quantize import DYNAMIC, FORMS, NF4, Form, Quantised, abstract, dequantise, integers, quantise
-from lljax.sharding import make_mesh
-from lljax.training import fit, loop
+from lljax.objectives.token_loss import cross_entropy
+from lljax.parallel.sharding import make_mesh
+from lljax.planning import fit
+from lljax.planning.flops import of_step
+from lljax.report.records import read_metrics
+from lljax.run import loop
 from lljax.training.curriculum import stages
-from lljax.training.flops import of_step
-from lljax.training.loss import cross_entropy
-from lljax.training.monitor import read_metrics
 from lljax.training.placement import abstract_batch, layout_of
 from lljax.training.step import take_apart
 

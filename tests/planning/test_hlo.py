@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lljax.parallel.sharding import make_mesh
 from lljax.planning.hlo import KINDS, bits, collective_bytes, cudnn_workspace
-from lljax.sharding import make_mesh
 
 
 def test_a_gather_inside_a_loop_counts_as_often_as_it_runs():

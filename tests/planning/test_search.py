@@ -5,13 +5,13 @@ import types
 import pytest
 
 from lljax.config import default_config
-from lljax.devices import GiB
 from lljax.errors import ConfigError
+from lljax.hardware.chips import GiB
+from lljax.hardware.targets import sized, target
 from lljax.planning import search
-from lljax.planning.devices import sized, target
+from lljax.planning.fit import Need
 from lljax.planning.plan import Options
 from lljax.training.curriculum import stages
-from lljax.training.fit import Need
 
 CONFIG = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 4,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
@@ -38,7 +38,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(search, "plan_stage", plan_stage)
     monkeypatch.setattr(search, "mesh_of", lambda mesh, devices: types.SimpleNamespace(
         shape={"data": 1, "fsdp": 1, "expert": 1, "sequence": 3, "tensor": 1}))
-    monkeypatch.setattr("lljax.planning.devices.Target.devices", lambda self: [])
+    monkeypatch.setattr("lljax.hardware.targets.Target.devices", lambda self: [])
     return seen
 
 

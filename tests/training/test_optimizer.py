@@ -8,11 +8,11 @@ import torch
 from conftest import write_base
 from transformers.optimization import Adafactor
 
+from lljax.attention.pattern import FULL
 from lljax.build import fill, mesh_of, placed_model
 from lljax.config import READS, default_config
-from lljax.interop.base import open_base
-from lljax.models.decoder import FULL
-from lljax.training.checkpoint import Checkpoints, abstract, describe
+from lljax.interop.open import open_base
+from lljax.run.checkpoint import Checkpoints, abstract, describe
 from lljax.training.optimizer import DIRECTIONS, by_optax, make_optimizer
 from lljax.training.placement import layout_of, place
 from lljax.training.step import take_apart

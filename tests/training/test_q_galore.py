@@ -10,7 +10,7 @@ import pytest
 from lljax.config import default_config
 from lljax.models import quantize
 from lljax.models.probe import times
-from lljax.training.checkpoint import Checkpoints, abstract, describe
+from lljax.run.checkpoint import Checkpoints, abstract, describe
 from lljax.training.q_galore import q_galore
 
 GROUPS = {"down": "kernel/2", "up": "kernel/2", "norm": "norm"}

@@ -5,9 +5,10 @@ import numpy as np
 from conftest import TINY
 from flax import nnx
 
+from lljax.attention.pattern import FULL
 from lljax.config import default_config
 from lljax.models import lora
-from lljax.models.decoder import FULL, Decoder
+from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
 from lljax.training.step import make_evaluate, step_settings

@@ -1,0 +1,185 @@
+"""What scripts do before their work: the flags of those that take a config file, and GPU memory."""
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import linecache
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from lljax.config import yaml as yaml_config
+from lljax.config.field_names import comments, unknown_field
+from lljax.config.tree import CHECKS, default_config, flat
+from lljax.errors import ConfigError, LljaxError, first_line, short
+
+HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
+YAML = (".yaml", ".yml")
+
+
+def config_flag() -> flags.FlagHolder:
+    """Defines --config, the file of a run, and --config.FIELD=VALUE for every field of it."""
+    defined = config_flags.DEFINE_config_file(
+        "config", None, "A Python file with get_config(), see configs/, or a YAML file.")
+    flags.FLAGS["config"].parser = _ConfigFile()
+    return defined
+
+
+def read_flags(argv, doc: str, *required: str) -> None:
+    """Parses the command line. With --help, prints the help of the script and exits.
+
+    doc: the docstring of the script, with its examples. required: flags that must be given.
+
+    Raises:
+      ConfigError: an unknown flag or field, a value of the wrong type, a missing flag, or a config
+        file that cannot be used.
+    """
+    if any(argument in HELP for argument in argv[1:]):
+        show(help_text(doc))
+        sys.exit()
+    if unknown := [field for field, _ in _overrides(argv) if field not in CHECKS]:
+        raise ConfigError(unknown_field(unknown[0]))
+    try:
+        left = flags.FLAGS(argv)[1:]
+    except LljaxError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        for field, value in _overrides(argv):
+            named = (f"config.{field}=", repr(field.rpartition(".")[2]))     # by absl, ConfigDict
+            if value is not None and any(name in str(error) for name in named):
+                _check_text(field, value)
+        raise ConfigError(first_line(error)[:300]) from None
+    if left:
+        is_config = Path(left[0]).suffix in (".py", *YAML)
+        hint = f"did you mean --config={left[0]}?" if is_config else "see --help"
+        raise ConfigError(f"{short(left[0])} belongs to no flag: {hint}")
+    for name in required:
+        if flags.FLAGS[name].value in (None, ""):
+            raise ConfigError(f"--{name} is missing: {flags.FLAGS[name].help}")
+
+
+def show(text: str) -> None:
+    """Prints `text`; it is no error if its reader is gone, as with `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:                  # Python would try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def help_text(doc: str) -> str:
+    """The help of a script: its docstring, its flags, and the fields of a configuration."""
+    default, said = flat(default_config()), comments()
+    defined = [flag for module in (__name__, sys.argv[0])
+               for flag in flags.FLAGS.get_flags_for_module(module)]
+    rows = [(f"--{flag.name}", " ".join(flag.help.split())) for flag in defined]
+    fields = [(f"{field} = {default[field]!r}", said.get(field, said.get(field.rpartition(".")[0])))
+              for field in CHECKS]
+    return "\n".join([doc.strip(), "", "Flags:", *_columns(rows, 22), "",
+                      "Fields and their defaults; --config.FIELD=VALUE sets one:",
+                      *_columns(fields, 46)])
+
+
+def _columns(rows, width: int) -> list[str]:
+    return [f"  {left:<{width}} {right}".rstrip() for left, right in rows]
+
+
+# ---------------------------------------------------------------- the config file
+class _ConfigFile(flags.ArgumentParser):
+    def parse(self, argument):
+        return load_config(argument).lock()
+
+
+def load_config(named: str) -> ConfigDict:
+    """Loads FILE.py, FILE.py:ARGUMENT (get_config takes the argument), or a YAML file.
+
+    Raises:
+      ConfigError: no such file (names the nearest), or it fails (names the line).
+    """
+    name, _, argument = named.partition(":") if ".py:" in named else (named, "", "")
+    path = Path(name)
+    if not os.path.isfile(name):             # False also where the name is too long to be one
+        raise ConfigError(f"--config={name[:300]}: there is no such file{_nearest_file(path)}")
+    if path.suffix in YAML:
+        return yaml_config.read(name)
+    if path.suffix != ".py":
+        raise ConfigError(f"--config={name}: a config file is Python (.py) or YAML (.yaml, .yml)")
+    try:
+        with _importing_beside(path):
+            spec = importlib.util.spec_from_file_location("lljax_run_config", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise ConfigError(f"{path}: it has no get_config(): see those of configs/")
+            config = module.get_config(*([argument] if argument else []))
+    except LljaxError:
+        raise
+    except Exception as error:               # the user's own code may raise anything
+        raise ConfigError(_failed(path, error)) from None
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config() returned {short(config)}: return the "
+                          "configuration that lljax.config.default_config() gave")
+    return config
+
+
+@contextlib.contextmanager
+def _importing_beside(path: Path):
+    """Lets a config file import modules beside it, and packages beside its folder."""
+    before = list(sys.path)
+    sys.path += [str(path.resolve().parent), str(path.resolve().parent.parent)]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _failed(path: Path, error: Exception) -> str:
+    """The error message for a config file that raised `error`."""
+    places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+              if Path(frame.filename) == path.absolute() or frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else places[-1] if places else None
+    where = f"{path}:{line}" if line else str(path)
+    if unknown := re.search(r'Key "(\w+)" does not exist', str(error)):
+        source = linecache.getline(str(path), line or 0)
+        written = re.search(rf"\w\.([\w.]*\b{unknown[1]})\b", source)
+        return f"{where}: {unknown_field(written[1] if written else unknown[1])}"
+    return f"{where}: {type(error).__name__}: {first_line(error)[:300]}"
+
+
+def _nearest_file(path: Path) -> str:
+    """A hint: the file beside `path`, or in configs/, whose name is most like it."""
+    shipped = Path(yaml_config.__file__).parent.parent / "configs"
+    by_stem = {}
+    for folder in (path.parent, Path("configs"), shipped):
+        for file in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
+            if file.suffix in (".py", *YAML):
+                by_stem.setdefault(file.stem, file)
+    near = difflib.get_close_matches(path.stem, by_stem, 1)
+    return f": did you mean {str(by_stem[near[0]])!r}?" if near else ": see configs/ for some"
+
+
+# ---------------------------------------------------------------- fields on the command line
+def _overrides(argv) -> list[tuple[str, str | None]]:
+    """(field, text) of every --config.FIELD=TEXT; the text is None if it is the next argument."""
+    pattern = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+    found = [pattern.match(argument) for argument in argv[1:]]
+    return [(match[1], match[2]) for match in found if match]
+
+
+def _check_text(field: str, text: str) -> None:
+    """Raises the ConfigError of its check if `text` cannot be a value of `field`."""
+    default = flat(default_config())[field]
+    try:
+        value = ast.literal_eval(text) if isinstance(default, (int, float, tuple)) else text
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        value = text
+    if isinstance(default, bool):
+        value = text.lower() in ("true", "false", "1", "0", "t", "f", "yes", "no") or text
+    CHECKS[field](f"--config.{field}", value)
+
+
