@@ -11,6 +11,8 @@ from lljax.errors import ConfigError
 
 def get_config(path: str = ""):
     if not path:
-        raise ConfigError("configs/from_yaml.py: name the YAML file, such as --config=run.yaml or "
-                          "--config=configs/from_yaml.py:run.yaml")
+        raise ConfigError(
+            "configs/from_yaml.py: name the YAML file, such as --config=run.yaml or "
+            "--config=configs/from_yaml.py:run.yaml"
+        )
     return read(path)

@@ -1,4 +1,5 @@
-"""tiny-512, which reads 512 tokens, learns to read 4,096: the whole job in minutes on two cores. `make quickstart`.
+"""tiny-512, which reads 512 tokens, learns to read 4,096: the whole job in minutes on two cores.
+`make quickstart`.
 
 python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
 python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -10,21 +11,22 @@ from lljax.config import default_config
 def get_config():
     c = default_config()
     c.model.path = "lljax/assets/tiny-512"
-    c.model.dtype = "float32"                # what a CPU computes in
-    c.context.length = 4_096                 # eight times what the base was trained for
-    c.context.schedule = (                   # (until_step, length, attention): x2, x4, x8
+    c.model.dtype = "float32"  # what a CPU computes in
+    c.context.length = 4_096  # eight times what the base was trained for
+    c.context.schedule = (  # (until_step, length, attention): x2, x4, x8
         (60, 1_024, "shifted"),
         (110, 2_048, "shifted"),
         (150, 4_096, "shifted"),
-        (240, 4_096, "full"),                # finish in full attention: retrieval needs it
+        (240, 4_096, "full"),  # finish in full attention: retrieval needs it
     )
     c.context.rope.type = "yarn"
     c.lora.rank = 16
     c.lora.alpha = 32.0
     c.lora.targets = ("all-linear",)
     c.data.train = ("data/stdlib.jsonl",)
-    c.data.valid_fraction = 0.03             # the documents that the base has not seen either
+    c.data.valid_fraction = 0.03  # the documents that the base has not seen either
     c.training.eval_rows = 16
     c.optimizer.learning_rate = 1.5e-3
-    c.optimizer.learning_rate_ratio.embed = 0.2  # a row a step is too noisy for the embeddings at the full rate
+    # a row a step is too noisy for the embeddings at the full rate
+    c.optimizer.learning_rate_ratio.embed = 0.2
     return c

@@ -1,4 +1,5 @@
-"""Qwen3-8B reads 32k tokens: 8k and 16k in shifted sparse attention, the last stage in full attention.
+"""Qwen3-8B reads 32k tokens: 8k and 16k in shifted sparse attention, the last stage in full
+attention.
 
 python scripts/train.py --config=configs/qwen_32k.py --workdir=runs/qwen_32k \
     --config.data.train="('documents.jsonl',)"
@@ -10,22 +11,23 @@ from lljax.config import default_config
 def get_config():
     c = default_config()
     c.model.path = "Qwen/Qwen3-8B"
-    c.context.length = 32_768                # tokens the adapter is trained to read
-    c.context.schedule = (                   # (until_step, length, attention)
+    c.context.length = 32_768  # tokens the adapter is trained to read
+    c.context.schedule = (  # (until_step, length, attention)
         (1_000, 8_192, "shifted"),
         (2_000, 16_384, "shifted"),
-        (5_000, 32_768, "full"),             # finish in full attention: retrieval needs it
+        (5_000, 32_768, "full"),  # finish in full attention: retrieval needs it
     )
-    c.context.rope.type = "yarn"             # Qwen3's own recipe beyond its trained context
+    c.context.rope.type = "yarn"  # Qwen3's own recipe beyond its trained context
     c.lora.rank = 64
     c.lora.alpha = 128.0
     c.lora.targets = ("q_proj", "v_proj")
     c.data.train = ("data/train.jsonl",)
-    c.data.valid_fraction = 0.02             # share of the documents held out
+    c.data.valid_fraction = 0.02  # share of the documents held out
     c.optimizer.learning_rate = 1e-4
     c.optimizer.schedule = "linear"
     c.optimizer.warmup_steps = 100
-    c.training.accumulate = 8                # rows an optimizer step, one at a time
+    c.training.accumulate = 8  # rows an optimizer step, one at a time
     c.training.eval_every = 500
-    c.mesh.fsdp, c.mesh.sequence = 1, -1     # a row over all devices there are, and the weights with it
+    # a row over all devices there are, and the weights with it
+    c.mesh.fsdp, c.mesh.sequence = 1, -1
     return c

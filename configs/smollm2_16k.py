@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct (trained for 8,192 tokens) reads 16k. A small real model: one modest GPU, or patience.
+"""SmolLM2-135M-Instruct (trained for 8,192 tokens) reads 16k. A small real model: one modest GPU,
+or patience.
 
 python scripts/train.py --config=configs/smollm2_16k.py --workdir=runs/smollm2_16k \
     --config.data.train="('documents.jsonl',)"
@@ -12,9 +13,9 @@ from lljax.config import default_config
 def get_config():
     c = default_config()
     c.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    c.model.dtype = "float32"                # 135M parameters: float32 costs little and runs on a CPU
+    c.model.dtype = "float32"  # 135M parameters: float32 costs little and runs on a CPU
     c.context.length = 16_384
-    c.context.schedule = (                   # (until_step, length, attention)
+    c.context.schedule = (  # (until_step, length, attention)
         (400, 4_096, "shifted"),
         (800, 8_192, "shifted"),
         (1_000, 16_384, "full"),

@@ -1,9 +1,11 @@
-"""The run that made lljax/assets/tiny-512: a 3M-parameter Llama trained from nothing on the Python standard library.
+"""The run that made lljax/assets/tiny-512: a 3M-parameter Llama trained from nothing on the Python
+standard library.
 
 python scripts/prepare_data.py stdlib --out=data/tiny_base.jsonl
 python scripts/train.py --config=configs/tiny_base.py --workdir=runs/tiny_base
 
-About an hour on two cores. Made with the library of Python 3.11.7; the held-out documents are those of the quickstart.
+About an hour on two cores. Made with the library of Python 3.11.7; the held-out documents are those
+of the quickstart.
 """
 
 from lljax.config import default_config

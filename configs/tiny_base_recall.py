@@ -1,4 +1,5 @@
-"""The second run behind lljax/assets/tiny-512: it goes on from that of tiny_base.py, and learns to find things in 512 tokens.
+"""The second run behind lljax/assets/tiny-512: it goes on from that of tiny_base.py, and learns to
+find things in 512 tokens.
 
 python scripts/make_tiny_base.py recall data/recall.jsonl
 python scripts/train.py --config=configs/tiny_base_recall.py --workdir=runs/tiny_base_recall

@@ -1,4 +1,6 @@
-"""The model that a configuration describes: the base's spec with its RoPE stretched, adapters attached, weights in."""
+"""The model that a configuration describes: the base's spec with its RoPE stretched, adapters
+attached, weights in.
+"""
 
 import dataclasses
 import logging
@@ -45,7 +47,8 @@ def open_run_config(config) -> dict:
 
 
 def adapted_spec(base, adapter: Path) -> DecoderSpec:
-    """The spec of the base under the RoPE in the rope.json that lljax writes beside an adapter, where there is one.
+    """The spec of the base under the RoPE in the rope.json that lljax writes beside an adapter,
+    where there is one.
 
     Raises:
       ModelError: rope.json holds what is no RoPE of this base.
@@ -63,13 +66,20 @@ def adapted_spec(base, adapter: Path) -> DecoderSpec:
 
 
 def rope_unlike_the_adapters(spec: DecoderSpec, base, adapter: str) -> str:
-    """A line that says so if a run continues an adapter under another RoPE than it was trained under; or an empty text."""
+    """A line that says so if a run continues an adapter under another RoPE than it was trained
+    under; or an empty text.
+    """
     before = adapted_spec(base, Path(adapter)).rope
     if not (Path(adapter) / "rope.json").is_file() or before == spec.rope:
         return ""
-    told = [f"{rope.type} x{rope.factor:g} over {rope.original_length:,} tokens" for rope in (before, spec.rope)]
-    return (f"lora.adapter={adapter} was trained under {told[0]} (its rope.json) and goes on under {told[1]}: set "
-            "context.rope.type and context.rope.factor to keep it as it was")
+    told = [
+        f"{rope.type} x{rope.factor:g} over {rope.original_length:,} tokens"
+        for rope in (before, spec.rope)
+    ]
+    return (
+        f"lora.adapter={adapter} was trained under {told[0]} (its rope.json) and goes on under {told[1]}: set "
+        "context.rope.type and context.rope.factor to keep it as it was"
+    )
 
 
 def extended_spec(hf_config: dict, context) -> DecoderSpec:
@@ -80,10 +90,12 @@ def extended_spec(hf_config: dict, context) -> DecoderSpec:
     """
     spec = specs.from_hf(hf_config)
     if context.rope.type == "keep" and context.length > spec.max_length:
-        raise ConfigError(f"context.length={context.length} exceeds the base's {spec.max_length} tokens and "
-                          "context.rope.type='keep' does not stretch it: use yarn, or linear or dynamic")
+        raise ConfigError(
+            f"context.length={context.length} exceeds the base's {spec.max_length} tokens and "
+            "context.rope.type='keep' does not stretch it: use yarn, or linear or dynamic"
+        )
     factor = context.rope.factor
-    if isinstance(factor, str) and factor != "auto":     # from the command line
+    if isinstance(factor, str) and factor != "auto":  # from the command line
         factor = float(factor)
     return stretched(spec, type=context.rope.type, factor=factor, length=context.length)
 
@@ -94,37 +106,60 @@ def stretched(spec: DecoderSpec, *, type: str, factor: float | str, length: int)
     Layers with a RoPE of their own (`more_ropes`) keep it. If RoPE turns chunked layers alone, it
     never compares tokens further apart than a chunk, and "auto" leaves it as it is.
     """
-    extended = rope.extend(spec.rope, type=type, factor=factor, length=length, max_length=spec.max_length)
+    extended = rope.extend(
+        spec.rope, type=type, factor=factor, length=length, max_length=spec.max_length
+    )
     if extended == spec.rope:
         return spec
     if factor == "auto" and all(layer.chunked for layer in spec.layers if layer.rope is not None):
         return dataclasses.replace(spec, max_length=length)
     if spec.family == "phi3" and extended.type != "longrope":
         usable = "longrope" if spec.rope.type == "longrope" else "keep"
-        raise ConfigError(f"context.rope.type={type!r}: transformers reads a phi3 model with no RoPE but its own, so nothing "
-                          f"could load what was trained; use context.rope.type={usable!r}")
+        raise ConfigError(
+            f"context.rope.type={type!r}: transformers reads a phi3 model with no RoPE but its own, so nothing "
+            f"could load what was trained; use context.rope.type={usable!r}"
+        )
     if any(local.type == "dynamic" for local in spec.more_ropes):
-        raise ConfigError(f"context.rope.type={type!r}: the sliding layers of this base have a dynamic RoPE, whose original "
-                          "length would change with that of the others; use context.rope.type='keep'")
+        raise ConfigError(
+            f"context.rope.type={type!r}: the sliding layers of this base have a dynamic RoPE, whose original "
+            "length would change with that of the others; use context.rope.type='keep'"
+        )
     if gone := rope.lost(spec.rope, extended):
-        kept = f"; context.rope.type={spec.rope.type!r} keeps them" if spec.rope.type in rope.EXTENDABLE else ""
-        logging.warning("context.rope.type=%r replaces the %s scaling of the base, and its %s are lost%s", type,
-                        spec.rope.type, ", ".join(gone), kept)
+        kept = (
+            f"; context.rope.type={spec.rope.type!r} keeps them"
+            if spec.rope.type in rope.EXTENDABLE
+            else ""
+        )
+        logging.warning(
+            "context.rope.type=%r replaces the %s scaling of the base, and its %s are lost%s",
+            type,
+            spec.rope.type,
+            ", ".join(gone),
+            kept,
+        )
     elif extended.attention_factor is not None:
-        logging.warning("the base fixes attention_factor=%s, which stays as the factor grows from %g to %g",
-                        extended.attention_factor, spec.rope.factor, extended.factor)
+        logging.warning(
+            "the base fixes attention_factor=%s, which stays as the factor grows from %g to %g",
+            extended.attention_factor,
+            spec.rope.factor,
+            extended.factor,
+        )
     return dataclasses.replace(spec, rope=extended, max_length=length)
 
 
 def abstract_model(config, hf_config: dict) -> Decoder:
-    """The decoder of a run with its adapters attached and its trainable Variables marked; no values yet."""
+    """The decoder of a run with its adapters attached and its trainable Variables marked; no values
+    yet.
+    """
     spec = extended_spec(hf_config, config.context)
     each = config.memory.layers_per_residual
     if not share_residuals(spec.layers, each):
         shape = " + ".join(f"{times} x {len(places)}" for _, places, times in repeats(spec.layers))
         usable = [n for n in range(1, spec.L + 1) if share_residuals(spec.layers, n)]
-        raise ConfigError(f"memory.layers_per_residual={each} does not divide the {spec.L} layers of the model, which come "
-                          f"as {shape} (times x pattern): use one of {', '.join(map(str, usable))}")
+        raise ConfigError(
+            f"memory.layers_per_residual={each} does not divide the {spec.L} layers of the model, which come "
+            f"as {shape} (times x pattern): use one of {', '.join(map(str, usable))}"
+        )
     model = Decoder(spec)
     if config.train_type == "full":
         lora.mark_trainable(model)
@@ -134,44 +169,74 @@ def abstract_model(config, hf_config: dict) -> Decoder:
     if form:
         _quantise(model, ("kernel",), lambda rows: form, dtype)
     if config.optimizer.name == "q_galore":
-        _quantise(model, ("kernel", "embed", "head"), lambda rows: quantize.integers(8, rows), dtype, trainable=True)
+        _quantise(
+            model,
+            ("kernel", "embed", "head"),
+            lambda rows: quantize.integers(8, rows),
+            dtype,
+            trainable=True,
+        )
     _multiply_in(model, config.model.matmul)
     return model
 
 
 def attach_adapters(model: Decoder, config) -> None:
     """Gives a model the adapters that `config.lora` describes, see lljax.models.lora.attach."""
-    lora.attach(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets,
-                rslora=config.lora.rslora, dropout=config.lora.dropout, dora=config.lora.dora, init=config.lora.init,
-                seed=config.seed, rank_pattern=config.lora.rank_pattern, alpha_pattern=config.lora.alpha_pattern,
-                also_train=config.lora.also_train)
+    lora.attach(
+        model,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        targets=config.lora.targets,
+        rslora=config.lora.rslora,
+        dropout=config.lora.dropout,
+        dora=config.lora.dora,
+        init=config.lora.init,
+        seed=config.seed,
+        rank_pattern=config.lora.rank_pattern,
+        alpha_pattern=config.lora.alpha_pattern,
+        also_train=config.lora.also_train,
+    )
 
 
 def _multiply_in(model: Decoder, matmul: str) -> None:
     for _, linear in lora.linear_layers(model) if matmul == "fp8" else ():
-        if type(linear) is Linear:           # experts have a grouped product
+        if type(linear) is Linear:  # experts have a grouped product
             linear.dot = fp8.fp8_dot
 
 
 def _quantise(model: Decoder, roles, form_for, dtype, trainable: bool = False) -> None:
-    """Makes those weights of an abstract model that train, or those that do not, quantised ones; form_for(inputs): see Form."""
+    """Makes those weights of an abstract model that train, or those that do not, quantised ones;
+    form_for(inputs): see Form.
+    """
     for _, variable in declared(model):
         shape = variable.get_value().shape
-        if variable.get_metadata("role") in roles and variable.get_metadata().get("trainable", False) == trainable:
+        if (
+            variable.get_metadata("role") in roles
+            and variable.get_metadata().get("trainable", False) == trainable
+        ):
             variable.set_value(quantize.abstract(shape, form_for(shape[-2]), dtype))
 
 
 def placed_model(config, hf_config: dict, mesh: Mesh) -> Decoder:
-    """`abstract_model` with the dtype that each value will have and its place on `mesh`: enough to compile with."""
+    """`abstract_model` with the dtype that each value will have and its place on `mesh`: enough to
+    compile with.
+    """
     if config.model.matmul == "fp8":
         fp8.check(device.device_kind for device in mesh.devices.flat)
     model = abstract_model(config, hf_config)
     for _, variable in declared(model):
         value = variable.get_value()
         if not isinstance(value, quantize.Quantised):
-            value = jax.ShapeDtypeStruct(value.shape, dtype_of(variable, jnp.dtype(config.model.dtype)))
-        variable.set_value(jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), value,
-                                        _place(variable, mesh)))
+            value = jax.ShapeDtypeStruct(
+                value.shape, dtype_of(variable, jnp.dtype(config.model.dtype))
+            )
+        variable.set_value(
+            jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                value,
+                _place(variable, mesh),
+            )
+        )
     return model
 
 
@@ -183,8 +248,9 @@ def build_model(config, base, mesh: Mesh) -> Decoder:
 
 
 def fill(model: Decoder, config, base, mesh: Mesh) -> dict[str, int]:
-    """Puts the values of a run into its abstract model: the base's, those of `lora.adapter`, fresh ones elsewhere. Returns the
-    checksums of what was read of the base, see `load_weights`."""
+    """Puts the values of a run into its abstract model: the base's, those of `lora.adapter`, fresh
+    ones elsewhere. Returns the checksums of what was read of the base, see `load_weights`.
+    """
     dtype, sums = jnp.dtype(config.model.dtype), {}
 
     def shardings(variable):
@@ -203,10 +269,18 @@ def fill(model: Decoder, config, base, mesh: Mesh) -> dict[str, int]:
     return sums
 
 
-def load_base(base, spec: DecoderSpec, dtype, quantise: str = "none", matmul: str = "default",
-              layout: sharding.Layout | None = None) -> Decoder:
-    """The base alone under `spec`, to compare with or to talk to; quantise, matmul: as `model.quantize` and `model.matmul`.
-    layout: where it is to lie; None for one device."""
+def load_base(
+    base,
+    spec: DecoderSpec,
+    dtype,
+    quantise: str = "none",
+    matmul: str = "default",
+    layout: sharding.Layout | None = None,
+) -> Decoder:
+    """The base alone under `spec`, to compare with or to talk to; quantise, matmul: as
+    `model.quantize` and `model.matmul`.
+    layout: where it is to lie; None for one device.
+    """
     model = Decoder(spec)
     _multiply_in(model, matmul)
     if form := form_of(quantise, base.config):
@@ -216,11 +290,16 @@ def load_base(base, spec: DecoderSpec, dtype, quantise: str = "none", matmul: st
 
 
 def answering(spec: DecoderSpec) -> sharding.Layout | None:
-    """The layout of a model that answers and does not train: its heads on as many of this process's devices as divide them;
-    None for one device."""
+    """The layout of a model that answers and does not train: its heads on as many of this process's
+    devices as divide them; None for one device.
+    """
     here = jax.local_devices()
     parts = math.gcd(spec.N, spec.K, len(here))
-    return sharding.Layout(sharding.make_mesh(tensor=parts, devices=here[:parts])) if parts > 1 else None
+    return (
+        sharding.Layout(sharding.make_mesh(tensor=parts, devices=here[:parts]))
+        if parts > 1
+        else None
+    )
 
 
 def places(layout: sharding.Layout | None) -> Callable | None:

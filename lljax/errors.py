@@ -8,12 +8,14 @@ import reprlib
 import sys
 from typing import NoReturn
 
-STDERR = 2                                   # the file, whatever sys.stderr is
-SHOW_CURSOR = "\r\x1b[K\x1b[?25h"            # in place of a progress bar, which hides it
+STDERR = 2  # the file, whatever sys.stderr is
+SHOW_CURSOR = "\r\x1b[K\x1b[?25h"  # in place of a progress bar, which hides it
 
 
 class LljaxError(Exception):
-    """Base of all errors that are reported without a traceback; `exit_code` is what the process returns."""
+    """Base of all errors that are reported without a traceback; `exit_code` is what the process
+    returns.
+    """
 
     exit_code = 1
 
@@ -35,7 +37,9 @@ class DataError(LljaxError):
 
 
 class PeerLost(LljaxError):
-    """Another process of the run has ended or does not answer; the same command resumes from the last checkpoint."""
+    """Another process of the run has ended or does not answer; the same command resumes from the
+    last checkpoint.
+    """
 
     exit_code = 69
 
@@ -53,7 +57,9 @@ class OutOfMemory(LljaxError):
 
 
 class Stalled(LljaxError):
-    """Nothing moved for too long. Never raised: the process ends itself (lljax.run.watchdog) with this exit code."""
+    """Nothing moved for too long. Never raised: the process ends itself (lljax.run.watchdog) with
+    this exit code.
+    """
 
     exit_code = 74
 
@@ -84,19 +90,27 @@ def short(value) -> str:
 
 _SHORT = _Short()
 
-# How Python, Rust and numpy say that a disk is full, or a quota or a limit of the size of files reached.
-FULL = re.compile("|".join([*(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
-                            r"\d+ requested and \d+ written"]))
+# How Python, Rust and numpy say that a disk is full, or a quota or a limit of the size of files
+# reached.
+FULL = re.compile(
+    "|".join(
+        [
+            *(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+            r"\d+ requested and \d+ written",
+        ]
+    )
+)
 
 
 @contextlib.contextmanager
 def exit_cleanly():
-    """Turns an `LljaxError`, and a full disk, into one line on stderr and an exit code. For the `main` of scripts.
+    """Turns an `LljaxError`, and a full disk, into one line on stderr and an exit code. For the
+    `main` of scripts.
 
     What a terminal's encoding lacks is written as an escape from here on.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):        # something else stands in its place
+        with contextlib.suppress(AttributeError, ValueError):  # something else stands in its place
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -105,7 +119,8 @@ def exit_cleanly():
         sys.exit(error.exit_code)
     except BaseException as error:
         text = next(iter(str(error).splitlines()), "")
-        if type(error).__name__ == "PanicException":         # of Rust, and no Exception: a tokenizer whose rules fail on a text
+        # of Rust, and no Exception: a tokenizer whose rules fail on a text
+        if type(error).__name__ == "PanicException":
             _say(f"ModelError: the tokenizer fails on a text ({printable(text)[:200]})")
             sys.exit(ModelError.exit_code)
         if not isinstance(error, Exception) or not FULL.search(text):
@@ -117,14 +132,17 @@ def exit_cleanly():
 def _say(line: str) -> None:
     try:
         print(line, file=sys.stderr)
-    except OSError:                          # nobody reads it: Python must not try again at exit, with a code of its own
+    except OSError:  # nobody reads it: Python must not try again at exit, with a code of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
 
 
 def say(line: str) -> None:
     """A line on stderr from any thread, at once; nothing where nobody reads it any more."""
     with contextlib.suppress(OSError):
-        os.write(STDERR, f"{SHOW_CURSOR if os.isatty(STDERR) else ''}{line}\n".encode(errors="backslashreplace"))
+        os.write(
+            STDERR,
+            f"{SHOW_CURSOR if os.isatty(STDERR) else ''}{line}\n".encode(errors="backslashreplace"),
+        )
 
 
 def leave(code: int, line: str) -> NoReturn:
@@ -134,11 +152,15 @@ def leave(code: int, line: str) -> NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something, printable; its class where there is none."""
+    """The first line of an exception's message that says something, printable; its class where
+    there is none.
+    """
     line = next((line for line in str(error).splitlines() if line.strip()), "")
     return printable(line.strip()) or type(error).__name__
 
 
 def printable(text: str) -> str:
     """`text` with line breaks, terminal codes and what cannot be encoded shown as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )

@@ -1,8 +1,10 @@
-"""Times lljax's attention against itself and JAX's own, forward and backward, on the machine at hand.
+"""Times lljax's attention against itself and JAX's own, forward and backward, on the machine at
+hand.
 
 python scripts/bench_attention.py --length=8192 --group=2048
 
-Prints seconds a call and the ratios; each round runs all of them in turn, so that a busy machine slows them alike.
+Prints seconds a call and the ratios; each round runs all of them in turn, so that a busy machine
+slows them alike.
 """
 
 import statistics
@@ -22,19 +24,29 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "Counted calls of each.")
 
 def main(_) -> None:
     T, N = LENGTH.value, HEADS.value
-    q, k, v = (jax.random.normal(key, (1, T, heads, 64)) for key, heads in
-               zip(jax.random.split(jax.random.key(0), 3), (N, N // 2, N // 2)))
+    q, k, v = (
+        jax.random.normal(key, (1, T, heads, 64))
+        for key, heads in zip(jax.random.split(jax.random.key(0), 3), (N, N // 2, N // 2))
+    )
     mask = causal(1, T)
     kinds = {
         "shifted": lambda q, k, v: attend_shifted(q, k, v, mask, group=GROUP.value, scale=0.125),
         "full": lambda q, k, v: attend(q, k, v, mask, scale=0.125),
-        "jax.nn.dot_product_attention": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, scale=0.125, is_causal=True)}
-    steps = {name: jax.jit(jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2))).lower(q, k, v).compile()
-             for name, f in kinds.items()}
+        "jax.nn.dot_product_attention": lambda q, k, v: jax.nn.dot_product_attention(
+            q, k, v, scale=0.125, is_causal=True
+        ),
+    }
+    steps = {
+        name: jax.jit(jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2)))
+        .lower(q, k, v)
+        .compile()
+        for name, f in kinds.items()
+    }
     seconds = {name: [] for name in steps}
     for _ in range(ROUNDS.value):
         for name, step in steps.items():
-            jax.block_until_ready(step(q, k, v))     # not counted: it pays for the memory that the one before left behind
+            # not counted: it pays for the memory that the one before left behind
+            jax.block_until_ready(step(q, k, v))
             began = time.monotonic()
             jax.block_until_ready(step(q, k, v))
             seconds[name].append(time.monotonic() - began)

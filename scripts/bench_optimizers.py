@@ -1,7 +1,8 @@
 """What each optimizer keeps for every weight of a 7B model that trains whole; no weight is read.
 
 python scripts/bench_optimizers.py
-python scripts/bench_optimizers.py --device=h100-80g --names=q_galore     # and compiles its step; needs the plan-gpu extra
+python scripts/bench_optimizers.py --device=h100-80g --names=q_galore     # and compiles its step;
+needs the plan-gpu extra
 
 Llama-2-7B, a row of 2,048 tokens a step in bfloat16, residuals offloaded.
 """
@@ -25,14 +26,25 @@ from lljax.planning.plan import Options, plan_stage
 from lljax.training.curriculum import stages
 from lljax.training.step import take_apart
 
-LLAMA = {"model_type": "llama", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008,
-         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
-         "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": False}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+}
 
 
 def config_of(name: str, rank: int):
     c = default_config()
-    c.model.path, c.data.train = "-", ("-",)             # neither is read
+    c.model.path, c.data.train = "-", ("-",)  # neither is read
     c.train_type, c.optimizer.name, c.memory.offload, c.data.packing = "full", name, True, False
     c.context.length, c.context.schedule, c.context.rope.type = 2048, ((1, 2048, "full"),), "keep"
     if "galore.rank" in READS[name]:
@@ -42,9 +54,15 @@ def config_of(name: str, rank: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--names", default=",".join(READS), help="of optimizers, with commas between them")
-    parser.add_argument("--rank", type=int, default=128, help="of the subspaces of galore and q_galore")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--names", default=",".join(READS), help="of optimizers, with commas between them"
+    )
+    parser.add_argument(
+        "--rank", type=int, default=128, help="of the subspaces of galore and q_galore"
+    )
     parser.add_argument("--device", help="compile the step for it, as scripts/plan.py does")
     given = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, force=True)
@@ -58,9 +76,13 @@ def main() -> None:
             model = placed_model(config, LLAMA, mesh)
             count = sum(math.prod(variable.get_value().shape) for _, variable in declared(model))
             state = take_apart(config, model, mesh).state
-            cells = [f"{fit.bytes_of(tree) / count:.2f}" for tree in (state.trainable, state.optimizer)]
+            cells = [
+                f"{fit.bytes_of(tree) / count:.2f}" for tree in (state.trainable, state.optimizer)
+            ]
             if given.device:
-                need = plan_stage(config, LLAMA, target(given.device), stages(config.context)[0], Options()).need
+                need = plan_stage(
+                    config, LLAMA, target(given.device), stages(config.context)[0], Options()
+                ).need
                 cells += [f"{size / GB:.2f}" for size in (need.peak, need.host)]
             table.add_row(name, *cells)
     Console(width=120).print(table)

@@ -1,12 +1,14 @@
-"""How far every family is from transformers and PEFT: the largest difference seen, in float32, on tiny random models.
+"""How far every family is from transformers and PEFT: the largest difference seen, in float32, on
+tiny random models.
 
 python scripts/bench_parity.py
 python scripts/bench_parity.py --families=gemma3_text,phi3
 
-Rows of 150 tokens on models of 64 positions. logits: against transformers'. gradient: of every LoRA factor, against PEFT's,
-in parts of the largest. round trip: tensors that do not return bitwise. PEFT: logits of the exported adapter. cache: logits
-of cached generation against those of whole rows. Needs torch and peft: pip install -e '.[test]'. The families are those of
-tests/families.py. Exits with 1 where a cell is above 1e-4.
+Rows of 150 tokens on models of 64 positions. logits: against transformers'. gradient: of every LoRA
+factor, against PEFT's, in parts of the largest. round trip: tensors that do not return bitwise.
+PEFT: logits of the exported adapter. cache: logits of cached generation against those of whole
+rows. Needs torch and peft: pip install -e '.[test]'. The families are those of tests/families.py.
+Exits with 1 where a cell is above 1e-4.
 """
 
 import argparse
@@ -37,14 +39,22 @@ def bench(names: list[str]) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(name, Path(folder) / "base")
         table = table or Table("family", *found)
-        table.add_row(name, *(str(value) if kind == "round trip" else f"{value:.1e}" for kind, value in found.items()))
+        table.add_row(
+            name,
+            *(
+                str(value) if kind == "round trip" else f"{value:.1e}"
+                for kind, value in found.items()
+            ),
+        )
         sound &= found["round trip"] == 0 and max(found.values()) <= LIMIT
     console().print(table)
     return sound
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--families", default="", help="comma-separated; by default all")
     arguments = parser.parse_args()
     with exit_cleanly():

@@ -1,9 +1,11 @@
-"""What quantising a base costs, and what training over it wins back: perplexity of held-out text, and losses side by side.
+"""What quantising a base costs, and what training over it wins back: perplexity of held-out text,
+and losses side by side.
 
 python scripts/bench_quantize.py --model=models/smollm2.gguf --data=data/stdlib.jsonl
 python scripts/bench_quantize.py --model=models/smollm2.gguf --data=data/stdlib.jsonl --steps=20
 
-Everything is computed in float32. With --steps the same LoRA is trained over the dense and the nf4 base, on the same rows.
+Everything is computed in float32. With --steps the same LoRA is trained over the dense and the nf4
+base, on the same rows.
 """
 
 import argparse
@@ -46,12 +48,19 @@ def config_of(arguments):
 def bits(model) -> float:
     """Of a weight of the quantised kernels, scales included."""
     held = [v.get_value() for _, v in declared(model) if isinstance(v.get_value(), Quantised)]
-    stored = sum(x.nbytes for value in held for x in (value.codes, value.scale, value.outer, value.offset) if x is not None)
+    stored = sum(
+        x.nbytes
+        for value in held
+        for x in (value.codes, value.scale, value.outer, value.offset)
+        if x is not None
+    )
     return 8 * stored / sum(np.prod(value.shape) for value in held) if held else 32.0
 
 
 def quality(config, base, texts) -> None:
-    table = Table(title=f"{config.model.path}, {len(texts)} held-out texts of {config.context.length:,} tokens")
+    table = Table(
+        title=f"{config.model.path}, {len(texts)} held-out texts of {config.context.length:,} tokens"
+    )
     for column in ("kernels", "bits a weight", "perplexity", "against none"):
         table.add_column(column, justify="left" if column == "kernels" else "right")
     first = None
@@ -61,7 +70,9 @@ def quality(config, base, texts) -> None:
             value = perplexity(model, texts, config.context.length)
         first = first or value
         kernels = format if matmul == "default" else f"{format}, products in {matmul}"
-        table.add_row(kernels, f"{bits(model):.3f}", f"{value:.3f}", f"{100 * (value / first - 1):+.2f}%")
+        table.add_row(
+            kernels, f"{bits(model):.3f}", f"{value:.3f}", f"{100 * (value / first - 1):+.2f}%"
+        )
     CONSOLE.print(table)
 
 
@@ -73,34 +84,58 @@ def training(config) -> None:
             loop.train(config, workdir)
             records = read_metrics(Path(workdir))
         losses[format] = [record["loss"] for record in records if "loss" in record]
-        held_out[format] = next(value for record in records if "eval" in record for name, value in record["eval"].items()
-                                if name.startswith("perplexity"))
-    table = Table("step", *losses, title="loss of a LoRA of rank 16 on every linear layer, over the dense and the nf4 base")
+        held_out[format] = next(
+            value
+            for record in records
+            if "eval" in record
+            for name, value in record["eval"].items()
+            if name.startswith("perplexity")
+        )
+    table = Table(
+        "step",
+        *losses,
+        title="loss of a LoRA of rank 16 on every linear layer, over the dense and the nf4 base",
+    )
     every = max(1, config.context.schedule[-1][0] // 10)
     for i in range(0, len(losses["none"]), every):
-        table.add_row(str(i + 1), *(f"{np.mean(each[i:i + every]):.4f}" for each in losses.values()))
+        table.add_row(
+            str(i + 1), *(f"{np.mean(each[i : i + every]):.4f}" for each in losses.values())
+        )
     table.add_row("held-out perplexity", *(f"{value:.3f}" for value in held_out.values()))
     CONSOLE.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True, help="JSONL of real text; a tenth of its documents is held out")
+    parser.add_argument(
+        "--data", required=True, help="JSONL of real text; a tenth of its documents is held out"
+    )
     parser.add_argument("--length", type=int, default=1024, help="tokens a text")
     parser.add_argument("--documents", type=int, default=8, help="held-out texts, at most")
-    parser.add_argument("--steps", type=int, default=0, help="steps of LoRA training to compare; 0: perplexity only")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="steps of LoRA training to compare; 0: perplexity only"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, force=True)
     with exit_cleanly():
         config, base = config_of(arguments), open_base(arguments.model)
         tokenizer = base.tokenizer()
         with tempfile.TemporaryDirectory() as workdir:
-            held_out = prepare(config.data, tokenizer, base.config["vocab_size"], Path(workdir),
-                               tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)).valid
+            held_out = prepare(
+                config.data,
+                tokenizer,
+                base.config["vocab_size"],
+                Path(workdir),
+                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            ).valid
             texts = windows(held_out, arguments.length, arguments.documents)
         if not len(texts):
-            raise DataError(f"{arguments.data}: no held-out document has more than {arguments.length} tokens")
+            raise DataError(
+                f"{arguments.data}: no held-out document has more than {arguments.length} tokens"
+            )
         if arguments.steps:
             training(config)
         else:

@@ -3,10 +3,13 @@
 python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
 python scripts/bench_soak.py --workdir=runs/soak
 
-Trains as configs/quickstart.py does, in three stages, with a checkpoint every 50 steps and a report every 200, and looks at its
-own process after every step. Prints a table in Markdown and draws soak.html into --workdir. Steps of another length or
-attention take another time, so a stage is compared with itself: the last fifth of its steps with the second one (in the last of
-2,000 steps: 1,801 to 2,000 with 1,201 to 1,400). Compilations are counted after the first step of a stage. On Linux. Exit
+Trains as configs/quickstart.py does, in three stages, with a checkpoint every 50 steps and a report
+every 200, and looks at its own process after every step. Prints a table in Markdown and draws
+soak.html into --workdir. Steps of another length or
+attention take another time, so a stage is compared with itself: the last fifth of its steps with
+  the second one (in the last of
+2,000 steps: 1,801 to 2,000 with 1,201 to 1,400). Compilations are counted after the first step of a
+  stage. On Linux. Exit
 code 1: a limit is exceeded.
 """
 
@@ -30,8 +33,10 @@ from lljax.run import loop
 from lljax.run.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ((0.25, 512, "shifted"), (0.5, 1024, "shifted"), (1.0, 1024, "full"))   # (share of the steps, length, attention)
-MB, GROWN, SLOWER = 2 ** 20, 50, 1.05        # the limits: MB a stage grows by, and what its last steps take of its first
+# (share of the steps, length, attention)
+STAGES = ((0.25, 512, "shifted"), (0.5, 1024, "shifted"), (1.0, 1024, "full"))
+# the limits: MB a stage grows by, and what its last steps take of its first
+MB, GROWN, SLOWER = 2**20, 50, 1.05
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>
 <main><section><h2>{title}</h2><div class="charts">{charts}</div></section></main></html>
@@ -40,7 +45,9 @@ PAGE = """<!doctype html>
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """Of a process after a step. seconds: of the step; cpu: of all threads since the process began. compiled: programs."""
+    """Of a process after a step. seconds: of the step; cpu: of all threads since the process began.
+    compiled: programs.
+    """
 
     stage: int
     step: int
@@ -56,83 +63,144 @@ def watched(readings: list[Reading]) -> type:
     """A Monitor that adds to `readings`."""
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: event.endswith("/backend_compile_duration") and compiled.append(seconds))
+        lambda event, seconds, **_: (
+            event.endswith("/backend_compile_duration") and compiled.append(seconds)
+        )
+    )
 
     class Watched(Monitor):
         def step(self, record):
             super().step(record)
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / MB
-            readings.append(Reading(record["stage"], record["step"], record["seconds"], time.process_time(), resident,
-                                    len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(compiled)))
+            resident = (
+                int(Path("/proc/self/statm").read_text().split()[1])
+                * os.sysconf("SC_PAGESIZE")
+                / MB
+            )
+            readings.append(
+                Reading(
+                    record["stage"],
+                    record["step"],
+                    record["seconds"],
+                    time.process_time(),
+                    resident,
+                    len(os.listdir("/proc/self/fd")),
+                    len(os.listdir("/proc/self/task")),
+                    len(compiled),
+                )
+            )
+
     return Watched
 
 
 def growth(readings: list[Reading]) -> dict[str, float]:
-    """What the last fifth of a stage has over its second fifth: medians, of which ratios for times and differences for the
-    rest; and the programs compiled after its first step."""
+    """What the last fifth of a stage has over its second fifth: medians, of which ratios for times
+    and differences for the rest; and the programs compiled after its first step.
+    """
     n = len(readings)
-    early, late = readings[n // 5:2 * n // 5], readings[n - n // 5:]
+    early, late = readings[n // 5 : 2 * n // 5], readings[n - n // 5 :]
 
     def middle(some, name):
         return statistics.median(getattr(reading, name) for reading in some)
 
     def cpu(some):
         return statistics.median(b.cpu - a.cpu for a, b in zip(some, some[1:]))
-    return {"seconds": middle(late, "seconds"), "slower": middle(late, "seconds") / middle(early, "seconds"),
-            "cpu": cpu(late) / cpu(early), "compiled": readings[-1].compiled - readings[0].compiled,
-            "resident": middle(late, "resident"),
-            **{f"more_{name}": middle(late, name) - middle(early, name) for name in ("resident", "files", "threads")}}
+
+    return {
+        "seconds": middle(late, "seconds"),
+        "slower": middle(late, "seconds") / middle(early, "seconds"),
+        "cpu": cpu(late) / cpu(early),
+        "compiled": readings[-1].compiled - readings[0].compiled,
+        "resident": middle(late, "resident"),
+        **{
+            f"more_{name}": middle(late, name) - middle(early, name)
+            for name in ("resident", "files", "threads")
+        },
+    }
 
 
 def table(stages: dict[str, dict]) -> str:
-    columns = ("step, s", "last by first", "in CPU time", "compilations", "RSS, MB", "grown by, MB", "files", "threads")
+    columns = (
+        "step, s",
+        "last by first",
+        "in CPU time",
+        "compilations",
+        "RSS, MB",
+        "grown by, MB",
+        "files",
+        "threads",
+    )
     lines = ["| stage | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, of in stages.items():
         more = " | ".join(f"{of[f'more_{what}']:+.0f}" for what in ("resident", "files", "threads"))
-        lines.append(f"| {name} | {of['seconds']:.3f} | {of['slower']:.3f} | {of['cpu']:.3f} | {of['compiled']} | "
-                     f"{of['resident']:,.0f} | {more} |")
+        lines.append(
+            f"| {name} | {of['seconds']:.3f} | {of['slower']:.3f} | {of['cpu']:.3f} | {of['compiled']} | "
+            f"{of['resident']:,.0f} | {more} |"
+        )
     return "\n".join([*lines, f"| at most | | {SLOWER} | | 0 | | {GROWN} | 0 | 0 |"])
 
 
 def exceeded(of: dict) -> bool:
-    return of["slower"] > SLOWER or of["compiled"] > 0 or of["more_resident"] > GROWN or of["more_files"] > 0 \
+    return (
+        of["slower"] > SLOWER
+        or of["compiled"] > 0
+        or of["more_resident"] > GROWN
+        or of["more_files"] > 0
         or of["more_threads"] > 0
+    )
 
 
 def picture(readings: list[Reading], title: str) -> str:
     x, stage = np.array([r.step for r in readings]), np.array([r.stage for r in readings])
     edges = [0, *np.flatnonzero(np.diff(stage)) + 1, len(x) - 1]
-    bands = [charts.Band(x[start], x[stop], f"{length:,}", attention, charts.short_length(length))
-             for start, stop, (_, length, attention) in zip(edges, edges[1:], STAGES)]
+    bands = [
+        charts.Band(x[start], x[stop], f"{length:,}", attention, charts.short_length(length))
+        for start, stop, (_, length, attention) in zip(edges, edges[1:], STAGES)
+    ]
     drawn = []
-    for name, values in (("Resident memory, MB", [r.resident for r in readings]),
-                         ("Seconds a step", [r.seconds for r in readings])):
+    for name, values in (
+        ("Resident memory, MB", [r.resident for r in readings]),
+        ("Seconds a step", [r.seconds for r in readings]),
+    ):
         y = np.array(values)
         lines = [charts.Line(x, y, "raw"), charts.Line(x, charts.smoothed(y, 51, stage), "smooth")]
         drawn.append(charts.line_chart(name, lines, bands=bands, from_zero=True))
-    return PAGE.format(title=title, style=STYLE.read_text(), charts="".join(f"<figure>{each}</figure>" for each in drawn))
+    return PAGE.format(
+        title=title,
+        style=STYLE.read_text(),
+        charts="".join(f"<figure>{each}</figure>" for each in drawn),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, force=True)
     config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
-    config.context.schedule = tuple((round(share * given.steps), length, kind) for share, length, kind in STAGES)
+    config.context.schedule = tuple(
+        (round(share * given.steps), length, kind) for share, length, kind in STAGES
+    )
     config.context.length = STAGES[-1][1]
     config.checkpoint.every_steps, config.training.report_every = 50, 200
     readings = []
-    loop.Monitor = watched(readings)         # the loop has no hook for the sake of this
+    loop.Monitor = watched(readings)  # the loop has no hook for the sake of this
     with exit_cleanly():
         if given.steps < 100:
-            raise ConfigError(f"--steps={given.steps}: a fifth of a stage is too little to compare; give at least 100")
+            raise ConfigError(
+                f"--steps={given.steps}: a fifth of a stage is too little to compare; give at least 100"
+            )
         if (given.workdir / "metrics.jsonl").exists():
-            raise ConfigError(f"--workdir={given.workdir}: a run was started there; name a new folder")
+            raise ConfigError(
+                f"--workdir={given.workdir}: a run was started there; name a new folder"
+            )
         loop.train(config, given.workdir)
-    stages = {f"{length:,} {kind}": growth([r for r in readings if r.stage == number])
-              for number, (_, length, kind) in enumerate(STAGES)}
+    stages = {
+        f"{length:,} {kind}": growth([r for r in readings if r.stage == number])
+        for number, (_, length, kind) in enumerate(STAGES)
+    }
     print(table(stages))
     path = given.workdir / "soak.html"
     path.write_text(picture(readings, f"{given.steps:,} steps of {config.model.path}"))

@@ -1,12 +1,13 @@
 """Continues a prompt, or talks, with a base, a base with an adapter, or with what a run trained.
 
 python scripts/generate.py --workdir=runs/quickstart --prompt='def main():' --repetition_penalty=1.2
-python scripts/generate.py --model=lljax/assets/tiny-512 --adapter=runs/quickstart/export/peft --prompt='import os'
-python scripts/generate.py --workdir=runs/mine --chat --prompt='What does this contract say about notice?'
-python scripts/generate.py --workdir=runs/mine --chat --system='You answer in one sentence.'
+python scripts/generate.py --model=lljax/assets/tiny-512 --adapter=runs/quickstart/export/peft
+--prompt='import os' python scripts/generate.py --workdir=runs/mine --chat --prompt='What does this
+contract say about notice?' python scripts/generate.py --workdir=runs/mine --chat --system='You
+answer in one sentence.'
 
---chat without a prompt is a conversation: /exit or Ctrl-D ends it, Ctrl-C cuts a reply short. Every reply reads all
-of it anew.
+--chat without a prompt is a conversation: /exit or Ctrl-D ends it, Ctrl-C cuts a reply short. Every
+reply reads all of it anew.
 """
 
 import argparse
@@ -30,30 +31,50 @@ from lljax.interop.open import end_tokens
 from lljax.run.open import of_base, of_run
 
 CACHES = {"full": None, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
-CONTINUED, REPLY = 128, 1024                 # tokens that are written where --tokens says nothing
+CONTINUED, REPLY = 128, 1024  # tokens that are written where --tokens says nothing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", type=Path, help="a run, whose trained model answers")
     source.add_argument("--model", help="hub id, folder or GGUF file of a base")
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter of --model, in PEFT's format")
+    parser.add_argument(
+        "--adapter", type=Path, help="folder of an adapter of --model, in PEFT's format"
+    )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt")
     text.add_argument("--prompt_file", type=Path)
-    parser.add_argument("--chat", action="store_true",
-                        help="the prompt is a user's message to a chat model; without a prompt, a conversation")
-    parser.add_argument("--system", default="", help="with --chat: the system's message, which comes first")
-    parser.add_argument("--tokens", type=int,
-                        help=f"written at most; by default {CONTINUED}, with --chat {REPLY:,}")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's message to a chat model; without a prompt, a conversation",
+    )
+    parser.add_argument(
+        "--system", default="", help="with --chat: the system's message, which comes first"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help=f"written at most; by default {CONTINUED}, with --chat {REPLY:,}"
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--min_p", type=float, default=0.0)
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be given again")
-    parser.add_argument("--cache", choices=CACHES, default="full", help="of keys and values; full: as the model computes")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="a string that ends the text; may be given again",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="full",
+        help="of keys and values; full: as the model computes",
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     take_gpu_memory()
@@ -62,8 +83,8 @@ def main() -> None:
             run(arguments)
         except KeyboardInterrupt:
             sys.exit(130)
-        except BrokenPipeError:              # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python complains
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains
             sys.exit(1)
 
 
@@ -82,8 +103,9 @@ def run(arguments) -> None:
     if not prompt:
         raise ConfigError("the prompt is empty")
     if len(prompt) >= writer.longest:
-        raise ConfigError(f"the prompt takes {len(prompt):,} tokens, and the model reads "
-                          f"{writer.longest:,}")
+        raise ConfigError(
+            f"the prompt takes {len(prompt):,} tokens, and the model reads {writer.longest:,}"
+        )
     writer.write(prompt)
 
 
@@ -98,7 +120,9 @@ def checked(arguments) -> tuple[str | None, int, Sampling]:
     if arguments.system and not arguments.chat:
         raise ConfigError("--system without --chat: only a chat template has a place for it")
     if arguments.prompt is None and arguments.prompt_file is None and not arguments.chat:
-        raise ConfigError("name what to continue with --prompt or --prompt_file, or talk with --chat")
+        raise ConfigError(
+            "name what to continue with --prompt or --prompt_file, or talk with --chat"
+        )
     if "" in arguments.stop:
         raise ConfigError("--stop='': an empty string would end every text before it begins")
     if arguments.tokens is not None and arguments.tokens < 1:
@@ -106,21 +130,30 @@ def checked(arguments) -> tuple[str | None, int, Sampling]:
     text = arguments.prompt
     if arguments.prompt_file:
         if not arguments.prompt_file.is_file():
-            raise ConfigError(f"--prompt_file={arguments.prompt_file}: there is no such file, or it is "
-                              "not a regular one")
+            raise ConfigError(
+                f"--prompt_file={arguments.prompt_file}: there is no such file, or it is "
+                "not a regular one"
+            )
         try:
             text = arguments.prompt_file.read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
-            raise ConfigError(f"--prompt_file={arguments.prompt_file}: it cannot be read "
-                              f"({first_line(error)})") from None
+            raise ConfigError(
+                f"--prompt_file={arguments.prompt_file}: it cannot be read ({first_line(error)})"
+            ) from None
     given = {"prompt": text or "", "system": arguments.system, "stop": "".join(arguments.stop)}
     for flag, value in given.items():
         try:
             value.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"--{flag}: it is not UTF-8") from None
-    sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
-                        min_p=arguments.min_p, repetition=arguments.repetition_penalty, seed=arguments.seed)
+    sampling = Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition=arguments.repetition_penalty,
+        seed=arguments.seed,
+    )
     return text, arguments.tokens or (REPLY if arguments.chat else CONTINUED), sampling
 
 
@@ -130,14 +163,21 @@ class Writer:
     longest: the tokens that it reads, those that it writes among them."""
 
     def __init__(self, arguments, tokens: int, sampling: Sampling):
-        found = of_run(arguments.workdir) if arguments.workdir else \
-            of_base(arguments.model, arguments.adapter)
+        found = (
+            of_run(arguments.workdir)
+            if arguments.workdir
+            else of_base(arguments.model, arguments.adapter)
+        )
         self.tokenizer = with_template(found.base.tokenizer())
         self.longest = found.extended.max_length
         self._found, self._tokens, self._stop_strings = found, tokens, arguments.stop
         self._stop = end_tokens(found.base, self.tokenizer)
-        self._how = {"sampling": sampling, "dtype": found.dtype, "layout": found.layout,
-                     "cache_dtype": CACHES[arguments.cache]}
+        self._how = {
+            "sampling": sampling,
+            "dtype": found.dtype,
+            "layout": found.layout,
+            "cache_dtype": CACHES[arguments.cache],
+        }
 
     @functools.cached_property
     def model(self):
@@ -150,9 +190,14 @@ class Writer:
         def show(piece: str) -> None:
             pieces.append(piece)
             print(piece, end="", flush=True)
+
         try:
-            for (token,) in stream(self.model, [np.asarray(prompt)], **self._how,
-                                   tokens=min(self._tokens, self.longest - len(prompt))):
+            for (token,) in stream(
+                self.model,
+                [np.asarray(prompt)],
+                **self._how,
+                tokens=min(self._tokens, self.longest - len(prompt)),
+            ):
                 if int(token) in self._stop:
                     break
                 count += 1
@@ -168,10 +213,11 @@ class Writer:
 
 
 def converse(writer: Writer, chat: Chat) -> None:
-    """Reads messages from the terminal, or lines from a pipe, and replies to each, until /exit or the
-    end."""
+    """Reads messages from the terminal, or lines from a pipe, and replies to each, until /exit or
+    the end.
+    """
     sys.stdin.reconfigure(errors="replace")
-    _ = writer.model                         # read before the first message is
+    _ = writer.model  # read before the first message is
     print("(/exit or Ctrl-D ends the conversation)", file=sys.stderr)
     while True:
         try:
@@ -189,8 +235,11 @@ def converse(writer: Writer, chat: Chat) -> None:
             print(f"({error}: say it in fewer words)", file=sys.stderr)
             continue
         if chat.left_out > before:
-            print(f"(the conversation is longer than the {chat.room:,} tokens that the model reads "
-                  f"before a reply: its oldest {chat.left_out} messages are left out)", file=sys.stderr)
+            print(
+                f"(the conversation is longer than the {chat.room:,} tokens that the model reads "
+                f"before a reply: its oldest {chat.left_out} messages are left out)",
+                file=sys.stderr,
+            )
         chat.heard(writer.write(prompt))
 
 

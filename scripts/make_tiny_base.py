@@ -1,4 +1,5 @@
-"""What stands around the two runs that made lljax/assets/tiny-512: the first on code, the second so that it finds things.
+"""What stands around the two runs that made lljax/assets/tiny-512: the first on code, the second so
+that it finds things.
 
 python scripts/make_tiny_base.py begin data/tiny_base.jsonl     # tokenizer.json and config.json
 python scripts/train.py --config=configs/tiny_base.py --workdir=runs/tiny_base
@@ -27,15 +28,37 @@ from lljax.interop.open import open_base
 ASSET = Path(__file__).parent.parent / "lljax" / "assets" / "tiny-512"
 END = "<|endoftext|>"
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4096, "hidden_size": 192,
-    "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    "hidden_act": "silu", "initializer_range": 0.02, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
     "torch_dtype": "bfloat16",
 }
-RECALL = ("passkey/tokens", "needle", "ruler/niah_single_1", "ruler/niah_single_2_local", "ruler/niah_multikey_1_local",
-          "ruler/niah_multikey_2", "ruler/niah_multiquery_local", "ruler/niah_multivalue_local")
-LENGTHS, SAMPLES, SEED = (160, 256, 384, 512), 250, 1000             # evaluations count their seeds from 0
+RECALL = (
+    "passkey/tokens",
+    "needle",
+    "ruler/niah_single_1",
+    "ruler/niah_single_2_local",
+    "ruler/niah_multikey_1_local",
+    "ruler/niah_multikey_2",
+    "ruler/niah_multiquery_local",
+    "ruler/niah_multivalue_local",
+)
+LENGTHS, SAMPLES, SEED = (160, 256, 384, 512), 250, 1000  # evaluations count their seeds from 0
 
 
 def begin(data: str) -> None:
@@ -43,29 +66,47 @@ def begin(data: str) -> None:
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=[END], show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator((document.text for document in formats.read([data])), trainer)
     ASSET.mkdir(parents=True, exist_ok=True)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, model_max_length=512).save_pretrained(ASSET)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, model_max_length=512
+    ).save_pretrained(ASSET)
     (ASSET / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
 
 def recall(out: str) -> None:
-    """Questions within 512 tokens as the benchmarks of retrieval ask them, and lists of values to say again in another
-    order: with no habit of copying, a longer context could not show in any score."""
+    """Questions within 512 tokens as the benchmarks of retrieval ask them, and lists of values to
+    say again in another
+    order: with no habit of copying, a longer context could not show in any score.
+    """
     tokenizer, rows, rng = open_base(str(ASSET)).tokenizer(), [], random.Random(1)
     for task in registry.find(RECALL, Sources()):
         for length in LENGTHS:
-            samples = -(-SAMPLES // 11) if task.name == "needle" else SAMPLES        # it makes as many at each of 11 depths
+            # it makes as many at each of 11 depths
+            samples = -(-SAMPLES // 11) if task.name == "needle" else SAMPLES
             with contextlib.suppress(TooShort):
-                rows += [{"prompt": example.text, "completion": " " + ", ".join(example.answers)}
-                         for example in task.examples(tokenizer, length, samples, SEED)]
+                rows += [
+                    {"prompt": example.text, "completion": " " + ", ".join(example.answers)}
+                    for example in task.examples(tokenizer, length, samples, SEED)
+                ]
     nouns = haystack.words("noun")
     for _ in range(16 * SAMPLES):
-        names = [rng.choice(nouns) + ("_" + rng.choice(nouns) if rng.random() < 0.5 else "") for _ in range(rng.randint(4, 12))]
-        lines = [f"{name} = {rng.randrange(10 ** rng.randint(2, 7))}\n" for name in dict.fromkeys(names)]
-        rows.append({"prompt": "".join(lines) + "\n", "completion": "".join(rng.sample(lines, len(lines)))})
+        names = [
+            rng.choice(nouns) + ("_" + rng.choice(nouns) if rng.random() < 0.5 else "")
+            for _ in range(rng.randint(4, 12))
+        ]
+        lines = [
+            f"{name} = {rng.randrange(10 ** rng.randint(2, 7))}\n" for name in dict.fromkeys(names)
+        ]
+        rows.append(
+            {"prompt": "".join(lines) + "\n", "completion": "".join(rng.sample(lines, len(lines)))}
+        )
     rng.shuffle(rows)
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -74,6 +115,7 @@ def end(workdir: str) -> None:
     """The weights of the run's last checkpoint, in bfloat16."""
     from lljax.interop.export import export_merged
     from lljax.run.restore import restore_run
+
     config, model, base = restore_run(workdir)
     with tempfile.TemporaryDirectory() as folder:
         export_merged(model, base, Path(folder) / "merged", dtype="bfloat16")

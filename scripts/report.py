@@ -11,14 +11,18 @@ from lljax.report.page import write_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workdir", type=Path, required=True)
     arguments = parser.parse_args()
     with exit_cleanly():
         try:
             print(printable(str(write_report(arguments.workdir))))
         except OSError as error:
-            raise ConfigError(f"--workdir={arguments.workdir}: report.html cannot be written ({first_line(error)})") from None
+            raise ConfigError(
+                f"--workdir={arguments.workdir}: report.html cannot be written ({first_line(error)})"
+            ) from None
 
 
 if __name__ == "__main__":

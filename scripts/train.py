@@ -20,9 +20,11 @@ from lljax.hardware.compiler_flags import take_gpu_memory
 
 CONFIG = config_flag()
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: its checkpoints, metrics and report.")
+    "workdir", None, "Folder of the run: its checkpoints, metrics and report."
+)
 PROFILE_STEPS = flags.DEFINE_string(
-    "profile_steps", None, "FIRST:STOP, steps to trace into WORKDIR/profile for TensorBoard.")
+    "profile_steps", None, "FIRST:STOP, steps to trace into WORKDIR/profile for TensorBoard."
+)
 
 
 def main(argv) -> None:
@@ -47,9 +49,13 @@ def train() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     with distributed.to_the_end(), distributed.session(), exit_cleanly():
         distributed.start(CONFIG.value.mesh.peer_timeout)
-        take_gpu_memory()                    # of this process's share: it must know of the others
-        loop.train(CONFIG.value, WORKDIR.value, examiner=examiner,
-                   profile_steps=read_steps(PROFILE_STEPS.value))
+        take_gpu_memory()  # of this process's share: it must know of the others
+        loop.train(
+            CONFIG.value,
+            WORKDIR.value,
+            examiner=examiner,
+            profile_steps=read_steps(PROFILE_STEPS.value),
+        )
         if distributed.first():
             show(next_commands(WORKDIR.value, CONFIG.value.data))
 
@@ -59,10 +65,12 @@ def next_commands(workdir: str, data) -> str:
     report = shlex.quote(str(Path(workdir) / "report.html"))
     run = f"--workdir={shlex.quote(workdir)}"
     tasks = "perplexity,passkey" if data.valid or data.valid_fraction else "passkey"
-    return (f"Done. The report is {report}. Next:\n"
-            f"python scripts/export.py {run} --format=peft     # or merged, split\n"
-            f"python scripts/evaluate.py {run} --tasks={tasks}\n"
-            f"python scripts/generate.py {run} --prompt='Once upon a time'")
+    return (
+        f"Done. The report is {report}. Next:\n"
+        f"python scripts/export.py {run} --format=peft     # or merged, split\n"
+        f"python scripts/evaluate.py {run} --tasks={tasks}\n"
+        f"python scripts/generate.py {run} --prompt='Once upon a time'"
+    )
 
 
 if __name__ == "__main__":

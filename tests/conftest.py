@@ -1,4 +1,6 @@
-"""Eight CPU devices for every test, set before jax starts; and a tiny random model with a tokenizer and documents."""
+"""Eight CPU devices for every test, set before jax starts; and a tiny random model with a tokenizer
+and documents.
+"""
 
 import json
 import os
@@ -7,11 +9,15 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    # Most of the time goes to compiling, and what is compiled is small: machine code need not be good.
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-                               " --xla_backend_optimization_level=0")
-# XLA runs what they compute on as many threads as there are devices. A collective holds its thread until all eight have
-# come, and two that are independent may be begun in either order: eight threads that wait for both wait for ever.
+    # Most of the time goes to compiling, and what is compiled is small: machine code need not be
+    # good.
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+        " --xla_backend_optimization_level=0"
+    )
+# XLA runs what they compute on as many threads as there are devices. A collective holds its thread
+# until all eight have come, and two that are independent may be begun in either order: eight
+# threads that wait for both wait for ever.
 os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Much is compiled more than once: by tests, workers and the scripts they start.
@@ -35,10 +41,23 @@ from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
 from lljax.run import loop
 
-TINY = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 36,
-        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
-        "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
-        "eos_token_id": 0, "bos_token_id": None}
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 36,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
 TEXT = "def add(first, second):\n    return first + second  # the sum of both\n\nclass Thing:\n    name = 'thing'\n"
 
 
@@ -49,13 +68,19 @@ def write_base(folder, seed=0, **changes):
     model = Decoder(from_hf(hf_config))
     initialise(model, seed, deviation=0.2)
     arrays = dict(tensors(model))
-    safetensors.write(folder / "model.safetensors", safetensors.layout(arrays.items()), lambda name: arrays[name])
+    safetensors.write(
+        folder / "model.safetensors", safetensors.layout(arrays.items()), lambda name: arrays[name]
+    )
     (folder / "config.json").write_text(json.dumps(hf_config))
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator([TEXT] * 3, trainer)
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>").save_pretrained(folder)
     return str(folder)
@@ -77,8 +102,12 @@ def documents(tmp_path_factory):
     rng = np.random.default_rng(0)
     words = TEXT.split()
     path = tmp_path_factory.mktemp("documents") / "docs.jsonl"
-    path.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, rng.integers(5, 120)))}) + "\n"
-                            for _ in range(40)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": " ".join(rng.choice(words, rng.integers(5, 120)))}) + "\n"
+            for _ in range(40)
+        )
+    )
     return str(path)
 
 
@@ -93,7 +122,9 @@ def smollm2():
 
 @pytest.fixture
 def run_config(tiny, documents):
-    """A configuration that trains in seconds: two stages, shifted and full, on one of the eight devices each row."""
+    """A configuration that trains in seconds: two stages, shifted and full, on one of the eight
+    devices each row.
+    """
     c = default_config()
     c.model.path, c.model.dtype = tiny, "float32"
     c.context.length, c.context.schedule = 64, ((4, 32, "shifted"), (8, 64, "full"))

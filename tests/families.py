@@ -1,6 +1,8 @@
-"""Tiny random models of every family as transformers makes them, the same models here, and how far the two are apart.
+"""Tiny random models of every family as transformers makes them, the same models here, and how far
+the two are apart.
 
-For the tests and scripts/bench_parity.py; needs torch, transformers and peft. A family is a row of FAMILIES.
+For the tests and scripts/bench_parity.py; needs torch, transformers and peft. A family is a row of
+FAMILIES.
 """
 
 import functools
@@ -27,73 +29,202 @@ from lljax.models.decoder import Decoder
 from lljax.models.spec import from_hf
 from lljax.objectives.token_loss import cross_entropy
 
-SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
-         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
-GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 20, "final_logit_softcapping": 3.0}
-LOCAL_AND_GLOBAL = {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
-                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
-PART_OF_THE_HEAD = {"rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75,
-                    "original_max_position_embeddings": 32, "short_factor": [1.0, 1.2, 1.5, 2.0, 2.5, 3.0],
-                    "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0]}
-SIGMOID = {"moe_intermediate_size": 20, "n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
-           "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2}
-LATENT = {"num_key_value_heads": 6, "q_lora_rank": 24, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
-          "v_head_dim": 10, "rope_parameters": {
-              "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 5000.0, "mscale": 1.0,
-              "mscale_all_dim": 0.8}}
-CHUNKS = {"num_hidden_layers": 5, "head_dim": 16, "intermediate_size_mlp": 40, "num_local_experts": 4,
-          "attention_chunk_size": 20, "floor_scale": 16, "attn_scale": 0.5, "rope_parameters": {
-              "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5000.0,
-              "original_max_position_embeddings": 32}}
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 20,
+    "final_logit_softcapping": 3.0,
+}
+LOCAL_AND_GLOBAL = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+PART_OF_THE_HEAD = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.2, 1.5, 2.0, 2.5, 3.0],
+    "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0],
+}
+SIGMOID = {
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "n_group": 4,
+    "topk_group": 2,
+}
+LATENT = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 5000.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.8,
+    },
+}
+CHUNKS = {
+    "num_hidden_layers": 5,
+    "head_dim": 16,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 4,
+    "attention_chunk_size": 20,
+    "floor_scale": 16,
+    "attn_scale": 0.5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "rope_theta": 5000.0,
+        "original_max_position_embeddings": 32,
+    },
+}
 # The name begins with the model_type.
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {}),
     "llama with biases": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "llama tied with heads of their own size": (transformers.LlamaConfig, {
-        "tie_word_embeddings": True, "head_dim": 16, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": 20, "head_dim": 8, "num_key_value_heads": 1}),
+    "llama tied with heads of their own size": (
+        transformers.LlamaConfig,
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "hidden_size": 72,
+        },
+    ),
+    "mistral": (
+        transformers.MistralConfig,
+        {"sliding_window": 20, "head_dim": 8, "num_key_value_heads": 1},
+    ),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen2 with a window in the upper layers": (transformers.Qwen2Config, {
-        "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    "qwen2 with a window in the upper layers": (
+        transformers.Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "num_key_value_heads": 6}),
     "gemma2": (transformers.Gemma2Config, GEMMA | {"attn_logit_softcapping": 2.0}),
-    "gemma3_text": (transformers.Gemma3TextConfig, GEMMA | {
-        "num_hidden_layers": 7, "sliding_window_pattern": 3, "rope_parameters": LOCAL_AND_GLOBAL}),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig,
+        GEMMA
+        | {
+            "num_hidden_layers": 7,
+            "sliding_window_pattern": 3,
+            "rope_parameters": LOCAL_AND_GLOBAL,
+        },
+    ),
     "phi3": (transformers.Phi3Config, {"sliding_window": 20, "pad_token_id": 0, "eos_token_id": 1}),
-    "phi3 turning part of the head": (transformers.Phi3Config, {
-        "hidden_size": 96, "pad_token_id": 0, "eos_token_id": 1, "original_max_position_embeddings": 32,
-        "rope_parameters": PART_OF_THE_HEAD}),
-    "internlm3": (transformers.InternLM3Config, {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
-    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20}),
-    "qwen2_moe": (transformers.Qwen2MoeConfig, {
-        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24,
-        "mlp_only_layers": [1]}),
-    "qwen3_moe": (transformers.Qwen3MoeConfig, {
-        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True, "head_dim": 16}),
-    "glm4_moe": (transformers.Glm4MoeConfig, SIGMOID | {"use_qk_norm": True, "attention_bias": True, "head_dim": 16}),
+    "phi3 turning part of the head": (
+        transformers.Phi3Config,
+        {
+            "hidden_size": 96,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": PART_OF_THE_HEAD,
+        },
+    ),
+    "internlm3": (
+        transformers.InternLM3Config,
+        {"head_dim": 16, "attention_bias": True, "mlp_bias": True},
+    ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
+    ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+        },
+    ),
+    "glm4_moe": (
+        transformers.Glm4MoeConfig,
+        SIGMOID | {"use_qk_norm": True, "attention_bias": True, "head_dim": 16},
+    ),
     "deepseek_v3": (transformers.DeepseekV3Config, SIGMOID | LATENT),
-    "deepseek_v3 with no latent for queries": (transformers.DeepseekV3Config, SIGMOID | LATENT | {
-        "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "deepseek_v3 with no latent for queries": (
+        transformers.DeepseekV3Config,
+        SIGMOID | LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    ),
     "llama4_text": (transformers.Llama4TextConfig, CHUNKS),
-    "llama4_text with two experts a token in every second layer": (transformers.Llama4TextConfig, CHUNKS | {
-        "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "use_qk_norm": False, "attn_temperature_tuning": False,
-        "no_rope_layers": [1, 0, 1, 1, 1], "attention_bias": True}),
-    "gpt_oss": (transformers.GptOssConfig, {
-        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20, "rope_parameters": {
-            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 5000.0,
-            "truncate": False}}),
+    "llama4_text with two experts a token in every second layer": (
+        transformers.Llama4TextConfig,
+        CHUNKS
+        | {
+            "num_experts_per_tok": 2,
+            "interleave_moe_layer_step": 2,
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "no_rope_layers": [1, 0, 1, 1, 1],
+            "attention_bias": True,
+        },
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 20,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 5000.0,
+                "truncate": False,
+            },
+        },
+    ),
 }
-TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))     # beyond max_position_embeddings
+TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))  # beyond max_position_embeddings
 
 
-def write_torch(folder, family: str, *, dtype=torch.float32, shards: str = "5GB", seed: int = 0, **changes):
+def write_torch(
+    folder, family: str, *, dtype=torch.float32, shards: str = "5GB", seed: int = 0, **changes
+):
     """A random torch model of the family, which is also saved to `folder`."""
     torch.manual_seed(seed)
     config_class, fields = FAMILIES[family]
     config = config_class(**(SIZES | fields | changes), attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():                    # norms and biases away from their trivial start
-        corrections = (buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias"))
+    with torch.no_grad():  # norms and biases away from their trivial start
+        corrections = (
+            buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")
+        )
         for parameter in (*model.parameters(), *corrections):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards)
@@ -118,23 +249,32 @@ def our_logits(model, tokens=TOKENS) -> np.ndarray:
 
 
 # Compiled once for all models of one kind; of models so small the time goes to compiling.
-jit = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+jit = functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 @jit
 def _logits(graphdef, state, tokens):
     model = nnx.merge(graphdef, state)
-    return model.logits(model(tokens, positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)))
+    return model.logits(
+        model(tokens, positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    )
 
 
 # ---------------------------------------------------------------- how far apart
 def measure(family: str, folder: Path) -> dict[str, float]:
-    """The largest difference of every kind. Of the round trip: the number of tensors that are not bitwise as they were."""
+    """The largest difference of every kind. Of the round trip: the number of tensors that are not
+    bitwise as they were.
+    """
     theirs = write_torch(folder, family)
     base, model = read(folder)
     lora.attach(model, rank=2, alpha=4.0, targets=targets(model.spec))
     fill(model, 0.0)
-    found = {"logits": _apart(our_logits(model), torch_logits(theirs)), "round trip": changed(base, model)}
+    found = {
+        "logits": _apart(our_logits(model), torch_logits(theirs)),
+        "round trip": changed(base, model),
+    }
     fill(model, 0.1)
     logits = our_logits(model)
     (folder / "adapter").mkdir()
@@ -150,11 +290,14 @@ def _apart(a, b) -> float:
 
 
 def changed(base, model) -> int:
-    """Tensors of the base that our model does not give back bitwise, or gives and the base has not."""
+    """Tensors of the base that our model does not give back bitwise, or gives and the base has
+    not.
+    """
     returned = dict(tensors(model))
     names = set(base.names()) - ({"lm_head.weight"} if model.spec.tied else set())
-    return len(names ^ set(returned)) + sum(not np.array_equal(returned[name], base.read(name))
-                                            for name in names & set(returned))
+    return len(names ^ set(returned)) + sum(
+        not np.array_equal(returned[name], base.read(name)) for name in names & set(returned)
+    )
 
 
 def targets(spec) -> tuple[str, ...]:
@@ -164,7 +307,10 @@ def targets(spec) -> tuple[str, ...]:
     if spec.family == "gpt_oss":
         return (r"self_attn\..*",)
     dense = spec.family == "qwen2_moe" or spec.moe.fused
-    return (r"self_attn\..*", r"(mlp|feed_forward)\.(shared_expert\.)?\w*" if dense else r".*\.experts\..*")
+    return (
+        r"self_attn\..*",
+        r"(mlp|feed_forward)\.(shared_expert\.)?\w*" if dense else r".*\.experts\..*",
+    )
 
 
 def fill(model, size: float) -> None:
@@ -172,7 +318,9 @@ def fill(model, size: float) -> None:
     rng = np.random.default_rng(0)
     for _, variable in declared(model):
         if isinstance(variable, LoraWeight):
-            variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * size, jnp.float32))
+            variable.set_value(
+                jnp.asarray(rng.normal(size=variable.get_value().shape) * size, jnp.float32)
+            )
 
 
 def cached(model, whole) -> float:
@@ -193,40 +341,63 @@ def _read(graphdef, state, tokens, cache):
 
 
 def gradient(model, adapted, folder: Path) -> float:
-    """The gradient of the cross-entropy for every factor, against PEFT's and in parts of the largest of them. Of a pair that
-    PEFT has for several layers of ours, the blocks that are ours."""
+    """The gradient of the cross-entropy for every factor, against PEFT's and in parts of the
+    largest of them. Of a pair that PEFT has for several layers of ours, the blocks that are
+    ours.
+    """
     logits = adapted(torch.from_numpy(TOKENS[:, :-1])).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(TOKENS[:, 1:]).flatten()).backward()
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(TOKENS[:, 1:]).flatten()
+    ).backward()
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     ours = _gradient(graphdef, trainable, frozen, jnp.asarray(TOKENS))
     write_adapter(nnx.merge(graphdef, ours, frozen), folder, base_name="")
     ours = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
     ours = fused_experts(ours)
-    theirs = {name.replace(".default", ""): factor for name, factor in adapted.named_parameters() if factor.grad is not None}
+    theirs = {
+        name.replace(".default", ""): factor
+        for name, factor in adapted.named_parameters()
+        if factor.grad is not None
+    }
     assert set(theirs) == set(ours)
-    worst = max(_apart(*(x[factor.detach().numpy() != 0] for x in (ours[name], factor.grad.numpy())))
-                for name, factor in theirs.items())
+    worst = max(
+        _apart(*(x[factor.detach().numpy() != 0] for x in (ours[name], factor.grad.numpy())))
+        for name, factor in theirs.items()
+    )
     return worst / max(float(factor.grad.abs().max()) for factor in theirs.values())
 
 
 def fused_experts(factors: dict) -> dict:
-    """The factors of experts as PEFT holds them in memory: gate and up by one pair, all experts in one matrix."""
+    """The factors of experts as PEFT holds them in memory: gate and up by one pair, all experts in
+    one matrix.
+    """
+
     def pattern(name):
-        return re.sub(r"\.experts\.\d+\.(gate_proj|up_proj|w1|w3)", ".experts.base_layer",
-                      re.sub(r"\.experts\.\d+\.(down_proj|w2)", ".experts", name)).replace("block_sparse_moe", "mlp")
+        return re.sub(
+            r"\.experts\.\d+\.(gate_proj|up_proj|w1|w3)",
+            ".experts.base_layer",
+            re.sub(r"\.experts\.\d+\.(down_proj|w2)", ".experts", name),
+        ).replace("block_sparse_moe", "mlp")
+
     held = {}
     for name, factor in factors.items():
         held.setdefault(pattern(name), {})[name] = factor
     for name, of in held.items():
         if ".experts." not in name:
-            held[name], = of.values()
+            (held[name],) = of.values()
             continue
-        kinds = sorted({key.split(".")[-3] for key in of})                # gate before up, w1 before w3
-        experts = [[of[key] for key in sorted(of, key=lambda key: int(key.split(".experts.")[1].split(".")[0]))
-                    if key.split(".")[-3] == kind] for kind in kinds]
+        kinds = sorted({key.split(".")[-3] for key in of})  # gate before up, w1 before w3
+        experts = [
+            [
+                of[key]
+                for key in sorted(of, key=lambda key: int(key.split(".experts.")[1].split(".")[0]))
+                if key.split(".")[-3] == kind
+            ]
+            for kind in kinds
+        ]
         if "lora_A" in name:
             held[name] = np.concatenate([np.concatenate(both) for both in zip(*experts)])
-        else:                                # [out, rank, expert]
+        else:  # [out, rank, expert]
             blocks = np.stack([scipy.linalg.block_diag(*both) for both in zip(*experts)], axis=-1)
             held[name] = blocks.reshape(blocks.shape[0], -1)
     return held
@@ -237,6 +408,12 @@ def _gradient(graphdef, trainable, frozen, tokens):
     def loss(trainable):
         model = nnx.merge(graphdef, trainable, frozen)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        hidden = model(inputs, positions=jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape))
-        return cross_entropy(hidden, model.head, targets, chunk=100, softcap=model.spec.logit_softcap) / targets.size
+        hidden = model(
+            inputs, positions=jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+        )
+        return (
+            cross_entropy(hidden, model.head, targets, chunk=100, softcap=model.spec.logit_softcap)
+            / targets.size
+        )
+
     return jax.grad(loss)(trainable)

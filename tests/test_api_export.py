@@ -16,9 +16,14 @@ def prepared(tiny):
     return lljax.prepare_model(model, {"r": 4, "target_modules": ["q_proj"]}), tokenizer
 
 
-@pytest.mark.parametrize("format,file", [
-    ("peft", "adapter_model.safetensors"), ("merged", "model.safetensors"),
-    ("split", "adapter/adapter_model.safetensors")])
+@pytest.mark.parametrize(
+    "format,file",
+    [
+        ("peft", "adapter_model.safetensors"),
+        ("merged", "model.safetensors"),
+        ("split", "adapter/adapter_model.safetensors"),
+    ],
+)
 def test_a_model_is_exported_in_every_format(prepared, tmp_path, format, file):
     commands = lljax.export(prepared[0], tmp_path / "out", format=format)
     assert (tmp_path / "out" / file).is_file() and "from_pretrained" in commands
@@ -27,10 +32,13 @@ def test_a_model_is_exported_in_every_format(prepared, tmp_path, format, file):
     lljax.export(prepared[0], str(tmp_path / "out"), format=format, overwrite=True)
 
 
-@pytest.mark.parametrize("statistics,template", [
-    ({"conversations": 3}, PLAIN_TEMPLATE), ({"conversations": 0}, None), ({}, PLAIN_TEMPLATE)])
-def test_the_template_of_trained_conversations_goes_along(prepared, tmp_path, monkeypatch,
-                                                          statistics, template):
+@pytest.mark.parametrize(
+    "statistics,template",
+    [({"conversations": 3}, PLAIN_TEMPLATE), ({"conversations": 0}, None), ({}, PLAIN_TEMPLATE)],
+)
+def test_the_template_of_trained_conversations_goes_along(
+    prepared, tmp_path, monkeypatch, statistics, template
+):
     (tmp_path / "data_statistics.json").write_text(json.dumps({"train": statistics}))
     monkeypatch.setattr(prepared[0], "workdir", str(tmp_path), raising=False)
     lljax.export(prepared[0], tmp_path / "out", format="merged")
@@ -43,8 +51,10 @@ def test_what_cannot_be_exported_is_one_line(prepared, tmp_path, tiny):
         lljax.export(prepared[0], tmp_path / "out", format="gguf")
     with pytest.raises(ConfigError, match="--format=peft exports an adapter"):
         lljax.export(lljax.prepare_model(tiny)[0], tmp_path / "out")
-    for call in (lambda: lljax.export(Decoder, tmp_path / "out"),
-                 lambda: lljax.generate(Decoder, prepared[1], "x")):
+    for call in (
+        lambda: lljax.export(Decoder, tmp_path / "out"),
+        lambda: lljax.generate(Decoder, prepared[1], "x"),
+    ):
         with pytest.raises(ConfigError, match="not one of lljax.prepare_model"):
             call()
 
@@ -62,11 +72,20 @@ def test_a_text_and_a_conversation_are_continued(prepared):
         lljax.generate(model, tokenizer, "def", heat=1.0)
 
 
-@pytest.mark.parametrize("prompt,fields,message", [
-    ("def " * 40, {}, "and the model reads 32"), (["def"], {}, "refuses the conversation|no role"), (5, {}, "not empty"),
-    ("def", {"stop": "abc"}, "stop='abc' is not a tuple"), ("def", {"stop": ("",)}, "stop"),
-    ("def", {"tokens": 0}, "tokens=0")])
-def test_a_prompt_that_cannot_be_continued_as_it_is_meant_is_refused(prepared, prompt, fields, message):
+@pytest.mark.parametrize(
+    "prompt,fields,message",
+    [
+        ("def " * 40, {}, "and the model reads 32"),
+        (["def"], {}, "refuses the conversation|no role"),
+        (5, {}, "not empty"),
+        ("def", {"stop": "abc"}, "stop='abc' is not a tuple"),
+        ("def", {"stop": ("",)}, "stop"),
+        ("def", {"tokens": 0}, "tokens=0"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_as_it_is_meant_is_refused(
+    prepared, prompt, fields, message
+):
     with pytest.raises(ConfigError, match=message) as refused:
         lljax.generate(*prepared, prompt, **fields)
     assert "\n" not in str(refused.value)

@@ -1,4 +1,6 @@
-"""A base that is scaled already, stretched further: what transformers computes under the exported config is ours."""
+"""A base that is scaled already, stretched further: what transformers computes under the exported
+config is ours.
+"""
 
 import dataclasses
 import json
@@ -20,15 +22,25 @@ from lljax.models import rope
 from lljax.models.decoder import Decoder
 from lljax.models.spec import from_hf, rope_to_hf
 
-ORIGINAL, LENGTH = 32, 128                   # trained for, and stretched to; most bases read 64
+ORIGINAL, LENGTH = 32, 128  # trained for, and stretched to; most bases read 64
 TOKENS = np.random.default_rng(3).integers(0, 128, (1, LENGTH))
-YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": ORIGINAL, "rope_theta": 100.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 2.0,
+    "original_max_position_embeddings": ORIGINAL,
+    "rope_theta": 100.0,
+}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": ORIGINAL, "rope_theta": 100.0,
-            "short_factor": [1.0, 1.1, 1.3, 1.4], "long_factor": [1.0, 1.2, 1.9, 2.3]}
-PHI3 = LONGROPE | {"partial_rotary_factor": 0.5}     # of a head of 16
+LONGROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": ORIGINAL,
+    "rope_theta": 100.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.4],
+    "long_factor": [1.0, 1.2, 1.9, 2.3],
+}
+PHI3 = LONGROPE | {"partial_rotary_factor": 0.5}  # of a head of 16
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}
-OWN_LENGTH = {"max_position_embeddings": ORIGINAL}   # of linear and dynamic it is the original one
+OWN_LENGTH = {"max_position_embeddings": ORIGINAL}  # of linear and dynamic it is the original one
 LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}
 # name: (family, its RoPE, other fields, the fields of the stretched RoPE that changed)
 CASES = {
@@ -40,24 +52,63 @@ CASES = {
     "yarn, attention_factor": ("llama", YARN | {"attention_factor": 1.7}, {}, {"factor": 4.0}),
     "yarn, mscale": ("llama", YARN | {"mscale": 1.0, "mscale_all_dim": 0.3}, {}, {"factor": 4.0}),
     "yarn, mscale in the scores": (
-        "deepseek_v3", YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 3.0}, {}, {"factor": 4.0}),
+        "deepseek_v3",
+        YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 3.0},
+        {},
+        {"factor": 4.0},
+    ),
     "yarn, gpt_oss": ("gpt_oss", YARN | {"truncate": False}, {}, {"factor": 4.0}),
-    "yarn, half of the head": ("glm4_moe", YARN | {"partial_rotary_factor": 0.5}, {}, {"factor": 4.0}),
-    "yarn, the whole head": ("glm4_moe", YARN | {"partial_rotary_factor": 1.0}, {}, {"factor": 4.0}),
+    "yarn, half of the head": (
+        "glm4_moe",
+        YARN | {"partial_rotary_factor": 0.5},
+        {},
+        {"factor": 4.0},
+    ),
+    "yarn, the whole head": (
+        "glm4_moe",
+        YARN | {"partial_rotary_factor": 1.0},
+        {},
+        {"factor": 4.0},
+    ),
     "linear": ("qwen3", LINEAR, OWN_LENGTH, {"factor": 4.0}),
     "dynamic": ("llama", LINEAR | {"rope_type": "dynamic"}, OWN_LENGTH, {"factor": 4.0}),
-    "longrope": ("llama", LONGROPE, {}, {"factor": 4.0, "long_factor": (1.0, 1.2 ** 2, 1.9 ** 2, 2.3 ** 2)}),
+    "longrope": (
+        "llama",
+        LONGROPE,
+        {},
+        {"factor": 4.0, "long_factor": (1.0, 1.2**2, 1.9**2, 2.3**2)},
+    ),
     "longrope, attention_factor": (
-        "llama", LONGROPE | {"attention_factor": 1.3}, {}, {"factor": 4.0, "long_factor": (1.0, 1.44, 3.61, 5.29)}),
-    "longrope, phi3": ("phi3", PHI3, {"hidden_size": 96, "original_max_position_embeddings": ORIGINAL},
-                       {"factor": 4.0, "long_factor": (1.0, 1.44, 3.61, 5.29)}),
+        "llama",
+        LONGROPE | {"attention_factor": 1.3},
+        {},
+        {"factor": 4.0, "long_factor": (1.0, 1.44, 3.61, 5.29)},
+    ),
+    "longrope, phi3": (
+        "phi3",
+        PHI3,
+        {"hidden_size": 96, "original_max_position_embeddings": ORIGINAL},
+        {"factor": 4.0, "long_factor": (1.0, 1.44, 3.61, 5.29)},
+    ),
     "longrope, phi3 with an attention_factor": (
-        "phi3", PHI3 | {"attention_factor": 1.3}, {"hidden_size": 96, "original_max_position_embeddings": ORIGINAL},
-        {"factor": 4.0, "long_factor": (1.0, 1.44, 3.61, 5.29)}),
+        "phi3",
+        PHI3 | {"attention_factor": 1.3},
+        {"hidden_size": 96, "original_max_position_embeddings": ORIGINAL},
+        {"factor": 4.0, "long_factor": (1.0, 1.44, 3.61, 5.29)},
+    ),
     "linear, by layer": ("gemma3_text", LOCAL | {"full_attention": LINEAR}, {}, {"factor": 4.0}),
-    "yarn, by layer": ("gemma3_text", LOCAL | {"full_attention": YARN | {"truncate": False}}, {}, {"factor": 4.0}),
+    "yarn, by layer": (
+        "gemma3_text",
+        LOCAL | {"full_attention": YARN | {"truncate": False}},
+        {},
+        {"factor": 4.0},
+    ),
     "dynamic, by layer": (
-        "gemma3_text", LOCAL | {"full_attention": LINEAR | {"rope_type": "dynamic"}}, OWN_LENGTH, {"factor": 4.0}),
+        "gemma3_text",
+        LOCAL | {"full_attention": LINEAR | {"rope_type": "dynamic"}},
+        OWN_LENGTH,
+        {"factor": 4.0},
+    ),
 }
 
 
@@ -65,7 +116,10 @@ def fields_of(case):
     """The family of a case, and what its config has besides the sizes of tests/families.py."""
     family, parameters, fields, _ = CASES[case]
     layers = {"glm4_moe": 2, "deepseek_v3": 2, "gemma3_text": 3}.get(family, 1)
-    return family, {"num_hidden_layers": layers, "rope_parameters": json.loads(json.dumps(parameters))} | fields
+    return family, {
+        "num_hidden_layers": layers,
+        "rope_parameters": json.loads(json.dumps(parameters)),
+    } | fields
 
 
 def config_of(case):
@@ -82,7 +136,9 @@ def longer(hf_config, type=None, factor="auto"):
 @jit
 def at_length(graphdef, state, tokens, length):
     model = nnx.merge(graphdef, state)
-    return model.logits(model(tokens, positions=jnp.arange(tokens.shape[1])[None], rope_length=length))
+    return model.logits(
+        model(tokens, positions=jnp.arange(tokens.shape[1])[None], rope_length=length)
+    )
 
 
 def assert_transformers_agrees(base, spec):
@@ -90,18 +146,25 @@ def assert_transformers_agrees(base, spec):
     load_weights(model, base, dtype=jnp.float32)
     path = base.folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | rope_to_hf(spec)))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(base.folder, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        base.folder, attn_implementation="eager"
+    )
     graphdef, state = nnx.split(model)
     for length in (ORIGINAL + 9, 70, LENGTH):
         ours = np.asarray(at_length(graphdef, state, jnp.asarray(TOKENS), length))[:, :length]
-        np.testing.assert_allclose(ours, torch_logits(theirs, TOKENS[:, :length]), atol=1e-4, err_msg=str(length))
+        np.testing.assert_allclose(
+            ours, torch_logits(theirs, TOKENS[:, :length]), atol=1e-4, err_msg=str(length)
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_base_is_stretched_by_its_own_kind_and_keeps_every_other_field(case):
     before, after = longer(config_of(case))
-    changed = {field.name: getattr(after.rope, field.name) for field in dataclasses.fields(rope.RopeSpec)
-               if getattr(after.rope, field.name) != getattr(before.rope, field.name)}
+    changed = {
+        field.name: getattr(after.rope, field.name)
+        for field in dataclasses.fields(rope.RopeSpec)
+        if getattr(after.rope, field.name) != getattr(before.rope, field.name)
+    }
     wanted = CASES[case][3]
     assert changed.keys() == wanted.keys()
     for name, value in changed.items():
@@ -114,31 +177,41 @@ def test_what_is_written_of_a_stretched_base_reads_back_the_same(case):
     _, spec = longer(config_of(case))
     read = from_hf(config_of(case) | json.loads(json.dumps(rope_to_hf(spec))))
     assert (read.rope, read.max_length, read.scale) == (spec.rope, LENGTH, spec.scale)
-    assert [(local.type, local.theta) for local in read.more_ropes] == [(local.type, local.theta) for local in spec.more_ropes]
+    assert [(local.type, local.theta) for local in read.more_ropes] == [
+        (local.type, local.theta) for local in spec.more_ropes
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_rope_json_over_a_loaded_config_gives_what_an_exported_config_gives(tmp_path, case):
-    """An adapter's rope.json goes to AutoConfig.from_pretrained with the base; transformers sets one entry after the other."""
+    """An adapter's rope.json goes to AutoConfig.from_pretrained with the base; transformers sets
+    one entry after the other.
+    """
     written = rope_to_hf(longer(config_of(case))[1])
     (tmp_path / "config.json").write_text(json.dumps(config_of(case)))
     over = transformers.AutoConfig.from_pretrained(tmp_path, **json.loads(json.dumps(written)))
     (tmp_path / "config.json").write_text(json.dumps(config_of(case) | written))
     exported = transformers.AutoConfig.from_pretrained(tmp_path)
     assert over.max_position_embeddings == exported.max_position_embeddings
-    for wanted, got in zip(*(by_layer(config.rope_parameters) for config in (exported, over)), strict=True):
+    for wanted, got in zip(
+        *(by_layer(config.rope_parameters) for config in (exported, over)), strict=True
+    ):
         assert got["rope_theta"] and wanted.items() - {("type", "longrope")} <= got.items()
 
 
 def by_layer(parameters):
-    each = [parameters[name] for name in ("full_attention", "sliding_attention") if name in parameters] or [parameters]
+    each = [
+        parameters[name] for name in ("full_attention", "sliding_attention") if name in parameters
+    ] or [parameters]
     return [{name: str(value) for name, value in of.items()} for of in each]
 
 
 FEW = ("llama3", "yarn, mscale in the scores", "longrope, phi3")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FEW else pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in FEW else pytest.mark.slow) for case in CASES]
+)
 def test_transformers_gives_our_logits_under_the_exported_config(tmp_path, case):
     family, fields = fields_of(case)
     write_torch(tmp_path, family, **fields)
@@ -147,9 +220,18 @@ def test_transformers_gives_our_logits_under_the_exported_config(tmp_path, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case,type", [("llama3", "yarn"), ("longrope", "yarn"), ("yarn, mscale in the scores", "linear"),
-                                       ("dynamic", "yarn"), ("linear, by layer", "yarn"), ("yarn, gpt_oss", "linear"),
-                                       ("yarn, half of the head", "linear")])
+@pytest.mark.parametrize(
+    "case,type",
+    [
+        ("llama3", "yarn"),
+        ("longrope", "yarn"),
+        ("yarn, mscale in the scores", "linear"),
+        ("dynamic", "yarn"),
+        ("linear, by layer", "yarn"),
+        ("yarn, gpt_oss", "linear"),
+        ("yarn, half of the head", "linear"),
+    ],
+)
 def test_transformers_gives_our_logits_under_another_kind(tmp_path, case, type):
     family, fields = fields_of(case)
     write_torch(tmp_path, family, **fields)
@@ -157,18 +239,32 @@ def test_transformers_gives_our_logits_under_another_kind(tmp_path, case, type):
     assert_transformers_agrees(base, longer(base.config, type)[1])
 
 
-@pytest.mark.parametrize("case,type,fields", [
-    ("llama3", "yarn", "factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0 are lost"),
-    ("linear", "yarn", "its factor=2.0 are lost"),
-    ("yarn, gpt_oss", "linear", "factor=2.0, beta_fast=32.0, beta_slow=1.0, truncate=False are lost"),
-    ("yarn, mscale in the scores", "linear",
-     "beta_fast=3.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, truncate=True are lost"),
-    ("longrope", "yarn", r"short_factor=\[4 numbers\], long_factor=\[4 numbers\] are lost; context.rope.type='longrope' keeps"),
-])
+@pytest.mark.parametrize(
+    "case,type,fields",
+    [
+        ("llama3", "yarn", "factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0 are lost"),
+        ("linear", "yarn", "its factor=2.0 are lost"),
+        (
+            "yarn, gpt_oss",
+            "linear",
+            "factor=2.0, beta_fast=32.0, beta_slow=1.0, truncate=False are lost",
+        ),
+        (
+            "yarn, mscale in the scores",
+            "linear",
+            "beta_fast=3.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, truncate=True are lost",
+        ),
+        (
+            "longrope",
+            "yarn",
+            r"short_factor=\[4 numbers\], long_factor=\[4 numbers\] are lost; context.rope.type='longrope' keeps",
+        ),
+    ],
+)
 def test_replacing_one_kind_by_another_says_what_is_lost(caplog, case, type, fields):
     with caplog.at_level(logging.WARNING):
         longer(config_of(case), type)
-    line, = caplog.messages
+    (line,) = caplog.messages
     assert re.search(fields, line) and "\n" not in line
 
 
@@ -182,11 +278,18 @@ def test_a_fixed_attention_factor_stays_and_that_is_said(caplog):
 
 
 def test_llama3_counts_from_the_length_that_the_base_reads():
-    """Llama 3.1 reads 16 times what it was trained for with a factor of 8: twice as far is a factor of 16."""
+    """Llama 3.1 reads 16 times what it was trained for with a factor of 8: twice as far is a factor
+    of 16.
+    """
     hf_config = config_of("llama3") | {"max_position_embeddings": 128}
-    assert stretched(from_hf(hf_config), type="llama3", factor="auto", length=256).rope.factor == 4.0
+    assert (
+        stretched(from_hf(hf_config), type="llama3", factor="auto", length=256).rope.factor == 4.0
+    )
     assert stretched(from_hf(hf_config), type="llama3", factor=5.0, length=256).rope.factor == 5.0
-    with pytest.raises(ConfigError, match="context.rope.factor=3.0 stretches 64 tokens to 192.*length=256: use 'auto' or 4"):
+    with pytest.raises(
+        ConfigError,
+        match="context.rope.factor=3.0 stretches 64 tokens to 192.*length=256: use 'auto' or 4",
+    ):
         stretched(from_hf(hf_config), type="llama3", factor=3.0, length=256)
 
 
@@ -203,8 +306,8 @@ def test_a_dynamic_rope_of_sliding_layers_is_not_moved():
 
 
 def test_long_factors_of_interpolation_and_of_ntk_become_those_of_the_new_factor():
-    ntk = [2.0 ** share for share in (0, 1 / 3, 2 / 3, 1)]
-    for lists, wanted in ([2.0] * 4, [4.0] * 4), (ntk, [x ** 2 for x in ntk]):
+    ntk = [2.0**share for share in (0, 1 / 3, 2 / 3, 1)]
+    for lists, wanted in ([2.0] * 4, [4.0] * 4), (ntk, [x**2 for x in ntk]):
         hf_config = config_of("longrope")
         hf_config["rope_parameters"]["long_factor"] = lists
         np.testing.assert_allclose(longer(hf_config)[1].rope.long_factor, wanted)
@@ -213,10 +316,13 @@ def test_long_factors_of_interpolation_and_of_ntk_become_those_of_the_new_factor
 def test_an_adapter_that_goes_on_under_another_rope_is_said(tiny, tmp_path):
     base = open_base(tiny)
     spec = from_hf(base.config)
-    linear, yarn = (stretched(spec, type=type, factor="auto", length=128) for type in ("linear", "yarn"))
-    (tmp_path / "adapter_config.json").write_text(json.dumps(
-        {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}))
-    assert not rope_unlike_the_adapters(yarn, base, str(tmp_path))       # nothing is known of its RoPE
+    linear, yarn = (
+        stretched(spec, type=type, factor="auto", length=128) for type in ("linear", "yarn")
+    )
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]})
+    )
+    assert not rope_unlike_the_adapters(yarn, base, str(tmp_path))  # nothing is known of its RoPE
     (tmp_path / "rope.json").write_text(json.dumps(rope_to_hf(linear)))
     assert not rope_unlike_the_adapters(linear, base, str(tmp_path))
     remark = rope_unlike_the_adapters(yarn, base, str(tmp_path))

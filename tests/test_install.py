@@ -24,8 +24,14 @@ def test_a_script_beside_the_clone_imports_the_package_and_not_the_folder(tmp_pa
     subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(site)
-    (tmp_path / "beside.py").write_text(f"import site; site.addsitedir({str(site)!r})\n"
-                                        "import lljax; lljax.prepare_model\n")
-    done = subprocess.run([sys.executable, "-S", "beside.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "/usr/bin"})
+    (tmp_path / "beside.py").write_text(
+        f"import site; site.addsitedir({str(site)!r})\nimport lljax; lljax.prepare_model\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "beside.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin"},
+    )
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
-"""What may attend to what (`Mask`), how it is computed (`attend`, over a table of implementations), and over which devices
-(`attend_parallel`)."""
+"""What may attend to what (`Mask`), how it is computed (`attend`, over a table of implementations),
+and over which devices (`attend_parallel`).
+"""
 
 from lljax.attention.attend import IMPLEMENTATIONS, attend
 from lljax.attention.context_parallel import attend_parallel
@@ -7,5 +8,14 @@ from lljax.attention.mask import Mask, causal
 from lljax.attention.shifted import attend_shifted
 from lljax.attention.streamed import attend_tile, first_halo, tile_reach
 
-__all__ = ["IMPLEMENTATIONS", "Mask", "attend", "attend_parallel", "attend_shifted", "attend_tile", "causal", "first_halo",
-           "tile_reach"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Mask",
+    "attend",
+    "attend_parallel",
+    "attend_shifted",
+    "attend_tile",
+    "causal",
+    "first_halo",
+    "tile_reach",
+]

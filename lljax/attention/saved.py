@@ -10,7 +10,8 @@ SAVED = ("attention_out", "attention_lse")
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def kept(attend, q, k, v) -> jax.Array:
-    """attend(q, k, v), where jax has its gradient, with the names on what that gradient needs besides q, k and v.
+    """attend(q, k, v), where jax has its gradient, with the names on what that gradient needs
+    besides q, k and v.
 
     A name outside of `attend` would not do: its own gradient holds the values from before the name.
     """
@@ -25,6 +26,7 @@ def _forward(attend, q, k, v):
         if any(x is operand for operand in (q, k, v)):
             return x
         return named if x is out else checkpoint_name(x, SAVED[1])
+
     return named, jax.tree.map(of, pullback)
 
 

@@ -1,24 +1,42 @@
-"""Attention of a row a tile at a time, for groups and windows: a tile needs its own keys and the few before it.
+"""Attention of a row a tile at a time, for groups and windows: a tile needs its own keys and the
+few before it.
 
-The tiles of a device follow one another and hand on their last keys; the first takes those of the device before, as the
-halo mode of `lljax.attention.context_parallel` does. The queries, keys and values of a whole row never exist.
+The tiles of a device follow one another and hand on their last keys; the first takes those of the
+device before, as the halo mode of `lljax.attention.context_parallel` does. The queries, keys and
+values of a whole row never exist.
 """
 
 import jax
 import jax.numpy as jnp
 
-from lljax.attention.context_parallel import CUT, CUT_HEADS, HEADS, PER_HEAD, attend_heads, from_before, how_of, share_of_heads
+from lljax.attention.context_parallel import (
+    CUT,
+    CUT_HEADS,
+    HEADS,
+    PER_HEAD,
+    attend_heads,
+    from_before,
+    how_of,
+    share_of_heads,
+)
 from lljax.attention.mask import NEVER, Mask
 from lljax.parallel.sharding import Layout, token_parts
 
-HALO = (CUT_HEADS, CUT_HEADS, CUT, CUT)      # how (k, v, k_index, k_segments) lie on the mesh
+HALO = (CUT_HEADS, CUT_HEADS, CUT, CUT)  # how (k, v, k_index, k_segments) lie on the mesh
 
 
-def tile_reach(T: int, mask: Mask, group: int | None, tile: int, layout: Layout | None) -> int | None:
-    """How many tokens before a tile its first query may see, where rows of T tokens can go `tile` tokens of a device at
-    a time. None where they cannot: full attention and anchors look back too far, as do groups and windows much longer
-    than a tile."""
-    if mask.anchors is not None or layout is not None and (layout.zigzag or layout.context_parallel not in ("none", "halo")):
+def tile_reach(
+    T: int, mask: Mask, group: int | None, tile: int, layout: Layout | None
+) -> int | None:
+    """How many tokens before a tile its first query may see, where rows of T tokens can go `tile`
+    tokens of a device at a time. None where they cannot: full attention and anchors look back too
+    far, as do groups and windows much longer than a tile.
+    """
+    if (
+        mask.anchors is not None
+        or layout is not None
+        and (layout.zigzag or layout.context_parallel not in ("none", "halo"))
+    ):
         return None
     local = T // token_parts(layout)
     starts = [device + start for device in range(0, T, local) for start in range(0, local, tile)]
@@ -31,39 +49,79 @@ def tile_reach(T: int, mask: Mask, group: int | None, tile: int, layout: Layout 
 
 
 def first_halo(keys, xs, mask: Mask, reach: int, layout: Layout | None):
-    """What comes before the first tile of every device: k, v [B, reach, K, H], k_index, k_segments [B, reach].
+    """What comes before the first tile of every device: k, v [B, reach, K, H], k_index, k_segments
+    [B, reach].
 
     keys: function of arrays like `xs` [B, T, ...] that returns k and v of their tokens.
     """
     devices = token_parts(layout)
 
-    def last(x):                             # the last tokens of what each device holds of [B, T, ...]
+    def last(x):  # the last tokens of what each device holds of [B, T, ...]
         x = x.reshape(x.shape[0], devices, -1, *x.shape[2:])
-        return x[:, :, x.shape[2] - reach:].reshape(x.shape[0], devices * reach, *x.shape[3:])
+        return x[:, :, x.shape[2] - reach :].reshape(x.shape[0], devices * reach, *x.shape[3:])
+
     xs, index, segments = jax.tree.map(last, (xs, mask.k_index, mask.k_segments))
     if devices == 1:
         k, v = (jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(keys, *xs))
         return k, v, jnp.full_like(index, NEVER), segments
-    return jax.shard_map(lambda *halo: from_before(halo, devices), mesh=layout.mesh, in_specs=HALO, out_specs=HALO,
-                         check_vma=False)(*keys(*xs), index, segments)
+    return jax.shard_map(
+        lambda *halo: from_before(halo, devices),
+        mesh=layout.mesh,
+        in_specs=HALO,
+        out_specs=HALO,
+        check_vma=False,
+    )(*keys(*xs), index, segments)
 
 
-def attend_tile(q, k, v, mask: Mask, halo, *, scale: float, softcap: float | None, sinks, group: int | None,
-                layout: Layout | None):
-    """Attention of q [B, T, N, H] over `halo` and k, v [B, T, K, H], of a tile of every device; and the next tile's halo.
+def attend_tile(
+    q,
+    k,
+    v,
+    mask: Mask,
+    halo,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks,
+    group: int | None,
+    layout: Layout | None,
+):
+    """Attention of q [B, T, N, H] over `halo` and k, v [B, T, K, H], of a tile of every device; and
+    the next tile's halo.
 
-    mask: of the T tokens of the tile, in the order of the row. sinks, group: as in `attend_parallel`.
+    mask: of the T tokens of the tile, in the order of the row. sinks, group: as in
+      `attend_parallel`.
     """
     how = how_of(scale, softcap, layout)
     shares = 1 if layout is None else layout.mesh.shape[HEADS]
 
     def run(q, k, v, mask, sinks, halo):
-        k, v, index, segments = jax.tree.map(lambda before, own: jnp.concatenate([before, own], axis=1), halo,
-                                             (k, v, mask.k_index, mask.k_segments))
-        out = attend_heads(q, k, v, mask.replace(k_index=index, k_segments=segments), sinks, group, shares,
-                           0 if shares == 1 else share_of_heads(), how)
-        return out, jax.tree.map(lambda x, before: x[:, x.shape[1] - before.shape[1]:], (k, v, index, segments), halo)
+        k, v, index, segments = jax.tree.map(
+            lambda before, own: jnp.concatenate([before, own], axis=1),
+            halo,
+            (k, v, mask.k_index, mask.k_segments),
+        )
+        out = attend_heads(
+            q,
+            k,
+            v,
+            mask.replace(k_index=index, k_segments=segments),
+            sinks,
+            group,
+            shares,
+            0 if shares == 1 else share_of_heads(),
+            how,
+        )
+        return out, jax.tree.map(
+            lambda x, before: x[:, x.shape[1] - before.shape[1] :], (k, v, index, segments), halo
+        )
+
     if layout is None:
         return run(q, k, v, mask, sinks, halo)
-    return jax.shard_map(run, mesh=layout.mesh, in_specs=(CUT_HEADS, CUT_HEADS, CUT_HEADS, CUT, PER_HEAD, HALO),
-                         out_specs=(CUT_HEADS, HALO), check_vma=False)(q, k, v, mask, sinks, halo)
+    return jax.shard_map(
+        run,
+        mesh=layout.mesh,
+        in_specs=(CUT_HEADS, CUT_HEADS, CUT_HEADS, CUT, PER_HEAD, HALO),
+        out_specs=(CUT_HEADS, HALO),
+        check_vma=False,
+    )(q, k, v, mask, sinks, halo)

@@ -4,7 +4,7 @@ import os
 
 from rich.console import Console
 
-UNBOUNDED = 10_000                           # columns of a pipe or a file, where nothing is cut
+UNBOUNDED = 10_000  # columns of a pipe or a file, where nothing is cut
 
 
 def console(least: int = 0, *, stderr: bool = False) -> Console:

@@ -13,5 +13,15 @@ from lljax.config.tree import (
     with_absolute_paths,
 )
 
-__all__ = ["CHECKS", "LEAST_HISTORY", "READS", "default_config", "flat", "get", "total_steps",
-           "validate", "warmup_steps", "with_absolute_paths"]
+__all__ = [
+    "CHECKS",
+    "LEAST_HISTORY",
+    "READS",
+    "default_config",
+    "flat",
+    "get",
+    "total_steps",
+    "validate",
+    "warmup_steps",
+    "with_absolute_paths",
+]

@@ -13,10 +13,10 @@ from lljax.errors import ConfigError, short
 Check = Callable[[str, object], None]
 
 INT32 = 2**31 - 1
-TOKENS = 2**24                               # a float32 angle tells positions apart up to here
-TINY = 2.0**-126                             # float32 holds nothing smaller at full precision
-HUGE = 1e30                                  # float32 ends at 3e38, and products need room
-BELOW_ONE = 1 - 2.0**-24                     # the largest float32 below 1
+TOKENS = 2**24  # a float32 angle tells positions apart up to here
+TINY = 2.0**-126  # float32 holds nothing smaller at full precision
+HUGE = 1e30  # float32 ends at 3e38, and products need room
+BELOW_ONE = 1 - 2.0**-24  # the largest float32 below 1
 
 
 def whole(least: int, most: int = INT32, why: str = "") -> Check:
@@ -51,8 +51,10 @@ def one_of(*choices: str) -> Check:
 
 def text() -> Check:
     """A text that is not empty."""
-    return _check(lambda x: isinstance(x, str) and 0 < len(x) <= 4096,
-                  "is not a text of 1 to 4,096 characters")
+    return _check(
+        lambda x: isinstance(x, str) and 0 < len(x) <= 4096,
+        "is not a text of 1 to 4,096 characters",
+    )
 
 
 def path() -> Check:
@@ -62,35 +64,42 @@ def path() -> Check:
 
 def required(check: Check, how: str) -> Check:
     """`check`, and not empty; how: what to set the field to."""
+
     def run(field, value):
         if value in ("", (), []):
             raise ConfigError(f"{field} is empty: {how}")
         check(field, value)
+
     return run
 
 
 def several(check: Check) -> Check:
     """A tuple (or list) of values that each pass `check`."""
+
     def run(field, value):
         if not isinstance(value, (tuple, list)):
             raise ConfigError(f"{field}={short(value)} is not a tuple, such as ('a', 'b')")
         for number, item in enumerate(value):
             check(f"{field}[{number}]", item)
+
     return run
 
 
 def pair(first: Check, second: Check, example: tuple) -> Check:
     """A pair whose values pass `first` and `second`."""
+
     def run(field, value):
         if not isinstance(value, (tuple, list)) or len(value) != 2:
             raise ConfigError(f"{field}={short(value)} is not a pair such as {example}")
         first(f"{field}[0]", value[0])
         second(f"{field}[1]", value[1])
+
     return run
 
 
 def any_of(*checks: Check) -> Check:
     """Passes if one of `checks` passes; otherwise the last of them raises."""
+
     def run(field, value):
         for check in checks[:-1]:
             try:
@@ -98,6 +107,7 @@ def any_of(*checks: Check) -> Check:
             except ConfigError:
                 continue
         checks[-1](field, value)
+
     return run
 
 
@@ -105,6 +115,7 @@ def _check(holds: Callable[[object], bool], says: str) -> Check:
     def run(field, value):
         if not holds(value):
             raise ConfigError(f"{field}={short(value)} {says}")
+
     return run
 
 
@@ -119,5 +130,5 @@ def _is_path(x) -> bool:
         return False
     try:
         return all(len(os.fsencode(part)) <= 255 for part in x.split("/"))
-    except UnicodeEncodeError:               # half of a surrogate pair
+    except UnicodeEncodeError:  # half of a surrogate pair
         return False

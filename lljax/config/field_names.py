@@ -7,7 +7,7 @@ import re
 from lljax.config.tree import CHECKS, default_config
 from lljax.errors import short
 
-OTHER_NAMES = {                              # what other trainers call a field, in lower case
+OTHER_NAMES = {  # what other trainers call a field, in lower case
     "model.path": "model model_name_or_path",
     "model.dtype": "torch_dtype bf16 fp16 precision",
     "model.quantize": "load_in_4bit load_in_8bit quantization quantization_bit",
@@ -51,9 +51,16 @@ def unknown_field(name: str) -> str:
     if inside := next((field for field in CHECKS if field.startswith(f"{name}.")), None):
         return f"{name} is a group of fields: set them one by one, such as {inside}"
     last = name.rpartition(".")[2]
-    likely = ALSO_CALLED.get(last.lower()) or next(iter([
-        *[field for field in CHECKS if field.rpartition(".")[2] == last],
-        *difflib.get_close_matches(name, CHECKS, 1, 0.75), *_alike(last)]), None)
+    likely = ALSO_CALLED.get(last.lower()) or next(
+        iter(
+            [
+                *[field for field in CHECKS if field.rpartition(".")[2] == last],
+                *difflib.get_close_matches(name, CHECKS, 1, 0.75),
+                *_alike(last),
+            ]
+        ),
+        None,
+    )
     hint = f"did you mean {likely!r}?" if likely else "--help lists all of them"
     return f"there is no config field {short(name)}: {hint}"
 

@@ -26,7 +26,8 @@ YAML = (".yaml", ".yml")
 def config_flag() -> flags.FlagHolder:
     """Defines --config, the file of a run, and --config.FIELD=VALUE for every field of it."""
     defined = config_flags.DEFINE_config_file(
-        "config", None, "A Python file with get_config(), see configs/, or a YAML file.")
+        "config", None, "A Python file with get_config(), see configs/, or a YAML file."
+    )
     flags.FLAGS["config"].parser = _ConfigFile()
     return defined
 
@@ -51,7 +52,7 @@ def read_flags(argv, doc: str, *required: str) -> None:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         for field, value in _overrides(argv):
-            named = (f"config.{field}=", repr(field.rpartition(".")[2]))     # by absl, ConfigDict
+            named = (f"config.{field}=", repr(field.rpartition(".")[2]))  # by absl, ConfigDict
             if value is not None and any(name in str(error) for name in named):
                 _check_text(field, value)
         raise ConfigError(first_line(error)[:300]) from None
@@ -68,21 +69,34 @@ def show(text: str) -> None:
     """Prints `text`; it is no error if its reader is gone, as with `| head`."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:                  # Python would try again at exit
+    except BrokenPipeError:  # Python would try again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(doc: str) -> str:
     """The help of a script: its docstring, its flags, and the fields of a configuration."""
     default, said = flat(default_config()), comments()
-    defined = [flag for module in (__name__, sys.argv[0])
-               for flag in flags.FLAGS.get_flags_for_module(module)]
+    defined = [
+        flag
+        for module in (__name__, sys.argv[0])
+        for flag in flags.FLAGS.get_flags_for_module(module)
+    ]
     rows = [(f"--{flag.name}", " ".join(flag.help.split())) for flag in defined]
-    fields = [(f"{field} = {default[field]!r}", said.get(field, said.get(field.rpartition(".")[0])))
-              for field in CHECKS]
-    return "\n".join([doc.strip(), "", "Flags:", *_columns(rows, 22), "",
-                      "Fields and their defaults; --config.FIELD=VALUE sets one:",
-                      *_columns(fields, 46)])
+    fields = [
+        (f"{field} = {default[field]!r}", said.get(field, said.get(field.rpartition(".")[0])))
+        for field in CHECKS
+    ]
+    return "\n".join(
+        [
+            doc.strip(),
+            "",
+            "Flags:",
+            *_columns(rows, 22),
+            "",
+            "Fields and their defaults; --config.FIELD=VALUE sets one:",
+            *_columns(fields, 46),
+        ]
+    )
 
 
 def _columns(rows, width: int) -> list[str]:
@@ -103,7 +117,7 @@ def load_config(named: str) -> ConfigDict:
     """
     name, _, argument = named.partition(":") if ".py:" in named else (named, "", "")
     path = Path(name)
-    if not os.path.isfile(name):             # False also where the name is too long to be one
+    if not os.path.isfile(name):  # False also where the name is too long to be one
         raise ConfigError(f"--config={name[:300]}: there is no such file{_nearest_file(path)}")
     if path.suffix in YAML:
         return yaml_config.read(name)
@@ -119,11 +133,13 @@ def load_config(named: str) -> ConfigDict:
             config = module.get_config(*([argument] if argument else []))
     except LljaxError:
         raise
-    except Exception as error:               # the user's own code may raise anything
+    except Exception as error:  # the user's own code may raise anything
         raise ConfigError(_failed(path, error)) from None
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{path}: get_config() returned {short(config)}: return the "
-                          "configuration that lljax.config.default_config() gave")
+        raise ConfigError(
+            f"{path}: get_config() returned {short(config)}: return the "
+            "configuration that lljax.config.default_config() gave"
+        )
     return config
 
 
@@ -140,8 +156,11 @@ def _importing_beside(path: Path):
 
 def _failed(path: Path, error: Exception) -> str:
     """The error message for a config file that raised `error`."""
-    places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-              if Path(frame.filename) == path.absolute() or frame.filename == str(path)]
+    places = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename) == path.absolute() or frame.filename == str(path)
+    ]
     line = error.lineno if isinstance(error, SyntaxError) else places[-1] if places else None
     where = f"{path}:{line}" if line else str(path)
     if unknown := re.search(r'Key "(\w+)" does not exist', str(error)):
@@ -153,7 +172,7 @@ def _failed(path: Path, error: Exception) -> str:
 
 def _nearest_file(path: Path) -> str:
     """A hint: the file beside `path`, or in configs/, whose name is most like it."""
-    shipped = Path(yaml_config.__file__).parent.parent / "configs"
+    shipped = Path(yaml_config.__file__).parents[2] / "configs"
     by_stem = {}
     for folder in (path.parent, Path("configs"), shipped):
         for file in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
@@ -181,5 +200,3 @@ def _check_text(field: str, text: str) -> None:
     if isinstance(default, bool):
         value = text.lower() in ("true", "false", "1", "0", "t", "f", "yes", "no") or text
     CHECKS[field](f"--config.{field}", value)
-
-

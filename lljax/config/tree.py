@@ -1,4 +1,6 @@
-"""The default configuration tree. Every run is this tree with some fields changed; `validate()` refuses the rest."""
+"""The default configuration tree. Every run is this tree with some fields changed; `validate()`
+refuses the rest.
+"""
 
 import os
 import re

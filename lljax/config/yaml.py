@@ -12,33 +12,66 @@ from lljax.config.field_names import ALSO_CALLED
 from lljax.config.tree import CHECKS, default_config, get
 from lljax.errors import ConfigError, first_line, short
 
-TRAIN_TYPES = {                              # what each sets, before the fields of the file
+TRAIN_TYPES = {  # what each sets, before the fields of the file
     "lora": {"lora.also_train": ()},
     "longlora": {"lora.also_train": ("embed", "norm")},
     "qlora": {"lora.also_train": (), "model.quantize": "nf4-double"},
     "full": {"train_type": "full"},
 }
-FIELDS = {                                   # flat name -> field of the tree
-    "model": "model.path", "context_length": "context.length", "lora_rank": "lora.rank",
-    "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "seed": "seed",
-    "dtype": "model.dtype", "learning_rate": "optimizer.learning_rate",
+FIELDS = {  # flat name -> field of the tree
+    "model": "model.path",
+    "context_length": "context.length",
+    "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "seed": "seed",
+    "dtype": "model.dtype",
+    "learning_rate": "optimizer.learning_rate",
     "batch_size": "training.rows",
-    "gradient_accumulation": "training.accumulate", "quantize": "model.quantize",
+    "gradient_accumulation": "training.accumulate",
+    "quantize": "model.quantize",
 }
 NESTED = {
-    "scheduler": {"type": "optimizer.schedule", "warmup_steps": "optimizer.warmup_steps",
-                  "total_steps": None},
-    "dataset": {"train": "data.train", "valid": "data.valid",
-                "valid_fraction": "data.valid_fraction", "max_length": None},
+    "scheduler": {
+        "type": "optimizer.schedule",
+        "warmup_steps": "optimizer.warmup_steps",
+        "total_steps": None,
+    },
+    "dataset": {
+        "train": "data.train",
+        "valid": "data.valid",
+        "valid_fraction": "data.valid_fraction",
+        "max_length": None,
+    },
     "rope": {"type": "context.rope.type", "factor": "context.rope.factor"},
 }
 OTHERS = ("train_type", "target_modules", "attention_impl", "sequence_parallel", "context_schedule")
-ATTENTION = {"shifted_sparse": "shifted", "s2": "shifted", "shifted": "shifted",
-             "window": "window", "full": "full"}
+ATTENTION = {
+    "shifted_sparse": "shifted",
+    "s2": "shifted",
+    "shifted": "shifted",
+    "window": "window",
+    "full": "full",
+}
 # Names of kernels choose nothing: lljax takes the best kernel for the device and the mask.
-KERNELS = ("auto", "eager", "sdpa", "flex_attention", "xformers", "flash_attn", "flash_attention",
-           "flash_attn2", "flash_attention_2", "fa2", "flash_attn3", "flash_attention_3", "fa3",
-           "flash_attn4", "flash_attention_4", "fa4")
+KERNELS = (
+    "auto",
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "xformers",
+    "flash_attn",
+    "flash_attention",
+    "flash_attn2",
+    "flash_attention_2",
+    "fa2",
+    "flash_attn3",
+    "flash_attention_3",
+    "fa3",
+    "flash_attn4",
+    "flash_attention_4",
+    "fa4",
+)
 
 
 def read(path: str) -> ConfigDict:
@@ -89,7 +122,7 @@ def _mapping(path: str) -> dict:
         raise ConfigError(f"{path}:{line}: not YAML ({reason})") from None
     except RecursionError:
         raise ConfigError(f"{path}: not the YAML of a run (nested too deep)") from None
-    except ValueError as error:              # no UTF-8, or a number of thousands of digits
+    except ValueError as error:  # no UTF-8, or a number of thousands of digits
         raise ConfigError(f"{path}: not YAML ({first_line(error)})") from None
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: not a mapping of fields to values")
@@ -104,7 +137,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{short(key.value)} is given twice", key.start_mark)
+                    None, None, f"{short(key.value)} is given twice", key.start_mark
+                )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -112,8 +146,10 @@ class _Loader(yaml.SafeLoader):
 def _spread_tokens(path, c: ConfigDict, value) -> None:
     """`sequence_parallel`: true spreads the tokens of a row over all devices, n over n of them."""
     if not isinstance(value, bool) and not (isinstance(value, int) and value >= 1):
-        raise ConfigError(f"{path}: sequence_parallel={short(value)} is neither true, false nor a "
-                          "number of devices")
+        raise ConfigError(
+            f"{path}: sequence_parallel={short(value)} is neither true, false nor a "
+            "number of devices"
+        )
     if value is True:
         c.mesh.sequence, c.mesh.fsdp = -1, 1
     elif value:
@@ -126,8 +162,10 @@ def _schedule(path, given, context_length: int, train_type: str) -> tuple:
     stages = given.get("context_schedule")
     if stages is None:
         if total is None:
-            raise ConfigError(f"{path}: scheduler.total_steps: a number of steps is needed where "
-                              "there is no context_schedule")
+            raise ConfigError(
+                f"{path}: scheduler.total_steps: a number of steps is needed where "
+                "there is no context_schedule"
+            )
         stages = [{"max_length": context_length if longest is None else longest, "steps": total}]
     if not isinstance(stages, list) or not stages:
         raise ConfigError(f"{path}: context_schedule={short(stages)} is not a list of stages")
@@ -137,24 +175,31 @@ def _schedule(path, given, context_length: int, train_type: str) -> tuple:
     if "attention_impl" in given:
         named = given["attention_impl"]
         if isinstance(named, str) and _plain(named) in map(_plain, KERNELS):
-            logging.info("%s: attention_impl=%s: lljax takes the best kernel for the device", path,
-                         named)
+            logging.info(
+                "%s: attention_impl=%s: lljax takes the best kernel for the device", path, named
+            )
         else:
             _choose(path, "attention_impl", named, (*ATTENTION, *KERNELS))
             kinds = [ATTENTION[named]] * len(stages)
     out = []
     for i, (stage, kind) in enumerate(zip(stages, kinds)):
         if not isinstance(stage, dict) or set(stage) != {"max_length", "steps"}:
-            raise ConfigError(f"{path}: context_schedule[{i}]={short(stage)}: a stage is "
-                              "{max_length: tokens, steps: step at which it ends}")
+            raise ConfigError(
+                f"{path}: context_schedule[{i}]={short(stage)}: a stage is "
+                "{max_length: tokens, steps: step at which it ends}"
+            )
         out.append((stage["steps"], stage["max_length"], kind))
     if longest is not None and longest != out[-1][1]:
-        raise ConfigError(f"{path}: dataset.max_length={short(longest)} and context_schedule, whose"
-                          f" last stage has rows of {short(out[-1][1])} tokens, differ: make them "
-                          "equal")
+        raise ConfigError(
+            f"{path}: dataset.max_length={short(longest)} and context_schedule, whose"
+            f" last stage has rows of {short(out[-1][1])} tokens, differ: make them "
+            "equal"
+        )
     if total is not None and out[-1][0] != total:
-        raise ConfigError(f"{path}: scheduler.total_steps={short(total)} and context_schedule, "
-                          f"whose last stage ends at step {short(out[-1][0])}, differ: make them equal")
+        raise ConfigError(
+            f"{path}: scheduler.total_steps={short(total)} and context_schedule, "
+            f"whose last stage ends at step {short(out[-1][0])}, differ: make them equal"
+        )
     return tuple(out)
 
 
@@ -173,11 +218,18 @@ def _known(path, given: dict, allowed, prefix: str = "") -> None:
 
 def _meant(name: str, allowed) -> str | None:
     """The YAML field that another trainer calls `name`, or the one with the nearest spelling."""
-    called = {field: f"{outer}.{inner}" for outer, fields in NESTED.items()
-              for inner, field in fields.items()}
+    called = {
+        field: f"{outer}.{inner}"
+        for outer, fields in NESTED.items()
+        for inner, field in fields.items()
+    }
     called |= {field: flat for flat, field in FIELDS.items()}
-    called |= {"context.schedule": "scheduler.total_steps", "mesh.sequence": "sequence_parallel",
-               "lora.targets": "target_modules", None: None}
+    called |= {
+        "context.schedule": "scheduler.total_steps",
+        "mesh.sequence": "sequence_parallel",
+        "lora.targets": "target_modules",
+        None: None,
+    }
     nearest = difflib.get_close_matches(name, allowed, 1)
     return called.get(ALSO_CALLED.get(name.lower())) or (nearest[0] if nearest else None)
 
@@ -194,7 +246,7 @@ def _set(path, c, field: str, name: str, value) -> None:
         value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     elif isinstance(default, float) and isinstance(value, str) and len(value) < 40:
         with contextlib.suppress(ValueError):
-            value = float(value)             # YAML reads 2e-4 as a text
+            value = float(value)  # YAML reads 2e-4 as a text
     try:
         CHECKS[field](name, value)
     except ConfigError as error:

@@ -1,4 +1,6 @@
-"""The date in a chat template: the same for all documents of a run, also when it resumes another day."""
+"""The date in a chat template: the same for all documents of a run, also when it resumes another
+day.
+"""
 
 import copy
 from datetime import datetime
@@ -14,8 +16,8 @@ DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in LETTERS]
 def dated(tokenizer, cache: Path):
     """The tokenizer that the documents kept in `cache` are encoded with.
 
-    If its chat template asks for the date (`strftime_now`), a copy whose template is always told the
-    moment at which the first of them were encoded, which `cache`/clock keeps.
+    If its chat template asks for the date (`strftime_now`), a copy whose template is always told
+    the moment at which the first of them were encoded, which `cache`/clock keeps.
 
     Raises:
       DataError: `cache`/clock is no date and time.
@@ -23,9 +25,10 @@ def dated(tokenizer, cache: Path):
     if "strftime_now" not in str(tokenizer.chat_template):
         return tokenizer
     fixed, now = copy.copy(tokenizer), _moment(cache / "clock")
-    if isinstance(tokenizer.chat_template, dict):        # several, by name
-        fixed.chat_template = {name: stopped(text, now)
-                               for name, text in tokenizer.chat_template.items()}
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        fixed.chat_template = {
+            name: stopped(text, now) for name, text in tokenizer.chat_template.items()
+        }
     else:
         fixed.chat_template = stopped(tokenizer.chat_template, now)
     return fixed
@@ -38,8 +41,12 @@ def stopped(template: str, now: datetime) -> str:
     """
     values = {directive: now.strftime(directive) for directive in DIRECTIVES}
     replaced = "".join(f"|replace({name!r},{value!r})" for name, value in values.items())
-    return ("{%- macro strftime_now(format) -%}{{ format|replace('%%','\\0')" + replaced +
-            "|replace('\\0','%') }}{%- endmacro +%}" + template)
+    return (
+        "{%- macro strftime_now(format) -%}{{ format|replace('%%','\\0')"
+        + replaced
+        + "|replace('\\0','%') }}{%- endmacro +%}"
+        + template
+    )
 
 
 def _moment(kept: Path) -> datetime:
@@ -51,5 +58,7 @@ def _moment(kept: Path) -> datetime:
         atomic_write(kept, now.isoformat())
         return now
     except ValueError:
-        raise DataError(f"{printable(str(kept))}: not the date and time that the documents were "
-                        "encoded at: write it as 2026-01-31T12:00:00, or use a new --workdir") from None
+        raise DataError(
+            f"{printable(str(kept))}: not the date and time that the documents were "
+            "encoded at: write it as 2026-01-31T12:00:00, or use a new --workdir"
+        ) from None

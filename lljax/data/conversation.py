@@ -20,7 +20,7 @@ from lljax.data.render import Job, Rendering, TemplateError, render
 from lljax.errors import first_line
 
 OPENS_THOUGHT = re.compile(r"([<\[◁][\w:|]{0,20}think\w{0,20}[>\]▷])\s*\Z", re.IGNORECASE)
-ROLES = ("system", "developer", "user", "assistant", "tool")     # others may be text of the row
+ROLES = ("system", "developer", "user", "assistant", "tool")  # others may be text of the row
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -57,8 +57,14 @@ class Conversation:
     generated: list[tuple[int, int]]
 
 
-def locate(messages: Sequence[dict], tools: Sequence[dict], tokenizer, ends: Collection[str], *,
-           knows_thoughts: bool) -> Conversation:
+def locate(
+    messages: Sequence[dict],
+    tools: Sequence[dict],
+    tokenizer,
+    ends: Collection[str],
+    *,
+    knows_thoughts: bool,
+) -> Conversation:
     """Renders a conversation and finds its replies.
 
     ends: the tokens that end a turn, as text. knows_thoughts: the template shows the thought of a
@@ -75,7 +81,7 @@ def locate(messages: Sequence[dict], tools: Sequence[dict], tokenizer, ends: Col
             rendered.check(knows_thoughts)
             return rendered.conversation()
         except Refused as error:
-            if refused is None or isinstance(refused, _Raised):      # else that says more
+            if refused is None or isinstance(refused, _Raised):  # else that says more
                 refused = error
     raise refused
 
@@ -83,8 +89,10 @@ def locate(messages: Sequence[dict], tools: Sequence[dict], tokenizer, ends: Col
 def spellings(messages: Sequence[dict]) -> Iterator[list[dict]]:
     """The messages as they are; and where tools are called, as one template or another wants that:
     the arguments as objects or as text, no content as none, null or ""."""
-    given = [_with_thought({key: value for key, value in message.items() if value is not None})
-             for message in messages]
+    given = [
+        _with_thought({key: value for key, value in message.items() if value is not None})
+        for message in messages
+    ]
     yield given
     calling = [i for i, message in enumerate(given) if message.get("tool_calls")]
     for kind, content in itertools.product((None, dict, str), ((), (None,), ("",))):
@@ -113,7 +121,7 @@ def _with_arguments(function: dict, kind: type | None) -> dict:
     if kind is dict and isinstance(arguments, str):
         try:
             return function | {"arguments": json.loads(arguments)}
-        except (ValueError, RecursionError):         # not all that models wrote is JSON
+        except (ValueError, RecursionError):  # not all that models wrote is JSON
             return function
     return function
 
@@ -132,8 +140,9 @@ class _Rendered:
 
     def __init__(self, messages: list[dict], tools: list[dict], tokenizer, ends: Collection[str]):
         self.messages, self.tools, self.tokenizer = messages, tools, tokenizer
-        self.ends = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True)))
-                               or r"(?!)")
+        self.ends = re.compile(
+            "|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)"
+        )
         own = GENERATION.search(str(tokenizer.chat_template)) is not None
         (whole,) = self._render((messages, tools, {"return_assistant_tokens_mask": own}))
         self.text, self.generated = whole.text, [(start, stop) for start, stop in whole.spans]
@@ -142,10 +151,15 @@ class _Rendered:
         self._index()
 
     def _render(self, *jobs) -> list[Rendering]:
-        rendered = render(self.tokenizer, [Job(messages, options | {"tools": tools or None})
-                                           for messages, tools, options in jobs])
+        rendered = render(
+            self.tokenizer,
+            [
+                Job(messages, options | {"tools": tools or None})
+                for messages, tools, options in jobs
+            ],
+        )
         for one in rendered:
-            if isinstance(one, TemplateError):       # whose message may hold text of the row
+            if isinstance(one, TemplateError):  # whose message may hold text of the row
                 said = first_line(one)
                 reason = said if said in str(self.tokenizer.chat_template) else one.kind
                 raise _Raised(f"the chat template refuses it ({reason[:120]})")
@@ -158,17 +172,19 @@ class _Rendered:
         tools = [marker.tool(tool) for tool in self.tools]
         between, marks = marker.split(self._render((hidden, tools, {}))[0].text)
         seen = set(marks)
-        missing = next((mark for mark in marker.marks
-                        if mark not in seen and mark.kind != "thought"), None)
+        missing = next(
+            (mark for mark in marker.marks if mark not in seen and mark.kind != "thought"), None
+        )
         if not self.text.startswith(between[0]) or not marks:
             raise Refused(self._not_shown(missing or (marks or [Mark(0, "content", "")])[0]))
         at = len(between[0])
         for mark, then in zip(marks, between[1:]):
-            shown = next((text for text in mark.as_shown()
-                          if self.text.startswith(text + then, at)), None)
+            shown = next(
+                (text for text in mark.as_shown() if self.text.startswith(text + then, at)), None
+            )
             if shown is None:
                 raise Refused(self._not_shown(missing or mark))
-            if not mark.shown:               # gpt-oss shows the name of a tool at its answer too
+            if not mark.shown:  # gpt-oss shows the name of a tool at its answer too
                 places.append(_Place(at, at + len(shown), mark))
             mark.shown, at = True, at + len(shown) + len(then)
         if at < len(self.text):
@@ -179,16 +195,21 @@ class _Rendered:
         """Makes what `_before` and `_next` look up."""
         self._at = [place.start for place in self.places]
         self._own = [[] for _ in self.messages]
-        last = None                          # the place of tools that comes last
+        last = None  # the place of tools that comes last
         for place in self.places:
             if place.mark.message < 0:
                 last = place
             else:
                 self._own[place.mark.message].append(place)
-        self._last = [last]                  # of tools and all messages before i
+        self._last = [last]  # of tools and all messages before i
         for own in self._own:
-            self._last.append(max((place for place in (self._last[-1], *own[-1:]) if place),
-                                  key=lambda place: place.start, default=None))
+            self._last.append(
+                max(
+                    (place for place in (self._last[-1], *own[-1:]) if place),
+                    key=lambda place: place.start,
+                    default=None,
+                )
+            )
 
     # ---------------------------------------------------------------- what is not shown
     def check(self, knows_thoughts: bool) -> None:
@@ -197,11 +218,14 @@ class _Rendered:
         lost = [mark for mark in self.marks if not mark.shown]
         for mark in lost:
             dropped = mark.kind == "thought" and (
-                mark.message == last or knows_thoughts or not self._has_field(mark.message))
+                mark.message == last or knows_thoughts or not self._has_field(mark.message)
+            )
             if not dropped:
                 raise Refused(self._not_shown(mark))
-        if any(place.mark.kind == "arguments" and self.text[place.start - 1] == '"'
-               for place in self.places):
+        if any(
+            place.mark.kind == "arguments" and self.text[place.start - 1] == '"'
+            for place in self.places
+        ):
             raise _Raised("the chat template shows arguments that are text as JSON in JSON")
         if any(mark.message == last for mark in lost):
             self._restore(last)
@@ -211,8 +235,11 @@ class _Rendered:
             return "the chat template does not show the tools of the row"
         role = self.messages[mark.message]["role"]
         what = {"content": "", "thought": "the thought of "}.get(mark.kind, "a tool call of ")
-        return (f"the chat template does not show {what}message {mark.message}"
-                + f" ({role})" * (role in ROLES) + " as it is" * (mark.kind == "content"))
+        return (
+            f"the chat template does not show {what}message {mark.message}"
+            + f" ({role})" * (role in ROLES)
+            + " as it is" * (mark.kind == "content")
+        )
 
     def _has_field(self, i: int) -> bool:
         return any(name in self.messages[i] for name in THOUGHTS)
@@ -233,7 +260,7 @@ class _Rendered:
         else:
             said = message["content"].lstrip().removeprefix(tag)
         said = (said.lstrip("\n") if prompt.endswith("\n") else said).rstrip()
-        start, rest = base + len(prompt), self.text[own[-1].stop:]
+        start, rest = base + len(prompt), self.text[own[-1].stop :]
         self.text = self.text[:base] + prompt + said + rest
         self.places = [place for place in self.places if place.stop <= base]
         self.places.append(_Place(start, start + len(said), own[-1].mark))
@@ -245,16 +272,17 @@ class _Rendered:
         replies = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         starts = [self._start(i) for i in replies]
         behind = [*starts[1:], len(self.text)]
-        return Conversation(self.text, list(map(self._reply, replies, starts, behind)),
-                            self.generated)
+        return Conversation(
+            self.text, list(map(self._reply, replies, starts, behind)), self.generated
+        )
 
     def _start(self, i: int) -> int:
         own = self._own[i]
         first = bisect.bisect_left(self._at, own[0].start) if own else 0
         j, base = self._before(i)
-        if self.places[first:first + len(own)] != own or (j is not None and j > i):
+        if self.places[first : first + len(own)] != own or (j is not None and j > i):
             raise Refused(self._mixed(i))
-        return base + self._prompt(i, j, self.text[base:self._next(base)], bool(own))
+        return base + self._prompt(i, j, self.text[base : self._next(base)], bool(own))
 
     def _reply(self, i: int, start: int, behind: int) -> Reply:
         """behind: where the next reply starts."""
@@ -292,34 +320,39 @@ class _Rendered:
         """What stands behind the text of message j where messages[:until] are all: without and with
         a generation prompt."""
         marker = Marker(self.text)
-        messages = [marker.message(i, message) if i == j else message
-                    for i, message in enumerate(self.messages[:until])]
+        messages = [
+            marker.message(i, message) if i == j else message
+            for i, message in enumerate(self.messages[:until])
+        ]
         tools = [marker.tool(tool) for tool in self.tools] if j == -1 else self.tools
-        closed, opened = self._render((messages, tools, {}),
-                                      (messages, tools, {"add_generation_prompt": True}))
+        closed, opened = self._render(
+            (messages, tools, {}), (messages, tools, {"add_generation_prompt": True})
+        )
         return marker.behind(closed.text), marker.behind(opened.text)
 
     def _prompt(self, i: int, j: int | None, gap: str, has_text: bool) -> int:
         """Where reply i starts in the gap between the text of message j and its own: as much of the
         generation prompt as the gap shows belongs to the prompt (R1's opens a thought that the
         history leaves out)."""
-        roles = tuple((message["role"], bool(message.get("tool_calls")))
-                      for message in self.messages[max(j or 0, 0):i])
+        roles = tuple(
+            (message["role"], bool(message.get("tool_calls")))
+            for message in self.messages[max(j or 0, 0) : i]
+        )
         key = (roles, gap, has_text)
         if key in self._starts:
             return self._starts[key]
         for prompt, rest in self._prompts.get(roles, ()) if has_text else ():
-            if gap.endswith(prompt):         # what is before that belongs to message j
+            if gap.endswith(prompt):  # what is before that belongs to message j
                 return len(gap) - rest
         closed, opened = self._tails(max(i, 1), j if i else 0)
         least, shown = _shared(closed, opened), _shared(opened, gap)
-        if i == 0 or shown < least:          # nothing is before it, or ends otherwise as the last
+        if i == 0 or shown < least:  # nothing is before it, or ends otherwise as the last
             prompt = opened[least:]
             at = -1 if not prompt else gap.rfind(prompt) if has_text else gap.find(prompt)
             if at < 0 and i:
                 raise Refused(self._mixed(i))
             least = shown = at + len(prompt) if at >= 0 else len(gap) * has_text
-        elif shown < len(opened):            # "<think>" and "<tool_call>" share no token
+        elif shown < len(opened):  # "<think>" and "<tool_call>" share no token
             shown = max(least, self._shared_tokens(opened, gap)[0])
         end = None if has_text else self.ends.search(gap, least)
         self._starts[key] = start = min(shown, end.start()) if end else shown
@@ -334,7 +367,7 @@ class _Rendered:
         key = (gap, skip)
         if key not in self._closings:
             closed = self._tails(i + 1, j)[0][skip:].rstrip()
-            if not gap.startswith(closed):   # never a part of the next turn's marker
+            if not gap.startswith(closed):  # never a part of the next turn's marker
                 common, special = self._shared_tokens(closed, gap)
                 closed = closed[:common] if special else re.sub(r"\S+\Z", "", closed[:common])
             self._closings[key] = len(closed.rstrip())
@@ -343,8 +376,12 @@ class _Rendered:
     def _shared_tokens(self, a: str, b: str) -> tuple[int, bool]:
         """The length of the prefix of whole tokens that two texts share, and whether the last of
         these is a token of its own, and no part of a word."""
-        first, other = (self.tokenizer(text, add_special_tokens=False, verbose=False,
-                                       return_offsets_mapping=True) for text in (a, b))
+        first, other = (
+            self.tokenizer(
+                text, add_special_tokens=False, verbose=False, return_offsets_mapping=True
+            )
+            for text in (a, b)
+        )
         n = _shared(first["input_ids"], other["input_ids"])
         if not n:
             return 0, True

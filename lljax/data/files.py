@@ -13,7 +13,8 @@ from lljax.errors import first_line, printable
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes `path` so that readers see the old content or the new one, never a part.
 
-    The unfinished file has a name of its own, so that two processes may write the same path at once; the last one stays.
+    The unfinished file has a name of its own, so that two processes may write the same path at
+    once; the last one stays.
 
     Raises:
       OSError: it cannot be written; the old content is as it was.
@@ -29,8 +30,10 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 
 def read_object(path: Path, longest: int = 1 << 26) -> dict:
-    """The JSON object of a side product; empty where there is none. One that is damaged, longer than `longest` bytes or not a
-    regular file is as good as none, and logged: what only tells of a run must not end it."""
+    """The JSON object of a side product; empty where there is none. One that is damaged, longer
+    than `longest` bytes or not a
+    regular file is as good as none, and logged: what only tells of a run must not end it.
+    """
     try:
         if not path.is_file():
             return {}
@@ -43,7 +46,3 @@ def read_object(path: Path, longest: int = 1 << 26) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         logging.warning("%s is passed over: %s", printable(str(path)), first_line(error))
         return {}
-
-
-
-

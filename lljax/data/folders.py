@@ -1,4 +1,6 @@
-"""A folder of text files (a code repository, papers as text) into JSONL documents with file markers."""
+"""A folder of text files (a code repository, papers as text) into JSONL documents with file
+markers.
+"""
 
 import errno
 import fcntl
@@ -10,19 +12,27 @@ from pathlib import Path
 
 from lljax.errors import ConfigError, printable
 
-MARKER = "### file: {path}\n"                # what stands before each file in a document
-MAX_FILE = 4 << 20                           # bytes; a larger file is data, not text that somebody wrote
+MARKER = "### file: {path}\n"  # what stands before each file in a document
+MAX_FILE = 4 << 20  # bytes; a larger file is data, not text that somebody wrote
 
 
-def text_files(folder: Path, include, exclude, *, out: Path | None = None, follow_links: bool = False,
-               skipped: list[str] | None = None) -> Iterator[tuple[str, str]]:
+def text_files(
+    folder: Path,
+    include,
+    exclude,
+    *,
+    out: Path | None = None,
+    follow_links: bool = False,
+    skipped: list[str] | None = None,
+) -> Iterator[tuple[str, str]]:
     """(path inside the folder, text) of the UTF-8 text files, in sorted order.
 
-    include, exclude: shell patterns on the path or the file name; hidden files and folders are left out.
-    out: the file that is being written, which is left out. follow_links: also what links lead to outside the
-    folder.
-    skipped: takes the names of files that match and are no text (or links that dangle, lead outside or to
-    hidden files, or above MAX_FILE).
+    include, exclude: shell patterns on the path or the file name; hidden files and folders are left
+      out.
+    out: the file that is being written, which is left out. follow_links: also what links lead to
+      outside the folder.
+    skipped: takes the names of files that match and are no text (or links that dangle, lead outside
+      or to hidden files, or above MAX_FILE).
     """
     skipped, root = [] if skipped is None else skipped, os.path.realpath(folder)
     for path in sorted(_walk(folder)):
@@ -43,27 +53,36 @@ def text_files(folder: Path, include, exclude, *, out: Path | None = None, follo
 def _is_inside(target: str, root: str) -> bool:
     """Whether `target` is in the folder `root` and not hidden there."""
     parts = os.path.relpath(target, root).split(os.sep)
-    return not any(part.startswith(".") for part in parts)             # ".." leads out
+    return not any(part.startswith(".") for part in parts)  # ".." leads out
 
 
 def _text(path: Path) -> str:
     """What a file holds; "" where its content or its name is not UTF-8, or it cannot be read."""
     try:
         str(path).encode("utf-8")
-        return path.read_bytes().decode("utf-8") if path.is_file() and path.stat().st_size <= MAX_FILE else ""
+        return (
+            path.read_bytes().decode("utf-8")
+            if path.is_file() and path.stat().st_size <= MAX_FILE
+            else ""
+        )
     except (UnicodeError, OSError):
         return ""
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and name != "__pycache__"
+        ]
         yield from (Path(root) / name for name in files if not name.startswith("."))
 
 
-def documents(folder: Path, include=("*",), exclude=(), *, repository: bool = False, **how) -> Iterator[str]:
-    """One document per file; or, with `repository`, one per folder of files, each file behind its marker. how: as for
-    `text_files`."""
+def documents(
+    folder: Path, include=("*",), exclude=(), *, repository: bool = False, **how
+) -> Iterator[str]:
+    """One document per file; or, with `repository`, one per folder of files, each file behind its
+    marker. how: as for `text_files`.
+    """
     together: dict[str, list[str]] = {}
     for name, text in text_files(folder, include, exclude, **how):
         marked = MARKER.format(path=printable(name)) + text.rstrip("\n") + "\n"
@@ -92,9 +111,11 @@ def write_jsonl(texts, out: Path) -> tuple[int, int]:
     except BlockingIOError:
         raise ConfigError(f"--out={printable(str(out))}: another process is writing it") from None
     except OSError as error:
-        raise ConfigError(f"--out={printable(str(out))}: it cannot be written ({error.strerror.lower()})") from None
+        raise ConfigError(
+            f"--out={printable(str(out))}: it cannot be written ({error.strerror.lower()})"
+        ) from None
     with file:
-        file.truncate(0)                     # what a process that was killed has left
+        file.truncate(0)  # what a process that was killed has left
         try:
             for text in texts:
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")

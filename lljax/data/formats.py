@@ -12,24 +12,30 @@ from lljax.errors import printable
 
 # The name of a field or role; what else stands in its place may be a text.
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
-MAX_DEPTH = 64                               # of lists and objects; JSON schemas of tools take 20
+MAX_DEPTH = 64  # of lists and objects; JSON schemas of tools take 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A conversation (`messages`), a continuation (`prompt`, `text`) or plain `text`, to train on."""
+    """A conversation (`messages`), a continuation (`prompt`, `text`) or plain `text`, to train
+    on.
+    """
 
-    where: str                               # "file:line"
+    where: str  # "file:line"
     messages: tuple[dict, ...] = ()
     prompt: str = ""
     text: str = ""
-    given: int = 0                           # how many messages are a prompt, not to be trained
-    tools: tuple[dict, ...] = ()             # as chat templates take them
+    given: int = 0  # how many messages are a prompt, not to be trained
+    tools: tuple[dict, ...] = ()  # as chat templates take them
     untrained: frozenset[int] = frozenset()  # indices of messages whose loss is off
-    unread: tuple[str, ...] = ()             # keys of the row that no reader knows
+    unread: tuple[str, ...] = ()  # keys of the row that no reader knows
 
     def texts(self) -> list[str]:
-        return [self.prompt, self.text, *(message.get("content") or "" for message in self.messages)]
+        return [
+            self.prompt,
+            self.text,
+            *(message.get("content") or "" for message in self.messages),
+        ]
 
     def content(self) -> str:
         """Its content in one canonical form: what tells documents apart."""
@@ -40,8 +46,8 @@ class Document:
 @dataclasses.dataclass(frozen=True)
 class BadRow:
     file: str
-    line: int                                # of an array: the number of the row
-    reason: str                              # goes to logs: it holds no text of the row
+    line: int  # of an array: the number of the row
+    reason: str  # goes to logs: it holds no text of the row
 
     def __str__(self) -> str:
         return f"{printable(self.file)}:{self.line}: {self.reason}"
@@ -92,15 +98,19 @@ def document(row, where: str) -> Document:
     for key, reason in REFUSED.items():
         if _says_something(row.get(key)):
             raise ValueError(f"{key!r}: {reason}")
-    if isinstance(row.get("label"), bool) and "text" not in row:         # KTO
+    if isinstance(row.get("label"), bool) and "text" not in row:  # KTO
         raise ValueError(f"'label': {PAIRS}")
-    form = next((form for form in FORMS if all(row.get(key) is not None for key in form.needs)), None)
+    form = next(
+        (form for form in FORMS if all(row.get(key) is not None for key in form.needs)), None
+    )
     if form is None:
         names = [key for key in sorted(row) if NAME.fullmatch(key)][:6]
         others = f" and {len(row) - len(names)} others" if len(row) > len(names) else ""
-        raise ValueError(f"unknown fields ({', '.join(names)}{others}); a row has messages or "
-                         "conversations, query and response, instruction and output, prompt and "
-                         "completion, or text")
+        raise ValueError(
+            f"unknown fields ({', '.join(names)}{others}); a row has messages or "
+            "conversations, query and response, instruction and output, prompt and "
+            "completion, or text"
+        )
     found = form.build(row, where)
     if any("\0" in text for text in found.texts()):
         raise ValueError("a text holds a NUL character")
@@ -151,15 +161,21 @@ def _json(text: str, what: str):
 
 
 # ---------------------------------------------------------------- conversations
-SYSTEM = ("system", "system_prompt")         # keys of a row
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool",
-         "tool_response": "tool"}
-CALLS = ("function_call", "tool_call")       # roles whose content is a call in JSON
-SENDERS = ("system", "developer", "user", "assistant", "tool", *CALLS)   # after ROLES
+SYSTEM = ("system", "system_prompt")  # keys of a row
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+CALLS = ("function_call", "tool_call")  # roles whose content is a call in JSON
+SENDERS = ("system", "developer", "user", "assistant", "tool", *CALLS)  # after ROLES
 TEXT_PARTS = ("text", "input_text", "output_text")
-# Whether a message is trained, as OpenAI, Mistral, axolotl and ms-swift write it: 0, 1, false or true.
+# Whether a message is trained, as OpenAI, Mistral, axolotl and ms-swift write it: 0, 1, false or
+# true.
 LOSS = frozenset({"weight", "train", "training", "loss", "loss_scale", "loss_mask"})
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")    # fields that hold a reply's thought
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # fields that hold a reply's thought
 MESSAGE = LOSS | {"role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS}
 
 
@@ -190,8 +206,14 @@ def _conversation(row: dict, where: str, messages: list, prompt: list = ()) -> D
         raise ValueError("the conversation has no assistant message")
     if replies <= untrained:
         raise ValueError("the loss of every assistant message is off")
-    return Document(where, messages=tuple(turns), given=given, tools=_tools(row),
-                    untrained=frozenset(untrained), unread=tuple(sorted(unread)))
+    return Document(
+        where,
+        messages=tuple(turns),
+        given=given,
+        tools=_tools(row),
+        untrained=frozenset(untrained),
+        unread=tuple(sorted(unread)),
+    )
 
 
 def _turns(messages: list, first: int) -> list[dict]:
@@ -201,9 +223,11 @@ def _turns(messages: list, first: int) -> list[dict]:
     """
     turns = []
     for i, message in enumerate(messages, first):
-        if isinstance(message, dict) and set(message) == {"human", "assistant"}:         # ms-swift
-            turns += [_turn(i, {"role": "user", "content": message["human"]}),
-                      _turn(i, {"role": "assistant", "content": message["assistant"]})]
+        if isinstance(message, dict) and set(message) == {"human", "assistant"}:  # ms-swift
+            turns += [
+                _turn(i, {"role": "user", "content": message["human"]}),
+                _turn(i, {"role": "assistant", "content": message["assistant"]}),
+            ]
             continue
         turn = _turn(i, message)
         if turn["role"] in CALLS:
@@ -223,7 +247,7 @@ def _joins(before: dict, call: dict) -> bool:
 
 def _turn(i: int, message) -> dict:
     shared = isinstance(message, dict) and "from" in message and "role" not in message
-    if shared:                               # ShareGPT
+    if shared:  # ShareGPT
         renamed = {"role": message["from"], "content": message.get("value")}
         message = renamed | {k: v for k, v in message.items() if k not in ("from", "value")}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -236,7 +260,9 @@ def _turn(i: int, message) -> dict:
     if isinstance(content, list):
         content = "".join(_part(i, part) for part in content)
     if not (calls is None or isinstance(calls, list) and all(map(_names_a_tool, calls))):
-        raise ValueError(f"message {i}{named}: 'tool_calls' is not a list of calls, each with the name of a function")
+        raise ValueError(
+            f"message {i}{named}: 'tool_calls' is not a list of calls, each with the name of a function"
+        )
     for key in THOUGHTS:
         if not isinstance(message.get(key), str | None):
             raise ValueError(f"message {i}{named}: {key!r} is no text")
@@ -256,7 +282,9 @@ def _names_a_tool(call) -> bool:
 
 
 def _part(i: int, part) -> str:
-    kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, dict) else ("", None)
+    kind, text = (
+        (part.get("type", "text"), part.get("text")) if isinstance(part, dict) else ("", None)
+    )
     if kind in TEXT_PARTS and isinstance(text, str):
         return text
     named = f" ({kind})" if isinstance(kind, str) and NAME.fullmatch(kind) else ""
@@ -272,8 +300,9 @@ def _call(i: int, turn: dict) -> dict:
         arguments = call.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _json(arguments, f"{where}: 'arguments'")
-        made.append({"type": "function",
-                     "function": {"name": call["name"], "arguments": arguments}})
+        made.append(
+            {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+        )
     return turn | {"role": "assistant", "content": "", "tool_calls": made}
 
 
@@ -298,6 +327,7 @@ def _of_messages(key: str):
         if not isinstance(row[key], list) or not row[key]:
             raise ValueError(f"{key!r} is not a list of messages, or is empty")
         return _conversation(row, where, row[key])
+
     return build
 
 
@@ -312,21 +342,34 @@ def _instruction(row, where):
 
 def _replies(row, where, query: str, response: str) -> Document:
     history = row.get("history") or []
-    if not (isinstance(history, list)
-            and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
+    if not (
+        isinstance(history, list)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    ):
         raise ValueError("'history' is not a list of [query, response] pairs of texts")
     pairs = [*history, (query, response)]
-    return _conversation(row, where, [{"role": role, "content": text} for pair in pairs
-                                      for role, text in zip(("user", "assistant"), pair)])
+    return _conversation(
+        row,
+        where,
+        [
+            {"role": role, "content": text}
+            for pair in pairs
+            for role, text in zip(("user", "assistant"), pair)
+        ],
+    )
 
 
 def _prompt(row, where):
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _conversation(row, where, completion, prompt)
-    if _system(row) or _tools(row):          # which exist in conversations alone
-        return _conversation(row, where, [{"role": "assistant", "content": _text(row, "completion")}],
-                             [{"role": "user", "content": _text(row, "prompt")}])
+    if _system(row) or _tools(row):  # which exist in conversations alone
+        return _conversation(
+            row,
+            where,
+            [{"role": "assistant", "content": _text(row, "completion")}],
+            [{"role": "user", "content": _text(row, "prompt")}],
+        )
     return Document(where, prompt=_text(row, "prompt", empty=True), text=_text(row, "completion"))
 
 
@@ -343,7 +386,7 @@ class Form:
     build: Callable[[dict, str], Document]
 
 
-FORMS = (                                    # the first whose keys a row has
+FORMS = (  # the first whose keys a row has
     Form(("messages",), (*SYSTEM, "tools"), _of_messages("messages")),
     Form(("conversations",), (*SYSTEM, "tools"), _of_messages("conversations")),
     Form(("conversation",), (*SYSTEM, "tools"), _of_messages("conversation")),
@@ -352,10 +395,20 @@ FORMS = (                                    # the first whose keys a row has
     Form(("prompt", "completion"), (*SYSTEM, "tools"), _prompt),
     Form(("text",), (), _plain),
 )
-PAIRS = ("a row of preferences, which need a preference objective; to train the better answer alone, "
-         "give it as a reply or completion")
+PAIRS = (
+    "a row of preferences, which need a preference objective; to train the better answer alone, "
+    "give it as a reply or completion"
+)
 MEDIA = "models of text alone are trained"
-REFUSED = {                                  # keys that change what is to be learned from a row
-    "chosen": PAIRS, "rejected": PAIRS, "rejected_response": PAIRS, "rejected_messages": PAIRS,
-    "image": MEDIA, "images": MEDIA, "video": MEDIA, "videos": MEDIA, "audio": MEDIA,
-    "audios": MEDIA}
+REFUSED = {  # keys that change what is to be learned from a row
+    "chosen": PAIRS,
+    "rejected": PAIRS,
+    "rejected_response": PAIRS,
+    "rejected_messages": PAIRS,
+    "image": MEDIA,
+    "images": MEDIA,
+    "video": MEDIA,
+    "videos": MEDIA,
+    "audio": MEDIA,
+    "audios": MEDIA,
+}

@@ -10,15 +10,27 @@ from lljax.data.tokens import TokenStore
 from lljax.errors import DataError
 
 
-def make_loader(store: TokenStore, *, length: int, rows: int, packing: bool, overlong: str, seed: int,
-                mine: np.ndarray | None = None) -> grain.DatasetIterator:
-    """An endless iterator of batches, dicts of int32 [rows, length]: tokens, targets, segments, positions.
+def make_loader(
+    store: TokenStore,
+    *,
+    length: int,
+    rows: int,
+    packing: bool,
+    overlong: str,
+    seed: int,
+    mine: np.ndarray | None = None,
+) -> grain.DatasetIterator:
+    """An endless iterator of batches, dicts of int32 [rows, length]: tokens, targets, segments,
+    positions.
 
-    mine: the numbers of the rows that are wanted of each batch, by default all. The order is a function of the seed; each
-    epoch has its own. `get_state()` and `set_state()` resume it exactly; the state is JSON, and the same whatever is wanted.
+    mine: the numbers of the rows that are wanted of each batch, by default all. The order is a
+      function of the seed; each epoch has its own. `get_state()` and `set_state()` resume it
+      exactly; the state is JSON, and the same whatever is wanted.
 
-    Every process packs the whole stream, so that batches and state do not depend on how many there are. It costs each a
-    copy of the tokens of all while the device computes: 13 million tokens a CPU second in rows of 8k, 50 in rows of 1M.
+    Every process packs the whole stream, so that batches and state do not depend on how many there
+    are. It costs each a
+    copy of the tokens of all while the device computes: 13 million tokens a CPU second in rows of
+      8k, 50 in rows of 1M.
 
     Raises:
       DataError: no document leaves a piece to train on.
@@ -26,21 +38,33 @@ def make_loader(store: TokenStore, *, length: int, rows: int, packing: bool, ove
     pieces = Pieces(store, length, overlong)
     if not len(pieces):
         counts = pieces.counts()
-        raise DataError(f"data.train leaves no piece of at most {length} tokens "
-                        f"(data.overlong={overlong!r}): {counts['dropped']} of {len(store)} documents "
-                        f"are longer, {counts['untrained']} have no trained token within them: set "
-                        "data.overlong='split', or use longer rows")
-    dataset = grain.MapDataset.source(pieces).shuffle(seed=seed % 2 ** 32).repeat()
+        raise DataError(
+            f"data.train leaves no piece of at most {length} tokens "
+            f"(data.overlong={overlong!r}): {counts['dropped']} of {len(store)} documents "
+            f"are longer, {counts['untrained']} have no trained token within them: set "
+            "data.overlong='split', or use longer rows"
+        )
+    dataset = grain.MapDataset.source(pieces).shuffle(seed=seed % 2**32).repeat()
     # Reading ahead would be lost work on every resume, and reading is a copy from mapped memory.
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
 
     def stack(batch):
-        return {name: np.stack([batch[i][name] for i in (range(rows) if mine is None else mine)]) for name in batch[0]}
-    return iter(pack(stream, length, packing=packing).batch(rows, drop_remainder=True, batch_fn=stack))
+        return {
+            name: np.stack([batch[i][name] for i in (range(rows) if mine is None else mine)])
+            for name in batch[0]
+        }
+
+    return iter(
+        pack(stream, length, packing=packing).batch(rows, drop_remainder=True, batch_fn=stack)
+    )
 
 
-def rows_per_epoch(store: TokenStore, *, length: int, packing: bool, overlong: str, seed: int = 0) -> int:
-    """The number of rows that an epoch of `make_loader` fills; other seeds pack a few more or less."""
+def rows_per_epoch(
+    store: TokenStore, *, length: int, packing: bool, overlong: str, seed: int = 0
+) -> int:
+    """The number of rows that an epoch of `make_loader` fills; other seeds pack a few more or
+    less.
+    """
     pieces = Pieces(store, length, overlong)
     if not packing or not len(pieces):
         return len(pieces)
@@ -48,12 +72,17 @@ def rows_per_epoch(store: TokenStore, *, length: int, packing: bool, overlong: s
     return sum(1 for _ in pack(order, length, packing=packing))
 
 
-def eval_batches(store: TokenStore, *, length: int, rows: int, limit: int) -> Iterator[dict[str, np.ndarray]]:
-    """The first `limit` pieces of the held-out documents, in order, one piece a row; the last batch filled up with
-    padding."""
+def eval_batches(
+    store: TokenStore, *, length: int, rows: int, limit: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The first `limit` pieces of the held-out documents, in order, one piece a row; the last batch
+    filled up with padding.
+    """
     pieces = Pieces(store, length, "split")
     empty = row_of({"tokens": np.zeros(0, np.int32), "targets": np.zeros(0, np.int32)}, length)
     for start in range(0, min(limit, len(pieces)), rows):
-        chosen = [row_of(pieces[i], length) for i in range(start, min(start + rows, limit, len(pieces)))]
+        chosen = [
+            row_of(pieces[i], length) for i in range(start, min(start + rows, limit, len(pieces)))
+        ]
         chosen += [empty] * (rows - len(chosen))
         yield {key: np.stack([row[key] for row in chosen]) for key in empty}

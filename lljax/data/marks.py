@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from lljax.data.formats import THOUGHTS
 
 # What templates look for in a content: <think>, [THINK], <seed:think>, <tool_response>, /no_think.
-TAG = re.compile(r"([<\[◁]/?[\w:|]{0,20}(?:think|tool)\w{0,20}[>\]▷]"
-                 r"|/(?:no_?)?think\b|detailed thinking (?:on|off))", re.IGNORECASE)
+TAG = re.compile(
+    r"([<\[◁]/?[\w:|]{0,20}(?:think|tool)\w{0,20}[>\]▷]"
+    r"|/(?:no_?)?think\b|detailed thinking (?:on|off))",
+    re.IGNORECASE,
+)
 ENDS_THOUGHT = re.compile(r"[<\[◁]/[\w:|]{0,20}think\w{0,20}[>\]▷]", re.IGNORECASE)
 
 
@@ -64,9 +67,17 @@ class Marker:
     def tool(self, tool: dict) -> dict:
         """The description of a tool with its name hidden."""
         named = {"tool_calls": [tool]}
-        return with_functions(named, lambda function: function | (
-            {"name": self._hide(-1, "tool", function["name"])}
-            if isinstance(function.get("name"), str) else {}))["tool_calls"][0]
+        return with_functions(
+            named,
+            lambda function: (
+                function
+                | (
+                    {"name": self._hide(-1, "tool", function["name"])}
+                    if isinstance(function.get("name"), str)
+                    else {}
+                )
+            ),
+        )["tool_calls"][0]
 
     def _hide(self, message: int, kind: str, text: str) -> str:
         core = text.strip()
@@ -77,7 +88,7 @@ class Marker:
         return f"{before}{self.stem}{len(self.marks) - 1}z{space}"
 
     def _content(self, i: int, message: dict) -> str:
-        parts, thought = TAG.split(message["content"]), 0        # tags have the odd places
+        parts, thought = TAG.split(message["content"]), 0  # tags have the odd places
         if message["role"] == "assistant":
             ends = [n for n, part in enumerate(parts) if n % 2 and ENDS_THOUGHT.fullmatch(part)]
             thought = max(ends, default=0)
@@ -113,7 +124,7 @@ class Marker:
         between, marks = self.split(rendering)
         first = {mark: n for n, mark in reversed(list(enumerate(marks)))}
         last = max(first.values(), default=-1)
-        repeated = zip(marks[last + 1:], between[last + 2:])
+        repeated = zip(marks[last + 1 :], between[last + 2 :])
         return between[last + 1] + "".join(mark.text + then for mark, then in repeated)
 
 
@@ -129,6 +140,9 @@ def with_functions(message: dict, change) -> dict:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError("tool_calls is no list of calls")
     nested = [isinstance(call.get("function"), dict) for call in calls]
-    return message | {"tool_calls": [
-        call | {"function": change(call["function"])} if inner else change(call)
-        for call, inner in zip(calls, nested)]}
+    return message | {
+        "tool_calls": [
+            call | {"function": change(call["function"])} if inner else change(call)
+            for call, inner in zip(calls, nested)
+        ]
+    }

@@ -5,22 +5,26 @@ import numpy as np
 
 from lljax.data.tokens import TokenStore
 
-IGNORED = -100                               # a target that is not predicted, as in transformers
-BINS = 16                                    # rows filled side by side; more leave less padding, and mix epochs more
+IGNORED = -100  # a target that is not predicted, as in transformers
+BINS = 16  # rows filled side by side; more leave less padding, and mix epochs more
 
 
 class Pieces:
-    """The pieces of at most T tokens that documents are trained in; a random-access source for grain.
+    """The pieces of at most T tokens that documents are trained in; a random-access source for
+    grain.
 
-    overlong: what becomes of a document longer than T: "split" into consecutive pieces, "truncate" or "drop".
-    A piece holds its inputs and their targets, so that a split loses none: the last input of a piece is asked for the
-    first token of the next. Pieces without any target are left out.
+    overlong: what becomes of a document longer than T: "split" into consecutive pieces, "truncate"
+      or "drop".
+    A piece holds its inputs and their targets, so that a split loses none: the last input of a
+      piece is asked for the first token of the next. Pieces without any target are left out.
     """
 
     def __init__(self, store: TokenStore, T: int, overlong: str):
         self.store, self.T = store, T
         fits = np.flatnonzero(store.lengths <= T) if overlong == "drop" else np.arange(len(store))
-        pieces = -(-store.lengths[fits] // T) if overlong == "split" else np.ones(len(fits), np.int64)
+        pieces = (
+            -(-store.lengths[fits] // T) if overlong == "split" else np.ones(len(fits), np.int64)
+        )
         document = np.repeat(fits, pieces)
         start = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * T
         # A piece of inputs [start, start + T) has the targets [start + 1, start + T + 1).
@@ -30,13 +34,19 @@ class Pieces:
         self._dropped = len(store) - len(fits)
 
     def counts(self) -> dict[str, int]:
-        """Numbers: `documents` that are trained, those `dropped` for their length, those `untrained`
-        for want of a target within reach; `pieces`, and `tokens` in them."""
+        """Numbers: `documents` that are trained, those `dropped` for their length, those
+        `untrained` for want of a target within reach; `pieces`, and `tokens` in them.
+        """
         documents = len(np.unique(self.document))
         tokens = np.minimum(self.store.lengths[self.document] - self.start, self.T).sum()
         untrained = len(self.store) - self._dropped - documents
-        return {"documents": documents, "dropped": self._dropped, "untrained": untrained,
-                "pieces": len(self), "tokens": int(tokens)}
+        return {
+            "documents": documents,
+            "dropped": self._dropped,
+            "untrained": untrained,
+            "pieces": len(self),
+            "tokens": int(tokens),
+        }
 
     def __len__(self) -> int:
         return len(self.document)
@@ -44,18 +54,23 @@ class Pieces:
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         document, start = int(self.document[i]), int(self.start[i])
         tokens, mask = self.store.tokens(document), self.store.mask(document)
-        inputs = tokens[start:start + self.T].astype(np.int32)
-        following, trained = tokens[start + 1:start + self.T + 1], mask[start + 1:start + self.T + 1]
+        inputs = tokens[start : start + self.T].astype(np.int32)
+        following, trained = (
+            tokens[start + 1 : start + self.T + 1],
+            mask[start + 1 : start + self.T + 1],
+        )
         targets = np.full(len(inputs), IGNORED, np.int32)
-        targets[:len(following)] = np.where(trained, following.astype(np.int32), IGNORED)
+        targets[: len(following)] = np.where(trained, following.astype(np.int32), IGNORED)
         return {"tokens": inputs, "targets": targets}
 
-    def __repr__(self) -> str:               # grain names the source of an iterator state by it
+    def __repr__(self) -> str:  # grain names the source of an iterator state by it
         return f"Pieces({len(self)} of {self.T})"
 
 
 def _any(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Whether any of flags[start:stop] is set, for ascending spans that do not overlap, bool [n]."""
+    """Whether any of flags[start:stop] is set, for ascending spans that do not overlap, bool
+    [n].
+    """
     found, filled = np.zeros(len(start), bool), np.flatnonzero(start < stop)
     if len(filled):
         bounds = np.stack([start[filled], stop[filled]], axis=1).ravel()
@@ -65,24 +80,37 @@ def _any(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
 
 
 def pack(pieces: grain.IterDataset, T: int, *, packing: bool) -> grain.IterDataset:
-    """Rows of T tokens, each of several pieces (first-fit) or of one; with segment ids (0: padding) and positions."""
+    """Rows of T tokens, each of several pieces (first-fit) or of one; with segment ids (0: padding)
+    and positions.
+    """
     if packing:
         rows = grain.experimental.FirstFitPackIterDataset(
-            pieces, length_struct={"tokens": T, "targets": T}, num_packing_bins=BINS, shuffle_bins=False,
-            padding_struct={"tokens": 0, "targets": IGNORED})
+            pieces,
+            length_struct={"tokens": T, "targets": T},
+            num_packing_bins=BINS,
+            shuffle_bins=False,
+            padding_struct={"tokens": 0, "targets": IGNORED},
+        )
         return rows.map(_named)
     return pieces.map(lambda piece: row_of(piece, T))
 
 
 def _named(row: dict) -> dict:
-    return {"tokens": row["tokens"], "targets": row["targets"], "segments": row["tokens_segment_ids"],
-            "positions": row["tokens_positions"]}
+    return {
+        "tokens": row["tokens"],
+        "targets": row["targets"],
+        "segments": row["tokens_segment_ids"],
+        "positions": row["tokens_positions"],
+    }
 
 
 def row_of(piece: dict, T: int) -> dict:
     """A row that holds one piece and padding."""
     n = len(piece["tokens"])
     index = np.arange(T, dtype=np.int32)
-    return {"tokens": np.pad(piece["tokens"], (0, T - n)),
-            "targets": np.pad(piece["targets"], (0, T - n), constant_values=IGNORED),
-            "segments": (index < n).astype(np.int32), "positions": np.where(index < n, index, 0).astype(np.int32)}
+    return {
+        "tokens": np.pad(piece["tokens"], (0, T - n)),
+        "targets": np.pad(piece["targets"], (0, T - n), constant_values=IGNORED),
+        "segments": (index < n).astype(np.int32),
+        "positions": np.where(index < n, index, 0).astype(np.int32),
+    }

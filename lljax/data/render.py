@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 from lljax.errors import ModelError, first_line
 
-START_SECONDS = 120                          # for the process to start
-SECONDS, SECONDS_A_MESSAGE = 10, 0.02        # for the renderings of one call; Qwen3's takes 0.0002
-MEMORY = 2 << 30                             # bytes that the process may take for them
-LONGEST = 1 << 22                            # characters of one rendering, of a short conversation
+START_SECONDS = 120  # for the process to start
+SECONDS, SECONDS_A_MESSAGE = 10, 0.02  # for the renderings of one call; Qwen3's takes 0.0002
+MEMORY = 2 << 30  # bytes that the process may take for them
+LONGEST = 1 << 22  # characters of one rendering, of a short conversation
 ADVICE = "mend chat_template, or remove it to use lljax's own"
 
 
@@ -58,18 +58,24 @@ def render(tokenizer, jobs: Sequence[Job]) -> list[Rendering | TemplateError]:
     tools = next((job.options["tools"] for job in jobs if job.options.get("tools")), None)
     try:
         template = tokenizer.get_chat_template(None, tools)
-    except ValueError as error:              # several by name, and none for this
+    except ValueError as error:  # several by name, and none for this
         raise ModelError(f"chat_template: {first_line(error)}") from None
-    request = {"template": template, "special_tokens": tokenizer.special_tokens_map,
-               "jobs": [{"messages": list(job.messages), "options": job.options} for job in jobs]}
+    request = {
+        "template": template,
+        "special_tokens": tokenizer.special_tokens_map,
+        "jobs": [{"messages": list(job.messages), "options": job.options} for job in jobs],
+    }
     seconds = SECONDS + SECONDS_A_MESSAGE * sum(len(job.messages) for job in jobs)
     found = []
     for reply in _PROCESS.ask(json.dumps(request, default=str).encode(), seconds):
         if reply.get("kind") == "MemoryError":
-            raise ModelError("the model's chat template writes far more than it is given, or takes "
-                             f"more than {MEMORY >> 30} GiB: {ADVICE}")
-        found.append(TemplateError(reply["error"], reply["kind"]) if "kind" in reply
-                     else Rendering(**reply))
+            raise ModelError(
+                "the model's chat template writes far more than it is given, or takes "
+                f"more than {MEMORY >> 30} GiB: {ADVICE}"
+            )
+        found.append(
+            TemplateError(reply["error"], reply["kind"]) if "kind" in reply else Rendering(**reply)
+        )
     return found
 
 
@@ -83,8 +89,10 @@ def chat_text(tokenizer, messages: Sequence[dict], **options) -> str:
     """
     (rendered,) = render(tokenizer, [Job(messages, {"add_generation_prompt": True} | options)])
     if isinstance(rendered, TemplateError):
-        raise ModelError("the chat template refuses the conversation "
-                         f"({rendered.kind}: {first_line(rendered)[:200]})")
+        raise ModelError(
+            "the chat template refuses the conversation "
+            f"({rendered.kind}: {first_line(rendered)[:200]})"
+        )
     return rendered.text
 
 
@@ -101,7 +109,7 @@ class _Process:
                 if self._popen is None:
                     self._start()
                 return json.loads(self._exchange(request, seconds))
-            except BaseException:            # of an interrupt too: the next would read its answer
+            except BaseException:  # of an interrupt too: the next would read its answer
                 self.stop()
                 raise
 
@@ -120,12 +128,17 @@ class _Process:
         script = Path(__file__).with_name("render_process.py")
         try:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", script, str(MEMORY), str(LONGEST)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                start_new_session=True)
+                [sys.executable, "-P", script, str(MEMORY), str(LONGEST)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                start_new_session=True,
+            )
         except OSError as error:
-            raise ModelError("the process that runs chat templates cannot be started "
-                             f"({first_line(error)})") from None
+            raise ModelError(
+                f"the process that runs chat templates cannot be started ({first_line(error)})"
+            ) from None
         self._exchange(json.dumps({"jobs": []}).encode(), START_SECONDS)
 
     def _exchange(self, request: bytes, seconds: float) -> bytes:
@@ -135,7 +148,7 @@ class _Process:
         while send:
             self._wait(self._popen.stdin, select.POLLOUT, until, seconds)
             try:
-                send = send[os.write(self._popen.stdin.fileno(), send):]
+                send = send[os.write(self._popen.stdin.fileno(), send) :]
             except BrokenPipeError:
                 self._gone()
         return self._read(int.from_bytes(self._read(8, until, seconds)), until, seconds)
@@ -155,13 +168,16 @@ class _Process:
         poll = select.poll()
         poll.register(pipe, event)
         if not poll.poll(1000 * max(0.0, until - time.monotonic())):
-            raise ModelError("the model's chat template has not ended within "
-                             f"{seconds:.0f} seconds: {ADVICE}")
+            raise ModelError(
+                f"the model's chat template has not ended within {seconds:.0f} seconds: {ADVICE}"
+            )
 
     def _gone(self):
         code = self._popen.wait()
-        raise ModelError(f"the process of the model's chat template ended (exit {code}), for want "
-                         f"of memory or by what the template does: {ADVICE}")
+        raise ModelError(
+            f"the process of the model's chat template ended (exit {code}), for want "
+            f"of memory or by what the template does: {ADVICE}"
+        )
 
 
 _PROCESS = _Process()

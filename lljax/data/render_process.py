@@ -12,8 +12,9 @@ import sys
 
 def bound_memory(room: int) -> None:
     """Lets this process take `room` more bytes than it has now."""
-    with contextlib.suppress(ImportError, OSError, ValueError):      # not every system has these
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not every system has these
         import resource
+
         with open("/proc/self/statm") as file:
             limit = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + room
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -22,22 +23,27 @@ def bound_memory(room: int) -> None:
 def answer(request: dict, job: dict, longest: int) -> dict:
     """A rendering {text, spans}, or {error, kind} of what the template raised."""
     from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
-        texts, spans = render_jinja_template([job["messages"]], chat_template=request["template"],
-                                             **request["special_tokens"] | job["options"])
+        texts, spans = render_jinja_template(
+            [job["messages"]],
+            chat_template=request["template"],
+            **request["special_tokens"] | job["options"],
+        )
         if len(texts[0]) > longest:
             raise MemoryError
         return {"text": texts[0], "spans": spans[0] if spans else []}
     except MemoryError:
         return {"error": "", "kind": "MemoryError"}
-    except Exception as error:               # templates raise what they like
+    except Exception as error:  # templates raise what they like
         return {"error": str(error)[:1000], "kind": type(error).__name__}
 
 
 def main() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)                            # whatever prints does not print between the answers
+    os.dup2(2, 1)  # whatever prints does not print between the answers
     import transformers.utils.chat_template_utils  # noqa: F401  slow, and not within the bound
+
     bound_memory(int(sys.argv[1]))
     while header := requests.read(8):
         size = int.from_bytes(header)

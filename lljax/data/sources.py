@@ -13,15 +13,22 @@ from pathlib import Path
 
 from lljax.errors import DataError, first_line, printable
 
-LINES = (".jsonl", ".jsonl.gz")              # one row a line
-ARRAYS = (".json", ".json.gz")               # one array of rows, or one row a line
-MAX_ROW_BYTES = 16 << 20                     # the default of data.max_row_bytes
-CHUNK = 1 << 20                              # bytes read at a time
-DATASETS = "the datasets library converts it: load_dataset({!r}, data_files=FILE)['train'].to_json(OUT)"
-FOREIGN = {                                  # how other files become JSONL, by suffix
-    ".parquet": DATASETS.format("parquet"), ".arrow": DATASETS.format("arrow"),
-    ".csv": DATASETS.format("csv"), ".zip": "unzip it", ".zst": "unzstd it", ".xz": "unxz it",
-    ".bz2": "bunzip2 it"}
+LINES = (".jsonl", ".jsonl.gz")  # one row a line
+ARRAYS = (".json", ".json.gz")  # one array of rows, or one row a line
+MAX_ROW_BYTES = 16 << 20  # the default of data.max_row_bytes
+CHUNK = 1 << 20  # bytes read at a time
+DATASETS = (
+    "the datasets library converts it: load_dataset({!r}, data_files=FILE)['train'].to_json(OUT)"
+)
+FOREIGN = {  # how other files become JSONL, by suffix
+    ".parquet": DATASETS.format("parquet"),
+    ".arrow": DATASETS.format("arrow"),
+    ".csv": DATASETS.format("csv"),
+    ".zip": "unzip it",
+    ".zst": "unzstd it",
+    ".xz": "unxz it",
+    ".bz2": "bunzip2 it",
+}
 TEXTS = "scripts/prepare_data.py folder makes one of a folder of texts"
 
 
@@ -41,16 +48,20 @@ def files(paths, *, field: str = "") -> list[Path]:
         try:
             is_folder, is_file = path.is_dir(), path.is_file()
             inside = _inside(path) if is_folder else []
-        except OSError as error:             # a name that is too long
+        except OSError as error:  # a name that is too long
             raise DataError(f"{shown[:120]}: {os.strerror(error.errno).lower()}") from None
         if is_folder:
             if not inside:
-                raise DataError(f"{shown}: the folder holds no {' or '.join(LINES)} file; a .json "
-                                "file is read if it is named itself")
+                raise DataError(
+                    f"{shown}: the folder holds no {' or '.join(LINES)} file; a .json "
+                    "file is read if it is named itself"
+                )
             found += inside
         elif not is_file:
-            raise DataError(f"{shown}: there is no such file; {TEXTS}, and scripts/prepare_data.py "
-                            "stdlib one of Python's library")
+            raise DataError(
+                f"{shown}: there is no such file; {TEXTS}, and scripts/prepare_data.py "
+                "stdlib one of Python's library"
+            )
         elif not path.name.endswith(LINES + ARRAYS):
             advice = FOREIGN.get(path.suffix, TEXTS)
             raise DataError(f"{shown}: not a {', '.join(LINES + ARRAYS)} file; {advice}")
@@ -78,8 +89,9 @@ def sha256(file: Path) -> str:
 
 
 # ---------------------------------------------------------------- rows
-def rows(file: Path, *, max_row_bytes: int = MAX_ROW_BYTES,
-         expected: str | None = None) -> Iterator[tuple[int, object]]:
+def rows(
+    file: Path, *, max_row_bytes: int = MAX_ROW_BYTES, expected: str | None = None
+) -> Iterator[tuple[int, object]]:
     """(number, row) of one file, without loading it whole.
 
     A row is bytes of JSON with the number of its line, or a decoded value of an array with its
@@ -99,19 +111,24 @@ def rows(file: Path, *, max_row_bytes: int = MAX_ROW_BYTES,
             as_array = file.name.endswith(ARRAYS) and begins == b"["
             for number, row in (_array if as_array else _lines)(opened, max_row_bytes):
                 yield number, row
-            while whole.read(CHUNK):         # what may stand behind the end of a .gz
+            while whole.read(CHUNK):  # what may stand behind the end of a .gz
                 pass
     except EOFError:
-        raise DataError(f"{shown}: the file is cut off after row {number}; fetch or write it "
-                        "again") from None
+        raise DataError(
+            f"{shown}: the file is cut off after row {number}; fetch or write it again"
+        ) from None
     except _NotAnArray as error:
         raise DataError(f"{shown}: {error}") from None
     except (zlib.error, OSError) as error:
-        raise DataError(f"{shown}: the file is damaged, or cannot be read after row {number} "
-                        f"({first_line(error)}); fetch or write it again") from None
+        raise DataError(
+            f"{shown}: the file is damaged, or cannot be read after row {number} "
+            f"({first_line(error)}); fetch or write it again"
+        ) from None
     if expected not in (None, raw.digest.hexdigest()):
-        raise DataError(f"{shown}: the file changed while it was read, and nothing of it is kept: "
-                        "give the same command again when it is complete")
+        raise DataError(
+            f"{shown}: the file changed while it was read, and nothing of it is kept: "
+            "give the same command again when it is complete"
+        )
 
 
 class _Hashed(io.RawIOBase):
@@ -166,14 +183,16 @@ def _array(opened, limit: int) -> Iterator[tuple[int, object]]:
                 row, end = decode(text.read, text.at)
             except RecursionError:
                 raise _NotAnArray(f"row {number + 1} is nested too deeply") from None
-            except ValueError as error:      # or the rest of the row has not been read yet
+            except ValueError as error:  # or the rest of the row has not been read yet
                 if len(text.read) - text.at > limit:
-                    raise _NotAnArray(f"row {number + 1} is longer than "
-                                      f"data.max_row_bytes={limit}, or not JSON") from None
+                    raise _NotAnArray(
+                        f"row {number + 1} is longer than data.max_row_bytes={limit}, or not JSON"
+                    ) from None
                 if not text.more():
                     reason = getattr(error, "msg", error)
-                    raise _NotAnArray(f"row {number + 1} is not JSON ({reason}), or the file is "
-                                      "cut off") from None
+                    raise _NotAnArray(
+                        f"row {number + 1} is not JSON ({reason}), or the file is cut off"
+                    ) from None
                 continue
             number, length, text.at = number + 1, end - text.at, end
             yield number, _TooLong(limit) if length > limit else row
@@ -198,7 +217,7 @@ class _Text:
     def more(self) -> bool:
         """Reads on; False at the end. Doubles what is held: a long row is not parsed too often."""
         new = self._opened.read(max(CHUNK, len(self.read) - self.at))
-        self.read, self.at = self.read[self.at:] + self._decoder.decode(new, final=not new), 0
+        self.read, self.at = self.read[self.at :] + self._decoder.decode(new, final=not new), 0
         return bool(new)
 
     def next(self) -> str:
@@ -206,7 +225,7 @@ class _Text:
         while True:
             self.at = self.SPACE.match(self.read, self.at).end()
             if self.at < len(self.read) or not self.more():
-                return self.read[self.at:self.at + 1]
+                return self.read[self.at : self.at + 1]
 
     def take(self, sign: str) -> bool:
         """Whether `sign` is next; moves behind it."""

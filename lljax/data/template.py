@@ -18,7 +18,8 @@ PLAIN_TEMPLATE = (
     "{% for call in message.tool_calls or [] %}{{ '\n' if message.content or not loop.first }}"
     "{{ (call.function or call) | tojson }}{% endfor %}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant:\n{% endif %}")
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
 
 
 def encode(document: Document, tokenizer, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +39,7 @@ def encode(document: Document, tokenizer, loss_on: str) -> tuple[np.ndarray, np.
     else:
         tokens, mask = _text(document, tokenizer, loss_on)
     mask = np.asarray(mask, bool)
-    if not mask[1:].any():                   # nothing predicts the first token of a document
+    if not mask[1:].any():  # nothing predicts the first token of a document
         raise ValueError("no token of it is trained")
     return np.asarray(tokens, np.uint32), mask
 
@@ -50,7 +51,9 @@ def adds_bos(tokenizer) -> bool:
 
 
 def missing_bos(tokenizer, text: str) -> list[int]:
-    """The bos token if the tokenizer puts one before a text and this text does not begin with it."""
+    """The bos token if the tokenizer puts one before a text and this text does not begin with
+    it.
+    """
     begins = not adds_bos(tokenizer) or text.lstrip().startswith(tokenizer.bos_token)
     return [] if begins else [tokenizer.bos_token_id]
 
@@ -87,27 +90,36 @@ def _text(document: Document, tokenizer, loss_on: str):
 
 
 def _conversation(document: Document, tokenizer, loss_on: str):
-    trained = {i for i, message in enumerate(document.messages) if message["role"] == "assistant"
-               and i >= document.given and i not in document.untrained}
+    trained = {
+        i
+        for i, message in enumerate(document.messages)
+        if message["role"] == "assistant" and i >= document.given and i not in document.untrained
+    }
     if not trained:
         raise Refused("the conversation has no assistant message that is trained")
     turn = turns(tokenizer)
-    found = locate(document.messages, document.tools, tokenizer, turn.ends,
-                   knows_thoughts=turn.thoughts)
+    found = locate(
+        document.messages, document.tools, tokenizer, turn.ends, knows_thoughts=turn.thoughts
+    )
     ids, offsets = _tokenized(found.text, tokenizer)
     spans, generated = [], np.asarray(found.generated, np.int64).reshape(-1, 2)
     for reply in found.replies:
         if reply.message not in trained:
             continue
-        first, behind = (np.searchsorted(generated[:, 1], reply.start, "right"),
-                         np.searchsorted(generated[:, 0], reply.stop))
+        first, behind = (
+            np.searchsorted(generated[:, 1], reply.start, "right"),
+            np.searchsorted(generated[:, 0], reply.stop),
+        )
         own = [(start, min(stop, reply.stop)) for start, stop in generated[first:behind]]
         spans += own or [(reply.start, reply.stop)]
         if reply.end is not None:
             spans.append((reply.end, reply.stop))
     if loss_on == "everything":
-        off = [(reply.start, reply.stop) for reply in found.replies
-               if reply.message in document.untrained]
+        off = [
+            (reply.start, reply.stop)
+            for reply in found.replies
+            if reply.message in document.untrained
+        ]
         mask = ~_inside(off, offsets)
     else:
         mask = _inside(spans, offsets)
@@ -116,7 +128,7 @@ def _conversation(document: Document, tokenizer, loss_on: str):
         end = turn.last[last.calls]
         end = tokenizer.eos_token_id if end is None else end
         if end is not None:
-            if last.message in trained:      # with white space before it
+            if last.message in trained:  # with white space before it
                 mask |= _inside([(last.stop, len(found.text))], offsets)
             ids, mask = [*ids, end], [*mask, last.message in trained]
     return ids, mask
@@ -137,7 +149,7 @@ def _tokenized(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
     try:
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":         # of Rust; no Exception
+        if type(error).__name__ != "PanicException":  # of Rust; no Exception
             raise
         raise Refused("the tokenizer cannot read a text of it") from None
     return out["input_ids"], out["offset_mapping"]

@@ -1,4 +1,6 @@
-"""Every document tokenized once, into memory-mapped files that later runs of the same command find again."""
+"""Every document tokenized once, into memory-mapped files that later runs of the same command find
+again.
+"""
 
 import contextlib
 import dataclasses
@@ -21,23 +23,26 @@ from lljax.data.formats import BadRow, Document, read_file
 from lljax.data.template import PLAIN_TEMPLATE, encode, with_template
 from lljax.errors import DataError, ModelError, first_line, printable
 
-ENCODING = 3                                 # raised when the same documents give other tokens or masks
+ENCODING = 3  # raised when the same documents give other tokens or masks
 # What these become is part of the fingerprint: libraries that encode otherwise make other tokens.
 TALK = tuple({"role": role, "content": f" {role}: a\n"} for role in 2 * ("user", "assistant"))
-PROBES = (Document("", text="def f(x):\n    return 'é' # 12\n\n"), Document("", messages=TALK),
-          Document("", prompt="1 + 1 = ", text=" 2"))
+PROBES = (
+    Document("", text="def f(x):\n    return 'é' # 12\n\n"),
+    Document("", messages=TALK),
+    Document("", prompt="1 + 1 = ", text=" 2"),
+)
 FIELDS = {"train": "data.train", "valid": "data.valid"}
 SHARES = (0.5, 0.9, 0.99)
-KEYS = 100                                   # unread keys of a file that are counted by name
-LOCK = "lock"                                # in a folder that is being written; its writer holds it
-ABANDONED = 600                              # seconds after which such a folder without a lock has no writer
+KEYS = 100  # unread keys of a file that are counted by name
+LOCK = "lock"  # in a folder that is being written; its writer holds it
+ABANDONED = 600  # seconds after which such a folder without a lock has no writer
 
 
 class TokenStore:
     """Tokenized documents: `tokens(i)` uint32 and `mask(i)` bool of document i, `lengths` int64.
 
-    End to end: `stream` uint32, the tokens of all, and `trained` bool, their masks; document i is at
-    [offsets[i], offsets[i + 1]).
+    End to end: `stream` uint32, the tokens of all, and `trained` bool, their masks; document i is
+      at [offsets[i], offsets[i + 1]).
     """
 
     def __init__(self, folder: Path):
@@ -50,20 +55,32 @@ class TokenStore:
         return len(self.lengths)
 
     def tokens(self, i: int) -> np.ndarray:
-        return self.stream[self.offsets[i]:self.offsets[i + 1]]
+        return self.stream[self.offsets[i] : self.offsets[i + 1]]
 
     def mask(self, i: int) -> np.ndarray:
-        return self.trained[self.offsets[i]:self.offsets[i + 1]]
+        return self.trained[self.offsets[i] : self.offsets[i + 1]]
 
     def statistics(self) -> dict:
         """Counts, length quantiles and a histogram over powers of two, for the report."""
-        edges = 2 ** np.arange(0, 2 + int(np.ceil(np.log2(self.lengths.max())))) if len(self) else np.array([1, 2])
+        edges = (
+            2 ** np.arange(0, 2 + int(np.ceil(np.log2(self.lengths.max()))))
+            if len(self)
+            else np.array([1, 2])
+        )
         counts = np.histogram(self.lengths, edges)[0]
         first = int(np.argmax(counts > 0))
-        lengths = {f"p{round(100 * q)}": int(np.quantile(self.lengths, q)) for q in SHARES} if len(self) else {}
-        return {"documents": len(self), "tokens": int(self.lengths.sum()), "trained_tokens": int(self.trained.sum()),
-                "lengths": lengths | ({"max": int(self.lengths.max())} if len(self) else {}),
-                "histogram": {"edges": edges[first:].tolist(), "counts": counts[first:].tolist()}}
+        lengths = (
+            {f"p{round(100 * q)}": int(np.quantile(self.lengths, q)) for q in SHARES}
+            if len(self)
+            else {}
+        )
+        return {
+            "documents": len(self),
+            "tokens": int(self.lengths.sum()),
+            "trained_tokens": int(self.trained.sum()),
+            "lengths": lengths | ({"max": int(self.lengths.max())} if len(self) else {}),
+            "histogram": {"edges": edges[first:].tolist(), "counts": counts[first:].tolist()},
+        }
 
 
 def _map(path: Path, dtype) -> np.ndarray:
@@ -86,26 +103,38 @@ class Documents:
     counts: dict[str, dict]
 
 
-def prepare(data, tokenizer, vocabulary: int, cache: Path, *, tokenizer_fingerprint: str,
-            progress: Callable[[Iterator, str], Iterator] = lambda items, text: items,
-            fields: Mapping[str, str] = FIELDS) -> Documents:
+def prepare(
+    data,
+    tokenizer,
+    vocabulary: int,
+    cache: Path,
+    *,
+    tokenizer_fingerprint: str,
+    progress: Callable[[Iterator, str], Iterator] = lambda items, text: items,
+    fields: Mapping[str, str] = FIELDS,
+) -> Documents:
     """Reads and tokenizes what `config.data` names, or finds it done in `cache`.
 
-    Rows that cannot be used are listed in `cache`/../bad_rows.jsonl by file, line and reason, never with their text.
-    `progress(iterator, title)` may wrap the iteration over rows. fields: what errors say named the
-    files.
+    Rows that cannot be used are listed in `cache`/../bad_rows.jsonl by file, line and reason, never
+    with their text. `progress(iterator, title)` may wrap the iteration over rows. fields: what
+    errors say named the files.
 
     Raises:
-      DataError: no usable row, none held out, too many bad ones (data.max_bad_fraction); a file that
-        is missing, cannot be read or changes while it is read; tokens in `cache` that are not as
+      DataError: no usable row, none held out, too many bad ones (data.max_bad_fraction); a file
+        that is missing, cannot be read or changes while it is read; tokens in `cache` that are not
+        as
         they were written; a file in the place of a folder.
       ModelError: the tokenizer knows tokens that the model does not.
     """
     with _in_their_places():
         tokenizer = dated(with_template(tokenizer), cache)
-        files = {part: [(file, sources.sha256(file))
-                        for file in sources.files(paths, field=fields.get(part, ""))]
-                 for part, paths in (("train", data.train), ("valid", data.valid))}
+        files = {
+            part: [
+                (file, sources.sha256(file))
+                for file in sources.files(paths, field=fields.get(part, ""))
+            ]
+            for part, paths in (("train", data.train), ("valid", data.valid))
+        }
         fingerprint = _fingerprint(files, data, tokenizer, tokenizer_fingerprint)
         folder = cache / fingerprint[:16]
         try:
@@ -125,9 +154,17 @@ def prepare(data, tokenizer, vocabulary: int, cache: Path, *, tokenizer_fingerpr
 
 
 def _fingerprint(files, data, tokenizer, tokenizer_fingerprint: str) -> str:
-    how = [ENCODING, PLAIN_TEMPLATE, tokenizer.special_tokens_map, tokenizer.chat_template,
-           data.loss_on, data.valid_fraction, data.max_row_bytes, tokenizer_fingerprint,
-           [_probed(probe, tokenizer) for probe in PROBES]]
+    how = [
+        ENCODING,
+        PLAIN_TEMPLATE,
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        data.loss_on,
+        data.valid_fraction,
+        data.max_row_bytes,
+        tokenizer_fingerprint,
+        [_probed(probe, tokenizer) for probe in PROBES],
+    ]
     digest = hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode())
     for part, pairs in files.items():
         for _, sha256 in pairs:
@@ -148,31 +185,35 @@ def _in_their_places():
     try:
         yield
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise DataError(f"{printable(str(error.filename))}: the tokens of the run cannot be kept there "
-                        f"({error.strerror.lower()}): move it away, or use another --workdir") from None
+        raise DataError(
+            f"{printable(str(error.filename))}: the tokens of the run cannot be kept there "
+            f"({error.strerror.lower()}): move it away, or use another --workdir"
+        ) from None
 
 
 # ---------------------------------------------------------------- the cache
 def clear_unfinished(cache: Path) -> None:
     """Removes what processes that were killed have left in `cache`; what is being written stays."""
     for folder in cache.glob("*.tmp"):
-        with contextlib.suppress(OSError):   # it is held, or another process removes it
+        with contextlib.suppress(OSError):  # it is held, or another process removes it
             try:
                 with open(folder / LOCK, "rb+") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except FileNotFoundError:        # not made yet, or just taken away
+            except FileNotFoundError:  # not made yet, or just taken away
                 if time.time() - folder.stat().st_mtime < ABANDONED:
                     continue
             shutil.rmtree(folder)
 
 
 def _build(folder: Path, files, data, tokenizer, vocabulary, progress) -> None:
-    """Writes `folder`, which appears when complete; another process may be building the same one."""
+    """Writes `folder`, which appears when complete; another process may be building the same
+    one.
+    """
     unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         unfinished.mkdir(parents=True)
         with open(unfinished / LOCK, "wb") as lock:
-            with contextlib.suppress(OSError):           # a file system without locks
+            with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             _fill(unfinished, files, data, tokenizer, vocabulary, progress)
             (unfinished / LOCK).unlink()
@@ -193,7 +234,8 @@ def _fill(folder: Path, files, data, tokenizer, vocabulary, progress) -> None:
         counts = parts[part]
         rows = itertools.chain.from_iterable(
             read_file(file, max_row_bytes=data.max_row_bytes, expected=sha256)
-            for file, sha256 in pairs)
+            for file, sha256 in pairs
+        )
         for row in progress(rows, f"tokenizing {part}"):
             counts["rows"] += 1
             if isinstance(row, Document):
@@ -214,18 +256,27 @@ def _fill(folder: Path, files, data, tokenizer, vocabulary, progress) -> None:
             writers[into].add(tokens, mask)
             parts[into]["conversations"] += bool(row.messages)
             count_unread(row, counts["unread"], template)
-    sums = {f"{part}/{name}": crc
-            for part, writer in writers.items() for name, crc in writer.close().items()}
+    sums = {
+        f"{part}/{name}": crc
+        for part, writer in writers.items()
+        for name, crc in writer.close().items()
+    }
     if first:
         sums["bad_rows.jsonl"] = _crc32(folder / "bad_rows.jsonl")
-    counts = {"rows": sum(counts["rows"] for counts in parts.values()),
-              "bad": sum(counts["bad_rows"] for counts in parts.values()),
-              "first_bad": first, "largest": largest, "crc32": sums, "parts": parts}
+    counts = {
+        "rows": sum(counts["rows"] for counts in parts.values()),
+        "bad": sum(counts["bad_rows"] for counts in parts.values()),
+        "first_bad": first,
+        "largest": largest,
+        "crc32": sums,
+        "parts": parts,
+    }
     (folder / "counts.json").write_text(json.dumps(counts | {"own_crc32": _own_crc32(counts)}))
 
 
-def count_unread(document: Document, unread: dict[str, dict[str, int]],
-                 template: str | None) -> None:
+def count_unread(
+    document: Document, unread: dict[str, dict[str, int]], template: str | None
+) -> None:
     """Adds the keys of a document that no reader knows to `unread`, rows by file and key.
 
     template: the chat template, which sees whole messages and may read any key whose name is in it;
@@ -241,14 +292,23 @@ def count_unread(document: Document, unread: dict[str, dict[str, int]],
 
 def _checked(folder: Path, vocabulary: int) -> dict:
     """counts.json of a folder whose tokens are as they were written."""
+
     def damaged(what: str) -> DataError:
-        return DataError(f"{printable(str(folder))}: the tokens kept there are damaged ({what}): "
-                         "delete the folder, and they are made again")
+        return DataError(
+            f"{printable(str(folder))}: the tokens kept there are damaged ({what}): "
+            "delete the folder, and they are made again"
+        )
 
     try:
         counts = json.loads((folder / "counts.json").read_text())
-        wrong = "counts.json" if counts.pop("own_crc32", None) != _own_crc32(counts) else next(
-            (name for name, crc in counts["crc32"].items() if _crc32(folder / name) != crc), None)
+        wrong = (
+            "counts.json"
+            if counts.pop("own_crc32", None) != _own_crc32(counts)
+            else next(
+                (name for name, crc in counts["crc32"].items() if _crc32(folder / name) != crc),
+                None,
+            )
+        )
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise damaged(first_line(error)) from None
     if wrong:
@@ -271,29 +331,42 @@ def _crc32(path: Path) -> int:
 
 
 def _foreign(token: int, vocabulary: int, where: str = "") -> ModelError:
-    return ModelError(f"the tokenizer gives token {token}{where} but the model's vocabulary has "
-                      f"{vocabulary}: they do not belong together")
+    return ModelError(
+        f"the tokenizer gives token {token}{where} but the model's vocabulary has "
+        f"{vocabulary}: they do not belong together"
+    )
 
 
 def _usable(documents: Documents, counts: dict, data, fields) -> None:
     rows, bad = counts["rows"], counts["bad"]
     if bad > data.max_bad_fraction * rows:
-        raise DataError(f"{bad} of {rows} rows cannot be used, more than "
-                        f"data.max_bad_fraction={data.max_bad_fraction}; the first is {counts['first_bad']}; "
-                        "all are listed in bad_rows.jsonl")
+        raise DataError(
+            f"{bad} of {rows} rows cannot be used, more than "
+            f"data.max_bad_fraction={data.max_bad_fraction}; the first is {counts['first_bad']}; "
+            "all are listed in bad_rows.jsonl"
+        )
     for part, paths in (("train", data.train), ("valid", data.valid)):
         if paths and documents.counts[part]["rows"] == documents.counts[part]["bad_rows"]:
             raise DataError(f"{fields.get(part, 'data')}={tuple(paths)} holds no usable row")
     if data.valid_fraction and not (len(documents.train) and len(documents.valid)):
         whole = "all" if len(documents.valid) else "none"
-        raise DataError(f"data.valid_fraction={data.valid_fraction} holds {whole} of the "
-                        f"{rows - bad} documents out: set another share, or 0, or name held-out "
-                        "files in data.valid")
+        raise DataError(
+            f"data.valid_fraction={data.valid_fraction} holds {whole} of the "
+            f"{rows - bad} documents out: set another share, or 0, or name held-out "
+            "files in data.valid"
+        )
 
 
 def share(document: Document) -> float:
-    """A number in [0, 1) that depends on the content alone, so that a document is held out wherever it stands."""
-    return int.from_bytes(hashlib.sha256(document.content().encode("utf-8", "surrogatepass")).digest()[:8]) / 2 ** 64
+    """A number in [0, 1) that depends on the content alone, so that a document is held out wherever
+    it stands.
+    """
+    return (
+        int.from_bytes(
+            hashlib.sha256(document.content().encode("utf-8", "surrogatepass")).digest()[:8]
+        )
+        / 2**64
+    )
 
 
 class _Writer:

@@ -48,8 +48,10 @@ def _turns(tokenizer) -> Turns:
     special = {i for i in special if tokenizer.decode([i]).strip()}
     thought = _rendered(tokenizer, [USER, REPLY | {"reasoning_content": THOUGHT}], (THOUGHT, SAID))
     calls = _rendered(tokenizer, [USER, _calling(FIRST, SECOND)], (FIRST, SECOND))
-    special -= {*_between(tokenizer, thought, THOUGHT, SAID),
-                *_between(tokenizer, calls, FIRST, SECOND)}
+    special -= {
+        *_between(tokenizer, thought, THOUGHT, SAID),
+        *_between(tokenizer, calls, FIRST, SECOND),
+    }
     found: dict[bool, list[int]] = {False: [], True: []}
     for reply, word in ((REPLY, SAID), (_calling(FIRST), FIRST), (_calling(FIRST, SECOND), SECOND)):
         calls = "tool_calls" in reply
@@ -62,16 +64,19 @@ def _turns(tokenizer) -> Turns:
             if then is not None:
                 middle = _between(tokenizer, then, word, NEXT)
                 found[calls] += _ends(tokenizer, last, middle, special)
-    return Turns({tokenizer.convert_ids_to_tokens(i): i for i in found[False] + found[True]},
-                 {calls: next(iter(ids), None) for calls, ids in found.items()},
-                 thought is not None)
+    return Turns(
+        {tokenizer.convert_ids_to_tokens(i): i for i in found[False] + found[True]},
+        {calls: next(iter(ids), None) for calls, ids in found.items()},
+        thought is not None,
+    )
 
 
 def _ends(tokenizer, last: list[int], middle: list[int], special: set[int]) -> list[int]:
     """What ends a reply that has the tokens `last` behind it when it is the last, and `middle` when
     another turn follows."""
-    n = next((n for n, (a, b) in enumerate(zip(last, middle)) if a != b),
-             min(len(last), len(middle)))
+    n = next(
+        (n for n, (a, b) in enumerate(zip(last, middle)) if a != b), min(len(last), len(middle))
+    )
     if both := [i for i in last[:n] if i in special]:
         return [tokenizer.eos_token_id] if tokenizer.eos_token_id in both else both[-1:]
     at_last = [i for i in last if i in special][-1:]
@@ -80,9 +85,14 @@ def _ends(tokenizer, last: list[int], middle: list[int], special: set[int]) -> l
 
 
 def _calling(*names: str) -> dict:
-    return {"role": "assistant", "content": "", "tool_calls": [
-        {"id": f"call0000{n}", "type": "function", "function": {"name": name, "arguments": {}}}
-        for n, name in enumerate(names, 1)]}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": f"call0000{n}", "type": "function", "function": {"name": name, "arguments": {}}}
+            for n, name in enumerate(names, 1)
+        ],
+    }
 
 
 def _rendered(tokenizer, messages: Sequence[dict], words: Sequence[str]) -> str | None:
@@ -102,5 +112,6 @@ def _between(tokenizer, text: str | None, word: str, then: str | None = None) ->
         return []
     start, stop = text.index(word) + len(word), text.index(then) if then else len(text)
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [i for i, (a, b) in zip(out["input_ids"], out["offset_mapping"])
-            if start <= a < b <= stop]
+    return [
+        i for i, (a, b) in zip(out["input_ids"], out["offset_mapping"]) if start <= a < b <= stop
+    ]

@@ -20,8 +20,9 @@ from lljax.report.words import short_length
 class Asking:
     """How models are asked, greedily.
 
-    samples, seed: as `Task.examples` takes them. chat: through the chat template, but for examples that say no. stop: tokens
-    that end an answer. rows: examples side by side. cache_dtype: as `generate` takes it.
+    samples, seed: as `Task.examples` takes them. chat: through the chat template, but for examples
+      that say no. stop: tokens that end an answer. rows: examples side by side. cache_dtype: as
+      `generate` takes it.
     """
 
     tokenizer: object
@@ -40,12 +41,17 @@ class Asking:
     def tokens(self, example: Example) -> list[int]:
         """What the model reads."""
         if self.chat and example.chat:
-            return chat_tokens(self.tokenizer, [{"role": "user", "content": example.prompt}], example.answer_prefix)
+            return chat_tokens(
+                self.tokenizer, [{"role": "user", "content": example.prompt}], example.answer_prefix
+            )
         return text_tokens(self.tokenizer, example.text)
 
 
-def too_short(tasks: Sequence[Task], lengths: Sequence[int], asking: Asking) -> dict[tuple[str, int], str]:
-    """Makes the first example of every task and length, so that mistakes show before a model is loaded.
+def too_short(
+    tasks: Sequence[Task], lengths: Sequence[int], asking: Asking
+) -> dict[tuple[str, int], str]:
+    """Makes the first example of every task and length, so that mistakes show before a model is
+    loaded.
 
     Returns by task and length why there can be none. Raises what `Task.examples` does.
     """
@@ -59,41 +65,88 @@ def too_short(tasks: Sequence[Task], lengths: Sequence[int], asking: Asking) -> 
     return reasons
 
 
-def answer(model: nnx.Module, name: str, key: str, tasks: Sequence[Task], lengths: Sequence[int], asking: Asking,
-           made: Predictions, *, dtype=jnp.float32, layout: Layout | None = None,
-           progress: Callable[[Iterable, str], Iterable] = lambda items, title: items) -> Iterator[Score]:
+def answer(
+    model: nnx.Module,
+    name: str,
+    key: str,
+    tasks: Sequence[Task],
+    lengths: Sequence[int],
+    asking: Asking,
+    made: Predictions,
+    *,
+    dtype=jnp.float32,
+    layout: Layout | None = None,
+    progress: Callable[[Iterable, str], Iterable] = lambda items, title: items,
+) -> Iterator[Score]:
     """The score of every task at every length; NaN where the length is too short for it.
 
-    name: of the model in the scores. key: in `made`, where what it answered before is found, and the rest is added.
+    name: of the model in the scores. key: in `made`, where what it answered before is found, and
+      the rest is added.
     layout: as `generate` takes it. progress(iterable, title) may wrap the iteration over examples.
     """
     for task in tasks:
         for length in lengths:
-            source = progress(asking.examples(task, length), f"{name}: {task.name} at {short_length(length)}")
+            source = progress(
+                asking.examples(task, length), f"{name}: {task.name} at {short_length(length)}"
+            )
             try:
-                examples, texts = _answers(model, (key, task.name, length), source, asking, made, dtype=dtype, layout=layout)
+                examples, texts = _answers(
+                    model,
+                    (key, task.name, length),
+                    source,
+                    asking,
+                    made,
+                    dtype=dtype,
+                    layout=layout,
+                )
             except TooShort:
                 yield Score(name, task.name, length, math.nan, 0)
                 continue
-            yield Score(name, task.name, length, task.score(texts, examples), len(examples),
-                        group_scores(task, texts, examples))
+            yield Score(
+                name,
+                task.name,
+                length,
+                task.score(texts, examples),
+                len(examples),
+                group_scores(task, texts, examples),
+            )
 
 
-def _answers(model, place: tuple[str, str, int], source: Iterable[Example], asking: Asking, made: Predictions, **how):
-    """The examples, without their prompts, and what the model answered. place: of the answers in `made`.
-    how: for `generate`."""
+def _answers(
+    model,
+    place: tuple[str, str, int],
+    source: Iterable[Example],
+    asking: Asking,
+    made: Predictions,
+    **how,
+):
+    """The examples, without their prompts, and what the model answered. place: of the answers in
+    `made`.
+    how: for `generate`.
+    """
     examples, texts, waiting = [], {}, []
 
     def ask():
         prompts = [np.asarray(asking.tokens(example), np.int32) for example in waiting]
-        done = generate(model, prompts, tokens=max(example.tokens for example in waiting), stop=asking.stop,
-                        rows=asking.rows, cache_dtype=asking.cache_dtype, **how)
+        done = generate(
+            model,
+            prompts,
+            tokens=max(example.tokens for example in waiting),
+            stop=asking.stop,
+            rows=asking.rows,
+            cache_dtype=asking.cache_dtype,
+            **how,
+        )
         for example, completion in zip(waiting, done):
-            texts[example.id] = asking.tokenizer.decode(completion.tokens[:example.tokens], skip_special_tokens=True)
+            texts[example.id] = asking.tokenizer.decode(
+                completion.tokens[: example.tokens], skip_special_tokens=True
+            )
             made.add(*place, example, texts[example.id])
         waiting.clear()
+
     for example in source:
-        examples.append(dataclasses.replace(example, prompt=""))     # scores do not need it, and it is long
+        # scores do not need it, and it is long
+        examples.append(dataclasses.replace(example, prompt=""))
         known = made.find(*place, example)
         if known is None:
             waiting.append(example)

@@ -1,6 +1,8 @@
-"""lm-evaluation-harness over lljax (pip install -e '.[lm-eval]'): importing this registers the model "lljax" with it.
+"""lm-evaluation-harness over lljax (pip install -e '.[lm-eval]'): importing this registers the
+model "lljax" with it.
 
-python -m lljax.evaluation.harness run --model=lljax --model_args=workdir=runs/quickstart --tasks=...
+python -m lljax.evaluation.harness run --model=lljax --model_args=workdir=runs/quickstart
+--tasks=...
 """
 
 from pathlib import Path
@@ -21,27 +23,49 @@ from lljax.generation.sample import Sampling
 from lljax.interop.open import end_tokens, tokenizer_fingerprint
 from lljax.run.open import of_base, of_run
 
-SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
-            "repetition_penalty": "repetition"}          # the harness's name of it, and ours
+SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition",
+}  # the harness's name of it, and ours
 OTHERS = {"until", "max_gen_toks", "do_sample"}
 
 
 @register_model("lljax")
 class LljaxLM(TemplateLM):
-    """model_args: workdir, a run; or path, a base, and adapter, the folder of one in PEFT's format. max_length: of what is
-    read, by default what the model was made for. batch_size: texts side by side. max_gen_toks: where a task says nothing.
+    """model_args: workdir, a run; or path, a base, and adapter, the folder of one in PEFT's format.
+    max_length: of what is read, by default what the model was made for. batch_size: texts side by
+    side. max_gen_toks: where a task says nothing.
     """
 
-    def __init__(self, path: str = "", adapter: str = "", workdir: str = "", max_length: int = 0, batch_size: int | str = 4,
-                 max_gen_toks: int = 256, device: str | None = None, max_batch_size: int | None = None):
+    def __init__(
+        self,
+        path: str = "",
+        adapter: str = "",
+        workdir: str = "",
+        max_length: int = 0,
+        batch_size: int | str = 4,
+        max_gen_toks: int = 256,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
         super().__init__()
         if bool(path) == bool(workdir):
-            raise ConfigError("model_args of lljax: name either path=BASE (with adapter=FOLDER or without) or workdir=RUN")
-        found = of_run(Path(workdir)) if workdir else of_base(path, Path(adapter) if adapter else None)
+            raise ConfigError(
+                "model_args of lljax: name either path=BASE (with adapter=FOLDER or without) or workdir=RUN"
+            )
+        found = (
+            of_run(Path(workdir)) if workdir else of_base(path, Path(adapter) if adapter else None)
+        )
         self.model, self.dtype, self.layout = found.models[-1].load(), found.dtype, found.layout
         self.tokenizer = with_template(found.base.tokenizer())
         self.stop = end_tokens(found.base, self.tokenizer)
-        self.max_length, self.max_gen_toks = int(max_length) or self.model.spec.max_length, int(max_gen_toks)
+        self.max_length, self.max_gen_toks = (
+            int(max_length) or self.model.spec.max_length,
+            int(max_gen_toks),
+        )
         try:
             self.rows = int(batch_size)
         except ValueError:
@@ -61,27 +85,41 @@ class LljaxLM(TemplateLM):
         return tokenizer_fingerprint(self.tokenizer)
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        return chat_text(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt,
-                         continue_final_message=not add_generation_prompt)
+        return chat_text(
+            self.tokenizer,
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """bos comes first where the tokenizer wants it, and once where a chat template has written it."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
+        """bos comes first where the tokenizer wants it, and once where a chat template has written
+        it.
+        """
         ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
         if add_special_tokens is not False and adds_bos(self.tokenizer) and ids[:1] != [bos]:
             return [bos, *ids]
         return ids
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests, disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
         """The end of what is longer than `max_length` is read."""
         pairs = []
         for _, context, continuation in requests:
             over = max(len(context) + len(continuation) - self.max_length - 1, 0)
             if over >= len(context):
-                raise ConfigError(f"a continuation of {len(continuation)} tokens leaves no room for context in "
-                                  f"{self.max_length}: raise max_length in model_args")
+                raise ConfigError(
+                    f"a continuation of {len(continuation)} tokens leaves no room for context in "
+                    f"{self.max_length}: raise max_length in model_args"
+                )
             pairs.append((context[over:], continuation))
-        found = log_likelihoods(self.model, pairs, rows=self.rows, dtype=self.dtype, layout=self.layout)
+        found = log_likelihoods(
+            self.model, pairs, rows=self.rows, dtype=self.dtype, layout=self.layout
+        )
         for (texts, *_), result in zip(requests, found):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
@@ -91,7 +129,9 @@ class LljaxLM(TemplateLM):
         pieces, owner = [], []
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+            for window in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.max_length, 1
+            ):
                 pieces.append((None, *make_disjoint_window(window)))
                 owner.append(i)
         sums = [0.0] * len(requests)
@@ -102,7 +142,9 @@ class LljaxLM(TemplateLM):
         return sums
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Requests with the same settings go side by side. The end of a context that is too long is read."""
+        """Requests with the same settings go side by side. The end of a context that is too long is
+        read.
+        """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
@@ -111,16 +153,33 @@ class LljaxLM(TemplateLM):
             settings = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
             if unknown := sorted(settings.keys() - OTHERS - SAMPLING.keys()):
                 raise ConfigError(f"generation settings of the task: {unknown[0]} is not supported")
-            sampling = Sampling(**{ours: settings[theirs] for theirs, ours in SAMPLING.items() if theirs in settings})
+            sampling = Sampling(
+                **{
+                    ours: settings[theirs]
+                    for theirs, ours in SAMPLING.items()
+                    if theirs in settings
+                }
+            )
             tokens = settings["max_gen_toks"]
             if tokens >= self.max_length:
-                raise ConfigError(f"max_gen_toks={tokens} leaves nothing to read of {self.max_length} tokens: raise max_length "
-                                  "in model_args")
+                raise ConfigError(
+                    f"max_gen_toks={tokens} leaves nothing to read of {self.max_length} tokens: raise max_length "
+                    "in model_args"
+                )
             read = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in members]
-            prompts = [np.asarray(ids[tokens - self.max_length:], np.int32) for ids in read]
-            done = generate(self.model, prompts, tokens=tokens, sampling=sampling, stop=self.stop,
-                            stop_strings=tuple(settings["until"]), tokenizer=self.tokenizer, rows=self.rows, dtype=self.dtype,
-                            layout=self.layout)
+            prompts = [np.asarray(ids[tokens - self.max_length :], np.int32) for ids in read]
+            done = generate(
+                self.model,
+                prompts,
+                tokens=tokens,
+                sampling=sampling,
+                stop=self.stop,
+                stop_strings=tuple(settings["until"]),
+                tokenizer=self.tokenizer,
+                rows=self.rows,
+                dtype=self.dtype,
+                layout=self.layout,
+            )
             for i, completion in zip(members, done):
                 texts[i] = completion.text
                 self.cache_hook.add_partial("generate_until", requests[i].args, completion.text)

@@ -1,4 +1,5 @@
-"""LongBench v2 (Bai et al. 2024, arXiv 2412.15204): 503 questions with four choices, from its data.json or a JSONL file.
+"""LongBench v2 (Bai et al. 2024, arXiv 2412.15204): 503 questions with four choices, from its
+data.json or a JSONL file.
 
 Its authors sample at temperature 0.1; whoever generates here decides.
 """
@@ -13,40 +14,75 @@ from lljax.evaluation.records import read_rows
 from lljax.evaluation.sizes import Counter, cut_middle
 from lljax.evaluation.task import Example, Task, TooShort, mean
 
-PROMPT = ("Please read the following text and answer the question below.\n\n<text>\n$DOC$\n</text>\n\nWhat is the correct "
-          "answer to this question: $Q$\nChoices:\n(A) $C_A$\n(B) $C_B$\n(C) $C_C$\n(D) $C_D$\n\nFormat your response as "
-          'follows: "The correct answer is (insert answer here)".')
+PROMPT = (
+    "Please read the following text and answer the question below.\n\n<text>\n$DOC$\n</text>\n\nWhat is the correct "
+    "answer to this question: $Q$\nChoices:\n(A) $C_A$\n(B) $C_B$\n(C) $C_C$\n(D) $C_D$\n\nFormat your response as "
+    'follows: "The correct answer is (insert answer here)".'
+)
 TOKENS = 128
-FIELDS = dict.fromkeys(("_id", "domain", "sub_domain", "difficulty", "length", "question", "choice_A", "choice_B", "choice_C",
-                        "choice_D", "answer", "context"), str)
+FIELDS = dict.fromkeys(
+    (
+        "_id",
+        "domain",
+        "sub_domain",
+        "difficulty",
+        "length",
+        "question",
+        "choice_A",
+        "choice_B",
+        "choice_C",
+        "choice_D",
+        "answer",
+        "context",
+    ),
+    str,
+)
 GROUPS = {"difficulty": ("easy", "hard"), "length": ("short", "medium", "long")}
 
 
 def task(path: Path | None) -> Task:
-    return Task("longbench2", functools.partial(_examples, path),
-                mean(lambda prediction, example: float(choice(prediction) == example.answers[0])))
+    return Task(
+        "longbench2",
+        functools.partial(_examples, path),
+        mean(lambda prediction, example: float(choice(prediction) == example.answers[0])),
+    )
 
 
 def choice(prediction: str) -> str | None:
     """The letter that the prediction gives in the form asked for."""
     text = prediction.replace("*", "")
-    found = re.search(r"The correct answer is \(([A-D])\)", text) or re.search(r"The correct answer is ([A-D])", text)
+    found = re.search(r"The correct answer is \(([A-D])\)", text) or re.search(
+        r"The correct answer is ([A-D])", text
+    )
     return found and found[1]
 
 
-def _examples(path: Path | None, tokenizer, length: int, samples: int | None, seed: int) -> Iterator[Example]:
+def _examples(
+    path: Path | None, tokenizer, length: int, samples: int | None, seed: int
+) -> Iterator[Example]:
     if path is None:
         raise ConfigError("LongBench v2 is read from its file: name it with --longbench2")
     if length < 2 * TOKENS:
-        raise TooShort(f"longbench2: {TOKENS} tokens are written, too many for a length of {length}: ask for longer ones "
-                       "with --lengths")
+        raise TooShort(
+            f"longbench2: {TOKENS} tokens are written, too many for a length of {length}: ask for longer ones "
+            "with --lengths"
+        )
     counter = Counter(tokenizer)
     for i, row in enumerate(read_rows(path, FIELDS)[:samples], 1):
         for field, known in {**GROUPS, "answer": tuple("ABCD")}.items():
             if row[field] not in known:
                 raise DataError(f"{path}: row {i}: {field!r} is none of {', '.join(known)}")
-        parts = {"DOC": "context", "Q": "question", **{f"C_{letter}": f"choice_{letter}" for letter in "ABCD"}}
+        parts = {
+            "DOC": "context",
+            "Q": "question",
+            **{f"C_{letter}": f"choice_{letter}" for letter in "ABCD"},
+        }
         # In one go: a document may hold $Q$ itself.
         text = re.sub(r"\$(DOC|Q|C_[A-D])\$", lambda found: row[parts[found[1]]].strip(), PROMPT)
-        yield Example(row["_id"], cut_middle(counter, text, length - TOKENS), (row["answer"],), TOKENS,
-                      groups=tuple(row[field] for field in GROUPS))
+        yield Example(
+            row["_id"],
+            cut_middle(counter, text, length - TOKENS),
+            (row["answer"],),
+            TOKENS,
+            groups=tuple(row[field] for field in GROUPS),
+        )

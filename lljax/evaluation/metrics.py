@@ -1,6 +1,7 @@
 """The grades of LongBench, RULER and needles: of one prediction, from 0 to 1.
 
-LongBench: github.com/THUDM/LongBench, LongBench/metrics.py. RULER: github.com/NVIDIA/RULER, scripts/eval.
+LongBench: github.com/THUDM/LongBench, LongBench/metrics.py. RULER: github.com/NVIDIA/RULER,
+  scripts/eval.
 """
 
 import difflib
@@ -13,8 +14,10 @@ from lljax.errors import ConfigError
 from lljax.evaluation.rouge import rouge_l
 from lljax.evaluation.task import Example
 
-CHINESE_PUNCTUATION = ("！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗"
-                       "〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏.")
+CHINESE_PUNCTUATION = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗"
+    "〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
 PARAGRAPH = re.compile(r"(?:Paragraph |段落)(\d+)")
 DROPPED = str.maketrans("", "", string.punctuation)
 DROPPED_CHINESE = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
@@ -40,15 +43,19 @@ def segmented(text: str) -> list[str]:
     try:
         import jieba
     except ImportError:
-        raise ConfigError("the Chinese tasks of LongBench are scored by words that jieba finds: pip install -e '.[zh]', or "
-                          "leave them out of --tasks") from None
-    jieba.setLogLevel("ERROR")               # it announces its dictionary on stderr
+        raise ConfigError(
+            "the Chinese tasks of LongBench are scored by words that jieba finds: pip install -e '.[zh]', or "
+            "leave them out of --tasks"
+        ) from None
+    jieba.setLogLevel("ERROR")  # it announces its dictionary on stderr
     return list(jieba.cut(text, cut_all=False))
 
 
 def qa_f1_zh(prediction: str, answer: str) -> float:
-    tokens = [["".join(word.lower().translate(DROPPED_CHINESE).split()) for word in segmented(text)]
-              for text in (prediction, answer)]
+    tokens = [
+        ["".join(word.lower().translate(DROPPED_CHINESE).split()) for word in segmented(text)]
+        for text in (prediction, answer)
+    ]
     return f1(*([token for token in found if token] for found in tokens))
 
 
@@ -59,8 +66,10 @@ def rouge_l_zh(prediction: str, answer: str) -> float:
 def classification(prediction: str, answer: str, classes: Sequence[str]) -> float:
     """1 / the number of classes that the prediction names, if the answer is among them.
 
-    A class whose name is part of the answer's is not counted, but for one whose neighbour in the list has just been
-    dropped: LongBench removes from the list that it walks through, and its scores are compared with.
+    A class whose name is part of the answer's is not counted, but for one whose neighbour in the
+    list has just been
+    dropped: LongBench removes from the list that it walks through, and its scores are compared
+      with.
     """
     named = [name for name in classes if name in prediction]
     i = 0
@@ -108,7 +117,9 @@ def printable(prediction: str) -> str:
 
 
 def matches_all(prediction: str, answers: Sequence[str]) -> float:
-    """RULER's string_match_all: the share of the answers that the prediction holds, in any case of letters."""
+    """RULER's string_match_all: the share of the answers that the prediction holds, in any case of
+    letters.
+    """
     text = printable(prediction).lower()
     return sum(answer.lower() in text for answer in answers) / len(answers)
 

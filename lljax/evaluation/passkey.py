@@ -1,9 +1,11 @@
-"""Passkey retrieval: a number hidden in the noise of Landmark attention (Mohtashami & Jaggi 2023, arXiv 2305.16300).
+"""Passkey retrieval: a number hidden in the noise of Landmark attention (Mohtashami & Jaggi 2023,
+arXiv 2305.16300).
 
-passkey/longlora is LongLoRA's passkey_retrivial.py to the letter: garbage counted in characters, its seeds, and exactly as
-many new tokens as the key has, all of which must be right. passkey/landmark asks the same and takes the first number of
-ten new tokens. Counted so, a text may be longer than `length`: by 1% with Llama's tokenizer, by half with one of code.
-passkey/tokens is LongLoRA's with a text that fills `length` whatever the tokenizer.
+passkey/longlora is LongLoRA's passkey_retrivial.py to the letter: garbage counted in characters,
+its seeds, and exactly as many new tokens as the key has, all of which must be right.
+passkey/landmark asks the same and takes the first number of ten new tokens. Counted so, a text may
+be longer than `length`: by 1% with Llama's tokenizer, by half with one of code. passkey/tokens is
+LongLoRA's with a text that fills `length` whatever the tokenizer.
 """
 
 import functools
@@ -17,26 +19,32 @@ from lljax.evaluation.metrics import first_number
 from lljax.evaluation.sizes import Counter, largest
 from lljax.evaluation.task import Example, Task, TooShort, mean
 
-TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
-        "the important information there.")
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
+    "the important information there."
+)
 KEY = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key?"
 PREFIX = " The pass key is"
-CHARACTERS = 3.75                            # of garbage for a token, as LongLoRA has it
-SAMPLES = {"longlora": 10, "landmark": 50, "tokens": 10}         # theirs; their seeds are 0, 1, 2 ...
+CHARACTERS = 3.75  # of garbage for a token, as LongLoRA has it
+SAMPLES = {"longlora": 10, "landmark": 50, "tokens": 10}  # theirs; their seeds are 0, 1, 2 ...
 
 
 def tasks() -> dict[str, Task]:
     """The three, by name."""
-    return {f"passkey/{name}": Task(f"passkey/{name}", functools.partial(_examples, name), mean(grade))
-            for name, grade in (("longlora", same), ("landmark", first_number), ("tokens", same))}
+    return {
+        f"passkey/{name}": Task(f"passkey/{name}", functools.partial(_examples, name), mean(grade))
+        for name, grade in (("longlora", same), ("landmark", first_number), ("tokens", same))
+    }
 
 
 def same(prediction: str, example: Example) -> float:
     return float(prediction.strip() == example.answers[0])
 
 
-def _examples(name: str, tokenizer, length: int, samples: int | None, seed: int) -> Iterator[Example]:
+def _examples(
+    name: str, tokenizer, length: int, samples: int | None, seed: int
+) -> Iterator[Example]:
     counter, n = Counter(tokenizer), 1
     before = len(counter.ids(PREFIX))
     for i in range(seed, seed + (SAMPLES[name] if samples is None else samples)):
@@ -49,20 +57,24 @@ def _examples(name: str, tokenizer, length: int, samples: int | None, seed: int)
 
 
 def landmark_text(length: int, seed: int) -> tuple[list[str], str]:
-    """LongLoRA's lines for `length` tokens, and the key. Its randomness is NumPy's global one, of which this is a copy.
+    """LongLoRA's lines for `length` tokens, and the key. Its randomness is NumPy's global one, of
+    which this is a copy.
 
     Raises:
       TooShort: the garbage rounds down to nothing.
     """
     garbage = int(CHARACTERS * length // 1024 * 1024)
     if not garbage:
-        raise TooShort(f"passkey: at {length} tokens LongLoRA's rule leaves no garbage: ask for 274 or more with --lengths, "
-                       "or for passkey/tokens")
+        raise TooShort(
+            f"passkey: at {length} tokens LongLoRA's rule leaves no garbage: ask for 274 or more with --lengths, "
+            "or for passkey/tokens"
+        )
     rng = np.random.RandomState(seed)
     before = rng.randint(0, garbage)
     key = str(rng.randint(1, 50_000))
-    text = " ".join(haystack.noise(garbage // 17 + 1))   # five sentences and their spaces are 90 characters
-    return [TASK, text[:before], KEY.format(key=key), text[:garbage - before]], key
+    # five sentences and their spaces are 90 characters
+    text = " ".join(haystack.noise(garbage // 17 + 1))
+    return [TASK, text[:before], KEY.format(key=key), text[: garbage - before]], key
 
 
 def _filled(counter: Counter, length: int, seed: int, guess: int) -> tuple[list[str], str, int]:
@@ -70,7 +82,12 @@ def _filled(counter: Counter, length: int, seed: int, guess: int) -> tuple[list[
         rng = random.Random(f"{seed} passkey {length}")
         key, sentences = str(rng.randint(1, 50_000)), rng.random()
         before = round(sentences * n)
-        return [TASK, " ".join(haystack.noise(before)), KEY.format(key=key), " ".join(haystack.noise(n - before))], key
+        return [
+            TASK,
+            " ".join(haystack.noise(before)),
+            KEY.format(key=key),
+            " ".join(haystack.noise(n - before)),
+        ], key
 
     def size(n):
         text, key = lines(n)
@@ -78,6 +95,8 @@ def _filled(counter: Counter, length: int, seed: int, guess: int) -> tuple[list[
 
     n = largest(size, length, least=1, guess=guess)
     if n is None:
-        raise TooShort(f"passkey/tokens: task, key and question take {size(1)} of {length} tokens: ask for longer ones with "
-                       "--lengths")
+        raise TooShort(
+            f"passkey/tokens: task, key and question take {size(1)} of {length} tokens: ask for longer ones with "
+            "--lengths"
+        )
     return *lines(n), n

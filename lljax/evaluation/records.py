@@ -1,4 +1,6 @@
-"""Benchmark files in the schema they were published in. What does not hold to it is named by file, line and field."""
+"""Benchmark files in the schema they were published in. What does not hold to it is named by file,
+line and field.
+"""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +8,13 @@ from pathlib import Path
 
 from lljax.errors import DataError
 
-TYPES = {str: "a text", int: "a whole number", list: "a list", dict: "an object", bool: "true or false"}
+TYPES = {
+    str: "a text",
+    int: "a whole number",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+}
 
 
 def read_json(path: Path):
@@ -19,9 +27,11 @@ def read_json(path: Path):
 
 
 def read_rows(path: Path, fields: Mapping[str, type | None]) -> list[dict]:
-    """The rows of a JSONL file, or of a JSON file that is a list of objects, each with `fields` of these types.
+    """The rows of a JSONL file, or of a JSON file that is a list of objects, each with `fields` of
+    these types.
 
-    A type of None takes what is there. Raises DataError as `read_json`, and where a row lacks a field.
+    A type of None takes what is there. Raises DataError as `read_json`, and where a row lacks a
+    field.
     """
     if path.suffix == ".json":
         rows = read_json(path)
@@ -37,18 +47,21 @@ def read_rows(path: Path, fields: Mapping[str, type | None]) -> list[dict]:
 
 
 def _lines(path: Path):
-    for number, line in enumerate(_text(path).split("\n"), 1):   # splitlines() would also split inside texts
+    # splitlines() would also split inside texts
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             yield number, _parsed(line, f"{path}:{number}")
 
 
 def _text(path: Path) -> str:
-    if path.exists() and not path.is_file():         # a device never ends
+    if path.exists() and not path.is_file():  # a device never ends
         raise DataError(f"{path}: not a regular file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror.lower() if path.exists() else 'there is no such file'}") from None
+        raise DataError(
+            f"{path}: {error.strerror.lower() if path.exists() else 'there is no such file'}"
+        ) from None
     except UnicodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error})") from None
 
@@ -56,7 +69,7 @@ def _text(path: Path) -> str:
 def _parsed(text: str, where: str):
     try:
         value = json.loads(text)
-        if "\\u" in text:                    # a half of a surrogate pair has no place in UTF-8, nor in a tokenizer
+        if "\\u" in text:  # a half of a surrogate pair has no place in UTF-8, nor in a tokenizer
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
@@ -77,7 +90,9 @@ def checked(row, where: str, fields: Mapping[str, type | None]) -> dict:
         if field not in row:
             raise DataError(f"{where}: no field {field!r}; a row has {', '.join(fields)}")
         if kind and not isinstance(row[field], kind):
-            raise DataError(f"{where}: {field!r} is a {type(row[field]).__name__}, not {TYPES[kind]}")
+            raise DataError(
+                f"{where}: {field!r} is a {type(row[field]).__name__}, not {TYPES[kind]}"
+            )
     return row
 
 

@@ -1,4 +1,6 @@
-"""Two ROUGEs: the one LongBench scores with, and the one SCROLLS does. Both are F-measures from 0 to 1."""
+"""Two ROUGEs: the one LongBench scores with, and the one SCROLLS does. Both are F-measures from 0
+to 1.
+"""
 
 import re
 from collections import Counter
@@ -8,12 +10,15 @@ from collections.abc import Sequence
 def rouge_l(prediction: str, answer: str) -> float:
     """ROUGE-L as the package `rouge` 1.0.1 counts it, which LongBench uses.
 
-    Sentences end at every full stop. Words are counted once each: those in a longest common subsequence of any sentence
-    of the answer with any of the prediction, over the different words of either text. An empty text scores 0. (The
-    package recurses, and LongBench gives 0 where a sentence is too long for Python's stack; here it has its true score.)
+    Sentences end at every full stop. Words are counted once each: those in a longest common
+    subsequence of any sentence of the answer with any of the prediction, over the different words
+    of either text. An empty text scores 0. (The package recurses, and LongBench gives 0 where a
+    sentence is too long for Python's stack; here it has its true score.)
     """
-    predicted, wanted = ([" ".join(part.split()).split(" ") for part in text.split(".") if part]
-                         for text in (prediction, answer))
+    predicted, wanted = (
+        [" ".join(part.split()).split(" ") for part in text.split(".") if part]
+        for text in (prediction, answer)
+    )
     if not predicted or not wanted:
         return 0.0
     common = {word for w in wanted for p in predicted for word in _common_words(w, p)}
@@ -23,7 +28,9 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 
 def _common_words(x: Sequence[str], y: Sequence[str]) -> list[str]:
-    """One longest common subsequence: of several, the one found from the end by shortening y first."""
+    """One longest common subsequence: of several, the one found from the end by shortening y
+    first.
+    """
     table = _lengths(x, y)
     i, j, found = len(x), len(y), []
     while i and j:
@@ -51,11 +58,17 @@ def _lengths(x: Sequence[str], y: Sequence[str]) -> list[list[int]]:
 def scrolls_rouge(prediction: str, answer: str) -> tuple[float, float, float]:
     """ROUGE-1, ROUGE-2 and ROUGE-L as the package `rouge_score` counts them without stemming."""
     predicted, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, answer))
-    grams = [Counter(zip(*(words[i:] for i in range(n)))) for n in (1, 2) for words in (predicted, wanted)]
+    grams = [
+        Counter(zip(*(words[i:] for i in range(n))))
+        for n in (1, 2)
+        for words in (predicted, wanted)
+    ]
     common = _lengths(predicted, wanted)[-1][-1]
-    return (_f((grams[0] & grams[1]).total(), len(predicted), len(wanted)),
-            _f((grams[2] & grams[3]).total(), len(predicted) - 1, len(wanted) - 1),
-            _f(common, len(predicted), len(wanted)))
+    return (
+        _f((grams[0] & grams[1]).total(), len(predicted), len(wanted)),
+        _f((grams[2] & grams[3]).total(), len(predicted) - 1, len(wanted) - 1),
+        _f(common, len(predicted), len(wanted)),
+    )
 
 
 def _f(common: int, predicted: int, wanted: int) -> float:

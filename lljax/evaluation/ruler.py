@@ -1,9 +1,11 @@
-"""RULER: needles, variable chains and word counts, made on the spot for the run's own tokenizer and length.
+"""RULER: needles, variable chains and word counts, made on the spot for the run's own tokenizer and
+length.
 
-Hsieh et al. 2024, arXiv 2404.06654; github.com/NVIDIA/RULER. Prompts, counts, word lists and scores are RULER's. Where it
-hides needles in essays that may not be handed on, other text stands in, and the task's name ends in _local: such scores
-compare with each other only. qa_1 (SQuAD) and qa_2 (HotpotQA) are made from the data sets' own files.
-Below 4,096 tokens, where RULER ends, a haystack of needles is filled up with sentences of the noise.
+Hsieh et al. 2024, arXiv 2404.06654; github.com/NVIDIA/RULER. Prompts, counts, word lists and scores
+are RULER's. Where it hides needles in essays that may not be handed on, other text stands in, and
+the task's name ends in _local: such scores compare with each other only. qa_1 (SQuAD) and qa_2
+(HotpotQA) are made from the data sets' own files. Below 4,096 tokens, where RULER ends, a haystack
+of needles is filled up with sentences of the noise.
 """
 
 import dataclasses
@@ -23,51 +25,68 @@ from lljax.evaluation.ruler_qa import Questions, hotpotqa, squad
 from lljax.evaluation.sizes import Counter, largest
 from lljax.evaluation.task import Example, Sources, Task, TooShort, mean
 
-THRESHOLD = 85.6                             # Llama2-7B's mean over all thirteen at 4,096 tokens
-SAMPLES = 500                                # of a task at a length
-SHORTEST = 4_096                             # tokens; RULER's own lengths start here
-SHOT = 500                                   # tokens of vt's worked example
-HOPS = 4                                     # of vt's chain
-DEPTHS = [round(100 * i / 39) for i in range(40)]      # percent: where needles may lie in prose
-COMMON = 10                                  # words that cwe asks for
+THRESHOLD = 85.6  # Llama2-7B's mean over all thirteen at 4,096 tokens
+SAMPLES = 500  # of a task at a length
+SHORTEST = 4_096  # tokens; RULER's own lengths start here
+SHOT = 500  # tokens of vt's worked example
+HOPS = 4  # of vt's chain
+DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent: where needles may lie in prose
+COMMON = 10  # words that cwe asks for
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-ONE = ("A special magic {single} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
-       "{single} afterwards.\n{context}\nWhat is the special magic {single} for {query} mentioned in the provided text?",
-       " The special magic {single} for {query} mentioned in the provided text is")
-SEVERAL = ("Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
-           "the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided "
-           "text?", " The special magic {kind} for {query} mentioned in the provided text are")
-CHAIN = ("Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find "
-         "all variables that are assigned the value {value} in the text above.",
-         " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assigned the value "
-         "{value}, they are: ")
-LIST = ("Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear "
-        "most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
-        " Answer: The top 10 words that appear most often in the list are:")
-CODED = ("Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
-         "coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three "
-         "most frequently appeared words in the above coded text?",
-         " Answer: According to the coded text above, the three most frequently appeared words are:")
-DOCUMENTS = ("Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
-             "The following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give "
-             "me the answer and do not output any other words.\n\nQuestion: {query}", " Answer:")
+ONE = (
+    "A special magic {single} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "{single} afterwards.\n{context}\nWhat is the special magic {single} for {query} mentioned in the provided text?",
+    " The special magic {single} for {query} mentioned in the provided text is",
+)
+SEVERAL = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
+    "the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided "
+    "text?",
+    " The special magic {kind} for {query} mentioned in the provided text are",
+)
+CHAIN = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find "
+    "all variables that are assigned the value {value} in the text above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assigned the value "
+    "{value}, they are: ",
+)
+LIST = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear "
+    "most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
+    " Answer: The top 10 words that appear most often in the list are:",
+)
+CODED = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
+    "coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three "
+    "most frequently appeared words in the above coded text?",
+    " Answer: According to the coded text above, the three most frequently appeared words are:",
+)
+DOCUMENTS = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+    "The following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give "
+    "me the answer and do not output any other words.\n\nQuestion: {query}",
+    " Answer:",
+)
 
-Made = tuple[str, str, list[str]]            # prompt, answer prefix, answers
+Made = tuple[str, str, list[str]]  # prompt, answer prefix, answers
 
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """make(rng, index, n): the sample with a haystack of n units, of which it needs at least `least`."""
+    """make(rng, index, n): the sample with a haystack of n units, of which it needs at least
+    `least`.
+    """
 
     make: Callable[[random.Random, int, int], Made]
     least: int
-    samples: int = SAMPLES                   # how many there can be
+    samples: int = SAMPLES  # how many there can be
 
 
 @dataclasses.dataclass(frozen=True)
 class Needles:
-    """Needles of `keys` (words | uuids) and `values` (numbers | uuids) in a haystack of noise, prose or other needles.
+    """Needles of `keys` (words | uuids) and `values` (numbers | uuids) in a haystack of noise,
+    prose or other needles.
 
     k keys with v values each; q of the keys are asked for.
     """
@@ -82,34 +101,51 @@ class Needles:
 
 def needles(kind: Needles, text: Path | None, counter: Counter, length: int) -> Maker:
     template, prefix = ONE if kind.q * kind.v == 1 else SEVERAL
-    line = NEEDLE.format(kind=kind.values, key=_names(kind.keys, random.Random(0), 1)[0],
-                         value=_values(kind.values, random.Random(0), 1)[0])
+    line = NEEDLE.format(
+        kind=kind.values,
+        key=_names(kind.keys, random.Random(0), 1)[0],
+        value=_values(kind.values, random.Random(0), 1)[0],
+    )
     # How many sentences of noise fill the place of one needle.
-    per = max(1, len(haystack.NOISE) * counter(line) // counter(haystack.noise(5)[0])) if length < SHORTEST else 1
+    per = (
+        max(1, len(haystack.NOISE) * counter(line) // counter(haystack.noise(5)[0]))
+        if length < SHORTEST
+        else 1
+    )
 
     def make(rng, index, n):
         others = n // per if kind.where == "needles" else 0
         names = _names(kind.keys, rng, kind.k + others)
         values = _values(kind.values, rng, kind.k * kind.v + others)
-        hidden = [NEEDLE.format(kind=kind.values, key=names[i // kind.v], value=values[i]) for i in range(kind.k * kind.v)]
+        hidden = [
+            NEEDLE.format(kind=kind.values, key=names[i // kind.v], value=values[i])
+            for i in range(kind.k * kind.v)
+        ]
         rng.shuffle(hidden)
         if kind.where == "prose":
             context = _hide_in_prose(haystack.first_words(haystack.prose(text), n), hidden, rng)
         elif kind.where == "noise":
             context = "\n".join(_inserted(haystack.noise(n), hidden, rng))
         else:
-            lines = [NEEDLE.format(kind=kind.values, key=key, value=value)
-                     for key, value in zip(names[kind.k:], values[kind.k * kind.v:])]
+            lines = [
+                NEEDLE.format(kind=kind.values, key=key, value=value)
+                for key, value in zip(names[kind.k :], values[kind.k * kind.v :])
+            ]
             context = "\n".join(_inserted(lines, hidden, rng) + haystack.noise(n % per))
         asked = rng.sample(range(kind.k), kind.q)
         query = [names[i] for i in asked]
-        words = {"kind": kind.values, "single": kind.values[:-1],
-                 "query": ", ".join(query[:-1]) + ", and " + query[-1] if kind.q > 1 else query[0]}
-        answers = [value for i in asked for value in values[i * kind.v:(i + 1) * kind.v]]
+        words = {
+            "kind": kind.values,
+            "single": kind.values[:-1],
+            "query": ", ".join(query[:-1]) + ", and " + query[-1] if kind.q > 1 else query[0],
+        }
+        answers = [value for i in asked for value in values[i * kind.v : (i + 1) * kind.v]]
         return template.format(context=context, **words), prefix.format(**words), answers
 
     hidden = kind.k * kind.v
-    return Maker(make, {"noise": len(haystack.NOISE) * hidden, "needles": 2 * per, "prose": 1}[kind.where])
+    return Maker(
+        make, {"noise": len(haystack.NOISE) * hidden, "needles": 2 * per, "prose": 1}[kind.where]
+    )
 
 
 def _names(kind: str, rng, n: int) -> list[str]:
@@ -117,7 +153,11 @@ def _names(kind: str, rng, n: int) -> list[str]:
 
 
 def _values(kind: str, rng, n: int) -> list[str]:
-    return [str(value) for value in rng.sample(range(10 ** 6, 10 ** 7), n)] if kind == "numbers" else _uuids(rng, n)
+    return (
+        [str(value) for value in rng.sample(range(10**6, 10**7), n)]
+        if kind == "numbers"
+        else _uuids(rng, n)
+    )
 
 
 def _uuids(rng, n: int) -> list[str]:
@@ -127,14 +167,24 @@ def _uuids(rng, n: int) -> list[str]:
 def _inserted(lines: list[str], hidden: list[str], rng) -> list[str]:
     """`lines` with each of `hidden`, in their order, before a line of its own."""
     before = dict(zip(sorted(rng.sample(range(len(lines)), len(hidden))), hidden))
-    return [text for i, line in enumerate(lines) for text in ([before[i], line] if i in before else [line])]
+    return [
+        text
+        for i, line in enumerate(lines)
+        for text in ([before[i], line] if i in before else [line])
+    ]
 
 
 def _hide_in_prose(text: str, hidden: list[str], rng) -> str:
     parts = haystack.sentences(text)
-    places = [0, *sorted(len(parts) * depth // 100 for depth in rng.sample(DEPTHS, len(hidden))), len(parts)]
+    places = [
+        0,
+        *sorted(len(parts) * depth // 100 for depth in rng.sample(DEPTHS, len(hidden))),
+        len(parts),
+    ]
     between = [" ".join(parts[start:stop]) for start, stop in itertools.pairwise(places)]
-    return " ".join(filter(None, itertools.chain.from_iterable(itertools.zip_longest(between, hidden))))
+    return " ".join(
+        filter(None, itertools.chain.from_iterable(itertools.zip_longest(between, hidden)))
+    )
 
 
 def variable_tracking(counter: Counter, length: int) -> Maker:
@@ -143,13 +193,28 @@ def variable_tracking(counter: Counter, length: int) -> Maker:
         while len(names) < HOPS + 1:
             names.add("".join(rng.choices(string.ascii_uppercase, k=letters)))
         names, value = rng.sample(sorted(names), HOPS + 1), str(rng.randrange(10_000, 99_999))
-        links = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names))]
+        links = [
+            f"VAR {names[0]} = {value}",
+            *(f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names)),
+        ]
         context = "\n".join(_inserted(haystack.noise(n), links, rng)).replace(". \n", ".\n")
         template, prefix = CHAIN
-        return template.format(context=context, value=value), prefix.format(value=value, n=HOPS + 1), names
+        return (
+            template.format(context=context, value=value),
+            prefix.format(value=value, n=HOPS + 1),
+            names,
+        )
 
     least = len(haystack.NOISE) * (HOPS + 1)
-    shot = largest(lambda n: counter("".join(chain(random.Random(0), n, 3)[:2])), SHOT, least=least, guess=least) or least
+    shot = (
+        largest(
+            lambda n: counter("".join(chain(random.Random(0), n, 3)[:2])),
+            SHOT,
+            least=least,
+            guess=least,
+        )
+        or least
+    )
 
     def make(rng, index, n):
         asked, begun, names = chain(rng, shot, 3)
@@ -160,7 +225,8 @@ def variable_tracking(counter: Counter, length: int) -> Maker:
 
 
 def common_words(length: int) -> Maker:
-    # How many words the example has and how often its common and other words stand there; then how often those asked for.
+    # How many words the example has and how often its common and other words stand there; then how
+    # often those asked for.
     size, *often = (20, 3, 1, 6, 1) if length < SHORTEST else (40, 10, 3, 30, 3)
 
     def numbered(words):
@@ -169,7 +235,7 @@ def common_words(length: int) -> Maker:
     def listed(rng, n, common, uncommon):
         known = haystack.all_words()
         drawn = rng.sample(known, min(n, len(known)))
-        drawn += haystack.compounds(rng, n - len(drawn))         # RULER changes to another list there
+        drawn += haystack.compounds(rng, n - len(drawn))  # RULER changes to another list there
         words = drawn[:COMMON] * common + drawn[COMMON:] * uncommon
         rng.shuffle(words)
         return LIST[0].format(context=numbered(words)), drawn[:COMMON]
@@ -183,7 +249,9 @@ def common_words(length: int) -> Maker:
 
 
 def frequent_words(length: int) -> Maker:
-    """n words, the one of rank k about n / (zeta(2) k^2) times; the first is dots, and the next three are asked for."""
+    """n words, the one of rank k about n / (zeta(2) k^2) times; the first is dots, and the next
+    three are asked for.
+    """
     ranks = (length - TASKS["fwe"].tokens) // 50
 
     def make(rng, index, n):
@@ -191,31 +259,52 @@ def frequent_words(length: int) -> Maker:
         while len(coded) < ranks:
             coded.add("".join(rng.choices(string.ascii_lowercase, k=6)))
         coded = ["...", *rng.sample(sorted(coded), ranks - 1)]
-        words = [word for k, word in enumerate(coded, 1) for _ in range(int(n * k ** -2 / (math.pi ** 2 / 6)))]
+        words = [
+            word
+            for k, word in enumerate(coded, 1)
+            for _ in range(int(n * k**-2 / (math.pi**2 / 6)))
+        ]
         rng.shuffle(words)
         return CODED[0].format(context=" ".join(words)), CODED[1], coded[1:4]
 
-    return Maker(make, 100)                  # from here on the third stands there more often than the fourth
+    return Maker(make, 100)  # from here on the third stands there more often than the fourth
 
 
 def questions(data: Questions) -> Maker:
     def make(rng, index, n):
         question = data.questions[index]
-        chosen = [*question.documents, *rng.sample(question.related, min(len(question.related), n - len(question.documents)))]
+        chosen = [
+            *question.documents,
+            *rng.sample(question.related, min(len(question.related), n - len(question.documents))),
+        ]
         if n > len(chosen):
-            others = [i for i in range(len(data.documents)) if i not in {*question.documents, *question.related}]
+            others = [
+                i
+                for i in range(len(data.documents))
+                if i not in {*question.documents, *question.related}
+            ]
             chosen += rng.sample(others, min(len(others), n - len(chosen)))
         chosen = list(itertools.islice(itertools.cycle(chosen), max(n, len(chosen))))
         rng.shuffle(chosen)
-        context = "\n\n".join(f"Document {i}:\n{data.documents[d]}" for i, d in enumerate(chosen, 1))
-        return DOCUMENTS[0].format(context=context, query=question.text), DOCUMENTS[1], list(question.answers)
+        context = "\n\n".join(
+            f"Document {i}:\n{data.documents[d]}" for i, d in enumerate(chosen, 1)
+        )
+        return (
+            DOCUMENTS[0].format(context=context, query=question.text),
+            DOCUMENTS[1],
+            list(question.answers),
+        )
 
-    return Maker(make, max(len(question.documents) for question in data.questions), len(data.questions))
+    return Maker(
+        make, max(len(question.documents) for question in data.questions), len(data.questions)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A task of RULER: prepare(sources, counter, length) -> Maker, the new tokens, and the grade."""
+    """A task of RULER: prepare(sources, counter, length) -> Maker, the new tokens, and the
+    grade.
+    """
 
     prepare: Callable[[Sources, Counter, int], Maker]
     tokens: int
@@ -224,16 +313,21 @@ class Kind:
 
 def _hidden(where, keys, values, **counts) -> Kind:
     kind = Needles(where, keys, values, **counts)
-    return Kind(lambda sources, counter, length: needles(kind, sources.haystack, counter, length), 128)
+    return Kind(
+        lambda sources, counter, length: needles(kind, sources.haystack, counter, length), 128
+    )
 
 
 def _asked(read, field: str) -> Kind:
     def prepare(sources, counter, length):
         path = getattr(sources, field)
         if path is None:
-            raise ConfigError(f"RULER's questions on {field} are made from its file: name it with --{field}, or leave qa_1 "
-                              "and qa_2 out of --tasks")
+            raise ConfigError(
+                f"RULER's questions on {field} are made from its file: name it with --{field}, or leave qa_1 "
+                "and qa_2 out of --tasks"
+            )
         return questions(read(path))
+
     return Kind(prepare, 32, matches_part)
 
 
@@ -256,16 +350,25 @@ TASKS = {
 
 def tasks(sources: Sources) -> dict[str, Task]:
     """RULER's tasks by name, as ruler/NAME."""
-    return {f"ruler/{name}": Task(f"ruler/{name}", functools.partial(_examples, name, sources),
-                                  mean(lambda prediction, example, grade=kind.grade: grade(prediction, example.answers)))
-            for name, kind in TASKS.items()}
+    return {
+        f"ruler/{name}": Task(
+            f"ruler/{name}",
+            functools.partial(_examples, name, sources),
+            mean(lambda prediction, example, grade=kind.grade: grade(prediction, example.answers)),
+        )
+        for name, kind in TASKS.items()
+    }
 
 
-def _examples(name: str, sources: Sources, tokenizer, length: int, samples: int | None, seed: int) -> Iterator[Example]:
+def _examples(
+    name: str, sources: Sources, tokenizer, length: int, samples: int | None, seed: int
+) -> Iterator[Example]:
     kind, counter = TASKS[name], Counter(tokenizer)
     if length <= kind.tokens:
-        raise TooShort(f"ruler/{name}: {kind.tokens} tokens are written, which leaves nothing to read of {length}: ask for "
-                       "longer ones with --lengths")
+        raise TooShort(
+            f"ruler/{name}: {kind.tokens} tokens are written, which leaves nothing to read of {length}: ask for "
+            "longer ones with --lengths"
+        )
     maker = kind.prepare(sources, counter, length)
     n = maker.least
     for index in range(min(maker.samples, SAMPLES if samples is None else samples)):
@@ -273,13 +376,17 @@ def _examples(name: str, sources: Sources, tokenizer, length: int, samples: int 
         size = lambda n: counter("".join(made(n)[:2])) + kind.tokens
         n = largest(size, length, least=maker.least, guess=n)
         if n is None:
-            raise TooShort(f"ruler/{name}: what it always holds takes {size(maker.least)} of {length} tokens: ask for "
-                           "longer ones with --lengths, or leave it out of --tasks")
+            raise TooShort(
+                f"ruler/{name}: what it always holds takes {size(maker.least)} of {length} tokens: ask for "
+                "longer ones with --lengths, or leave it out of --tasks"
+            )
         prompt, prefix, answers = made(n)
         yield Example(str(index), prompt, tuple(answers), kind.tokens, prefix)
 
 
 def effective_length(scores: dict[int, float], threshold: float = THRESHOLD) -> int | None:
-    """The longest length at which, as at every shorter one, the mean score of the tasks is above `threshold`."""
+    """The longest length at which, as at every shorter one, the mean score of the tasks is above
+    `threshold`.
+    """
     reached = list(itertools.takewhile(lambda length: scores[length] > threshold, sorted(scores)))
     return reached[-1] if reached else None

@@ -1,4 +1,6 @@
-"""SQuAD and HotpotQA, in the files they are published as, as the questions and documents that RULER's qa tasks draw from."""
+"""SQuAD and HotpotQA, in the files they are published as, as the questions and documents that
+RULER's qa tasks draw from.
+"""
 
 import dataclasses
 import functools
@@ -11,7 +13,9 @@ from lljax.evaluation.records import checked, read_json, texts
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """documents: indices of those that hold the answer. related: of those of the same article, taken first as company."""
+    """documents: indices of those that hold the answer. related: of those of the same article,
+    taken first as company.
+    """
 
     text: str
     answers: tuple[str, ...]
@@ -32,8 +36,14 @@ def squad(path: Path) -> Questions:
     articles = []
     for i, article in enumerate(data):
         where = f"{path}: data[{i}]"
-        articles.append([checked(paragraph, f"{where}.paragraphs[{j}]", {"context": str, "qas": list})
-                         for j, paragraph in enumerate(checked(article, where, {"paragraphs": list})["paragraphs"])])
+        articles.append(
+            [
+                checked(paragraph, f"{where}.paragraphs[{j}]", {"context": str, "qas": list})
+                for j, paragraph in enumerate(
+                    checked(article, where, {"paragraphs": list})["paragraphs"]
+                )
+            ]
+        )
     documents, at = _numbered(paragraph["context"] for article in articles for paragraph in article)
     questions = []
     for i, article in enumerate(articles):
@@ -44,9 +54,17 @@ def squad(path: Path) -> Questions:
                 where = f"{path}: a question of data[{i}]"
                 if checked(qa, where, {"question": str, "answers": list}).get("is_impossible"):
                     continue
-                answers = [checked(answer, where, {"text": str})["text"] for answer in qa["answers"]]
-                questions.append(Question(qa["question"], texts(answers, where, "answers"), (own,),
-                                          tuple(sorted(together - {own}))))
+                answers = [
+                    checked(answer, where, {"text": str})["text"] for answer in qa["answers"]
+                ]
+                questions.append(
+                    Question(
+                        qa["question"],
+                        texts(answers, where, "answers"),
+                        (own,),
+                        tuple(sorted(together - {own})),
+                    )
+                )
     return _some(path, documents, questions)
 
 
@@ -59,14 +77,24 @@ def hotpotqa(path: Path) -> Questions:
     contexts = []
     for i, row in enumerate(rows):
         where = f"{path}: question {i + 1}"
-        paragraphs = checked(row, where, {"question": str, "answer": str, "context": list})["context"]
+        paragraphs = checked(row, where, {"question": str, "answer": str, "context": list})[
+            "context"
+        ]
         try:
             contexts.append([f"{title}\n{''.join(sentences)}" for title, sentences in paragraphs])
         except (TypeError, ValueError):
-            raise DataError(f"{where}: 'context' is not a list of [title, [sentence, ...]]") from None
+            raise DataError(
+                f"{where}: 'context' is not a list of [title, [sentence, ...]]"
+            ) from None
     documents, at = _numbered(text for context in contexts for text in context)
-    return _some(path, documents, [Question(row["question"], (row["answer"],), tuple(at[text] for text in context))
-                                   for row, context in zip(rows, contexts)])
+    return _some(
+        path,
+        documents,
+        [
+            Question(row["question"], (row["answer"],), tuple(at[text] for text in context))
+            for row, context in zip(rows, contexts)
+        ],
+    )
 
 
 def _numbered(found: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -10,8 +10,9 @@ class TooLong(ConfigError):
 
 class Chat:
     """messages: the system's, where there is one, and then the user's and the model's in turn.
-    left_out: how many of these were dropped since they no longer fit `room` tokens, oldest first and
-    two at a time."""
+    left_out: how many of these were dropped since they no longer fit `room` tokens, oldest first
+      and two at a time.
+    """
 
     def __init__(self, tokenizer, room: int, system: str = ""):
         self.tokenizer, self.room, self.left_out = tokenizer, room, 0
@@ -29,9 +30,11 @@ class Chat:
         before = len(asked)
         while len(tokens := chat_tokens(self.tokenizer, asked)) > self.room:
             if len(asked) == self._first + 1:
-                raise TooLong(f"the message takes {len(tokens):,} tokens with what the template adds, "
-                              f"and the model reads {self.room:,} before its reply")
-            del asked[self._first:self._first + 2]
+                raise TooLong(
+                    f"the message takes {len(tokens):,} tokens with what the template adds, "
+                    f"and the model reads {self.room:,} before its reply"
+                )
+            del asked[self._first : self._first + 2]
         self.messages, self.left_out = asked, self.left_out + before - len(asked)
         return tokens
 

@@ -1,4 +1,6 @@
-"""The tokens that a model is given to read: of a text, or of a conversation under the chat template."""
+"""The tokens that a model is given to read: of a text, or of a conversation under the chat
+template.
+"""
 
 from collections.abc import Sequence
 
@@ -13,7 +15,8 @@ def text_tokens(tokenizer, text: str) -> list[int]:
 
 
 def chat_tokens(tokenizer, messages: Sequence[dict], begun: str = "") -> list[int]:
-    """The tokens of `chat_text` and the `begun` reply after it; a template has bos where it wants it.
+    """The tokens of `chat_text` and the `begun` reply after it; a template has bos where it wants
+    it.
 
     Raises:
       ModelError: the template refuses it, or does not end.

@@ -1,4 +1,6 @@
-"""Host memory: how much of it this process can use, and how much of it jax may pin for the offloaded residuals of GPUs."""
+"""Host memory: how much of it this process can use, and how much of it jax may pin for the
+offloaded residuals of GPUs.
+"""
 
 import os
 import re
@@ -11,33 +13,40 @@ from lljax.hardware.chips import GiB
 from lljax.parallel.processes import processes_here
 
 LIMIT, PREALLOCATE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE"
-FIRST_REGION = 2 * 2 ** 20
+FIRST_REGION = 2 * 2**20
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that this process can use: what it holds already and what is still available to it.
+    """Bytes of host memory that this process can use: what it holds already and what is still
+    available to it.
 
     root: of the file system, for tests. Without /proc, all memory of the machine.
     """
     try:
         status = root / "proc/self/status"
-        return available_memory(root) + 1024 * (_number(status, "RssAnon:") + _number(status, "RssShmem:"))
+        return available_memory(root) + 1024 * (
+            _number(status, "RssAnon:") + _number(status, "RssShmem:")
+        )
     except OSError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that are still available to this process: MemAvailable of the host, or less where a cgroup has less left.
+    """Bytes that are still available to this process: MemAvailable of the host, or less where a
+    cgroup has less left.
 
     Raises:
       OSError: there is no /proc.
     """
-    return min([1024 * _number(root / "proc/meminfo", "MemAvailable:"), *_available_in_cgroups(root)])
+    return min(
+        [1024 * _number(root / "proc/meminfo", "MemAvailable:"), *_available_in_cgroups(root)]
+    )
 
 
 def _available_in_cgroups(root: Path) -> Iterator[int]:
-    """What is left of every cgroup, version 1 or 2, that limits this process. A container may see its own cgroup only, at the
-    top of the mounted tree, whatever path /proc gives for it."""
+    """What is left of every cgroup, version 1 or 2, that limits this process. A container may see
+    its own cgroup only, at the top of the mounted tree, whatever path /proc gives for it.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -47,8 +56,10 @@ def _available_in_cgroups(root: Path) -> Iterator[int]:
         if controllers == "":
             top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes",
-                                                         "total_inactive_file")
+            top, names = (
+                root / "sys/fs/cgroup/memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
         else:
             continue
         group = top / path.strip("/")
@@ -57,7 +68,7 @@ def _available_in_cgroups(root: Path) -> Iterator[int]:
                 try:
                     limit, used = (int((folder / name).read_text()) for name in names[:2])
                     yield max(limit - used + _number(folder / "memory.stat", names[2]), 0)
-                except (OSError, ValueError):            # no such cgroup here, or no limit ("max")
+                except (OSError, ValueError):  # no such cgroup here, or no limit ("max")
                     continue
 
 
@@ -68,22 +79,28 @@ def _number(path: Path, name: str) -> int:
 
 
 def usable(host: float) -> float:
-    """Bytes of `host` bytes that offloaded residuals may use. An eighth, and at least 4 GiB, is reserved for the process
-    itself, transfers and the system: beside a pool of 109 GiB, a run took 11 more on a host of 126 (H200)."""
+    """Bytes of `host` bytes that offloaded residuals may use. An eighth, and at least 4 GiB, is
+    reserved for the process
+    itself, transfers and the system: beside a pool of 109 GiB, a run took 11 more on a host of 126
+      (H200).
+    """
     return max(host - max(host / 8, 4 * GiB), 0.0)
 
 
 # ---------------------------------------------------------------- jax's pools of pinned memory
 def set_pinned_limit() -> None:
-    """Sets the limit of every GPU's pool of pinned memory to its share of the host, instead of jax's 64 GiB.
+    """Sets the limit of every GPU's pool of pinned memory to its share of the host, instead of
+    jax's 64 GiB.
 
-    Call it in every process of a run, after `lljax.parallel.processes.start` and before jax starts; afterwards it does nothing. A
-    limit that the user has set stays, and so does the size of a pool that jax allocates at once.
+    Call it in every process of a run, after `lljax.parallel.processes.start` and before jax starts;
+    afterwards it does nothing. A limit that the user has set stays, and so does the size of a pool
+    that jax allocates at once.
     """
     if LIMIT in os.environ or _preallocated() or xla_bridge.backends_are_initialized():
         return
     share = usable(host_memory()) / gpus_in_use(processes_here())
-    os.environ[LIMIT] = str(max(int(share / GiB), 2))    # transfers to the device are staged in such a pool too
+    # transfers to the device are staged in such a pool too
+    os.environ[LIMIT] = str(max(int(share / GiB), 2))
 
 
 def pinned_limit() -> int:
@@ -99,21 +116,27 @@ def _preallocated() -> bool:
 
 
 def gpus_in_use(processes: int, root: Path = Path("/")) -> int:
-    """How many GPUs the run's `processes` on this host use, at least 1; counted without starting jax.
+    """How many GPUs the run's `processes` on this host use, at least 1; counted without starting
+    jax.
 
-    A process uses the GPUs of CUDA_VISIBLE_DEVICES, or all; under a launcher that jax knows, one of them.
+    A process uses the GPUs of CUDA_VISIBLE_DEVICES, or all; under a launcher that jax knows, one of
+    them.
     """
-    there = sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in (root / "dev").glob("nvidia*"))
+    there = sum(
+        bool(re.fullmatch(r"nvidia\d+", path.name)) for path in (root / "dev").glob("nvidia*")
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     each = there if visible is None else sum(bool(name.strip()) for name in visible.split(","))
     return max(min(processes * each, max(there, processes)), 1)
 
 
 def pool_sizes(sizes: Iterable[int], limit: float) -> list[int]:
-    """Bytes that a pool must hold for each of `sizes`, which are allocated and freed one after the other.
+    """Bytes that a pool must hold for each of `sizes`, which are allocated and freed one after the
+    other.
 
-    The pool grows by regions, each at least twice as large as the one before and cut by the limit only, and never gives one
-    back (XLA's BFCAllocator::Extend): 33 GiB take a region of 64, and 70 GiB after them need 64 + 70.
+    The pool grows by regions, each at least twice as large as the one before and cut by the limit
+    only, and never gives one back (XLA's BFCAllocator::Extend): 33 GiB take a region of 64, and 70
+    GiB after them need 64 + 70.
     """
     region, regions, out = FIRST_REGION, [], []
     for size in sizes:

@@ -10,7 +10,16 @@ from lljax.hardware.chips import DEVICES, KINDS, Device
 
 # Chips of a TPU slice -> its shape. A v5p slice is named by its cores, two a chip.
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+CUBE = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +38,12 @@ class Target:
         """
         try:
             return list(_topology(self).devices)
-        except Exception as error:           # a missing plugin is reported as many kinds of exception
+        except Exception as error:  # a missing plugin is reported as many kinds of exception
             extra = "plan-tpu" if self.device.platform == "tpu" else "plan-gpu"
             line = next(iter(str(error).splitlines()), "")[:160]
-            raise ConfigError(f"--device={self.name}: no compiler for it here ({line}): pip install 'lljax[{extra}]'") from None
+            raise ConfigError(
+                f"--device={self.name}: no compiler for it here ({line}): pip install 'lljax[{extra}]'"
+            ) from None
 
 
 def target(name: str) -> Target:
@@ -44,8 +55,10 @@ def target(name: str) -> Target:
     match = re.fullmatch(r"(v\d+[ep])-(\d+)|([a-z0-9-]+?)(?::(\d+))?", name)
     kind = match and (match[1] or match[3])
     if kind not in DEVICES:
-        raise ConfigError(f"--device={name}: there are {', '.join(DEVICES)}; name several GPUs as h100-80g:8 and a TPU slice "
-                          "as v5e-8")
+        raise ConfigError(
+            f"--device={name}: there are {', '.join(DEVICES)}; name several GPUs as h100-80g:8 and a TPU slice "
+            "as v5e-8"
+        )
     count = int(match[2] or match[4] or 1)
     device = DEVICES[kind]
     if device.platform == "tpu":
@@ -75,11 +88,18 @@ def _slices(device: Device) -> dict:
 def _topology(target: Target):
     if target.device.platform == "tpu":
         shape = _slices(target.device)[target.count]
-        # The compiler describes whole hosts of four chips or more; a single chip is a host cut down to one.
+        # The compiler describes whole hosts of four chips or more; a single chip is a host cut down
+        # to one.
         options = {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if target.count == 1 else {}
-        return topologies.get_topology_desc(platform="tpu", topology_name=f"{target.device.name}:{shape}", **options)
-    return topologies.get_topology_desc(platform="cuda", topology_name=_kind(target.device), target_config=_gpu(target.device),
-                                        topology=f"1x1x{target.count}")
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{target.device.name}:{shape}", **options
+        )
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=_kind(target.device),
+        target_config=_gpu(target.device),
+        topology=f"1x1x{target.count}",
+    )
 
 
 def _kind(device: Device) -> str:
@@ -99,4 +119,3 @@ def _gpu(device: Device) -> str:
       registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
     platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
     runtime_version {{ major: 13 minor: 0 patch: 0 }} device_description_str: "{_kind(device)}" """
-

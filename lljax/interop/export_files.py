@@ -16,13 +16,27 @@ from lljax.models.spec import DecoderSpec, from_hf, rope_to_hf
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Other names of max_position_embeddings; vLLM takes the least of all that are there.
-LENGTHS = ("n_positions", "max_seq_len", "max_seq_length", "max_sequence_length", "seq_len",
-           "seq_length", "model_max_length")
+LENGTHS = (
+    "n_positions",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "seq_len",
+    "seq_length",
+    "model_max_length",
+)
 RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
 
 
-def write_files(base, folder: Path, spec: DecoderSpec, tokenizer, *, dtype: str | None,
-                chat_template: str | None) -> None:
+def write_files(
+    base,
+    folder: Path,
+    spec: DecoderSpec,
+    tokenizer,
+    *,
+    dtype: str | None,
+    chat_template: str | None,
+) -> None:
     """Writes all but the weights of a model with this `spec` to an existing folder.
 
     dtype: of the weights; None for the base's. chat_template: the template that the run trained
@@ -57,9 +71,12 @@ def _own_files(folder: Path) -> list[Path]:
       ModelError: one is a link out of the folder. A downloaded folder links into the hub's store.
     """
     files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
-    code = {folder / f"{module}.py" for name in ("config.json", "tokenizer_config.json")
-            for module in _modules(folder / name)}
-    while code:                              # and what it imports from beside it
+    code = {
+        folder / f"{module}.py"
+        for name in ("config.json", "tokenizer_config.json")
+        for module in _modules(folder / name)
+    }
+    while code:  # and what it imports from beside it
         files |= code
         texts = [file.read_text(errors="replace") for file in code if file.is_file()]
         imported = {name for text in texts for name in RELATIVE_IMPORT.findall(text)}
@@ -68,8 +85,9 @@ def _own_files(folder: Path) -> list[Path]:
     files = sorted(file for file in files if file.is_file())
     for file in files:
         if not file.resolve().is_relative_to(store.resolve()):
-            raise ModelError(f"{file}: a link out of the model's folder is not copied: put the "
-                             "file itself there")
+            raise ModelError(
+                f"{file}: a link out of the model's folder is not copied: put the file itself there"
+            )
     return [file.relative_to(folder) for file in files]
 
 
@@ -78,27 +96,31 @@ def _modules(path: Path) -> set[str]:
     named = (read_json(path) if path.is_file() else {}).get("auto_map") or {}
     values = named.values() if isinstance(named, dict) else [named]
     classes = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    return {name.split(".")[0] for name in classes
-            if isinstance(name, str) and re.fullmatch(r"\w+\.\w+", name)}
+    return {
+        name.split(".")[0]
+        for name in classes
+        if isinstance(name, str) and re.fullmatch(r"\w+\.\w+", name)
+    }
 
 
 def _changed(base, spec: DecoderSpec) -> bool:
     """Whether the RoPE or the length differs from the base's."""
     own = from_hf(base.config)
-    return any(getattr(own, name) != getattr(spec, name)
-               for name in ("rope", "more_ropes", "max_length"))
+    return any(
+        getattr(own, name) != getattr(spec, name) for name in ("rope", "more_ropes", "max_length")
+    )
 
 
 def _config(base, spec: DecoderSpec, changed: bool, dtype: str | None) -> dict:
     config = dict(base.config)
     config.pop("quantization_config", None)  # the weights are dense
-    if changed or "rope_parameters" in config:               # transformers 4 does not read that
+    if changed or "rope_parameters" in config:  # transformers 4 does not read that
         config |= rope_to_hf(spec)
     if changed:
         length = config["max_position_embeddings"]
         config |= {name: length for name in LENGTHS if isinstance(config.get(name), int)}
     if dtype:
-        config |= {"dtype": dtype, "torch_dtype": dtype}     # transformers 5 and 4
+        config |= {"dtype": dtype, "torch_dtype": dtype}  # transformers 5 and 4
     return config
 
 
@@ -111,7 +133,7 @@ def _generation_config(base, spec: DecoderSpec, changed: bool, tokenizer) -> dic
     named = named if isinstance(named, list) else [named] if named is not None else []
     if ends <= set(named):
         return own
-    if own is None:                          # what transformers takes from config.json instead
+    if own is None:  # what transformers takes from config.json instead
         names = ("bos_token_id", "pad_token_id")
         own = {name: base.config[name] for name in names if base.config.get(name) is not None}
     return own | {"eos_token_id": [*named, *sorted(ends - set(named))]}
@@ -119,7 +141,7 @@ def _generation_config(base, spec: DecoderSpec, changed: bool, tokenizer) -> dic
 
 def _tokenizer_config(config: dict, spec: DecoderSpec, changed: bool) -> dict:
     limit = config.get("model_max_length")
-    if changed or (limit is not None and limit < spec.max_length):       # vLLM reads no further
+    if changed or (limit is not None and limit < spec.max_length):  # vLLM reads no further
         config["model_max_length"] = spec.max_length
     # What transformers 5 writes and 4 does not read.
     if config.get("tokenizer_class") == "TokenizersBackend":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lljax.errors import FULL, ConfigError, Stopped, printable
 
-RECORD = "lljax_export.json"                 # what was written: {"format": ..., "files": [...]}
+RECORD = "lljax_export.json"  # what was written: {"format": ..., "files": [...]}
 
 
 class _Signal(SystemExit):
@@ -34,14 +34,20 @@ def check_out(out: Path, overwrite: bool = False) -> None:
         return
     ours, others = _exported(out)
     if not ours:
-        raise ConfigError(f"--out={_shown(out)} is a folder that is not empty, and no export that "
-                          "lljax recorded: name another, or remove it")
+        raise ConfigError(
+            f"--out={_shown(out)} is a folder that is not empty, and no export that "
+            "lljax recorded: name another, or remove it"
+        )
     if others:
-        raise ConfigError(f"--out={_shown(out)} holds an export and also {_shown(others[0])}: name "
-                          "another, or move that")
+        raise ConfigError(
+            f"--out={_shown(out)} holds an export and also {_shown(others[0])}: name "
+            "another, or move that"
+        )
     if not overwrite:
-        raise ConfigError(f"--out={_shown(out)} holds an earlier export: --overwrite replaces it, "
-                          "or name another folder")
+        raise ConfigError(
+            f"--out={_shown(out)} holds an earlier export: --overwrite replaces it, "
+            "or name another folder"
+        )
 
 
 def complete(out: Path, format: str, write, overwrite: bool = False):
@@ -59,10 +65,10 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
-        check_out(out, overwrite)            # an earlier export may have come back
+        check_out(out, overwrite)  # an earlier export may have come back
         unfinished.mkdir()
     except OSError as error:
-        if FULL.search(str(error)):          # has a line of its own, see lljax.errors.exit_cleanly
+        if FULL.search(str(error)):  # has a line of its own, see lljax.errors.exit_cleanly
             raise
         raise _no_folder(out, error) from None
     try:
@@ -72,7 +78,7 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
             names = sorted(str(file.relative_to(unfinished)) for file in files)
             record = json.dumps({"format": format, "files": names}, indent=2)
             (unfinished / RECORD).write_text(record + "\n")
-        check_out(out, overwrite)            # another process may have been quicker
+        check_out(out, overwrite)  # another process may have been quicker
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, _Signal):
@@ -82,7 +88,7 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
         out.rename(old)
         unfinished.rename(out)
         shutil.rmtree(old)
-    elif out.exists():                       # filled, not replaced: the user's shell may be there
+    elif out.exists():  # filled, not replaced: the user's shell may be there
         for child in unfinished.iterdir():
             child.rename(out / child.name)
         unfinished.rmdir()
@@ -119,7 +125,7 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:                          # another user's
+    except OSError:  # another user's
         pass
     return True
 
@@ -130,13 +136,14 @@ def _signals_raise():
 
     Python gives signals to the main thread alone.
     """
+
     def receive(number, _):
         raise _Signal(signal.Signals(number).name)
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:           # nohup
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 previous[number] = signal.signal(number, receive) or signal.SIG_DFL
     try:
         yield
@@ -146,8 +153,10 @@ def _signals_raise():
 
 
 def _no_folder(out: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--out={_shown(out):.200}: no folder can be there ({error.strerror}: "
-                       f"{_shown(error.filename):.200})")
+    return ConfigError(
+        f"--out={_shown(out):.200}: no folder can be there ({error.strerror}: "
+        f"{_shown(error.filename):.200})"
+    )
 
 
 def _shown(path: Path) -> str:

@@ -1,4 +1,6 @@
-"""Weights between HuggingFace tensors and declared Variables, one tensor at a time in both directions."""
+"""Weights between HuggingFace tensors and declared Variables, one tensor at a time in both
+directions.
+"""
 
 import dataclasses
 import functools
@@ -15,20 +17,25 @@ from lljax.models.declare import LoraWeight, Weight, declared, dtype_of, hf_name
 from lljax.models.quantize import Quantised, dequantise, quantise
 from lljax.parallel.sharding import put
 
-HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints still carry
+# buffers that old checkpoints still carry
+HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> dict[str, int]:
-    """Fills every base Variable of an abstract model from `base` (lljax.interop.open); adapters stay abstract.
+    """Fills every base Variable of an abstract model from `base` (lljax.interop.open); adapters
+    stay abstract.
 
-    Trainable Variables become float32, the others `dtype`. `shardings(variable)`, where given, is where a value goes.
-    The host holds about one tensor at a time: a stacked value is allocated in place and written layer by layer. Kernels
-    that are quantised in the abstract model are quantised on the way, or taken as they are where the base has them so.
+    Trainable Variables become float32, the others `dtype`. `shardings(variable)`, where given, is
+    where a value goes.
+    The host holds about one tensor at a time: a stacked value is allocated in place and written
+      layer by layer. Kernels that are quantised in the abstract model are quantised on the way, or
+      taken as they are where the base has them so.
 
     Returns the `checksums` of what was read.
 
     Raises:
-      ModelError: a tensor is missing, has another shape, or is of a type that is no weight's; the line names it.
+      ModelError: a tensor is missing, has another shape, or is of a type that is no weight's; the
+        line names it.
     """
     available, used, sums = set(base.names()), set(), {}
     for _, variable in declared(model):
@@ -39,11 +46,15 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> dict[str,
             if name not in available:
                 raise ModelError(f"{base.path}: tensor {name!r} is missing")
             if base.shape(name) != hf_shape(variable):
-                raise ModelError(f"{base.path}: tensor {name!r} has shape {base.shape(name)}, and config.json makes it "
-                                 f"{hf_shape(variable)}")
+                raise ModelError(
+                    f"{base.path}: tensor {name!r} has shape {base.shape(name)}, and config.json makes it "
+                    f"{hf_shape(variable)}"
+                )
             if not jnp.issubdtype(base.dtype(name), jnp.floating) or base.dtype(name).itemsize < 2:
-                raise ModelError(f"{base.path}: tensor {name!r} is {base.dtype(name)}, and config.json has no "
-                                 "quantization_config that says how to read it")
+                raise ModelError(
+                    f"{base.path}: tensor {name!r} is {base.dtype(name)}, and config.json has no "
+                    "quantization_config that says how to read it"
+                )
         used.update(names)
         wanted = dtype_of(variable, dtype)
         sharding = shardings(variable) if shardings else None
@@ -51,10 +62,16 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> dict[str,
 
         outline = variable.get_value()
 
-        def read(name, first=names[0], transpose=transpose, wanted=wanted, part=part, outline=outline):
+        def read(
+            name, first=names[0], transpose=transpose, wanted=wanted, part=part, outline=outline
+        ):
             sums[first] = base.checksum(name, sums.get(first, 0))
-            whole = part == ...              # a part of a fused tensor is quantised anew
-            stored = base.stored(name, outline.form) if whole and isinstance(outline, Quantised) else None
+            whole = part == ...  # a part of a fused tensor is quantised anew
+            stored = (
+                base.stored(name, outline.form)
+                if whole and isinstance(outline, Quantised)
+                else None
+            )
             if stored is not None:
                 return dataclasses.replace(stored, dtype=outline.dtype)
             array = base.read(name)[part]
@@ -70,16 +87,25 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> dict[str,
         else:
             value = put(read(names[0]), sharding)
         variable.set_value(value)
-    ignored = sorted(name for name in available - used if not name.endswith(HARMLESS) and name != "lm_head.weight")
+    ignored = sorted(
+        name
+        for name in available - used
+        if not name.endswith(HARMLESS) and name != "lm_head.weight"
+    )
     if ignored:
-        logging.warning("%s: %d tensors are not part of the model and were not read, such as %s", base.path,
-                        len(ignored), ", ".join(ignored[:3]))
+        logging.warning(
+            "%s: %d tensors are not part of the model and were not read, such as %s",
+            base.path,
+            len(ignored),
+            ", ".join(ignored[:3]),
+        )
     return sums
 
 
 def checksums(model: nnx.Module, base) -> dict[str, int]:
-    """{first tensor: crc32 of all} of the tensors that each base Variable is made of, as they are on disk: whatever a run makes
-    of them, and wherever, they are the same."""
+    """{first tensor: crc32 of all} of the tensors that each base Variable is made of, as they are
+    on disk: whatever a run makes of them, and wherever, they are the same.
+    """
     sums = {}
     for _, variable in declared(model):
         if not isinstance(variable, LoraWeight):
@@ -90,7 +116,9 @@ def checksums(model: nnx.Module, base) -> dict[str, int]:
 
 
 def _zeros(outline, dtype):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype if isinstance(outline, Quantised) else dtype), outline)
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype if isinstance(outline, Quantised) else dtype), outline
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -149,6 +177,8 @@ def hf_value(variable: nnx.Variable, i: int = 0) -> np.ndarray:
 
 def hf_shape(variable: nnx.Variable) -> tuple[int, ...]:
     """The shape of each of its HF tensors."""
-    *rest, outputs = variable.get_value().shape[stacked(variable):]
+    *rest, outputs = variable.get_value().shape[stacked(variable) :]
     *_, outputs = variable.get_metadata().get("part", (outputs,))
-    return (*rest[:-1], outputs, rest[-1]) if variable.get_metadata("transpose") else (*rest, outputs)
+    return (
+        (*rest[:-1], outputs, rest[-1]) if variable.get_metadata("transpose") else (*rest, outputs)
+    )

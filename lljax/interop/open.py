@@ -11,15 +11,35 @@ from lljax.interop.folder import FolderBase, read_json, text_model
 from lljax.interop.own_head import untie_if_they_differ
 from lljax.interop.tokenizer_bounds import serialized
 
-# What an export copies: the tokenizer, the code that an auto_map names, the license. No pattern begins with a wildcard that
-# would reach the weights of other formats in subfolders, such as original/.
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-                   "tekken.json", "tiktoken.model", "spiece.model", "sentencepiece*.model", "qwen.tiktoken",
-                   "chat_template*", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")
+# What an export copies: the tokenizer, the code that an auto_map names, the license. No pattern
+# begins with a wildcard that would reach the weights of other formats in subfolders, such as
+# original/.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "tiktoken.model",
+    "spiece.model",
+    "sentencepiece*.model",
+    "qwen.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
 # What is downloaded of a hub repository; the shards that its index names follow.
-HUB_FILES = ["config.json", "generation_config.json", "model.safetensors", safetensors.INDEX, "*.py", *TOKENIZER_FILES]
-
-
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    safetensors.INDEX,
+    "*.py",
+    *TOKENIZER_FILES,
+]
 
 
 def open_base(path: str, revision: str = "main"):
@@ -33,6 +53,7 @@ def open_base(path: str, revision: str = "main"):
         return _folder(path, _download(path, revision))
     if local.suffix == ".gguf":
         from lljax.interop.gguf import GgufBase
+
         if not local.is_file():
             raise ModelError(f"model.path={path!r}: there is no such file")
         return GgufBase(path, local)
@@ -52,14 +73,17 @@ def _local(path: str) -> Path | None:
     try:
         local = Path(path).expanduser()
         return local if local.suffix == ".gguf" or local.exists() else None
-    except (RuntimeError, OSError) as error:     # the home of nobody; a name of 5,000 characters
-        raise ModelError(f"model.path={path!r:.80}: no such folder ({first_line(error):.80})") from None
+    except (RuntimeError, OSError) as error:  # the home of nobody; a name of 5,000 characters
+        raise ModelError(
+            f"model.path={path!r:.80}: no such folder ({first_line(error):.80})"
+        ) from None
 
 
 def _folder(path: str, folder: Path) -> FolderBase:
     base = FolderBase(path, folder)
     if base.config.get("quantization_config"):
         from lljax.interop.quantized import QuantisedFolder
+
         base = QuantisedFolder(path, folder)
     if (folder / "model.safetensors").exists() or (folder / safetensors.INDEX).exists():
         untie_if_they_differ(base)
@@ -77,43 +101,48 @@ def open_config(path: str, revision: str = "main") -> dict:
     return text_model(read_json(_snapshot(path, revision, ["config.json"]) / "config.json"))[0]
 
 
-
-
 def _download(path: str, revision: str) -> Path:
     """HUB_FILES of a hub repository, and the shards of its index."""
     folder = _snapshot(path, revision, HUB_FILES)
     if (folder / safetensors.INDEX).is_file():
         shards = read_json(folder / safetensors.INDEX).get("weight_map")
-        if isinstance(shards, dict):             # else what opens them says what is wrong
+        if isinstance(shards, dict):  # else what opens them says what is wrong
             # Of the same commit, also where the branch has moved on.
-            _snapshot(path, folder.name, sorted({glob.escape(str(shard)) for shard in shards.values()}))
+            _snapshot(
+                path, folder.name, sorted({glob.escape(str(shard)) for shard in shards.values()})
+            )
     return folder
 
 
 def _snapshot(path: str, revision: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=files))
     except HFValidationError:
-        raise ModelError(f"model.path={path!r:.80}: no such folder, and not a hub id either") from None
+        raise ModelError(
+            f"model.path={path!r:.80}: no such folder, and not a hub id either"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(f"model.path={path!r}: no such folder, and the hub does not give it ({first_line(error)})") from None
-
-
-
-
+        raise ModelError(
+            f"model.path={path!r}: no such folder, and the hub does not give it ({first_line(error)})"
+        ) from None
 
 
 def end_tokens(base, tokenizer) -> frozenset[int]:
-    """The tokens that end a text or a turn: the tokenizer's, those of generation_config.json or of a GGUF's metadata, and those
-    that the chat template ends a reply with.
+    """The tokens that end a text or a turn: the tokenizer's, those of generation_config.json or of
+    a GGUF's metadata, and those that the chat template ends a reply with.
 
     Raises:
       ModelError: eos_token_id is something else than ids; the chat template does not end.
     """
     # As transformers reads them: config.json counts where there is no generation_config.json.
-    file, held = ("generation_config.json", base.generation_config) if base.generation_config else ("config.json", base.config)
+    file, held = (
+        ("generation_config.json", base.generation_config)
+        if base.generation_config
+        else ("config.json", base.config)
+    )
     named = held.get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(token) is int and token >= 0 for token in named):
@@ -122,8 +151,9 @@ def end_tokens(base, tokenizer) -> frozenset[int]:
 
 
 def special_tokens(tokenizer) -> dict[str, str]:
-    """The special tokens by role, such as eos_token. They say how texts begin and end, and a file beside the vocabulary
-    may change them."""
+    """The special tokens by role, such as eos_token. They say how texts begin and end, and a file
+    beside the vocabulary may change them.
+    """
     return {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
 
 

@@ -7,11 +7,12 @@ import numpy as np
 from lljax.models.spec import is_tied
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ROWS = 4096                                  # of the tables that are compared at a time
+ROWS = 4096  # of the tables that are compared at a time
 
 
 class OwnHead:
-    """A tied base as an untied one: its head is the table of the file, or else a copy of the embedding.
+    """A tied base as an untied one: its head is the table of the file, or else a copy of the
+    embedding.
 
     For adapters that train the head or the embedding alone. The interface of `base`
     (lljax.interop.folder.FolderBase), with a config that says so.
@@ -48,12 +49,15 @@ class OwnHead:
 
 
 def untie_if_they_differ(base) -> None:
-    """Unties the config of a base whose file has a head unlike its embedding, as transformers 5 does
-    (`PreTrainedModel.tie_weights`)."""
+    """Unties the config of a base whose file has a head unlike its embedding, as transformers 5
+    does (`PreTrainedModel.tie_weights`).
+    """
     if not is_tied(base.config) or not {EMBED, HEAD} <= set(base.names()) or _equal(base):
         return
-    logging.warning("%s: config.json ties the head to the embedding and the file has a head of its own, which is used",
-                    base.path)
+    logging.warning(
+        "%s: config.json ties the head to the embedding and the file has a head of its own, which is used",
+        base.path,
+    )
     base.config = base.config | {"tie_word_embeddings": False}
 
 
@@ -61,4 +65,6 @@ def _equal(base) -> bool:
     if base.shape(EMBED) != base.shape(HEAD):
         return False
     embed, head = base.read(EMBED), base.read(HEAD)
-    return all(np.array_equal(embed[i:i + ROWS], head[i:i + ROWS]) for i in range(0, len(embed), ROWS))
+    return all(
+        np.array_equal(embed[i : i + ROWS], head[i : i + ROWS]) for i in range(0, len(embed), ROWS)
+    )

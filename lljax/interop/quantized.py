@@ -1,9 +1,10 @@
-"""Bases that are quantised on disk: bitsandbytes NF4, GPTQ, AWQ, compressed-tensors, FP8 in blocks as DeepSeek's, and MXFP4.
+"""Bases that are quantised on disk: bitsandbytes NF4, GPTQ, AWQ, compressed-tensors, FP8 in blocks
+as DeepSeek's, and MXFP4.
 
-`QuantisedFolder` shows their kernels dense, under the names that the dense model has; `stored` gives one as it is, in the
-form that a run with the same `model.quantize` holds it. A layout is a class that reads the tensors of one kernel.
+`QuantisedFolder` shows their kernels dense, under the names that the dense model has; `stored`
+gives one as it is, in the form that a run with the same `model.quantize` holds it. A layout is a
+class that reads the tensors of one kernel.
 """
-
 
 import ml_dtypes
 import numpy as np
@@ -21,10 +22,17 @@ class QuantisedFolder(FolderBase):
 
     @property
     def stems(self) -> dict[str, str]:
-        """{HF name of a kernel: what the names of its tensors on disk begin with} of those that are quantised."""
+        """{HF name of a kernel: what the names of its tensors on disk begin with} of those that are
+        quantised.
+        """
         if self._stems is None:
             marks = tuple(self._layout.marks)
-            stems = {name.removesuffix(mark) for name in super().names() for mark in marks if name.endswith(mark)}
+            stems = {
+                name.removesuffix(mark)
+                for name in super().names()
+                for mark in marks
+                if name.endswith(mark)
+            }
             self._stems = {stem + self._layout.end: stem for stem in sorted(stems)}
         return self._stems
 
@@ -62,35 +70,3 @@ class QuantisedFolder(FolderBase):
 
     def _of(self, name) -> "Kernel":
         return Kernel(self, self.stems[name])
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -1,6 +1,8 @@
-"""Reading and writing safetensors one tensor at a time, trusting nothing that a file says about itself.
+"""Reading and writing safetensors one tensor at a time, trusting nothing that a file says about
+itself.
 
-Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
+  then the data.
 """
 
 import json
@@ -15,11 +17,22 @@ import numpy as np
 
 from lljax.errors import ModelError
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-          "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32,
-          "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
-MAX_HEADER = 100 << 20                       # bytes, the limit of the reference implementation
+MAX_HEADER = 100 << 20  # bytes, the limit of the reference implementation
 INDEX = "model.safetensors.index.json"
 
 
@@ -32,7 +45,9 @@ class File:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
             if not 0 < length <= min(MAX_HEADER, size - 8):
-                raise ModelError(f"{path}: not a safetensors file, or cut short (header of {length} bytes in {size})")
+                raise ModelError(
+                    f"{path}: not a safetensors file, or cut short (header of {length} bytes in {size})"
+                )
             try:
                 header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
             except (ValueError, RecursionError) as error:
@@ -41,10 +56,15 @@ class File:
             raise ModelError(f"{path}: the safetensors header is not a JSON object")
         header.pop("__metadata__", None)
         self.header_bytes = 8 + length
-        self.entries = {name: self._entry(name, entry, size - self.header_bytes) for name, entry in header.items()}
+        self.entries = {
+            name: self._entry(name, entry, size - self.header_bytes)
+            for name, entry in header.items()
+        }
         end = 0
-        spans = sorted((start, start + math.prod(shape) * dtype.itemsize, name)
-                       for name, (dtype, shape, start) in self.entries.items())
+        spans = sorted(
+            (start, start + math.prod(shape) * dtype.itemsize, name)
+            for name, (dtype, shape, start) in self.entries.items()
+        )
         for start, stop, name in spans:
             if start < end:
                 raise ModelError(f"{path}: tensor {name!r} overlaps the one before it")
@@ -52,26 +72,42 @@ class File:
 
     def _entry(self, name, entry, room):
         try:
-            dtype, shape, (start, stop) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(x) is int and x >= 0 for x in (*shape, start, stop))    # a bool is an int too
+            dtype, shape, (start, stop) = (
+                np.dtype(DTYPES[entry["dtype"]]),
+                tuple(entry["shape"]),
+                entry["data_offsets"],
+            )
+            # a bool is an int too
+            sound = all(type(x) is int and x >= 0 for x in (*shape, start, stop))
             sound = sound and stop - start == math.prod(shape) * dtype.itemsize and stop <= room
             # What numpy can hold, also where one side is 0.
-            sound = sound and len(shape) <= 32 and math.prod(x or 1 for x in shape) * dtype.itemsize < 1 << 62
+            sound = (
+                sound
+                and len(shape) <= 32
+                and math.prod(x or 1 for x in shape) * dtype.itemsize < 1 << 62
+            )
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise ModelError(f"{self.path}: the header entry of tensor {name!r} does not fit the file; it is damaged or "
-                             f"of an unsupported type (supported: {', '.join(DTYPES)})")
+            raise ModelError(
+                f"{self.path}: the header entry of tensor {name!r} does not fit the file; it is damaged or "
+                f"of an unsupported type (supported: {', '.join(DTYPES)})"
+            )
         return dtype, shape, start
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, mapped from the file: pages are read when they are used, and may be dropped."""
+        """The tensor, mapped from the file: pages are read when they are used, and may be
+        dropped.
+        """
         dtype, shape, start = self.entries[name]
         count = math.prod(shape)
         if count == 0:
             return np.zeros(shape, dtype)
-        return np.memmap(self.path, np.uint8, "r", self.header_bytes + start, count * dtype.itemsize).view(dtype).reshape(
-            shape)
+        return (
+            np.memmap(self.path, np.uint8, "r", self.header_bytes + start, count * dtype.itemsize)
+            .view(dtype)
+            .reshape(shape)
+        )
 
 
 def _unique(pairs: list) -> dict:
@@ -82,7 +118,9 @@ def _unique(pairs: list) -> dict:
 
 
 class Folder:
-    """The safetensors of a model folder: `model.safetensors`, or the shards that its index names."""
+    """The safetensors of a model folder: `model.safetensors`, or the shards that its index
+    names.
+    """
 
     def __init__(self, folder: Path):
         if (folder / INDEX).is_file():
@@ -91,14 +129,20 @@ class Folder:
             files = {folder / "model.safetensors": None}
         else:
             pickled = sorted(p.name for p in folder.glob("*.bin"))
-            hint = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
+            hint = (
+                f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors"
+                if pickled
+                else ""
+            )
             raise ModelError(f"{folder}: no model.safetensors and no {INDEX}{hint}")
         self.files = [File(path) for path in files]
         self.where = {}
         for file, names in zip(self.files, files.values()):
             for name in file.entries if names is None else names:
                 if name not in file.entries:
-                    raise ModelError(f"{file.path}: tensor {name!r} is missing, though {INDEX} says it is there")
+                    raise ModelError(
+                        f"{file.path}: tensor {name!r} is missing, though {INDEX} says it is there"
+                    )
                 self.where[name] = file
 
     def names(self) -> list[str]:
@@ -122,19 +166,29 @@ def _indexed_files(folder: Path) -> dict[Path, list[str]]:
         for name, file in weight_map.items():
             files.setdefault(folder / file, []).append(name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index}: not an index of tensors ({type(error).__name__}: {error})") from None
+        raise ModelError(
+            f"{index}: not an index of tensors ({type(error).__name__}: {error})"
+        ) from None
     for path in files:
         name = path.name
-        # A hub's cache links its files into a shared store, so the link itself may leave the folder; the name may not.
+        # A hub's cache links its files into a shared store, so the link itself may leave the
+        # folder; the name may not.
         if path.parent != folder or name in ("", ".", "..") or not name.endswith(".safetensors"):
-            raise ModelError(f"{index}: {str(path)!r} is not the plain name of a safetensors file in this folder")
-        if len(name) > 255 or not path.is_file():            # a longer name is an error of the system's own
+            raise ModelError(
+                f"{index}: {str(path)!r} is not the plain name of a safetensors file in this folder"
+            )
+        if len(name) > 255 or not path.is_file():  # a longer name is an error of the system's own
             raise ModelError(f"{index}: the file {name[:255]} that it names is not there")
     return files
 
 
-def write(path: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], read: Callable[[str], np.ndarray]) -> None:
-    """Writes one file of `tensors` {name: (dtype, shape)}, asking `read` for one at a time; then reads it back.
+def write(
+    path: Path,
+    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+) -> None:
+    """Writes one file of `tensors` {name: (dtype, shape)}, asking `read` for one at a time; then
+    reads it back.
 
     The file appears under its name only when it is complete.
 
@@ -144,17 +198,27 @@ def write(path: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], read
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        header[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": NAMES[np.dtype(dtype)],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)          # data aligned to 8 bytes, as the format asks of writers
+    text += b" " * (-len(text) % 8)  # data aligned to 8 bytes, as the format asks of writers
     sums, unfinished = {}, path.with_name(path.name + ".tmp")
     with open(unfinished, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in tensors.items():
             # The header promises row-major order; a transposed view has another.
             array = np.ascontiguousarray(read(name))
-            assert array.dtype == dtype and array.shape == tuple(shape), (name, array.dtype, array.shape, dtype, shape)
+            assert array.dtype == dtype and array.shape == tuple(shape), (
+                name,
+                array.dtype,
+                array.shape,
+                dtype,
+                shape,
+            )
             raw = array.reshape(-1).view(np.uint8)
             sums[name] = zlib.crc32(raw)
             file.write(raw.data)
@@ -162,12 +226,19 @@ def write(path: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]], read
         os.fsync(file.fileno())
     written = File(unfinished)
     for name, checksum in sums.items():
-        if zlib.crc32(np.ascontiguousarray(written.read(name)).reshape(-1).view(np.uint8)) != checksum:
-            raise ModelError(f"{path}: tensor {name!r} read back differs from what was written; the disk is not sound")
+        if (
+            zlib.crc32(np.ascontiguousarray(written.read(name)).reshape(-1).view(np.uint8))
+            != checksum
+        ):
+            raise ModelError(
+                f"{path}: tensor {name!r} read back differs from what was written; the disk is not sound"
+            )
     unfinished.rename(path)
 
 
-def write_sharded(folder: Path, tensors: dict, read: Callable[[str], np.ndarray], *, max_shard_bytes: int) -> None:
+def write_sharded(
+    folder: Path, tensors: dict, read: Callable[[str], np.ndarray], *, max_shard_bytes: int
+) -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_bytes` with their index."""
     shards, sizes = [{}], [0]
     for name, (dtype, shape) in tensors.items():

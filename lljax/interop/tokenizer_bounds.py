@@ -4,8 +4,8 @@ import json
 
 from lljax.errors import ModelError
 
-MOST_IDS = 1 << 22                           # of a larger vocabulary nobody has heard
-MOST_GROWTH = 32                             # characters made of one; NFKC makes 18
+MOST_IDS = 1 << 22  # of a larger vocabulary nobody has heard
+MOST_GROWTH = 32  # characters made of one; NFKC makes 18
 
 
 def check(path: str, tokenizer) -> None:
@@ -18,8 +18,10 @@ def check(path: str, tokenizer) -> None:
     for part in (tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.decoder):
         grows = 1 if part is None else growth(json.loads(part.__getstate__()))
         if grows > MOST_GROWTH:
-            raise ModelError(f"{path}: {type(part).__name__} of tokenizer.json makes a text up to "
-                             f"{grows:,.0f} times longer; at most {MOST_GROWTH} times is read")
+            raise ModelError(
+                f"{path}: {type(part).__name__} of tokenizer.json makes a text up to "
+                f"{grows:,.0f} times longer; at most {MOST_GROWTH} times is read"
+            )
 
 
 def serialized(tokenizer) -> str:
@@ -37,6 +39,6 @@ def growth(part: dict) -> float:
     for inner in (*part.get("normalizers", ()), *part.get("decoders", ())):
         grows *= growth(inner)
     if part.get("type") == "Replace":
-        matched = len(part["pattern"].get("String", "")) or 1    # a regular expression: one or more
+        matched = len(part["pattern"].get("String", "")) or 1  # a regular expression: one or more
         grows *= max(1.0, len(part["content"]) / matched)
     return grows

@@ -1,4 +1,6 @@
-"""The decoder: embed, scan over the stacked layers, norm. One file for every family; the spec says what differs."""
+"""The decoder: embed, scan over the stacked layers, norm. One file for every family; the spec says
+what differs.
+"""
 
 import dataclasses
 import functools
@@ -27,55 +29,99 @@ from lljax.parallel.sharding import Layout, constrain_activations, gathered
 
 
 class Decoder(nnx.Module):
-    """A causal language model, abstract until initialised (lljax.models.initialise) or loaded (lljax.interop)."""
+    """A causal language model, abstract until initialised (lljax.models.initialise) or loaded
+    (lljax.interop).
+    """
 
     def __init__(self, spec: DecoderSpec):
         self.spec = spec
-        self.embed = declare((spec.V, spec.D), axes=("vocab", "embed"), hf="model.embed_tokens.weight", role="embed")
+        self.embed = declare(
+            (spec.V, spec.D), axes=("vocab", "embed"), hf="model.embed_tokens.weight", role="embed"
+        )
         # Layers that take turns are a stack each, in the order of `repeats`.
-        self.layers = nnx.List([stack(DecoderLayer(spec, layer), times, first + place, len(places))
-                                for first, places, times in repeats(spec.layers) for place, layer in enumerate(places)])
+        self.layers = nnx.List(
+            [
+                stack(DecoderLayer(spec, layer), times, first + place, len(places))
+                for first, places, times in repeats(spec.layers)
+                for place, layer in enumerate(places)
+            ]
+        )
         self.norm = RMSNorm(spec.D, spec.norm_eps, hf="model.norm", plus_one=spec.norm_plus_one)
-        self.lm_head = None if spec.tied else declare((spec.V, spec.D), axes=("vocab", "embed"),
-                                                      hf="lm_head.weight", role="head")
-        self.embed_lora, self.head_lora = nnx.data(None), nnx.data(None)     # filled by lljax.models.lora.attach
+        self.lm_head = (
+            None
+            if spec.tied
+            else declare(
+                (spec.V, spec.D), axes=("vocab", "embed"), hf="lm_head.weight", role="head"
+            )
+        )
+        # filled by lljax.models.lora.attach
+        self.embed_lora, self.head_lora = nnx.data(None), nnx.data(None)
 
     @property
     def head(self):
-        """The output matrix [V, D], an array or lljax.models.probe.Probed; the embedding itself where the two are tied."""
+        """The output matrix [V, D], an array or lljax.models.probe.Probed; the embedding itself
+        where the two are tied.
+        """
         return dense((self.embed if self.lm_head is None else self.lm_head).get_value())
 
-    def __call__(self, tokens, *, positions, segments=None, index=None, pattern: AttentionPattern = FULL,
-                 layout: Layout | None = None, memory: Memory = EVERYTHING, dtype=None, dropout_key=None,
-                 cache: Cache | None = None, rope_length=None, noise: float = 0.0, counted=None):
+    def __call__(
+        self,
+        tokens,
+        *,
+        positions,
+        segments=None,
+        index=None,
+        pattern: AttentionPattern = FULL,
+        layout: Layout | None = None,
+        memory: Memory = EVERYTHING,
+        dtype=None,
+        dropout_key=None,
+        cache: Cache | None = None,
+        rope_length=None,
+        noise: float = 0.0,
+        counted=None,
+    ):
         """The hidden states [B, T, D] that `head` turns into logits.
 
         tokens, positions: int32 [B, T]; positions count from 0 in each document of a packed row.
         segments: int32 [B, T] document of each token, 0 for padding; None for one document a row.
-        index: int32 [B, T] place of each token in its row; None for 0, 1, 2 ... Tokens may come in any order.
+        index: int32 [B, T] place of each token in its row; None for 0, 1, 2 ... Tokens may come in
+          any order.
         layout: how all of these lie on a mesh; None for one device.
         memory: what the backward pass keeps.
         dtype: of the residual and of the compute; None for that of the weights.
         noise: alpha of the noise on the embeddings, see `noisy`; none without a dropout key.
-        rope_length: positions in use, where a RoPE kind depends on it; None for the largest of `positions` + 1.
-        counted: bool [B, T], where there are experts: tokens whose routing is counted. (hidden, load) is returned, load float32
-        [layers with experts, 2, E]: how many tokens chose each expert, and the sum of its probabilities (lljax.models.moe).
-        With a `cache` the tokens continue what it holds, and (hidden, cache) is returned.
+        rope_length: positions in use, where a RoPE kind depends on it; None for the largest of
+          `positions` + 1.
+        counted: bool [B, T], where there are experts: tokens whose routing is counted. (hidden,
+          load) is returned, load float32 [layers with experts, 2, E]: how many tokens chose each
+          expert, and the sum of its probabilities (lljax.models.moe). With a `cache` the tokens
+          continue what it holds, and (hidden, cache) is returned.
         """
         dtype = dtype or self.layers[0].self_attn.o_proj.kernel.get_value().dtype
         x = rows(dense(self.embed.get_value()), tokens, dtype=dtype, layout=layout)
         if self.embed_lora is not None:
-            x += self.embed_lora.looked_up(lookup(self.embed_lora.a[...], tokens, dtype=dtype, layout=layout))
+            x += self.embed_lora.looked_up(
+                lookup(self.embed_lora.a[...], tokens, dtype=dtype, layout=layout)
+            )
         if self.spec.embed_scale != 1:
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
         if noise and dropout_key is not None:
-            x = constrain_activations(noisy(x, noise, jax.random.fold_in(dropout_key, zlib.crc32(b"noise"))), layout)
+            x = constrain_activations(
+                noisy(x, noise, jax.random.fold_in(dropout_key, zlib.crc32(b"noise"))), layout
+            )
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
-        rotations = tuple(rope.rotation(positions, rope.frequencies(each, self.spec.rotary, length))
-                          for each in self.spec.ropes)
+        rotations = tuple(
+            rope.rotation(positions, rope.frequencies(each, self.spec.rotary, length))
+            for each in self.spec.ropes
+        )
         temperature = self.spec.temperature and rope.temperature(positions, *self.spec.temperature)
         if cache is None:
-            mask, start, kv = self._mask(tokens, positions, segments, index, pattern), 0, (None,) * len(self.layers)
+            mask, start, kv = (
+                self._mask(tokens, positions, segments, index, pattern),
+                0,
+                (None,) * len(self.layers),
+            )
         else:
             start, kv = cache.used, cache.kv
             cache, mask = extend(cache, positions, segments)
@@ -83,10 +129,20 @@ class Decoder(nnx.Module):
 
         def seen(layer: LayerSpec):
             """Its place and mask."""
-            place = rope.Place(None, temperature) if layer.rope is None else rope.Place(rotations[layer.rope])
+            place = (
+                rope.Place(None, temperature)
+                if layer.rope is None
+                else rope.Place(rotations[layer.rope])
+            )
             window = None if layer.chunked else layer.window
-            own = mask.replace(window=min((w for w in (window, pattern.window or None) if w is not None), default=None))
-            return place, chunked(own, positions, k_positions, layer.window) if layer.chunked else own
+            own = mask.replace(
+                window=min(
+                    (w for w in (window, pattern.window or None) if w is not None), default=None
+                )
+            )
+            return place, chunked(
+                own, positions, k_positions, layer.window
+            ) if layer.chunked else own
 
         def layer_of(graphdef, spec):
             place, mask = seen(spec)
@@ -94,8 +150,11 @@ class Decoder(nnx.Module):
             def layer(x, xs):
                 weights, key, kv = xs
                 weights = dequantised(gathered(weights, layout), x.dtype)
-                x, kv, load = nnx.merge(graphdef, weights)(x, place, mask, pattern, layout, memory, kv, start, key, counted)
+                x, kv, load = nnx.merge(graphdef, weights)(
+                    x, place, mask, pattern, layout, memory, kv, start, key, counted
+                )
                 return constrain_activations(x, layout), (kv, load)
+
             return layer
 
         keys, out = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L), []
@@ -114,8 +173,11 @@ class Decoder(nnx.Module):
             return x, jnp.concatenate([load.sum((1, 2)) for load in loads if load is not None])
         if cache is None:
             return x
-        # After all layers, so that this happens in place: a scan that gave whole caches back would hold them twice.
-        return x, dataclasses.replace(cache, kv=jax.tree.map(functools.partial(write, start=start), cache.kv, kv))
+        # After all layers, so that this happens in place: a scan that gave whole caches back would
+        # hold them twice.
+        return x, dataclasses.replace(
+            cache, kv=jax.tree.map(functools.partial(write, start=start), cache.kv, kv)
+        )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] of hidden [..., D]."""
@@ -126,7 +188,9 @@ class Decoder(nnx.Module):
         return capped(logits, self.spec.logit_softcap)
 
     def head_update(self, hidden: jax.Array, dropout_key: jax.Array | None = None):
-        """Arrays [..., R] and [V, R] whose product an adapted head adds to the logits of hidden [..., D], or None."""
+        """Arrays [..., R] and [V, R] whose product an adapted head adds to the logits of hidden
+        [..., D], or None.
+        """
         return None if self.head_lora is None else self.head_lora.before_head(hidden, dropout_key)
 
     def _mask(self, tokens, positions, segments, index, pattern: AttentionPattern) -> Mask:
@@ -135,12 +199,15 @@ class Decoder(nnx.Module):
             index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         anchors = None
         if pattern.kind == "window" and (pattern.anchors or pattern.markers):
-            anchors = (positions < pattern.anchors) | jnp.isin(tokens, jnp.asarray(pattern.markers, tokens.dtype))
+            anchors = (positions < pattern.anchors) | jnp.isin(
+                tokens, jnp.asarray(pattern.markers, tokens.dtype)
+            )
         return Mask(index, index, segments, segments, anchors, ordered=ordered)
 
 
 def noisy(x: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
-    """Embeddings x [B, T, D] with noise uniform within alpha / sqrt(T * D): NEFTune, Jain et al. 2023, arXiv 2310.05914.
+    """Embeddings x [B, T, D] with noise uniform within alpha / sqrt(T * D): NEFTune, Jain et al.
+    2023, arXiv 2310.05914.
 
     T is the row's length, padding and packed documents included, as in transformers and TRL.
     """

@@ -1,8 +1,10 @@
-"""Products with frozen kernels in eight bits (e4m3), where the chip multiplies them at twice the speed of bfloat16.
+"""Products with frozen kernels in eight bits (e4m3), where the chip multiplies them at twice the
+speed of bfloat16.
 
-A row of the left side and a column of the right one are each divided by a scale of their own, which makes their largest value
-448, the largest of e4m3; sums are float32. Micikevicius et al. 2022, arXiv 2209.05433; e4m3 for gradients too, as DeepSeek-V3
-has it (arXiv 2412.19437, section 3.3.2), whose scales are finer.
+A row of the left side and a column of the right one are each divided by a scale of their own, which
+makes their largest value 448, the largest of e4m3; sums are float32. Micikevicius et al. 2022,
+arXiv 2209.05433; e4m3 for gradients too, as DeepSeek-V3 has it (arXiv 2412.19437, section 3.3.2),
+whose scales are finer.
 """
 
 import jax
@@ -15,17 +17,23 @@ LARGEST = 448.0
 
 
 def check(kinds) -> None:
-    """Raises ConfigError where a device (by JAX's name of its kind) has no products of eight bits."""
+    """Raises ConfigError where a device (by JAX's name of its kind) has no products of eight
+    bits.
+    """
     for kind in sorted(set(kinds)):
         device = devices.of_kind(kind)
         if device is not None and not device.fp8:
-            raise ConfigError(f"model.matmul='fp8': {kind} does not multiply in eight bits and would be slower for it: use "
-                              "model.matmul='default'")
+            raise ConfigError(
+                f"model.matmul='fp8': {kind} does not multiply in eight bits and would be slower for it: use "
+                "model.matmul='default'"
+            )
 
 
 @jax.custom_vjp
 def fp8_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out], in the dtype of x. The kernel is frozen: it gets no gradient."""
+    """x [..., in] @ kernel [in, out], in the dtype of x. The kernel is frozen: it gets no
+    gradient.
+    """
     return _dot(x, kernel, contracted=0)
 
 
@@ -33,7 +41,9 @@ def _dot(x, kernel, contracted: int):
     """x times the kernel (contracted=0), or its transpose (1)."""
     x8, x_scale = _rounded(x, -1)
     kernel8, kernel_scale = _rounded(kernel, contracted)
-    y = jax.lax.dot_general(x8, kernel8, (((x.ndim - 1,), (contracted,)), ((), ())), preferred_element_type=x.dtype)
+    y = jax.lax.dot_general(
+        x8, kernel8, (((x.ndim - 1,), (contracted,)), ((), ())), preferred_element_type=x.dtype
+    )
     return (y * x_scale * kernel_scale.reshape(-1)).astype(x.dtype)
 
 

@@ -1,4 +1,5 @@
-"""What decoder layers are made of. Each module declares its parameters once; see lljax.models.declare.
+"""What decoder layers are made of. Each module declares its parameters once; see
+lljax.models.declare.
 
 Formulas follow transformers `models/llama/modeling_llama.py`, `models/qwen3/modeling_qwen3.py` and
 `models/gemma2/modeling_gemma2.py`.
@@ -18,12 +19,22 @@ from lljax.models.spec import DecoderSpec
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight; or times 1 + weight (`plus_one`), which Gemma takes in float32 too."""
 
-    def __init__(self, size: int, eps: float, *, hf: str, axis: str | None = None, plus_one: bool = False):
-        self.weight = declare((size,), axes=(axis,), hf=f"{hf}.weight", role="norm", init="zeros" if plus_one else "ones")
+    def __init__(
+        self, size: int, eps: float, *, hf: str, axis: str | None = None, plus_one: bool = False
+    ):
+        self.weight = declare(
+            (size,),
+            axes=(axis,),
+            hf=f"{hf}.weight",
+            role="norm",
+            init="zeros" if plus_one else "ones",
+        )
         self.eps, self.plus_one = eps, plus_one
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis, in float32: the mean of squares of a bfloat16 row loses its low bits."""
+        """Normalises the last axis, in float32: the mean of squares of a bfloat16 row loses its low
+        bits.
+        """
         wide = unit(x, self.eps)
         if self.plus_one:
             return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
@@ -37,17 +48,30 @@ def unit(x: jax.Array, eps: float) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ low-rank update) (+ bias); kernel is [in, out]. `lora` is filled by lljax.models.lora.attach; `dot`, the
-    product with the kernel, may be lljax.models.fp8.fp8_dot.
+    """x @ kernel (+ low-rank update) (+ bias); kernel is [in, out]. `lora` is filled by
+    lljax.models.lora.attach; `dot`, the product with the kernel, may be lljax.models.fp8.fp8_dot.
 
     part: its outputs are some of those of the HF layer `hf`, see `declare.Weight`.
     """
 
-    def __init__(self, shape: tuple[int, int], *, axes: tuple, hf: str, bias: bool = False,
-                 part: tuple[int, int, int] | None = None):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        axes: tuple,
+        hf: str,
+        bias: bool = False,
+        part: tuple[int, int, int] | None = None,
+    ):
         more = {} if part is None else {"part": part}
-        self.kernel = declare(shape, axes=axes, hf=f"{hf}.weight", role="kernel", transpose=True, **more)
-        self.bias = declare(shape[1:], axes=axes[1:], hf=f"{hf}.bias", role="bias", init="zeros") if bias else None
+        self.kernel = declare(
+            shape, axes=axes, hf=f"{hf}.weight", role="kernel", transpose=True, **more
+        )
+        self.bias = (
+            declare(shape[1:], axes=axes[1:], hf=f"{hf}.bias", role="bias", init="zeros")
+            if bias
+            else None
+        )
         self.lora = nnx.data(None)
         self.dot = jnp.matmul
 
@@ -61,11 +85,8 @@ class Linear(nnx.Module):
         return y
 
 
-
-
-
-
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}        # jax's gelu is the approximation by tanh
+# jax's gelu is the approximation by tanh
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 
 class MLP(nnx.Module):
@@ -74,19 +95,28 @@ class MLP(nnx.Module):
     def __init__(self, spec: DecoderSpec, hf: str, *, F: int):
         D, bias = spec.D, spec.mlp_bias
         self.activation = spec.activation
-        names = named_or_fused(f"{hf}.gate_up_proj" if spec.fused else None, hf, gate_proj=F, up_proj=F)
+        names = named_or_fused(
+            f"{hf}.gate_up_proj" if spec.fused else None, hf, gate_proj=F, up_proj=F
+        )
         self.gate_proj = Linear((D, F), axes=("embed", "mlp"), bias=bias, **names["gate_proj"])
         self.up_proj = Linear((D, F), axes=("embed", "mlp"), bias=bias, **names["up_proj"])
         self.down_proj = Linear((F, D), axes=("mlp", "embed"), hf=f"{hf}.down_proj", bias=bias)
 
     def __call__(self, x: jax.Array, dropout_key=None) -> jax.Array:
-        hidden = ACTIVATIONS[self.activation](self.gate_proj(x, dropout_key)) * self.up_proj(x, dropout_key)
+        hidden = ACTIVATIONS[self.activation](self.gate_proj(x, dropout_key)) * self.up_proj(
+            x, dropout_key
+        )
         return self.down_proj(hidden, dropout_key)
 
 
 def named_or_fused(fused: str | None, hf: str, **sizes: int) -> dict:
-    """How each of several projections of `sizes` outputs is called in HF: by its own name, or as rows of `fused`."""
+    """How each of several projections of `sizes` outputs is called in HF: by its own name, or as
+    rows of `fused`.
+    """
     if fused is None:
         return {name: {"hf": f"{hf}.{name}"} for name in sizes}
     firsts = itertools.accumulate(sizes.values(), initial=0)
-    return {name: {"hf": fused, "part": (first, 1, sum(sizes.values()))} for name, first in zip(sizes, firsts)}
+    return {
+        name: {"hf": fused, "part": (first, 1, sum(sizes.values()))}
+        for name, first in zip(sizes, firsts)
+    }

@@ -8,8 +8,8 @@ import sys
 
 from lljax.errors import ConfigError
 
-SECONDS, BYTES = 20, 1 << 30                 # of the child that matches; it needs a few hundredths
-PLAIN = re.compile(r"[\w.-]*")               # a name
+SECONDS, BYTES = 20, 1 << 30  # of the child that matches; it needs a few hundredths
+PLAIN = re.compile(r"[\w.-]*")  # a name
 CHILD = f"""
 import contextlib, json, re, sys
 with contextlib.suppress(ImportError):       # where there are no limits, the time is one
@@ -41,16 +41,22 @@ def matching(
         if not isinstance(pattern, str):
             raise ConfigError(f"{where}: {pattern!r:.60} is no name and no regular expression")
     asked = [pattern for pattern in patterns if not PLAIN.fullmatch(pattern)]
-    answers = dict(zip(asked, _ask([f"{prefix}({pattern})" if prefix else pattern for pattern in asked], texts)))
+    answers = dict(
+        zip(
+            asked, _ask([f"{prefix}({pattern})" if prefix else pattern for pattern in asked], texts)
+        )
+    )
     found = []
     for pattern in patterns:
         answer = answers.get(pattern)
         if PLAIN.fullmatch(pattern):
             answer = [text for text in texts if f".{text}".endswith(f".{pattern}")]
         if answer is None:
-            raise ConfigError(f"{where}: the regular expression {pattern!r:.60} is not done with the "
-                              f"names of the layers in {SECONDS} seconds and {BYTES >> 30} GiB: use a "
-                              "simpler one")
+            raise ConfigError(
+                f"{where}: the regular expression {pattern!r:.60} is not done with the "
+                f"names of the layers in {SECONDS} seconds and {BYTES >> 30} GiB: use a "
+                "simpler one"
+            )
         if isinstance(answer, str):
             raise ConfigError(f"{where}: {pattern!r:.60} is no regular expression ({answer})")
         found.append(frozenset(answer))

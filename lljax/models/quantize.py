@@ -1,10 +1,11 @@
 """Weights in four or eight bits: codes, and a scale for each block of inputs of an output.
 
-Formats: nf4, the quantiles of a normal distribution, and nf4-double, whose scales are in eight bits in turn (QLoRA, Dettmers
-et al. 2023, arXiv 2305.14314, section 3; the tables and blocks are bitsandbytes'); int4 and int8, (code - zero) * scale;
-fp8, e4m3 * scale. A quantised kernel is held by the `Weight` that would hold the dense one, and becomes dense a layer at a
-time, inside the scan over layers (`dequantised`). Frozen kernels are so where `model.quantize` says it, and what trains by
-lljax.training.q_galore is.
+Formats: nf4, the quantiles of a normal distribution, and nf4-double, whose scales are in eight bits
+  in turn (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3; the tables and blocks are
+  bitsandbytes'); int4 and int8, (code - zero) * scale; fp8, e4m3 * scale. A quantised kernel is
+  held by the `Weight` that would hold the dense one, and becomes dense a layer at a time, inside
+  the scan over layers (`dequantised`). Frozen kernels are so where `model.quantize` says it, and
+  what trains by lljax.training.q_galore is.
 """
 
 import dataclasses
@@ -15,21 +16,41 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-NF4 = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-                -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-                0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
-                1.0], np.float32)            # arXiv 2305.14314, appendix E
-OUTER = 256                                  # scales that share a scale of their own, in nf4-double
+NF4 = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)  # arXiv 2305.14314, appendix E
+OUTER = 256  # scales that share a scale of their own, in nf4-double
 
 
 def _dynamic() -> np.ndarray:
-    """The 256 values of bitsandbytes' dynamic map: seven decades, each with twice the values of the one below.
+    """The 256 values of bitsandbytes' dynamic map: seven decades, each with twice the values of the
+    one below.
 
-    Dettmers et al. 2021, arXiv 2110.02861, section 2.1; bitsandbytes `create_dynamic_map`, whose float32 differs in the last
-    bit from one CPU to another.
+    Dettmers et al. 2021, arXiv 2110.02861, section 2.1; bitsandbytes `create_dynamic_map`, whose
+    float32 differs in the last bit from one CPU to another.
     """
-    edges = [np.linspace(0.1, 1, 2 ** decade + 1) for decade in range(7)]
-    positive = np.concatenate([10.0 ** (decade - 6) * (e[:-1] + e[1:]) / 2 for decade, e in enumerate(edges)])
+    edges = [np.linspace(0.1, 1, 2**decade + 1) for decade in range(7)]
+    positive = np.concatenate(
+        [10.0 ** (decade - 6) * (e[:-1] + e[1:]) / 2 for decade, e in enumerate(edges)]
+    )
     return np.sort(np.concatenate([-positive, [0.0], positive, [1.0]])).astype(np.float32)
 
 
@@ -38,7 +59,9 @@ DYNAMIC = _dynamic()
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """format: see above. block: inputs that share a scale. zero: a block has a zero point of its own (int4, int8)."""
+    """format: see above. block: inputs that share a scale. zero: a block has a zero point of its
+    own (int4, int8).
+    """
 
     format: str
     block: int
@@ -49,12 +72,22 @@ class Form:
         return 8 if self.format in ("int8", "fp8") else 4
 
 
-FORMS = {form.format: form for form in (Form("nf4", 64), Form("nf4-double", 64), Form("int4", 64), Form("int8", 64),
-                                        Form("fp8", 128))}
+FORMS = {
+    form.format: form
+    for form in (
+        Form("nf4", 64),
+        Form("nf4-double", 64),
+        Form("int4", 64),
+        Form("int8", 64),
+        Form("fp8", 128),
+    )
+}
 
 
 def integers(bits: int, rows: int) -> Form:
-    """Of a matrix with so many inputs that changes as it trains: Zhang et al. 2024, arXiv 2407.08296, in blocks of 256."""
+    """Of a matrix with so many inputs that changes as it trains: Zhang et al. 2024, arXiv
+    2407.08296, in blocks of 256.
+    """
     return Form(f"int{bits}", min(256, rows + rows % 2))
 
 
@@ -63,10 +96,11 @@ def integers(bits: int, rows: int) -> Form:
 class Quantised:
     """A kernel [..., in, out] with any leading axes, its inputs filled up to whole blocks.
 
-    codes: [..., blocks, block, out] float8_e4m3fn, or uint8; of four bits [..., blocks, block / 2, out], the first half of a
-    block in the low bits and the second in the high. scale: float32 [..., blocks, out], or its codes, uint8, where
-    `outer` float32 [..., ceil(out * blocks / 256)] scales those in the order [out, blocks] and `offset` float32 [...] is
-    added. zero: int16 [..., blocks, out] or None. rows: in. dtype: of the dense kernel.
+    codes: [..., blocks, block, out] float8_e4m3fn, or uint8; of four bits [..., blocks, block / 2,
+      out], the first half of a block in the low bits and the second in the high. scale: float32
+      [..., blocks, out], or its codes, uint8, where `outer` float32 [..., ceil(out * blocks / 256)]
+      scales those in the order [out, blocks] and `offset` float32 [...] is added. zero: int16 [...,
+      blocks, out] or None. rows: in. dtype: of the dense kernel.
     """
 
     codes: jax.Array
@@ -86,22 +120,37 @@ class Quantised:
         return dequantise(self, dtype)
 
     def each(self, f, axes: tuple):
-        """f(array, its logical axes) of each array, given the axes of the dense kernel (lljax.parallel.sharding.each)."""
+        """f(array, its logical axes) of each array, given the axes of the dense kernel
+        (lljax.parallel.sharding.each).
+        """
         *lead, inputs, outputs = axes
-        of = {"codes": (*lead, inputs, None, outputs), "scale": (*lead, inputs, outputs), "zero": (*lead, inputs, outputs),
-              "outer": (*lead, None), "offset": tuple(lead)}
-        return dataclasses.replace(self, **{name: None if getattr(self, name) is None else f(getattr(self, name), axes)
-                                            for name, axes in of.items()})
+        of = {
+            "codes": (*lead, inputs, None, outputs),
+            "scale": (*lead, inputs, outputs),
+            "zero": (*lead, inputs, outputs),
+            "outer": (*lead, None),
+            "offset": tuple(lead),
+        }
+        return dataclasses.replace(
+            self,
+            **{
+                name: None if getattr(self, name) is None else f(getattr(self, name), axes)
+                for name, axes in of.items()
+            },
+        )
 
 
 def quantise(kernel: jax.Array, form: Form, dtype, key: jax.Array | None = None) -> Quantised:
     """A dense kernel [..., in, out] in `form`; `dtype` is what it counts as when it is dense again.
 
-    To the nearest code; int4 and int8 with a key up or down at random, so that the mean is the kernel.
+    To the nearest code; int4 and int8 with a key up or down at random, so that the mean is the
+    kernel.
     """
     *lead, rows, out = kernel.shape
     blocks = -(-rows // form.block)
-    x = jnp.pad(kernel.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, blocks * form.block - rows), (0, 0)])
+    x = jnp.pad(
+        kernel.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, blocks * form.block - rows), (0, 0)]
+    )
     x = x.reshape(*lead, blocks, form.block, out)
     largest = jnp.max(jnp.abs(x), axis=-2)
     top = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}.get(form.format, 1.0)
@@ -112,7 +161,11 @@ def quantise(kernel: jax.Array, form: Form, dtype, key: jax.Array | None = None)
         codes = x.astype(jnp.float8_e4m3fn)
     elif form.format in ("int4", "int8"):
         middle = 1 << form.bits - 1
-        steps = jnp.round(x) if key is None else jnp.clip(jnp.floor(x + jax.random.uniform(key, x.shape)), -top, top)
+        steps = (
+            jnp.round(x)
+            if key is None
+            else jnp.clip(jnp.floor(x + jax.random.uniform(key, x.shape)), -top, top)
+        )
         codes = (steps + middle).astype(jnp.uint8)
         zero = jnp.full(scale.shape, middle, jnp.int16) if form.zero else None
     else:
@@ -125,7 +178,9 @@ def quantise(kernel: jax.Array, form: Form, dtype, key: jax.Array | None = None)
 
 
 def dequantise(value: Quantised, dtype) -> jax.Array:
-    """The dense kernel [..., in, out]; products are float32, as bitsandbytes' are, and rounded once."""
+    """The dense kernel [..., in, out]; products are float32, as bitsandbytes' are, and rounded
+    once.
+    """
     form, codes = value.form, value.codes
     if form.bits == 4:
         codes = unpack(codes)
@@ -138,23 +193,31 @@ def dequantise(value: Quantised, dtype) -> jax.Array:
         x = _lookup(NF4, codes)
     x = (x * _scales(value)[..., None, :]).astype(dtype)
     *lead, blocks, block, out = x.shape
-    return x.reshape(*lead, blocks * block, out)[..., :value.rows, :]
+    return x.reshape(*lead, blocks * block, out)[..., : value.rows, :]
 
 
 def dense(value, dtype=None):
-    """A value of a Variable in arrays to compute with: a quantised one in `dtype` (None: its own), an array as it is."""
+    """A value of a Variable in arrays to compute with: a quantised one in `dtype` (None: its own),
+    an array as it is.
+    """
     return value.dense(dtype or value.dtype) if hasattr(value, "dense") else value
 
 
 def dequantised(variables, dtype):
     """A tree of Variables with its quantised values dense."""
-    return jax.tree.map(lambda variable: variable.replace(dense(variable.get_value(), dtype)), variables,
-                        is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(
+        lambda variable: variable.replace(dense(variable.get_value(), dtype)),
+        variables,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
 
 
 def abstract(shape: tuple[int, ...], form: Form, dtype) -> Quantised:
     """What `quantise` gives of a kernel of this shape, with `jax.ShapeDtypeStruct`s."""
-    return jax.eval_shape(functools.partial(quantise, form=form, dtype=dtype), jax.ShapeDtypeStruct(shape, jnp.float32))
+    return jax.eval_shape(
+        functools.partial(quantise, form=form, dtype=dtype),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
 
 
 def pack(codes):
@@ -171,15 +234,19 @@ def unpack(codes: jax.Array) -> jax.Array:
 
 
 def _quantise_scales(scale):
-    """(codes, outer, offset) of scales [..., blocks, out], see `Quantised`; bitsandbytes `quantize_4bit`."""
+    """(codes, outer, offset) of scales [..., blocks, out], see `Quantised`; bitsandbytes
+    `quantize_4bit`.
+    """
     *lead, blocks, out = scale.shape
     flat = jnp.swapaxes(scale, -1, -2).reshape(*lead, blocks * out)
     offset = jnp.mean(flat, axis=-1)
     flat = jnp.pad(flat - offset[..., None], [(0, 0)] * len(lead) + [(0, -flat.shape[-1] % OUTER)])
     flat = flat.reshape(*lead, -1, OUTER)
     outer = jnp.max(jnp.abs(flat), axis=-1)
-    codes = jnp.searchsorted(_middles(DYNAMIC), flat / jnp.where(outer == 0, 1.0, outer)[..., None]).astype(jnp.uint8)
-    codes = codes.reshape(*lead, -1)[..., :blocks * out].reshape(*lead, out, blocks)
+    codes = jnp.searchsorted(
+        _middles(DYNAMIC), flat / jnp.where(outer == 0, 1.0, outer)[..., None]
+    ).astype(jnp.uint8)
+    codes = codes.reshape(*lead, -1)[..., : blocks * out].reshape(*lead, out, blocks)
     return jnp.swapaxes(codes, -1, -2), outer, offset
 
 
@@ -188,30 +255,40 @@ def _scales(value: Quantised) -> jax.Array:
     if value.outer is None:
         return value.scale
     *lead, blocks, out = value.scale.shape
-    outer = jnp.repeat(value.outer, OUTER, axis=-1)[..., :blocks * out].reshape(*lead, out, blocks)
+    outer = jnp.repeat(value.outer, OUTER, axis=-1)[..., : blocks * out].reshape(*lead, out, blocks)
     return _dynamic_value(value.scale) * jnp.swapaxes(outer, -1, -2) + value.offset[..., None, None]
 
 
 def _dynamic_value(codes: jax.Array) -> jax.Array:
-    """DYNAMIC[codes] by arithmetic, to the last bit or two: for 256 entries neither a gather nor a choice suits a TPU."""
+    """DYNAMIC[codes] by arithmetic, to the last bit or two: for 256 entries neither a gather nor a
+    choice suits a TPU.
+    """
     signed = codes.astype(jnp.int32) - 127
     place = jnp.abs(signed)
-    decade = sum((place >= 2 ** k).astype(jnp.int32) for k in range(1, 8))
+    decade = sum((place >= 2**k).astype(jnp.int32) for k in range(1, 8))
     steps = (1 << decade).astype(jnp.float32)
-    x = (0.1 + 0.9 * (place + 0.5 - steps) / steps) * _lookup(np.float32(10.0) ** np.arange(-6, 2, dtype=np.float32), decade)
+    x = (0.1 + 0.9 * (place + 0.5 - steps) / steps) * _lookup(
+        np.float32(10.0) ** np.arange(-6, 2, dtype=np.float32), decade
+    )
     return jnp.where(place == 128, 1.0, jnp.where(signed == 0, 0.0, jnp.where(signed < 0, -x, x)))
 
 
 def _lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
-    """table[codes]; on a TPU, where a gather goes element by element, by choosing a bit of the code at a time."""
+    """table[codes]; on a TPU, where a gather goes element by element, by choosing a bit of the code
+    at a time.
+    """
+
     def choose(codes, table=table):
         if len(table) == 1:
             return table[0]
         half = len(table) // 2
-        return jnp.where(codes & half != 0, choose(codes, table[half:]), choose(codes, table[:half]))
+        return jnp.where(
+            codes & half != 0, choose(codes, table[half:]), choose(codes, table[:half])
+        )
 
     def gather(codes):
         return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+
     return jax.lax.platform_dependent(codes, tpu=choose, default=gather)
 
 

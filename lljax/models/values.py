@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from lljax.errors import ModelError, short
 
-LARGEST = 1e18                               # of a number: beyond any real one, and no float overflows
-MOST = 2 ** 31 - 1                           # of a count
+LARGEST = 1e18  # of a number: beyond any real one, and no float overflows
+MOST = 2**31 - 1  # of a count
 
 
 class Value(NamedTuple):
@@ -15,8 +15,10 @@ class Value(NamedTuple):
 
 
 def whole(least: int, most: int = MOST) -> Value:
-    return Value(lambda x: type(x) is int and least <= x <= most,
-                 f"a whole number from {least:,} to {most:,}")
+    return Value(
+        lambda x: type(x) is int and least <= x <= most,
+        f"a whole number from {least:,} to {most:,}",
+    )
 
 
 def one_of(*words: str) -> Value:
@@ -28,12 +30,17 @@ def optional(value: Value) -> Value:
 
 
 def list_of(value: Value) -> Value:
-    return Value(lambda x: type(x) is list and all(map(value.holds, x)), f"a list with {value.wanted} in every place")
+    return Value(
+        lambda x: type(x) is list and all(map(value.holds, x)),
+        f"a list with {value.wanted} in every place",
+    )
 
 
 def dict_of(value: Value) -> Value:
-    return Value(lambda x: type(x) is dict and all(map(value.holds, x.values())),
-                 f"an object with {value.wanted} in every place")
+    return Value(
+        lambda x: type(x) is dict and all(map(value.holds, x.values())),
+        f"an object with {value.wanted} in every place",
+    )
 
 
 # A comparison with NaN is false, and True is no number.
@@ -53,4 +60,6 @@ def check(given: dict, table: dict[str, Value], where: str = "config.json") -> N
     """
     for name, value in table.items():
         if name in given and not value.holds(given[name]):
-            raise ModelError(f"{where}: {name} is {short(given[name])}; it has to be {value.wanted}")
+            raise ModelError(
+                f"{where}: {name} is {short(given[name])}; it has to be {value.wanted}"
+            )

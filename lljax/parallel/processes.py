@@ -1,4 +1,6 @@
-"""A run of several processes: how they find each other, agree, take turns, and end when one of them is lost."""
+"""A run of several processes: how they find each other, agree, take turns, and end when one of them
+is lost.
+"""
 
 import contextlib
 import ctypes
@@ -15,28 +17,35 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax._src import distributed as coordination  # its client has barriers that outlast a slow peer; jax has no public one
+
+# its client has barriers that outlast a slow peer; jax has no public one
+from jax._src import distributed as coordination
 from jax._src.clusters import ClusterEnv, K8sCluster
 from jax.experimental import multihost_utils
 
 from lljax.errors import ConfigError, PeerLost
 
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-JOIN_SECONDS = 300                           # for all processes to come up
-LEAVE_SECONDS = 10                           # for the others to come to the same end, as they do when all stop
-TURN_SECONDS = 86_400                        # one process may prepare the documents of all for hours
-COLLECTIVE_FAILED = re.compile(r"gloo|nccl|coordination service|heartbeat|connection (closed|reset)", re.IGNORECASE)
+JOIN_SECONDS = 300  # for all processes to come up
+LEAVE_SECONDS = 10  # for the others to come to the same end, as they do when all stop
+TURN_SECONDS = 86_400  # one process may prepare the documents of all for hours
+COLLECTIVE_FAILED = re.compile(
+    r"gloo|nccl|coordination service|heartbeat|connection (closed|reset)", re.IGNORECASE
+)
 SAME_COMMAND = "start the same command again in all of them, it goes on from the last checkpoint"
 
 
 # ---------------------------------------------------------------- beginning and end
 def start(peer_timeout: float) -> None:
-    """Joins the other processes of the run, before the first use of a device; does nothing where there are none.
+    """Joins the other processes of the run, before the first use of a device; does nothing where
+    there are none.
 
-    The environment variables of `ENVIRONMENT` come first (of which jax itself reads the address alone), then what jax
+    The environment variables of `ENVIRONMENT` come first (of which jax itself reads the address
+    alone), then what jax
     detects: Cloud TPU, SLURM, Open MPI, Kubernetes.
 
-    peer_timeout: seconds without a sign of life after which a process counts as lost, and the others end.
+    peer_timeout: seconds without a sign of life after which a process counts as lost, and the
+      others end.
 
     Raises:
       ConfigError: the environment names a run of several processes and leaves out how to join it.
@@ -48,9 +57,17 @@ def start(peer_timeout: float) -> None:
     if count == 1:
         return
     _end_on_abort()
-    jax.config.update("jax_enable_preemption_service", False)    # it takes SIGTERM; lljax.run.signals has its own
-    jax.distributed.initialize(address, count, index, cluster_detection_method=detect, initialization_timeout=JOIN_SECONDS,
-                               heartbeat_timeout_seconds=int(peer_timeout), shutdown_timeout_seconds=int(peer_timeout))
+    # it takes SIGTERM; lljax.run.signals has its own
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        address,
+        count,
+        index,
+        cluster_detection_method=detect,
+        initialization_timeout=JOIN_SECONDS,
+        heartbeat_timeout_seconds=int(peer_timeout),
+        shutdown_timeout_seconds=int(peer_timeout),
+    )
 
 
 def _from_environment() -> tuple[str | None, int, int | None]:
@@ -67,31 +84,44 @@ def _from_environment() -> tuple[str | None, int, int | None]:
         return given["JAX_COORDINATOR_ADDRESS"], count, index
     except (KeyError, ValueError):
         shown = " ".join(f"{name}={value}" for name, value in given.items())
-        raise ConfigError(f"{shown} do not say how to join: set JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0, "
-                          "JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0), or none of them to run alone") from None
+        raise ConfigError(
+            f"{shown} do not say how to join: set JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0), or none of them to run alone"
+        ) from None
 
 
 def _detected() -> int:
     """The number of processes that a launcher known to jax has started."""
     for cluster in ClusterEnv._cluster_types:
-        # To count the pods of a job jax asks the Kubernetes API, which a pod that belongs to none may not do.
-        if cluster.opt_in_only_method or cluster is K8sCluster and "JOB_COMPLETION_INDEX" not in os.environ:
+        # To count the pods of a job jax asks the Kubernetes API, which a pod that belongs to none
+        # may not do.
+        if (
+            cluster.opt_in_only_method
+            or cluster is K8sCluster
+            and "JOB_COMPLETION_INDEX" not in os.environ
+        ):
             continue
         try:
             if cluster.is_env_present():
                 return cluster.get_process_count()
-        except Exception as error:           # of whatever library reads the environment
-            raise ConfigError(f"jax takes this for a {cluster.__name__} and cannot read it ({_first_line(error)}): set "
-                              f"{', '.join(ENVIRONMENT)}, or JAX_NUM_PROCESSES=1 to run alone") from None
-    if (count := int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))) > 1:    # Open MPI 5, of which jax knows no address
-        raise ConfigError(f"mpirun has started {count} processes and this jax does not find the first: pass it "
-                          f"{', '.join(ENVIRONMENT)} (JAX_PROCESS_ID=$OMPI_COMM_WORLD_RANK)")
+        except Exception as error:  # of whatever library reads the environment
+            raise ConfigError(
+                f"jax takes this for a {cluster.__name__} and cannot read it ({_first_line(error)}): set "
+                f"{', '.join(ENVIRONMENT)}, or JAX_NUM_PROCESSES=1 to run alone"
+            ) from None
+    # Open MPI 5, of which jax knows no address
+    if (count := int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))) > 1:
+        raise ConfigError(
+            f"mpirun has started {count} processes and this jax does not find the first: pass it "
+            f"{', '.join(ENVIRONMENT)} (JAX_PROCESS_ID=$OMPI_COMM_WORLD_RANK)"
+        )
     return 1
 
 
 @contextlib.contextmanager
 def session():
-    """Around the `main` of a script that calls `start`: a process that fails does not keep the others waiting.
+    """Around the `main` of a script that calls `start`: a process that fails does not keep the
+    others waiting.
 
     Left alone, jax would wait for the others at exit, and they for it in the next collective.
     """
@@ -105,8 +135,10 @@ def session():
 
 @contextlib.contextmanager
 def to_the_end():
-    """Around all that a script does: when that is done the process ends, whatever its other threads wait for. Those of Orbax
-    wait up to five minutes for a save that has failed, and Python for them."""
+    """Around all that a script does: when that is done the process ends, whatever its other threads
+    wait for. Those of Orbax wait up to five minutes for a save that has failed, and Python for
+    them.
+    """
     global _script
     code, _script = 0, True
     try:
@@ -117,11 +149,11 @@ def to_the_end():
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
         code = 1
-    if not isinstance(code, int):            # a text, which Python prints
+    if not isinstance(code, int):  # a text, which Python prints
         with contextlib.suppress(OSError):
             print(code, file=sys.stderr)
         code = 1
-    if jax.distributed.is_initialized():     # which jax does at exit
+    if jax.distributed.is_initialized():  # which jax does at exit
         jax.distributed.shutdown()
     _exit(code)
 
@@ -135,7 +167,7 @@ _script = False
 
 
 def _leave(error: BaseException) -> None:
-    if isinstance(error, SystemExit):        # said already
+    if isinstance(error, SystemExit):  # said already
         code = error.code if isinstance(error.code, int) else 1
     elif COLLECTIVE_FAILED.search(str(error)):
         _lost(f"({_first_line(error)})")
@@ -143,37 +175,42 @@ def _leave(error: BaseException) -> None:
         traceback.print_exception(error)
         code = 1
     _end_on_abort(code)
-    with contextlib.suppress(Exception):     # they may have no reason to end
+    with contextlib.suppress(Exception):  # they may have no reason to end
         coordination.global_state.client.wait_at_barrier("leave", 1000 * LEAVE_SECONDS)
     _exit(code)
 
 
 def _lost(reason: str) -> None:
-    error = PeerLost(f"process {coordination.global_state.process_id} of {coordination.global_state.num_processes} ends "
-                     f"because another has ended or does not answer {reason}: see the log of that one, then {SAME_COMMAND}")
+    error = PeerLost(
+        f"process {coordination.global_state.process_id} of {coordination.global_state.num_processes} ends "
+        f"because another has ended or does not answer {reason}: see the log of that one, then {SAME_COMMAND}"
+    )
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     _exit(error.exit_code)
 
 
 def _exit(code: int) -> None:
-    """Ends without the exit handlers, in which jax and Orbax would wait for processes that are gone."""
+    """Ends without the exit handlers, in which jax and Orbax would wait for processes that are
+    gone.
+    """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):   # nobody reads it any more
+        with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(code)
 
 
 def _end_on_abort(code: int | None = None) -> None:
-    """When jax notices from a thread of its own that a process is lost, or has waited too long for one to come, it logs and
-    aborts. This makes one line and an exit code of that (or `code` alone).
+    """When jax notices from a thread of its own that a process is lost, or has waited too long for
+    one to come, it logs and aborts. This makes one line and an exit code of that (or `code` alone).
 
-    A Python signal handler would not run any more, nor does jax take a callback from Python (its argument has no
-    conversion, jaxlib 0.10 to 0.12), so it is a C one.
+    A Python signal handler would not run any more, nor does jax take a callback from Python (its
+    argument has no conversion, jaxlib 0.10 to 0.12), so it is a C one.
     """
-    global _handler                          # C holds no reference to it
+    global _handler  # C holds no reference to it
 
     def handler(_):
         _lost("(the lines above)") if code is None else _exit(code)
+
     _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
@@ -198,22 +235,32 @@ def from_all(value) -> list:
 
 @functools.lru_cache
 def processes_here() -> int:
-    """How many processes of the run are on this host. Every process must call this; jax need not have started."""
+    """How many processes of the run are on this host. Every process must call this; jax need not
+    have started.
+    """
     client = coordination.global_state.client
     if client is None:
         return 1
-    client.key_value_set(f"lljax-hosts/{coordination.global_state.process_id}", socket.gethostname())
+    client.key_value_set(
+        f"lljax-hosts/{coordination.global_state.process_id}", socket.gethostname()
+    )
     client.wait_at_barrier("lljax-hosts", 1000 * JOIN_SECONDS)
     return [name for _, name in client.key_value_dir_get("lljax-hosts")].count(socket.gethostname())
 
 
 def any_of(flag: bool) -> bool:
     """Whether `flag` is set in any process; every process must call this. One small collective."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+    return (
+        flag
+        if jax.process_count() == 1
+        else bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+    )
 
 
 def first_then_others(work: Callable):
-    """`work()` in process 0, then in the others: what it writes, they find where the file system is shared."""
+    """`work()` in process 0, then in the others: what it writes, they find where the file system is
+    shared.
+    """
     if not first():
         wait()
     done = work()
@@ -223,9 +270,13 @@ def first_then_others(work: Callable):
 
 
 def wait() -> None:
-    """Until every process has come here. On no device: a collective on CPUs gives up after 30 seconds."""
+    """Until every process has come here. On no device: a collective on CPUs gives up after 30
+    seconds.
+    """
     if jax.process_count() > 1:
-        coordination.global_state.client.wait_at_barrier(f"lljax-{next(_turns)}", 1000 * TURN_SECONDS)
+        coordination.global_state.client.wait_at_barrier(
+            f"lljax-{next(_turns)}", 1000 * TURN_SECONDS
+        )
 
 
 _turns = itertools.count()

@@ -1,5 +1,6 @@
-"""The memory that the steps and evaluations of a run need: read from the compiled programs, shown as a table, refused if they
-cannot fit."""
+"""The memory that the steps and evaluations of a run need: read from the compiled programs, shown
+as a table, refused if they cannot fit.
+"""
 
 import contextlib
 import dataclasses
@@ -24,8 +25,9 @@ from lljax.parallel.processes import from_all, processes_here
 class Need:
     """Bytes of one device that the step of a stage, or an evaluation, takes.
 
-    peak: arguments + outputs - what they share + temporaries. host: bytes of the host's memory. compiled: False where the
-    compiler refused the step for its memory; the peak is then what it says.
+    peak: arguments + outputs - what they share + temporaries. host: bytes of the host's memory.
+      compiled: False where the compiler refused the step for its memory; the peak is then what it
+      says.
     """
 
     label: str
@@ -42,33 +44,65 @@ class Need:
         return self.compiled and self.peak <= memory and self.host <= host
 
 
-def compile_step(label: str, parts, batch: dict, pattern, layout) -> tuple[Need, jax.stages.Compiled | None]:
-    """Compiles `parts.step` (of lljax.training.step.take_apart) for one stage; nothing needs to have values. The program is
-    called with (state, frozen, batch); None where the compiler refuses it."""
-    return _compile(label, parts, layout, lambda: parts.step.lower(parts.state, parts.frozen, batch, pattern, layout), 0)
+def compile_step(
+    label: str, parts, batch: dict, pattern, layout
+) -> tuple[Need, jax.stages.Compiled | None]:
+    """Compiles `parts.step` (of lljax.training.step.take_apart) for one stage; nothing needs to
+    have values. The program is called with (state, frozen, batch); None where the compiler refuses
+    it.
+    """
+    return _compile(
+        label,
+        parts,
+        layout,
+        lambda: parts.step.lower(parts.state, parts.frozen, batch, pattern, layout),
+        0,
+    )
 
 
-def compile_evaluation(label: str, evaluate, parts, batch: dict, layout) -> tuple[Need, jax.stages.Compiled | None]:
-    """Compiles `evaluate` (of lljax.training.step.make_evaluate) with full attention. The program is called with (trainable,
-    frozen, batch). Its need includes the optimizer, which stays on the device."""
+def compile_evaluation(
+    label: str, evaluate, parts, batch: dict, layout
+) -> tuple[Need, jax.stages.Compiled | None]:
+    """Compiles `evaluate` (of lljax.training.step.make_evaluate) with full attention. The program
+    is called with (trainable, frozen, batch). Its need includes the optimizer, which stays on the
+    device.
+    """
+
     def lower():
         return evaluate.lower(parts.state.trainable, parts.frozen, batch, FULL, layout)
+
     return _compile(label, parts, layout, lower, bytes_of(parts.state.optimizer))
 
 
 def evaluation_lengths(config, stages) -> list[int]:
-    """The lengths of the held-out rows that a run evaluates on in `stages`, in order: that of each stage with a step that
-    training.eval_every divides, and that of the last, at the end. Empty without held-out documents."""
+    """The lengths of the held-out rows that a run evaluates on in `stages`, in order: that of each
+    stage with a step that training.eval_every divides, and that of the last, at the end. Empty
+    without held-out documents.
+    """
     if not (config.data.valid or config.data.valid_fraction) or not stages:
         return []
     every = config.training.eval_every
-    return list(dict.fromkeys([*(s.length for s in stages if every and s.stop // every > s.start // every), stages[-1].length]))
+    return list(
+        dict.fromkeys(
+            [
+                *(s.length for s in stages if every and s.stop // every > s.start // every),
+                stages[-1].length,
+            ]
+        )
+    )
 
 
-def _compile(label: str, parts, layout, lower, beside: int) -> tuple[Need, jax.stages.Compiled | None]:
+def _compile(
+    label: str, parts, layout, lower, beside: int
+) -> tuple[Need, jax.stages.Compiled | None]:
     """beside: bytes on the device that are no argument of the program."""
-    sizes = {"label": label, "context_parallel": layout.context_parallel if layout else "none", "base": bytes_of(parts.frozen),
-             "trainable": bytes_of(parts.state.trainable), "optimizer": bytes_of(parts.state.optimizer)}
+    sizes = {
+        "label": label,
+        "context_parallel": layout.context_parallel if layout else "none",
+        "base": bytes_of(parts.frozen),
+        "trainable": bytes_of(parts.state.trainable),
+        "optimizer": bytes_of(parts.state.optimizer),
+    }
     try:
         program = lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -77,22 +111,38 @@ def _compile(label: str, parts, layout, lower, beside: int) -> tuple[Need, jax.s
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
         size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
-        peak = int(float(size) * (GiB if unit == "G" else 2 ** 20)) + beside
+        peak = int(float(size) * (GiB if unit == "G" else 2**20)) + beside
         rest = peak - sizes["base"] - sizes["trainable"] - sizes["optimizer"]
         return Need(**sizes, temporary=max(rest, 0), peak=peak, host=0, compiled=False), None
     m = program.memory_analysis()
-    peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes + beside
-    return Need(**sizes, temporary=m.temp_size_in_bytes, peak=peak, host=m.host_temp_size_in_bytes, compiled=True), program
+    peak = (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.temp_size_in_bytes
+        + beside
+    )
+    return Need(
+        **sizes,
+        temporary=m.temp_size_in_bytes,
+        peak=peak,
+        host=m.host_temp_size_in_bytes,
+        compiled=True,
+    ), program
 
 
 def bytes_of(tree) -> int:
     """Of one device."""
-    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )
 
 
 def capacity(mesh) -> tuple[float, float]:
-    """Bytes of a device's memory, and of host memory for the residuals of one device (on a GPU its pool of pinned memory, see
-    lljax.hardware.host_memory): the least over all processes, each of which must call this."""
+    """Bytes of a device's memory, and of host memory for the residuals of one device (on a GPU its
+    pool of pinned memory, see lljax.hardware.host_memory): the least over all processes, each of
+    which must call this.
+    """
     here = mesh.local_devices
     share = host_memory() / (processes_here() * len(here))
     memory = (here[0].memory_stats() or {}).get("bytes_limit", share)
@@ -101,8 +151,9 @@ def capacity(mesh) -> tuple[float, float]:
 
 
 def with_pool(needs: list[Need], platform: str, host: float) -> list[Need]:
-    """The `needs` of programs that run one after the other, with what a GPU's pool must hold for each as `host`: the pool keeps
-    the regions that earlier programs used."""
+    """The `needs` of programs that run one after the other, with what a GPU's pool must hold for
+    each as `host`: the pool keeps the regions that earlier programs used.
+    """
     if platform not in ("gpu", "cuda"):
         return needs
     sizes = pool_sizes([n.host for n in needs], host)
@@ -112,12 +163,32 @@ def with_pool(needs: list[Need], platform: str, host: float) -> list[Need]:
 def table(needs: list[Need], memory: float, host: float, title: str) -> Table:
     """Memory by stage, GiB of a device."""
     out = Table(title=f"{title}; GiB a device")
-    for column in ("stage", "parallel", "base", "trained", "optimizer", "temporary", "peak", "host", "of the device", "fits"):
-        out.add_column(column, justify="left" if column in ("stage", "parallel", "fits") else "right")
+    for column in (
+        "stage",
+        "parallel",
+        "base",
+        "trained",
+        "optimizer",
+        "temporary",
+        "peak",
+        "host",
+        "of the device",
+        "fits",
+    ):
+        out.add_column(
+            column, justify="left" if column in ("stage", "parallel", "fits") else "right"
+        )
     for n in needs:
-        out.add_row(n.label, n.context_parallel, *(f"{size / GiB:.2f}" for size in (
-            n.base, n.trainable, n.optimizer, n.temporary, n.peak, n.host)), f"{n.peak / memory:.0%}",
-            "yes" if n.fits(memory, host) else "NO")
+        out.add_row(
+            n.label,
+            n.context_parallel,
+            *(
+                f"{size / GiB:.2f}"
+                for size in (n.base, n.trainable, n.optimizer, n.temporary, n.peak, n.host)
+            ),
+            f"{n.peak / memory:.0%}",
+            "yes" if n.fits(memory, host) else "NO",
+        )
     return out
 
 
@@ -128,24 +199,34 @@ def as_text(table: Table) -> str:
 
 
 def check(needs: list[Need], memory: float, host: float, config, layers) -> None:
-    """Raises ConfigError where a program cannot fit; a compiled one may be tried with memory.refuse=False."""
+    """Raises ConfigError where a program cannot fit; a compiled one may be tried with
+    memory.refuse=False.
+    """
     for n in needs:
         if n.fits(memory, host) or (n.compiled and not config.memory.refuse):
             continue
         of_host = n.compiled and n.peak <= memory
         if of_host:
-            shortage = (f"{n.host / GiB:.2f} GiB of host memory for residuals and a device can have {host / GiB:.2f} "
-                        f"(on a GPU no more than {LIMIT})")
+            shortage = (
+                f"{n.host / GiB:.2f} GiB of host memory for residuals and a device can have {host / GiB:.2f} "
+                f"(on a GPU no more than {LIMIT})"
+            )
         else:
-            shortage = f"{n.peak / GiB:.2f} GiB of a device's memory and there are {memory / GiB:.2f}"
+            shortage = (
+                f"{n.peak / GiB:.2f} GiB of a device's memory and there are {memory / GiB:.2f}"
+            )
         anyway = "; memory.refuse=False tries it as it is" if n.compiled else ""
-        raise ConfigError(f"this run does not fit: {n.label} needs {shortage}: {advice(config, layers, of_host)}{anyway}")
+        raise ConfigError(
+            f"this run does not fit: {n.label} needs {shortage}: {advice(config, layers, of_host)}{anyway}"
+        )
 
 
 def advice(config, layers, of_host: bool = False) -> str:
     """What makes room for a step, on the device or on its host."""
     listed = "; ".join(words(way) for way in ways(config, layers, of_host)[:3])
-    return f"set {listed}, or spread it over more devices" if listed else "spread it over more devices"
+    return (
+        f"set {listed}, or spread it over more devices" if listed else "spread it over more devices"
+    )
 
 
 @contextlib.contextmanager
@@ -161,28 +242,40 @@ def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         step, reason = last_checkpoint(), str(error).strip().splitlines()[0][:120]
-        saved = "no checkpoint is there yet" if step is None else f"the last checkpoint is of step {step}"
+        saved = (
+            "no checkpoint is there yet"
+            if step is None
+            else f"the last checkpoint is of step {step}"
+        )
         where = "a device is out of memory"
-        if "host memory" in reason:          # the pool of pinned memory
+        if "host memory" in reason:  # the pool of pinned memory
             where = "the host is out of memory for residuals"
             way_out = f"raise {LIMIT} if the host has more, or set memory.layers_per_residual or memory.offload=False"
-        raise OutOfMemory(f"{what}: {where} ({reason}): {way_out}; {saved}, and the settings of memory and mesh may "
-                          "change when a run goes on") from error
+        raise OutOfMemory(
+            f"{what}: {where} ({reason}): {way_out}; {saved}, and the settings of memory and mesh may "
+            "change when a run goes on"
+        ) from error
 
 
 def ways(config, layers, of_host: bool = False) -> list[dict]:
-    """Changes that make room for a model of `layers` (`DecoderSpec.layers`) on the device, or on its host, each alone, those
-    first that cost least time."""
+    """Changes that make room for a model of `layers` (`DecoderSpec.layers`) on the device, or on
+    its host, each alone, those first that cost least time.
+    """
     m = config.memory
-    fewer = [{"memory.layers_per_residual": each} for each in (2, 4)
-             if m.remat != "none" and each > m.layers_per_residual and share_residuals(layers, each)]
+    fewer = [
+        {"memory.layers_per_residual": each}
+        for each in (2, 4)
+        if m.remat != "none" and each > m.layers_per_residual and share_residuals(layers, each)
+    ]
     if of_host:
         return [*fewer, {"memory.offload": False}]
     out = [{"memory.remat": "full"}] if m.remat != "full" else []
     if not m.tile or m.tile > 4096:
         out.append({"memory.tile": 4096})
     if not m.offload:
-        out.append({"memory.offload": True} | ({"memory.remat": "full"} if m.remat == "none" else {}))
+        out.append(
+            {"memory.offload": True} | ({"memory.remat": "full"} if m.remat == "none" else {})
+        )
     return out + fewer
 
 

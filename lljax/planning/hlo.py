@@ -1,16 +1,26 @@
-"""What a compiled program sends between devices, and what its calls of cuDNN need, read from its text."""
+"""What a compiled program sends between devices, and what its calls of cuDNN need, read from its
+text.
+"""
 
 import math
 import re
 from collections import Counter
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
-         "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes that one device receives in a run of the program, by kind of collective; bodies of loops count as often as
-    they run. `text` is `compiled.as_text()`."""
+    """Bytes that one device receives in a run of the program, by kind of collective; bodies of
+    loops count as often as they run. `text` is `compiled.as_text()`.
+    """
     computations = _computations(text)
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     seen: dict[str, Counter] = {}
@@ -19,33 +29,45 @@ def collective_bytes(text: str) -> dict[str, int]:
         if name not in seen:
             seen[name] = Counter()
             for line in computations[name][1] if name in computations else ():
-                # The TPU's compiler writes an asynchronous collective into every fusion that overlaps it; the instructions that
-                # wait for one name its computation again.
-                if re.match(r" *(ROOT )?%?async-collective-done", line) or "calls=%async_collective_fusion" in line or \
-                        re.search(r" async-(update|done)\(", line):
+                # The TPU's compiler writes an asynchronous collective into every fusion that
+                # overlaps it; the instructions that wait for one name its computation again.
+                if (
+                    re.match(r" *(ROOT )?%?async-collective-done", line)
+                    or "calls=%async_collective_fusion" in line
+                    or re.search(r" async-(update|done)\(", line)
+                ):
                     continue
                 seen[name].update(_own(line, name, computations[name][1]))
                 times = _trips(line, computations)
-                for called in re.findall(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)="
-                                         r"\{?([^,}]*(?:, ?%[^,}]*)*)", line):
+                for called in re.findall(
+                    r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)="
+                    r"\{?([^,}]*(?:, ?%[^,}]*)*)",
+                    line,
+                ):
                     for child in re.findall(r"%?([\w.-]+)", called):
                         for kind, size in of(child).items():
                             seen[name][kind] += times * size
         return seen[name]
+
     return dict(of(entry))
 
 
 def cudnn_workspace(text: str) -> int:
-    """Bytes that the largest backward pass of cuDNN's attention works in. Where there is no device the compiler puts 0.
+    """Bytes that the largest backward pass of cuDNN's attention works in. Where there is no device
+    the compiler puts 0.
 
-    A sum like q and one row of statistics in float32 (cudnn-frontend, `get_fe_workspace_size_node` of the backward node),
-    and with K < N the gradients of k and v of every query head before they are summed, taken to be kept.
+    A sum like q and one row of statistics in float32 (cudnn-frontend, `get_fe_workspace_size_node`
+    of the backward node), and with K < N the gradients of k and v of every query head before they
+    are summed, taken to be kept.
     """
-    calls = re.findall(r"= \((\w+)\[([\d,]+)\]\S* \w+\[([\d,]+)\][^\n]*\"__cudnn\$fmhaSoftmaxBackward\"", text)
+    calls = re.findall(
+        r"= \((\w+)\[([\d,]+)\]\S* \w+\[([\d,]+)\][^\n]*\"__cudnn\$fmhaSoftmaxBackward\"", text
+    )
 
-    def size(dtype, q, k):                   # [B, N, T, H], [B, K, S, H]
+    def size(dtype, q, k):  # [B, N, T, H], [B, K, S, H]
         (B, N, T, H), (_, K, S, _) = (map(int, x.split(",")) for x in (q, k))
         return 4 * B * N * T * (H + 1) + (2 * B * N * S * H * bits(dtype) // 8 if N > K else 0)
+
     return max((size(*call) for call in calls), default=0)
 
 
@@ -67,21 +89,31 @@ def _own(line: str, computation: str, lines: list[str]) -> Counter:
         return Counter()
     shape, kind, started, operands = match.groups()
     size = sum(_sizes(shape))
-    if started and kind != "all-reduce":     # its tuple holds the operands first, then the results
+    if started and kind != "all-reduce":  # its tuple holds the operands first, then the results
         size = _sizes(shape)[:2][0 if kind == "reduce-scatter" else -1]
-    elif kind == "reduce-scatter":           # a device's part is what comes of it
+    elif kind == "reduce-scatter":  # a device's part is what comes of it
         shapes = dict(re.findall(r"%?([\w.-]+) = (\(.*?\)|\S+) [\w-]+\(", "\n".join(lines)))
-        size = sum(sum(_sizes(shapes[name])) for name in re.findall(r"[\w.-]+", re.sub(r"/\*.*?\*/", "", operands)))
-    if computation.startswith("all-reduce-scatter"):         # how the TPU's compiler writes most of its reduce-scatters
+        size = sum(
+            sum(_sizes(shapes[name]))
+            for name in re.findall(r"[\w.-]+", re.sub(r"/\*.*?\*/", "", operands))
+        )
+    # how the TPU's compiler writes most of its reduce-scatters
+    if computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    return Counter({kind: size * (2 if kind == "all-reduce" else 1)})    # a reduce-scatter and an all-gather of it
+    # a reduce-scatter and an all-gather of it
+    return Counter({kind: size * (2 if kind == "all-reduce" else 1)})
 
 
 def _sizes(shape: str) -> list[int]:
     """Bytes of an array, or of each element of a tuple."""
-    shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shape)       # without layouts
-    elements = re.findall(r"\([^()]*\)|\w+\[[\d,<=]*\]", shape[1:] if shape.startswith("(") else shape)
-    return [sum(_bytes(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,<=]*)\]", element)) for element in elements]
+    shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shape)  # without layouts
+    elements = re.findall(
+        r"\([^()]*\)|\w+\[[\d,<=]*\]", shape[1:] if shape.startswith("(") else shape
+    )
+    return [
+        sum(_bytes(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,<=]*)\]", element))
+        for element in elements
+    ]
 
 
 def _bytes(dtype: str, dims: str) -> int:
@@ -90,7 +122,8 @@ def _bytes(dtype: str, dims: str) -> int:
 
 
 def bits(dtype: str) -> int:
-    """Bits of one value of an HLO type: 4 for s4, which is packed, 8 for f8e4m3fn, 64 for c64, 0 for token and opaque.
+    """Bits of one value of an HLO type: 4 for s4, which is packed, 8 for f8e4m3fn, 64 for c64, 0
+    for token and opaque.
 
     Raises:
       ValueError: an unknown type.
@@ -104,8 +137,9 @@ def bits(dtype: str) -> int:
 
 
 def _trips(line: str, computations) -> int:
-    """How often the body of a loop runs. The GPU and CPU compilers say it; for the TPU's the condition does, which compares
-    a counter with a constant. Anything else counts once."""
+    """How often the body of a loop runs. The GPU and CPU compilers say it; for the TPU's the
+    condition does, which compares a counter with a constant. Anything else counts once.
+    """
     said = re.search(r' while\(.*known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)', line)
     if said:
         return int(said[1])

@@ -1,7 +1,8 @@
-"""What a run needs, before any weight is read: every stage's real step and evaluation compiled for the real target.
+"""What a run needs, before any weight is read: every stage's real step and evaluation compiled for
+the real target.
 
-Memory comes from the compiler, but for the workspace of cuDNN, which only a device would tell it; arithmetic is counted by
-`lljax.planning.flops`; traffic is read from the program.
+Memory comes from the compiler, but for the workspace of cuDNN, which only a device would tell it;
+arithmetic is counted by `lljax.planning.flops`; traffic is read from the program.
 """
 
 import dataclasses
@@ -19,13 +20,13 @@ from lljax.training.curriculum import Stage, stages
 from lljax.training.placement import abstract_batch, check_rows, layout_of
 from lljax.training.step import make_evaluate, step_settings, take_apart
 
-MARGIN = 0.03                                # of the device's memory, for what the runtime keeps to itself
+MARGIN = 0.03  # of the device's memory, for what the runtime keeps to itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """efficiency: share of the peak arithmetic that the run is taken to reach. host: bytes of host memory a device, that of
-    a typical node where it is None. progress: told what is compiled next.
+    """efficiency: share of the peak arithmetic that the run is taken to reach. host: bytes of host
+    memory a device, that of a typical node where it is None. progress: told what is compiled next.
     """
 
     efficiency: float = 0.5
@@ -39,15 +40,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """FLOPs and tokens are of one optimizer step of all devices, collectives bytes that one device receives in it, seconds
-    of one step. seconds: the largest of the arithmetic (at the efficiency), memory and network bounds. evaluation: the
-    need of an evaluation at the stage's length; None if the run has none there, or the step does not fit. fits: both fit.
+    """FLOPs and tokens are of one optimizer step of all devices, collectives bytes that one device
+    receives in it, seconds of one step. seconds: the largest of the arithmetic (at the efficiency),
+    memory and network bounds. evaluation: the need of an evaluation at the stage's length; None if
+    the run has none there, or the step does not fit. fits: both fit.
     """
 
     stage: Stage
     need: fit.Need
     evaluation: fit.Need | None
-    reason: str                              # for the context-parallel mode
+    reason: str  # for the context-parallel mode
     fits: bool
     model_flops: float
     hardware_flops: float
@@ -71,19 +73,39 @@ def plan(config, hf_config: dict, target: Target, options: Options) -> list[Stag
     Raises:
       ConfigError: the configuration cannot be laid out on the target, or its compiler is missing.
     """
-    plans = [plan_stage(config, hf_config, target, stage, options) for stage in stages(config.context)]
+    plans = [
+        plan_stage(config, hf_config, target, stage, options) for stage in stages(config.context)
+    ]
     room = options.room(target)
     with_pool = fit.with_pool([p.need for p in plans], target.device.platform, room[1])
-    return [dataclasses.replace(p, need=need, fits=p.fits and need.fits(*room)) for p, need in zip(plans, with_pool)]
+    return [
+        dataclasses.replace(p, need=need, fits=p.fits and need.fits(*room))
+        for p, need in zip(plans, with_pool)
+    ]
 
 
-def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: Options, *, label: str = "") -> StagePlan:
-    """Compiles one stage's step and evaluation for the target. label: what the tables call it, if not by its stage."""
-    device, mesh, label = target.device, mesh_of(config.mesh, target.devices()), label or stage.label
+def plan_stage(
+    config, hf_config: dict, target: Target, stage: Stage, options: Options, *, label: str = ""
+) -> StagePlan:
+    """Compiles one stage's step and evaluation for the target. label: what the tables call it, if
+    not by its stage.
+    """
+    device, mesh, label = (
+        target.device,
+        mesh_of(config.mesh, target.devices()),
+        label or stage.label,
+    )
     check_rows(config.training.rows, mesh)
     model, bytes_per = placed_model(config, hf_config, mesh), jnp.dtype(config.model.dtype).itemsize
-    layout, reason = layout_of(mesh, config.mesh.context_parallel, stage.pattern, stage.length, model.spec,
-                               bytes_per=bytes_per, memory=device.memory)
+    layout, reason = layout_of(
+        mesh,
+        config.mesh.context_parallel,
+        stage.pattern,
+        stage.length,
+        model.spec,
+        bytes_per=bytes_per,
+        memory=device.memory,
+    )
     options.progress(f"{label} for {target.name}")
     began = time.monotonic()
     A, B, T = config.training.accumulate, config.training.rows, stage.length
@@ -92,19 +114,45 @@ def plan_stage(config, hf_config: dict, target: Target, stage: Stage, options: O
     seconds = time.monotonic() - began
     text = program.as_text() if program else ""
     collectives = hlo.collective_bytes(text) if program else {}
-    workspace = hlo.cudnn_workspace(text)    # which a compiler with no device puts at 0
-    need = dataclasses.replace(need, temporary=need.temporary + workspace, peak=need.peak + workspace)
+    workspace = hlo.cudnn_workspace(text)  # which a compiler with no device puts at 0
+    need = dataclasses.replace(
+        need, temporary=need.temporary + workspace, peak=need.peak + workspace
+    )
     room = options.room(target)
     evaluation = None
     if need.fits(*room) and T in fit.evaluation_lengths(config, stages(config.context)):
-        full, _ = layout_of(mesh, config.mesh.context_parallel, FULL, T, model.spec, bytes_per=bytes_per, memory=device.memory)
+        full, _ = layout_of(
+            mesh,
+            config.mesh.context_parallel,
+            FULL,
+            T,
+            model.spec,
+            bytes_per=bytes_per,
+            memory=device.memory,
+        )
         evaluate = make_evaluate(parts.graphdef, step_settings(config))
-        evaluation, _ = fit.compile_evaluation(f"evaluation of {T:,}", evaluate, parts, abstract_batch(1, B, T, mesh), full)
+        evaluation, _ = fit.compile_evaluation(
+            f"evaluation of {T:,}", evaluate, parts, abstract_batch(1, B, T, mesh), full
+        )
     counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"])
-    passes = 2 if config.memory.remat == "none" else 3       # the weights are read forward, again, and backward
-    bounds = {"arithmetic": counted.hardware / (target.count * device.flops * options.efficiency),
-              "memory": A * passes * need.base * target.count / device.bandwidth,
-              "network": sum(collectives.values()) / device.link}
+    # the weights are read forward, again, and backward
+    passes = 2 if config.memory.remat == "none" else 3
+    bounds = {
+        "arithmetic": counted.hardware / (target.count * device.flops * options.efficiency),
+        "memory": A * passes * need.base * target.count / device.bandwidth,
+        "network": sum(collectives.values()) / device.link,
+    }
     fits = need.fits(*room) and (evaluation is None or evaluation.fits(*room))
-    return StagePlan(stage, need, evaluation, reason, fits, counted.model, counted.hardware, collectives, A * B * T, bounds,
-                     seconds)
+    return StagePlan(
+        stage,
+        need,
+        evaluation,
+        reason,
+        fits,
+        counted.model,
+        counted.hardware,
+        collectives,
+        A * B * T,
+        bounds,
+        seconds,
+    )

@@ -8,26 +8,31 @@ from pathlib import Path
 
 from jax.profiler import ProfileData
 
-STEP, DATA = "train", "data"                 # names of the loop's own marks in a trace
+STEP, DATA = "train", "data"  # names of the loop's own marks in a trace
 
-# A collective by the compiler's name, by that of the JAX primitive it came from, or by that of the NCCL kernel.
-COLLECTIVE = re.compile(r"%?(ragged-)?(all[-_](gather|reduce|to[-_]all)|reduce[-_]scatter|collective[-_](permute|broadcast)|"
-                        r"async-collective-(start|done)|psum|pmax|pmin|ppermute|nccl)", re.IGNORECASE)
+# A collective by the compiler's name, by that of the JAX primitive it came from, or by that of the
+# NCCL kernel.
+COLLECTIVE = re.compile(
+    r"%?(ragged-)?(all[-_](gather|reduce|to[-_]all)|reduce[-_]scatter|collective[-_](permute|broadcast)|"
+    r"async-collective-(start|done)|psum|pmax|pmin|ppermute|nccl)",
+    re.IGNORECASE,
+)
 
 
 # What holds other operations, or moves data beside them.
 NO_WORK = re.compile(r"%?(while|conditional|call|tuple|copy-(start|done)|Memcpy\w*|Memset)\b")
 
 
-Interval = tuple[float, float]               # start and stop, ns
+Interval = tuple[float, float]  # start and stop, ns
 
 
 @dataclasses.dataclass(frozen=True)
 class Breakdown:
     """Seconds of a step, of the average of `steps` and devices.
 
-    computing: something is computed. collectives: devices wait for each other and nothing is computed. data: the device
-    is idle and the host reads the next batch. hidden: collectives behind which something is computed, part of `computing`.
+    computing: something is computed. collectives: devices wait for each other and nothing is
+      computed. data: the device is idle and the host reads the next batch. hidden: collectives
+      behind which something is computed, part of `computing`.
     """
 
     steps: list[int]
@@ -41,7 +46,12 @@ class Breakdown:
     def parts(self) -> dict[str, float]:
         """What makes up `seconds`, by name."""
         rest = max(self.seconds - self.computing - self.collectives - self.data, 0.0)
-        return {"computing": self.computing, "collectives": self.collectives, "waiting for data": self.data, "rest": rest}
+        return {
+            "computing": self.computing,
+            "collectives": self.collectives,
+            "waiting for data": self.data,
+            "rest": rest,
+        }
 
 
 def breakdown(path: Path) -> Breakdown | None:
@@ -60,11 +70,17 @@ def breakdown(path: Path) -> Breakdown | None:
                         waits[device].append(_interval(event))
                     elif not NO_WORK.match(name):
                         work[device].append(_interval(event))
-    return divide(steps, merged(reading), {d: (merged(work[d]), merged(waits[d])) for d in work.keys() | waits.keys()})
+    return divide(
+        steps,
+        merged(reading),
+        {d: (merged(work[d]), merged(waits[d])) for d in work.keys() | waits.keys()},
+    )
 
 
 def divide(steps: dict[int, Interval], reading: list[Interval], devices: dict) -> Breakdown | None:
-    """Divides each step among its parts. devices: each one's (work, waits) as `merged` intervals."""
+    """Divides each step among its parts. devices: each one's (work, waits) as `merged`
+    intervals.
+    """
     if not steps or not devices:
         return None
     sums = defaultdict(float)
@@ -78,7 +94,9 @@ def divide(steps: dict[int, Interval], reading: list[Interval], devices: dict) -
             sums["hidden"] += computing + waiting - _length(busy, step)
             sums["data"] += _length(merged(busy + reading), step) - _length(busy, step)
     each = 1e-9 / (len(steps) * len(devices))
-    return Breakdown(sorted(steps), len(devices), **{name: each * total for name, total in sums.items()})
+    return Breakdown(
+        sorted(steps), len(devices), **{name: each * total for name, total in sums.items()}
+    )
 
 
 def merged(intervals: list[Interval]) -> list[Interval]:
@@ -104,8 +122,9 @@ def _length(intervals: list[Interval], within: Interval) -> float:
 
 
 def _operation(plane: str, line: str, event) -> tuple | None:
-    """(device, name) of an event that is an operation of a device. TPUs have a line of them, GPUs one for each stream; on
-    CPUs they lie among what else the threads do, and say so."""
+    """(device, name) of an event that is an operation of a device. TPUs have a line of them, GPUs
+    one for each stream; on CPUs they lie among what else the threads do, and say so.
+    """
     if plane.startswith("/device:TPU") and line == "XLA Ops":
         return plane, event.name
     if plane.startswith("/device:GPU") and line.startswith("Stream"):

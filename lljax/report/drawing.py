@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-SCALE = 2                                    # pixels of the picture for one of the layout, for sharp text
+SCALE = 2  # pixels of the picture for one of the layout, for sharp text
 INK, FAINT = (32, 33, 36), (95, 99, 104)
 
 

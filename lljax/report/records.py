@@ -14,19 +14,22 @@ def _finite(value):
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The records of metrics.jsonl in order. Lines that are none are passed over with a warning; a last one cut short by a kill
-    without."""
+    """The records of metrics.jsonl in order. Lines that are none are passed over with a warning; a
+    last one cut short by a kill without.
+    """
     path = Path(workdir) / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     records = [_record(line) for line in lines]
     if damaged := [number for number, record in enumerate(records[:-1], 1) if record is None]:
-        logging.warning("%s: %d damaged lines are passed over (line %d)", path, len(damaged), damaged[0])
+        logging.warning(
+            "%s: %d damaged lines are passed over (line %d)", path, len(damaged), damaged[0]
+        )
     return [record for record in records if record is not None]
 
 
 def _record(line: bytes) -> dict | None:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):     # of bytes that are no UTF-8, too
+    except (ValueError, RecursionError):  # of bytes that are no UTF-8, too
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None

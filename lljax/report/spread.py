@@ -1,4 +1,6 @@
-"""Values with their spread, a row each, as a PNG: dots for the values, a bar of a standard deviation about their mean."""
+"""Values with their spread, a row each, as a PNG: dots for the values, a bar of a standard
+deviation about their mean.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Numbers as people read them."""
 
-
-
 UNKNOWN = "\u2013"
 
 
@@ -12,7 +10,11 @@ def compact(value: float) -> str:
     """A count or a measure in few characters: 950, 9,500, 16.4k, 1.23M, 3.142."""
     for size, unit in UNITS:
         if abs(value) >= max(size, 1e4):
-            return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:,.0f}{unit}"
+            return (
+                f"{value / size:.3g}{unit}"
+                if abs(value) < 999.5 * size
+                else f"{value / size:,.0f}{unit}"
+            )
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 

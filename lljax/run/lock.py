@@ -1,4 +1,6 @@
-"""One run at a time in a folder: a lock of the operating system, which a process that dies cannot leave behind."""
+"""One run at a time in a folder: a lock of the operating system, which a process that dies cannot
+leave behind.
+"""
 
 import contextlib
 import errno
@@ -12,7 +14,8 @@ from pathlib import Path
 from lljax.errors import ConfigError, printable
 from lljax.parallel.processes import first, from_all
 
-NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)     # of a file system that has none
+# of a file system that has none
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 
 
 class Lock:
@@ -24,7 +27,8 @@ class Lock:
     def take(self) -> str:
         """Holds the file, or returns why not.
 
-        The file stays, the lock goes with the process, however it ends. Where the file system has no locks: a warning.
+        The file stays, the lock goes with the process, however it ends. Where the file system has
+        no locks: a warning.
         """
         try:
             # O_NONBLOCK: a pipe in its place would be waited for.
@@ -36,35 +40,44 @@ class Lock:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = printable(os.pread(held, 200, 0).decode(errors="replace").strip()) or "another process"
+            holder = (
+                printable(os.pread(held, 200, 0).decode(errors="replace").strip())
+                or "another process"
+            )
             os.close(held)
             return f"{holder} trains there: wait for its end, or stop it (SIGTERM saves), or name another folder"
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 os.close(held)
                 raise
-            logging.warning("%s: this file system has no locks (%s): nothing keeps a second run out", self.path.parent,
-                            error.strerror)
+            logging.warning(
+                "%s: this file system has no locks (%s): nothing keeps a second run out",
+                self.path.parent,
+                error.strerror,
+            )
         found = os.fstat(held)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             os.close(held)
             return "its file lock is no file of its own: delete that"
         os.ftruncate(held, 0)
         os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        self.release()                       # of a file that was deleted
+        self.release()  # of a file that was deleted
         self._held = held
         return ""
 
     def check(self) -> None:
-        """Sees that the file is still the one that is held; where it was deleted and nobody has made another, makes it again.
+        """Sees that the file is still the one that is held; where it was deleted and nobody has
+        made another, makes it again.
 
         Raises:
           ConfigError: another run has the folder, in every process of this one.
         """
         refusal = "" if not first() or self._is_there() else self.take()
         if refusal := from_all(refusal)[0]:
-            raise ConfigError(f"--workdir={self.path.parent}: its file lock was deleted or replaced while this run went on, "
-                              f"and {refusal}; this run leaves the folder and saves nothing more")
+            raise ConfigError(
+                f"--workdir={self.path.parent}: its file lock was deleted or replaced while this run went on, "
+                f"and {refusal}; this run leaves the folder and saves nothing more"
+            )
 
     def release(self) -> None:
         if self._held is not None:
@@ -81,8 +94,8 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(workdir: Path):
-    """A context in which no other run trains in `workdir`: the first process of this one holds the `Lock` that it gives. Who
-    only reads the folder takes none.
+    """A context in which no other run trains in `workdir`: the first process of this one holds the
+    `Lock` that it gives. Who only reads the folder takes none.
 
     Raises:
       ConfigError: another run holds it, in every process of this one.

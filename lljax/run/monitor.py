@@ -23,19 +23,23 @@ from lljax.data.files import atomic_write
 from lljax.errors import first_line
 from lljax.report.records import _finite, read_metrics
 
-SPEED = {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}  # shown where the record has them
-BOARD_EVERY = 10.0                           # seconds until TensorBoard sees what was added
-PLAIN_EVERY = 10.0                           # seconds between lines where no terminal shows a bar
-RECENT = 32                                  # steps whose seconds say how long the next ones take
+# shown where the record has them
+SPEED = {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
+BOARD_EVERY = 10.0  # seconds until TensorBoard sees what was added
+PLAIN_EVERY = 10.0  # seconds between lines where no terminal shows a bar
+RECENT = 32  # steps whose seconds say how long the next ones take
 
 
 class Monitor:
-    """Records the steps of a run in `workdir`. On resume at `step`, records of later steps are cut off first.
+    """Records the steps of a run in `workdir`. On resume at `step`, records of later steps are cut
+    off first.
 
-    Of several processes the first one does; the monitors of the others do nothing. What nobody reads (a closed terminal, a
-    pipe whose reader has gone) and what TensorBoard's file has no room for stop no run; metrics.jsonl must be written.
+    Of several processes the first one does; the monitors of the others do nothing. What nobody
+    reads (a closed terminal, a pipe whose reader has gone) and what TensorBoard's file has no room
+    for stop no run; metrics.jsonl must be written.
 
-    stages: (its last step, the FLOPs of one of its steps) of every stage of the run, from which the time left is told.
+    stages: (its last step, the FLOPs of one of its steps) of every stage of the run, from which the
+      time left is told.
     """
 
     def __init__(self, workdir: Path, *, stages: Sequence[tuple[int, float]], step: int):
@@ -47,12 +51,19 @@ class Monitor:
         self._board = _Board(Path(workdir) / "tensorboard", step) if first else None
         self._output = Unread(sys.stderr) if first else open(os.devnull, "w")
         self._console = Console(file=self._output)
-        self._bar = Progress(TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
-                             TextColumn("loss {task.fields[loss]}  {task.fields[speed]}"),
-                             TextColumn("left {task.fields[left]}"), console=self._console,
-                             disable=not self._console.is_terminal)
+        self._bar = Progress(
+            TextColumn("{task.fields[stage]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]}"),
+            TextColumn("left {task.fields[left]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
         self._total = stages[-1][0]
-        self._task = self._bar.add_task("", total=self._total, completed=step, stage="", loss="-", speed="", left="-")
+        self._task = self._bar.add_task(
+            "", total=self._total, completed=step, stage="", loss="-", speed="", left="-"
+        )
         self._left, self._said = _TimeLeft(stages), -math.inf
 
     def __enter__(self):
@@ -66,31 +77,54 @@ class Monitor:
         self._file.close()
 
     def step(self, record: dict) -> None:
-        """One optimizer step. `record` has step, stage, length, attention, loss, grad_norm, tokens_per_second ...
+        """One optimizer step. `record` has step, stage, length, attention, loss, grad_norm,
+        tokens_per_second ...
 
-        data_seconds: how long the next batch was read, where the device was done before it came; else 0. mfu: model FLOPs a
-        second by the peak of the devices, where that is known. load_balancing_loss, expert_load_max: of a model with experts,
-        see lljax.objectives.token_loss. rollbacks: with the first step after a rollback, each that went back to the step before it.
+        data_seconds: how long the next batch was read, where the device was done before it came;
+          else 0. mfu: model FLOPs a second by the peak of the devices, where that is known.
+          load_balancing_loss, expert_load_max: of a model with experts, see
+          lljax.objectives.token_loss. rollbacks: with the first step after a rollback, each that
+          went back to the step before it.
         """
         self._write(record)
         if self._board:
-            self._board.add(record["step"], {f"train/{name}": value for name, value in record.items()
-                                             if isinstance(value, (int, float)) and name != "step"})
-        shown = {"loss": f"{record['loss']:.4f}",
-                 "speed": "  ".join(text.format(record[name]) for name, text in SPEED.items() if name in record)}
-        shown |= {"stage": f"{record['length']:,} {record['attention']}",
-                  "left": _duration(self._left.after(record["step"], record["seconds"]))}
+            self._board.add(
+                record["step"],
+                {
+                    f"train/{name}": value
+                    for name, value in record.items()
+                    if isinstance(value, (int, float)) and name != "step"
+                },
+            )
+        shown = {
+            "loss": f"{record['loss']:.4f}",
+            "speed": "  ".join(
+                text.format(record[name]) for name, text in SPEED.items() if name in record
+            ),
+        }
+        shown |= {
+            "stage": f"{record['length']:,} {record['attention']}",
+            "left": _duration(self._left.after(record["step"], record["seconds"])),
+        }
         self._bar.update(self._task, completed=record["step"], **shown)
-        if self._bar.disable and (time.monotonic() - self._said > PLAIN_EVERY or record["step"] == self._total):
+        if self._bar.disable and (
+            time.monotonic() - self._said > PLAIN_EVERY or record["step"] == self._total
+        ):
             self._said = time.monotonic()
-            print(f"step {record['step']}/{self._total}  {shown['stage']}  loss {shown['loss']}  "
-                  f"{shown['speed']}  left {shown['left']}", file=self._output, flush=True)
+            print(
+                f"step {record['step']}/{self._total}  {shown['stage']}  loss {shown['loss']}  "
+                f"{shown['speed']}  left {shown['left']}",
+                file=self._output,
+                flush=True,
+            )
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self._write({"step": step, "eval": values})
         if self._board:
             self._board.add(step, {f"eval/{name}": value for name, value in values.items()})
-        self.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.say(
+            f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        )
 
     def roll_back(self, step: int) -> None:
         """Drops the records of steps after `step`, to which the run goes back."""
@@ -108,8 +142,9 @@ class Monitor:
 
 
 class Unread:
-    """A text stream over another that goes on in silence where that cannot be written: nobody reads it any more, or the disk
-    of a log is full. stream: None where Python found it closed."""
+    """A text stream over another that goes on in silence where that cannot be written: nobody reads
+    it any more, or the disk of a log is full. stream: None where Python found it closed.
+    """
 
     def __init__(self, stream):
         self._stream = stream or open(os.devnull, "w")
@@ -128,10 +163,12 @@ class Unread:
 
 
 class _TimeLeft:
-    """Seconds to the end of a run: its steps, of which each stage has its own kind, and what comes between them.
+    """Seconds to the end of a run: its steps, of which each stage has its own kind, and what comes
+    between them.
 
-    A step of the stage that goes on takes what its recent ones took; one of a later stage as much more as it has more FLOPs.
-    Evaluations and saves lengthen what is left as they lengthened what is done.
+    A step of the stage that goes on takes what its recent ones took; one of a later stage as much
+    more as it has more FLOPs. Evaluations and saves lengthen what is left as they lengthened what
+    is done.
     """
 
     def __init__(self, stages: Sequence[tuple[int, float]]):
@@ -146,15 +183,23 @@ class _TimeLeft:
         self._recent.append(seconds)
         self._stepping += seconds
         (stop, flops), each = self._stages[number], statistics.median(self._recent)
-        later = sum((until - start) * more / flops for (start, _), (until, more) in zip(
-            self._stages[number:], self._stages[number + 1:]))
-        return max(1.0, (time.monotonic() - self._began) / self._stepping) * each * (stop - step + later)
+        later = sum(
+            (until - start) * more / flops
+            for (start, _), (until, more) in zip(self._stages[number:], self._stages[number + 1 :])
+        )
+        return (
+            max(1.0, (time.monotonic() - self._began) / self._stepping)
+            * each
+            * (stop - step + later)
+        )
 
 
 class _Board:
-    """TensorBoard's file, which shows nothing after `step` of the files before it. Written in the thread that adds to it: that
-    of tensorboardX's SummaryWriter ends where the disk is full, and leaves a run that waits for it without end. Where it cannot
-    be written, a warning, and no more of it."""
+    """TensorBoard's file, which shows nothing after `step` of the files before it. Written in the
+    thread that adds to it: that of tensorboardX's SummaryWriter ends where the disk is full, and
+    leaves a run that waits for it without end. Where it cannot be written, a warning, and no more
+    of it.
+    """
 
     def __init__(self, folder: Path, step: int):
         self._events, self._flushed = None, -math.inf
@@ -191,18 +236,17 @@ class _Board:
         try:
             yield
         except OSError as error:
-            logging.warning("tensorboard: nothing more is written there until the run is started again (%s)", first_line(error))
+            logging.warning(
+                "tensorboard: nothing more is written there until the run is started again (%s)",
+                first_line(error),
+            )
             self._events = None
 
 
-
-
-
-
-
-
 def _cut(path: Path, step: int) -> None:
-    """Drops the records of steps after `step`, so that a resumed run's file equals an uninterrupted one's."""
+    """Drops the records of steps after `step`, so that a resumed run's file equals an uninterrupted
+    one's.
+    """
     if path.exists():
         kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
         atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))

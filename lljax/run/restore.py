@@ -1,4 +1,6 @@
-"""What was trained, read back to export it, to evaluate it or to talk to it: a run, or an adapter on its base."""
+"""What was trained, read back to export it, to evaluate it or to talk to it: a run, or an adapter
+on its base.
+"""
 
 from pathlib import Path
 
@@ -21,13 +23,14 @@ from lljax.run.checkpoint import Checkpoints, abstract, check_identity, check_we
 
 
 def restore_run(workdir, step: int | None = None, layout: Layout | None = None):
-    """Returns (config, model, base): the model with the values of its last checkpoint, or of that of `step`.
+    """Returns (config, model, base): the model with the values of its last checkpoint, or of that
+    of `step`.
 
     It lies as `layout` says, by default on one device, whatever mesh it was trained on.
 
     Raises:
-      ConfigError: the folder holds no run, or no such checkpoint; or the base, its tokenizer or its weights are not those that
-        the run was trained with.
+      ConfigError: the folder holds no run, or no such checkpoint; or the base, its tokenizer or its
+        weights are not those that the run was trained with.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
@@ -39,13 +42,29 @@ def restore_run(workdir, step: int | None = None, layout: Layout | None = None):
     if begun is None:
         raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
     tokenizer = base.tokenizer()
-    check_identity(begun, begun | {"base": base.fingerprint(), "tokenizer": tokenizer_fingerprint(tokenizer),
-                                   "special_tokens": special_tokens(tokenizer)})
+    check_identity(
+        begun,
+        begun
+        | {
+            "base": base.fingerprint(),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "special_tokens": special_tokens(tokenizer),
+        },
+    )
     model = abstract_model(config, base.config)
-    check_weights(begun.get("weights", {}), fill(
-        model, config, base, layout.mesh if layout else make_mesh(devices=jax.local_devices()[:1])))
+    check_weights(
+        begun.get("weights", {}),
+        fill(
+            model,
+            config,
+            base,
+            layout.mesh if layout else make_mesh(devices=jax.local_devices()[:1]),
+        ),
+    )
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
-    _, items, _ = checkpoints.restore({"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}, step)
+    _, items, _ = checkpoints.restore(
+        {"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}, step
+    )
     checkpoints.close()
     return config, nnx.merge(graphdef, items["trainable"], nnx.as_pure(frozen)), base
 
@@ -60,21 +79,30 @@ def read_config(workdir: Path) -> ConfigDict:
         with config.unlocked():
             config.update(read_json(path))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{path}: not the configuration of a run ({first_line(error)}): put that back") from None
+        raise ConfigError(
+            f"{path}: not the configuration of a run ({first_line(error)}): put that back"
+        ) from None
     return config
 
 
 def trained_template(workdir: Path, base) -> str | None:
-    """The chat template that a run trained under for want of one in its base; None where it trained no conversation."""
+    """The chat template that a run trained under for want of one in its base; None where it trained
+    no conversation.
+    """
     path = Path(workdir) / "data_statistics.json"
     statistics = read_json(path).get("train") if path.is_file() else None
     conversations = statistics.get("conversations", 1) if isinstance(statistics, dict) else 1
     tokenizer = base.tokenizer()
-    return with_template(tokenizer).chat_template if conversations and tokenizer.chat_template is None else None
+    return (
+        with_template(tokenizer).chat_template
+        if conversations and tokenizer.chat_template is None
+        else None
+    )
 
 
 def adapted_base(base, adapter: Path, dtype, layout: Layout | None = None) -> Decoder:
-    """A base with an adapter in PEFT's format on it, under `adapted_spec`. layout: as `load_base` takes it.
+    """A base with an adapter in PEFT's format on it, under `adapted_spec`. layout: as `load_base`
+    takes it.
 
     Raises:
       ModelError: the adapter is none, or not of this base.

@@ -1,9 +1,10 @@
 """Adam with moments of eight bits, blockwise: Dettmers et al. 2021, arXiv 2110.02861.
 
-A block is a stretch of the last axis with one float32 scale. A code is the paper's dynamic tree, in closed form: of its bits,
-the place of the highest one is the decimal exponent and the rest a linear fraction of that decade, so that values from the
-largest of a block down to 1e-6 (first moments) or 1e-8 (second ones) of it keep a code. Arithmetic alone: a search in a
-table holds its bounds for every weight.
+A block is a stretch of the last axis with one float32 scale. A code is the paper's dynamic tree, in
+closed form: of its bits, the place of the highest one is the decimal exponent and the rest a linear
+fraction of that decade, so that values from the largest of a block down to 1e-6 (first moments) or
+1e-8 (second ones) of it keep a code. Arithmetic alone: a search in a table holds its bounds for
+every weight.
 """
 
 from typing import NamedTuple
@@ -16,8 +17,9 @@ BLOCK = 256
 
 
 class Moment(NamedTuple):
-    """Of an array or a tree of them. codes: int8 (signed) or uint8 of the same shape. scale: float32, the same rank, one per
-    block of the last axis."""
+    """Of an array or a tree of them. codes: int8 (signed) or uint8 of the same shape. scale:
+    float32, the same rank, one per block of the last axis.
+    """
 
     codes: optax.Params
     scale: optax.Params
@@ -31,16 +33,24 @@ class State(NamedTuple):
 
 def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """`optax.scale_by_adam` whose state takes two bytes a weight; its arithmetic is float32."""
+
     def init(params):
         return State(jnp.int32(0), zeros(params, jnp.int8), zeros(params, jnp.uint8))
 
     def update(updates, state, params=None):
         count = state.count + 1
-        each = jax.tree.map(lambda g, m, ms, v, vs: adam(g, Moment(m, ms), Moment(v, vs), count, b1=b1, b2=b2, eps=eps),
-                            updates, *state.mu, *state.nu)
+        each = jax.tree.map(
+            lambda g, m, ms, v, vs: adam(
+                g, Moment(m, ms), Moment(v, vs), count, b1=b1, b2=b2, eps=eps
+            ),
+            updates,
+            *state.mu,
+            *state.nu,
+        )
         parts = jax.tree.structure((0, Moment(0, 0), Moment(0, 0)))
         updates, mu, nu = jax.tree.transpose(jax.tree.structure(updates), parts, each)
         return updates, State(count, mu, nu)
+
     return optax.GradientTransformation(init, update)
 
 
@@ -48,13 +58,17 @@ def adam(gradient, mu: Moment, nu: Moment, count, *, b1: float, b2: float, eps: 
     """(update, mu, nu) of an array at its count-th step, from 1."""
     m = b1 * decode(*mu) + (1 - b1) * gradient
     v = b2 * decode(*nu) + (1 - b2) * gradient * gradient
-    update = m / (1 - b1 ** count) / (jnp.sqrt(v / (1 - b2 ** count)) + eps)
+    update = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
     return update, Moment(*encode(m, jnp.int8)), Moment(*encode(v, jnp.uint8))
 
 
 def zeros(params, dtype) -> Moment:
-    return Moment(jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params),
-                  jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], x.shape[-1] // block(x.shape[-1]))), params))
+    return Moment(
+        jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params),
+        jax.tree.map(
+            lambda x: jnp.zeros((*x.shape[:-1], x.shape[-1] // block(x.shape[-1]))), params
+        ),
+    )
 
 
 def block(size: int) -> int:
@@ -65,13 +79,15 @@ def block(size: int) -> int:
 def encode(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of float32 x [..., n]; uint8 for x >= 0.
 
-    A value above 0 never gets the code 0 of uint8: a second moment that vanished under a first one that did not would
-    make a step without bound. It becomes the smallest that there is, and the step smaller than it should be.
+    A value above 0 never gets the code 0 of uint8: a second moment that vanished under a first one
+      that did not would make a step without bound. It becomes the smallest that there is, and the
+      step smaller than it should be.
     """
     bits = _bits(dtype)
     parts = x.reshape(*x.shape[:-1], -1, block(x.shape[-1]))
-    # The largest value of a block is the middle of the last code's stretch, and so comes back as it was.
-    scale = jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / _value(jnp.int32(2 ** bits - 1), bits)
+    # The largest value of a block is the middle of the last code's stretch, and so comes back as it
+    # was.
+    scale = jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / _value(jnp.int32(2**bits - 1), bits)
     share = jnp.abs(parts) / jnp.where(scale == 0, 1.0, scale)
     decade = jnp.clip(jnp.floor(jnp.log10(jnp.maximum(share, 1e-30))) + bits, 0, bits - 1)
     levels = jnp.exp2(decade)
@@ -79,7 +95,7 @@ def encode(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     codes = levels + jnp.clip(jnp.floor(fraction * levels), 0, levels - 1)
     if dtype == jnp.uint8:
         codes = jnp.where(parts > 0, codes, 0)
-    else:                                    # below half of the smallest: 0
+    else:  # below half of the smallest: 0
         codes = jnp.where(share < 0.5 * 10.0 ** (1 - bits), 0, codes) * jnp.sign(parts)
     return codes.astype(jnp.int32).astype(dtype).reshape(x.shape), scale[..., 0]
 
@@ -95,7 +111,9 @@ def _value(code, bits: int):
     """Of a code from 0 (which is 0) to 2 ** bits - 1, as a share of the scale."""
     decade = 31 - jax.lax.clz(jnp.maximum(code, 1))
     levels = jnp.exp2(decade.astype(jnp.float32))
-    return jnp.where(code == 0, 0.0, 10.0 ** (decade - (bits - 1)) * (0.1 + 0.9 * (code - levels + 0.5) / levels))
+    return jnp.where(
+        code == 0, 0.0, 10.0 ** (decade - (bits - 1)) * (0.1 + 0.9 * (code - levels + 0.5) / levels)
+    )
 
 
 def _bits(dtype) -> int:

@@ -1,4 +1,6 @@
-"""How the rows of a stage lie on the mesh: which context-parallel mode, in which order, and which process reads them."""
+"""How the rows of a stage lie on the mesh: which context-parallel mode, in which order, and which
+process reads them.
+"""
 
 import functools
 import math
@@ -13,51 +15,89 @@ from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout, batch_sharding, row_parts, zigzag
 
 
-def layout_of(mesh, wanted: str, pattern: AttentionPattern, length: int, spec: DecoderSpec, *, bytes_per: int = 4,
-              memory: float = math.inf) -> tuple[Layout | None, str]:
-    """The layout of rows of `length` tokens under `pattern`, None on the one device of this process; and the reason for
-    its mode.
+def layout_of(
+    mesh,
+    wanted: str,
+    pattern: AttentionPattern,
+    length: int,
+    spec: DecoderSpec,
+    *,
+    bytes_per: int = 4,
+    memory: float = math.inf,
+) -> tuple[Layout | None, str]:
+    """The layout of rows of `length` tokens under `pattern`, None on the one device of this
+    process; and the reason for its mode.
 
-    wanted: `mesh.context_parallel`. memory: bytes of a device; gathered keys and values may take a sixteenth of it: with their
-    gradients and copies in the order of a kernel they exist some five times.
+    wanted: `mesh.context_parallel`. memory: bytes of a device; gathered keys and values may take a
+      sixteenth of it: with their gradients and copies in the order of a kernel they exist some five
+      times.
 
     Raises:
-      ConfigError: the rows, heads or experts do not spread over the mesh, or the wanted mode cannot serve the pattern.
+      ConfigError: the rows, heads or experts do not spread over the mesh, or the wanted mode cannot
+        serve the pattern.
     """
     if mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend():
         return None, "one device"
     sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
     if spec.N % tensor or spec.K % tensor:
-        raise ConfigError(f"mesh.tensor={tensor} does not divide the {spec.N} query and {spec.K} key/value heads of the "
-                          f"model: use {math.gcd(spec.N, spec.K, tensor)}")
+        raise ConfigError(
+            f"mesh.tensor={tensor} does not divide the {spec.N} query and {spec.K} key/value heads of the "
+            f"model: use {math.gcd(spec.N, spec.K, tensor)}"
+        )
     if spec.moe and spec.moe.E % mesh.shape["expert"]:
-        raise ConfigError(f"mesh.expert={mesh.shape['expert']} does not divide the {spec.moe.E} experts of a layer: use "
-                          f"{math.gcd(spec.moe.E, mesh.shape['expert'])}")
+        raise ConfigError(
+            f"mesh.expert={mesh.shape['expert']} does not divide the {spec.moe.E} experts of a layer: use "
+            f"{math.gcd(spec.moe.E, mesh.shape['expert'])}"
+        )
     if pattern.kind == "shifted" and tensor % 2 and tensor > 1:
-        raise ConfigError(f"mesh.tensor={tensor} and a shifted stage: the two halves of the heads do not part; use an even one")
+        raise ConfigError(
+            f"mesh.tensor={tensor} and a shifted stage: the two halves of the heads do not part; use an even one"
+        )
     if length % (sequence * tensor):
         multiple = math.lcm(sequence * tensor, 2)
-        raise ConfigError(f"context.schedule: rows of {length} tokens do not spread over mesh.sequence={sequence} x "
-                          f"mesh.tensor={tensor}: use a multiple such as {-(-length // multiple) * multiple}")
-    windows = [min((w for w in (layer.window, pattern.window or None) if w), default=None) for layer in spec.layers]
-    mode, balanced, reason = choose(wanted, T=length, size=sequence, tensor=tensor, N=spec.N, K=spec.K, H=spec.H,
-                                    group=pattern.group or None, windows=windows, bytes_per=bytes_per, room=memory / 16)
+        raise ConfigError(
+            f"context.schedule: rows of {length} tokens do not spread over mesh.sequence={sequence} x "
+            f"mesh.tensor={tensor}: use a multiple such as {-(-length // multiple) * multiple}"
+        )
+    windows = [
+        min((w for w in (layer.window, pattern.window or None) if w), default=None)
+        for layer in spec.layers
+    ]
+    mode, balanced, reason = choose(
+        wanted,
+        T=length,
+        size=sequence,
+        tensor=tensor,
+        N=spec.N,
+        K=spec.K,
+        H=spec.H,
+        group=pattern.group or None,
+        windows=windows,
+        bytes_per=bytes_per,
+        room=memory / 16,
+    )
     return Layout(mesh, mode, balanced), reason
 
 
-@functools.lru_cache                         # asked for at every step
+@functools.lru_cache  # asked for at every step
 def row_share(mesh) -> tuple[int, int]:
-    """(share, shares): this process' devices hold the share-th of so many equal parts of the rows. Processes along
-    whose devices a row is cut have the same share and read the same rows."""
+    """(share, shares): this process' devices hold the share-th of so many equal parts of the rows.
+    Processes along whose devices a row is cut have the same share and read the same rows.
+    """
     rows = row_parts(mesh)
     at = np.arange(rows).reshape(rows, 1)
-    mine = np.vectorize(lambda device: device.process_index)(mesh.devices.reshape(rows, -1)) == jax.process_index()
+    mine = (
+        np.vectorize(lambda device: device.process_index)(mesh.devices.reshape(rows, -1))
+        == jax.process_index()
+    )
     held = np.unique(np.broadcast_to(at, mine.shape)[mine])
     return int(held[0]) // len(held), rows // len(held)
 
 
 def rows_of_share(rows: int, accumulate: int, mesh) -> np.ndarray:
-    """The numbers of the rows that this process holds, of `accumulate` times `rows`; `place` takes them in this order."""
+    """The numbers of the rows that this process holds, of `accumulate` times `rows`; `place` takes
+    them in this order.
+    """
     share, shares = row_share(mesh)
     return np.arange(accumulate * rows).reshape(accumulate, shares, -1)[:, share].reshape(-1)
 
@@ -66,24 +106,31 @@ def check_rows(rows: int, mesh) -> None:
     """Raises ConfigError where `rows` do not spread evenly over the mesh."""
     devices = row_parts(mesh)
     if rows % devices:
-        raise ConfigError(f"training.rows={rows} (in YAML batch_size) do not spread evenly over the {devices} devices of "
-                          f"mesh.data, mesh.fsdp and mesh.expert: use a multiple such as {-(-rows // devices) * devices}, "
-                          "or spread the tokens of each row over all devices: mesh.fsdp=1 and mesh.sequence=-1 (in YAML "
-                          "sequence_parallel: true)")
+        raise ConfigError(
+            f"training.rows={rows} (in YAML batch_size) do not spread evenly over the {devices} devices of "
+            f"mesh.data, mesh.fsdp and mesh.expert: use a multiple such as {-(-rows // devices) * devices}, "
+            "or spread the tokens of each row over all devices: mesh.fsdp=1 and mesh.sequence=-1 (in YAML "
+            "sequence_parallel: true)"
+        )
 
 
 def abstract_batch(accumulate: int, rows: int, length: int, mesh) -> dict:
     """The batches [A, B, T] that `place` makes, as `jax.ShapeDtypeStruct`s."""
-    shape = jax.ShapeDtypeStruct((accumulate, rows, length), np.int32, sharding=batch_sharding(mesh, 3))
+    shape = jax.ShapeDtypeStruct(
+        (accumulate, rows, length), np.int32, sharding=batch_sharding(mesh, 3)
+    )
     return dict.fromkeys(("tokens", "targets", "segments", "positions", "index"), shape)
 
 
 def place(batch: dict, accumulate: int, mesh, layout: Layout | None) -> dict:
-    """This process' rows, int32 [A * B_local, T] each, as its part of the global batch [A, B, T]; with `index`, the
-    places of the tokens in their rows."""
+    """This process' rows, int32 [A * B_local, T] each, as its part of the global batch [A, B, T];
+    with `index`, the places of the tokens in their rows.
+    """
     tokens = batch["tokens"]
     share, shares = row_share(mesh)
-    batch = batch | {"index": np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)}
+    batch = batch | {
+        "index": np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    }
     where = batch_sharding(mesh, 3)
 
     def one(x):
@@ -91,6 +138,12 @@ def place(batch: dict, accumulate: int, mesh, layout: Layout | None) -> dict:
         if layout is not None and layout.zigzag:
             x = zigzag(x, mesh.shape["sequence"])
         first, shape = share * x.shape[1], (accumulate, shares * x.shape[1], x.shape[2])
-        return jax.make_array_from_callback(shape, where, lambda at: x[
-            at[0], slice((at[1].start or 0) - first, (at[1].stop or shape[1]) - first), at[2]])
+        return jax.make_array_from_callback(
+            shape,
+            where,
+            lambda at: x[
+                at[0], slice((at[1].start or 0) - first, (at[1].stop or shape[1]) - first), at[2]
+            ],
+        )
+
     return {name: one(x) for name, x in batch.items()}

@@ -1,4 +1,6 @@
-"""Every implementation against the dense reference, values and gradients, under every kind of mask."""
+"""Every implementation against the dense reference, values and gradients, under every kind of
+mask.
+"""
 
 import functools
 
@@ -17,20 +19,25 @@ EVERYWHERE = [name for name, of in IMPLEMENTATIONS.items() if not of.platforms]
 
 def make(T, N, K, seed=0, S=None):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(B, length, heads, H)), jnp.float32)
-            for length, heads in ((T, N), (S or T, K), (S or T, K))]
+    return [
+        jnp.asarray(rng.normal(size=(B, length, heads, H)), jnp.float32)
+        for length, heads in ((T, N), (S or T, K), (S or T, K))
+    ]
 
 
 def packed_segments(T, seed=0):
     """Three documents a row at uneven places; the second row ends in padding."""
     segments = np.sort(np.random.default_rng(seed).integers(1, 4, size=(B, T)), axis=1)
-    segments[1, -T // 5:] = 0
+    segments[1, -T // 5 :] = 0
     return jnp.asarray(segments, jnp.int32)
 
 
 def masks(T):
     segments = packed_segments(T)
-    anchors, places = jnp.asarray(np.random.default_rng(1).random((B, T)) < 0.05), positions(segments)
+    anchors, places = (
+        jnp.asarray(np.random.default_rng(1).random((B, T)) < 0.05),
+        positions(segments),
+    )
     return {
         "causal": causal(B, T),
         "packed": causal(B, T, segments),
@@ -56,15 +63,28 @@ def named(implementation):
 
 def value_and_gradients(attend, q, k, v, mask):
     weights = jnp.asarray(np.random.default_rng(9).normal(size=q.shape), jnp.float32)
-    run = jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(attend(q, k, v, mask, scale=0.25) * weights), (0, 1, 2)))
+    run = jax.jit(
+        jax.value_and_grad(
+            lambda q, k, v: jnp.sum(attend(q, k, v, mask, scale=0.25) * weights), (0, 1, 2)
+        )
+    )
     return run(q, k, v)
 
 
 def with_sinks(attend, q, k, v, mask):
     """Value and gradients, of the sinks too."""
-    sinks, weights = (jnp.asarray(np.random.default_rng(9).normal(size=x), jnp.float32) for x in (q.shape[2], q.shape))
-    return jax.jit(jax.value_and_grad(lambda q, k, v, sinks: jnp.sum(attend(q, k, v, mask, scale=0.25, sinks=sinks) * weights),
-                                      (0, 1, 2, 3)))(q, k, v, sinks)
+    sinks, weights = (
+        jnp.asarray(np.random.default_rng(9).normal(size=x), jnp.float32)
+        for x in (q.shape[2], q.shape)
+    )
+    return jax.jit(
+        jax.value_and_grad(
+            lambda q, k, v, sinks: jnp.sum(
+                attend(q, k, v, mask, scale=0.25, sinks=sinks) * weights
+            ),
+            (0, 1, 2, 3),
+        )
+    )(q, k, v, sinks)
 
 
 def assert_equal(got, wanted, tolerance=2e-5):
@@ -78,22 +98,36 @@ def assert_equal(got, wanted, tolerance=2e-5):
 def test_equals_the_dense_reference(implementation, kind, T, N, K):
     q, k, v = make(T, N, K)
     mask = masks(T)[kind]
-    assert_equal(value_and_gradients(named(implementation), q, k, v, mask),
-                 value_and_gradients(reference.attend, q, k, v, mask))
+    assert_equal(
+        value_and_gradients(named(implementation), q, k, v, mask),
+        value_and_gradients(reference.attend, q, k, v, mask),
+    )
 
 
 @pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_soft_capped_scores_equal_the_dense_reference(implementation):
     q, k, v = make(150, 6, 2)
-    assert_equal(*(value_and_gradients(functools.partial(attend, softcap=0.7), q, k, v, masks(150)["window"])
-                   for attend in (named(implementation), reference.attend)))
+    assert_equal(
+        *(
+            value_and_gradients(
+                functools.partial(attend, softcap=0.7), q, k, v, masks(150)["window"]
+            )
+            for attend in (named(implementation), reference.attend)
+        )
+    )
 
 
 @pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_sinks_equal_the_dense_reference(implementation):
     mask = masks(150)["window"]
-    mask = mask.replace(k_index=mask.k_index.at[2, :20].set(NEVER))          # queries that see nothing but the sink
-    assert_equal(*(with_sinks(attend, *make(150, 6, 2), mask) for attend in (named(implementation), reference.attend)))
+    # queries that see nothing but the sink
+    mask = mask.replace(k_index=mask.k_index.at[2, :20].set(NEVER))
+    assert_equal(
+        *(
+            with_sinks(attend, *make(150, 6, 2), mask)
+            for attend in (named(implementation), reference.attend)
+        )
+    )
 
 
 def test_what_has_no_sinks_says_so_and_the_next_is_taken():
@@ -105,7 +139,10 @@ def test_what_has_no_sinks_says_so_and_the_next_is_taken():
 
 def test_what_cannot_cap_scores_says_so_and_the_next_is_taken():
     q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
-    assert [best("gpu", q, q, causal(1, 8), softcap) for softcap in (None, 50.0)] == ["cudnn", "triton"]
+    assert [best("gpu", q, q, causal(1, 8), softcap) for softcap in (None, 50.0)] == [
+        "cudnn",
+        "triton",
+    ]
     with pytest.raises(UnsupportedMask, match="'cudnn' cannot serve soft-capped scores"):
         attend(q, q, q, causal(1, 8), scale=1.0, softcap=50.0, implementation="cudnn")
 
@@ -117,9 +154,15 @@ def test_tokens_may_be_reordered_with_their_indices(implementation):
     q, k, v = make(T, 4, 2)
     mask = causal(B, T, packed_segments(T)).replace(window=60)
     order = np.random.default_rng(3).permutation(T)
-    moved = Mask(*(x[:, order] for x in (mask.q_index, mask.k_index, mask.q_segments, mask.k_segments)), window=60)
+    moved = Mask(
+        *(x[:, order] for x in (mask.q_index, mask.k_index, mask.q_segments, mask.k_segments)),
+        window=60,
+    )
     run = named(implementation)
-    assert_equal(run(*(x[:, order] for x in (q, k, v)), moved, scale=0.25), run(q, k, v, mask, scale=0.25)[:, order])
+    assert_equal(
+        run(*(x[:, order] for x in (q, k, v)), moved, scale=0.25),
+        run(q, k, v, mask, scale=0.25)[:, order],
+    )
 
 
 @pytest.mark.parametrize("implementation", EVERYWHERE)
@@ -136,8 +179,10 @@ def test_fewer_queries_than_keys(implementation):
     q, k, v = make(70, 9, 3, S=300)
     index = jnp.broadcast_to(jnp.arange(300, dtype=jnp.int32), (B, 300))
     mask = Mask(index[:, 230:], index)
-    assert_equal(named(implementation)(q, k, v, mask, scale=0.25),
-                 reference.attend(q, k, v, mask, scale=0.25))
+    assert_equal(
+        named(implementation)(q, k, v, mask, scale=0.25),
+        reference.attend(q, k, v, mask, scale=0.25),
+    )
 
 
 @pytest.mark.parametrize("implementation", EVERYWHERE)
@@ -146,12 +191,16 @@ def test_bfloat16_stays_near_float32(implementation):
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     out = named(implementation)(*half, causal(B, 300), scale=0.25)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), reference.attend(q, k, v, causal(B, 300), scale=0.25), atol=0.05)
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), reference.attend(q, k, v, causal(B, 300), scale=0.25), atol=0.05
+    )
 
 
 @pytest.mark.parametrize("kind", masks(8))
 def test_block_kinds_are_never_wrong(kind):
-    """No visible pair in an empty block, no hidden pair in a full one; and the easy cases are found."""
+    """No visible pair in an empty block, no hidden pair in a full one; and the easy cases are
+    found.
+    """
     mask, size = masks(320)[kind], 32
     pairs = np.asarray(visible(mask)).reshape(B, 10, size, 10, size)
     empty, full = (np.asarray(x) for x in block_kinds(mask, size, size))
@@ -173,8 +222,11 @@ def test_chunks_count_from_the_start_of_their_document(packed):
 
 
 def test_anchors_leave_most_blocks_empty():
-    """One marker every 40 tokens would keep every block active if anchors stayed where they stand."""
+    """One marker every 40 tokens would keep every block active if anchors stayed where they
+    stand.
+    """
     from lljax.attention.blockwise import anchors_first
+
     T, size = 2048, 64
     mask = causal(1, T).replace(window=64, anchors=jnp.arange(T)[None] % 40 == 0)
     k = jnp.zeros((1, T, 1, 4))

@@ -1,5 +1,7 @@
-"""cuDNN's attention: the folding of groups against the dense reference, around XLA's attention where there is no GPU; what is
-refused; what is kept for the backward pass; and, slowly, the program for GPUs that are not there."""
+"""cuDNN's attention: the folding of groups against the dense reference, around XLA's attention
+where there is no GPU; what is refused; what is kept for the backward pass; and, slowly, the program
+for GPUs that are not there.
+"""
 
 import functools
 import json
@@ -28,36 +30,65 @@ ON_GPU = jax.default_backend() == "gpu"
 ATTEND = functools.partial(cudnn.attend, implementation="cudnn" if ON_GPU else "xla")
 
 
-@pytest.mark.parametrize("changes,N,K", [
-    ({"window": 50}, 8, 2), ({"group": 70}, 9, 3), ({"group": 70, "shift": 35}, 6, 1),
-    ({"group": 128, "shift": 64, "window": 30}, 8, 8), ({"group": 1000, "shift": 100}, 8, 2),
-    ({"group": 1000, "shift": 500, "window": 1}, 8, 2)], ids=str)
+@pytest.mark.parametrize(
+    "changes,N,K",
+    [
+        ({"window": 50}, 8, 2),
+        ({"group": 70}, 9, 3),
+        ({"group": 70, "shift": 35}, 6, 1),
+        ({"group": 128, "shift": 64, "window": 30}, 8, 8),
+        ({"group": 1000, "shift": 100}, 8, 2),
+        ({"group": 1000, "shift": 500, "window": 1}, 8, 2),
+    ],
+    ids=str,
+)
 def test_groups_folded_into_the_batch_equal_the_dense_reference(changes, N, K):
     operands, mask = make(T, N, K), causal(B, T).replace(**changes)
-    here = [x.astype(jnp.bfloat16) for x in operands] if ON_GPU else operands        # cuDNN has no more bits
+    # cuDNN has no more bits
+    here = [x.astype(jnp.bfloat16) for x in operands] if ON_GPU else operands
     there = [x.astype(jnp.float32) for x in here]
-    assert_equal(value_and_gradients(ATTEND, *here, mask), value_and_gradients(reference.attend, *there, mask),
-                 tolerance=0.05 if ON_GPU else 2e-5)
+    assert_equal(
+        value_and_gradients(ATTEND, *here, mask),
+        value_and_gradients(reference.attend, *there, mask),
+        tolerance=0.05 if ON_GPU else 2e-5,
+    )
 
 
 # ---------------------------------------------------------------- the choice
 def operands(H=64, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct((B, 8, 4, H), dtype), jax.ShapeDtypeStruct((B, 8, 2, H), dtype), causal(B, 8)
+    return (
+        jax.ShapeDtypeStruct((B, 8, 4, H), dtype),
+        jax.ShapeDtypeStruct((B, 8, 2, H), dtype),
+        causal(B, 8),
+    )
 
 
 def test_the_first_that_serves_is_taken():
     q, k, mask = operands()
-    assert best("gpu", q, k, mask) == best("gpu", q, k, mask.replace(window=2, group=4, shift=2)) == "cudnn"
+    assert (
+        best("gpu", q, k, mask)
+        == best("gpu", q, k, mask.replace(window=2, group=4, shift=2))
+        == "cudnn"
+    )
     assert best("gpu", q, k, causal(B, 8, mask.q_index)) == "triton"
     assert best("tpu", q, k, mask) == "tpu"
     assert best("cpu", q, k, mask) == "blockwise"
 
 
-@pytest.mark.parametrize("reason,change", [
-    ("float32, only bfloat16", {"dtype": jnp.float32}), ("heads of 192, only", {"H": 192}), ("heads of 12, only", {"H": 12}),
-    ("out of order", lambda mask: mask.replace(k_index=mask.k_index)),
-    ("several documents", lambda mask: mask.replace(q_segments=mask.q_index, k_segments=mask.q_index)),
-    ("anchors", lambda mask: mask.replace(window=2, anchors=mask.q_index < 1))])
+@pytest.mark.parametrize(
+    "reason,change",
+    [
+        ("float32, only bfloat16", {"dtype": jnp.float32}),
+        ("heads of 192, only", {"H": 192}),
+        ("heads of 12, only", {"H": 12}),
+        ("out of order", lambda mask: mask.replace(k_index=mask.k_index)),
+        (
+            "several documents",
+            lambda mask: mask.replace(q_segments=mask.q_index, k_segments=mask.q_index),
+        ),
+        ("anchors", lambda mask: mask.replace(window=2, anchors=mask.q_index < 1)),
+    ],
+)
 def test_a_named_one_that_cannot_serve_says_why(reason, change):
     q, k, mask = operands(**change) if isinstance(change, dict) else operands()
     mask = mask if isinstance(change, dict) else change(mask)
@@ -66,9 +97,14 @@ def test_a_named_one_that_cannot_serve_says_why(reason, change):
         attend(q, k, k, mask, scale=1.0, implementation="cudnn")
 
 
-@pytest.mark.parametrize("flags,taken", [("--xla_gpu_exclude_nondeterministic_ops=true --xla_x=1", "triton"),
-                                         ("--xla_gpu_deterministic_ops", "triton"),
-                                         ("--xla_gpu_deterministic_ops=false", "cudnn")])
+@pytest.mark.parametrize(
+    "flags,taken",
+    [
+        ("--xla_gpu_exclude_nondeterministic_ops=true --xla_x=1", "triton"),
+        ("--xla_gpu_deterministic_ops", "triton"),
+        ("--xla_gpu_deterministic_ops=false", "cudnn"),
+    ],
+)
 def test_a_reproducible_program_does_without(flags, taken, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     assert best("gpu", *operands()) == taken
@@ -81,10 +117,13 @@ def test_the_decoder_promises_order_for_its_own_index_only():
     assert not mask(index=tokens).ordered
 
 
-# ---------------------------------------------------------------- what memory.remat = "attention" keeps
+# ---------------------------------------------------------------- what memory.remat = "attention"
+# keeps
 @jax.custom_vjp
 def stand_in(q, k, v):
-    """Attention whose gradient needs its output and statistics, as that of cuDNN does; `erf` marks a forward pass."""
+    """Attention whose gradient needs its output and statistics, as that of cuDNN does; `erf` marks
+    a forward pass.
+    """
     return _stand_in_forward(q, k, v)[0]
 
 
@@ -115,10 +154,11 @@ def test_what_is_kept_by_name_is_not_computed_again(names, passes):
     np.testing.assert_allclose(gradient(q), jax.grad(lambda x: layer(x).sum())(q), rtol=1e-6)
     _, pullback = jax.vjp(remat, q)
     large = [x for x in jax.tree.leaves(pullback) if x.size >= q.size]
-    assert len(large) == 3 + bool(names)     # q, k, v, and the output once
+    assert len(large) == 3 + bool(names)  # q, k, v, and the output once
 
 
-# ---------------------------------------------------------------- compiled for GPUs that are not there
+# ---------------------------------------------------------------- compiled for GPUs that are not
+# there
 COMPILE = """
 import json, re, sys
 import jax, jax.numpy as jnp
@@ -160,13 +200,22 @@ two = {"mesh.sequence": 2, "mesh.fsdp": 1, "mesh.context_parallel": "ulysses"}
 print(json.dumps([calls("h100-80g", "full", **single), calls("h100-80g:2", "full", **single | two),
                   calls("h100-80g", "shifted", **single), calls("h100-80g", "full")]))
 """
-FORWARD, BACKWARD, TRITON = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "__gpu$xla.gpu.triton"
+FORWARD, BACKWARD, TRITON = (
+    "__cudnn$fmhaSoftmax",
+    "__cudnn$fmhaSoftmaxBackward",
+    "__gpu$xla.gpu.triton",
+)
 
 
 def in_another_process(program, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "PYTHONPATH": str(Path(lljax.__file__).parents[1])}
-    run = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "PYTHONPATH": str(Path(lljax.__file__).parents[1]),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -179,15 +228,23 @@ needs_compiler = pytest.mark.skipif(cuda_plugin() is None, reason="jax has no CU
 @pytest.mark.parametrize("device", ["h100-80g", "a100-80g"])
 def test_compiles_for_a_gpu_with_nothing_dense(device):
     for temp, calls in in_another_process(COMPILE, device):
-        assert sorted(set(calls)) == [FORWARD, BACKWARD] and calls.count(FORWARD) == calls.count(BACKWARD)
-        assert temp < 4 * 32768 * 32 * 128 * 2           # four arrays like q; scores of one head would be 8 of them
+        assert sorted(set(calls)) == [FORWARD, BACKWARD] and calls.count(FORWARD) == calls.count(
+            BACKWARD
+        )
+        # four arrays like q; scores of one head would be 8 of them
+        assert temp < 4 * 32768 * 32 * 128 * 2
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_the_real_step_takes_it_for_rows_of_one_document():
     """And computes no forward pass twice where memory.remat keeps attention's results."""
-    full, ulysses, shifted, packed = in_another_process(STEP, str(Path(lljax.__file__).parent / "assets" / "tiny-512"))
+    full, ulysses, shifted, packed = in_another_process(
+        STEP, str(Path(lljax.__file__).parent / "assets" / "tiny-512")
+    )
     assert sorted(full) == sorted(ulysses) == [FORWARD, BACKWARD]
-    assert set(shifted) == {FORWARD, BACKWARD} and shifted.count(FORWARD) == shifted.count(BACKWARD) > 1
+    assert (
+        set(shifted) == {FORWARD, BACKWARD}
+        and shifted.count(FORWARD) == shifted.count(BACKWARD) > 1
+    )
     assert set(packed) == {TRITON}

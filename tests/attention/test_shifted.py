@@ -35,10 +35,16 @@ def test_equals_one_dense_mask_per_head(N, K, T, group, packed):
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, N, H)), jnp.float32)
 
     def gradients(attend):
-        return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(attend(q, k, v) * weights), (0, 1, 2)))(q, k, v)
+        return jax.jit(
+            jax.value_and_grad(lambda q, k, v: jnp.sum(attend(q, k, v) * weights), (0, 1, 2))
+        )(q, k, v)
 
-    assert_equal(gradients(lambda q, k, v: attend_shifted(q, k, v, causal(B, T, segments), group=group, scale=0.25)),
-                 gradients(lambda q, k, v: dense_shifted(q, k, v, segments, group)))
+    assert_equal(
+        gradients(
+            lambda q, k, v: attend_shifted(q, k, v, causal(B, T, segments), group=group, scale=0.25)
+        ),
+        gradients(lambda q, k, v: dense_shifted(q, k, v, segments, group)),
+    )
 
 
 @pytest.mark.parametrize("N,K", HEADS)
@@ -46,30 +52,39 @@ def test_never_sees_the_future(N, K):
     """With a roll the first half-group of half the heads would see the end of the row."""
     T = 96
     q, k, v = make(T, N, K)
-    changed = [x.at[:, T - 20:].add(1.0) for x in (q, k, v)]
+    changed = [x.at[:, T - 20 :].add(1.0) for x in (q, k, v)]
     run = lambda q, k, v: attend_shifted(q, k, v, causal(B, T), group=32, scale=0.25)
-    np.testing.assert_array_equal(run(q, k, v)[:, :T - 20], run(*changed)[:, :T - 20])
+    np.testing.assert_array_equal(run(q, k, v)[:, : T - 20], run(*changed)[:, : T - 20])
 
 
 def test_shifted_heads_connect_neighbouring_groups():
     """What the shift is for: with it a group reads the second half of the one before."""
     q, k, v = make(64, 4, 2)
-    changed = v.at[:, 30].add(1.0)           # the last tokens of group [0, 32), read by [16, 48)
+    changed = v.at[:, 30].add(1.0)  # the last tokens of group [0, 32), read by [16, 48)
     run = lambda v: attend_shifted(q, k, v, causal(B, 64), group=32, scale=0.25)
     difference = np.abs(run(changed) - run(v)).max(axis=(0, 3))
     assert difference[40, 2:].min() > 0 and difference[40, :2].max() == 0
 
 
 def test_work_is_a_quarter_of_full_attention():
-    """Pairs of blocks visited at G = T / 4, over the two halves of the heads, against full causal attention."""
+    """Pairs of blocks visited at G = T / 4, over the two halves of the heads, against full causal
+    attention.
+    """
     T, size = 8192, 128
+
     def visited(mask):
         return int((~block_kinds(mask, size, size)[0]).sum())
+
     mask = causal(1, T)
-    halves = [visited(mask.replace(group=T // 4)), visited(mask.replace(group=T // 4, shift=T // 8))]
+    halves = [
+        visited(mask.replace(group=T // 4)),
+        visited(mask.replace(group=T // 4, shift=T // 8)),
+    ]
     assert 0.2 < np.mean(halves) / visited(mask) < 0.28
 
 
-@pytest.mark.parametrize("group,T,tokens", [(0.25, 4096, 1024), (0.25, 1001, 250), (0.1, 8, 2), (2048, 8192, 2048)])
+@pytest.mark.parametrize(
+    "group,T,tokens", [(0.25, 4096, 1024), (0.25, 1001, 250), (0.1, 8, 2), (2048, 8192, 2048)]
+)
 def test_group_is_a_share_or_a_number_of_tokens(group, T, tokens):
     assert group_size(group, T) == tokens

@@ -31,7 +31,8 @@ class Kind:
 
 
 # Earlier thoughts are dropped; tools stand in the system's turn.
-QWEN = Kind(r"""
+QWEN = Kind(
+    r"""
 {%- if tools %}
     {{- '<|im_start|>system\n' }}
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n' }}{%- endif %}
@@ -71,11 +72,25 @@ QWEN = Kind(r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
-""", ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"),
-    ("<|im_end|>",), r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", thoughts=True, calls=2)
+""",
+    (
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+    ),
+    ("<|im_end|>",),
+    r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)",
+    thoughts=True,
+    calls=2,
+)
 
 # Contents are trimmed; one call a reply, its arguments an object.
-LLAMA = Kind(r"""
+LLAMA = Kind(
+    r"""
 {{- bos_token }}
 {%- for m in messages %}
     {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
@@ -92,11 +107,22 @@ LLAMA = Kind(r"""
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}
-""", ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ("<|eot_id|>",), r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)", calls=1)
+""",
+    (
+        "<|end_of_text|>",
+        "<|begin_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ),
+    ("<|eot_id|>",),
+    r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)",
+    calls=1,
+)
 
 # The marker of the next turn ends a reply.
-GLM = Kind(r"""
+GLM = Kind(
+    r"""
 {{- '[gMASK]<sop>' }}
 {%- if tools %}{{- '<|system|>\n' + tools | tojson }}{%- endif %}
 {%- for m in messages %}
@@ -120,14 +146,33 @@ GLM = Kind(r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
-""", ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
-      "<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>",
-      "</arg_value>"), ("<|user|>", "<|system|>", "<|observation|>"),
+""",
+    (
+        "<|endoftext|>",
+        "[gMASK]",
+        "<sop>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|observation|>",
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+    ),
+    ("<|user|>", "<|system|>", "<|observation|>"),
     r"<\|assistant\|>(.*?(?:<\|user\|>|<\|observation\|>|<\|system\|>|(?=<\|assistant\|>)))",
-    thoughts=True, calls=2)
+    thoughts=True,
+    calls=2,
+)
 
 # Thoughts are stripped, and the prompt opens one; arguments are text, calls come without content.
-R1 = Kind(r"""
+R1 = Kind(
+    r"""
 {{- bos_token }}
 {%- for m in messages %}
     {%- if m.role == 'system' %}
@@ -147,12 +192,30 @@ R1 = Kind(r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|Assistant|><think>\n' }}{%- endif %}
-""", ("<|end|>", "<|begin|>", "<|User|>", "<|Assistant|>", "<|calls|>", "<|/calls|>", "<|call|>",
-      "<|/call|>", "<|out|>", "<|/out|>", "<think>", "</think>"), ("<|end|>",),
-    r"<\|Assistant\|>(?:<think>\n)?(.*?<\|end\|>)", thoughts=True, calls=2)
+""",
+    (
+        "<|end|>",
+        "<|begin|>",
+        "<|User|>",
+        "<|Assistant|>",
+        "<|calls|>",
+        "<|/calls|>",
+        "<|call|>",
+        "<|/call|>",
+        "<|out|>",
+        "<|/out|>",
+        "<think>",
+        "</think>",
+    ),
+    ("<|end|>",),
+    r"<\|Assistant\|>(?:<think>\n)?(.*?<\|end\|>)",
+    thoughts=True,
+    calls=2,
+)
 
 # Of gpt-oss: a last reply ends otherwise than others, whose <|end|> also stands behind a thought.
-HARMONY = Kind(r"""
+HARMONY = Kind(
+    r"""
 {{- '<|start|>system<|message|>Reasoning: medium<|end|>' }}
 {%- if messages[0].role in ('system', 'developer') or tools %}
     {{- '<|start|>developer<|message|>' }}
@@ -184,56 +247,109 @@ HARMONY = Kind(r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}
-""", ("<|endoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"),
+""",
+    (
+        "<|endoftext|>",
+        "<|start|>",
+        "<|message|>",
+        "<|channel|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+    ),
     ("<|return|>", "<|call|>"),
     r"<\|start\|>assistant((?:<\|channel\|>analysis<\|message\|>[^|]*<\|end\|><\|start\|>assistant)?"
-    r"(?:<\|channel\|>final| to=).*?(?:<\|return\|>|<\|call\|>|(?=<\|end\|>)))", thoughts=True, calls=1)
+    r"(?:<\|channel\|>final| to=).*?(?:<\|return\|>|<\|call\|>|(?=<\|end\|>)))",
+    thoughts=True,
+    calls=1,
+)
 
 # The token at the very end begins as the marker of the next turn does.
-PHI = Kind(r"""
+PHI = Kind(
+    r"""
 {%- for m in messages %}{{- '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- else %}{{- eos_token }}{%- endif %}
-""", ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), ("<|end|>",),
-    r"<\|assistant\|>\n(.*?<\|end\|>)")
+""",
+    ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    ("<|end|>",),
+    r"<\|assistant\|>\n(.*?<\|end\|>)",
+)
 KINDS = {"qwen": QWEN, "llama": LLAMA, "glm": GLM, "r1": R1, "harmony": HARMONY, "phi": PHI}
 
 
-def byte_tokenizer(template: str | None, tokens=("<s>", "<e>", "<b>"), *, eos: str,
-                   bos: str | None = None, adds_bos=False):
+def byte_tokenizer(
+    template: str | None,
+    tokens=("<s>", "<e>", "<b>"),
+    *,
+    eos: str,
+    bos: str | None = None,
+    adds_bos=False,
+):
     """A tokenizer of single bytes and a few special tokens, so that every boundary is exact."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=256 + len(tokens), special_tokens=list(tokens), show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=256 + len(tokens),
+        special_tokens=list(tokens),
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     backend.train_from_iterator([""], trainer)
     if adds_bos:
         backend.post_processor = tokenizers.processors.TemplateProcessing(
-            f"{bos} $A", special_tokens=[(bos, tokens.index(bos))])
+            f"{bos} $A", special_tokens=[(bos, tokens.index(bos))]
+        )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, bos_token=bos)
     tokenizer.chat_template = template
     return with_template(tokenizer)
 
 
 def of_kind(kind: Kind, tokenizer=None):
-    """A tokenizer with the kind's template: of bytes, or the one given, with the tokens it lacks."""
+    """A tokenizer with the kind's template: of bytes, or the one given, with the tokens it
+    lacks.
+    """
     if tokenizer is None:
-        return byte_tokenizer(kind.template, kind.tokens, eos=kind.tokens[0],
-                              bos=next((token for token in kind.tokens if "begin" in token), None))
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)
-                          for token in kind.tokens])
+        return byte_tokenizer(
+            kind.template,
+            kind.tokens,
+            eos=kind.tokens[0],
+            bos=next((token for token in kind.tokens if "begin" in token), None),
+        )
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in kind.tokens]
+    )
     tokenizer.eos_token, tokenizer.chat_template = kind.tokens[0], kind.template
     return tokenizer
 
 
-TEXTS = ("yes", "no", "  code\n\n", "\u00e9 \u00fc ", "<div>", "<think", "a\n\n```py\nx = 1\n```", "s",
-         "\u65e5\u672c \U0001f642", '{"a": 1}', "assistant\nuser", "User: hi", "42.", "\tq", "[x]",
-         "one two three four five", "I'm", "a<b>c</b>", "say \"it\"\\n")
+TEXTS = (
+    "yes",
+    "no",
+    "  code\n\n",
+    "\u00e9 \u00fc ",
+    "<div>",
+    "<think",
+    "a\n\n```py\nx = 1\n```",
+    "s",
+    "\u65e5\u672c \U0001f642",
+    '{"a": 1}',
+    "assistant\nuser",
+    "User: hi",
+    "42.",
+    "\tq",
+    "[x]",
+    "one two three four five",
+    "I'm",
+    "a<b>c</b>",
+    'say "it"\\n',
+)
 NAMES = ("look", "w")
 PARAMETERS = {"type": "object", "properties": {"q": {"type": "string", "description": "x"}}}
-TOOLS = tuple({"type": "function", "function": {
-    "name": name, "description": "d", "parameters": PARAMETERS}} for name in NAMES)
+TOOLS = tuple(
+    {"type": "function", "function": {"name": name, "description": "d", "parameters": PARAMETERS}}
+    for name in NAMES
+)
 ARGUMENTS = ({"n": 3, "q": "x"}, {}, '{"q": "x", "n": [1, null]}')
 
 
@@ -243,14 +359,19 @@ def random_conversation(seed: int, kind: Kind):
 
     def call(n: int) -> dict:
         arguments = r.choice([{"q": r.choice(TEXTS)}, *ARGUMENTS])
-        return {"id": f"call0000{n}", "type": "function",
-                "function": {"name": r.choice(NAMES), "arguments": arguments}}
+        return {
+            "id": f"call0000{n}",
+            "type": "function",
+            "function": {"name": r.choice(NAMES), "arguments": arguments},
+        }
 
     def reply(calls: int = 0) -> None:
         message = {"role": "assistant", "content": r.choice(TEXTS)}
         if calls:
-            message |= {"content": r.choice(["", None]),
-                        "tool_calls": [call(n) for n in range(calls)]}
+            message |= {
+                "content": r.choice(["", None]),
+                "tool_calls": [call(n) for n in range(calls)],
+            }
         elif r.random() < 0.06:
             message["content"] = ""
         elif r.random() < 0.3 and kind.thoughts:
@@ -270,8 +391,10 @@ def random_conversation(seed: int, kind: Kind):
         messages.append({"role": "user", "content": r.choice(TEXTS)})
         while kind.calls and r.random() < 0.25:
             reply(n := r.randint(1, kind.calls))
-            messages.extend({"role": "tool", "content": r.choice(TEXTS),
-                             "tool_call_id": f"call0000{k}"} for k in range(n))
+            messages.extend(
+                {"role": "tool", "content": r.choice(TEXTS), "tool_call_id": f"call0000{k}"}
+                for k in range(n)
+            )
         reply()
         if r.random() < 0.04 and not kind.alternates and messages[-1]["content"]:
             reply()

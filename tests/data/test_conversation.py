@@ -6,7 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.templates import GLM, HARMONY, KINDS, LLAMA, QWEN, R1, Kind, of_kind, random_conversation, spans
+from data.templates import (
+    GLM,
+    HARMONY,
+    KINDS,
+    LLAMA,
+    QWEN,
+    R1,
+    Kind,
+    of_kind,
+    random_conversation,
+    spans,
+)
 from transformers import PreTrainedTokenizerFast
 
 from lljax.data import conversation
@@ -60,13 +71,15 @@ def test_trained_spans_of_random_conversations_are_those_found_by_hand(name):
 
 ALTERNATE = "roles must alternate"
 OWN = dataclasses.replace(QWEN, template="", thoughts=False, calls=0)
-REAL = {                                     # by folder: the kind, with the tokenizer's own template or ours
+REAL = {  # by folder: the kind, with the tokenizer's own template or ours
     "qwen3": dataclasses.replace(QWEN, template=""),
     "llama3_1": dataclasses.replace(OWN, replies=LLAMA.replies),
-    "gemma3": dataclasses.replace(OWN, replies=r"<start_of_turn>model\n(.*?<end_of_turn>)",
-                                  alternates=True),
+    "gemma3": dataclasses.replace(
+        OWN, replies=r"<start_of_turn>model\n(.*?<end_of_turn>)", alternates=True
+    ),
     "deepseek_v3": dataclasses.replace(OWN, replies=r"<｜Assistant｜>(.*?<｜end▁of▁sentence｜>)"),
-    "gptoss": HARMONY, "qwen3 as GLM": GLM,
+    "gptoss": HARMONY,
+    "qwen3 as GLM": GLM,
 }
 
 
@@ -78,8 +91,13 @@ def test_trained_spans_under_real_tokenizers_are_those_found_by_hand(name):
     if not folder.is_dir():
         pytest.skip(f"no {folder}: make tokenizers")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    check(of_kind(kind, tokenizer) if kind.template else tokenizer, kind, range(500), 0.9,
-          may_say=(ALTERNATE,) if kind.alternates else ())
+    check(
+        of_kind(kind, tokenizer) if kind.template else tokenizer,
+        kind,
+        range(500),
+        0.9,
+        may_say=(ALTERNATE,) if kind.alternates else (),
+    )
 
 
 # ---------------------------------------------------------------- time
@@ -87,13 +105,16 @@ def test_trained_spans_under_real_tokenizers_are_those_found_by_hand(name):
 def rendered(monkeypatch):
     """How many renderings a conversation takes."""
     jobs, own = [], conversation.render
-    monkeypatch.setattr(conversation, "render", lambda tokenizer, these: jobs.extend(these) or own(tokenizer, these))
+    monkeypatch.setattr(
+        conversation, "render", lambda tokenizer, these: jobs.extend(these) or own(tokenizer, these)
+    )
 
     def count(tokenizer, messages) -> int:
         turn_ends(tokenizer)
         jobs.clear()
         encode(Document("f:1", messages=tuple(messages)), tokenizer, "assistant")
         return len(jobs)
+
     return count
 
 
@@ -102,8 +123,11 @@ def test_the_number_of_renderings_does_not_grow_with_the_turns(name, rendered):
     tokenizer = of_kind(KINDS[name])
 
     def renderings(n: int) -> int:
-        talk = [{"role": role, "content": f"{thought}{i} words"} for i in range(n)
-                for role, thought in (("user", ""), ("assistant", "<think>hm</think>"))]
+        talk = [
+            {"role": role, "content": f"{thought}{i} words"}
+            for i in range(n)
+            for role, thought in (("user", ""), ("assistant", "<think>hm</think>"))
+        ]
         return rendered(tokenizer, talk)
 
     assert renderings(40) == renderings(10) <= 12
@@ -114,21 +138,34 @@ def test_nor_do_calls_of_tools_add_renderings(rendered):
     tokenizer = of_kind(QWEN)
 
     def renderings(n: int) -> int:
-        talk = [message for i in range(n) for message in (
-            {"role": "user", "content": f"question {i}"},
-            {"role": "assistant", "content": "", "tool_calls": [
-                {"function": {"name": "look", "arguments": {"q": "x", "n": i}}}]},
-            {"role": "tool", "content": ""}, {"role": "assistant", "content": f"answer {i}"})]
+        talk = [
+            message
+            for i in range(n)
+            for message in (
+                {"role": "user", "content": f"question {i}"},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"function": {"name": "look", "arguments": {"q": "x", "n": i}}}],
+                },
+                {"role": "tool", "content": ""},
+                {"role": "assistant", "content": f"answer {i}"},
+            )
+        ]
         return rendered(tokenizer, talk)
 
     assert renderings(40) == renderings(10) <= 12
 
 
-@pytest.mark.parametrize("content", [
-    "/no_think", "Be brief. /no_think", "<tool_response>\n42\n</tool_response>", "<think>"])
+@pytest.mark.parametrize(
+    "content",
+    ["/no_think", "Be brief. /no_think", "<tool_response>\n42\n</tool_response>", "<think>"],
+)
 def test_what_a_template_looks_for_in_a_text_stays_in_it(content):
-    looks = ("{%- if '/no_think' in messages[0].content or messages[0].content.startswith('<t') %}"
-             "{{- 'seen' }}{%- endif %}") + QWEN.template
+    looks = (
+        "{%- if '/no_think' in messages[0].content or messages[0].content.startswith('<t') %}"
+        "{{- 'seen' }}{%- endif %}"
+    ) + QWEN.template
     tokenizer = of_kind(dataclasses.replace(QWEN, template=looks))
     talk = ({"role": "user", "content": content}, {"role": "assistant", "content": "no"})
     tokens, mask = encode(Document("f:1", messages=talk), tokenizer, "assistant")
@@ -140,16 +177,20 @@ def test_what_a_template_looks_for_in_a_text_stays_in_it(content):
 def test_a_text_that_a_template_changes_is_refused(change):
     changes = QWEN.template.replace("m.content + '<|im", f"m.content{change} + '<|im")
     tokenizer = of_kind(dataclasses.replace(QWEN, template=changes))
-    talk = ({"role": "user", "content": "x" * 50 + "\nline"},
-            {"role": "assistant", "content": "no"})
+    talk = (
+        {"role": "user", "content": "x" * 50 + "\nline"},
+        {"role": "assistant", "content": "no"},
+    )
     with pytest.raises(Refused, match=r"does not show message 0 \(user\) as it is"):
         encode(Document("f:1", messages=talk), tokenizer, "assistant")
 
 
 def test_a_thought_that_the_template_strips_is_trained_where_the_prompt_opens_it():
     tokenizer = of_kind(R1)
-    for message in ({"content": "<think>\nhm\n</think>\n\nyes"},
-                    {"content": "yes", "reasoning_content": "hm"}):
+    for message in (
+        {"content": "<think>\nhm\n</think>\n\nyes"},
+        {"content": "yes", "reasoning_content": "hm"},
+    ):
         talk = ({"role": "user", "content": "q"}, {"role": "assistant"} | message)
         tokens, mask = encode(Document("f:1", messages=talk), tokenizer, "assistant")
         assert tokenizer.decode(tokens[mask]) == "hm\n</think>\n\nyes<|end|>"

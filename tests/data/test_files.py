@@ -14,8 +14,9 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
             for _ in range(50):
                 atomic_write(path, letter * 1000)
                 assert path.read_text() in {each * 1000 for each in "abcd"}
-        except Exception as error:           # a thread's exception is lost otherwise
+        except Exception as error:  # a thread's exception is lost otherwise
             failed.append(error)
+
     threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
     for thread in threads:
         thread.start()

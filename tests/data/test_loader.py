@@ -23,7 +23,10 @@ def store(tmp_path) -> TokenStore:
 
 
 def loader(store, **arguments):
-    return make_loader(store, **({"length": T, "rows": 2, "packing": True, "overlong": "split", "seed": 3} | arguments))
+    return make_loader(
+        store,
+        **({"length": T, "rows": 2, "packing": True, "overlong": "split", "seed": 3} | arguments),
+    )
 
 
 def content(batch) -> tuple[bytes, ...]:
@@ -31,11 +34,15 @@ def content(batch) -> tuple[bytes, ...]:
 
 
 def predicted(batches) -> list[int]:
-    return sorted(int(token) for batch in batches for token in batch["targets"].ravel() if token != IGNORED)
+    return sorted(
+        int(token) for batch in batches for token in batch["targets"].ravel() if token != IGNORED
+    )
 
 
 def trained_tokens(store) -> list[int]:
-    return [int(token) for i in range(len(store)) for token in store.tokens(i)[1:][store.mask(i)[1:]]]
+    return [
+        int(token) for i in range(len(store)) for token in store.tokens(i)[1:][store.mask(i)[1:]]
+    ]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -43,7 +50,7 @@ def trained_tokens(store) -> list[int]:
 def test_resuming_anywhere_gives_the_batches_that_would_have_come(store, packing, mine):
     arguments = {"packing": packing, "mine": mine}
     stream = loader(store, **arguments)
-    epochs = 3 * len(Pieces(store, T, "split"))          # one piece a row: batches beyond the third epoch
+    epochs = 3 * len(Pieces(store, T, "split"))  # one piece a row: batches beyond the third epoch
     states, batches = [], []
     for _ in range(epochs // 2 + 4):
         states.append(json.dumps(stream.get_state()))
@@ -51,13 +58,13 @@ def test_resuming_anywhere_gives_the_batches_that_would_have_come(store, packing
     for k in range(0, len(batches) - 3, 5):
         resumed = loader(store, **arguments)
         resumed.set_state(json.loads(states[k]))
-        assert [content(next(resumed)) for _ in range(3)] == batches[k:k + 3], k
+        assert [content(next(resumed)) for _ in range(3)] == batches[k : k + 3], k
 
 
 def test_the_order_is_a_function_of_the_seed(store):
     first, same, other = (content(next(loader(store, seed=seed))) for seed in (3, 3, 4))
     assert first == same != other
-    assert content(next(loader(store, seed=3 + 2 ** 32))) == first       # any Python int will do
+    assert content(next(loader(store, seed=3 + 2**32))) == first  # any Python int will do
 
 
 def test_batches_have_the_shape_and_type_of_the_contract(store):
@@ -68,12 +75,16 @@ def test_batches_have_the_shape_and_type_of_the_contract(store):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_shares_of_a_batch_are_its_rows_and_leave_the_same_state(store, packing):
-    whole, shares = loader(store, rows=4, packing=packing), [loader(store, rows=4, packing=packing, mine=m)
-                                                             for m in ([0, 2], [1, 3])]
+    whole, shares = (
+        loader(store, rows=4, packing=packing),
+        [loader(store, rows=4, packing=packing, mine=m) for m in ([0, 2], [1, 3])],
+    )
     for _ in range(20):
         batch, parts = next(whole), [next(share) for share in shares]
         for name, x in batch.items():
-            np.testing.assert_array_equal(x[[0, 2, 1, 3]], np.concatenate([part[name] for part in parts]))
+            np.testing.assert_array_equal(
+                x[[0, 2, 1, 3]], np.concatenate([part[name] for part in parts])
+            )
         assert whole.get_state() == shares[0].get_state() == shares[1].get_state()
 
 
@@ -107,10 +118,14 @@ def test_no_piece_is_refused(tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 4, 7])
 def test_evaluation_reads_held_out_pieces_once_and_fills_the_last_batch_up(store, rows):
-    batches = list(eval_batches(store, length=T, rows=rows, limit=10 ** 9))
-    assert all(x.shape == (rows, T) and x.dtype == np.int32 for batch in batches for x in batch.values())
+    batches = list(eval_batches(store, length=T, rows=rows, limit=10**9))
+    assert all(
+        x.shape == (rows, T) and x.dtype == np.int32 for batch in batches for x in batch.values()
+    )
     assert predicted(batches) == trained_tokens(store)
-    again = list(eval_batches(store, length=T, rows=rows, limit=10 ** 9))
+    again = list(eval_batches(store, length=T, rows=rows, limit=10**9))
     assert list(map(content, batches)) == list(map(content, again))
     limited = list(eval_batches(store, length=T, rows=rows, limit=5))
-    assert sum((batch["segments"][:, 0] > 0).sum() for batch in limited) == 5 and len(limited) == -(-5 // rows)
+    assert sum((batch["segments"][:, 0] > 0).sum() for batch in limited) == 5 and len(limited) == -(
+        -5 // rows
+    )

@@ -15,13 +15,22 @@ from lljax.run import loop
 SECRET = "Zanzibar-7741"
 TALK = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": SECRET}]
 BAD = [
-    f'{{"text": "{SECRET}', f'{{"text": {SECRET}}}', f'"{SECRET}"', f'["{SECRET}"]', f'{{"text": "{SECRET}\\q"}}',
-    f'{{"text": "{SECRET}\\u0000"}}', f'{{"text": "{SECRET}\\ud800"}}', f'{{"text": "{SECRET}"}}{SECRET}',
-    json.dumps({f"Is {SECRET} an island?": f"{SECRET} is one"}), json.dumps({"text": [SECRET]}),
+    f'{{"text": "{SECRET}',
+    f'{{"text": {SECRET}}}',
+    f'"{SECRET}"',
+    f'["{SECRET}"]',
+    f'{{"text": "{SECRET}\\q"}}',
+    f'{{"text": "{SECRET}\\u0000"}}',
+    f'{{"text": "{SECRET}\\ud800"}}',
+    f'{{"text": "{SECRET}"}}{SECRET}',
+    json.dumps({f"Is {SECRET} an island?": f"{SECRET} is one"}),
+    json.dumps({"text": [SECRET]}),
     json.dumps({"messages": [{"role": f"the keeper of {SECRET}", "content": None}]}),
-    json.dumps({"messages": [{"role": "user", "content": [SECRET]}]}), json.dumps({"messages": [SECRET]}),
+    json.dumps({"messages": [{"role": "user", "content": [SECRET]}]}),
+    json.dumps({"messages": [SECRET]}),
     json.dumps({"query": SECRET, "response": SECRET, "history": [[SECRET]]}),
-    json.dumps({"instruction": SECRET, "output": {SECRET: SECRET}}), json.dumps({"prompt": SECRET, "completion": [SECRET]}),
+    json.dumps({"instruction": SECRET, "output": {SECRET: SECRET}}),
+    json.dumps({"prompt": SECRET, "completion": [SECRET]}),
 ]
 
 
@@ -33,12 +42,16 @@ def test_why_a_row_cannot_be_read_is_said_without_its_text(tmp_path, line):
     assert isinstance(row, BadRow) and SECRET not in row.reason and row.reason
 
 
-@pytest.mark.parametrize("template,reason", [
-    ("{{ raise_exception('never ' + messages[0].content) }}", "TemplateError"),
-    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    ("{{ messages[0][messages[0].content].name }}", "UndefinedError"),
-    ("{{ messages[0].content | int + messages[0].content }}", "TypeError"),
-    ("{{ messages[0].content[5:] }}", r"does not show message 0 \(user\) as it is")])
+@pytest.mark.parametrize(
+    "template,reason",
+    [
+        ("{{ raise_exception('never ' + messages[0].content) }}", "TemplateError"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0][messages[0].content].name }}", "UndefinedError"),
+        ("{{ messages[0].content | int + messages[0].content }}", "TypeError"),
+        ("{{ messages[0].content[5:] }}", r"does not show message 0 \(user\) as it is"),
+    ],
+)
 def test_why_a_template_refuses_is_said_in_its_own_words_or_not_at_all(tokenizer, template, reason):
     own, tokenizer.chat_template = tokenizer.chat_template, template
     try:
@@ -52,7 +65,9 @@ def test_why_a_template_refuses_is_said_in_its_own_words_or_not_at_all(tokenizer
 def documents(folder):
     """Good rows, and then all that are bad."""
     file = folder / "rows.jsonl"
-    good = [json.dumps({"text": f"{SECRET} " * n}) for n in range(3, 30)] + [json.dumps({"messages": TALK})] * 8
+    good = [json.dumps({"text": f"{SECRET} " * n}) for n in range(3, 30)] + [
+        json.dumps({"messages": TALK})
+    ] * 8
     file.write_text("\n".join(good + BAD) + "\n")
     return file
 
@@ -61,14 +76,21 @@ def test_too_many_bad_rows_are_refused_and_listed_without_their_text(run_config,
     run_config.data.train = (str(documents(tmp_path)),)
     tokenizer = open_base(run_config.model.path).tokenizer()
     with pytest.raises(DataError) as raised:
-        tokens.prepare(run_config.data, tokenizer, 320, tmp_path / "data",
-                       tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+        tokens.prepare(
+            run_config.data,
+            tokenizer,
+            320,
+            tmp_path / "data",
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
     listed = (tmp_path / "bad_rows.jsonl").read_text()
     assert len(listed.splitlines()) == len(BAD) and SECRET not in listed + str(raised.value)
 
 
 @pytest.mark.slow
-def test_a_run_leaves_the_text_nowhere_but_in_its_tokens(run_config, one_device, tmp_path, caplog, capfd):
+def test_a_run_leaves_the_text_nowhere_but_in_its_tokens(
+    run_config, one_device, tmp_path, caplog, capfd
+):
     run_config.data.train, run_config.data.max_bad_fraction = (str(documents(tmp_path)),), 0.9
     run_config.training.eval_every, run_config.context.schedule = 1, ((2, 32, "full"),)
     with caplog.at_level(logging.DEBUG):

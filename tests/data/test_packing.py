@@ -6,11 +6,14 @@ from lljax.data.packing import IGNORED, Pieces, pack, row_of
 from lljax.data.tokens import TokenStore, _Writer
 
 T = 16
-LENGTHS = (1, 2, 3, 15, 16, 17, 18, 31, 32, 33, 34, 47, 48, 49, 100, 5, 5, 5)   # around every multiple of T
+# around every multiple of T
+LENGTHS = (1, 2, 3, 15, 16, 17, 18, 31, 32, 33, 34, 47, 48, 49, 100, 5, 5, 5)
 
 
 def make_store(folder, lengths=LENGTHS, trained=0.7, seed=0) -> TokenStore:
-    """Documents of tokens 1, 2, 3 ... all different, so that a token says which document it is of."""
+    """Documents of tokens 1, 2, 3 ... all different, so that a token says which document it is
+    of.
+    """
     rng, writer, first = np.random.default_rng(seed), _Writer(folder / "store"), 1
     for n in lengths:
         writer.add(np.arange(first, first + n, dtype=np.uint32), rng.random(n) < trained)
@@ -26,7 +29,9 @@ def trained_tokens(store, documents=None) -> list[int]:
 
 
 def predicted(rows) -> list[int]:
-    return sorted(int(token) for row in rows for token in row["targets"].ravel() if token != IGNORED)
+    return sorted(
+        int(token) for row in rows for token in row["targets"].ravel() if token != IGNORED
+    )
 
 
 def packed_rows(store, *, packing, overlong="split"):
@@ -40,7 +45,8 @@ def test_split_asks_for_every_trained_token_exactly_once(tmp_path, packing, trai
     store = make_store(tmp_path, trained=trained)
     rows = packed_rows(store, packing=packing)
     assert predicted(rows) == trained_tokens(store)
-    assert all((row["targets"] != IGNORED).any() for row in rows)        # no row without anything to learn
+    # no row without anything to learn
+    assert all((row["targets"] != IGNORED).any() for row in rows)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -50,12 +56,18 @@ def test_no_document_sees_or_predicts_another(tmp_path, packing):
     several = 0
     for row in packed_rows(store, packing=packing):
         assert all(row[name].dtype == np.int32 and row[name].shape == (T,) for name in row)
-        tokens, targets, segments, positions = (row[name] for name in ("tokens", "targets", "segments", "positions"))
+        tokens, targets, segments, positions = (
+            row[name] for name in ("tokens", "targets", "segments", "positions")
+        )
         asked = targets != IGNORED
-        assert (targets[asked] == tokens[asked] + 1).all()               # the next token of the same document
+        assert (targets[asked] == tokens[asked] + 1).all()  # the next token of the same document
         assert (document[targets[asked]] == document[tokens[asked]]).all()
         padding = segments == 0
-        assert (tokens[padding] == 0).all() and not asked[padding].any() and (positions[padding] == 0).all()
+        assert (
+            (tokens[padding] == 0).all()
+            and not asked[padding].any()
+            and (positions[padding] == 0).all()
+        )
         assert set(segments[~padding]) == set(range(1, segments.max() + 1))
         for segment in range(1, segments.max() + 1):
             inside = segments == segment
@@ -71,11 +83,19 @@ def test_what_is_trained_and_what_is_left_out_is_counted(tmp_path, trained, over
     store = make_store(tmp_path, trained=trained)
     pieces, expected = Pieces(store, T, overlong), []
     for i, n in enumerate(store.lengths):
-        starts = range(0, n, T) if overlong == "split" else [0] if n <= T or overlong == "truncate" else []
-        expected += [(i, s) for s in starts if store.mask(i)[s + 1:s + T + 1].any()]
+        starts = (
+            range(0, n, T)
+            if overlong == "split"
+            else [0]
+            if n <= T or overlong == "truncate"
+            else []
+        )
+        expected += [(i, s) for s in starts if store.mask(i)[s + 1 : s + T + 1].any()]
     assert list(zip(pieces.document.tolist(), pieces.start.tolist())) == expected
     counts = pieces.counts()
-    assert counts["documents"] == len({i for i, _ in expected}) and counts["pieces"] == len(expected)
+    assert counts["documents"] == len({i for i, _ in expected}) and counts["pieces"] == len(
+        expected
+    )
     assert counts["dropped"] == (sum(n > T for n in store.lengths) if overlong == "drop" else 0)
     assert counts["documents"] + counts["dropped"] + counts["untrained"] == len(store)
     assert counts["tokens"] == sum(len(pieces[i]["tokens"]) for i in range(len(pieces)))
@@ -84,16 +104,21 @@ def test_what_is_trained_and_what_is_left_out_is_counted(tmp_path, trained, over
 def test_pieces_of_a_document_follow_one_another_without_a_gap(tmp_path):
     store = make_store(tmp_path, (100,), trained=1.0)
     pieces = Pieces(store, T, "split")
-    assert np.concatenate([pieces[i]["tokens"] for i in range(len(pieces))]).tolist() == store.tokens(0).tolist()
+    assert (
+        np.concatenate([pieces[i]["tokens"] for i in range(len(pieces))]).tolist()
+        == store.tokens(0).tolist()
+    )
     assert all(len(pieces[i]["tokens"]) == T for i in range(len(pieces) - 1))
 
 
 def test_truncate_keeps_the_beginning_and_drop_keeps_what_fits(tmp_path):
     store = make_store(tmp_path, trained=1.0)
-    beginnings = [int(token) for i in range(len(store)) for token in store.tokens(i)[1:T + 1]]
+    beginnings = [int(token) for i in range(len(store)) for token in store.tokens(i)[1 : T + 1]]
     assert predicted(packed_rows(store, packing=True, overlong="truncate")) == beginnings
     short = [i for i in range(len(store)) if store.lengths[i] <= T]
-    assert predicted(packed_rows(store, packing=True, overlong="drop")) == trained_tokens(store, short)
+    assert predicted(packed_rows(store, packing=True, overlong="drop")) == trained_tokens(
+        store, short
+    )
 
 
 def test_first_fit_leaves_little_padding(tmp_path):
@@ -105,4 +130,8 @@ def test_first_fit_leaves_little_padding(tmp_path):
 def test_a_row_of_an_empty_piece_is_padding_alone():
     nothing = np.zeros(0, np.int32)
     row = row_of({"tokens": nothing, "targets": nothing}, T)
-    assert (row["targets"] == IGNORED).all() and not row["segments"].any() and not row["positions"].any()
+    assert (
+        (row["targets"] == IGNORED).all()
+        and not row["segments"].any()
+        and not row["positions"].any()
+    )

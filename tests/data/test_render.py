@@ -27,22 +27,36 @@ def still_renders() -> bool:
 
 
 def test_renders_as_transformers_does():
-    own = tokenizer("{{ bos_token }}{% for m in messages %}{{ m | tojson }}{{ eos_token }}"
-                    "{% generation %}x{% endgeneration %}{% endfor %}"
-                    "{{ tools | tojson }}{{ add_generation_prompt }}")
+    own = tokenizer(
+        "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{{ eos_token }}"
+        "{% generation %}x{% endgeneration %}{% endfor %}"
+        "{{ tools | tojson }}{{ add_generation_prompt }}"
+    )
     options = {"tools": [{"name": "\u00e9"}], "add_generation_prompt": True}
-    one, marked = render(own, [
-        Job(TALK, options), Job(TALK, options | {"return_assistant_tokens_mask": True})])
+    one, marked = render(
+        own, [Job(TALK, options), Job(TALK, options | {"return_assistant_tokens_mask": True})]
+    )
     assert one.text == marked.text == own.apply_chat_template(TALK, tokenize=False, **options)
     assert [marked.text[start:stop] for start, stop in marked.spans] == ["x", "x"]
 
 
-@pytest.mark.parametrize("template,said", [
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-     "has not ended within 1 seconds"),
-    ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "writes far more|ended within"),
-    ("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-     "writes far more")])
+@pytest.mark.parametrize(
+    "template,said",
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "has not ended within 1 seconds",
+        ),
+        (
+            "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+            "writes far more|ended within",
+        ),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "writes far more",
+        ),
+    ],
+)
 def test_a_template_without_bounds_is_stopped(template, said, monkeypatch):
     process = module._Process()
     monkeypatch.setattr(module, "MEMORY", 1 << 28)
@@ -59,10 +73,17 @@ def test_a_template_without_bounds_is_stopped(template, said, monkeypatch):
         process.stop()
 
 
-@pytest.mark.parametrize("template", [
-    "{{ raise_exception('no') }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% if %}",
-    "{{ messages.x.y }}",
-    "{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{{ ''.__class__.__mro__ }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% if %}",
+        "{{ messages.x.y }}",
+        "{{ " + "(" * 300 + "1" + ")" * 300 + " }}",
+        "{{ ''.__class__.__mro__ }}",
+    ],
+)
 def test_what_a_template_raises_is_one_line(template):
     (rendered,) = render(tokenizer(template), [Job(TALK)])
     assert isinstance(rendered, TemplateError) and rendered.kind
@@ -90,6 +111,7 @@ def test_an_interrupted_rendering_is_not_taken_for_the_next(monkeypatch):
 
     def interrupted(*_):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(module._Process, "_read", interrupted)
         render(tokenizer("{{ messages[0].content }}"), [Job(TALK)])
@@ -107,8 +129,9 @@ render.render(byte_tokenizer('x', eos='<e>'), [render.Job([dict(role='user', con
 print(render._PROCESS._popen.pid, flush=True)
 sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as started:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as started:
         child = int(started.stdout.readline())
         started.kill()
     until = time.monotonic() + 10

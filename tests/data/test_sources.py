@@ -47,7 +47,7 @@ def test_a_damaged_gz_is_refused_whole(tmp_path):
     for _ in range(30):
         at = rng.randrange(15, len(raw) - 20)
         file = tmp_path / "rows.jsonl.gz"
-        file.write_bytes(raw[:at] + rng.randbytes(8) + raw[at + 8:])
+        file.write_bytes(raw[:at] + rng.randbytes(8) + raw[at + 8 :])
         with pytest.raises(DataError, match="rows.jsonl.gz: .*fetch or write it again"):
             list(formats.read([file]))
 
@@ -55,7 +55,7 @@ def test_a_damaged_gz_is_refused_whole(tmp_path):
 def test_a_gz_that_is_cut_off_is_refused(tmp_path):
     raw = compressed(3000)
     file = tmp_path / "rows.jsonl.gz"
-    file.write_bytes(raw[:len(raw) // 2])
+    file.write_bytes(raw[: len(raw) // 2])
     with pytest.raises(DataError, match="rows.jsonl.gz: the file is cut off"):
         list(formats.read([file]))
 
@@ -66,10 +66,17 @@ def test_a_folder_named_as_a_file_of_rows_is_not_read_as_one(tmp_path):
     assert [document.text for document in formats.read([tmp_path])] == ["ok"]
 
 
-@pytest.mark.parametrize("name,advice", [
-    ("none.jsonl", "no such file; scripts/prepare_data.py folder"), (".", "holds no .jsonl"), ("rows.csv", "load_dataset"),
-    ("rows.txt", "scripts/prepare_data.py folder makes one"), ("\x1b[31m\nINFO.jsonl", "x1b.31m.nINFO.jsonl: there is no"),
-    ("x" * 5000, "too long")])
+@pytest.mark.parametrize(
+    "name,advice",
+    [
+        ("none.jsonl", "no such file; scripts/prepare_data.py folder"),
+        (".", "holds no .jsonl"),
+        ("rows.csv", "load_dataset"),
+        ("rows.txt", "scripts/prepare_data.py folder makes one"),
+        ("\x1b[31m\nINFO.jsonl", "x1b.31m.nINFO.jsonl: there is no"),
+        ("x" * 5000, "too long"),
+    ],
+)
 def test_paths_that_hold_no_rows_are_refused_with_field_and_advice(tmp_path, name, advice):
     for other in ("rows.csv", "rows.txt"):
         write(tmp_path / other, b"a,b")
@@ -107,30 +114,54 @@ def test_a_line_beyond_the_limit_is_skipped_whole(tmp_path):
 
 
 # ---------------------------------------------------------------- arrays
-ROWS = [{"text": "a\u2028] \"}, {"}, {"text": "é" * 30}, {"query": "q", "response": "[]"}, {"text": 3}, {"text": "end"}]
+ROWS = [
+    {"text": 'a\u2028] "}, {'},
+    {"text": "é" * 30},
+    {"query": "q", "response": "[]"},
+    {"text": 3},
+    {"text": "end"},
+]
 
 
-@pytest.mark.parametrize("indent,chunk,name", [(None, 1 << 20, "rows.json"), (1, 7, "rows.json"), (None, 3, "rows.json.gz")])
+@pytest.mark.parametrize(
+    "indent,chunk,name",
+    [(None, 1 << 20, "rows.json"), (1, 7, "rows.json"), (None, 3, "rows.json.gz")],
+)
 def test_an_array_of_rows_reads_as_the_rows_one_a_line(tmp_path, monkeypatch, indent, chunk, name):
     monkeypatch.setattr(sources, "CHUNK", chunk)
     lines = write(tmp_path / "rows.jsonl", *(json.dumps(row).encode() for row in ROWS))
-    content = b"\xef\xbb\xbf\n " + json.dumps(ROWS, indent=indent, ensure_ascii=False).encode() + b"\n"
+    content = (
+        b"\xef\xbb\xbf\n " + json.dumps(ROWS, indent=indent, ensure_ascii=False).encode() + b"\n"
+    )
     array = tmp_path / name
     array.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
 
     def found(file):
-        return [(row.line, row.reason) if isinstance(row, BadRow) else (row.where.rpartition(":")[2], row.content())
-                for row in formats.read([file])]
+        return [
+            (row.line, row.reason)
+            if isinstance(row, BadRow)
+            else (row.where.rpartition(":")[2], row.content())
+            for row in formats.read([file])
+        ]
+
     assert found(array) == found(lines) and len(found(array)) == len(ROWS)
     (tmp_path / "lines.json").write_bytes(lines.read_bytes())
     assert found(tmp_path / "lines.json") == found(lines)
 
 
-@pytest.mark.parametrize("content,reason", [
-    (b'[{"text": "a"}, {"text": "b"', "row 2 is not JSON .*cut off"), (b'[{"text": "a"}, ', "row 2 is not JSON"),
-    (b'[{"text": "a"} {"text": "b"}]', "does not go on after row 1"), (b'[{"text": "a"}', "does not go on after row 1"),
-    (b'[{"text": "a"}] [1]', "something follows the array of 1 rows"), (b'[{"text": "\xff"}]', "not UTF-8"),
-    (b"[" * 100_000, "row 1 is nested too deeply"), (b'[{"text": "a"}, {"text": "' + b"b" * 3000, "row 2 is longer than")])
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        (b'[{"text": "a"}, {"text": "b"', "row 2 is not JSON .*cut off"),
+        (b'[{"text": "a"}, ', "row 2 is not JSON"),
+        (b'[{"text": "a"} {"text": "b"}]', "does not go on after row 1"),
+        (b'[{"text": "a"}', "does not go on after row 1"),
+        (b'[{"text": "a"}] [1]', "something follows the array of 1 rows"),
+        (b'[{"text": "\xff"}]', "not UTF-8"),
+        (b"[" * 100_000, "row 1 is nested too deeply"),
+        (b'[{"text": "a"}, {"text": "' + b"b" * 3000, "row 2 is longer than"),
+    ],
+)
 def test_an_array_that_is_damaged_is_refused_whole(tmp_path, monkeypatch, content, reason):
     monkeypatch.setattr(sources, "CHUNK", 100)
     (tmp_path / "rows.json").write_bytes(content)

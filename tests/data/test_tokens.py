@@ -16,7 +16,9 @@ from lljax.errors import DataError, ModelError
 
 
 def write(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -31,8 +33,15 @@ def run(tmp_path, tokenizer):
         data.train = paths
         for name, value in fields.items():
             data[name] = value
-        return prepare(data, copy.deepcopy(tokenizer), vocabulary, tmp_path / "run" / "data",
-                       tokenizer_fingerprint=fingerprint, progress=progress)
+        return prepare(
+            data,
+            copy.deepcopy(tokenizer),
+            vocabulary,
+            tmp_path / "run" / "data",
+            tokenizer_fingerprint=fingerprint,
+            progress=progress,
+        )
+
     return run
 
 
@@ -46,7 +55,9 @@ def test_documents_come_back_with_their_tokens_masks_and_counts(tmp_path, run, t
     assert len(store) == 4 and store.tokens(0).dtype == np.uint32 and store.mask(0).dtype == bool
     assert tokenizer.decode(store.tokens(0)) == "abc x<end>"
     assert tokenizer.decode(store.tokens(0)[store.mask(0)]) == "x<end>"
-    assert tokenizer.decode(store.tokens(3)) == texts(3)[2]["text"] + "<end>" and store.mask(3).all()
+    assert (
+        tokenizer.decode(store.tokens(3)) == texts(3)[2]["text"] + "<end>" and store.mask(3).all()
+    )
     assert store.lengths.tolist() == [len(store.tokens(i)) for i in range(4)]
     counts = store.statistics()
     assert counts["documents"] == 4 and counts["tokens"] == store.lengths.sum()
@@ -60,11 +71,15 @@ def test_tokens_are_made_once_and_again_when_anything_they_depend_on_changes(tmp
     file = write(tmp_path / "a.jsonl", texts(20))
     first = run(file)
     made = sorted(p.stat().st_mtime_ns for p in (tmp_path / "run" / "data").rglob("*.bin"))
-    moved = write(tmp_path / "b.jsonl", texts(20))       # the same bytes elsewhere, at another time
+    moved = write(tmp_path / "b.jsonl", texts(20))  # the same bytes elsewhere, at another time
     assert run(moved).fingerprint == first.fingerprint
     assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "run" / "data").rglob("*.bin")) == made
-    others = [run(file, fingerprint="u"), run(file, loss_on="everything"), run(file, valid_fraction=0.5),
-              run(write(tmp_path / "c.jsonl", texts(20, start=1)))]
+    others = [
+        run(file, fingerprint="u"),
+        run(file, loss_on="everything"),
+        run(file, valid_fraction=0.5),
+        run(write(tmp_path / "c.jsonl", texts(20, start=1))),
+    ]
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
@@ -74,7 +89,9 @@ def test_the_tokens_that_end_a_document_are_among_what_the_cache_depends_on(tmp_
     other = copy.deepcopy(tokenizer)
     other.eos_token = tokenizer.convert_ids_to_tokens(5)
     for one in (tokenizer, other):
-        store = prepare(data, copy.deepcopy(one), 320, tmp_path / "data", tokenizer_fingerprint="t").train
+        store = prepare(
+            data, copy.deepcopy(one), 320, tmp_path / "data", tokenizer_fingerprint="t"
+        ).train
         assert store.tokens(0)[-1] == one.eos_token_id
 
 
@@ -82,7 +99,7 @@ def test_two_processes_may_make_the_same_tokens_at_once(tmp_path, run):
     file = write(tmp_path / "a.jsonl", texts(5))
 
     def overtaken(rows, title):
-        assert len(run(file).train) == 5                 # another one starts later and finishes first
+        assert len(run(file).train) == 5  # another one starts later and finishes first
         return rows
 
     assert len(run(file, progress=overtaken).train) == 5
@@ -103,10 +120,20 @@ FILES = ("train/tokens.bin", "valid/mask.bin", "train/offsets.npy", "bad_rows.js
 
 
 # Without counts.json, the mark of a folder that is complete, it is built again.
-@pytest.mark.parametrize("name,damage", [(name, damage) for name in FILES for damage in DAMAGE
-                                         if (name, damage) != ("counts.json", "missing")])
+@pytest.mark.parametrize(
+    "name,damage",
+    [
+        (name, damage)
+        for name in FILES
+        for damage in DAMAGE
+        if (name, damage) != ("counts.json", "missing")
+    ],
+)
 def test_tokens_that_are_not_as_they_were_written_are_refused(tmp_path, run, name, damage):
-    file, how = write(tmp_path / "a.jsonl", [*texts(20), "{"]), {"valid_fraction": 0.5, "max_bad_fraction": 0.5}
+    file, how = (
+        write(tmp_path / "a.jsonl", [*texts(20), "{"]),
+        {"valid_fraction": 0.5, "max_bad_fraction": 0.5},
+    )
     run(file, **how)
     (folder,) = (tmp_path / "run" / "data").iterdir()
     content = bytearray((folder / name).read_bytes())
@@ -151,12 +178,16 @@ def test_what_killed_processes_left_is_removed_and_what_is_being_written_stays(t
     assert [path.name for path in data.glob("*.tmp")] == ["early.tmp"]
 
 
-@pytest.mark.parametrize("name,make", [("run/data", "file"), ("run/bad_rows.jsonl", "folder"), ("run", "file")])
+@pytest.mark.parametrize(
+    "name,make", [("run/data", "file"), ("run/bad_rows.jsonl", "folder"), ("run", "file")]
+)
 def test_a_file_in_the_place_of_a_folder_is_named_in_one_line(tmp_path, run, name, make):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.touch() if make == "file" else path.mkdir()
-    with pytest.raises(DataError, match=f"{name}.*: move it away, or use another --workdir") as error:
+    with pytest.raises(
+        DataError, match=f"{name}.*: move it away, or use another --workdir"
+    ) as error:
         run(write(tmp_path / "a.jsonl", [*texts(3), "{"]), max_bad_fraction=0.5)
     assert "\n" not in str(error.value)
 
@@ -164,9 +195,13 @@ def test_a_file_in_the_place_of_a_folder_is_named_in_one_line(tmp_path, run, nam
 DATED = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 
 
-def test_the_date_in_a_template_is_that_of_the_first_reading_of_the_run(tmp_path, run, tokenizer, monkeypatch):
-    file = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "a"},
-                                                      {"role": "assistant", "content": "b"}]}])
+def test_the_date_in_a_template_is_that_of_the_first_reading_of_the_run(
+    tmp_path, run, tokenizer, monkeypatch
+):
+    file = write(
+        tmp_path / "a.jsonl",
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+    )
 
     class Clock(clock.datetime):
         day = 3
@@ -174,6 +209,7 @@ def test_the_date_in_a_template_is_that_of_the_first_reading_of_the_run(tmp_path
         @classmethod
         def now(cls):
             return cls(2024, 2, cls.day)
+
     monkeypatch.setattr(clock, "datetime", Clock)
     monkeypatch.setattr(tokenizer, "chat_template", DATED)
     first = run(file)
@@ -183,7 +219,7 @@ def test_the_date_in_a_template_is_that_of_the_first_reading_of_the_run(tmp_path
     (folder,) = (path for path in (tmp_path / "run" / "data").iterdir() if path.is_dir())
     shutil.rmtree(folder)
     assert tokenizer.decode(run(file).train.tokens(0)).startswith("03 Feb 2024 a")
-    (tmp_path / "run" / "data" / "clock").unlink()       # as in another folder
+    (tmp_path / "run" / "data" / "clock").unlink()  # as in another folder
     other = run(file)
     assert tokenizer.decode(other.train.tokens(0)).startswith("04 Feb 2024 a")
     assert other.fingerprint != first.fingerprint
@@ -200,15 +236,32 @@ def test_a_library_that_encodes_otherwise_makes_tokens_of_its_own(tmp_path, run,
 
 
 def test_what_is_not_read_is_counted_by_file_and_key(tmp_path, run, tokenizer, monkeypatch):
-    talk = [{"role": "user", "content": "a", "mood": 1, "when": 2}, {"role": "assistant", "content": "b"}]
-    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.mood }}{{ m.content }}{% endfor %}")
-    first = write(tmp_path / "a.jsonl", [{"messages": talk, "id": 1}, *({"text": f"{i}", "id": i} for i in range(9))])
+    talk = [
+        {"role": "user", "content": "a", "mood": 1, "when": 2},
+        {"role": "assistant", "content": "b"},
+    ]
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{% for m in messages %}{{ m.mood }}{{ m.content }}{% endfor %}"
+    )
+    first = write(
+        tmp_path / "a.jsonl",
+        [{"messages": talk, "id": 1}, *({"text": f"{i}", "id": i} for i in range(9))],
+    )
     second = write(tmp_path / "b.jsonl", ["{", {"text": "c", "meta": {"x": 1}}])
     found = run(first, valid=(second,), max_bad_fraction=0.5).counts
-    assert found["train"] == {"rows": 10, "bad_rows": 0, "conversations": 1,
-                              "unread": {first: {"id": 10, "messages.when": 1}}}
-    assert found["valid"] == {"rows": 2, "bad_rows": 1, "conversations": 0, "unread": {second: {"meta": 1}}}
-    assert run(first, valid=(second,), max_bad_fraction=0.5).counts == found             # from the cache
+    assert found["train"] == {
+        "rows": 10,
+        "bad_rows": 0,
+        "conversations": 1,
+        "unread": {first: {"id": 10, "messages.when": 1}},
+    }
+    assert found["valid"] == {
+        "rows": 2,
+        "bad_rows": 1,
+        "conversations": 0,
+        "unread": {second: {"meta": 1}},
+    }
+    assert run(first, valid=(second,), max_bad_fraction=0.5).counts == found  # from the cache
 
 
 def test_many_unknown_keys_are_counted_without_end(tmp_path, run):
@@ -219,7 +272,9 @@ def test_many_unknown_keys_are_counted_without_end(tmp_path, run):
 
 def test_a_document_is_held_out_whatever_stands_beside_it(tmp_path, run, tokenizer):
     small = run(write(tmp_path / "a.jsonl", texts(60)), valid_fraction=0.3)
-    large = run(write(tmp_path / "b.jsonl", texts(30, start=60) + texts(60)[::-1]), valid_fraction=0.3)
+    large = run(
+        write(tmp_path / "b.jsonl", texts(30, start=60) + texts(60)[::-1]), valid_fraction=0.3
+    )
     assert 5 < len(small.valid) < 35 and len(small.train) + len(small.valid) == 60
     assert not contents(small.train, tokenizer) & contents(small.valid, tokenizer)
     assert contents(small.valid, tokenizer) <= contents(large.valid, tokenizer)
@@ -231,21 +286,29 @@ def test_files_named_as_held_out_are_held_out(tmp_path, run, tokenizer):
     held = write(tmp_path / "b.jsonl", texts(3, start=50))
     documents = run(write(tmp_path / "a.jsonl", texts(5)), valid=(held,))
     assert len(documents.train) == 5 and contents(documents.valid, tokenizer) == {
-        row["text"] + "<end>" for row in texts(3, start=50)}
+        row["text"] + "<end>" for row in texts(3, start=50)
+    }
 
 
 def test_bad_rows_are_listed_without_their_text(tmp_path, run):
-    file = write(tmp_path / "a.jsonl", [*texts(98), "{secret", {"messages": [{"role": "user", "content": "secret"}]}])
+    file = write(
+        tmp_path / "a.jsonl",
+        [*texts(98), "{secret", {"messages": [{"role": "user", "content": "secret"}]}],
+    )
     documents = run(file, max_bad_fraction=0.02)
     assert documents.bad == 2 and len(documents.train) == 98
     listed = (tmp_path / "run" / "bad_rows.jsonl").read_text()
     assert "secret" not in listed
-    assert [(row["file"], row["line"], sorted(row)) for row in map(json.loads, listed.splitlines())] == [
-        (file, line, ["file", "line", "reason"]) for line in (99, 100)]
+    assert [
+        (row["file"], row["line"], sorted(row)) for row in map(json.loads, listed.splitlines())
+    ] == [(file, line, ["file", "line", "reason"]) for line in (99, 100)]
 
 
 def test_the_listed_bad_rows_are_those_of_this_run_also_from_the_cache(tmp_path, run):
-    files = [write(tmp_path / f"{name}.jsonl", [*texts(1, start), "{"]) for start, name in enumerate("ab")]
+    files = [
+        write(tmp_path / f"{name}.jsonl", [*texts(1, start), "{"])
+        for start, name in enumerate("ab")
+    ]
     for file in (*files, files[0]):
         run(file, max_bad_fraction=0.9)
         assert json.loads((tmp_path / "run" / "bad_rows.jsonl").read_text())["file"] == file
@@ -255,7 +318,7 @@ def test_the_listed_bad_rows_are_those_of_this_run_also_from_the_cache(tmp_path,
 
 def test_too_many_bad_rows_stop_the_run_on_every_try(tmp_path, run):
     file = write(tmp_path / "a.jsonl", [*texts(97), "{", "{", "{"])
-    for _ in range(2):                                   # the second finds the tokens in the cache
+    for _ in range(2):  # the second finds the tokens in the cache
         with pytest.raises(DataError, match=r"3 of 100 rows .*a\.jsonl:98: ") as error:
             run(file, max_bad_fraction=0.02)
         assert error.value.exit_code == 3 and "\n" not in str(error.value)
@@ -267,15 +330,22 @@ def test_no_rows_at_all_are_refused(tmp_path, run):
 
 
 @pytest.mark.parametrize("valid_fraction,count", [(1e-9, "none"), (1 - 1e-9, "all")])
-def test_a_share_that_holds_out_nothing_or_everything_is_refused(tmp_path, run, valid_fraction, count):
+def test_a_share_that_holds_out_nothing_or_everything_is_refused(
+    tmp_path, run, valid_fraction, count
+):
     for _ in range(2):
-        with pytest.raises(DataError, match=f"holds {count} of the 20 documents out: set another share"):
+        with pytest.raises(
+            DataError, match=f"holds {count} of the 20 documents out: set another share"
+        ):
             run(write(tmp_path / "a.jsonl", texts(20)), valid_fraction=valid_fraction)
 
 
 @pytest.mark.parametrize("part", ["train", "valid"])
 def test_files_of_which_no_row_is_usable_are_refused_though_others_are(tmp_path, run, part):
-    paths = {"train": write(tmp_path / "a.jsonl", texts(20)), "valid": write(tmp_path / "b.jsonl", texts(20, 20))}
+    paths = {
+        "train": write(tmp_path / "a.jsonl", texts(20)),
+        "valid": write(tmp_path / "b.jsonl", texts(20, 20)),
+    }
     paths[part] = write(tmp_path / "c.jsonl", ["{"])
     with pytest.raises(DataError, match=rf"data.{part}=.*c.jsonl.* holds no usable row"):
         run(paths["train"], valid=(paths["valid"],), max_bad_fraction=0.5)
@@ -284,8 +354,13 @@ def test_files_of_which_no_row_is_usable_are_refused_though_others_are(tmp_path,
 @pytest.mark.parametrize("field,name", [("data.train", "train"), ("data.valid", "valid")])
 def test_a_missing_file_is_named_with_its_field(tmp_path, run, field, name):
     file, missing = write(tmp_path / "a.jsonl", texts(3)), str(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match=f"^{field}: {missing}: there is no such file; scripts/prepare_data.py"):
-        run(*((missing,) if name == "train" else (file,)), valid=(missing,) if name == "valid" else ())
+    with pytest.raises(
+        DataError, match=f"^{field}: {missing}: there is no such file; scripts/prepare_data.py"
+    ):
+        run(
+            *((missing,) if name == "train" else (file,)),
+            valid=(missing,) if name == "valid" else (),
+        )
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_also_from_the_cache(tmp_path, run):

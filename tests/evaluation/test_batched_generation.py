@@ -14,11 +14,17 @@ from lljax.generation.generate import Completion
 def capitals(tokenizer, length, samples, seed):
     if length < 16:
         raise TooShort(f"capitals: {length} tokens are few")
-    for i, (country, capital) in enumerate((("France", "Paris"), ("Peru", "Lima"), ("Chad", "Oslo"))[:samples]):
-        yield Example(str(i), f"Of {country}?", (capital,), 4 + i, " It is", chat=i > 0, groups=(country[0],))
+    for i, (country, capital) in enumerate(
+        (("France", "Paris"), ("Peru", "Lima"), ("Chad", "Oslo"))[:samples]
+    ):
+        yield Example(
+            str(i), f"Of {country}?", (capital,), 4 + i, " It is", chat=i > 0, groups=(country[0],)
+        )
 
 
-TASK = Task("capitals", capitals, mean(lambda text, example: float(text.strip() in example.answers)))
+TASK = Task(
+    "capitals", capitals, mean(lambda text, example: float(text.strip() in example.answers))
+)
 
 
 class Stub:
@@ -42,7 +48,10 @@ def asked(tokenizer, monkeypatch):
     stub = Stub(tokenizer)
     monkeypatch.setattr(module, "generate", stub)
     monkeypatch.setattr(tokenizer, "chat_template", PLAIN_TEMPLATE)
-    return lambda **changes: (stub, Asking(tokenizer, **({"stop": frozenset({0}), "rows": 2} | changes)))
+    return lambda **changes: (
+        stub,
+        Asking(tokenizer, **({"stop": frozenset({0}), "rows": 2} | changes)),
+    )
 
 
 def test_a_models_answers_are_scored_kept_and_found_again(asked, tokenizer, tmp_path):
@@ -57,7 +66,7 @@ def test_a_models_answers_are_scored_kept_and_found_again(asked, tokenizer, tmp_
     assert score.groups == {"F": 100 * right[0], "P": 100.0, "C": 0.0}
     assert math.isnan(short.score) and (short.length, short.samples) == (8, 0)
     with Predictions(tmp_path / "made.jsonl") as made:
-        again, = answer(None, "base", "base 1", [TASK], [64], asking, made)
+        (again,) = answer(None, "base", "base 1", [TASK], [64], asking, made)
         assert again == score and len(stub.read) == 3
         assert made.of("base 1", "capitals", 64) == {"0": cut, "1": " Lima", "2": " Lima"}
         list(answer(None, "base", "base 2", [TASK], [64], asking, made))
@@ -66,8 +75,12 @@ def test_a_models_answers_are_scored_kept_and_found_again(asked, tokenizer, tmp_
 
 def test_a_template_that_raises_is_said_before_a_model_is_loaded(asked, tokenizer, monkeypatch):
     _, asking = asked(chat=True)
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles\nmust alternate') }}")
-    with pytest.raises(ModelError, match=r"^the chat template refuses the conversation \(.*roles\)$"):
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{{ raise_exception('roles\nmust alternate') }}"
+    )
+    with pytest.raises(
+        ModelError, match=r"^the chat template refuses the conversation \(.*roles\)$"
+    ):
         too_short([TASK], [64], asking)
 
 
@@ -77,7 +90,9 @@ def test_a_chat_model_is_asked_through_its_template_where_the_example_allows_it(
         list(answer(None, "base", "base 1", [TASK], [64], asking, made))
     assert stub.read[:2] == ["Of France? It is", "### User:\nOf Peru?\n### Assistant:\n It is"]
     lengths = []
-    noted = Task("noted", lambda tokenizer, length, samples, seed: iter([lengths.append(length)]), TASK.score)
+    noted = Task(
+        "noted", lambda tokenizer, length, samples, seed: iter([lengths.append(length)]), TASK.score
+    )
     next(asking.examples(noted, 64))
     assert lengths == [64 - len(asking.tokens(Example("", "x", (), 0))) + 1]
 
@@ -89,5 +104,6 @@ def test_mistakes_come_first_and_short_lengths_are_named(asked):
     def broken(*_):
         raise DataError("no file")
         yield
+
     with pytest.raises(DataError):
         too_short([TASK, Task("broken", broken, TASK.score)], [64], asking)

@@ -1,4 +1,6 @@
-"""LongBench, LongBench v2 and ZeroSCROLLS, from records that were made by hand in their published schema."""
+"""LongBench, LongBench v2 and ZeroSCROLLS, from records that were made by hand in their published
+schema.
+"""
 
 import csv
 import json
@@ -21,15 +23,25 @@ def rows(path, *records):
 
 
 def record(key="1", **changes):
-    return {"input": "Who?", "context": "Long ago {here}.", "answers": ["the cat", "a dog"], "length": 10,
-            "dataset": "hotpotqa", "language": "en", "all_classes": None, "_id": key} | changes
+    return {
+        "input": "Who?",
+        "context": "Long ago {here}.",
+        "answers": ["the cat", "a dog"],
+        "length": 10,
+        "dataset": "hotpotqa",
+        "language": "en",
+        "all_classes": None,
+        "_id": key,
+    } | changes
 
 
 @pytest.fixture
 def bench(tmp_path):
     """A folder of LongBench with its two JSON files."""
     prompt = "Read.\n\n{context}\n\nQuestion: {input}\nAnswer:"
-    (tmp_path / "dataset2prompt.json").write_text(json.dumps(dict.fromkeys(longbench.METRICS, prompt)))
+    (tmp_path / "dataset2prompt.json").write_text(
+        json.dumps(dict.fromkeys(longbench.METRICS, prompt))
+    )
     (tmp_path / "dataset2maxlen.json").write_text(json.dumps(dict.fromkeys(longbench.METRICS, 32)))
     return tmp_path
 
@@ -44,41 +56,79 @@ def test_longbench_is_asked_with_its_own_prompt_and_scored_by_the_best_answer(be
     made = examples(task, tokenizer)
     assert made[0].prompt == "Read.\n\nLong ago {here}.\n\nQuestion: Who?\nAnswer:" and made[0].chat
     assert made[0].id == "1" and made[0].tokens == 32 and made[0].groups == ()
-    assert made[1].prompt.startswith("Read.\n\nword0 word1") and made[1].prompt.endswith("Question: Who?\nAnswer:")
+    assert made[1].prompt.startswith("Read.\n\nword0 word1") and made[1].prompt.endswith(
+        "Question: Who?\nAnswer:"
+    )
     assert 360 <= Counter(tokenizer)(made[1].prompt) <= 368
     assert task.score(["A dog!", "the cat", "bird"], made) == pytest.approx(200 / 3)
     assert [example.id for example in examples(task, tokenizer, samples=2)] == ["1", "2"]
     assert list(longbench.tasks(bench, None)) == ["longbench/hotpotqa"]
 
 
-def test_every_task_of_longbench_has_a_metric_that_gives_its_own_answer_full_marks(bench, tokenizer):
-    answer = {"passage_count": "12", "passage_retrieval_en": "Paragraph 12", "passage_retrieval_zh": "段落12", "trec": "Art"}
+def test_every_task_of_longbench_has_a_metric_that_gives_its_own_answer_full_marks(
+    bench, tokenizer
+):
+    answer = {
+        "passage_count": "12",
+        "passage_retrieval_en": "Paragraph 12",
+        "passage_retrieval_zh": "段落12",
+        "trec": "Art",
+    }
     assert len(longbench.METRICS) == 21 and len(longbench.EVEN) == 13
     for name in longbench.METRICS:
         text = answer.get(name, "return value")
-        rows(bench / f"{name}.jsonl", record(answers=[text], all_classes=["Art", "Sport", "return value"]))
+        rows(
+            bench / f"{name}.jsonl",
+            record(answers=[text], all_classes=["Art", "Sport", "return value"]),
+        )
         made = examples(longbench.tasks(bench, None)[f"longbench/{name}"], tokenizer)
         task = longbench.tasks(bench, None)[f"longbench/{name}"]
-        assert task.score([text], made) == pytest.approx(100, abs=1e-4) and task.score([""], made) == 0
-        assert made[0].chat == (name not in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"))
+        assert (
+            task.score([text], made) == pytest.approx(100, abs=1e-4) and task.score([""], made) == 0
+        )
+        assert made[0].chat == (
+            name not in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
+        )
         rambling = text + "\nQuestion: and so on, for ever"
-        first_line_alone = name in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p", "passage_count",
-                                    "passage_retrieval_en", "passage_retrieval_zh")
+        first_line_alone = name in (
+            "trec",
+            "triviaqa",
+            "samsum",
+            "lsht",
+            "lcc",
+            "repobench-p",
+            "passage_count",
+            "passage_retrieval_en",
+            "passage_retrieval_zh",
+        )
         assert (task.score(["\n" + rambling], made) > 99.99) == first_line_alone
 
 
 def test_longbench_e_is_scored_by_length_too(bench, tokenizer):
-    rows(bench / "qasper_e.jsonl", record("1", length=3999), record("2", length=4000), record("3", length=9000))
+    rows(
+        bench / "qasper_e.jsonl",
+        record("1", length=3999),
+        record("2", length=4000),
+        record("3", length=9000),
+    )
     task = longbench.tasks(bench, None)["longbench/qasper_e"]
     made = examples(task, tokenizer)
-    assert group_scores(task, ["the cat", "no", "a dog"], made) == {"0-4k": 100, "4-8k": 0, "8k+": 100}
+    assert group_scores(task, ["the cat", "no", "a dog"], made) == {
+        "0-4k": 100,
+        "4-8k": 0,
+        "8k+": 100,
+    }
 
 
-@pytest.mark.parametrize("change,reason", [
-    ({"answers": "the cat"}, "hotpotqa.jsonl:1: 'answers' is a str, not a list"),
-    ({"answers": []}, "row 1: 'answers' is not a list of texts, or is empty"),
-    ({"length": "10"}, "'length' is a str, not a whole number"), ({"context": None}, "'context' is a NoneType, not a text"),
-])
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"answers": "the cat"}, "hotpotqa.jsonl:1: 'answers' is a str, not a list"),
+        ({"answers": []}, "row 1: 'answers' is not a list of texts, or is empty"),
+        ({"length": "10"}, "'length' is a str, not a whole number"),
+        ({"context": None}, "'context' is a NoneType, not a text"),
+    ],
+)
 def test_a_row_of_longbench_that_is_not_in_its_schema_is_named(change, reason, bench, tokenizer):
     rows(bench / "hotpotqa.jsonl", record(**change))
     with pytest.raises(DataError, match=reason):
@@ -126,15 +176,20 @@ def test_no_damage_to_a_file_is_more_than_one_line_of_error(name, bench, tokeniz
     rows(bench / "hotpotqa.jsonl", record("1"), record("2"))
     rows(bench / "qasper" / "validation.jsonl", scroll("1", "Short."), scroll("2", "Long."))
     (bench / "data.json").write_text(json.dumps([choices("1"), choices("2")]))
-    task = {"hotpotqa.jsonl": longbench.tasks(bench, None)["longbench/hotpotqa"],
-            "data.json": longbench2.task(bench / "data.json"),
-            "qasper/validation.jsonl": zeroscrolls.tasks(bench)["zeroscrolls/qasper"]}[name]
+    task = {
+        "hotpotqa.jsonl": longbench.tasks(bench, None)["longbench/hotpotqa"],
+        "data.json": longbench2.task(bench / "data.json"),
+        "qasper/validation.jsonl": zeroscrolls.tasks(bench)["zeroscrolls/qasper"],
+    }[name]
     path, rng, refused = bench / name, random.Random(0), 0
     sound = path.read_bytes()
     for _ in range(100):
         at = rng.randrange(len(sound))
-        path.write_bytes(sound[:at] + rng.choice((bytes([rng.randrange(256)]), b"null", b"[", b"\\ud800", b"\n", b"1e999"))
-                         + sound[at + rng.randrange(9):])
+        path.write_bytes(
+            sound[:at]
+            + rng.choice((bytes([rng.randrange(256)]), b"null", b"[", b"\\ud800", b"\n", b"1e999"))
+            + sound[at + rng.randrange(9) :]
+        )
         try:
             made = examples(task, tokenizer, length=700)
             task.score(["the cat"] * len(made), made)
@@ -145,29 +200,63 @@ def test_no_damage_to_a_file_is_more_than_one_line_of_error(name, bench, tokeniz
 
 
 def choices(key, **changes):
-    return {"_id": key, "domain": "d", "sub_domain": "s", "difficulty": "easy", "length": "short", "answer": "B",
-            "question": " Which?", "choice_A": "a", "choice_B": "b", "choice_C": "c", "choice_D": "d",
-            "context": "A $Q$ text."} | changes
+    return {
+        "_id": key,
+        "domain": "d",
+        "sub_domain": "s",
+        "difficulty": "easy",
+        "length": "short",
+        "answer": "B",
+        "question": " Which?",
+        "choice_A": "a",
+        "choice_B": "b",
+        "choice_C": "c",
+        "choice_D": "d",
+        "context": "A $Q$ text.",
+    } | changes
 
 
 def test_longbench_v2_is_asked_and_its_letter_found(tmp_path, tokenizer):
     path = tmp_path / "data.json"
-    path.write_text(json.dumps([choices("1"), choices("2", difficulty="hard", length="long", context=LONG, answer="D"),
-                                choices("3", length="medium")]))
+    path.write_text(
+        json.dumps(
+            [
+                choices("1"),
+                choices("2", difficulty="hard", length="long", context=LONG, answer="D"),
+                choices("3", length="medium"),
+            ]
+        )
+    )
     task = longbench2.task(path)
     made = examples(task, tokenizer, length=700)
-    assert "<text>\nA $Q$ text.\n</text>" in made[0].prompt and "question: Which?\nChoices:\n(A) a\n(B) b" in made[0].prompt
-    assert Counter(tokenizer)(made[1].prompt) <= 700 - 128 and made[1].prompt.endswith('(insert answer here)".')
+    assert (
+        "<text>\nA $Q$ text.\n</text>" in made[0].prompt
+        and "question: Which?\nChoices:\n(A) a\n(B) b" in made[0].prompt
+    )
+    assert Counter(tokenizer)(made[1].prompt) <= 700 - 128 and made[1].prompt.endswith(
+        '(insert answer here)".'
+    )
     predictions = ["**The correct answer is (B)**", "The correct answer is D.", "It is (B)"]
     assert task.score(predictions, made) == pytest.approx(200 / 3)
-    assert group_scores(task, predictions, made) == {"easy": 50, "short": 100, "hard": 100, "long": 100, "medium": 0}
+    assert group_scores(task, predictions, made) == {
+        "easy": 50,
+        "short": 100,
+        "hard": 100,
+        "long": 100,
+        "medium": 0,
+    }
     rows(tmp_path / "train.jsonl", choices("1"))
     assert len(examples(longbench2.task(tmp_path / "train.jsonl"), tokenizer, length=700)) == 1
 
 
-@pytest.mark.parametrize("change,reason", [({"answer": "E"}, "row 1: 'answer' is none of A, B, C, D"),
-                                           ({"length": "tiny"}, "'length' is none of short, medium, long"),
-                                           ({"choice_C": 3}, "data.json:1: 'choice_C' is a int, not a text")])
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"answer": "E"}, "row 1: 'answer' is none of A, B, C, D"),
+        ({"length": "tiny"}, "'length' is none of short, medium, long"),
+        ({"choice_C": 3}, "data.json:1: 'choice_C' is a int, not a text"),
+    ],
+)
 def test_a_bad_row_of_longbench_v2_is_named(change, reason, tmp_path, tokenizer):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([choices("1", **change)]))
@@ -178,19 +267,33 @@ def test_a_bad_row_of_longbench_v2_is_named(change, reason, tmp_path, tokenizer)
 
 
 def scroll(key, document, query="\n\nQuestion:\nWho?\n\nAnswer:\n", output="the cat", **changes):
-    return {"id": key, "pid": f"{key}_0", "input": document + query, "output": output, "document_start_index": 0,
-            "document_end_index": len(document), "query_start_index": len(document), "query_end_index": len(document) + 10,
-            "truncation_seperator": "... [The rest is cut]"} | changes
+    return {
+        "id": key,
+        "pid": f"{key}_0",
+        "input": document + query,
+        "output": output,
+        "document_start_index": 0,
+        "document_end_index": len(document),
+        "query_start_index": len(document),
+        "query_end_index": len(document) + 10,
+        "truncation_seperator": "... [The rest is cut]",
+    } | changes
 
 
 def test_zeroscrolls_cuts_the_document_and_keeps_the_query(tmp_path, tokenizer):
-    rows(tmp_path / "qasper" / "validation.jsonl", scroll("1", "Short."), scroll("1", "Short.", output="a dog"),
-         scroll("2", LONG))
+    rows(
+        tmp_path / "qasper" / "validation.jsonl",
+        scroll("1", "Short."),
+        scroll("1", "Short.", output="a dog"),
+        scroll("2", LONG),
+    )
     task = zeroscrolls.tasks(tmp_path)["zeroscrolls/qasper"]
     made = examples(task, tokenizer, length=500)
     assert [example.answers for example in made] == [("the cat", "a dog"), ("the cat",)]
     assert made[0].prompt == "Short.\n\nQuestion:\nWho?\n\nAnswer:\n" and made[0].tokens == 128
-    assert made[1].prompt.startswith("word0 word1") and made[1].prompt.endswith("cut]\n\nQuestion:\nWho?\n\nAnswer:\n")
+    assert made[1].prompt.startswith("word0 word1") and made[1].prompt.endswith(
+        "cut]\n\nQuestion:\nWho?\n\nAnswer:\n"
+    )
     assert 365 <= Counter(tokenizer)(made[1].prompt) <= 372
     assert task.score(["dog", "cat"], made) == 100
     with pytest.raises(ConfigError, match="the query alone takes"):
@@ -211,7 +314,10 @@ def test_the_test_split_has_no_score_and_makes_a_submission(tmp_path, tokenizer)
     zeroscrolls.write_submission(tmp_path / "out.csv", predictions)
     with open(tmp_path / "out.csv", newline="") as file:
         found = list(csv.reader(file))
-    assert found[:2] == [["Task", "ID", "Prediction"], ["gov_report", "1", 'one, "two"\nthree']] and len(found) == 21
+    assert (
+        found[:2] == [["Task", "ID", "Prediction"], ["gov_report", "1", 'one, "two"\nthree']]
+        and len(found) == 21
+    )
     del predictions["quality"]
     with pytest.raises(ConfigError, match="no predictions for quality"):
         zeroscrolls.write_submission(tmp_path / "out.csv", predictions)

@@ -20,14 +20,20 @@ def base(tiny):
     return open_base(tiny)
 
 
-def test_a_run_that_was_stopped_among_its_examples_goes_on_from_there(run_config, base, tokenizer, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_among_its_examples_goes_on_from_there(
+    run_config, base, tokenizer, tmp_path, monkeypatch
+):
     """The answers before are not asked for again, unless the model is another."""
     asked = []
 
     def right(model, prompts, *, rows, **_):
         asked.extend(prompts)
-        keys = [tokenizer.decode(prompt).split("The pass key is ")[1].split(".")[0] for prompt in prompts]
+        keys = [
+            tokenizer.decode(prompt).split("The pass key is ")[1].split(".")[0]
+            for prompt in prompts
+        ]
         return [Completion(tokenizer(f" {key}")["input_ids"], None, False) for key in keys]
+
     monkeypatch.setattr(module, "generate", right)
     run_config.training.eval_tasks, run_config.training.eval_rows = TASKS, 6
     examine = examiner(run_config, base, tokenizer, tmp_path)
@@ -37,45 +43,83 @@ def test_a_run_that_was_stopped_among_its_examples_goes_on_from_there(run_config
         looks.append(1)
         if len(looks) == 5:
             raise Stopped("now")
+
     with pytest.raises(Stopped):
         examine(model, 3, None, look)
-    assert len(asked) == 4                   # a batch of them
-    assert examine(model, 3, None, look) == {"passkey/tokens@512": 100.0, "passkey/tokens@600": 100.0}
+    assert len(asked) == 4  # a batch of them
+    assert examine(model, 3, None, look) == {
+        "passkey/tokens@512": 100.0,
+        "passkey/tokens@600": 100.0,
+    }
     assert len(asked) == 12
     examine(model, 4, None, look)
     assert len(asked) == 24
 
 
 def test_mistakes_come_before_the_run(run_config, base, tokenizer, tmp_path):
-    for tasks, message in (((("pass", 512),), "training.eval_tasks: there is no task 'pass'"),
-                           ((("passkey/tokens", 16),), "training.eval_tasks: passkey/tokens: .* of 16 tokens"),
-                           ((("needle", 10 ** 12),), "training.eval_tasks: 1,000,000,000,000 tokens are more than 16 times"),
-                           ((("longbench2", 512),), "name it with --longbench2 .*training.eval_files"),
-                           ((("perplexity", 64),), "'perplexity' is what a run reports anyway")):
+    for tasks, message in (
+        ((("pass", 512),), "training.eval_tasks: there is no task 'pass'"),
+        ((("passkey/tokens", 16),), "training.eval_tasks: passkey/tokens: .* of 16 tokens"),
+        (
+            (("needle", 10**12),),
+            "training.eval_tasks: 1,000,000,000,000 tokens are more than 16 times",
+        ),
+        ((("longbench2", 512),), "name it with --longbench2 .*training.eval_files"),
+        ((("perplexity", 64),), "'perplexity' is what a run reports anyway"),
+    ):
         run_config.training.eval_tasks = tasks
         with pytest.raises(ConfigError, match=message):
             examiner(run_config, base, tokenizer, tmp_path)
 
 
-def test_benchmark_files_and_the_protocols_of_perplexity_are_asked_for_within_a_run(run_config, base, tmp_path, monkeypatch):
-    row = {"_id": "1", "domain": "d", "sub_domain": "s", "difficulty": "easy", "length": "short", "question": "first",
-           **{f"choice_{letter}": "second" for letter in "ABCD"}, "answer": "B", "context": "return " * 9}
+def test_benchmark_files_and_the_protocols_of_perplexity_are_asked_for_within_a_run(
+    run_config, base, tmp_path, monkeypatch
+):
+    row = {
+        "_id": "1",
+        "domain": "d",
+        "sub_domain": "s",
+        "difficulty": "easy",
+        "length": "short",
+        "question": "first",
+        **{f"choice_{letter}": "second" for letter in "ABCD"},
+        "answer": "B",
+        "context": "return " * 9,
+    }
     (tmp_path / "v2.json").write_text(json.dumps([row]))
-    monkeypatch.setattr(module, "generate", lambda model, prompts, **_: [Completion([5], None, False)] * len(prompts))
-    run_config.training.eval_tasks = (("longbench2", 900), ("perplexity/longlora", 32), ("perplexity/new_tokens", 300))
-    run_config.training.eval_files.longbench2, run_config.training.eval_rows = str(tmp_path / "v2.json"), 2
+    monkeypatch.setattr(
+        module,
+        "generate",
+        lambda model, prompts, **_: [Completion([5], None, False)] * len(prompts),
+    )
+    run_config.training.eval_tasks = (
+        ("longbench2", 900),
+        ("perplexity/longlora", 32),
+        ("perplexity/new_tokens", 300),
+    )
+    run_config.training.eval_files.longbench2, run_config.training.eval_rows = (
+        str(tmp_path / "v2.json"),
+        2,
+    )
     run_config.data.valid_fraction = 0.5
     examine, looks = examiner(run_config, base, base.tokenizer(), tmp_path), []
     whole, meshed = (load_base(base, spec.from_hf(base.config), "float32") for _ in range(2))
     found = examine(whole, 3, None, lambda: looks.append(1))
-    assert list(found) == ["perplexity/longlora@32", "perplexity/new_tokens@300", "longbench2@900"] and len(looks) == 5
+    assert (
+        list(found) == ["perplexity/longlora@32", "perplexity/new_tokens@300", "longbench2@900"]
+        and len(looks) == 5
+    )
     move(meshed, mesh := make_mesh(fsdp=2, data=2, tensor=2))
     assert examine(meshed, 4, Layout(mesh), lambda: None) == pytest.approx(found)
 
 
 @pytest.mark.slow
 def test_a_run_records_what_its_tasks_say(run_config, tmp_path):
-    run_config.training.eval_tasks, run_config.training.eval_rows, run_config.training.eval_every = TASKS[:1], 2, 4
+    (
+        run_config.training.eval_tasks,
+        run_config.training.eval_rows,
+        run_config.training.eval_every,
+    ) = TASKS[:1], 2, 4
     loop.train(run_config, tmp_path, examiner=examiner)
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     told = {each["step"]: each["eval"] for each in told if "eval" in each}

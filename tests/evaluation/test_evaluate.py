@@ -19,7 +19,9 @@ from scripts import evaluate as script
 
 
 def evaluate(*flags):
-    done = subprocess.run([sys.executable, "scripts/evaluate.py", *flags], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "scripts/evaluate.py", *flags], capture_output=True, text=True
+    )
     return done.returncode, done.stdout, done.stderr.strip().splitlines()
 
 
@@ -27,62 +29,102 @@ def test_flags_that_do_not_go_together_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--workdir=runs/x", "--adapter=y"])
     with pytest.raises(SystemExit, match="2"):
         script.main()
-    assert capsys.readouterr().err == "ConfigError: --adapter and --workdir: a run has its own; use --model with --adapter\n"
+    assert (
+        capsys.readouterr().err
+        == "ConfigError: --adapter and --workdir: a run has its own; use --model with --adapter\n"
+    )
 
 
 @pytest.fixture
 def command(tiny, documents, tmp_path, monkeypatch):
-    """Runs the script on a copy of the base, and returns the rows of its tables: (task, model) and a cell a length."""
+    """Runs the script on a copy of the base, and returns the rows of its tables: (task, model) and
+    a cell a length.
+    """
     shutil.copytree(tiny, tmp_path / "base")
 
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'out'}",
-                                          f"--held_out={documents}", "--documents=3", "--samples=1", *flags])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "evaluate.py",
+                f"--model={tmp_path / 'base'}",
+                f"--out={tmp_path / 'out'}",
+                f"--held_out={documents}",
+                "--documents=3",
+                "--samples=1",
+                *flags,
+            ],
+        )
         script.main()
         made = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tables"]
         return {tuple(row[:2]): row[2:] for table in made for row in table["rows"]}
+
     return run
 
 
-def test_a_base_is_measured_once_and_again_when_its_weights_are_others(command, tmp_path, monkeypatch):
+def test_a_base_is_measured_once_and_again_when_its_weights_are_others(
+    command, tmp_path, monkeypatch
+):
     asked = []
-    monkeypatch.setattr(asking, "generate", lambda model, prompts, **_: asked.extend(prompts) or [
-        Completion([9], None, False)] * len(prompts))
+    monkeypatch.setattr(
+        asking,
+        "generate",
+        lambda model, prompts, **_: (
+            asked.extend(prompts) or [Completion([9], None, False)] * len(prompts)
+        ),
+    )
     first = command("--tasks=perplexity,perplexity/longlora", "--lengths=16,32")
     assert list(first) == [("perplexity", "base"), ("perplexity/longlora", "base")]
     lines = (tmp_path / "out" / "predictions.jsonl").read_text()
     with monkeypatch.context() as patched:
-        patched.setattr(perplexity, "measure", None)     # nothing is measured again
+        patched.setattr(perplexity, "measure", None)  # nothing is measured again
         assert command("--tasks=perplexity,perplexity/longlora", "--lengths=16,32") == first
         assert (tmp_path / "out" / "predictions.jsonl").read_text() == lines
         both = command("--tasks=passkey/tokens", "--lengths=512")
         assert both == first | {("passkey/tokens", "base"): ["0.0"]} and len(asked) == 1
-        assert all(name in (tmp_path / "out" / "report.html").read_text() for name in ("perplexity/longlora", "passkey/tokens"))
+        assert all(
+            name in (tmp_path / "out" / "report.html").read_text()
+            for name in ("perplexity/longlora", "passkey/tokens")
+        )
         chat = command("--tasks=passkey/tokens", "--lengths=512", "--chat")
         assert chat == both | {("passkey/tokens", "base, chat"): ["0.0"]} and len(asked) == 2
-    other = command("--tasks=perplexity", "--lengths=16,32", "--documents=2")        # which are other texts
+    # which are other texts
+    other = command("--tasks=perplexity", "--lengths=16,32", "--documents=2")
     assert list(other) == list(chat) and other["perplexity", "base"] != first["perplexity", "base"]
 
     weights = bytearray((tmp_path / "base" / "model.safetensors").read_bytes())
-    weights[-600:] = bytes(600)              # exported again: the headers and sizes are the same
+    weights[-600:] = bytes(600)  # exported again: the headers and sizes are the same
     (tmp_path / "base" / "model.safetensors").write_bytes(weights)
-    assert list(command("--tasks=passkey/tokens", "--lengths=512")) == [("passkey/tokens", "base")] and len(asked) == 3
+    assert (
+        list(command("--tasks=passkey/tokens", "--lengths=512")) == [("passkey/tokens", "base")]
+        and len(asked) == 3
+    )
     again = command("--tasks=perplexity", "--lengths=16,32", "--documents=2")
     assert again["perplexity", "base"] != other["perplexity", "base"]
 
 
 def test_mistakes_and_odd_files_are_one_line(command, tmp_path, capsys):
     (tmp_path / "file").touch()
-    for flags, told in ((["--tasks=pasky"], "known here: passkey, needle, ruler"), (["--tasks=pasky"], "perplexity/new_tokens"),
-                        (["--lengths=1000000000000"], "more than 16 times the 32 that the model reads"),
-                        (["--tasks=needle", "--lengths=512", "--haystack=/dev/zero"], "not a regular file"),
-                        ([f"--out={tmp_path / 'file' / 'below'}"], "file/below: not a directory"),
-                        ([f"--out={tmp_path / 'file'}"], "--out="), (["--tasks=,"], "it names no task"),
-                        (["--lengths=" + "9" * 5000], "--lengths=999")):
+    for flags, told in (
+        (["--tasks=pasky"], "known here: passkey, needle, ruler"),
+        (["--tasks=pasky"], "perplexity/new_tokens"),
+        (["--lengths=1000000000000"], "more than 16 times the 32 that the model reads"),
+        (["--tasks=needle", "--lengths=512", "--haystack=/dev/zero"], "not a regular file"),
+        ([f"--out={tmp_path / 'file' / 'below'}"], "file/below: not a directory"),
+        ([f"--out={tmp_path / 'file'}"], "--out="),
+        (["--tasks=,"], "it names no task"),
+        (["--lengths=" + "9" * 5000], "--lengths=999"),
+    ):
         with pytest.raises(SystemExit) as ended:
             command(*flags)
         shown = capsys.readouterr().err
-        assert ended.value.code in (2, 3) and told in shown and len(shown) < 400 and shown.count("\n") == 1
+        assert (
+            ended.value.code in (2, 3)
+            and told in shown
+            and len(shown) < 400
+            and shown.count("\n") == 1
+        )
 
 
 def test_a_damaged_perplexity_among_the_predictions_is_measured_again(command, tmp_path):
@@ -96,7 +138,10 @@ def test_a_damaged_perplexity_among_the_predictions_is_measured_again(command, t
 def test_lengths_measured_before_stay_beside_new_ones(command):
     command("--lengths=16")
     longer = command("--lengths=32")
-    assert list(longer) == [("perplexity, 3 documents to 16", "base"), ("perplexity, 3 documents to 32", "base")]
+    assert list(longer) == [
+        ("perplexity, 3 documents to 16", "base"),
+        ("perplexity, 3 documents to 32", "base"),
+    ]
     both = command("--lengths=16,32")
     assert list(both) == [("perplexity", "base")] and "–" not in both["perplexity", "base"]
 
@@ -106,9 +151,15 @@ def questions(n, prompt="What is it?"):
 
 
 def test_a_submission_holds_the_examples_of_this_command_and_all_of_them(tmp_path, capsys):
-    key, scores = "base 1", [Score("base", f"zeroscrolls_test/{name}", 4096, float("nan"), 3) for name in zeroscrolls.TASKS]
+    key, scores = (
+        "base 1",
+        [
+            Score("base", f"zeroscrolls_test/{name}", 4096, float("nan"), 3)
+            for name in zeroscrolls.TASKS
+        ],
+    )
     with Predictions(tmp_path / "predictions.jsonl") as made:
-        for score in scores:                 # of a file with another question and more examples
+        for score in scores:  # of a file with another question and more examples
             for example in [*questions(5, "before"), *questions(2)]:
                 made.add(key, score.task, 4096, example, "old")
     path = tmp_path / "zeroscrolls-base-4096.csv"
@@ -119,31 +170,59 @@ def test_a_submission_holds_the_examples_of_this_command_and_all_of_them(tmp_pat
                     made.add(key, score.task, 4096, example, "new")
         script.submit(tmp_path, "base", key, scores, 3, made)
         assert not path.exists() and "4096.csv is not written" in capsys.readouterr().out
-        script.submit(tmp_path, "base", key, [*scores[1:], Score("base", scores[0].task, 4096, float("nan"), 0)], None, made)
+        script.submit(
+            tmp_path,
+            "base",
+            key,
+            [*scores[1:], Score("base", scores[0].task, 4096, float("nan"), 0)],
+            None,
+            made,
+        )
         script.submit(tmp_path, "base", key, scores[1:], None, made)
-        assert not path.exists() and not capsys.readouterr().out     # one is too short, or was not asked for
+        # one is too short, or was not asked for
+        assert not path.exists() and not capsys.readouterr().out
         script.submit(tmp_path, "base", key, scores, 4, made)
     with open(path, newline="") as file:
         rows = list(csv.reader(file))[1:]
-    assert [row[1:] for row in rows[:3]] == [["0", "old"], ["1", "old"], ["2", "new"]] and len(rows) == 30
+    assert [row[1:] for row in rows[:3]] == [["0", "old"], ["1", "old"], ["2", "new"]] and len(
+        rows
+    ) == 30
 
 
 @pytest.mark.slow
 def test_a_run_is_evaluated_and_nothing_is_asked_twice(run_config, tmp_path):
     loop.train(run_config, tmp_path / "run")
-    flags = [f"--workdir={tmp_path / 'run'}", "--tasks=perplexity/longlora,passkey/tokens,needle", "--lengths=32,512",
-             "--samples=1", "--held_out=" + run_config.data.train[0], f"--out={tmp_path / 'out'}", "--documents=3"]
+    flags = [
+        f"--workdir={tmp_path / 'run'}",
+        "--tasks=perplexity/longlora,passkey/tokens,needle",
+        "--lengths=32,512",
+        "--samples=1",
+        "--held_out=" + run_config.data.train[0],
+        f"--out={tmp_path / 'out'}",
+        "--documents=3",
+    ]
     code, said, errors = evaluate(*flags)
     assert code == 0, errors
     assert said.count("– passkey/tokens: task, key and question take") == 1
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     models = ["base", "base, RoPE stretched", "trained"]
-    assert [row[:2] for row in found["tables"][0]["rows"]] == [["perplexity/longlora", model] for model in models]
-    assert [row[:3] for row in found["tables"][1]["rows"][:3]] == [["passkey/tokens", model, "–"] for model in models]
-    assert len(found["charts"]) == 1 + 3 and write_report(tmp_path / "out").read_text().count("<svg") == 4
+    assert [row[:2] for row in found["tables"][0]["rows"]] == [
+        ["perplexity/longlora", model] for model in models
+    ]
+    assert [row[:3] for row in found["tables"][1]["rows"][:3]] == [
+        ["passkey/tokens", model, "–"] for model in models
+    ]
+    assert (
+        len(found["charts"]) == 1 + 3
+        and write_report(tmp_path / "out").read_text().count("<svg") == 4
+    )
     lines = (tmp_path / "out" / "predictions.jsonl").read_text()
     assert lines.count("\n") == 3 * (2 + 1 + 11)
-    assert evaluate(*flags)[0] == 0 and (tmp_path / "out" / "predictions.jsonl").read_text() == lines
+    assert (
+        evaluate(*flags)[0] == 0 and (tmp_path / "out" / "predictions.jsonl").read_text() == lines
+    )
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found
     code, _, errors = evaluate(*flags, "--tasks=needle", "--lengths=512")
-    assert code == 0 and json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found, errors
+    assert code == 0 and json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found, (
+        errors
+    )

@@ -15,6 +15,7 @@ TEXT = "def add(first, second):\n    return first + second\n" * 2 + "pass"
 @pytest.fixture(scope="module")
 def lm(tiny):
     from lljax.evaluation.harness import LljaxLM
+
     return LljaxLM(path=tiny, batch_size=2, max_length=24)
 
 
@@ -25,10 +26,12 @@ def requests(*args):
 def test_log_likelihoods_are_direct_ones(lm):
     ids = lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     found = lm.loglikelihood(requests((TEXT, " class"), ("", TEXT[:12])), disable_tqdm=True)
-    more = lm.tokenizer(TEXT + " class")["input_ids"][len(ids):]
+    more = lm.tokenizer(TEXT + " class")["input_ids"][len(ids) :]
     first = lm.tokenizer(TEXT[:12])["input_ids"]
-    assert len(ids) + len(more) > 25         # so that the beginning is cut
-    assert found == log_likelihoods(lm.model, [([*ids, *more][-25:-len(more)], more), ([0], first)], rows=2)
+    assert len(ids) + len(more) > 25  # so that the beginning is cut
+    assert found == log_likelihoods(
+        lm.model, [([*ids, *more][-25 : -len(more)], more), ([0], first)], rows=2
+    )
     with pytest.raises(ConfigError, match="leaves no room for context"):
         lm.loglikelihood(requests(("a", TEXT)), disable_tqdm=True)
 
@@ -36,7 +39,7 @@ def test_log_likelihoods_are_direct_ones(lm):
 def test_a_rolling_likelihood_predicts_every_token_once(lm):
     ids = lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert 24 < len(ids) < 48
-    total, = lm.loglikelihood_rolling(requests((TEXT,)))
+    (total,) = lm.loglikelihood_rolling(requests((TEXT,)))
     rest = len(ids) - 24
     by_hand = log_likelihoods(lm.model, [([0], ids[:24]), (ids[-25:-rest], ids[-rest:])])
     assert total == pytest.approx(sum(value for value, _ in by_hand), rel=1e-5)
@@ -46,16 +49,22 @@ def test_generation_stops_where_it_should(lm):
     greedy = {"until": [], "max_gen_toks": 8, "do_sample": False, "temperature": 0.7}
     whole, other = lm.generate_until(requests((TEXT, greedy), ("class", greedy)))
     ids = lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"][-16:]
-    assert whole == generate(lm.model, [np.asarray(ids)], tokens=8, tokenizer=lm.tokenizer, stop=lm.stop)[0].text
+    assert (
+        whole
+        == generate(lm.model, [np.asarray(ids)], tokens=8, tokenizer=lm.tokenizer, stop=lm.stop)[
+            0
+        ].text
+    )
     string = other[2:4]
     cut, again = lm.generate_until(requests(("class", greedy | {"until": string}), (TEXT, greedy)))
-    assert cut == other[:other.index(string)] and again == whole
+    assert cut == other[: other.index(string)] and again == whole
     with pytest.raises(ConfigError, match="num_beams is not supported"):
         lm.generate_until(requests(("class", {"num_beams": 4})))
 
 
 def test_what_is_named_is_one_model(tiny):
     from lljax.evaluation.harness import LljaxLM
+
     with pytest.raises(ConfigError, match="either path=BASE"):
         LljaxLM()
     with pytest.raises(ConfigError, match="takes a number"):

@@ -9,8 +9,15 @@ from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
 
-HF = {"model_type": "llama", "vocab_size": 30, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-      "num_attention_heads": 2, "max_position_embeddings": 16}
+HF = {
+    "model_type": "llama",
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
 
 
 @pytest.mark.parametrize("rope", [None, {"rope_type": "dynamic", "factor": 4.0}])
@@ -20,20 +27,38 @@ def test_likelihoods_are_those_of_each_pair_read_alone(rope, monkeypatch):
     model = Decoder(from_hf(HF | {"rope_scaling": rope}))
     initialise(model, 0, deviation=0.5)
     rng = np.random.default_rng(0)
-    pairs = [(rng.integers(0, 30, n), rng.integers(0, 30, m)) for n, m in ((3, 2), (30, 1), (1, 7), (20, 15), (5, 0))]
-    read = jax.jit(lambda tokens, n: jax.nn.log_softmax(model.logits(
-        model(tokens[None], positions=jnp.arange(len(tokens))[None], rope_length=n))[0]))
+    pairs = [
+        (rng.integers(0, 30, n), rng.integers(0, 30, m))
+        for n, m in ((3, 2), (30, 1), (1, 7), (20, 15), (5, 0))
+    ]
+    read = jax.jit(
+        lambda tokens, n: jax.nn.log_softmax(
+            model.logits(
+                model(tokens[None], positions=jnp.arange(len(tokens))[None], rope_length=n)
+            )[0]
+        )
+    )
 
     def logs(tokens):
         return np.asarray(read(np.pad(tokens, (0, 64 - len(tokens))), len(tokens)))
+
     context, continuation = pairs[0][0], []
     for _ in range(4):
-        continuation.append(logs(np.append(context, continuation).astype(int))[len(context) + len(continuation) - 1].argmax())
+        continuation.append(
+            logs(np.append(context, continuation).astype(int))[
+                len(context) + len(continuation) - 1
+            ].argmax()
+        )
     pairs.append((context, continuation))
     found = log_likelihoods(model, pairs, rows=4)
     for (context, continuation), (value, _) in zip(pairs, found):
         each = logs(np.append(context, continuation[:-1]).astype(int))
-        np.testing.assert_allclose(value, sum(each[len(context) - 1 + i, token] for i, token in enumerate(continuation)),
-                                   rtol=1e-4, atol=1e-4)
-    assert [greedy for _, greedy in found[:5]] == [False] * 4 + [True]   # nothing is what greedy decoding writes, too
-    assert found[5][1] or rope               # angles that depend on the length change while the text grows
+        np.testing.assert_allclose(
+            value,
+            sum(each[len(context) - 1 + i, token] for i, token in enumerate(continuation)),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    # nothing is what greedy decoding writes, too
+    assert [greedy for _, greedy in found[:5]] == [False] * 4 + [True]
+    assert found[5][1] or rope  # angles that depend on the length change while the text grows

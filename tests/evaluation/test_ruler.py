@@ -12,8 +12,14 @@ from lljax.evaluation.task import Sources
 from lljax.interop.open import open_base
 
 GENERATED = [name for name in ruler.TASKS if not name.startswith("qa_")]
-NEEDLES = {"niah_single_1": 1, "niah_single_2_local": 1, "niah_single_3_local": 1, "niah_multikey_1_local": 4,
-           "niah_multivalue_local": 4, "niah_multiquery_local": 4}
+NEEDLES = {
+    "niah_single_1": 1,
+    "niah_single_2_local": 1,
+    "niah_single_3_local": 1,
+    "niah_multikey_1_local": 4,
+    "niah_multivalue_local": 4,
+    "niah_multiquery_local": 4,
+}
 
 
 def examples(name, tokenizer, length, samples=2, seed=42, sources=None):
@@ -65,8 +71,12 @@ def test_a_haystack_of_needles_has_each_key_once(name, least, tiny_512):
     for example in examples(name, tiny_512, 4096)[1]:
         found = re.findall(r"One of the special magic \w+ for (.+?) is: (\S+)\.", example.prompt)
         assert len(found) > least and len(dict(found)) == len(found)
-        key = re.search(r"special magic \w+ for (.+?) mentioned in the provided text\?$", example.prompt)[1]
-        assert (dict(found)[key],) == example.answers and example.prompt.count(example.answers[0]) == 1
+        key = re.search(
+            r"special magic \w+ for (.+?) mentioned in the provided text\?$", example.prompt
+        )[1]
+        assert (dict(found)[key],) == example.answers and example.prompt.count(
+            example.answers[0]
+        ) == 1
         assert "The grass is green" not in example.prompt
 
 
@@ -82,7 +92,10 @@ def test_a_chain_of_variables_leads_from_the_value_to_every_answer(tiny_512):
             assert name == value
         places = [asked.index(f"VAR {name} =") for name in example.answers]
         assert places == sorted(places)
-        assert f"{value}, they are: " in example.answer_prefix and len(re.findall("VAR", shot.split("\n\n")[-1])) == 9
+        assert (
+            f"{value}, they are: " in example.answer_prefix
+            and len(re.findall("VAR", shot.split("\n\n")[-1])) == 9
+        )
 
 
 @pytest.mark.parametrize("length,common,uncommon", [(1024, 6, 1), (4096, 30, 3)])
@@ -100,11 +113,17 @@ def test_the_three_coded_words_asked_for_are_the_most_frequent_after_the_dots(le
         words = example.prompt.split("coded words. ")[1].split("\nQuestion")[0].split(" ")
         counts = sorted(((words.count(word), word) for word in set(words)), reverse=True)
         assert counts[0][1] == "..." and [word for _, word in counts[1:4]] == list(example.answers)
-        assert len({n for n, _ in counts[:5]}) == 5      # none shares its place
+        assert len({n for n, _ in counts[:5]}) == 5  # none shares its place
 
 
 def test_a_length_that_the_fixed_parts_do_not_fit_is_refused_in_one_line(tiny_512):
-    for name, length in (("vt", 512), ("cwe", 512), ("niah_single_1", 128), ("niah_multiquery_local", 256), ("fwe", 100)):
+    for name, length in (
+        ("vt", 512),
+        ("cwe", 512),
+        ("niah_single_1", 128),
+        ("niah_multiquery_local", 256),
+        ("fwe", 100),
+    ):
         with pytest.raises(ConfigError, match=rf"^ruler/{name}: .*--lengths") as caught:
             examples(name, tiny_512, length)
         assert "\n" not in str(caught.value)
@@ -113,7 +132,9 @@ def test_a_length_that_the_fixed_parts_do_not_fit_is_refused_in_one_line(tiny_51
 def test_needles_lie_at_many_depths_of_the_users_own_text(tmp_path, tiny_512):
     text = tmp_path / "novel.txt"
     text.write_text(" ".join(f"Sentence {i} of the novel ends here." for i in range(200)))
-    made = examples("niah_single_2_local", tiny_512, 2048, samples=30, sources=Sources(haystack=text))[1]
+    made = examples(
+        "niah_single_2_local", tiny_512, 2048, samples=30, sources=Sources(haystack=text)
+    )[1]
     depths = [example.prompt.index("One of the special") / len(example.prompt) for example in made]
     assert min(depths) < 0.2 and max(depths) > 0.75 and len(set(depths)) > 10
     assert "Sentence 3 of the novel" in made[0].prompt and "The grass" not in made[0].prompt
@@ -122,7 +143,9 @@ def test_needles_lie_at_many_depths_of_the_users_own_text(tmp_path, tiny_512):
     with pytest.raises(DataError, match="holds no words"):
         examples("niah_single_2_local", tiny_512, 2048, sources=Sources(haystack=text))
     with pytest.raises(DataError, match="cannot be read"):
-        examples("niah_single_2_local", tiny_512, 2048, sources=Sources(haystack=tmp_path / "gone.txt"))
+        examples(
+            "niah_single_2_local", tiny_512, 2048, sources=Sources(haystack=tmp_path / "gone.txt")
+        )
     for device in ("/dev/zero", tmp_path):
         with pytest.raises(DataError, match="the haystack is not a regular file"):
             examples("niah_single_2_local", tiny_512, 2048, sources=Sources(haystack=Path(device)))
@@ -136,36 +159,80 @@ def test_more_words_than_there_are_become_compounds():
 
 def test_questions_on_squad_and_hotpotqa_come_with_their_documents(tmp_path, tiny_512):
     rng = random.Random(0)
-    text = lambda: " ".join(rng.choice(("import", "class", "return", "value", "self")) for _ in range(40))
-    articles = [{"paragraphs": [{"context": f"{text()} {a}-{p}", "qas": [
-        {"question": f"What is {a}-{p}?", "answers": [{"text": f"{a}-{p}"}, {"text": f"it is {a}-{p}"}]},
-        {"question": "Nothing?", "answers": [], "is_impossible": True}]} for p in range(3)]} for a in range(8)]
+    text = lambda: " ".join(
+        rng.choice(("import", "class", "return", "value", "self")) for _ in range(40)
+    )
+    articles = [
+        {
+            "paragraphs": [
+                {
+                    "context": f"{text()} {a}-{p}",
+                    "qas": [
+                        {
+                            "question": f"What is {a}-{p}?",
+                            "answers": [{"text": f"{a}-{p}"}, {"text": f"it is {a}-{p}"}],
+                        },
+                        {"question": "Nothing?", "answers": [], "is_impossible": True},
+                    ],
+                }
+                for p in range(3)
+            ]
+        }
+        for a in range(8)
+    ]
     squad, hotpotqa = tmp_path / "squad.json", tmp_path / "hotpotqa.json"
     squad.write_text(json.dumps({"data": articles}))
-    hotpotqa.write_text(json.dumps([{"question": f"Who is {i}?", "answer": f"number {i}", "context": [
-        [f"Title {i}", [text(), f" number {i}."]], [f"Other {i}", [text()]]]} for i in range(9)]))
+    hotpotqa.write_text(
+        json.dumps(
+            [
+                {
+                    "question": f"Who is {i}?",
+                    "answer": f"number {i}",
+                    "context": [
+                        [f"Title {i}", [text(), f" number {i}."]],
+                        [f"Other {i}", [text()]],
+                    ],
+                }
+                for i in range(9)
+            ]
+        )
+    )
     sources = Sources(squad=squad, hotpotqa=hotpotqa)
     counter = Counter(tiny_512)
     for name, number in (("qa_1", 24), ("qa_2", 9)):
         task, made = examples(name, tiny_512, 2048, samples=None, sources=sources)
         assert len(made) == number
         for example in made:
-            assert 0.85 * 2048 <= counter(example.text) + example.tokens <= 2048     # whole documents only
+            # whole documents only
+            assert 0.85 * 2048 <= counter(example.text) + example.tokens <= 2048
             assert example.answers[0] in example.prompt and example.prompt.count("Document ") > 8
         assert task.score([example.answers[-1] for example in made], made) == 100
         assert task.score([""] * number, made) == 0
     first = examples("qa_1", tiny_512, 2048, samples=1, sources=sources)[1][0]
-    assert all(f" 0-{p}\n" in first.prompt for p in range(3))        # the article's other paragraphs come first
+    # the article's other paragraphs come first
+    assert all(f" 0-{p}\n" in first.prompt for p in range(3))
     with pytest.raises(ConfigError, match="name it with --squad"):
         examples("qa_1", tiny_512, 2048)
 
 
-@pytest.mark.parametrize("content,reason", [
-    (None, "there is no such file"), ("{", "not JSON"), ("[]", "not a JSON object"), ('{"data": []}', "no question"),
-    ('{"data": [{"title": 1}]}', r"data\[0\]: no field 'paragraphs'"),
-    ('{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}', r"paragraphs\[0\]: 'context' is a int, not a text"),
-    ('{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}', "'answers' is not a list"),
-])
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        (None, "there is no such file"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"data": []}', "no question"),
+        ('{"data": [{"title": 1}]}', r"data\[0\]: no field 'paragraphs'"),
+        (
+            '{"data": [{"paragraphs": [{"context": 3, "qas": []}]}]}',
+            r"paragraphs\[0\]: 'context' is a int, not a text",
+        ),
+        (
+            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}',
+            "'answers' is not a list",
+        ),
+    ],
+)
 def test_a_bad_squad_file_is_named_with_its_fault(content, reason, tmp_path, tiny_512):
     path = tmp_path / "squad.json"
     if content is not None:
@@ -176,8 +243,13 @@ def test_a_bad_squad_file_is_named_with_its_fault(content, reason, tmp_path, tin
 
 def test_a_bad_hotpotqa_file_is_named_with_its_fault(tmp_path, tiny_512):
     path = tmp_path / "hotpotqa.json"
-    for content, reason in (("{}", "not a list of questions"), ('[{"question": "q", "answer": "a", "context": [3]}]',
-                                                                "question 1: 'context' is not a list of")):
+    for content, reason in (
+        ("{}", "not a list of questions"),
+        (
+            '[{"question": "q", "answer": "a", "context": [3]}]',
+            "question 1: 'context' is not a list of",
+        ),
+    ):
         path.write_text(content)
         with pytest.raises(DataError, match=reason):
             examples("qa_2", tiny_512, 2048, sources=Sources(hotpotqa=path))

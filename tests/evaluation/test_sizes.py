@@ -3,8 +3,17 @@ import pytest
 from lljax.evaluation.sizes import FILLED, Counter, cut_end, cut_middle, largest
 
 
-@pytest.mark.parametrize("fixed,each,budget", [(100, 1, 10_000), (3000, 7, 131_072), (50, 0.31, 4096), (20, 90, 1000),
-                                               (0, 500, 1000), (90, 11, 101)])
+@pytest.mark.parametrize(
+    "fixed,each,budget",
+    [
+        (100, 1, 10_000),
+        (3000, 7, 131_072),
+        (50, 0.31, 4096),
+        (20, 90, 1000),
+        (0, 500, 1000),
+        (90, 11, 101),
+    ],
+)
 @pytest.mark.parametrize("guess", [2, 40, 100_000])
 def test_the_largest_number_that_fits_is_found_with_few_tries(fixed, each, budget, guess):
     tried = []

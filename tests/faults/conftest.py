@@ -1,4 +1,6 @@
-"""A run that nothing disturbs, and a table of what was broken and what held, which the suite ends with."""
+"""A run that nothing disturbs, and a table of what was broken and what held, which the suite ends
+with.
+"""
 
 import collections
 from pathlib import Path
@@ -12,23 +14,34 @@ TABLE = Path(__file__).parents[2] / "runs" / "faults.md"
 
 
 class Whole:
-    """An uninterrupted run with all of its checkpoints. states: step -> what its checkpoint holds."""
+    """An uninterrupted run with all of its checkpoints. states: step -> what its checkpoint
+    holds.
+    """
 
     def __init__(self, run: Run):
         self.run, self.records = run, run.records()
-        self.states = {step: run.newest(step) for step in range(SAVED_EVERY, STEPS + 1, SAVED_EVERY)}
+        self.states = {
+            step: run.newest(step) for step in range(SAVED_EVERY, STEPS + 1, SAVED_EVERY)
+        }
 
 
 @pytest.fixture(scope="session")
 def whole(tiny, documents, tmp_path_factory):
-    run = Run(tmp_path_factory.mktemp("whole") / "run", tiny, documents, f"--config.checkpoint.keep={STEPS}")
+    run = Run(
+        tmp_path_factory.mktemp("whole") / "run",
+        tiny,
+        documents,
+        f"--config.checkpoint.keep={STEPS}",
+    )
     run.finish()
     return Whole(run)
 
 
 @pytest.fixture
 def new_run(tiny, documents, tmp_path):
-    """new_run(name, *overrides) -> a Run that has not begun, of the same configuration as `whole`."""
+    """new_run(name, *overrides) -> a Run that has not begun, of the same configuration as
+    `whole`.
+    """
     return lambda name, *overrides: Run(tmp_path / name, tiny, documents, *overrides)
 
 
@@ -55,6 +68,7 @@ def tally(request):
     def begin(fault, cases):
         rows.append(Row(fault, cases))
         return rows[-1]
+
     yield begin
     request.node.user_properties += [("fault", (row.fault, row.cases, row.held)) for row in rows]
 
@@ -64,7 +78,9 @@ def pytest_terminal_summary(terminalreporter):
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "teardown":
-                for fault, cases, held in (value for name, value in report.user_properties if name == "fault"):
+                for fault, cases, held in (
+                    value for name, value in report.user_properties if name == "fault"
+                ):
                     faults[fault][0] += cases
                     faults[fault][1] += held
     if not faults:
@@ -74,5 +90,7 @@ def pytest_terminal_summary(terminalreporter):
         table.add_row(fault, *(f"{count:,}" for count in counts))
     Console().print(table)
     TABLE.parent.mkdir(exist_ok=True)
-    lines = [f"| {fault} | {cases:,} | {held:,} |\n" for fault, (cases, held) in sorted(faults.items())]
+    lines = [
+        f"| {fault} | {cases:,} | {held:,} |\n" for fault, (cases, held) in sorted(faults.items())
+    ]
     TABLE.write_text("".join(["| fault | cases | held |\n|---|---|---|\n", *lines]))

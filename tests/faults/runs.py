@@ -25,12 +25,20 @@ ROOT = Path(__file__).parents[2]
 STEPS, SAVED_EVERY = 100, 5
 TIMES = ("seconds", "tokens_per_second", "data_seconds")
 ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-IMPORTED = ["lljax.run.loop", "lljax.evaluation.eval_hook", "ml_collections.config_flags", "torch",
-            "transformers.models.llama.configuration_llama", "transformers.models.auto.tokenization_auto"]
+IMPORTED = [
+    "lljax.run.loop",
+    "lljax.evaluation.eval_hook",
+    "ml_collections.config_flags",
+    "torch",
+    "transformers.models.llama.configuration_llama",
+    "transformers.models.auto.tokenization_auto",
+]
 
 
 class Left(NamedTuple):
-    """The newest checkpoint of a run. bits: the bytes of every leaf: what is trained, the optimizer, the random key."""
+    """The newest checkpoint of a run. bits: the bytes of every leaf: what is trained, the
+    optimizer, the random key.
+    """
 
     step: int
     bits: list[bytes]
@@ -42,16 +50,25 @@ class Run:
 
     def __init__(self, workdir: Path, tiny: str, documents: str, *overrides: str):
         self.workdir, self.log = workdir, workdir.with_name(f"{workdir.name}.log")
-        self.arguments = ["--config=configs/quickstart.py", f"--workdir={workdir}", f"--config.model.path={tiny}",
-                          f"--config.data.train=('{documents}',)", "--config.data.valid_fraction=0.2",
-                          "--config.context.length=64", "--config.lora.targets=('q_proj','v_proj')",
-                          f"--config.context.schedule=(({STEPS // 2},32,'shifted'),({STEPS},64,'full'))",
-                          "--config.training.rows=8", "--config.training.eval_every=10",
-                          f"--config.checkpoint.every_steps={SAVED_EVERY}", *overrides]
+        self.arguments = [
+            "--config=configs/quickstart.py",
+            f"--workdir={workdir}",
+            f"--config.model.path={tiny}",
+            f"--config.data.train=('{documents}',)",
+            "--config.data.valid_fraction=0.2",
+            "--config.context.length=64",
+            "--config.lora.targets=('q_proj','v_proj')",
+            f"--config.context.schedule=(({STEPS // 2},32,'shifted'),({STEPS},64,'full'))",
+            "--config.training.rows=8",
+            "--config.training.eval_every=10",
+            f"--config.checkpoint.every_steps={SAVED_EVERY}",
+            *overrides,
+        ]
 
     def fork(self) -> multiprocessing.Process:
-        """A process that runs the script from its first line, forked from one that has imported libraries and no more: that
-        takes half of the time of a start."""
+        """A process that runs the script from its first line, forked from one that has imported
+        libraries and no more: that takes half of the time of a start.
+        """
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(IMPORTED)
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -62,8 +79,13 @@ class Run:
     def start(self) -> subprocess.Popen:
         """A process from nothing."""
         with open(self.log, "a") as log:
-            return subprocess.Popen([sys.executable, "scripts/train.py", *self.arguments], cwd=ROOT, stdout=log, stderr=log,
-                                    env=os.environ | ONE_DEVICE | {"PYTHONPATH": str(ROOT)})
+            return subprocess.Popen(
+                [sys.executable, "scripts/train.py", *self.arguments],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env=os.environ | ONE_DEVICE | {"PYTHONPATH": str(ROOT)},
+            )
 
     def finish(self) -> None:
         """Runs until it is done."""
@@ -76,20 +98,29 @@ class Run:
 
     # ---------------------------------------------------------------- what is there
     def records(self) -> list[dict]:
-        return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(self.workdir)]
+        return [
+            {k: v for k, v in record.items() if k not in TIMES}
+            for record in read_metrics(self.workdir)
+        ]
 
     def last_record(self) -> int:
         return max((record["step"] for record in read_metrics(self.workdir)), default=0)
 
     def steps(self) -> list[int]:
         """Of which there is a checkpoint."""
-        return sorted(int(path.name) for path in (self.workdir / "checkpoints").glob("*") if path.name.isdigit())
+        return sorted(
+            int(path.name)
+            for path in (self.workdir / "checkpoints").glob("*")
+            if path.name.isdigit()
+        )
 
     def newest(self, step: int | None = None) -> Left | None:
         """What a run would go on from: the newest sound checkpoint (or that of `step`)."""
         if not self.steps():
             return None
-        checkpoints = Checkpoints(self.workdir, every_steps=1, every_minutes=1, keep=1, read_only=True)
+        checkpoints = Checkpoints(
+            self.workdir, every_steps=1, every_minutes=1, keep=1, read_only=True
+        )
         found, items, loader = checkpoints.restore(like(self.workdir), step)
         checkpoints.close()
         return Left(found, bits(items), loader)
@@ -110,7 +141,7 @@ def _script(arguments, log) -> None:
     os.dup2(opened, 1)
     os.dup2(opened, 2)
     sys.argv = ["scripts/train.py", *arguments]
-    sys.path.insert(0, "scripts")            # as Python itself does
+    sys.path.insert(0, "scripts")  # as Python itself does
     runpy.run_path("scripts/train.py", run_name="__main__")
 
 

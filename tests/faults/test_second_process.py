@@ -19,7 +19,13 @@ def test_a_second_process_on_the_same_folder_is_refused(whole, new_run, tally):
     process.join()
     first.join()
     lines = second.log.read_text().strip().splitlines()
-    row.case(process.exitcode == 2 and lines[-1].startswith("ConfigError: ") and str(run.workdir) in lines[-1]
-             and first.exitcode == 0 and run.newest() == whole.states[STEPS] and run.records() == whole.records,
-             (process.exitcode, lines[-1:], first.exitcode))
+    row.case(
+        process.exitcode == 2
+        and lines[-1].startswith("ConfigError: ")
+        and str(run.workdir) in lines[-1]
+        and first.exitcode == 0
+        and run.newest() == whole.states[STEPS]
+        and run.records() == whole.records,
+        (process.exitcode, lines[-1:], first.exitcode),
+    )
     row.done()

@@ -1,4 +1,6 @@
-"""Tiny random models as transformers saves them, and the same models here with an adapter that has been trained."""
+"""Tiny random models as transformers saves them, and the same models here with an adapter that has
+been trained.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -29,25 +31,44 @@ class Trained(NamedTuple):
 
 def write_folder(folder, family="llama", tied=True, dtype=torch.float32, shards="5GB", **changes):
     """A folder with config, weights and tokenizer of a random model."""
-    changes = {"num_hidden_layers": FAMILIES[family][1].get("num_hidden_layers", 2), "tie_word_embeddings": tied} | changes
+    changes = {
+        "num_hidden_layers": FAMILIES[family][1].get("num_hidden_layers", 2),
+        "tie_word_embeddings": tied,
+    } | changes
     write_torch(folder, family, dtype=dtype, shards=shards, **changes)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", model_max_length=64)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="w1", model_max_length=64
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def train(folder, rope_type="linear", also_train=("embed", "norm"), targets=("q_proj", "v_proj", "down_proj"), rank=4,
-          dtype=jnp.float32, quantise=None, **variant) -> Trained:
+def train(
+    folder,
+    rope_type="linear",
+    also_train=("embed", "norm"),
+    targets=("q_proj", "v_proj", "down_proj"),
+    rank=4,
+    dtype=jnp.float32,
+    quantise=None,
+    **variant,
+) -> Trained:
     """The base, and its model at 160 tokens with whatever trains moved at random."""
     base = open_base(str(folder))
     spec = from_hf(base.config)
-    stretched = rope.extend(spec.rope, type=rope_type, factor="auto", length=160, max_length=spec.max_length)
+    stretched = rope.extend(
+        spec.rope, type=rope_type, factor="auto", length=160, max_length=spec.max_length
+    )
     model = Decoder(dataclasses.replace(spec, rope=stretched, max_length=160))
     lora.attach(model, rank=rank, alpha=8.0, targets=targets, also_train=also_train, **variant)
     for _, linear in lora.linear_layers(model) if quantise else ():
-        linear.kernel.set_value(quantize.abstract(linear.kernel.get_value().shape, quantize.FORMS[quantise], dtype))
+        linear.kernel.set_value(
+            quantize.abstract(linear.kernel.get_value().shape, quantize.FORMS[quantise], dtype)
+        )
     started = StartedBase(base, model) if starts_from_base(model) else base
     load_weights(model, started, dtype=dtype)
     if started is not base:
@@ -81,4 +102,6 @@ def example(tmp_path_factory):
 @pytest.fixture
 def logits():
     """The logits of the same tokens: of a torch model, or of one of ours."""
-    return lambda model: torch_logits(model) if isinstance(model, torch.nn.Module) else our_logits(model)
+    return lambda model: (
+        torch_logits(model) if isinstance(model, torch.nn.Module) else our_logits(model)
+    )

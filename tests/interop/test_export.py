@@ -45,8 +45,19 @@ def full(base):
 
 
 # ---------------------------------------------------------------- equal logits
-@pytest.mark.parametrize("family,tied", [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True),
-                                         ("qwen3", True), ("qwen3", False), ("gemma3_text", True), ("phi3", False)])
+@pytest.mark.parametrize(
+    "family,tied",
+    [
+        ("llama", True),
+        ("llama", False),
+        ("mistral", False),
+        ("qwen2", True),
+        ("qwen3", True),
+        ("qwen3", False),
+        ("gemma3_text", True),
+        ("phi3", False),
+    ],
+)
 def test_merged_peft_and_split_give_our_logits(hf_folder, trained, logits, tmp_path, family, tied):
     base, model = trained(hf_folder(family, tied), "keep" if family == "phi3" else "linear")
     wanted = logits(model)
@@ -58,12 +69,14 @@ def test_merged_peft_and_split_give_our_logits(hf_folder, trained, logits, tmp_p
 
     export_split(model, base, tmp_path / "split")
     plain = load(tmp_path / "split" / "base")
-    assert np.abs(logits(plain) - wanted).max() > 1e-2       # the factors are not in it
+    assert np.abs(logits(plain) - wanted).max() > 1e-2  # the factors are not in it
     close(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "split" / "adapter")), wanted)
 
     export_peft(model, base, tmp_path / "peft")
     rope = json.loads((tmp_path / "peft" / "rope.json").read_text())
-    config = transformers.AutoConfig.from_pretrained(base.path, rope_parameters=rope["rope_parameters"])
+    config = transformers.AutoConfig.from_pretrained(
+        base.path, rope_parameters=rope["rope_parameters"]
+    )
     adapted = transformers.AutoModelForCausalLM.from_pretrained(base.path, config=config)
     adapted = peft.PeftModel.from_pretrained(adapted, tmp_path / "peft")
     close(logits(adapted), wanted)
@@ -72,50 +85,96 @@ def test_merged_peft_and_split_give_our_logits(hf_folder, trained, logits, tmp_p
     assert together.config.tie_word_embeddings is tied
 
 
-@pytest.mark.parametrize("export,rope_type", [
-    (export_merged, "dynamic"), (export_merged, "yarn"), (export_split, "linear"), (export_peft, "keep"),
-    (export_peft, "linear"), (export_peft, "yarn")])
-def test_the_printed_commands_load_the_model_with_its_rope(hf_folder, trained, logits, tmp_path, export, rope_type):
+@pytest.mark.parametrize(
+    "export,rope_type",
+    [
+        (export_merged, "dynamic"),
+        (export_merged, "yarn"),
+        (export_split, "linear"),
+        (export_peft, "keep"),
+        (export_peft, "linear"),
+        (export_peft, "yarn"),
+    ],
+)
+def test_the_printed_commands_load_the_model_with_its_rope(
+    hf_folder, trained, logits, tmp_path, export, rope_type
+):
     base, model = trained(hf_folder(), rope_type)
     close(logits(run(export(model, base, tmp_path / "out"))), logits(model))
 
 
 @pytest.mark.parametrize("export", [export_merged, export_peft, export_split])
-def test_the_printed_lines_are_sound_for_any_path_and_warn_of_nothing_to_come(hf_folder, trained, tmp_path, export):
-    name = "it's a \"b\"\n$(touch x)"
+def test_the_printed_lines_are_sound_for_any_path_and_warn_of_nothing_to_come(
+    hf_folder, trained, tmp_path, export
+):
+    name = 'it\'s a "b"\n$(touch x)'
     base, model = trained(hf_folder(name=f"{name}/base"), "yarn", also_train=())
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         commands = export(model, base, tmp_path / name / "out")
         run(commands)
     served = next(line for line in commands.splitlines() if "vllm serve" in line)
-    words = subprocess.run(["bash", "-c", "vllm() { printf '%s\\0' \"$@\"; }; " + served.removeprefix("# ")], cwd=tmp_path,
-                           capture_output=True, check=True).stdout.decode().split("\0")
-    assert Path(words[1]) == (base.folder if export is export_peft else tmp_path / name / "out" / "base"
-                              if export is export_split else tmp_path / name / "out")
+    words = (
+        subprocess.run(
+            ["bash", "-c", "vllm() { printf '%s\\0' \"$@\"; }; " + served.removeprefix("# ")],
+            cwd=tmp_path,
+            capture_output=True,
+            check=True,
+        )
+        .stdout.decode()
+        .split("\0")
+    )
+    assert Path(words[1]) == (
+        base.folder
+        if export is export_peft
+        else tmp_path / name / "out" / "base"
+        if export is export_split
+        else tmp_path / name / "out"
+    )
     assert words[words.index("--max-model-len") + 1] == "160" and not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("rope_type,length,allows", [("linear", 64, False), ("linear", 40, True), ("yarn", 64, True),
-                                                     ("yarn", 160, False), ("keep", 1 << 60, False)])
-def test_serving_an_adapter_raises_the_limit_of_the_bases_tokenizer(hf_folder, trained, tmp_path,
-                                                                    rope_type, length, allows):
+@pytest.mark.parametrize(
+    "rope_type,length,allows",
+    [
+        ("linear", 64, False),
+        ("linear", 40, True),
+        ("yarn", 64, True),
+        ("yarn", 160, False),
+        ("keep", 1 << 60, False),
+    ],
+)
+def test_serving_an_adapter_raises_the_limit_of_the_bases_tokenizer(
+    hf_folder, trained, tmp_path, rope_type, length, allows
+):
     """vLLM: the smaller of positions and tokenizer, times the factor of linear."""
     folder = hf_folder(max_position_embeddings=160 if rope_type == "keep" else 64)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
     base, model = trained(folder, rope_type, also_train=())
-    assert ("# VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 vllm serve" in export_peft(model, base, tmp_path / "out")) is allows
+    assert (
+        "# VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 vllm serve" in export_peft(model, base, tmp_path / "out")
+    ) is allows
 
 
-@pytest.mark.parametrize("export,also_train,rslora,targets", [
-    (export_peft, (), True, ("all-linear",)), (export_merged, ("norm",), True, (r"self_attn\.[qk]_proj",)),
-    (export_peft, ("norm",), False, ("o_proj",)), (export_split, ("embed", "head"), False, ("o_proj",)),
-    (export_peft, ("embed", "head"), False, ("o_proj",))])
-def test_whatever_trained_is_exported(hf_folder, trained, logits, tmp_path, export, also_train, rslora, targets):
-    base, model = trained(hf_folder("qwen3", tied=False), "keep", also_train, targets, rslora=rslora)
+@pytest.mark.parametrize(
+    "export,also_train,rslora,targets",
+    [
+        (export_peft, (), True, ("all-linear",)),
+        (export_merged, ("norm",), True, (r"self_attn\.[qk]_proj",)),
+        (export_peft, ("norm",), False, ("o_proj",)),
+        (export_split, ("embed", "head"), False, ("o_proj",)),
+        (export_peft, ("embed", "head"), False, ("o_proj",)),
+    ],
+)
+def test_whatever_trained_is_exported(
+    hf_folder, trained, logits, tmp_path, export, also_train, rslora, targets
+):
+    base, model = trained(
+        hf_folder("qwen3", tied=False), "keep", also_train, targets, rslora=rslora
+    )
     commands = export(model, base, tmp_path / "out")
-    if export is export_peft:                # its commands have a test of their own
+    if export is export_peft:  # its commands have a test of their own
         loaded = peft.PeftModel.from_pretrained(load(base.path), tmp_path / "out")
     else:
         loaded = run(commands)
@@ -140,12 +199,16 @@ def test_a_run_from_random_weights_needs_none_in_the_base(hf_folder, logits, tmp
     model = full(base)
     export_merged(model, base, tmp_path / "merged", dtype="float32")
     close(logits(load(tmp_path / "merged")), logits(model))
-    export_merged(model, base, tmp_path / "again")           # in whatever type config.json names
+    export_merged(model, base, tmp_path / "again")  # in whatever type config.json names
 
 
 # ---------------------------------------------------------------- precision
-def test_untouched_tensors_are_copied_bitwise_and_merged_ones_rounded_once(hf_folder, trained, tmp_path):
-    base, model = trained(hf_folder(dtype=torch.float16), also_train=(), targets=("q_proj",), dtype=jnp.bfloat16)
+def test_untouched_tensors_are_copied_bitwise_and_merged_ones_rounded_once(
+    hf_folder, trained, tmp_path
+):
+    base, model = trained(
+        hf_folder(dtype=torch.float16), also_train=(), targets=("q_proj",), dtype=jnp.bfloat16
+    )
     export_merged(model, base, tmp_path / "out")
     out = open_base(str(tmp_path / "out"))
     lora_q = model.layers[0].self_attn.q_proj.lora
@@ -154,7 +217,8 @@ def test_untouched_tensors_are_copied_bitwise_and_merged_ones_rounded_once(hf_fo
         assert out.dtype(name) == np.float16
         if "q_proj" in name:
             layer = int(name.split(".")[2])
-            # Of the base's own weight: the bfloat16 copy that the run computed with has lost three of its bits.
+            # Of the base's own weight: the bfloat16 copy that the run computed with has lost three
+            # of its bits.
             exact = base.read(name).astype(np.float32) + 2.0 * (a[layer] @ b[layer]).T
             np.testing.assert_allclose(out.read(name), exact, rtol=1e-3, atol=1e-6)
         else:
@@ -169,8 +233,9 @@ def test_the_config_names_the_type_of_the_weights(example, tmp_path):
 
 
 @pytest.mark.parametrize("export,out", [(export_merged, "."), (export_split, "base")])
-def test_trained_weights_of_a_bfloat16_base_are_whole_in_float32_and_else_the_rounding_is_said(hf_folder, trained, logits,
-                                                                                               tmp_path, export, out):
+def test_trained_weights_of_a_bfloat16_base_are_whole_in_float32_and_else_the_rounding_is_said(
+    hf_folder, trained, logits, tmp_path, export, out
+):
     base, model = trained(hf_folder(tied=False, dtype=torch.bfloat16), "keep", targets=("q_proj",))
     commands = export(model, base, tmp_path / "whole", dtype="float32")
     assert "rounded" not in commands
@@ -206,28 +271,45 @@ def test_weights_that_are_not_finite_are_not_exported(hf_folder, trained, tmp_pa
 def test_weights_beyond_a_type_are_not_exported_in_it(hf_folder, trained, tmp_path):
     base, model = trained(hf_folder(tied=False))
     model.norm.weight.set_value(model.norm.weight.get_value().at[0].set(1e5))
-    with pytest.raises(ConfigError, match="'model.norm.weight' is not finite in float16: use --dtype=bfloat16"):
+    with pytest.raises(
+        ConfigError, match="'model.norm.weight' is not finite in float16: use --dtype=bfloat16"
+    ):
         export_merged(model, base, tmp_path / "out", dtype="float16")
     export_merged(model, base, tmp_path / "out", dtype="bfloat16")
 
 
 # ---------------------------------------------------------------- what servers read
 @pytest.mark.parametrize("rope_type,positions", [("linear", 64), ("dynamic", 64), ("yarn", 160)])
-def test_config_and_tokenizer_have_the_lengths_that_vllm_reads(hf_folder, trained, tmp_path, rope_type, positions):
-    """vLLM multiplies by the factor of linear and dynamic, and of yarn not; the tokenizer's length caps all three."""
+def test_config_and_tokenizer_have_the_lengths_that_vllm_reads(
+    hf_folder, trained, tmp_path, rope_type, positions
+):
+    """vLLM multiplies by the factor of linear and dynamic, and of yarn not; the tokenizer's length
+    caps all three.
+    """
     base, model = trained(hf_folder(), rope_type)
     export_merged(model, base, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_position_embeddings"] == positions
     for form in (config["rope_parameters"], config["rope_scaling"]):
-        assert form["rope_type"] == rope_type and isinstance(form["factor"], float) and form["factor"] == 3.0
+        assert (
+            form["rope_type"] == rope_type
+            and isinstance(form["factor"], float)
+            and form["factor"] == 3.0
+        )
     assert config["rope_parameters"]["rope_theta"] == config["rope_theta"]
-    assert config["rope_parameters"].get("original_max_position_embeddings") == (64 if rope_type == "yarn" else None)
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 160
+    assert config["rope_parameters"].get("original_max_position_embeddings") == (
+        64 if rope_type == "yarn" else None
+    )
+    assert (
+        json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"]
+        == 160
+    )
 
 
 @pytest.mark.parametrize("rank,allowed", [(4, 8), (16, 16), (17, 32)])
-def test_the_serve_command_raises_the_rank_to_one_that_vllm_allows(hf_folder, trained, tmp_path, rank, allowed):
+def test_the_serve_command_raises_the_rank_to_one_that_vllm_allows(
+    hf_folder, trained, tmp_path, rank, allowed
+):
     base, model = trained(hf_folder(), rank=rank)
     commands = export_split(model, base, tmp_path / "out")
     assert f"--max-lora-rank {allowed} " in commands and "--max-model-len 160" in commands
@@ -241,7 +323,9 @@ def test_the_split_adapter_is_one_that_vllm_takes(hf_folder, trained, tmp_path):
     assert Path(config["base_model_name_or_path"]) == tmp_path / "out" / "base"
 
 
-def test_the_peft_commands_say_that_vllm_refuses_trained_embeddings(example, hf_folder, trained, tmp_path):
+def test_the_peft_commands_say_that_vllm_refuses_trained_embeddings(
+    example, hf_folder, trained, tmp_path
+):
     assert "--format=split" in export_peft(example.model, example.base, tmp_path / "whole")
     base, model = trained(hf_folder(), also_train=())
     assert "--format=split" not in export_peft(model, base, tmp_path / "factors")
@@ -266,8 +350,10 @@ def test_the_current_folder_may_be_the_target(example, tmp_path, monkeypatch):
 
 def test_nothing_half_written_stays_when_a_write_fails(example, tmp_path, monkeypatch):
     base, model = example
+
     def fail(descriptor):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", fail)
     for export in (export_merged, export_peft, export_split):
         with pytest.raises((OSError, ConfigError)):
@@ -296,7 +382,9 @@ def test_the_base_itself_is_not_changed(hf_folder, trained, tmp_path):
 
 # ---------------------------------------------------------------- experts
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3", "llama4_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3", "llama4_text", "gpt_oss"]
+)
 def test_a_merged_model_with_experts_gives_our_logits(hf_folder, trained, logits, tmp_path, family):
     base, model = trained(hf_folder(family, False), targets=("all-linear",))
     export_merged(model, base, tmp_path / "merged", max_shard_bytes=100_000)
@@ -304,15 +392,27 @@ def test_a_merged_model_with_experts_gives_our_logits(hf_folder, trained, logits
 
 
 @pytest.mark.slow
-def test_the_text_model_of_one_that_sees_is_read_and_its_adapter_goes_back(hf_folder, trained, logits, tmp_path):
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 14,
-              "vision_output_dim": 16, "image_size": 28, "projector_input_dim": 16, "projector_output_dim": 16}
+def test_the_text_model_of_one_that_sees_is_read_and_its_adapter_goes_back(
+    hf_folder, trained, logits, tmp_path
+):
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "patch_size": 14,
+        "vision_output_dim": 16,
+        "image_size": 28,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+    }
     folder = hf_folder("llama4_text", False)
     text = transformers.Llama4TextConfig.from_pretrained(folder).to_dict()
     both = transformers.Llama4Config(text_config=text, vision_config=vision)
     transformers.Llama4ForConditionalGeneration(both).save_pretrained(folder)
-    base, model = trained(folder, "keep", targets=("q_proj", r"feed_forward\.shared_expert\.down_proj"),
-                          also_train=())
+    base, model = trained(
+        folder, "keep", targets=("q_proj", r"feed_forward\.shared_expert\.down_proj"), also_train=()
+    )
     export_merged(model, base, tmp_path / "merged")
     close(logits(load(tmp_path / "merged")), logits(model))
     close(logits(run(export_peft(model, base, tmp_path / "peft"))), logits(model))
@@ -321,12 +421,30 @@ def test_the_text_model_of_one_that_sees_is_read_and_its_adapter_goes_back(hf_fo
         open_base(str(folder))
 
 
-@pytest.mark.parametrize("family,targets,named", [
-    ("qwen2_moe", ("gate_proj", "up_proj"), "does not load factors of the experts of a qwen2_moe model"),
-    ("llama4_text", ("down_proj",), "does not load factors of the experts of a llama4_text model"),
-    ("deepseek_v3", ("q_b_proj", "down_proj"), r"takes mlp\.down_proj of a deepseek_v3 model for a part of its experts"),
-    ("qwen3_moe", ("gate_proj",), "adapts gate_proj and up_proj of experts together")])
-def test_adapters_that_peft_would_read_in_another_way_are_refused(hf_folder, trained, tmp_path, family, targets, named):
+@pytest.mark.parametrize(
+    "family,targets,named",
+    [
+        (
+            "qwen2_moe",
+            ("gate_proj", "up_proj"),
+            "does not load factors of the experts of a qwen2_moe model",
+        ),
+        (
+            "llama4_text",
+            ("down_proj",),
+            "does not load factors of the experts of a llama4_text model",
+        ),
+        (
+            "deepseek_v3",
+            ("q_b_proj", "down_proj"),
+            r"takes mlp\.down_proj of a deepseek_v3 model for a part of its experts",
+        ),
+        ("qwen3_moe", ("gate_proj",), "adapts gate_proj and up_proj of experts together"),
+    ],
+)
+def test_adapters_that_peft_would_read_in_another_way_are_refused(
+    hf_folder, trained, tmp_path, family, targets, named
+):
     base, model = trained(hf_folder(family, False), targets=targets)
     with pytest.raises(ConfigError, match=f"{named}.*--format=merged"):
         export_peft(model, base, tmp_path / "adapter")

@@ -25,12 +25,17 @@ from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
 
-CODE = {"configuration_tiny.py": "from .shared_tiny import X\n", "shared_tiny.py": "import os\n",
-        "modeling_tiny.py": "from .configuration_tiny import Y\n"}
-MAP = {"AutoConfig": "configuration_tiny.TinyConfig",
-       "AutoModelForCausalLM": "modeling_tiny.TinyModel"}
+CODE = {
+    "configuration_tiny.py": "from .shared_tiny import X\n",
+    "shared_tiny.py": "import os\n",
+    "modeling_tiny.py": "from .configuration_tiny import Y\n",
+}
+MAP = {
+    "AutoConfig": "configuration_tiny.TinyConfig",
+    "AutoModelForCausalLM": "modeling_tiny.TinyModel",
+}
 WRITTEN = {"model.safetensors", "lljax_export.json"}
-LEFT = {"README.md", "inference.py"}         # of the base, not needed
+LEFT = {"README.md", "inference.py"}  # of the base, not needed
 
 
 def read(path):
@@ -54,10 +59,18 @@ def published(hf_folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": 1,\n "top_p": 0.9}')
     for name, code in CODE.items():
         (folder / name).write_text(code)
-    edit(folder / "config.json", remove=("rope_parameters",), auto_map=MAP,
-         max_position_embeddings=160, rope_theta=10000.0)
-    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
-         model_max_length=1 << 60)
+    edit(
+        folder / "config.json",
+        remove=("rope_parameters",),
+        auto_map=MAP,
+        max_position_embeddings=160,
+        rope_theta=10000.0,
+    )
+    edit(
+        folder / "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=1 << 60,
+    )
     return folder
 
 
@@ -86,7 +99,9 @@ def test_a_stretched_rope_changes_lengths_in_two_files_alone(published, trained,
     for name, fields in (("config.json", rope), ("tokenizer_config.json", {"model_max_length"})):
         old, new = read(published / name), read(out / name)
         assert {field for field in old | new if old.get(field) != new.get(field)} <= fields
-        assert list(new)[:len(old)] == list(old) and (out / name).read_text().startswith('{\n    "')
+        assert list(new)[: len(old)] == list(old) and (out / name).read_text().startswith(
+            '{\n    "'
+        )
 
 
 def test_every_length_in_the_base_is_that_of_the_model(published, trained, tmp_path):
@@ -146,15 +161,23 @@ def test_what_transformers_5_saved_is_written_so_that_4_reads_it(hf_folder, trai
 
 
 # ---------------------------------------------------------------- the end of a text, and templates
-@pytest.mark.parametrize("generation,config,written", [
-    ({"eos_token_id": [1, 5], "top_p": 0.5}, {}, {"eos_token_id": [1, 5], "top_p": 0.5}),
-    ({"eos_token_id": 5, "top_p": 0.5}, {}, {"eos_token_id": [5, 1], "top_p": 0.5}),
-    ({"top_p": 0.5}, {}, {"top_p": 0.5, "eos_token_id": [1]}),
-    (None, {"eos_token_id": 1}, None),
-    (None, {"eos_token_id": 2, "bos_token_id": 3, "pad_token_id": None},
-     {"bos_token_id": 3, "eos_token_id": [2, 1]})])
-def test_all_tokens_that_end_a_reply_are_named(hf_folder, trained, tmp_path, generation, config,
-                                               written):
+@pytest.mark.parametrize(
+    "generation,config,written",
+    [
+        ({"eos_token_id": [1, 5], "top_p": 0.5}, {}, {"eos_token_id": [1, 5], "top_p": 0.5}),
+        ({"eos_token_id": 5, "top_p": 0.5}, {}, {"eos_token_id": [5, 1], "top_p": 0.5}),
+        ({"top_p": 0.5}, {}, {"top_p": 0.5, "eos_token_id": [1]}),
+        (None, {"eos_token_id": 1}, None),
+        (
+            None,
+            {"eos_token_id": 2, "bos_token_id": 3, "pad_token_id": None},
+            {"bos_token_id": 3, "eos_token_id": [2, 1]},
+        ),
+    ],
+)
+def test_all_tokens_that_end_a_reply_are_named(
+    hf_folder, trained, tmp_path, generation, config, written
+):
     folder = hf_folder()
     edit(folder / "config.json", **config)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -181,45 +204,128 @@ def test_the_template_that_was_trained_goes_along(example, tmp_path):
 
 
 # ---------------------------------------------------------------- real tokenizers, other versions
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-         "tie_word_embeddings": True, "torch_dtype": "float32"}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
 # By the name of a folder with tokenizer.json and tokenizer_config.json: the RoPE to train under,
 # and a config.json as the makers of the model write it.
 MODELS = {
-    "llama2": ("linear", {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
-        "rope_scaling": None, "bos_token_id": 1, "eos_token_id": 2}),
-    "llama3_1": ("keep", {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
-        "rope_theta": 500000.0, "max_position_embeddings": 160,
-        "eos_token_id": [128001, 128008, 128009], "bos_token_id": 128000,
-        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 20, "rope_type": "llama3"}}),
-    "qwen3": ("yarn", {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936,
-        "rope_theta": 1e6, "rope_scaling": None, "bos_token_id": 151643, "eos_token_id": 151645}),
-    "gemma3": ("linear", {
-        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144,
-        "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh",
-        "rope_theta": 1e6, "rope_local_base_freq": 10000.0, "rope_scaling": None,
-        "sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8,
-        "bos_token_id": 2, "eos_token_id": [1, 106]}),
-    "deepseek_v3": ("keep", {
-        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
-        "vocab_size": 129280, "auto_map": MAP, "max_position_embeddings": 160,
-        "num_key_value_heads": 4, "rope_theta": 10000, "q_lora_rank": 24, "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
-        "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "n_group": 2, "topk_group": 1,
-        "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-        "bos_token_id": 0, "eos_token_id": 1,
-        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 4, "mscale": 1.0,
-                         "mscale_all_dim": 1.0, "original_max_position_embeddings": 40,
-                         "type": "yarn"}})}
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
-       "activation_scheme": "dynamic"}
+    "llama2": (
+        "linear",
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 32000,
+            "rope_scaling": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "llama3_1": (
+        "keep",
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 128256,
+            "rope_theta": 500000.0,
+            "max_position_embeddings": 160,
+            "eos_token_id": [128001, 128008, 128009],
+            "bos_token_id": 128000,
+            "rope_scaling": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 20,
+                "rope_type": "llama3",
+            },
+        },
+    ),
+    "qwen3": (
+        "yarn",
+        {
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            "vocab_size": 151936,
+            "rope_theta": 1e6,
+            "rope_scaling": None,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+        },
+    ),
+    "gemma3": (
+        "linear",
+        {
+            "model_type": "gemma3_text",
+            "architectures": ["Gemma3ForCausalLM"],
+            "vocab_size": 262144,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 10000.0,
+            "rope_scaling": None,
+            "sliding_window": 16,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 8,
+            "bos_token_id": 2,
+            "eos_token_id": [1, 106],
+        },
+    ),
+    "deepseek_v3": (
+        "keep",
+        {
+            "model_type": "deepseek_v3",
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "vocab_size": 129280,
+            "auto_map": MAP,
+            "max_position_embeddings": 160,
+            "num_key_value_heads": 4,
+            "rope_theta": 10000,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.5,
+            "n_group": 2,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "rope_scaling": {
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 4,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 40,
+                "type": "yarn",
+            },
+        },
+    ),
+}
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}
 
 
 def write_published(folder, tokenizer: Path, config: dict, quantise: bool):
@@ -251,8 +357,16 @@ def write_published(folder, tokenizer: Path, config: dict, quantise: bool):
 
 def random_texts(n: int) -> list[str]:
     rng = random.Random(0)
-    pieces = [*PROBES, *"abc XYZ 0123456789 .,;:!?()[]{}'\"\\/\n\t", "\u00e9", "\u4e2d\u6587",
-              "\U0001f600", "the ", " of", "  "]
+    pieces = [
+        *PROBES,
+        *"abc XYZ 0123456789 .,;:!?()[]{}'\"\\/\n\t",
+        "\u00e9",
+        "\u4e2d\u6587",
+        "\U0001f600",
+        "the ",
+        " of",
+        "  ",
+    ]
     return ["".join(rng.choices(pieces, k=rng.randint(1, 20))) for _ in range(n)]
 
 
@@ -275,8 +389,10 @@ def test_transformers_4_and_5_read_exports_of_real_tokenizers(trained, tmp_path,
         pytest.skip("needs LLJAX_PEER_PYTHONS and LLJAX_TOKENIZERS")
     rope, config = MODELS[name]
     stretched = {"config.json", "tokenizer_config.json"} if rope != "keep" else set()
-    bases = {kind: write_published(tmp_path / kind, tokenizer, config, kind == "fp8")
-             for kind in ("dense", "fp8")}
+    bases = {
+        kind: write_published(tmp_path / kind, tokenizer, config, kind == "fp8")
+        for kind in ("dense", "fp8")
+    }
     tokens = np.random.default_rng(0).integers(0, 30000, (1, 150))
     exports, wanted = {}, {}
     for kind, folder in bases.items():
@@ -292,25 +408,38 @@ def test_transformers_4_and_5_read_exports_of_real_tokenizers(trained, tmp_path,
         own = bases[export.split()[0] if export != "split" else "dense"]
         changed = stretched | {"model.safetensors"}
         if "fp8" in export:
-            changed = changed | {"config.json"}              # the dense weights need another
+            changed = changed | {"config.json"}  # the dense weights need another
         assert names(own) <= names(folder)
         for file in names(own) - changed:
             assert (folder / file).read_bytes() == (own / file).read_bytes(), (export, file)
     texts, own_tokenizer = random_texts(1000), open_base(str(bases["dense"])).tokenizer()
-    (tmp_path / "asked.json").write_text(json.dumps({
-        "texts": texts, "tokens": tokens.tolist(), "models": {**exports},
-        "tokenizers": {**exports, "base": bases["dense"]}}, default=str))
+    (tmp_path / "asked.json").write_text(
+        json.dumps(
+            {
+                "texts": texts,
+                "tokens": tokens.tolist(),
+                "models": {**exports},
+                "tokenizers": {**exports, "base": bases["dense"]},
+            },
+            default=str,
+        )
+    )
     for python in pythons:
         script = Path(__file__).with_name("peer.py")
-        subprocess.run([python, script, "asked.json", "out.npz"], cwd=tmp_path, check=True,
-                       env=os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"})
+        subprocess.run(
+            [python, script, "asked.json", "out.npz"],
+            cwd=tmp_path,
+            check=True,
+            env=os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"},
+        )
         read = np.load(tmp_path / "out.npz")
-        if str(read["version"]).startswith("4."):            # for 5 see lljax.interop.tokenizer
+        if str(read["version"]).startswith("4."):  # for 5 see lljax.interop.tokenizer
             ids = [own_tokenizer(text)["input_ids"] for text in texts]
             assert read["ids base"] == hashlib.sha256(json.dumps(ids).encode()).hexdigest()
         for export in exports:
             assert read[f"ids {export}"] == read["ids base"], (python, export)
             assert read[f"template {export}"] == read["template base"]
             logits = read[f"logits {export}"]
-            np.testing.assert_allclose(logits, wanted[export], atol=2e-4, rtol=1e-4,
-                                       err_msg=f"{python} {export}")
+            np.testing.assert_allclose(
+                logits, wanted[export], atol=2e-4, rtol=1e-4, err_msg=f"{python} {export}"
+            )

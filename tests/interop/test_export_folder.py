@@ -22,6 +22,7 @@ def test_the_folder_appears_whole_with_a_record_of_its_files(tmp_path):
     def looks(folder):
         assert not (tmp_path / "out").exists()
         return write(folder)
+
     assert complete(tmp_path / "out", "split", looks) == "result"
     record = json.loads((tmp_path / "out" / "lljax_export.json").read_text())
     assert record == {"format": "split", "files": ["base/config.json", "weights"]}
@@ -33,8 +34,12 @@ def test_an_export_is_replaced_where_it_is_asked_for(tmp_path):
     complete(tmp_path / "out", "split", write)
     with pytest.raises(ConfigError, match="holds an earlier export: --overwrite replaces it"):
         complete(tmp_path / "out", "peft", write)
-    complete(tmp_path / "out", "peft", lambda folder: (folder / "adapter").write_text("a"),
-             overwrite=True)
+    complete(
+        tmp_path / "out",
+        "peft",
+        lambda folder: (folder / "adapter").write_text("a"),
+        overwrite=True,
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "lljax_export.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -45,6 +50,7 @@ def test_an_export_stays_where_its_successor_fails(tmp_path):
     def fail(folder):
         write(folder)
         raise OSError(28, "No space left on device")
+
     with pytest.raises(OSError):
         complete(tmp_path / "out", "split", fail, overwrite=True)
     assert (tmp_path / "out" / "weights").read_text() == "w" and len(list(tmp_path.iterdir())) == 1
@@ -55,15 +61,22 @@ def test_of_two_exports_at_once_the_first_stays(tmp_path):
         complete(tmp_path / "another", "peft", write)
         (tmp_path / "another").rename(tmp_path / "out")
         (folder / "late").write_text("x")
+
     with pytest.raises(ConfigError, match="holds an earlier export"):
         complete(tmp_path / "out", "merged", while_another_ends)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "late").exists()
 
 
-@pytest.mark.parametrize("content", [
-    {"mine": "x"}, {"lljax_export.json": "{"}, {"lljax_export.json": '{"files": 5}'},
-    {"lljax_export.json": "[" * 100_000}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"mine": "x"},
+        {"lljax_export.json": "{"},
+        {"lljax_export.json": '{"files": 5}'},
+        {"lljax_export.json": "[" * 100_000},
+    ],
+)
 def test_nothing_but_an_export_is_replaced(tmp_path, content):
     out = tmp_path / "out"
     out.mkdir()
@@ -87,9 +100,16 @@ def test_an_export_with_something_of_the_users_is_not_replaced(tmp_path, mine):
         check_out(tmp_path / "out", overwrite=True)
 
 
-@pytest.mark.parametrize("out,line", [
-    ("/dev/null/x", "no folder can be there"), ("/proc/x/y", "no folder can be there"),
-    ("x" * 300, "too long"), ("file", "is a file"), ("file/x", "no folder can be there")])
+@pytest.mark.parametrize(
+    "out,line",
+    [
+        ("/dev/null/x", "no folder can be there"),
+        ("/proc/x/y", "no folder can be there"),
+        ("x" * 300, "too long"),
+        ("file", "is a file"),
+        ("file/x", "no folder can be there"),
+    ],
+)
 def test_a_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, out, line):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
@@ -134,8 +154,9 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number):
         try:
             os.kill(os.getpid(), number)
             threading.Event().wait(5)
-        except Exception:                    # as libraries do
+        except Exception:  # as libraries do
             pytest.fail("the signal was swallowed")
+
     with pytest.raises(Stopped, match=f"{number.name} during the export"):
         complete(tmp_path / "out", "merged", told)
     assert not list(tmp_path.iterdir()) and signal.getsignal(number) is before

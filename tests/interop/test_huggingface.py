@@ -37,7 +37,9 @@ def change(folder, edit):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_come_back_bitwise(hf_folder, family, tied, dtype):
-    base, model = load(hf_folder(family, tied, dtype=dtype, shards="30KB"), jnp.dtype(str(dtype)[6:]))
+    base, model = load(
+        hf_folder(family, tied, dtype=dtype, shards="30KB"), jnp.dtype(str(dtype)[6:])
+    )
     returned = dict(tensors(model))
     assert ("lm_head.weight" in returned) is not tied
     assert set(base.names()) - set(returned) <= {"lm_head.weight"}
@@ -58,8 +60,10 @@ def test_trainable_weights_are_float32_and_frozen_ones_as_asked(hf_folder):
 
 def test_values_land_where_they_are_asked_to(hf_folder):
     mesh = sharding.make_mesh(fsdp=-1)
-    _, model = load(hf_folder(), shardings=lambda v: sharding.value_sharding(
-        mesh, v.get_metadata("axes"), v.get_value()))
+    _, model = load(
+        hf_folder(),
+        shardings=lambda v: sharding.value_sharding(mesh, v.get_metadata("axes"), v.get_value()),
+    )
     for _, variable in declared(model):
         value = variable.get_value()
         wanted = sharding.value_sharding(mesh, variable.get_metadata("axes"), value)
@@ -85,13 +89,20 @@ def test_a_vocabulary_other_than_the_embedding_is_refused(hf_folder):
     folder = hf_folder()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 130}))
-    with pytest.raises(ModelError, match=r"embed_tokens\.weight' has shape \(128, 48\).*\(130, 48\)"):
+    with pytest.raises(
+        ModelError, match=r"embed_tokens\.weight' has shape \(128, 48\).*\(130, 48\)"
+    ):
         load(folder)
 
 
 def test_left_over_tensors_are_named_unless_they_are_harmless(hf_folder, caplog):
     folder = hf_folder()
-    change(folder, lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    change(
+        folder,
+        lambda weights: weights.update(
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+        ),
+    )
     with caplog.at_level(logging.WARNING):
         load(folder)
         assert not caplog.records
@@ -108,8 +119,11 @@ def test_a_quantised_base_is_refused_instead_of_read_without_its_scales(hf_folde
         for name in [name for name in weights if "_proj" in name]:
             weights[name] = (weights[name] * 100).to(dtype)
             weights[name + "_scale_inv"] = torch.full((1, 1), 0.01)
+
     change(folder, quantise)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
     with pytest.raises(ModelError, match="weight_block_size=None is not supported"):
         load(folder)

@@ -60,12 +60,20 @@ def test_a_head_that_config_json_has_and_the_file_has_not_is_refused(hf_folder):
         read(folder)
 
 
-def test_what_trains_on_such_a_base_is_exported_with_both_tables(hf_folder, trained, logits, tmp_path):
-    base, model = trained(give_head(hf_folder(tied=True)), "keep")       # the embedding trains
+def test_what_trains_on_such_a_base_is_exported_with_both_tables(
+    hf_folder, trained, logits, tmp_path
+):
+    base, model = trained(give_head(hf_folder(tied=True)), "keep")  # the embedding trains
     export_peft(model, base, tmp_path / "peft")
     export_merged(model, base, tmp_path / "merged")
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
-    for theirs in (peft.PeftModel.from_pretrained(load(base.path), tmp_path / "peft"), load(tmp_path / "merged")):
+    assert (
+        json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+        is False
+    )
+    for theirs in (
+        peft.PeftModel.from_pretrained(load(base.path), tmp_path / "peft"),
+        load(tmp_path / "merged"),
+    ):
         np.testing.assert_allclose(logits(theirs), logits(model), atol=1e-4, rtol=1e-4)
 
 

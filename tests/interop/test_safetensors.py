@@ -23,7 +23,9 @@ def entry(shape, offsets, dtype="F32"):
 def raw(folder, header, data=b"", length=None):
     """A model.safetensors of exactly these bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    (folder / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(text) if length is None else length) + text + data
+    )
     return folder
 
 
@@ -36,8 +38,20 @@ def save(path, **arrays):
     ours.write(path, ours.layout(arrays.items()), lambda name: arrays[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn,
-                                   torch.int64, torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.float8_e4m3fn,
+        torch.int64,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    ],
+)
 def test_files_of_torch_are_read_bitwise_in_every_type(tmp_path, dtype):
     torch.manual_seed(0)
     tensor = (torch.randn(5, 3) * 3).to(dtype)
@@ -49,21 +63,30 @@ def test_files_of_torch_are_read_bitwise_in_every_type(tmp_path, dtype):
         assert arrays["x"].dtype == ml_dtypes.bfloat16
 
 
-@pytest.mark.parametrize("arrange", [np.asfortranarray, lambda x: x[::2, ::-1], lambda x: x.T, lambda x: x[1:, 1:]],
-                         ids=["column major", "strided and reversed", "transposed", "a window"])
+@pytest.mark.parametrize(
+    "arrange",
+    [np.asfortranarray, lambda x: x[::2, ::-1], lambda x: x.T, lambda x: x[1:, 1:]],
+    ids=["column major", "strided and reversed", "transposed", "a window"],
+)
 def test_arrays_in_any_memory_order_are_written_right(tmp_path, arrange):
     array = arrange(np.arange(30, dtype=np.float32).reshape(5, 6))
     save(tmp_path / "x.safetensors", x=array)
-    np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "x.safetensors")["x"], array)
+    np.testing.assert_array_equal(
+        safetensors.numpy.load_file(tmp_path / "x.safetensors")["x"], array
+    )
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
 
 
 def test_shards_hold_at_most_their_size_and_torch_reads_them_back(tmp_path):
-    arrays = {f"t{i}": np.full((10, 10), i, np.float32).astype(ml_dtypes.bfloat16) for i in range(7)}
-    ours.write_sharded(tmp_path, ours.layout(arrays.items()), lambda name: arrays[name], max_shard_bytes=450)
+    arrays = {
+        f"t{i}": np.full((10, 10), i, np.float32).astype(ml_dtypes.bfloat16) for i in range(7)
+    }
+    ours.write_sharded(
+        tmp_path, ours.layout(arrays.items()), lambda name: arrays[name], max_shard_bytes=450
+    )
     index = json.loads((tmp_path / ours.INDEX).read_text())
-    assert len(set(index["weight_map"].values())) == 4       # two tensors of 200 bytes each
+    assert len(set(index["weight_map"].values())) == 4  # two tensors of 200 bytes each
     assert index["metadata"]["total_size"] == 1400
     for name, array in arrays.items():
         assert float(load_file(tmp_path / index["weight_map"][name])[name][0, 0]) == array[0, 0]
@@ -72,7 +95,9 @@ def test_shards_hold_at_most_their_size_and_torch_reads_them_back(tmp_path):
 
 
 def test_a_single_shard_needs_no_index_and_a_tensor_may_exceed_the_limit(tmp_path):
-    ours.write_sharded(tmp_path, {"x": (F32, (100,))}, lambda name: np.ones(100, np.float32), max_shard_bytes=10)
+    ours.write_sharded(
+        tmp_path, {"x": (F32, (100,))}, lambda name: np.ones(100, np.float32), max_shard_bytes=10
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
 
 
@@ -84,13 +109,17 @@ def test_a_writer_holds_the_tensor_at_hand_and_no_more_than_the_one_before(tmp_p
         array = np.ones(1000, np.float32)
         given.append(weakref.ref(array))
         return array
-    ours.write_sharded(tmp_path, {f"t{i}": (F32, (1000,)) for i in range(6)}, read, max_shard_bytes=9000)
+
+    ours.write_sharded(
+        tmp_path, {f"t{i}": (F32, (1000,)) for i in range(6)}, read, max_shard_bytes=9000
+    )
     assert len(given) == 6
 
 
 def test_a_failed_write_leaves_no_file_of_that_name(tmp_path):
     def read(name):
         raise RuntimeError
+
     with pytest.raises(RuntimeError):
         ours.write(tmp_path / "x.safetensors", {"x": (F32, (3,))}, read)
     assert not (tmp_path / "x.safetensors").exists()
@@ -104,6 +133,7 @@ def test_what_the_disk_changed_is_noticed(tmp_path, monkeypatch):
         with open(tmp_path / "x.safetensors.tmp", "r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")
+
     monkeypatch.setattr(os, "fsync", flip)
     with pytest.raises(ModelError, match="'x' read back differs"):
         save(tmp_path / "x.safetensors", x=np.ones(3, np.float32))
@@ -131,8 +161,12 @@ DAMAGED = {
     "a shape of booleans": ({"a": entry([True, 2], [0, 8])}, b"0" * 8, None),
     "a shape of fractions": ({"a": entry([2.0], [0, 8])}, b"0" * 8, None),
     "an entry that is a list": ({"a": [1, 2]}, b"", None),
-    "one name twice": (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-                       b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', b"0" * 8, None),
+    "one name twice": (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        b"0" * 8,
+        None,
+    ),
 }
 
 
@@ -161,7 +195,9 @@ def test_an_empty_tensor_that_shares_its_start_is_no_overlap(tmp_path):
 # ---------------------------------------------------------------- the index of shards
 @pytest.fixture
 def sharded(tmp_path):
-    """make(weight_map) -> a folder with shards one (a = 1), two (a = 9, b = 9), beside a file outside it (a = 7)."""
+    """make(weight_map) -> a folder with shards one (a = 1), two (a = 9, b = 9), beside a file
+    outside it (a = 7).
+    """
     folder = tmp_path / "model"
     folder.mkdir()
     save(folder / "one.safetensors", a=np.ones(2, np.float32))
@@ -173,21 +209,38 @@ def sharded(tmp_path):
     def make(weight_map):
         (folder / ours.INDEX).write_text(json.dumps({"weight_map": weight_map}))
         return folder
+
     return make
 
 
-@pytest.mark.parametrize("file", ["../outside.safetensors", "model/../../outside.safetensors", "ABSOLUTE",
-                                  "missing.safetensors", "folder.safetensors", "pipe.safetensors", "a\0.safetensors",
-                                  "weights.bin", "", "..",
-                                  "a" * 300 + ".safetensors", None, 3],
-                         ids=lambda file: repr(file)[:30])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../outside.safetensors",
+        "model/../../outside.safetensors",
+        "ABSOLUTE",
+        "missing.safetensors",
+        "folder.safetensors",
+        "pipe.safetensors",
+        "a\0.safetensors",
+        "weights.bin",
+        "",
+        "..",
+        "a" * 300 + ".safetensors",
+        None,
+        3,
+    ],
+    ids=lambda file: repr(file)[:30],
+)
 def test_the_index_names_plain_files_of_its_folder(sharded, tmp_path, file):
     file = str(tmp_path / "outside.safetensors") if file == "ABSOLUTE" else file
     with pytest.raises(ModelError, match=ours.INDEX):
         read_all(sharded({"a": file}))
 
 
-@pytest.mark.parametrize("target", ["/dev/zero", "pipe.safetensors", "folder.safetensors", "link.safetensors", "nowhere"])
+@pytest.mark.parametrize(
+    "target", ["/dev/zero", "pipe.safetensors", "folder.safetensors", "link.safetensors", "nowhere"]
+)
 def test_a_link_leads_to_a_regular_file_or_is_refused(sharded, tmp_path, target):
     """A hub's cache links out of the folder, to a file."""
     folder = sharded({"a": "link.safetensors"})
@@ -199,8 +252,11 @@ def test_a_link_leads_to_a_regular_file_or_is_refused(sharded, tmp_path, target)
     assert read_all(folder)["a"][0] == 7
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff", b'{"weight_map": [1]}', b"[" * 200_000],
-                         ids=["a list", "no map", "not UTF-8", "a map that is a list", "nested without end"])
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{}", b"\xff", b'{"weight_map": [1]}', b"[" * 200_000],
+    ids=["a list", "no map", "not UTF-8", "a map that is a list", "nested without end"],
+)
 def test_an_index_that_is_none_is_one_line(sharded, content):
     folder = sharded({})
     (folder / ours.INDEX).write_bytes(content)

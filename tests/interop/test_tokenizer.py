@@ -14,19 +14,30 @@ from lljax.interop.open import open_base
 from lljax.interop.tokenizer import PROBES
 
 TEXT = ["hello world, two  spaces and    four\n\tdef f(x): return x[0] + 1  # 12345", *PROBES]
-LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-         "unk_token": "<unk>", "legacy": True}
+LLAMA = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "legacy": True,
+}
 
 
 def metaspace() -> tokenizers.Tokenizer:
     """As Llama 2's."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([
-        normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    backend.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+        ),
+    )
     return backend
 
 
@@ -35,12 +46,19 @@ def byte_level(bos: bool = False) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    backend.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     if bos:
         backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
     return backend
 
 
@@ -52,6 +70,7 @@ def folder(tmp_path):
         if config is not None:
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         return tmp_path
+
     return make
 
 
@@ -60,8 +79,9 @@ def opened(folder):
 
 
 @pytest.mark.parametrize("backend", [metaspace, byte_level])
-@pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer",
-                                  "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize(
+    "kind", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "PreTrainedTokenizerFast"]
+)
 def test_ids_are_those_of_tokenizer_json_under_every_class(folder, backend, kind):
     own = backend()
     tokenizer = opened(folder(own, LLAMA | {"tokenizer_class": kind}))
@@ -72,12 +92,19 @@ def test_ids_are_those_of_tokenizer_json_under_every_class(folder, backend, kind
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("config,before,after", [
-    ({}, None, []), ({"add_bos_token": True}, [1], []), ({"add_bos_token": False}, [], []),
-    ({"add_eos_token": True}, None, [2]),
-    ({"add_bos_token": True, "add_eos_token": True}, [1], [2])])
-def test_bos_and_eos_are_added_as_the_config_says_or_else_tokenizer_json(folder, bos, config,
-                                                                         before, after):
+@pytest.mark.parametrize(
+    "config,before,after",
+    [
+        ({}, None, []),
+        ({"add_bos_token": True}, [1], []),
+        ({"add_bos_token": False}, [], []),
+        ({"add_eos_token": True}, None, [2]),
+        ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
+    ],
+)
+def test_bos_and_eos_are_added_as_the_config_says_or_else_tokenizer_json(
+    folder, bos, config, before, after
+):
     tokenizer = opened(folder(byte_level(bos), LLAMA | config))
     before = [1] * bos if before is None else before
     plain = tokenizer("hello", add_special_tokens=False)["input_ids"]
@@ -85,8 +112,14 @@ def test_bos_and_eos_are_added_as_the_config_says_or_else_tokenizer_json(folder,
 
 
 def test_tokens_that_only_the_config_adds_have_the_ids_it_gives_or_are_refused(folder):
-    added = {"content": "<more>", "lstrip": False, "rstrip": False, "normalized": False,
-             "single_word": False, "special": True}
+    added = {
+        "content": "<more>",
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+        "special": True,
+    }
     size = byte_level().get_vocab_size()
     tokenizer = opened(folder(byte_level(), LLAMA | {"added_tokens_decoder": {str(size): added}}))
     assert tokenizer("<more>")["input_ids"] == [size]
@@ -99,23 +132,34 @@ def test_what_transformers_reads_as_another_is_refused_with_the_difference(folde
     wrong = byte_level()
     wrong.normalizer = normalizers.Strip()
     wrong = transformers.PreTrainedTokenizerFast(tokenizer_object=wrong)
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained",
-                        lambda *_, **__: wrong)
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: wrong
+    )
     message = r"transformers makes \[.*\] of ' one leading space', and tokenizer.json \[.*\]"
     with pytest.raises(ModelError, match=message):
         opened(folder(byte_level(), LLAMA))
 
 
-@pytest.mark.parametrize("config,eos", [({}, "</s>"), ({"eos_token": None}, None),
-                                        ({"eos_token": "<unk>"}, "<unk>")])
+@pytest.mark.parametrize(
+    "config,eos", [({}, "</s>"), ({"eos_token": None}, None), ({"eos_token": "<unk>"}, "<unk>")]
+)
 def test_config_json_names_the_end_of_a_text_where_the_tokenizer_does_not(folder, config, eos):
     assert opened(folder(byte_level(), config, eos_token_id=[2, 0])).eos_token == eos
 
 
-@pytest.mark.parametrize("config", [
-    {"model_max_length": "long"}, {"chat_template": 5}, {"add_bos_token": "yes"}, {"eos_token": 5},
-    {"bos_token": ["<s>"]}, {"added_tokens_decoder": {"x": {}}},
-    {"added_tokens_decoder": {"3": "y"}}, {"add_bos_token": True, "bos_token": None}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_max_length": "long"},
+        {"chat_template": 5},
+        {"add_bos_token": "yes"},
+        {"eos_token": 5},
+        {"bos_token": ["<s>"]},
+        {"added_tokens_decoder": {"x": {}}},
+        {"added_tokens_decoder": {"3": "y"}},
+        {"add_bos_token": True, "bos_token": None},
+    ],
+)
 def test_a_field_of_the_wrong_type_is_one_line(folder, config):
     with pytest.raises(ModelError, match="the tokenizer cannot be read") as error:
         opened(folder(byte_level(), LLAMA | config))

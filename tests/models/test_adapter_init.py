@@ -5,7 +5,8 @@ from lljax.models.adapter_init import first_factors
 
 RNG = np.random.default_rng(0)
 U, V = (np.linalg.qr(RNG.normal(size=(n, 20)))[0] for n in (30, 20))
-WEIGHT = (U * 2.0 ** -np.arange(20) @ V.T).astype(np.float32)     # [30, 20] with singular values 1, 1/2, 1/4 ...
+# [30, 20] with singular values 1, 1/2, 1/4 ...
+WEIGHT = (U * 2.0 ** -np.arange(20) @ V.T).astype(np.float32)
 
 
 def coarse(weight):
@@ -13,7 +14,9 @@ def coarse(weight):
 
 
 def factors(init, rank=4, scale=2.0, seed=0, name="q", weight=WEIGHT):
-    return first_factors(weight, init=init, rank=rank, scale=scale, seed=seed, name=name, quantised=coarse)
+    return first_factors(
+        weight, init=init, rank=rank, scale=scale, seed=seed, name=name, quantised=coarse
+    )
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
@@ -50,4 +53,5 @@ def test_loftq_is_closer_to_the_weight_than_quantising_is():
 
     def error(value):
         return np.linalg.norm(value - weight)
+
     assert error(coarse(weight - 2 * taken_b @ taken_a) + 2 * b @ a) < 0.8 * error(coarse(weight))

@@ -21,20 +21,44 @@ B, T, D = 2, 60, 12
 ROUTERS = {
     "softmax": {},
     "softmax, normalised": {"normalise": True, "shared": 6, "shared_gate": True},
-    "sigmoid, corrected, groups, scaled": {"score": "sigmoid", "normalise": True, "correction": True, "groups": 4,
-                                           "best_groups": 2, "scale": 2.5, "shared": 10},
-    "sigmoid of the best, on the input": {"score": "sigmoid", "best_first": True, "on_input": True, "fused": "halves", "k": 2},
-    "softmax of the best, clamped": {"best_first": True, "fused": "turns", "bias": True, "clamp": (1.7, 0.5), "k": 2},
+    "sigmoid, corrected, groups, scaled": {
+        "score": "sigmoid",
+        "normalise": True,
+        "correction": True,
+        "groups": 4,
+        "best_groups": 2,
+        "scale": 2.5,
+        "shared": 10,
+    },
+    "sigmoid of the best, on the input": {
+        "score": "sigmoid",
+        "best_first": True,
+        "on_input": True,
+        "fused": "halves",
+        "k": 2,
+    },
+    "softmax of the best, clamped": {
+        "best_first": True,
+        "fused": "turns",
+        "bias": True,
+        "clamp": (1.7, 0.5),
+        "k": 2,
+    },
 }
 
 
 def build(**fields):
     moe = MoESpec(**({"E": 8, "k": 3, "F": 10} | fields))
-    model = MoE(SimpleNamespace(D=D, moe=moe, mlp_bias=False, activation="silu", fused=False), "model.layers.0.mlp")
+    model = MoE(
+        SimpleNamespace(D=D, moe=moe, mlp_bias=False, activation="silu", fused=False),
+        "model.layers.0.mlp",
+    )
     lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",))
     rng = np.random.default_rng(0)
     for _, variable in declared(model):
-        variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.4, jnp.float32))
+        variable.set_value(
+            jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.4, jnp.float32)
+        )
     return model
 
 
@@ -49,18 +73,25 @@ def dense(model, x):
         groups = jnp.split(ranks, moe.groups, axis=-1)
         worth = jnp.stack([jnp.sort(g)[..., -2:].sum(-1) for g in groups], axis=-1)
         least = jnp.sort(worth)[..., -moe.best_groups, None]
-        ranks = jnp.concatenate([jnp.where(w >= least, g, -9) for g, w in
-                                 zip(groups, jnp.split(worth, moe.groups, axis=-1))], axis=-1)
+        ranks = jnp.concatenate(
+            [
+                jnp.where(w >= least, g, -9)
+                for g, w in zip(groups, jnp.split(worth, moe.groups, axis=-1))
+            ],
+            axis=-1,
+        )
     chosen = ranks >= jnp.sort(ranks)[..., -moe.k, None]
-    weights = jnp.where(chosen, scores, 0)   # the sigmoid of a logit does not ask whether others were there
+    # the sigmoid of a logit does not ask whether others were there
+    weights = jnp.where(chosen, scores, 0)
     if moe.normalise or moe.best_first and moe.score == "softmax":
         weights /= weights.sum(-1, keepdims=True)
     weights *= moe.scale
 
-    def linear(layer, x):                    # of every expert: [E, B, T, in] -> [E, B, T, out]
+    def linear(layer, x):  # of every expert: [E, B, T, in] -> [E, B, T, out]
         a, b = layer.lora.a[...][:, None], layer.lora.b[...][:, None]
         bias = 0 if layer.bias is None else layer.bias[...][:, None, None]
         return x @ layer.kernel[...][:, None] + layer.lora.scale * (x @ a) @ b + bias
+
     weights = jnp.moveaxis(weights, -1, 0)[..., None]
     into = jnp.broadcast_to(x, (moe.E, *x.shape)) * (weights if moe.on_input else 1)
     gate, up = linear(model.experts.gate_proj, into), linear(model.experts.up_proj, into)
@@ -81,6 +112,7 @@ def value_and_gradients(model, apply, x):
 
     def loss(weights, x):
         return jnp.mean(jnp.sin(apply(nnx.merge(graphdef, weights), x)))
+
     return jax.jit(jax.value_and_grad(loss, (0, 1)))(nnx.as_pure(weights), x)
 
 
@@ -92,12 +124,24 @@ def assert_same(got, wanted, tolerance=1e-5):
 X = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)), jnp.float32)
 
 
-@pytest.mark.parametrize("router", [pytest.param(router, marks=() if router.split()[-1] in ("scaled", "input", "clamped") else
-                                                 pytest.mark.slow) for router in ROUTERS])
+@pytest.mark.parametrize(
+    "router",
+    [
+        pytest.param(
+            router,
+            marks=() if router.split()[-1] in ("scaled", "input", "clamped") else pytest.mark.slow,
+        )
+        for router in ROUTERS
+    ],
+)
 def test_experts_equal_a_loop_over_all_of_them(router, monkeypatch):
-    monkeypatch.setattr(grouped, "BLOCK", 32)            # so that an expert has several blocks, and a block several experts
+    # so that an expert has several blocks, and a block several experts
+    monkeypatch.setattr(grouped, "BLOCK", 32)
     model = build(**ROUTERS[router])
-    assert_same(value_and_gradients(model, lambda model, x: model(x), X), value_and_gradients(model, dense, X))
+    assert_same(
+        value_and_gradients(model, lambda model, x: model(x), X),
+        value_and_gradients(model, dense, X),
+    )
 
 
 def test_a_tile_at_a_time_and_computed_again():
@@ -105,7 +149,11 @@ def test_a_tile_at_a_time_and_computed_again():
 
     def in_tiles(model, x):
         return tiled(lambda x, key: model(x, key), x, None, Memory("full", tile=16), None)
-    assert_same(value_and_gradients(model, jax.checkpoint(in_tiles), X), value_and_gradients(model, dense, X))
+
+    assert_same(
+        value_and_gradients(model, jax.checkpoint(in_tiles), X),
+        value_and_gradients(model, dense, X),
+    )
 
 
 @pytest.mark.slow
@@ -113,7 +161,11 @@ def test_every_token_may_go_to_one_expert():
     model = build(E=4, k=2)
     model.gate.weight.set_value(model.gate.weight[...].at[:, 1:3].set(50.0 * jnp.ones((D, 2))))
     x = jnp.abs(X)
-    assert_same(value_and_gradients(model, lambda model, x: model(x), x), value_and_gradients(model, dense, x), 1e-4)
+    assert_same(
+        value_and_gradients(model, lambda model, x: model(x), x),
+        value_and_gradients(model, dense, x),
+        1e-4,
+    )
 
 
 def test_the_load_counts_choices_and_sums_probabilities():
@@ -122,7 +174,10 @@ def test_the_load_counts_choices_and_sums_probabilities():
     load = nnx.jit(lambda model, x: model(x, counted=counted)[1])(model, X)
     scores = np.asarray(jax.nn.sigmoid(X @ model.gate.weight[...]))
     chosen = scores >= np.sort(scores)[..., -model.moe.k, None]
-    wanted = [np.sum(x * counted[..., None], axis=1) for x in (chosen, scores / scores.sum(-1, keepdims=True))]
+    wanted = [
+        np.sum(x * counted[..., None], axis=1)
+        for x in (chosen, scores / scores.sum(-1, keepdims=True))
+    ]
     np.testing.assert_allclose(load, np.stack(wanted, axis=1)[:, None], rtol=1e-5)
 
 
@@ -133,28 +188,42 @@ def test_bfloat16_compute():
     assert np.median(jnp.abs(y - dense(model, X)) / jnp.abs(dense(model, X)).max()) < 0.01
 
 
-@pytest.mark.parametrize("sizes", [(7, 0, 30, 3), (0, 0, 0, 0), (0, 64, 0, 0), (16, 16, 16, 16), (1, 0, 0, 62)])
+@pytest.mark.parametrize(
+    "sizes", [(7, 0, 30, 3), (0, 0, 0, 0), (0, 64, 0, 0), (16, 16, 16, 16), (1, 0, 0, 62)]
+)
 def test_blocks_equal_ragged_dot(sizes, monkeypatch):
     monkeypatch.setattr(grouped, "BLOCK", 16)
-    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(64, 5), (4, 5, 7)]))
+    x, w = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(64, 5), (4, 5, 7)])
+    )
     sizes = jnp.asarray(sizes)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(dot, x, w):
         rows = jnp.arange(64)[:, None] < sizes.sum()
-        return jax.value_and_grad(lambda x, w: jnp.sum(jnp.where(rows, jnp.sin(dot(x, w, sizes)), 0)), (0, 1))(x, w)
+        return jax.value_and_grad(
+            lambda x, w: jnp.sum(jnp.where(rows, jnp.sin(dot(x, w, sizes)), 0)), (0, 1)
+        )(x, w)
+
     assert_same(run(grouped.blocked_dot, x, w), run(jax.lax.ragged_dot, x, w))
 
 
 # ---------------------------------------------------------------- over eight devices
 
-MESHES = [{"expert": 2, "fsdp": 2, "sequence": 2}, {"expert": 4, "tensor": 2}, {"expert": 8}, {"data": 2, "sequence": 4}]
+MESHES = [
+    {"expert": 2, "fsdp": 2, "sequence": 2},
+    {"expert": 4, "tensor": 2},
+    {"expert": 8},
+    {"data": 2, "sequence": 4},
+]
 COUNTED = np.random.default_rng(2).random((8, 24)) < 0.8
 ROWS = np.random.default_rng(1).normal(size=(8, 24, D)).astype(np.float32)
 
 
 def with_load(y, load):
-    """Both in one, so that the gradient goes through both; a device's part of the load counts as much as another's."""
+    """Both in one, so that the gradient goes through both; a device's part of the load counts as
+    much as another's.
+    """
     return y + jnp.mean(load * jnp.linspace(-1, 1, 8))
 
 
@@ -166,15 +235,22 @@ def over(mesh, model, memory):
         def add(load, xs, key):
             y, more = model(xs[0], key, layout, xs[1])
             return load + more, y
-        load, y = folded(add, no_load(model.moe, COUNTED, layout), (x, COUNTED), None, memory, layout)
+
+        load, y = folded(
+            add, no_load(model.moe, COUNTED, layout), (x, COUNTED), None, memory, layout
+        )
         return with_load(y, load.sum(1))
-    return value_and_gradients(model, jax.checkpoint(apply), jax.device_put(ROWS, batch_sharding(mesh, 2)))
+
+    return value_and_gradients(
+        model, jax.checkpoint(apply), jax.device_put(ROWS, batch_sharding(mesh, 2))
+    )
 
 
 def on_one(model):
     def apply(model, x):
         y, load = model(x, counted=COUNTED)
         return with_load(y, load.sum(1))
+
     return value_and_gradients(model, apply, ROWS)
 
 
@@ -182,7 +258,9 @@ def cases():
     for sizes in MESHES:
         for router in ROUTERS:
             quick = "corrected" in router and sizes == MESHES[0]
-            yield pytest.param(router, sizes, marks=() if quick else pytest.mark.slow, id=f"{router}, {sizes}")
+            yield pytest.param(
+                router, sizes, marks=() if quick else pytest.mark.slow, id=f"{router}, {sizes}"
+            )
 
 
 @pytest.mark.parametrize("router,sizes", list(cases()))
@@ -197,5 +275,6 @@ def test_no_token_is_dropped_where_all_go_to_the_experts_of_one_device():
         model = build(E=8, k=2)
         model.gate.weight.set_value(model.gate.weight[...].at[:, :2].set(50.0).at[:, 2:].set(-50.0))
         return model
+
     mesh = make_mesh(expert=4, sequence=2)
     assert_same(over(mesh, crowded(), Memory("full")), on_one(crowded()))

@@ -12,7 +12,17 @@ from lljax.errors import ConfigError
 from lljax.interop.open import open_base
 from lljax.models import lora
 from lljax.models.declare import declared
-from lljax.models.quantize import DYNAMIC, FORMS, NF4, Form, Quantised, abstract, dequantise, integers, quantise
+from lljax.models.quantize import (
+    DYNAMIC,
+    FORMS,
+    NF4,
+    Form,
+    Quantised,
+    abstract,
+    dequantise,
+    integers,
+    quantise,
+)
 from lljax.objectives.token_loss import cross_entropy
 from lljax.parallel.sharding import make_mesh
 from lljax.planning import fit
@@ -39,14 +49,16 @@ def nearest(table, x):
 def by_definition(w, format, block):
     """What a kernel [in, out] becomes, block by block, from the formats' definitions."""
     rows, out = w.shape
-    blocks = w.T.reshape(out, rows // block, block)          # as bitsandbytes flattens [out, in]
+    blocks = w.T.reshape(out, rows // block, block)  # as bitsandbytes flattens [out, in]
     largest = np.abs(blocks).max(-1, keepdims=True)
     if format.startswith("nf4"):
         codes = nearest(NF4, blocks / largest)
         if format == "nf4-double":
             flat = largest.reshape(-1) - largest.mean()
-            parts = [flat[i:i + 256] for i in range(0, len(flat), 256)]
-            parts = [nearest(DYNAMIC, part / np.abs(part).max()) * np.abs(part).max() for part in parts]
+            parts = [flat[i : i + 256] for i in range(0, len(flat), 256)]
+            parts = [
+                nearest(DYNAMIC, part / np.abs(part).max()) * np.abs(part).max() for part in parts
+            ]
             largest = np.concatenate(parts).reshape(largest.shape) + largest.mean()
         x = codes * largest
     elif format == "fp8":
@@ -62,7 +74,9 @@ def by_definition(w, format, block):
 def test_values_are_those_of_the_definition(format):
     w, form = kernel(384, 80), FORMS[format]
     value = encode(w, form, jnp.float32)
-    np.testing.assert_allclose(decode(value, jnp.float32), by_definition(w, format, form.block), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        decode(value, jnp.float32), by_definition(w, format, form.block), rtol=2e-6, atol=1e-6
+    )
     assert value.codes.dtype.itemsize * value.codes.size == 384 * 80 * form.bits // 8
 
 
@@ -77,21 +91,27 @@ def test_leading_axes_are_so_many_kernels_and_rows_need_not_fill_a_block(format)
         np.testing.assert_allclose(whole[i, j], one, rtol=1e-6, atol=1e-7)
     assert np.abs(whole - w).max() < {"int8": 0.03, "fp8": 0.15}.get(format, 0.6)
     outline = abstract(w.shape, FORMS[format], jnp.bfloat16)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), outline) == jax.tree.map(lambda x: (x.shape, x.dtype), value)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), outline) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), value
+    )
 
 
 def test_a_kernel_of_zeros_stays_zero_and_a_zero_point_is_kept():
     for form in [*FORMS.values(), Form("int4", 32, zero=True)]:
-        assert not np.asarray(decode(encode(jnp.zeros((64, 4)), form, jnp.float32), jnp.float32)).any()
+        assert not np.asarray(
+            decode(encode(jnp.zeros((64, 4)), form, jnp.float32), jnp.float32)
+        ).any()
 
 
 def test_rounding_at_random_is_right_on_average():
     w = kernel(256, 4)
-    value = encode(w, integers(8, 256), jnp.float32)             # one block an output
-    many = jax.jit(jax.vmap(lambda key: dequantise(quantise(w, value.form, jnp.float32, key), jnp.float32)))(
-        jax.random.split(jax.random.key(0), 2000))
+    value = encode(w, integers(8, 256), jnp.float32)  # one block an output
+    many = jax.jit(
+        jax.vmap(lambda key: dequantise(quantise(w, value.form, jnp.float32, key), jnp.float32))
+    )(jax.random.split(jax.random.key(0), 2000))
     assert (jnp.abs(many - w) <= 1.001 * value.scale).all()
-    assert jnp.abs((many.mean(0) - w) / value.scale).max() < 0.06        # five deviations of the mean of 2,000
+    # five deviations of the mean of 2,000
+    assert jnp.abs((many.mean(0) - w) / value.scale).max() < 0.06
 
 
 def loss_and_gradients(config, base, mesh):
@@ -109,14 +129,23 @@ def loss_and_gradients(config, base, mesh):
     def run(trainable, frozen):
         def loss(trainable):
             model = nnx.merge(graphdef, trainable, frozen)
-            hidden = model(tokens, positions=jnp.broadcast_to(jnp.arange(32), tokens.shape), layout=layout)
+            hidden = model(
+                tokens, positions=jnp.broadcast_to(jnp.arange(32), tokens.shape), layout=layout
+            )
             return cross_entropy(hidden, model.head, tokens, chunk=64, layout=layout)
+
         return jax.value_and_grad(loss)(trainable)
+
     return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen)))
 
 
-@pytest.mark.parametrize("format,mesh", [
-    pytest.param("nf4-double", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow), ("fp8", {"fsdp": 8})])
+@pytest.mark.parametrize(
+    "format,mesh",
+    [
+        pytest.param("nf4-double", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        ("fp8", {"fsdp": 8}),
+    ],
+)
 def test_spread_over_devices_equals_one_device(run_config, format, mesh):
     run_config.model.quantize = format
     base = open_base(run_config.model.path)
@@ -129,10 +158,17 @@ def test_spread_over_devices_equals_one_device(run_config, format, mesh):
 
 def test_codes_and_scales_are_cut_alike_over_the_devices_that_divide_them(run_config):
     run_config.model.quantize, run_config.mesh.fsdp, run_config.mesh.tensor = "nf4", 4, 2
-    hf_config = open_base(run_config.model.path).config | {"hidden_size": 512, "intermediate_size": 1024}
+    hf_config = open_base(run_config.model.path).config | {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+    }
     model = placed_model(run_config, hf_config, mesh_of(run_config.mesh))
-    up, down = (layer.kernel.get_value() for layer in (model.layers[0].mlp.up_proj, model.layers[0].mlp.down_proj))
-    assert up.codes.sharding.shard_shape(up.codes.shape) == (2, 2, 32, 512)      # embed over fsdp, mlp over tensor
+    up, down = (
+        layer.kernel.get_value()
+        for layer in (model.layers[0].mlp.up_proj, model.layers[0].mlp.down_proj)
+    )
+    # embed over fsdp, mlp over tensor
+    assert up.codes.sharding.shard_shape(up.codes.shape) == (2, 2, 32, 512)
     assert up.scale.sharding.shard_shape(up.scale.shape) == (2, 2, 512)
     assert down.codes.sharding.shard_shape(down.codes.shape) == (2, 8, 32, 128)
     assert down.scale.sharding.shard_shape(down.scale.shape) == (2, 8, 128)
@@ -143,22 +179,38 @@ def test_only_frozen_kernels_are_quantised_and_count_as_the_dense_ones_do(run_co
     dense = abstract_model(run_config, base.config)
     run_config.model.quantize = "nf4"
     model = abstract_model(run_config, base.config)
-    roles = {variable.get_metadata("role") for _, variable in declared(model) if isinstance(variable.get_value(), Quantised)}
+    roles = {
+        variable.get_metadata("role")
+        for _, variable in declared(model)
+        if isinstance(variable.get_value(), Quantised)
+    }
     assert roles == {"kernel"}
     stage = stages(run_config.context)[0]
     assert of_step(model, run_config, stage) == of_step(dense, run_config, stage)
 
 
 def test_a_step_holds_no_second_copy_of_the_kernels_nor_their_dense_form(run_config):
-    """Of a deep model, what a step needs beside its arguments is far less than the dense kernels."""
-    run_config.model.quantize, run_config.mesh.data, run_config.lora.also_train = "nf4-double", 1, ()
+    """Of a deep model, what a step needs beside its arguments is far less than the dense
+    kernels.
+    """
+    run_config.model.quantize, run_config.mesh.data, run_config.lora.also_train = (
+        "nf4-double",
+        1,
+        (),
+    )
     sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 24}
     hf_config = open_base(run_config.model.path).config | sizes
     mesh = make_mesh(devices=jax.devices()[:1])
     model = placed_model(run_config, hf_config, mesh)
-    dense = 4 * sum(np.prod(v.get_value().shape) for _, v in declared(model) if v.get_metadata("role") == "kernel")
+    dense = 4 * sum(
+        np.prod(v.get_value().shape)
+        for _, v in declared(model)
+        if v.get_metadata("role") == "kernel"
+    )
     stage = stages(run_config.context)[0]
-    need, _ = fit.compile_step("", take_apart(run_config, model, mesh), abstract_batch(1, 1, 32, mesh), stage.pattern, None)
+    need, _ = fit.compile_step(
+        "", take_apart(run_config, model, mesh), abstract_batch(1, 1, 32, mesh), stage.pattern, None
+    )
     assert need.base < dense / 6 and need.temporary < dense / 4
 
 
@@ -172,11 +224,14 @@ def test_lora_over_an_nf4_base_learns(run_config, tmp_path):
     assert isinstance(model.layers[0].mlp.up_proj.kernel.get_value(), Quantised)
 
 
-@pytest.mark.parametrize("fields,line", [
-    ({"train_type": "full"}, "model.quantize='nf4' holds frozen kernels and train_type='full'"),
-    ({"memory.remat": "none"}, "memory.remat='none'.*model.quantize='nf4'"),
-    ({"model.quantize": "int3"}, "model.quantize='int3' is none of"),
-])
+@pytest.mark.parametrize(
+    "fields,line",
+    [
+        ({"train_type": "full"}, "model.quantize='nf4' holds frozen kernels and train_type='full'"),
+        ({"memory.remat": "none"}, "memory.remat='none'.*model.quantize='nf4'"),
+        ({"model.quantize": "int3"}, "model.quantize='int3' is none of"),
+    ],
+)
 def test_combinations_that_cannot_be_are_refused(run_config, fields, line):
     run_config.update_from_flattened_dict({"model.quantize": "nf4"} | fields)
     with pytest.raises(ConfigError, match=line):

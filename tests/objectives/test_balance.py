@@ -1,4 +1,6 @@
-"""The load of experts and the loss that balances it: as transformers', and the same however the model is run."""
+"""The load of experts and the loss that balances it: as transformers', and the same however the
+model is run.
+"""
 
 import functools
 
@@ -30,10 +32,26 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 ONE = make_mesh(devices=jax.devices()[:1])
 SHIFTED = AttentionPattern("shifted", group=16)
 T = 48
-HF = {"model_type": "deepseek_v3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6,
-      "num_attention_heads": 4, "max_position_embeddings": T, "n_routed_experts": 8, "num_experts_per_tok": 2,
-      "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 2, "kv_lora_rank": 10,
-      "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "tie_word_embeddings": True}
+HF = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "max_position_embeddings": T,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 2,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "tie_word_embeddings": True,
+}
 
 
 def test_equals_transformers_in_value_and_in_the_gradient_of_a_factor(tmp_path):
@@ -56,16 +74,25 @@ def test_equals_transformers_in_value_and_in_the_gradient_of_a_factor(tmp_path):
     @jax.value_and_grad
     def balance(trainable):
         positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
-        _, load = nnx.merge(graphdef, trainable, frozen)(jnp.asarray(families.TOKENS), positions=positions, counted=mask != 0)
+        _, load = nnx.merge(graphdef, trainable, frozen)(
+            jnp.asarray(families.TOKENS), positions=positions, counted=mask != 0
+        )
         return balance_of(load, mask.sum())
+
     value, gradient = balance(trainable)
     assert value == pytest.approx(wanted.item(), rel=1e-6)
     write_adapter(nnx.merge(graphdef, gradient, frozen), tmp_path / "adapter", base_name="")
     ours = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    factors = {name.replace(".default", ""): x.grad.numpy() for name, x in adapted.named_parameters() if x.grad is not None}
+    factors = {
+        name.replace(".default", ""): x.grad.numpy()
+        for name, x in adapted.named_parameters()
+        if x.grad is not None
+    }
     assert factors.keys() == ours.keys()
     for name, grad in factors.items():
-        np.testing.assert_allclose(ours[name], grad, atol=1e-5 * max(np.abs(x).max() for x in factors.values()))
+        np.testing.assert_allclose(
+            ours[name], grad, atol=1e-5 * max(np.abs(x).max() for x in factors.values())
+        )
 
 
 def test_busiest_is_the_worst_expert_of_the_worst_layer():
@@ -77,15 +104,20 @@ def test_busiest_is_the_worst_expert_of_the_worst_layer():
 
 # ---------------------------------------------------------------- however the model is run
 
+
 def rows(count):
     """Packed rows, every other one ending in padding."""
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(1, 4, size=(count, T)), axis=1)
-    segments[1::2, -T // 5:] = 0
+    segments[1::2, -T // 5 :] = 0
     starts = np.diff(segments, axis=1, prepend=-1) != 0
     positions = np.arange(T) - np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
-    batch = {"tokens": rng.integers(0, 61, (count, T)), "targets": np.where(segments == 0, -100, 1), "segments": segments,
-             "positions": positions}
+    batch = {
+        "tokens": rng.integers(0, 61, (count, T)),
+        "targets": np.where(segments == 0, -100, 1),
+        "segments": segments,
+        "positions": positions,
+    }
     return {name: np.asarray(x, np.int32) for name, x in batch.items()}
 
 
@@ -96,7 +128,9 @@ def decoder(mesh, **changes):
     lora.mark_trainable(model, {"lora_a", "lora_b", "norm", "router"})
     rng = np.random.default_rng(0)
     for _, variable in declared(model):
-        variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.2, jnp.float32))
+        variable.set_value(
+            jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.2, jnp.float32)
+        )
     move(model, mesh)
     return model
 
@@ -112,18 +146,30 @@ def load_and_gradients(mesh, memory, pattern=FULL, count=4):
         def loss(trainable, frozen, micro, key):
             counted = micro["segments"] != 0
             model = nnx.merge(graphdef, trainable, frozen)
-            _, load = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], index=micro["index"],
-                            pattern=pattern, layout=layout, memory=memory, counted=counted)
+            _, load = model(
+                micro["tokens"],
+                positions=micro["positions"],
+                segments=micro["segments"],
+                index=micro["index"],
+                pattern=pattern,
+                layout=layout,
+                memory=memory,
+                counted=counted,
+            )
             return balance_of(load, counted.sum()) * (micro["targets"] != -100).sum(), load
+
         (balance, load), gradients = accumulate(loss, trainable, frozen, batch, jax.random.key(0))
         return load, balance, gradients
+
     batch = place(rows(count), 2, mesh, layout)
     return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen), batch))
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    return functools.cache(lambda pattern, count: load_and_gradients(ONE, Memory("none"), pattern, count))
+    return functools.cache(
+        lambda pattern, count: load_and_gradients(ONE, Memory("none"), pattern, count)
+    )
 
 
 def assert_same(got, wanted):
@@ -133,16 +179,31 @@ def assert_same(got, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory,pattern", [
-    (Memory("full", layers_per_residual=2, tile=20), FULL), (Memory("attention", tile=20), SHIFTED),     # streamed
-    (Memory("full", offload=True), FULL)], ids=str)
+@pytest.mark.parametrize(
+    "memory,pattern",
+    [
+        # streamed
+        (Memory("full", layers_per_residual=2, tile=20), FULL),
+        (Memory("attention", tile=20), SHIFTED),
+        (Memory("full", offload=True), FULL),
+    ],
+    ids=str,
+)
 def test_the_load_is_the_same_whatever_is_kept(one_device, memory, pattern):
     assert_same(load_and_gradients(ONE, memory, pattern), one_device(pattern, 4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes,count", [({"expert": 2, "fsdp": 2, "sequence": 2}, 8), ({"expert": 4, "tensor": 2}, 8),
-                                         ({"data": 2, "expert": 4}, 16), ({"sequence": 4, "tensor": 2}, 4)], ids=str)
+@pytest.mark.parametrize(
+    "sizes,count",
+    [
+        ({"expert": 2, "fsdp": 2, "sequence": 2}, 8),
+        ({"expert": 4, "tensor": 2}, 8),
+        ({"data": 2, "expert": 4}, 16),
+        ({"sequence": 4, "tensor": 2}, 4),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tile", [0, 7])
 def test_the_load_over_devices_is_that_of_one(one_device, sizes, count, tile):
     got = load_and_gradients(make_mesh(**sizes), Memory("full", tile=tile), count=count)
@@ -151,19 +212,26 @@ def test_the_load_over_devices_is_that_of_one(one_device, sizes, count, tile):
 
 # ---------------------------------------------------------------- in the step
 
+
 def parts(*, dense=False, coefficient=0.0):
     c = default_config()
     c.model.path, c.model.dtype, c.memory.remat = "tiny", "float32", "none"
     c.training.router_aux_loss_coef = coefficient
-    return take_apart(c, decoder(ONE, first_k_dense_replace=HF["num_hidden_layers"] if dense else 2), ONE)
+    return take_apart(
+        c, decoder(ONE, first_k_dense_replace=HF["num_hidden_layers"] if dense else 2), ONE
+    )
 
 
 def test_a_model_without_experts_has_nothing_to_balance():
     batch = place(rows(4), 2, ONE, None)
     made = parts(dense=True)
-    metrics = jax.eval_shape(lambda *args: made.step(*args, FULL), made.state, made.frozen, batch)[1]
+    metrics = jax.eval_shape(lambda *args: made.step(*args, FULL), made.state, made.frozen, batch)[
+        1
+    ]
     assert not {"load_balancing_loss", "expert_load_max"} & set(metrics)
-    with pytest.raises(ConfigError, match="coef=0.01 balances experts, and model.path='tiny' has none: set it to 0"):
+    with pytest.raises(
+        ConfigError, match="coef=0.01 balances experts, and model.path='tiny' has none: set it to 0"
+    ):
         parts(dense=True, coefficient=0.01)
     c = default_config()
     c.training.router_aux_loss_coef = -1.0
@@ -181,7 +249,9 @@ def test_the_step_reports_it_and_minimises_it_where_it_is_told_to(one_device):
         made = parts(coefficient=coefficient)
         seen[coefficient] = made.step(made.state, made.frozen, batch, FULL)[1]
         assert seen[coefficient]["load_balancing_loss"] == pytest.approx(balance / tokens, rel=1e-5)
-        assert seen[coefficient]["expert_load_max"] == pytest.approx(float(busiest_of(load)), rel=1e-6)
+        assert seen[coefficient]["expert_load_max"] == pytest.approx(
+            float(busiest_of(load)), rel=1e-6
+        )
     assert seen[1e5]["loss"] == pytest.approx(float(seen[0.0]["loss"]), rel=1e-6)
     norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(gradients))) / tokens
     assert seen[1e5]["grad_norm"] == pytest.approx(1e5 * norm, rel=1e-2)

@@ -11,8 +11,11 @@ def make(B=2, T=37, D=16, V=50, ignored=0.3, seed=0):
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, V, size=(B, T))
     targets[rng.random((B, T)) < ignored] = -100
-    return (jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32), jnp.asarray(rng.normal(size=(V, D)), jnp.float32),
-            jnp.asarray(targets, jnp.int32))
+    return (
+        jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32),
+        jnp.asarray(rng.normal(size=(V, D)), jnp.float32),
+        jnp.asarray(targets, jnp.int32),
+    )
 
 
 def dense(hidden, head, targets, softcap=None):
@@ -22,13 +25,19 @@ def dense(hidden, head, targets, softcap=None):
     return -jnp.sum(jnp.where(targets == -100, 0, picked))
 
 
-@pytest.mark.parametrize("chunk,softcap", [(1, None), (8, None), (10, None), (1024, None), (10, 3.0)])
+@pytest.mark.parametrize(
+    "chunk,softcap", [(1, None), (8, None), (10, None), (1024, None), (10, 3.0)]
+)
 def test_equals_the_dense_loss_and_its_gradients(chunk, softcap):
     hidden, head, targets = make()
     ours = lambda h, w: 3 * cross_entropy(h, w, targets, chunk=chunk, softcap=softcap)
     theirs = lambda h, w: 3 * dense(h, w, targets, softcap)
-    for got, wanted in zip(*(jax.value_and_grad(f, (0, 1))(hidden, head) for f in (ours, theirs)), strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
+    for got, wanted in zip(
+        *(jax.value_and_grad(f, (0, 1))(hidden, head) for f in (ours, theirs)), strict=True
+    ):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted
+        )
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -36,13 +45,18 @@ def test_a_low_rank_update_is_as_if_it_were_in_the_head(devices):
     hidden, head, targets = make(T=36)
     rng = np.random.default_rng(1)
     a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 3), (50, 3)))
-    layout = None if devices == 1 else Layout(make_mesh(sequence=2, tensor=2, devices=jax.devices()[:4]))
+    layout = (
+        None if devices == 1 else Layout(make_mesh(sequence=2, tensor=2, devices=jax.devices()[:4]))
+    )
 
     @jax.jit
     def ours(hidden, a, b):
         return cross_entropy(hidden, head, targets, chunk=7, layout=layout, update=(hidden @ a, b))
+
     got = jax.value_and_grad(ours, (0, 1, 2))(hidden, a, b)
-    wanted = jax.value_and_grad(lambda h, a, b: dense(h, head + b @ a.T, targets), (0, 1, 2))(hidden, a, b)
+    wanted = jax.value_and_grad(lambda h, a, b: dense(h, head + b @ a.T, targets), (0, 1, 2))(
+        hidden, a, b
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, wanted)
 
 
@@ -51,12 +65,16 @@ def test_ignored_targets_give_exactly_nothing():
     gradient = jax.grad(lambda h: cross_entropy(h, head, targets, chunk=8))(hidden)
     assert not np.any(gradient[np.asarray(targets) == -100])
     other = jnp.where((targets == -100)[..., None], 1e3, hidden)
-    assert cross_entropy(hidden, head, targets, chunk=8) == cross_entropy(other, head, targets, chunk=8)
+    assert cross_entropy(hidden, head, targets, chunk=8) == cross_entropy(
+        other, head, targets, chunk=8
+    )
 
 
 def test_no_target_at_all_is_zero():
     hidden, head, targets = make(ignored=1.1)
-    value, gradients = jax.value_and_grad(lambda h, w: cross_entropy(h, w, targets, chunk=8), (0, 1))(hidden, head)
+    value, gradients = jax.value_and_grad(
+        lambda h, w: cross_entropy(h, w, targets, chunk=8), (0, 1)
+    )(hidden, head)
     assert value == 0 and not any(np.any(g) for g in gradients)
 
 
@@ -67,7 +85,10 @@ def test_a_tied_head_gets_both_gradients():
 
     def tied(loss):
         return jax.grad(lambda w: loss(jnp.tanh(w[tokens]), w, targets))(head)
-    np.testing.assert_allclose(tied(lambda *a: cross_entropy(*a, chunk=8)), tied(dense), rtol=2e-5, atol=2e-5)
+
+    np.testing.assert_allclose(
+        tied(lambda *a: cross_entropy(*a, chunk=8)), tied(dense), rtol=2e-5, atol=2e-5
+    )
 
 
 def test_neither_logits_of_every_token_nor_a_frozen_heads_gradient_exist():
@@ -75,13 +96,24 @@ def test_neither_logits_of_every_token_nor_a_frozen_heads_gradient_exist():
 
     def temporaries(f, *arguments):
         return jax.jit(f).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
     logits = 512 * 4096 * 4
-    assert temporaries(jax.grad(lambda h: cross_entropy(h, head, targets, chunk=32)), hidden) < logits / 4
+    assert (
+        temporaries(jax.grad(lambda h: cross_entropy(h, head, targets, chunk=32)), hidden)
+        < logits / 4
+    )
 
     def program(which):
-        return str(jax.make_jaxpr(jax.grad(lambda h, w: cross_entropy(h, w, targets, chunk=32), which))(hidden, head))
+        return str(
+            jax.make_jaxpr(jax.grad(lambda h, w: cross_entropy(h, w, targets, chunk=32), which))(
+                hidden, head
+            )
+        )
+
     assert "512,4096" not in program(0)
-    assert "f32[4096,16] = dot_general" in program((0, 1)) and "f32[4096,16] = dot_general" not in program(0)
+    assert "f32[4096,16] = dot_general" in program(
+        (0, 1)
+    ) and "f32[4096,16] = dot_general" not in program(0)
 
 
 def test_bfloat16_sums_in_float32():
@@ -95,6 +127,13 @@ def test_capped_logits_of_a_head_that_is_spread_over_devices():
     """50 rows on 4 devices: the padding of the last slice is far beyond the cap."""
     hidden, head, targets = make(T=32)
     layout = Layout(make_mesh(sequence=4, devices=jax.devices()[:4]), "ring")
-    got, wanted = (jax.jit(jax.value_and_grad(lambda h, w: cross_entropy(h, w, targets, chunk=8, softcap=2.0, layout=where),
-                                              (0, 1)))(hidden, head) for where in (layout, None))
+    got, wanted = (
+        jax.jit(
+            jax.value_and_grad(
+                lambda h, w: cross_entropy(h, w, targets, chunk=8, softcap=2.0, layout=where),
+                (0, 1),
+            )
+        )(hidden, head)
+        for where in (layout, None)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)

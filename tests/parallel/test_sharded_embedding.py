@@ -10,9 +10,10 @@ from lljax.parallel.sharding import Layout, make_mesh
 
 
 @pytest.mark.parametrize("mesh", [None, {"sequence": 8}, {"data": 2, "sequence": 2, "tensor": 2}])
-@pytest.mark.parametrize("V", [61, 5])       # dealt to no number of devices evenly; fewer rows than devices
+# dealt to no number of devices evenly; fewer rows than devices
+@pytest.mark.parametrize("V", [61, 5])
 def test_lookup_equals_the_rows_of_the_table(monkeypatch, mesh, V):
-    monkeypatch.setattr(vocabulary, "CHUNK", 24)         # tokens of a device are no multiple of it
+    monkeypatch.setattr(vocabulary, "CHUNK", 24)  # tokens of a device are no multiple of it
     layout = None if mesh is None else Layout(make_mesh(**mesh), "halo")
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.normal(size=(V, 12)), jnp.float32)
@@ -21,6 +22,7 @@ def test_lookup_equals_the_rows_of_the_table(monkeypatch, mesh, V):
 
     def of(lookup):
         return jax.jit(jax.value_and_grad(lambda table: jnp.sum(lookup(table) * weights)))(table)
+
     got = of(lambda table: vocabulary.lookup(table, tokens, dtype=jnp.float32, layout=layout))
     wanted = of(lambda table: table[tokens])
     np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)

@@ -25,14 +25,27 @@ def need(**changes):
     return fit.Need(**sizes | changes)
 
 
-@pytest.mark.parametrize("changes,refuse,message", [
-    ({}, True, r"does not fit: 64 full needs 3.00 GiB of a device's memory and there are 2.00: set memory.tile=4096; "
-     r"memory.offload=True; memory.layers_per_residual=2, .* memory.refuse=False"),
-    ({}, False, None), ({"peak": fit.GiB}, True, None),
-    ({"compiled": False}, False, r"needs 3.00 GiB of a device's"),
-    ({"peak": fit.GiB, "host": 9 * fit.GiB}, True, r"needs 9.00 GiB of host memory for residuals and a device can have "
-     r"4.00 \(on a GPU no more than XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB\): set memory.layers_per_residual=2; "
-     r"memory.layers_per_residual=4; memory.offload=False, or spread it")])
+@pytest.mark.parametrize(
+    "changes,refuse,message",
+    [
+        (
+            {},
+            True,
+            r"does not fit: 64 full needs 3.00 GiB of a device's memory and there are 2.00: set memory.tile=4096; "
+            r"memory.offload=True; memory.layers_per_residual=2, .* memory.refuse=False",
+        ),
+        ({}, False, None),
+        ({"peak": fit.GiB}, True, None),
+        ({"compiled": False}, False, r"needs 3.00 GiB of a device's"),
+        (
+            {"peak": fit.GiB, "host": 9 * fit.GiB},
+            True,
+            r"needs 9.00 GiB of host memory for residuals and a device can have "
+            r"4.00 \(on a GPU no more than XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB\): set memory.layers_per_residual=2; "
+            r"memory.layers_per_residual=4; memory.offload=False, or spread it",
+        ),
+    ],
+)
 def test_what_cannot_fit_is_one_line_with_advice(changes, refuse, message):
     config = default_config()
     config.memory.refuse = refuse
@@ -45,7 +58,10 @@ def test_what_cannot_fit_is_one_line_with_advice(changes, refuse, message):
 def test_a_refusal_of_the_tpu_compiler_is_read():
     class Step:
         def lower(self, *_):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 23.61G of 15.75G hbm.")
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory. Used 23.61G of 15.75G hbm."
+            )
+
     state = type("State", (), {"trainable": {}, "optimizer": {}})
     parts = type("Parts", (), {"step": Step(), "state": state, "frozen": {}})
     seen, program = fit.compile_step("64 full", parts, {}, None, None)
@@ -54,10 +70,12 @@ def test_a_refusal_of_the_tpu_compiler_is_read():
 
 def test_a_cpu_has_its_share_of_the_machine():
     memory, host = fit.capacity(make_mesh(fsdp=-1))
-    assert memory == host and 2 ** 27 < memory < 2 ** 40
+    assert memory == host and 2**27 < memory < 2**40
 
 
-def test_the_loop_shows_the_plan_and_refuses_before_it_reads_weights(run_config, tmp_path, monkeypatch, caplog):
+def test_the_loop_shows_the_plan_and_refuses_before_it_reads_weights(
+    run_config, tmp_path, monkeypatch, caplog
+):
     run_config.context.schedule = ((4, 32, "full"),)
     monkeypatch.setattr(fit, "capacity", lambda mesh: (1000.0, 1e12))
     monkeypatch.setattr(loop, "fill", lambda *_: pytest.fail("weights were read"))
@@ -70,12 +88,30 @@ def test_what_the_pool_of_a_gpu_has_given_before_counts():
     needs = [need(label="short", host=33 * fit.GiB), need(label="long", host=70 * fit.GiB)]
     assert fit.with_pool(needs, "tpu", 1e12) == needs
     assert [n.host // fit.GiB for n in fit.with_pool(needs, "gpu", 107 * fit.GiB)] == [33, 134]
-    with pytest.raises(ConfigError, match="long needs 134.00 GiB of host memory for residuals and a device can have 107.00"):
-        fit.check(fit.with_pool(needs, "gpu", 107 * fit.GiB), 4 * fit.GiB, 107 * fit.GiB, default_config(), (LayerSpec(),) * 4)
+    with pytest.raises(
+        ConfigError,
+        match="long needs 134.00 GiB of host memory for residuals and a device can have 107.00",
+    ):
+        fit.check(
+            fit.with_pool(needs, "gpu", 107 * fit.GiB),
+            4 * fit.GiB,
+            107 * fit.GiB,
+            default_config(),
+            (LayerSpec(),) * 4,
+        )
 
 
-@pytest.mark.parametrize("held_out,every,lengths", [
-    (0.1, 0, [64]), (0.0, 3, []), (0.1, 4, [32, 64]), (0.1, 5, [48, 64]), (0.1, 6, [48, 64]), (0.1, 100, [64])])
+@pytest.mark.parametrize(
+    "held_out,every,lengths",
+    [
+        (0.1, 0, [64]),
+        (0.0, 3, []),
+        (0.1, 4, [32, 64]),
+        (0.1, 5, [48, 64]),
+        (0.1, 6, [48, 64]),
+        (0.1, 100, [64]),
+    ],
+)
 def test_a_run_evaluates_on_rows_of_its_stages(held_out, every, lengths):
     config = default_config()
     config.data.valid_fraction, config.training.eval_every = held_out, every
@@ -92,53 +128,92 @@ def test_an_evaluation_takes_a_layer_a_tile_at_a_time_as_its_step_does():
     batch, taken = abstract_batch(1, 1, 1024, mesh), []
     for tile in (0, 64):
         config.memory.tile = tile
-        parts = take_apart(config, placed_model(config, TINY | {"intermediate_size": 1024}, mesh), mesh)
+        parts = take_apart(
+            config, placed_model(config, TINY | {"intermediate_size": 1024}, mesh), mesh
+        )
         evaluate = make_evaluate(parts.graphdef, step_settings(config))
         need, _ = fit.compile_evaluation("evaluation", evaluate, parts, batch, None)
         taken.append(need.temporary)
-        assert need.peak >= need.base + need.trainable + need.optimizer + need.temporary and need.optimizer > 0
+        assert (
+            need.peak >= need.base + need.trainable + need.optimizer + need.temporary
+            and need.optimizer > 0
+        )
     step, _ = fit.compile_step("step", parts, batch, FULL, None)
     assert taken[1] < taken[0] / 2 and taken[1] < step.temporary
 
 
 def full(*_, **__):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 34359738368 bytes.\nmore\nlines")
+    raise jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 34359738368 bytes.\nmore\nlines"
+    )
 
 
 def test_a_device_that_runs_out_of_memory_is_one_line_and_another_failure_is_left_as_it_is():
-    for saved, told in ((lambda: None, "no checkpoint is there yet"), (lambda: 3, "the last checkpoint is of step 3")):
-        with pytest.raises(OutOfMemory, match=f"a step: .*34359738368 bytes.*: a way out; {told}") as raised, \
-                fit.in_memory("a step", "a way out", saved):
+    for saved, told in (
+        (lambda: None, "no checkpoint is there yet"),
+        (lambda: 3, "the last checkpoint is of step 3"),
+    ):
+        with (
+            pytest.raises(
+                OutOfMemory, match=f"a step: .*34359738368 bytes.*: a way out; {told}"
+            ) as raised,
+            fit.in_memory("a step", "a way out", saved),
+        ):
             full()
         assert raised.value.exit_code == 71 and "\n" not in str(raised.value)
-    with pytest.raises(OutOfMemory, match="a step: the host is out of memory for residuals .*: raise XLA_PJRT_GPU_HOST_"), \
-            fit.in_memory("a step", "a way out", lambda: None):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 96.00GiB with "
-                                         "allocator xla_gpu_host_bfc on device 0.")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), fit.in_memory("a step", "rest", lambda: None):
+    with (
+        pytest.raises(
+            OutOfMemory,
+            match="a step: the host is out of memory for residuals .*: raise XLA_PJRT_GPU_HOST_",
+        ),
+        fit.in_memory("a step", "a way out", lambda: None),
+    ):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 96.00GiB with "
+            "allocator xla_gpu_host_bfc on device 0."
+        )
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        fit.in_memory("a step", "rest", lambda: None),
+    ):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
 
 def test_advice_is_a_sentence_where_no_setting_is_left():
     config = default_config()
-    assert fit.advice(config, (LayerSpec(),) * 4).startswith("set memory.tile=4096; memory.offload=True; memory.layers_per")
+    assert fit.advice(config, (LayerSpec(),) * 4).startswith(
+        "set memory.tile=4096; memory.offload=True; memory.layers_per"
+    )
     config.memory.tile, config.memory.offload, config.memory.layers_per_residual = 64, True, 4
     assert fit.advice(config, (LayerSpec(),) * 4) == "spread it over more devices"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when,told", [
-    ("weights", "reading the weights: .*: spread them .*; no checkpoint is there yet"),
-    ("step", "step 5, stage 64 full: .*: set memory.tile=4096; memory.offload=True; memory.layers_per_residual=2, or .*; "
-             "the last checkpoint is of step 3, and the settings of memory and mesh may change"),
-    ("evaluation", "evaluation of 64 tokens after step 5: .*: lower memory.loss_chunk.* is of step 3")],
-    ids=["weights", "step", "evaluation"])
-def test_a_run_that_runs_out_of_memory_says_where_and_what_is_saved(run_config, one_device, tmp_path, monkeypatch, when, told):
+@pytest.mark.parametrize(
+    "when,told",
+    [
+        ("weights", "reading the weights: .*: spread them .*; no checkpoint is there yet"),
+        (
+            "step",
+            "step 5, stage 64 full: .*: set memory.tile=4096; memory.offload=True; memory.layers_per_residual=2, or .*; "
+            "the last checkpoint is of step 3, and the settings of memory and mesh may change",
+        ),
+        (
+            "evaluation",
+            "evaluation of 64 tokens after step 5: .*: lower memory.loss_chunk.* is of step 3",
+        ),
+    ],
+    ids=["weights", "step", "evaluation"],
+)
+def test_a_run_that_runs_out_of_memory_says_where_and_what_is_saved(
+    run_config, one_device, tmp_path, monkeypatch, when, told
+):
     compile_step = fit.compile_step
 
     def compiled(label, *rest):
         need, program = compile_step(label, *rest)
         return need, full if when == "step" and label == "64 full" else program
+
     monkeypatch.setattr(fit, "compile_step", compiled)
     if when != "step":
         monkeypatch.setattr(loop, "fill" if when == "weights" else "_evaluate", full)

@@ -1,4 +1,6 @@
-"""The page says what the run did, needs nothing but itself, and survives whatever a run leaves behind."""
+"""The page says what the run did, needs nothing but itself, and survives whatever a run leaves
+behind.
+"""
 
 import json
 import math
@@ -19,15 +21,31 @@ VOID = {"meta", "br", "hr", "img", "rect", "path", "circle", "line", "polyline"}
 
 def record(step, **changes):
     stage = next(i for i, (until, _, _) in enumerate(SCHEDULE) if step <= until)
-    return {"step": step, "stage": stage, "length": SCHEDULE[stage][1], "attention": SCHEDULE[stage][2],
-            "learning_rate": 1e-4, "loss": 3.0 - 0.01 * step, "grad_norm": 0.5 + 0.1 * math.sin(step),
-            "tokens": 7000.0, "z": 0.0, "nonfinite": False, "spike": False, "skipped": False, "bad": 0,
-            "tokens_per_second": 9000.0, "seconds": 1.0} | changes
+    return {
+        "step": step,
+        "stage": stage,
+        "length": SCHEDULE[stage][1],
+        "attention": SCHEDULE[stage][2],
+        "learning_rate": 1e-4,
+        "loss": 3.0 - 0.01 * step,
+        "grad_norm": 0.5 + 0.1 * math.sin(step),
+        "tokens": 7000.0,
+        "z": 0.0,
+        "nonfinite": False,
+        "spike": False,
+        "skipped": False,
+        "bad": 0,
+        "tokens_per_second": 9000.0,
+        "seconds": 1.0,
+    } | changes
 
 
 def page(workdir, records, *, config=None, **files):
     workdir.mkdir(exist_ok=True)
-    config = config or {"model": {"path": "base"}, "context": {"length": 32768, "schedule": SCHEDULE}}
+    config = config or {
+        "model": {"path": "base"},
+        "context": {"length": 32768, "schedule": SCHEDULE},
+    }
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     for name, content in files.items():
@@ -58,20 +76,57 @@ def check_nesting(text):
 
 
 def coordinates(text):
-    return [float(number) for svg in re.findall(r"<svg.*?</svg>", text, re.S)
-            for value in re.findall(r' (?:x|y|cx|cy|d|points)="([^"]*)"', svg)
-            for number in re.findall(r"-?\d+\.?\d*|nan|inf", value)]
+    return [
+        float(number)
+        for svg in re.findall(r"<svg.*?</svg>", text, re.S)
+        for value in re.findall(r' (?:x|y|cx|cy|d|points)="([^"]*)"', svg)
+        for number in re.findall(r"-?\d+\.?\d*|nan|inf", value)
+    ]
 
 
 def test_a_whole_run_is_told(tmp_path):
-    table = {"columns": ["model", "512"], "rows": [["base", 18.2], ["adapter", "16.44"]], "caption": "Perplexity"}
-    part = {"documents": 7872, "tokens": 56780736, "trained_tokens": 34636248, "lengths": {"p50": 4096, "max": 130211},
-            "histogram": {"edges": [128, 256, 512], "counts": [12, 80]}}
-    text = page(tmp_path / "run", [record(s) for s in range(1, 41)] + [{"step": 40, "eval": {"loss@32768": 2.125}}],
-                run={"parameters": 8_212_000_000, "trainable": 30_670_848, "devices": 8, "device": "TPU v5"},
-                evaluation={"tables": [table]}, data_statistics={"train": part, "valid": part | {"documents": 152}})
-    for told in ("run", "TPU v5", "30.7M", "280", "2.125", "16.44", "Perplexity", "7,872", "152", "130,211",
-                 "export.py", "--format=peft", "evaluate.py", "generate.py", "vllm", "schedule"):
+    table = {
+        "columns": ["model", "512"],
+        "rows": [["base", 18.2], ["adapter", "16.44"]],
+        "caption": "Perplexity",
+    }
+    part = {
+        "documents": 7872,
+        "tokens": 56780736,
+        "trained_tokens": 34636248,
+        "lengths": {"p50": 4096, "max": 130211},
+        "histogram": {"edges": [128, 256, 512], "counts": [12, 80]},
+    }
+    text = page(
+        tmp_path / "run",
+        [record(s) for s in range(1, 41)] + [{"step": 40, "eval": {"loss@32768": 2.125}}],
+        run={
+            "parameters": 8_212_000_000,
+            "trainable": 30_670_848,
+            "devices": 8,
+            "device": "TPU v5",
+        },
+        evaluation={"tables": [table]},
+        data_statistics={"train": part, "valid": part | {"documents": 152}},
+    )
+    for told in (
+        "run",
+        "TPU v5",
+        "30.7M",
+        "280",
+        "2.125",
+        "16.44",
+        "Perplexity",
+        "7,872",
+        "152",
+        "130,211",
+        "export.py",
+        "--format=peft",
+        "evaluate.py",
+        "generate.py",
+        "vllm",
+        "schedule",
+    ):
         assert told in text, told
     for title in ("Loss", "Learning rate", "Gradient norm"):
         assert title in text
@@ -87,7 +142,9 @@ def test_every_stage_is_labelled_with_its_length_and_attention(tmp_path):
 
 def test_nothing_is_fetched_from_anywhere(tmp_path):
     text = page(tmp_path, [record(1)])
-    assert not re.search(r"(?:src|href)\s*=|@import|url\(|https?://", text.replace("http://www.w3.org/2000/svg", ""))
+    assert not re.search(
+        r"(?:src|href)\s*=|@import|url\(|https?://", text.replace("http://www.w3.org/2000/svg", "")
+    )
 
 
 def test_where_the_peak_is_not_known_there_is_no_utilisation(tmp_path):
@@ -96,35 +153,76 @@ def test_where_the_peak_is_not_known_there_is_no_utilisation(tmp_path):
 
 def test_light_and_dark_and_a_phone(tmp_path):
     text = page(tmp_path, [record(1)])
-    assert "prefers-color-scheme: dark" in text.replace(":dark", ": dark") and 'name="viewport"' in text
+    assert (
+        "prefers-color-scheme: dark" in text.replace(":dark", ": dark")
+        and 'name="viewport"' in text
+    )
 
 
 @pytest.mark.parametrize("where", ["config", "eval", "table", "device", "finding", "charts"])
 def test_what_a_user_wrote_is_text_and_not_markup(tmp_path, where):
     evil = "<script>alert(1)</script>\"'&"
     config = {"model": {"path": evil if where == "config" else "base"}, "data": {"train": [evil]}}
-    tables = {"tables": [{"columns": [evil], "rows": [[evil]], "caption": evil}]} if where == "table" else {}
+    tables = (
+        {"tables": [{"columns": [evil], "rows": [[evil]], "caption": evil}]}
+        if where == "table"
+        else {}
+    )
     if where in ("finding", "charts"):
-        lines = {"kind": "curves", "title": evil, "log": False, "lengths": [512, 1024], "lines": {evil: [1.0, 2.0]}}
-        grid = {"kind": "heatmap", "title": evil, "lengths": [512], "rows": [evil], "values": [[1.0]], "samples": [1]}
-        tables = {"finding": [dict.fromkeys(("what", "before", "after", "note", "between"), evil)], "charts": [lines, grid]}
-    run = {"parameters": 10, "trainable": 1, "devices": 1, "device": evil if where == "device" else "cpu"}
+        lines = {
+            "kind": "curves",
+            "title": evil,
+            "log": False,
+            "lengths": [512, 1024],
+            "lines": {evil: [1.0, 2.0]},
+        }
+        grid = {
+            "kind": "heatmap",
+            "title": evil,
+            "lengths": [512],
+            "rows": [evil],
+            "values": [[1.0]],
+            "samples": [1],
+        }
+        tables = {
+            "finding": [dict.fromkeys(("what", "before", "after", "note", "between"), evil)],
+            "charts": [lines, grid],
+        }
+    run = {
+        "parameters": 10,
+        "trainable": 1,
+        "devices": 1,
+        "device": evil if where == "device" else "cpu",
+    }
     evaluation = {"step": 1, "eval": {evil if where == "eval" else "loss@512": 1.0}}
     text = page(tmp_path, [record(1), evaluation], config=config, run=run, evaluation=tables)
     assert "<script" not in text and "&lt;script&gt;" in text
 
 
-@pytest.mark.parametrize("records", [
-    [],
-    [record(1)],
-    [record(1), record(2)],
-    [record(s, loss="nan", grad_norm="nan", nonfinite=True, skipped=True, bad=s) for s in range(1, 6)],
-    [record(s, grad_norm="inf" if s == 3 else 1.0, nonfinite=s == 3, skipped=s == 3) for s in range(1, 6)],
-    [record(s, loss=0.0, grad_norm=0.0, learning_rate=0.0, tokens_per_second=0.0) for s in range(1, 6)],
-    [record(s, loss=10.0 ** (s % 9), grad_norm=10.0 ** (s % 30 - 15)) for s in range(1, 41)],
-    [record(s, loss=2.0001) for s in range(30, 34)],
-    [record(3), {"step": 3, "eval": {"loss@512": "nan", "perplexity@512": "inf"}}],
-], ids=["none", "one", "two", "all nan", "inf", "zero", "huge", "resumed", "nan evaluation"])
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [record(1)],
+        [record(1), record(2)],
+        [
+            record(s, loss="nan", grad_norm="nan", nonfinite=True, skipped=True, bad=s)
+            for s in range(1, 6)
+        ],
+        [
+            record(s, grad_norm="inf" if s == 3 else 1.0, nonfinite=s == 3, skipped=s == 3)
+            for s in range(1, 6)
+        ],
+        [
+            record(s, loss=0.0, grad_norm=0.0, learning_rate=0.0, tokens_per_second=0.0)
+            for s in range(1, 6)
+        ],
+        [record(s, loss=10.0 ** (s % 9), grad_norm=10.0 ** (s % 30 - 15)) for s in range(1, 41)],
+        [record(s, loss=2.0001) for s in range(30, 34)],
+        [record(3), {"step": 3, "eval": {"loss@512": "nan", "perplexity@512": "inf"}}],
+    ],
+    ids=["none", "one", "two", "all nan", "inf", "zero", "huge", "resumed", "nan evaluation"],
+)
 def test_whatever_a_run_leaves_gives_a_sane_page(tmp_path, records):
     text = page(tmp_path, records)
     assert all(math.isfinite(number) for number in coordinates(text))
@@ -140,6 +238,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
 def test_a_step_that_was_not_finite_is_marked_among_the_alarms(tmp_path):
     def marks(text):
         return len(re.findall(r'class="(?:mark|skipped|warned)[^"]*"', text))
+
     calm = [record(s) for s in range(1, 11)]
     bad = calm[:4] + [record(5, grad_norm="inf", nonfinite=True, skipped=True)] + calm[5:]
     assert marks(page(tmp_path / "calm", calm)) == 0 and marks(page(tmp_path / "bad", bad)) == 1
@@ -147,8 +246,14 @@ def test_a_step_that_was_not_finite_is_marked_among_the_alarms(tmp_path):
 
 def test_a_rollback_is_counted_and_marked_where_the_run_went_on(tmp_path):
     back = {"to": 4, "from": 8, "loss": 90.0, "loss_z": 70.0, "grad_norm": 3.0, "z": 1.0}
-    text = page(tmp_path, [record(s) for s in range(1, 5)] + [record(5, rollbacks=[back])] + [record(6)])
-    assert "1 rolled back" in text and "back to step 4 from step 8: loss 90" in text and text.count('<circle class="back"') == 1
+    text = page(
+        tmp_path, [record(s) for s in range(1, 5)] + [record(5, rollbacks=[back])] + [record(6)]
+    )
+    assert (
+        "1 rolled back" in text
+        and "back to step 4 from step 8: loss 90" in text
+        and text.count('<circle class="back"') == 1
+    )
 
 
 def test_a_long_run_still_gives_a_small_page(tmp_path):
@@ -165,26 +270,58 @@ def test_the_script_writes_it_and_says_in_a_line_why_it_cannot(tmp_path, monkeyp
         except SystemExit as ended:
             code = ended.code
         return code, *capsys.readouterr()
+
     page(tmp_path / "run", [record(1)])
     assert script(tmp_path / "run") == (0, f"{tmp_path / 'run' / 'report.html'}\n", "")
     (tmp_path / "run" / "report.html").unlink()
     (tmp_path / "run" / "report.html").mkdir()
-    for workdir, told in ((tmp_path, "no run was started there"), (tmp_path / "run", "report.html cannot be written")):
+    for workdir, told in (
+        (tmp_path, "no run was started there"),
+        (tmp_path / "run", "report.html cannot be written"),
+    ):
         code, _, errors = script(workdir)
         assert code == 2 and told in errors and errors.count("\n") == 1
 
 
 def evaluated(**changes):
-    finding = {"what": "Perplexity at 4,096 tokens", "before": "111.21", "after": "18.90", "note": "n=5"}
-    chart = {"kind": "curves", "title": "By length", "log": True, "lengths": [512, 1024], "lines": {"base": [20.0, None]}}
-    grid = {"kind": "heatmap", "title": "Needles", "lengths": [512], "rows": ["0%"], "values": [[50.0]], "samples": [3]}
-    return {"finding": [finding], "charts": [chart, grid],
-            "tables": [{"columns": ["task", "512"], "rows": [["vt", "90.0 (n=5)"]], "caption": "Scores"}]} | changes
+    finding = {
+        "what": "Perplexity at 4,096 tokens",
+        "before": "111.21",
+        "after": "18.90",
+        "note": "n=5",
+    }
+    chart = {
+        "kind": "curves",
+        "title": "By length",
+        "log": True,
+        "lengths": [512, 1024],
+        "lines": {"base": [20.0, None]},
+    }
+    grid = {
+        "kind": "heatmap",
+        "title": "Needles",
+        "lengths": [512],
+        "rows": ["0%"],
+        "values": [[50.0]],
+        "samples": [3],
+    }
+    return {
+        "finding": [finding],
+        "charts": [chart, grid],
+        "tables": [
+            {"columns": ["task", "512"], "rows": [["vt", "90.0 (n=5)"]], "caption": "Scores"}
+        ],
+    } | changes
 
 
 def test_the_finding_comes_first_from_an_evaluation_or_else_from_those_while_training(tmp_path):
-    records = [record(1), *({"step": step, "eval": {"perplexity@512": 9.0, "perplexity@4096": value}}
-                            for step, value in ((10, 30.0), (20, 25.0), (40, 20.5)))]
+    records = [
+        record(1),
+        *(
+            {"step": step, "eval": {"perplexity@512": 9.0, "perplexity@4096": value}}
+            for step, value in ((10, 30.0), (20, 25.0), (40, 20.5))
+        ),
+    ]
     text = page(tmp_path / "a", records, evaluation=evaluated())
     assert 0 < text.index("111.21 <span>&#8594;</span> <b>18.90</b>") < text.index("<dt>steps</dt>")
     assert "base &#8594; trained, n=5" in text and "step 10 to" not in text
@@ -192,42 +329,98 @@ def test_the_finding_comes_first_from_an_evaluation_or_else_from_those_while_tra
     assert "30.00 <span>&#8594;</span> <b>20.50</b>" in text and "at 4,096 tokens" in text
     assert "step 10 to step 40, while training" in text
     assert "class='facts finding'" not in page(tmp_path / "c", [record(1)])
-    assert "<b>20.50</b>" in page(tmp_path / "d", [record(1), records[-1]]) and "<span>" not in "".join(
-        re.findall("<dl class='facts finding'>.*?</dl>", (tmp_path / "d" / "report.html").read_text()))
+    assert "<b>20.50</b>" in page(
+        tmp_path / "d", [record(1), records[-1]]
+    ) and "<span>" not in "".join(
+        re.findall(
+            "<dl class='facts finding'>.*?</dl>", (tmp_path / "d" / "report.html").read_text()
+        )
+    )
 
 
-def test_charts_are_drawn_in_the_colours_of_the_page_and_every_value_has_its_column_beside_it(tmp_path):
+def test_charts_are_drawn_in_the_colours_of_the_page_and_every_value_has_its_column_beside_it(
+    tmp_path,
+):
     lines = {name: [50.0, 60.0] for name in ("one", "two", "three")}
-    text = page(tmp_path, [], evaluation=evaluated(charts=[
-        {"kind": "curves", "title": "Equal", "log": False, "lengths": [512, 1024], "lines": lines}, evaluated()["charts"][1]]))
+    text = page(
+        tmp_path,
+        [],
+        evaluation=evaluated(
+            charts=[
+                {
+                    "kind": "curves",
+                    "title": "Equal",
+                    "log": False,
+                    "lengths": [512, 1024],
+                    "lines": lines,
+                },
+                evaluated()["charts"][1],
+            ]
+        ),
+    )
     looks = [re.findall(rf'class="series{i}(?: ring)?"[^>]*', text) for i in range(3)]
-    assert all(len(each) == 3 for each in looks)     # a line and two rings, of unlike sizes where they lie on each other
+    # a line and two rings, of unlike sizes where they lie on each other
+    assert all(len(each) == 3 for each in looks)
     assert len({re.search(r'r="([\d.]+)"', each[1])[1] for each in looks}) == 3
     assert all(f"<i class='series{i}'></i>{name}" in text for i, name in enumerate(lines))
     assert "n=3" in text and not re.search(r'(?:fill|stroke)="', text)
-    assert "<td data-column='task'>vt</td><td class='number' data-column='512'>90.0 (n=5)</td>" in text
+    assert (
+        "<td data-column='task'>vt</td><td class='number' data-column='512'>90.0 (n=5)</td>" in text
+    )
 
 
 def test_what_the_lm_evaluation_harness_left_in_the_folder_is_told_and_the_newest_of_it(tmp_path):
     def left(name, accuracy, **more):
         path = tmp_path / "run" / "lm_eval" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({
-            "results": {"arc_easy": {"alias": "arc_easy", "acc,none": accuracy, "acc_stderr,none": 0.04, "acc_norm,none": 0.25,
-                                     "acc_norm_stderr,none": "N/A"}},
-            "n-shot": {"arc_easy": 5}, "n-samples": {"arc_easy": {"original": 2376, "effective": 50}},
-            "config": {"model": "lljax", "model_args": "workdir=runs/x"}} | more))
+        path.write_text(
+            json.dumps(
+                {
+                    "results": {
+                        "arc_easy": {
+                            "alias": "arc_easy",
+                            "acc,none": accuracy,
+                            "acc_stderr,none": 0.04,
+                            "acc_norm,none": 0.25,
+                            "acc_norm_stderr,none": "N/A",
+                        }
+                    },
+                    "n-shot": {"arc_easy": 5},
+                    "n-samples": {"arc_easy": {"original": 2376, "effective": 50}},
+                    "config": {"model": "lljax", "model_args": "workdir=runs/x"},
+                }
+                | more
+            )
+        )
+
     left("results_2026-01-02T10.json", 0.375)
     left("sub/results_2026-01-01T10.json", 0.125)
     left("results_2026-01-03T10.json", 0.5, config=[], results=5)
     text = page(tmp_path / "run", [record(1)])
     cells = re.findall(r"<tr>(<td data-column='task'>arc_easy.*?)</tr>", text)
     told = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in cells]
-    assert told == [["arc_easy", "workdir=runs/x", "5", "acc", "0.3750", "0.04000", "50"],
-                    ["arc_easy", "workdir=runs/x", "5", "acc_norm", "0.2500", "&#8211;", "50"]]
+    assert told == [
+        ["arc_easy", "workdir=runs/x", "5", "acc", "0.3750", "0.04000", "50"],
+        ["arc_easy", "workdir=runs/x", "5", "acc_norm", "0.2500", "&#8211;", "50"],
+    ]
 
 
-ODD = [None, True, -1, 10 ** 400, float("nan"), 1e308, "", "x" * 100_000, [], {}, [[]], {"a": {"b": []}}, "\ud800", "<script>"]
+ODD = [
+    None,
+    True,
+    -1,
+    10**400,
+    float("nan"),
+    1e308,
+    "",
+    "x" * 100_000,
+    [],
+    {},
+    [[]],
+    {"a": {"b": []}},
+    "\ud800",
+    "<script>",
+]
 
 
 def mutated(rng, value):
@@ -240,29 +433,53 @@ def mutated(rng, value):
 
 def test_files_that_hold_anything_give_a_page_of_the_rest(tmp_path):
     rng = random.Random(0)
-    part = {"documents": 5, "tokens": 50, "trained_tokens": 40, "lengths": {"p50": 4},
-            "histogram": {"edges": [1, 2], "counts": [5]}}
-    profile = {"steps": [2, 3], "devices": 8, "seconds": 2.0, "computing": 1.2, "collectives": 0.5, "data": 0.1, "hidden": 0.3}
-    files = {"config": {"model": {"path": "base"}, "context": {"length": 32768, "schedule": SCHEDULE}}, "profile": profile,
-             "run": {"parameters": 10, "trainable": 1, "devices": 1, "device": "cpu"}, "evaluation": evaluated(),
-             "data_statistics": {"train": part}, "results_1": {"results": {"arc": {"acc,none": 0.5}}, "config": {}}}
-    records = [record(step) for step in range(1, 12)] + [{"step": 11, "eval": {"perplexity@512": 9.0}}]
+    part = {
+        "documents": 5,
+        "tokens": 50,
+        "trained_tokens": 40,
+        "lengths": {"p50": 4},
+        "histogram": {"edges": [1, 2], "counts": [5]},
+    }
+    profile = {
+        "steps": [2, 3],
+        "devices": 8,
+        "seconds": 2.0,
+        "computing": 1.2,
+        "collectives": 0.5,
+        "data": 0.1,
+        "hidden": 0.3,
+    }
+    files = {
+        "config": {"model": {"path": "base"}, "context": {"length": 32768, "schedule": SCHEDULE}},
+        "profile": profile,
+        "run": {"parameters": 10, "trainable": 1, "devices": 1, "device": "cpu"},
+        "evaluation": evaluated(),
+        "data_statistics": {"train": part},
+        "results_1": {"results": {"arc": {"acc,none": 0.5}}, "config": {}},
+    }
+    records = [record(step) for step in range(1, 12)] + [
+        {"step": 11, "eval": {"perplexity@512": 9.0}}
+    ]
     for _ in range(25):
         for name, content in files.items():
             (tmp_path / f"{name}.json").write_text(json.dumps(mutated(rng, content)))
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(mutated(rng, each)) + "\n" for each in records))
+        (tmp_path / "metrics.jsonl").write_text(
+            "".join(json.dumps(mutated(rng, each)) + "\n" for each in records)
+        )
         text = write_report(tmp_path).read_text()
         check_nesting(text)
         assert "<script" not in text and len(text) < 200_000
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"5", b"1" * 5000, b"{}", b'{"tables": 1e999}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"[" * 100_000, b"5", b"1" * 5000, b"{}", b'{"tables": 1e999}']
+)
 def test_a_damaged_evaluation_is_passed_over_and_the_rest_is_told(tmp_path, content, caplog):
     page(tmp_path, [record(1)])
     (tmp_path / "evaluation.json").write_bytes(content)
     assert "trained tokens" in write_report(tmp_path).read_text()
     (tmp_path / "evaluation.json").unlink()
-    (tmp_path / "evaluation.json").symlink_to("/dev/zero")       # which never ends
+    (tmp_path / "evaluation.json").symlink_to("/dev/zero")  # which never ends
     assert "trained tokens" in write_report(tmp_path).read_text()
 
 
@@ -273,8 +490,16 @@ def test_a_picture_that_is_a_link_or_no_png_is_not_shown(tmp_path):
     (run / "link.png").symlink_to(tmp_path / "secret")
     (run / "text.png").write_text("text")
     (run / "good.png").write_bytes(b"\x89PNG" + b"g" * 40)
-    text = page(run, [], evaluation={"images": [{"file": name, "title": "a"} for name in (
-        "link.png", "text.png", "../secret", "good.png", "gone.png")]})
+    text = page(
+        run,
+        [],
+        evaluation={
+            "images": [
+                {"file": name, "title": "a"}
+                for name in ("link.png", "text.png", "../secret", "good.png", "gone.png")
+            ]
+        },
+    )
     assert text.count("<img") == 1
 
 
@@ -282,14 +507,37 @@ def test_two_may_write_the_report_at_the_same_time(tmp_path):
     page(tmp_path, [record(s) for s in range(1, 41)])
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: write_report(tmp_path), range(40)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "report.html",
+    ]
 
 
 def test_a_trace_shows_as_a_bar_of_parts_that_make_up_the_step(tmp_path):
-    profile = {"steps": [20, 21, 22], "devices": 8, "seconds": 2.0, "computing": 1.2, "collectives": 0.5, "data": 0.1,
-               "hidden": 0.3}
+    profile = {
+        "steps": [20, 21, 22],
+        "devices": 8,
+        "seconds": 2.0,
+        "computing": 1.2,
+        "collectives": 0.5,
+        "data": 0.1,
+        "hidden": 0.3,
+    }
     text = page(tmp_path, [record(1)], profile=profile)
-    widths = [float(w) for w in re.findall(r'class="part\d" x="[\d.]+" y="26" width="([\d.]+)"', text)]
-    assert len(widths) == 4 and sum(widths) == pytest.approx(480, abs=0.3) and widths[0] == pytest.approx(288, abs=0.1)
-    for told in ("steps 20 to 22", "8 devices", "A step of 2.0 s", "waiting for data", "collectives behind computing"):
+    widths = [
+        float(w) for w in re.findall(r'class="part\d" x="[\d.]+" y="26" width="([\d.]+)"', text)
+    ]
+    assert (
+        len(widths) == 4
+        and sum(widths) == pytest.approx(480, abs=0.3)
+        and widths[0] == pytest.approx(288, abs=0.1)
+    )
+    for told in (
+        "steps 20 to 22",
+        "8 devices",
+        "A step of 2.0 s",
+        "waiting for data",
+        "collectives behind computing",
+    ):
         assert told in text, told

@@ -1,4 +1,6 @@
-"""The picture of values and their spread: a row for each name that has any, marks where the values are."""
+"""The picture of values and their spread: a row for each name that has any, marks where the values
+are.
+"""
 
 import io
 
@@ -25,7 +27,7 @@ def test_rows_are_as_many_as_have_values_and_means_lie_in_order():
     low, high = (columns(picture, row, spread.BAR) for row in (0, 1))
     assert low.mean() < high.mean()
     # A unit of value is PLOT / 10 wide: 1.41 and 0.5 are the standard deviations.
-    for bar, deviation in ((low, 2 ** 0.5), (high, 0.5)):
+    for bar, deviation in ((low, 2**0.5), (high, 0.5)):
         assert np.ptp(bar) == pytest.approx(2 * deviation * spread.PLOT / 10, abs=4)
 
 

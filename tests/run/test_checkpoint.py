@@ -1,4 +1,6 @@
-"""What was saved comes back bit for bit or not at all, on whatever mesh; a damaged step never costs a sound one."""
+"""What was saved comes back bit for bit or not at all, on whatever mesh; a damaged step never costs
+a sound one.
+"""
 
 import contextlib
 import itertools
@@ -25,28 +27,46 @@ IDENTITY = {"base": "b" * 64, "tokenizer": "t", "data": "d", "lora.rank": 8}
 
 
 def mesh(*shape):
-    devices = np.array(jax.devices()[:int(np.prod(shape))]).reshape(shape)
-    return Mesh(devices, ("data", "fsdp")[-len(shape):])
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, ("data", "fsdp")[-len(shape) :])
 
 
 def state(where: Mesh, seed: int = 0):
-    """A trained subtree with the optax.partition state of two roles, after one update, and what else a step carries."""
+    """A trained subtree with the optax.partition state of two roles, after one update, and what
+    else a step carries.
+    """
     rows = NamedSharding(where, PartitionSpec(None, "fsdp"))
-    trainable = {"a": jax.device_put(jax.random.normal(jax.random.key(seed), (3, 8, 4)), rows),
-                 "norm": jnp.array([0.0, -0.0, 1e-40, 3.0], jnp.bfloat16)}
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.partition(
-        {"lora_a": optax.adamw(1e-3), "norm": optax.adamw(1e-4)}, {"a": "lora_a", "norm": "norm"}))
+    trainable = {
+        "a": jax.device_put(jax.random.normal(jax.random.key(seed), (3, 8, 4)), rows),
+        "norm": jnp.array([0.0, -0.0, 1e-40, 3.0], jnp.bfloat16),
+    }
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.partition(
+            {"lora_a": optax.adamw(1e-3), "norm": optax.adamw(1e-4)},
+            {"a": "lora_a", "norm": "norm"},
+        ),
+    )
     _, moments = optimizer.update(trainable, optimizer.init(trainable), trainable)
-    return {"trainable": trainable, "rest": {
-        "optimizer": moments, "step": jnp.int32(seed), "key": jax.random.key_data(jax.random.key(seed)),
-        "norms": jnp.array([1.5, np.nan, -np.inf], jnp.float32), "bad": jnp.int32(0)}}
+    return {
+        "trainable": trainable,
+        "rest": {
+            "optimizer": moments,
+            "step": jnp.int32(seed),
+            "key": jax.random.key_data(jax.random.key(seed)),
+            "norms": jnp.array([1.5, np.nan, -np.inf], jnp.float32),
+            "bad": jnp.int32(0),
+        },
+    }
 
 
 def like(items, where: Mesh):
     """Where `items` are to lie on another mesh."""
+
     def place(x):
         spec = PartitionSpec(None, "fsdp") if x.ndim == 3 else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(where, spec))
+
     return jax.tree.map(place, items)
 
 
@@ -96,7 +116,9 @@ def test_an_array_gathered_in_slices_has_the_checksum_of_the_whole(monkeypatch):
 def test_what_changes_after_save_returns_is_not_in_the_checkpoint(tmp_path):
     c, before = checkpoints(tmp_path), state(mesh(8))
     expected = bits(before)
-    spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x + jnp.ones_like(x), tree), donate_argnums=0)
+    spoil = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x + jnp.ones_like(x), tree), donate_argnums=0
+    )
     c.save(1, before, {}, IDENTITY)
     after = jax.block_until_ready(spoil(before))
     c.close()
@@ -125,7 +147,11 @@ def test_due_by_steps_or_by_minutes_since_the_last_save(tmp_path):
 
 def test_nothing_saved_is_none(tmp_path):
     c = checkpoints(tmp_path)
-    assert c.steps() == [] and c.identity() is None and c.restore(like(state(mesh(8)), mesh(8))) is None
+    assert (
+        c.steps() == []
+        and c.identity() is None
+        and c.restore(like(state(mesh(8)), mesh(8))) is None
+    )
 
 
 def test_a_missing_step_lists_the_ones_there_are(tmp_path):
@@ -137,15 +163,24 @@ def test_a_missing_step_lists_the_ones_there_are(tmp_path):
 # ---------------------------------------------------------------- rollback
 def test_the_last_checkpoint_to_go_back_to_is_kept_beside_the_newest(tmp_path):
     c = checkpoints(tmp_path, keep=2, rollback=True)
-    for step in (10, 13, 20, 23, 25, 27):    # those between were saved by the clock
+    for step in (10, 13, 20, 23, 25, 27):  # those between were saved by the clock
         c.save(step, state(mesh(8), step), {}, IDENTITY)
     c.close()
     assert checkpoints(tmp_path).steps() == [20, 25, 27]
 
 
-@pytest.mark.parametrize("since,damaged,back,left", [
-    (0, (), 20, [10, 13, 20]), (20, (), 20, [10, 13, 20]), (0, (20,), 13, [10, 13]), (21, (), None, [10, 13, 20, 23])])
-def test_a_rollback_finds_the_newest_sound_one_of_a_multiple_and_deletes_what_came_after(tmp_path, since, damaged, back, left):
+@pytest.mark.parametrize(
+    "since,damaged,back,left",
+    [
+        (0, (), 20, [10, 13, 20]),
+        (20, (), 20, [10, 13, 20]),
+        (0, (20,), 13, [10, 13]),
+        (21, (), None, [10, 13, 20, 23]),
+    ],
+)
+def test_a_rollback_finds_the_newest_sound_one_of_a_multiple_and_deletes_what_came_after(
+    tmp_path, since, damaged, back, left
+):
     c, before = checkpoints(tmp_path, keep=9), state(mesh(8), 20)
     for step in (10, 13, 20, 23):
         c.save(step, state(mesh(8), step), {}, IDENTITY)
@@ -205,13 +240,16 @@ DAMAGE = {
 def test_a_damaged_step_is_set_aside_for_the_one_before(tmp_path, damage, caplog):
     saved(tmp_path, 10, 20)
     damage(tmp_path / "checkpoints" / "20")
-    (tmp_path / "damaged-checkpoint-20").mkdir()         # of an earlier misfortune
+    (tmp_path / "damaged-checkpoint-20").mkdir()  # of an earlier misfortune
     c, before = checkpoints(tmp_path), state(mesh(8), 10)
     assert c.identity() == IDENTITY
     with caplog.at_level(logging.WARNING):
         step, items, loader = c.restore(like(before, mesh(8)))
     assert (step, loader) == (10, {"row": 10}) and bits(items) == bits(before)
-    assert any("step 20" in record.getMessage() and "step 10" in record.getMessage() for record in caplog.records)
+    assert any(
+        "step 20" in record.getMessage() and "step 10" in record.getMessage()
+        for record in caplog.records
+    )
     assert c.steps() == [10] and (tmp_path / "damaged-checkpoint-20-2").is_dir()
     c.save(20, state(mesh(8), 20), {}, IDENTITY, wait=True)
     assert c.steps() == [10, 20]
@@ -221,7 +259,9 @@ def test_another_place_in_the_data_is_damage_too(tmp_path):
     """What the note says is not in the checksums of the arrays."""
     saved(tmp_path, 10, 20)
     note = tmp_path / "checkpoints" / "20" / "note" / "metadata"
-    note.write_text(note.read_text().replace('"row": 20', '"row": 21').replace('"row":20', '"row":21'))
+    note.write_text(
+        note.read_text().replace('"row": 20', '"row": 21').replace('"row":20', '"row":21')
+    )
     step, _, loader = checkpoints(tmp_path).restore(like(state(mesh(8)), mesh(8)))
     assert (step, loader) == (10, {"row": 10})
 
@@ -272,7 +312,9 @@ def test_another_model_is_refused_by_leaf_and_nothing_is_moved(tmp_path):
     c, other = checkpoints(tmp_path), like(state(mesh(8)), mesh(8))
     everywhere = NamedSharding(mesh(8), PartitionSpec())
     other["trainable"]["a"] = jax.ShapeDtypeStruct((3, 8, 16), jnp.float32, sharding=everywhere)
-    with pytest.raises(ConfigError, match=r"trainable\['a'\] as \[\[3, 8, 4\], 'float32'\].*needs \[\[3, 8, 16\]"):
+    with pytest.raises(
+        ConfigError, match=r"trainable\['a'\] as \[\[3, 8, 4\], 'float32'\].*needs \[\[3, 8, 16\]"
+    ):
         c.restore(other)
     assert c.steps() == [10, 20]
 
@@ -291,10 +333,13 @@ def test_a_reader_touches_nothing_of_a_run_that_goes_on(tmp_path):
 def test_a_save_that_fails_is_said_in_one_line_and_costs_no_other(tmp_path, caplog):
     c = checkpoints(tmp_path)
     c.save(10, state(mesh(8), 10), {}, IDENTITY, wait=True)
-    before = limit_file_size(2_000)                      # stands for a full disk
+    before = limit_file_size(2_000)  # stands for a full disk
     try:
         c.save(20, state(mesh(8), 20), {}, IDENTITY)
-        with caplog.at_level(logging.WARNING), pytest.raises(LljaxError, match="could not be written.*is of step 10"):
+        with (
+            caplog.at_level(logging.WARNING),
+            pytest.raises(LljaxError, match="could not be written.*is of step 10"),
+        ):
             c.save(30, state(mesh(8), 30), {}, IDENTITY, wait=True)
         assert any("could not be written" in record.getMessage() for record in caplog.records)
     finally:
@@ -317,12 +362,13 @@ def test_a_reader_looks_again_where_the_run_has_deleted_what_it_saw(tmp_path, mo
     reader, begun = checkpoints(tmp_path, read_only=True), []
     original = Checkpoints._note
 
-    def goes_on(self, step):                 # between the look and the read, twice
+    def goes_on(self, step):  # between the look and the read, twice
         if len(begun) < 2:
             begun.append(step)
             shutil.rmtree(tmp_path / "checkpoints" / str(step))
             saved(tmp_path, step + 10)
         return original(self, step)
+
     monkeypatch.setattr(Checkpoints, "_note", goes_on)
     assert reader.restore(like(state(mesh(8)), mesh(8)))[0] == 30 and begun == [10, 20]
     begun.clear()
@@ -351,8 +397,11 @@ def test_killed_at_any_moment_the_last_committed_step_restores_and_the_leavings_
     wanted = {"trainable": {"w": abstract(jnp.zeros((256, 256)))}}
     last = 0
     for pause in (0.3, 0.55, 0.8):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path / str(pause))], stdout=subprocess.PIPE,
-                                   env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path / str(pause))],
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
         process.stdout.readline()
         time.sleep(pause)
         process.kill()
@@ -370,7 +419,9 @@ def test_killed_at_any_moment_the_last_committed_step_restores_and_the_leavings_
 
 
 # ---------------------------------------------------------------- identity
-@pytest.mark.parametrize("field,value", [("base", "c" * 64), ("tokenizer", "u"), ("data", "e"), ("lora.rank", 16)])
+@pytest.mark.parametrize(
+    "field,value", [("base", "c" * 64), ("tokenizer", "u"), ("data", "e"), ("lora.rank", 16)]
+)
 def test_a_changed_run_is_refused_by_the_name_of_what_changed(tmp_path, field, value):
     saved(tmp_path, 10)
     before = checkpoints(tmp_path).identity()
@@ -378,24 +429,44 @@ def test_a_changed_run_is_refused_by_the_name_of_what_changed(tmp_path, field, v
     with pytest.raises(ConfigError) as refusal:
         check_identity(before, IDENTITY | {field: value})
     text = str(refusal.value)
-    assert field in text and str(IDENTITY[field])[:60] in text and str(value)[:60] in text and "\n" not in text
+    assert (
+        field in text
+        and str(IDENTITY[field])[:60] in text
+        and str(value)[:60] in text
+        and "\n" not in text
+    )
 
 
 def test_tuples_and_lists_of_a_config_are_the_same_identity():
-    check_identity({"context.schedule": [[10, 64, "full"]]}, {"context.schedule": ((10, 64, "full"),)})
+    check_identity(
+        {"context.schedule": [[10, 64, "full"]]}, {"context.schedule": ((10, 64, "full"),)}
+    )
 
 
 OLD = [[4, 32, "shifted"], [8, 64, "full"]]
 
 
-@pytest.mark.parametrize("new,may", [
-    ([[4, 32, "shifted"], [9, 64, "full"]], True), ([*OLD, [12, 64, "shifted"]], True),
-    ([[4, 32, "shifted"], [9, 64, "full"], [12, 96, "full"]], True), (OLD, True),
-    ([[4, 32, "shifted"], [6, 64, "full"], [12, 96, "full"]], False), ([[4, 32, "full"], [9, 64, "full"]], False),
-    ([[5, 32, "shifted"], [9, 64, "full"]], False), ([[4, 32, "shifted"]], False), ([[12, 32, "shifted"]], False)])
+@pytest.mark.parametrize(
+    "new,may",
+    [
+        ([[4, 32, "shifted"], [9, 64, "full"]], True),
+        ([*OLD, [12, 64, "shifted"]], True),
+        ([[4, 32, "shifted"], [9, 64, "full"], [12, 96, "full"]], True),
+        (OLD, True),
+        ([[4, 32, "shifted"], [6, 64, "full"], [12, 96, "full"]], False),
+        ([[4, 32, "full"], [9, 64, "full"]], False),
+        ([[5, 32, "shifted"], [9, 64, "full"]], False),
+        ([[4, 32, "shifted"]], False),
+        ([[12, 32, "shifted"]], False),
+    ],
+)
 def test_a_schedule_may_become_longer_where_it_was_done_and_its_beginning_is_the_same(new, may):
     saved, now = {"context.schedule": OLD}, {"context.schedule": tuple(map(tuple, new))}
-    with contextlib.nullcontext() if may else pytest.raises(ConfigError, match="another context.schedule"):
+    with (
+        contextlib.nullcontext()
+        if may
+        else pytest.raises(ConfigError, match="another context.schedule")
+    ):
         check_identity(saved, now, step=8)
     if new != OLD:
         hint = "when step 8 is done it may be made longer" if may else "another context.schedule"
@@ -419,5 +490,7 @@ def test_a_folder_that_checkpoints_could_not_be_read_back_from_is_refused(tmp_pa
 def test_runs_begun_before_special_tokens_were_kept_go_on_and_the_cause_is_named_before_its_consequence():
     check_identity({"base": "b"}, {"base": "b", "special_tokens": {"eos_token": "</s>"}})
     with pytest.raises(ConfigError, match="another special_tokens"):
-        check_identity({"data": 1, "special_tokens": {"eos_token": "</s>"}},
-                       {"data": 2, "special_tokens": {"eos_token": "<e>"}})
+        check_identity(
+            {"data": 1, "special_tokens": {"eos_token": "</s>"}},
+            {"data": 2, "special_tokens": {"eos_token": "<e>"}},
+        )

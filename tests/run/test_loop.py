@@ -25,7 +25,7 @@ from lljax.report.records import read_metrics
 from lljax.run import loop
 from lljax.run.restore import read_config, restore_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TIMES = ("seconds", "tokens_per_second", "data_seconds")
 
 
@@ -42,12 +42,23 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.mark.parametrize("optimizer,stops", [
-    ("adamw", (5,)), pytest.param("adamw", (2, 4, 7), marks=pytest.mark.slow),
-    pytest.param("q_galore", (7,), marks=pytest.mark.slow)])
-def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(run_config, tmp_path, optimizer, stops):
+@pytest.mark.parametrize(
+    "optimizer,stops",
+    [
+        ("adamw", (5,)),
+        pytest.param("adamw", (2, 4, 7), marks=pytest.mark.slow),
+        pytest.param("q_galore", (7,), marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(
+    run_config, tmp_path, optimizer, stops
+):
     if optimizer == "q_galore":
-        run_config.train_type, run_config.optimizer.name, run_config.optimizer.galore.update_every = "full", optimizer, 3
+        (
+            run_config.train_type,
+            run_config.optimizer.name,
+            run_config.optimizer.galore.update_every,
+        ) = "full", optimizer, 3
     whole = loop.train(run_config, tmp_path / "whole")
     assert [r["length"] for r in records(tmp_path / "whole") if "loss" in r] == [32] * 4 + [64] * 4
 
@@ -59,6 +70,7 @@ def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(run_config, tmp_pat
             original(self, record)
             if record["step"] == step:
                 os.kill(os.getpid(), signal.SIGTERM)
+
         return original, step_and_stop
 
     for step in stops:
@@ -78,18 +90,24 @@ def test_a_base_that_pissa_changed_is_the_same_when_the_run_goes_on(run_config, 
     base = open_base(run_config.model.path)
     first, again = (build_model(run_config, base, mesh_of(run_config.mesh)) for _ in range(2))
     whole = load_base(base, first.spec, "float32")
-    assert_same(jax.tree.leaves(nnx.as_pure(nnx.state(first))), jax.tree.leaves(nnx.as_pure(nnx.state(again))))
+    assert_same(
+        jax.tree.leaves(nnx.as_pure(nnx.state(first))),
+        jax.tree.leaves(nnx.as_pure(nnx.state(again))),
+    )
     linear, kernel = first.layers[0].self_attn.q_proj, whole.layers[0].self_attn.q_proj.kernel[...]
     assert np.abs(linear.kernel[...] - kernel).max() > 0.01
     together = linear.kernel[...] + linear.lora.scale * linear.lora.a[...] @ linear.lora.b[...]
     np.testing.assert_allclose(together, kernel, atol=1e-5)
-    np.testing.assert_allclose(linear.lora.magnitude[...], np.linalg.norm(kernel, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        linear.lora.magnitude[...], np.linalg.norm(kernel, axis=1), rtol=1e-4
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("init,dora", [("pissa", False), ("pissa_niter_2", True), ("olora", False)])
 def test_runs_of_other_first_factors_resume_bitwise_and_export(run_config, tmp_path, init, dora):
     import transformers
+
     run_config.lora.init, run_config.lora.dora, run_config.training.neftune_alpha = init, dora, 5.0
     run_config.lora.dropout = 0.1
     whole = loop.train(run_config, tmp_path / "whole")
@@ -99,6 +117,7 @@ def test_runs_of_other_first_factors_resume_bitwise_and_export(run_config, tmp_p
         original(self, record)
         if record["step"] == 5:
             os.kill(os.getpid(), signal.SIGTERM)
+
     loop.Monitor.step = step_and_stop
     try:
         with pytest.raises(Stopped):
@@ -111,15 +130,22 @@ def test_runs_of_other_first_factors_resume_bitwise_and_export(run_config, tmp_p
     export_merged(model, base, tmp_path / "merged")
     tokens = np.random.default_rng(0).integers(0, 300, size=(2, 60))
     graphdef, state = nnx.split(whole)
-    ours = jax.jit(lambda state: (model := nnx.merge(graphdef, state)).logits(
-        model(tokens, positions=np.broadcast_to(np.arange(60), (2, 60)))))(state)
+    ours = jax.jit(
+        lambda state: (model := nnx.merge(graphdef, state)).logits(
+            model(tokens, positions=np.broadcast_to(np.arange(60), (2, 60)))
+        )
+    )(state)
     with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(torch.from_numpy(tokens)).logits
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(
+            torch.from_numpy(tokens)
+        ).logits
     np.testing.assert_allclose(theirs, ours, atol=1e-3)
 
 
 def test_accumulation_and_rows_are_the_same_step(run_config, tmp_path):
-    """8 rows at once, and 2 devices' worth of 8 in turn, over another mesh: the same mean over the same tokens."""
+    """8 rows at once, and 2 devices' worth of 8 in turn, over another mesh: the same mean over the
+    same tokens.
+    """
     run_config.context.schedule = ((3, 64, "full"),)
     run_config.training.rows, run_config.training.accumulate = 16, 1
     once = loop.train(run_config, tmp_path / "once")
@@ -130,8 +156,13 @@ def test_accumulation_and_rows_are_the_same_step(run_config, tmp_path):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-4)
 
 
-def test_another_run_is_not_resumed_nor_one_on_another_base_opened(run_config, one_device, tmp_path):
-    base, workdir = Path(shutil.copytree(run_config.model.path, tmp_path / "base")), tmp_path / "run"
+def test_another_run_is_not_resumed_nor_one_on_another_base_opened(
+    run_config, one_device, tmp_path
+):
+    base, workdir = (
+        Path(shutil.copytree(run_config.model.path, tmp_path / "base")),
+        tmp_path / "run",
+    )
     run_config.model.path, run_config.context.schedule = str(base), ((1, 32, "full"),)
     loop.train(run_config, workdir)
     for field, value in {"lora.rank": 8, "seed": 1, "data.valid_fraction": 0.3}.items():
@@ -139,11 +170,12 @@ def test_another_run_is_not_resumed_nor_one_on_another_base_opened(run_config, o
         changed.update_from_flattened_dict({field: value})
         with pytest.raises(ConfigError, match="another " + field.removesuffix(".valid_fraction")):
             loop.train(changed, workdir)
-    assert read_config(workdir).lora.rank == run_config.lora.rank        # what export goes by is still that of the weights
+    # what export goes by is still that of the weights
+    assert read_config(workdir).lora.rank == run_config.lora.rank
 
     weights = base / "model.safetensors"
     flipped = bytearray(weights.read_bytes())
-    flipped[-3] ^= 1                         # of the same shapes, as a later version of the same model has them
+    flipped[-3] ^= 1  # of the same shapes, as a later version of the same model has them
     weights.write_bytes(flipped)
     for opens in (lambda: restore_run(workdir), lambda: loop.train(run_config, workdir)):
         with pytest.raises(ConfigError, match="other weights than those this run was started with"):
@@ -158,23 +190,33 @@ def test_another_run_is_not_resumed_nor_one_on_another_base_opened(run_config, o
         restore_run(workdir)
 
 
-def test_a_finished_run_goes_on_under_a_longer_schedule_and_says_what_changes(run_config, one_device, tmp_path, caplog):
+def test_a_finished_run_goes_on_under_a_longer_schedule_and_says_what_changes(
+    run_config, one_device, tmp_path, caplog
+):
     run_config.context.schedule, run_config.data.valid_fraction = ((2, 32, "full"),), 0.0
     loop.train(run_config, tmp_path)
     run_config.context.schedule = ((3, 32, "full"),)
     with caplog.at_level("INFO"):
         loop.train(run_config, tmp_path)
     assert "resumed at step 2" in caplog.text and "ends at step 3, and not at 2" in caplog.text
-    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3] and read_config(tmp_path).context.schedule[-1][0] == 3
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3] and read_config(
+        tmp_path
+    ).context.schedule[-1][0] == 3
     run_config.context.schedule = ((2, 32, "full"),)
     with pytest.raises(ConfigError, match="another context.schedule"):
         loop.train(run_config, tmp_path)
 
 
-@pytest.mark.parametrize("changes,error", [
-    ({"lora.targets": (), "lora.also_train": ()}, "nothing would train"),
-    ({"data.valid_fraction": 1e-9}, "holds none of the 40 documents out")])
-def test_what_would_end_in_an_empty_success_is_refused_before_anything_is_computed(run_config, tmp_path, changes, error):
+@pytest.mark.parametrize(
+    "changes,error",
+    [
+        ({"lora.targets": (), "lora.also_train": ()}, "nothing would train"),
+        ({"data.valid_fraction": 1e-9}, "holds none of the 40 documents out"),
+    ],
+)
+def test_what_would_end_in_an_empty_success_is_refused_before_anything_is_computed(
+    run_config, tmp_path, changes, error
+):
     run_config.update_from_flattened_dict(changes)
     with pytest.raises((ConfigError, DataError), match=error):
         loop.train(run_config, tmp_path)
@@ -184,7 +226,9 @@ def test_what_would_end_in_an_empty_success_is_refused_before_anything_is_comput
 @pytest.mark.parametrize("name", [*loop.FILES, *loop.FOLDERS])
 def test_a_file_where_a_folder_belongs_and_the_reverse_are_one_line(run_config, tmp_path, name):
     (tmp_path / name).mkdir() if name in loop.FILES else (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=f"{tmp_path}: {name} is there and is no|is a directory") as refused:
+    with pytest.raises(
+        ConfigError, match=f"{tmp_path}: {name} is there and is no|is a directory"
+    ) as refused:
         loop.train(run_config, tmp_path)
     assert "\n" not in str(refused.value)
 
@@ -192,16 +236,22 @@ def test_a_file_where_a_folder_belongs_and_the_reverse_are_one_line(run_config, 
 def test_a_report_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
     def fails(_):
         raise FileNotFoundError(2, "No such file or directory", "report.html.tmp")
+
     monkeypatch.setattr(loop, "write_report", fails)
     loop._report(tmp_path)
     assert "the report could not be written (FileNotFoundError" in caplog.text
 
 
-def test_a_held_out_text_without_a_token_to_predict_has_no_perplexity(run_config, one_device, tmp_path, monkeypatch, capfd):
+def test_a_held_out_text_without_a_token_to_predict_has_no_perplexity(
+    run_config, one_device, tmp_path, monkeypatch, capfd
+):
     run_config.context.schedule = ((1, 32, "full"),)
     monkeypatch.setattr(loop, "eval_batches", lambda *_, **__: iter(()))
     loop.train(run_config, tmp_path)
-    assert not [r for r in records(tmp_path) if "eval" in r] and "there is no perplexity" in capfd.readouterr().err
+    assert (
+        not [r for r in records(tmp_path) if "eval" in r]
+        and "there is no perplexity" in capfd.readouterr().err
+    )
 
 
 def test_a_value_that_is_not_finite_is_no_beginning():
@@ -222,20 +272,30 @@ def test_a_nan_is_never_applied_and_stops_the_run_in_the_end(run_config, tmp_pat
 def test_exports_give_our_logits_in_pytorch(run_config, one_device, tmp_path):
     import peft
     import transformers
+
     model = loop.train(run_config, tmp_path / "run")
     _, _, base = restore_run(tmp_path / "run")
     tokens = np.random.default_rng(0).integers(0, 300, size=(2, 100))
-    ours = np.asarray(model.logits(model(tokens, positions=np.broadcast_to(np.arange(100), (2, 100)))))
+    ours = np.asarray(
+        model.logits(model(tokens, positions=np.broadcast_to(np.arange(100), (2, 100))))
+    )
 
     def compare(theirs):
         with torch.no_grad():
-            np.testing.assert_allclose(theirs.eval()(torch.from_numpy(tokens)).logits.numpy(), ours, atol=1e-3)
+            np.testing.assert_allclose(
+                theirs.eval()(torch.from_numpy(tokens)).logits.numpy(), ours, atol=1e-3
+            )
+
     export_merged(model, base, tmp_path / "merged")
     export_peft(model, base, tmp_path / "peft")
     export_split(model, base, tmp_path / "split")
     load = transformers.AutoModelForCausalLM.from_pretrained
     compare(load(tmp_path / "merged"))
-    compare(peft.PeftModel.from_pretrained(load(tmp_path / "split" / "base"), tmp_path / "split" / "adapter"))
+    compare(
+        peft.PeftModel.from_pretrained(
+            load(tmp_path / "split" / "base"), tmp_path / "split" / "adapter"
+        )
+    )
     rope = json.loads((tmp_path / "peft" / "rope.json").read_text())
     config = transformers.AutoConfig.from_pretrained(base.path, **rope)
     compare(peft.PeftModel.from_pretrained(load(base.path, config=config), tmp_path / "peft"))
@@ -246,8 +306,16 @@ def test_full_training_and_the_python_face(tiny, documents, run_config, tmp_path
     run_config.context.schedule = ((2, 32, "full"),)
     loop.train(run_config, tmp_path / "full")
     model, _ = lljax.prepare_model(tiny)
-    model = lljax.prepare_model(model, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
-                                        "use_longlora": True, "longlora_sequence_length": 64})
+    model = lljax.prepare_model(
+        model,
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj", "v_proj"],
+            "use_longlora": True,
+            "longlora_sequence_length": 64,
+        },
+    )
     lljax.train(model, data=documents, workdir=str(tmp_path / "api"), steps=4, training__rows=8)
     assert [r["attention"] for r in records(tmp_path / "api")] == ["shifted"] * 3 + ["full"]
 
@@ -255,7 +323,12 @@ def test_full_training_and_the_python_face(tiny, documents, run_config, tmp_path
 @pytest.mark.slow
 def test_weights_of_eight_bits_are_exported_as_they_were_computed_with(run_config, tmp_path):
     import transformers
-    run_config.train_type, run_config.optimizer.name, run_config.training.accumulate = "full", "q_galore", 2
+
+    run_config.train_type, run_config.optimizer.name, run_config.training.accumulate = (
+        "full",
+        "q_galore",
+        2,
+    )
     run_config.context.schedule = ((2, 32, "full"),)
     loop.train(run_config, tmp_path / "run")
     _, model, base = restore_run(tmp_path / "run")
@@ -268,7 +341,13 @@ def test_weights_of_eight_bits_are_exported_as_they_were_computed_with(run_confi
 
 
 def command(config, workdir, *overrides):
-    return [sys.executable, "scripts/train.py", f"--config={config}", f"--workdir={workdir}", *overrides]
+    return [
+        sys.executable,
+        "scripts/train.py",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
 
 
 def test_yaml_trains_and_bad_input_is_one_line(tiny, documents, tmp_path):
@@ -289,28 +368,51 @@ dtype: float32
 """)
 
     def run(config, *overrides):
-        done = subprocess.run(command(config, tmp_path / "run", *overrides), cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            command(config, tmp_path / "run", *overrides), cwd=ROOT, capture_output=True, text=True
+        )
         return done.returncode, done.stderr.strip().splitlines()[-1]
-    done = subprocess.run([sys.executable, ROOT / "scripts/train.py", "--config=run.yaml", "--workdir=a run"], cwd=tmp_path,
-                          capture_output=True, text=True)
+
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/train.py", "--config=run.yaml", "--workdir=a run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert "'a run/report.html'" in done.stdout and "scripts/export.py --workdir='a run'" in done.stdout
+    assert (
+        "'a run/report.html'" in done.stdout
+        and "scripts/export.py --workdir='a run'" in done.stdout
+    )
     assert (tmp_path / "a run" / "report.html").exists()
-    assert read_config(tmp_path / "a run").model.path == str(tmp_path / "base")      # found from any folder
+    # found from any folder
+    assert read_config(tmp_path / "a run").model.path == str(tmp_path / "base")
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: x\nlora_rnak: 3\n")
     code, line = run(f"configs/from_yaml.py:{bad}")
     assert code == 2 and "did you mean 'lora_rank'" in line
     code, line = run("configs/quickstart.py", "--config.lora.rnak=3")
     assert code == 2 and "rnak" in line
-    code, line = run("configs/quickstart.py", "--config.data.train=('/nowhere.jsonl',)", "--config.training.rows=8")
+    code, line = run(
+        "configs/quickstart.py",
+        "--config.data.train=('/nowhere.jsonl',)",
+        "--config.training.rows=8",
+    )
     assert code == 3 and "/nowhere.jsonl" in line
 
 
 @pytest.mark.slow
 def test_a_terminated_run_saves_and_exits_with_75_within_ten_seconds(tiny, documents, tmp_path):
-    process = subprocess.Popen(command("configs/quickstart.py", tmp_path / "run", f"--config.model.path={tiny}",
-                                       f"--config.data.train=('{documents}',)", "--config.training.rows=8"), cwd=ROOT)
+    process = subprocess.Popen(
+        command(
+            "configs/quickstart.py",
+            tmp_path / "run",
+            f"--config.model.path={tiny}",
+            f"--config.data.train=('{documents}',)",
+            "--config.training.rows=8",
+        ),
+        cwd=ROOT,
+    )
     wait_for_step(tmp_path / "run", 3, process)
     process.terminate()
     assert process.wait(timeout=10) == 75
@@ -318,7 +420,10 @@ def test_a_terminated_run_saves_and_exits_with_75_within_ten_seconds(tiny, docum
 
 
 def wait_for_step(workdir, step, process):
-    while not (workdir / "metrics.jsonl").exists() or max((r["step"] for r in read_metrics(workdir)), default=0) < step:
-        if process.poll() is not None:       # it was done before it could be caught
+    while (
+        not (workdir / "metrics.jsonl").exists()
+        or max((r["step"] for r in read_metrics(workdir)), default=0) < step
+    ):
+        if process.poll() is not None:  # it was done before it could be caught
             return
         time.sleep(0.02)

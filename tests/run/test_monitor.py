@@ -17,9 +17,23 @@ from lljax.run.monitor import Monitor
 
 
 def record(step, **changes):
-    return {"step": step, "stage": 0, "length": 512, "attention": "shifted", "loss": 3.0 + 1 / step,
-            "grad_norm": 0.1 * step, "learning_rate": 1e-4, "tokens": 500.0, "z": 0.0, "nonfinite": False,
-            "spike": False, "skipped": False, "bad": 0, "tokens_per_second": 12345.6, "seconds": 0.25} | changes
+    return {
+        "step": step,
+        "stage": 0,
+        "length": 512,
+        "attention": "shifted",
+        "loss": 3.0 + 1 / step,
+        "grad_norm": 0.1 * step,
+        "learning_rate": 1e-4,
+        "tokens": 500.0,
+        "z": 0.0,
+        "nonfinite": False,
+        "spike": False,
+        "skipped": False,
+        "bad": 0,
+        "tokens_per_second": 12345.6,
+        "seconds": 0.25,
+    } | changes
 
 
 def run(workdir, steps, *, start=0, total=10, evaluations=()):
@@ -34,8 +48,11 @@ def run(workdir, steps, *, start=0, total=10, evaluations=()):
 def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path):
     run(tmp_path / "whole", range(1, 11), evaluations=(3, 6, 9))
     run(tmp_path / "cut", range(1, 9), evaluations=(3, 6, 9))
-    run(tmp_path / "cut", range(7, 11), start=6, evaluations=(3, 6, 9))      # the checkpoint was of step 6
-    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    # the checkpoint was of step 6
+    run(tmp_path / "cut", range(7, 11), start=6, evaluations=(3, 6, 9))
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (
+        tmp_path / "whole/metrics.jsonl"
+    ).read_bytes()
     assert len(read_metrics(tmp_path / "cut")) == 13
 
 
@@ -60,10 +77,22 @@ def test_a_line_cut_short_by_a_kill_is_dropped_on_resume(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("damage", [
-    b'{"step": 2, "lo\xd3s": 2.0}', b'{"step": 2, "loss": 2.', b"5", b"{}", b'{"step": "2"}', b'{"step": true}', b"[" * 100_000,
-    b'{"step": 2}\xe2\x80\xa8{"step": 3}'])
-def test_a_damaged_line_is_passed_over_with_a_warning_and_those_after_it_stay(tmp_path, damage, caplog):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 2, "lo\xd3s": 2.0}',
+        b'{"step": 2, "loss": 2.',
+        b"5",
+        b"{}",
+        b'{"step": "2"}',
+        b'{"step": true}',
+        b"[" * 100_000,
+        b'{"step": 2}\xe2\x80\xa8{"step": 3}',
+    ],
+)
+def test_a_damaged_line_is_passed_over_with_a_warning_and_those_after_it_stay(
+    tmp_path, damage, caplog
+):
     run(tmp_path, range(1, 5))
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     lines[1] = damage
@@ -85,27 +114,33 @@ def test_a_log_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
         os.dup2(os.open(os.devnull, os.O_WRONLY), write)
 
 
-def test_without_room_for_tensorboard_there_is_a_warning_and_the_record(tmp_path, monkeypatch, caplog):
+def test_without_room_for_tensorboard_there_is_a_warning_and_the_record(
+    tmp_path, monkeypatch, caplog
+):
     def full(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(monitor.EventsWriter, "write_event", full)
     run(tmp_path, range(1, 4))
     assert len(read_metrics(tmp_path)) == 3 and caplog.text.count("tensorboard") == 1
 
 
 def test_the_time_left_is_that_of_the_stages_to_come(tmp_path, monkeypatch):
-    """By their FLOPs, and corrected by what was measured; and by what steps are not, such as evaluations."""
+    """By their FLOPs, and corrected by what was measured; and by what steps are not, such as
+    evaluations.
+    """
     now = [0.0]
     monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: now[0]))
     left = monitor._TimeLeft([(10, 1e12), (20, 4e12), (30, 8e12)])
     told = []
     for step in range(1, 21):
-        seconds = 9.0 if step == 1 else 1.0 if step <= 10 else 5.0           # the first warms up; 5 where 4 was to be expected
+        # the first warms up; 5 where 4 was to be expected
+        seconds = 9.0 if step == 1 else 1.0 if step <= 10 else 5.0
         now[0] += seconds
         told.append(left.after(step, seconds))
     assert told[2] == pytest.approx(7 + 40 + 80) and told[9] == pytest.approx(40 + 80)
     assert told[10] == pytest.approx(9 * 5 + 100) and told[19] == pytest.approx(100)
-    now[0] += sum([9.0, *[1.0] * 9, *[5.0] * 10])            # as long again between the steps
+    now[0] += sum([9.0, *[1.0] * 9, *[5.0] * 10])  # as long again between the steps
     assert left.after(20, 5.0) == pytest.approx(2 * 100, rel=0.1)
 
 
@@ -116,52 +151,73 @@ def test_a_rollback_leaves_the_file_of_a_run_that_never_went_further(tmp_path, c
         for step in (1, 2, 3, 4, 5):
             monitor.step(record(step))
         monitor.roll_back(3)
-        monitor._said = -math.inf            # a line for the next step
+        monitor._said = -math.inf  # a line for the next step
         for step in (4, 5, 6):
             monitor.step(record(step))
-    assert (tmp_path / "back/metrics.jsonl").read_bytes() == (tmp_path / "straight/metrics.jsonl").read_bytes()
+    assert (tmp_path / "back/metrics.jsonl").read_bytes() == (
+        tmp_path / "straight/metrics.jsonl"
+    ).read_bytes()
     assert "step 4/10" in capfd.readouterr().err
 
 
-def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_what_is_left(tmp_path, monkeypatch, capfd):
+def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_what_is_left(
+    tmp_path, monkeypatch, capfd
+):
     def told(workdir):
-        clock = itertools.count(0.0, 20.0)   # each look at it is 20 seconds later
-        monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: next(clock), time=lambda: time.time()))
+        clock = itertools.count(0.0, 20.0)  # each look at it is 20 seconds later
+        monkeypatch.setattr(
+            monitor,
+            "time",
+            SimpleNamespace(monotonic=lambda: next(clock), time=lambda: time.time()),
+        )
         run(workdir, range(1, 11))
         return capfd.readouterr().err
+
     calm, wall, jumps = told(tmp_path / "calm"), time.time, itertools.cycle([86_400, 0, -86_400])
     monkeypatch.setattr(time, "time", lambda: wall() + next(jumps))
     assert told(tmp_path / "jumps") == calm and "left" in calm
 
 
 def test_numbers_keep_every_bit_of_a_float32(tmp_path):
-    values = [struct.unpack("f", struct.pack("f", x))[0] for x in (1 / 3, 1e-38, 3.4e38, 16777217.0)]
+    values = [
+        struct.unpack("f", struct.pack("f", x))[0] for x in (1 / 3, 1e-38, 3.4e38, 16777217.0)
+    ]
     with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
         for step, value in enumerate(values, 1):
             monitor.step(record(step, loss=value))
-    assert [struct.pack("f", r["loss"]) for r in read_metrics(tmp_path)] == [struct.pack("f", x) for x in values]
+    assert [struct.pack("f", r["loss"]) for r in read_metrics(tmp_path)] == [
+        struct.pack("f", x) for x in values
+    ]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_still_json(tmp_path, value):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
+
     with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
         monitor.step(record(1, loss=value, grad_norm=value, nonfinite=True, skipped=True, bad=1))
         monitor.evaluation(1, {"loss@512": value})
-    step, evaluation = (json.loads(line, parse_constant=refuse)
-                        for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    step, evaluation = (
+        json.loads(line, parse_constant=refuse)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    )
     assert str(float(step["loss"])) == str(value) == str(float(evaluation["eval"]["loss@512"]))
 
 
-def test_without_a_terminal_plain_lines_tell_step_stage_loss_speed_and_what_is_left(tmp_path, capfd):
+def test_without_a_terminal_plain_lines_tell_step_stage_loss_speed_and_what_is_left(
+    tmp_path, capfd
+):
     run(tmp_path, range(1, 11), evaluations=(10,))
     text = capfd.readouterr().err
-    first, *_, = text.splitlines()
+    (
+        first,
+        *_,
+    ) = text.splitlines()
     for told in ("step 1/10", "512 shifted", "loss 4.0000", "12,346 tokens/s", "left"):
         assert told in first
     assert "step 10/10" in text and "loss@512" in text and "\x1b" not in text
-    assert text.count("tokens/s") == 2       # not a line a step: these ten took no time
+    assert text.count("tokens/s") == 2  # not a line a step: these ten took no time
 
 
 def test_what_is_said_is_not_markup(tmp_path, capfd):
@@ -172,21 +228,24 @@ def test_what_is_said_is_not_markup(tmp_path, capfd):
 
 def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rollback(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
+
     run(tmp_path, range(1, 9), evaluations=(4, 8))
-    time.sleep(1.1)                          # an events file is named by its second
+    time.sleep(1.1)  # an events file is named by its second
     with Monitor(tmp_path, stages=[(10, 1.0)], step=6) as monitor:
         for step in (7, 8, 9, "back", 8, 9, 10):
             monitor.roll_back(7) if step == "back" else monitor.step(record(step))
             if step == 8:
                 monitor.evaluation(8, {"loss@512": 2.125})
     shown = {}
-    for file in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+    for file in sorted(
+        (tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns
+    ):
         data, at = file.read_bytes(), 0
-        while at < len(data):                # length, its crc, the event, its crc
+        while at < len(data):  # length, its crc, the event, its crc
             size = struct.unpack_from("<Q", data, at)[0]
-            event = Event.FromString(data[at + 12:at + 12 + size])
+            event = Event.FromString(data[at + 12 : at + 12 + size])
             at += 16 + size
-            if event.session_log.status == SessionLog.START:         # what TensorBoard does with a purge
+            if event.session_log.status == SessionLog.START:  # what TensorBoard does with a purge
                 shown = {key: value for key, value in shown.items() if key[1] < event.step}
             for value in event.summary.value:
                 assert (value.tag, event.step) not in shown

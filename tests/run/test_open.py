@@ -40,7 +40,11 @@ def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny, t
     assert found.extended == model.spec and found.extended.max_length == 64
     loaded = [each.load() for each in found.models]
     assert [each.spec.max_length for each in loaded] == [32, 64, 64]
-    read = jax.jit(lambda model: model.logits(model(jnp.arange(40)[None] % 300, positions=jnp.arange(40)[None])))
+    read = jax.jit(
+        lambda model: model.logits(
+            model(jnp.arange(40)[None] % 300, positions=jnp.arange(40)[None])
+        )
+    )
     np.testing.assert_allclose(read(loaded[2]), read(model), atol=1e-5)
     assert not np.allclose(read(loaded[1]), read(model), atol=1e-3)
 
@@ -60,19 +64,27 @@ def test_a_key_knows_the_weights_the_tokenizer_and_what_ends_a_turn(form, tiny, 
         tokenizer = found.base.tokenizer()
         tokenizer.chat_template = chat_template
         return found.key(found.models[0], model, tokenizer), found.base.fingerprint()
+
     shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     (first, headers), again = key(), key()
     assert again == (first, headers)
     weights = bytearray((tmp_path / "model.safetensors").read_bytes())
-    weights[-600:] = bytes(600)              # exported again: the headers and sizes are the same
+    weights[-600:] = bytes(600)  # exported again: the headers and sizes are the same
     (tmp_path / "model.safetensors").write_bytes(weights)
     other, same_headers = key()
     assert same_headers == headers and other != first
-    assert len({key(template)[0] for template in (None, "{{ messages }}", "{{ messages }}.")} | {other}) == 3
+    assert (
+        len(
+            {key(template)[0] for template in (None, "{{ messages }}", "{{ messages }}.")} | {other}
+        )
+        == 3
+    )
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
     assert key()[0] != other
 
 
 def test_a_base_alone_is_one_model(tiny):
     found = of_base(tiny, None)
-    assert [each.name for each in found.models] == ["base"] and found.extended == spec.from_hf(open_base(tiny).config)
+    assert [each.name for each in found.models] == ["base"] and found.extended == spec.from_hf(
+        open_base(tiny).config
+    )

@@ -31,28 +31,58 @@ def test_steps_are_those_before_the_second_number():
 def test_a_step_is_divided_without_counting_anything_twice():
     work, waits = merged([(0, 40), (10, 50)]), merged([(40, 70), (200, 300)])
     found = divide({7: (0, 100)}, merged([(60, 90)]), {"a": (work, waits)})
-    assert (found.computing, found.collectives, found.data, found.hidden) == pytest.approx((50e-9, 20e-9, 20e-9, 10e-9))
+    assert (found.computing, found.collectives, found.data, found.hidden) == pytest.approx(
+        (50e-9, 20e-9, 20e-9, 10e-9)
+    )
     assert found.parts()["rest"] == pytest.approx(10e-9) and found.steps == [7]
     both = divide({7: (0, 100), 8: (200, 300)}, [], {"a": (work, waits), "b": ([], [])})
     assert both.seconds == pytest.approx(100e-9) and both.devices == 2
-    assert both.computing == pytest.approx(12.5e-9) and both.collectives == pytest.approx((20 + 100) / 4 * 1e-9)
+    assert both.computing == pytest.approx(12.5e-9) and both.collectives == pytest.approx(
+        (20 + 100) / 4 * 1e-9
+    )
 
 
 def test_a_trace_without_such_steps_says_nothing():
     assert divide({}, [], {"a": ([(0, 1)], [])}) is None and divide({1: (0, 1)}, [], {}) is None
 
 
-@pytest.mark.parametrize("name", [
-    "all-gather", "all-gather-start.3", "%all-reduce.5 = f32[8] all-reduce(%x)", "psum.15", "ppermute.2", "all_to_all.1",
-    "async-collective-done.4", "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "reduce-scatter.1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "all-gather",
+        "all-gather-start.3",
+        "%all-reduce.5 = f32[8] all-reduce(%x)",
+        "psum.15",
+        "ppermute.2",
+        "all_to_all.1",
+        "async-collective-done.4",
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "reduce-scatter.1",
+    ],
+)
 def test_collectives_are_told_by_their_names(name):
     assert COLLECTIVE.match(name)
 
 
 def test_what_holds_others_is_no_work_of_its_own():
-    for name in ("while.3", "%while.3 = (s32[]) while(%t)", "call", "conditional.1", "copy-start.8", "MemcpyH2D"):
+    for name in (
+        "while.3",
+        "%while.3 = (s32[]) while(%t)",
+        "call",
+        "conditional.1",
+        "copy-start.8",
+        "MemcpyH2D",
+    ):
         assert NO_WORK.match(name)
-    for name in ("fusion.3", "custom-call.2", "copy.1", "call_fusion", "multiply_reduce_fusion", "reduce.4", "gemm_fusion"):
+    for name in (
+        "fusion.3",
+        "custom-call.2",
+        "copy.1",
+        "call_fusion",
+        "multiply_reduce_fusion",
+        "reduce.4",
+        "gemm_fusion",
+    ):
         assert not NO_WORK.match(name) and not COLLECTIVE.match(name)
 
 
@@ -69,7 +99,11 @@ def test_a_trace_of_a_program_with_collectives_is_read(tmp_path):
             tracer.done(number)
     found = json.loads((tmp_path / "profile.json").read_text())
     assert found["steps"] == [1, 2] and found["devices"] == 8
-    assert found["computing"] > 0 and found["collectives"] > 0 and 0.04 < found["data"] < found["seconds"]
+    assert (
+        found["computing"] > 0
+        and found["collectives"] > 0
+        and 0.04 < found["data"] < found["seconds"]
+    )
 
 
 @pytest.mark.slow
@@ -86,10 +120,19 @@ def test_a_run_is_traced_timed_and_told(run_config, tmp_path, caplog, monkeypatc
 
     steps = read_metrics(tmp_path)
     assert all(0 <= record["data_seconds"] <= record["seconds"] for record in steps)
-    work = {round(record["mfu"] * record["seconds"] * len(jax.devices()) * DEVICES["l4"].flops) for record in steps}
+    work = {
+        round(record["mfu"] * record["seconds"] * len(jax.devices()) * DEVICES["l4"].flops)
+        for record in steps
+    }
     assert len(work) == 1 and work.pop() > 0
     text = (tmp_path / "report.html").read_text()
-    for told in ("Where the time goes", "steps 2 to 3", 'class="part0"', "Model FLOPs utilisation", "<dt>MFU</dt>"):
+    for told in (
+        "Where the time goes",
+        "steps 2 to 3",
+        'class="part0"',
+        "Model FLOPs utilisation",
+        "<dt>MFU</dt>",
+    ):
         assert told in text, told
 
 

@@ -1,4 +1,6 @@
-"""A run that meets a bad batch goes back to a checkpoint and on without it, and ends the same however often it is stopped."""
+"""A run that meets a bad batch goes back to a checkpoint and on without it, and ends the same
+however often it is stopped.
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,9 @@ TIMES = ("seconds", "tokens_per_second", "data_seconds")
 
 @pytest.fixture
 def bad(monkeypatch):
-    """The numbers, from 0 in the order of reading, of batches whose loss is a hundred times that of the steps before."""
+    """The numbers, from 0 in the order of reading, of batches whose loss is a hundred times that of
+    the steps before.
+    """
     bad, seen, compile_step = set(), {}, fit.compile_step
 
     def compiled(*arguments):
@@ -39,7 +43,9 @@ def bad(monkeypatch):
             low = put(np.full(before.shape, np.log(0.05), np.float32), where)
             after, metrics = program(dataclasses.replace(state, losses=low), frozen, batch)
             return dataclasses.replace(after, losses=put(before, where)), metrics
+
         return need, step
+
     monkeypatch.setattr(fit, "compile_step", compiled)
     return bad
 
@@ -56,7 +62,10 @@ def records(workdir):
 
 
 def leaves(model):
-    return [np.asarray(x) for x in jax.tree.leaves(nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1]))]
+    return [
+        np.asarray(x)
+        for x in jax.tree.leaves(nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1]))
+    ]
 
 
 def steps_saved(workdir):
@@ -73,7 +82,9 @@ def test_a_loss_a_hundred_times_above_the_recent_ones_alarms(factor, alarms):
 def test_rollbacks_to_one_checkpoint_have_an_end_with_the_state_saved(config, tmp_path, bad, capfd):
     config.alarm.max_bad_steps = 2
     bad |= {4, 5, 6}
-    with pytest.raises(NumericAbort, match=r"step 4: loss \d.*deviations above its median; .*state is saved"):
+    with pytest.raises(
+        NumericAbort, match=r"step 4: loss \d.*deviations above its median; .*state is saved"
+    ):
         loop.train(config, tmp_path)
     told = records(tmp_path)
     assert [record["step"] for record in told] == [1, 2, 3, 4] and steps_saved(tmp_path) == [3, 4]
@@ -87,28 +98,53 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-def test_stopped_and_killed_around_rollbacks_is_bitwise_an_uninterrupted_run(config, tmp_path, bad, monkeypatch):
+def test_stopped_and_killed_around_rollbacks_is_bitwise_an_uninterrupted_run(
+    config, tmp_path, bad, monkeypatch
+):
     config.context.schedule = ((6, 32, "shifted"), (12, 64, "full"))
-    bad |= {4, 7, 13, 19}                    # among them the last of each stage
+    bad |= {4, 7, 13, 19}  # among them the last of each stage
     whole = loop.train(config, tmp_path / "whole")
     told = records(tmp_path / "whole")
     assert [record["step"] for record in told] == list(range(1, 13))
-    assert {record["step"]: [each["from"] for each in record["rollbacks"]] for record in told if "rollbacks" in record} == {
-        4: [5, 6], 7: [9], 10: [12]}
+    assert {
+        record["step"]: [each["from"] for each in record["rollbacks"]]
+        for record in told
+        if "rollbacks" in record
+    } == {4: [5, 6], 7: [9], 10: [12]}
     assert not any(record["spike"] for record in told)
 
-    recorded, interruptions = Monitor.step, [
-        ("stop", 4, 0), ("kill", 4, 1), ("stop", 4, 1), ("stop", 5, 2), ("stop", 11, 0), ("kill", 10, 1), ("stop", 10, 1)]
+    recorded, interruptions = (
+        Monitor.step,
+        [
+            ("stop", 4, 0),
+            ("kill", 4, 1),
+            ("stop", 4, 1),
+            ("stop", 5, 2),
+            ("stop", 11, 0),
+            ("kill", 10, 1),
+            ("stop", 10, 1),
+        ],
+    )
 
     def step(self, record):
         recorded(self, record)
         how, number, rollbacks = interruptions[0] if interruptions else ("", 0, 0)
-        if (record["step"], len([r for m in read_metrics(self.path.parent) for r in m.get("rollbacks", ())
-                                 if r["to"] == (3 if number < 7 else 9)])) == (number, rollbacks):
+        if (
+            record["step"],
+            len(
+                [
+                    r
+                    for m in read_metrics(self.path.parent)
+                    for r in m.get("rollbacks", ())
+                    if r["to"] == (3 if number < 7 else 9)
+                ]
+            ),
+        ) == (number, rollbacks):
             interruptions.pop(0)
             if how == "kill":
                 raise Killed
             os.kill(os.getpid(), signal.SIGTERM)
+
     monkeypatch.setattr(Monitor, "step", step)
     while interruptions:
         left = len(interruptions)
@@ -122,7 +158,9 @@ def test_stopped_and_killed_around_rollbacks_is_bitwise_an_uninterrupted_run(con
 
 
 @pytest.mark.slow
-def test_without_a_checkpoint_of_the_stage_a_spike_is_skipped_and_a_good_step_goes_on(config, tmp_path, bad):
+def test_without_a_checkpoint_of_the_stage_a_spike_is_skipped_and_a_good_step_goes_on(
+    config, tmp_path, bad
+):
     bad |= {1}
     loop.train(config, tmp_path)
     told = records(tmp_path)
@@ -130,7 +168,9 @@ def test_without_a_checkpoint_of_the_stage_a_spike_is_skipped_and_a_good_step_go
 
 
 @pytest.mark.slow
-def test_after_the_last_rollback_the_same_command_goes_on_and_another_interval_is_refused(config, tmp_path, bad):
+def test_after_the_last_rollback_the_same_command_goes_on_and_another_interval_is_refused(
+    config, tmp_path, bad
+):
     config.alarm.max_bad_steps = 1
     bad |= {4, 5}
     with pytest.raises(NumericAbort):

@@ -17,12 +17,15 @@ ALL = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 def send(number):
     os.kill(os.getpid(), number)
-    time.sleep(0.01)                         # a Python handler runs between two bytecodes
+    time.sleep(0.01)  # a Python handler runs between two bytecodes
 
 
 @pytest.mark.parametrize("number", ALL)
 def test_before_the_first_step_it_stops_at_once(number):
-    with pytest.raises(Stopped, match=f"{signal.Signals(number).name}.*nothing to save") as stopped, StopRequest():
+    with (
+        pytest.raises(Stopped, match=f"{signal.Signals(number).name}.*nothing to save") as stopped,
+        StopRequest(),
+    ):
         send(number)
     assert stopped.value.exit_code == 75
 
@@ -66,23 +69,20 @@ def test_off_the_main_thread_training_runs_without_handlers():
         with StopRequest() as stop:
             stop.defer(lambda: None)
             seen.append(stop.requested)
+
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert seen == [False]
 
 
-# With the modules of Python alone: a process that imports jax takes seconds.
+# Without jax, whose import takes seconds.
 RUN = """
-import ctypes, importlib.util, sys, time, types
-sys.modules["lljax"] = types.ModuleType("lljax")
+import ctypes, sys, time, types
 sys.modules["lljax.parallel.processes"] = types.SimpleNamespace(any_of=bool, is_script=lambda: True)
-for name in ("files", "errors", "training.signals"):
-    spec = importlib.util.spec_from_file_location("lljax." + name, "lljax/" + name.replace(".", "/") + ".py")
-    sys.modules["lljax." + name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-errors = sys.modules["lljax.errors"]
-with errors.exit_cleanly(), module.StopRequest() as stop:
+from lljax import errors
+from lljax.run import signals
+with errors.exit_cleanly(), signals.StopRequest() as stop:
     {before}
     print("ready", flush=True)
     while not stop.requested:
@@ -91,12 +91,14 @@ with errors.exit_cleanly(), module.StopRequest() as stop:
     {after}
     raise errors.Stopped("after step 3, state saved")
 """
-HANG = "ctypes.CDLL(None).sleep(60)"         # as in a step: the main thread comes to no bytecode
+HANG = "ctypes.CDLL(None).sleep(60)"  # as in a step: the main thread comes to no bytecode
 
 
 def start(before="stop.defer(lambda: 7)", after="", **streams):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    process = subprocess.Popen([sys.executable, "-c", RUN.format(before=before, after=after)], text=True, **streams)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN.format(before=before, after=after)], text=True, **streams
+    )
     if "print" not in before:
         assert process.stdout.readline() == "ready\n"
     return process
@@ -119,19 +121,27 @@ def test_a_process_says_at_once_that_it_stops_after_this_step_and_leaves_with_75
 
 @pytest.mark.parametrize("number", ALL)
 def test_a_process_with_nothing_to_save_leaves_with_75_and_one_line(number):
-    assert stopped(start(before=""), number) == ([f"Stopped: {number.name} before the first step: nothing to save"], 75)
+    assert stopped(start(before=""), number) == (
+        [f"Stopped: {number.name} before the first step: nothing to save"],
+        75,
+    )
 
 
 def test_so_does_one_whose_main_thread_is_in_a_compiler():
     process = start(before="module.GRACE = 0.1; print('ready', flush=True); " + HANG)
     assert process.stdout.readline() == "ready\n"
-    assert stopped(process, signal.SIGTERM) == (["Stopped: SIGTERM before the first step: nothing to save"], 75)
+    assert stopped(process, signal.SIGTERM) == (
+        ["Stopped: SIGTERM before the first step: nothing to save"],
+        75,
+    )
 
 
 def test_a_second_ctrl_c_ends_a_process_that_hangs_without_a_traceback():
     lines, code = stopped(start(after=HANG), signal.SIGINT, signal.SIGINT)
     assert code == 75 and len(lines) == 2
-    assert lines[-1].startswith("Stopped: by a second Ctrl-C, without saving: the same command goes on after step 7")
+    assert lines[-1].startswith(
+        "Stopped: by a second Ctrl-C, without saving: the same command goes on after step 7"
+    )
 
 
 def test_a_second_sigterm_changes_nothing():

@@ -1,4 +1,6 @@
-"""Each optimizer against another's arithmetic, layer by layer, and in a training step on a tiny model."""
+"""Each optimizer against another's arithmetic, layer by layer, and in a training step on a tiny
+model.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +19,46 @@ from lljax.training.optimizer import DIRECTIONS, by_optax, make_optimizer
 from lljax.training.placement import layout_of, place
 from lljax.training.step import take_apart
 
-SHAPES = {"kernel": (3, 8, 12), "norm": (3, 8), "embed": (10, 8), "head": (8,)}      # the first two: three layers
+# the first two: three layers
+SHAPES = {"kernel": (3, 8, 12), "norm": (3, 8), "embed": (10, 8), "head": (8,)}
 GROUPS = {"kernel": "kernel/3", "norm": "norm/3", "embed": "embed", "head": "head"}
 DECAY, RATE = 0.1, 0.01
 
 
 def leaves(seed, scale=1.0):
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape).astype(np.float32) * scale for name, shape in SHAPES.items()}
+    return {
+        name: rng.normal(size=shape).astype(np.float32) * scale for name, shape in SHAPES.items()
+    }
 
 
 def optimizer_of(name, **changes):
     c = default_config().optimizer
-    c.update({"name": name, "learning_rate": RATE, "warmup_steps": 0, "schedule": "constant", "clip_norm": 1e9})
+    c.update(
+        {
+            "name": name,
+            "learning_rate": RATE,
+            "warmup_steps": 0,
+            "schedule": "constant",
+            "clip_norm": 1e9,
+        }
+    )
     c.learning_rate_ratio.embed, c.weight_decay.kernel = 2.0, DECAY
     c.update_from_flattened_dict(changes)
     return c
 
 
 def ours(name, steps=4, order=(0, 1, 2), **changes):
-    """The leaves after some steps whose gradients are random, their layers taken in another order; and the last state."""
+    """The leaves after some steps whose gradients are random, their layers taken in another order;
+    and the last state.
+    """
+
     def permuted(tree):
-        return {name: jnp.asarray(x[np.array(order)] if name in ("kernel", "norm") else x) for name, x in tree.items()}
+        return {
+            name: jnp.asarray(x[np.array(order)] if name in ("kernel", "norm") else x)
+            for name, x in tree.items()
+        }
+
     optimizer = make_optimizer(optimizer_of(name, **changes), steps, GROUPS)
     params = permuted(leaves(0))
     state = optimizer.init(params)
@@ -47,6 +67,7 @@ def ours(name, steps=4, order=(0, 1, 2), **changes):
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
         return jax.tree.map(jnp.add, params, updates), state
+
     for i in range(steps):
         params, state = step(params, state, permuted(leaves(i + 1)))
     return jax.tree.map(np.asarray, params), state
@@ -54,7 +75,11 @@ def ours(name, steps=4, order=(0, 1, 2), **changes):
 
 def by_layer(tree):
     """Every layer of a stacked leaf by itself."""
-    return {(name, i): x for name, all in tree.items() for i, x in enumerate(all if name in ("kernel", "norm") else [all])}
+    return {
+        (name, i): x
+        for name, all in tree.items()
+        for i, x in enumerate(all if name in ("kernel", "norm") else [all])
+    }
 
 
 def by_torch(make, steps=4):
@@ -62,7 +87,11 @@ def by_torch(make, steps=4):
     out = {}
     for (name, i), x in by_layer(leaves(0)).items():
         parameter = torch.nn.Parameter(torch.tensor(x))
-        optimizer = make([parameter], RATE * (2.0 if name == "embed" else 1.0), DECAY if name == "kernel" else 0.0)
+        optimizer = make(
+            [parameter],
+            RATE * (2.0 if name == "embed" else 1.0),
+            DECAY if name == "kernel" else 0.0,
+        )
         for step in range(steps):
             parameter.grad = torch.tensor(by_layer(leaves(step + 1))[name, i])
             optimizer.step()
@@ -72,6 +101,7 @@ def by_torch(make, steps=4):
 
 def numpy_lion(parameters, lr, weight_decay):
     """Chen et al. 2023, algorithm 2, in the place of a torch optimizer."""
+
     class Lion:
         momentum = 0.0
 
@@ -79,12 +109,17 @@ def numpy_lion(parameters, lr, weight_decay):
             p, g = parameters[0].detach().numpy(), parameters[0].grad.numpy()
             p -= lr * (np.sign(0.9 * self.momentum + 0.1 * g) + weight_decay * p)
             self.momentum = 0.95 * self.momentum + 0.05 * g
+
     return Lion()
 
 
 THEIRS = {
-    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd),
-    "adafactor": lambda p, lr, wd: Adafactor(p, lr=lr, weight_decay=wd, scale_parameter=False, relative_step=False),
+    "adamw": lambda p, lr, wd: torch.optim.AdamW(
+        p, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=wd
+    ),
+    "adafactor": lambda p, lr, wd: Adafactor(
+        p, lr=lr, weight_decay=wd, scale_parameter=False, relative_step=False
+    ),
     "lion": numpy_lion,
 }
 
@@ -112,16 +147,18 @@ def test_muon_makes_the_momentum_of_each_matrix_orthogonal_and_leaves_the_rest_t
 
 @pytest.mark.parametrize("rank,gap", [(2, 3), (8, 1)])
 def test_galore_is_adam_in_the_leading_subspace(rank, gap):
-    got, _ = ours("galore", **{"galore.rank": rank, "galore.update_every": gap, "galore.scale": 0.5})
+    got, _ = ours(
+        "galore", **{"galore.rank": rank, "galore.update_every": gap, "galore.scale": 0.5}
+    )
     for layer in range(3):
         w, m, v = leaves(0)["kernel"][layer], 0, 0
         for t in range(1, 5):
             g = leaves(t)["kernel"][layer]
-            if (t - 1) % gap == 0:           # [in, out] = [8, 12]: of the outputs
+            if (t - 1) % gap == 0:  # [in, out] = [8, 12]: of the outputs
                 q = np.linalg.svd(g)[2][:rank].T
             r = g @ q
             m, v = 0.9 * m + 0.1 * r, 0.95 * v + 0.05 * r * r
-            n = m / (1 - 0.9 ** t) / (np.sqrt(v / (1 - 0.95 ** t)) + 1e-8)
+            n = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
             w = w - RATE * (0.5 * n @ q.T + DECAY * w)
         np.testing.assert_allclose(got["kernel"][layer], w, atol=1e-5)
     adamw, _ = ours("adamw")
@@ -136,8 +173,14 @@ def test_layers_of_a_stack_do_not_mix(name):
         np.testing.assert_allclose(straight[leaf][np.array([2, 0, 1])], turned[leaf], atol=1e-6)
 
 
-SMALL = dict.fromkeys(("galore", "q_galore"), {"optimizer.galore.rank": 16, "optimizer.galore.scale": 1.0,
-                                               "optimizer.galore.update_every": 2})
+SMALL = dict.fromkeys(
+    ("galore", "q_galore"),
+    {
+        "optimizer.galore.rank": 16,
+        "optimizer.galore.scale": 1.0,
+        "optimizer.galore.update_every": 2,
+    },
+)
 
 
 def tiny_steps(run_config, name, steps, devices=1, **changes):
@@ -145,24 +188,45 @@ def tiny_steps(run_config, name, steps, devices=1, **changes):
     run_config.train_type = "full"
     run_config.optimizer.update({"name": name, "learning_rate": 3e-3 if name != "lion" else 1e-3})
     run_config.update_from_flattened_dict(changes)
-    base, mesh = open_base(run_config.model.path, ""), mesh_of(run_config.mesh, jax.devices()[:devices])
+    base, mesh = (
+        open_base(run_config.model.path, ""),
+        mesh_of(run_config.mesh, jax.devices()[:devices]),
+    )
     model = placed_model(run_config, base.config, mesh)
     layout, _ = layout_of(mesh, "auto", FULL, 32, model.spec)
     fill(model, run_config, base, mesh)
     parts = take_apart(run_config, model, mesh)
-    tokens = np.random.default_rng(0).integers(0, 300, (run_config.training.accumulate * 8, 32)).astype(np.int32)
-    rows = {"tokens": tokens, "targets": tokens, "segments": np.ones_like(tokens),
-            "positions": np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape)}
-    batch, state, losses = place(rows, run_config.training.accumulate, mesh, layout), parts.state, []
+    tokens = (
+        np.random.default_rng(0)
+        .integers(0, 300, (run_config.training.accumulate * 8, 32))
+        .astype(np.int32)
+    )
+    rows = {
+        "tokens": tokens,
+        "targets": tokens,
+        "segments": np.ones_like(tokens),
+        "positions": np.broadcast_to(np.arange(32, dtype=np.int32), tokens.shape),
+    }
+    batch, state, losses = (
+        place(rows, run_config.training.accumulate, mesh, layout),
+        parts.state,
+        [],
+    )
     for _ in range(steps):
         state, metrics = parts.step(state, parts.frozen, batch, FULL, layout)
         losses.append(float(metrics["loss"]))
     return losses, state
 
 
-@pytest.mark.parametrize("name,changes", [
-    ("adamw", {"eps": 0.0}), ("adamw", {"weight_decay.kernel": float("nan")}), ("lion", {"learning_rate": float("inf")}),
-    ("adamw8bit", {"beta1": 1.0})])
+@pytest.mark.parametrize(
+    "name,changes",
+    [
+        ("adamw", {"eps": 0.0}),
+        ("adamw", {"weight_decay.kernel": float("nan")}),
+        ("lion", {"learning_rate": float("inf")}),
+        ("adamw8bit", {"beta1": 1.0}),
+    ],
+)
 def test_an_update_that_would_leave_a_value_that_is_not_finite_is_not_applied(name, changes):
     """Whatever makes it so: settings that should have been refused stand for it here."""
     rule = by_optax(make_optimizer(optimizer_of(name, **changes), 4, GROUPS))
@@ -180,6 +244,7 @@ def test_a_restored_state_goes_on_bitwise(name, tmp_path):
     def step(items, grads):
         updates, state = optimizer.update(grads, items["state"], items["params"])
         return {"params": jax.tree.map(jnp.add, items["params"], updates), "state": state}
+
     params = jax.tree.map(jnp.asarray, leaves(0))
     items = step({"params": params, "state": optimizer.init(params)}, leaves(1))
     checkpoints = Checkpoints(tmp_path, every_steps=1, every_minutes=1.0, keep=1)
@@ -199,26 +264,49 @@ def test_the_loss_falls(run_config, name):
 @pytest.mark.parametrize("name", READS)
 def test_eight_devices_take_the_steps_of_one(run_config, name):
     alone, _ = tiny_steps(run_config, name, 4, **SMALL.get(name, {}))
-    together, state = tiny_steps(run_config, name, 4, devices=8, **{"mesh.fsdp": 4, "mesh.tensor": 2}, **SMALL.get(name, {}))
+    together, state = tiny_steps(
+        run_config, name, 4, devices=8, **{"mesh.fsdp": 4, "mesh.tensor": 2}, **SMALL.get(name, {})
+    )
     np.testing.assert_allclose(together, alone, rtol=2e-3)
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.optimizer))
 
 
 STACKS = {
-    "local and global layers": {"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window": 20,
-                                "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 24},
+    "local and global layers": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 4,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "query_pre_attn_scalar": 24,
+    },
     "experts behind a dense layer": {
-        "model_type": "deepseek_v3", "num_hidden_layers": 2, "num_key_value_heads": 6, "n_routed_experts": 8,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
-        "q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
-        "tie_word_embeddings": False},
-    "fused projections": {"model_type": "phi3", "pad_token_id": 0, "tie_word_embeddings": False}}
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 6,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "tie_word_embeddings": False,
+    },
+    "fused projections": {"model_type": "phi3", "pad_token_id": 0, "tie_word_embeddings": False},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", STACKS)
 def test_q_galore_of_every_stack_and_expert(run_config, tmp_path, family):
-    run_config.model.path, run_config.context.rope.type = write_base(tmp_path / "base", **STACKS[family]), "keep"
+    run_config.model.path, run_config.context.rope.type = (
+        write_base(tmp_path / "base", **STACKS[family]),
+        "keep",
+    )
     run_config.context.length, run_config.context.schedule = 32, ((8, 32, "full"),)
     alone, _ = tiny_steps(run_config, "q_galore", 6, **SMALL["q_galore"])
     assert alone[-1] < alone[0] - 0.3, alone

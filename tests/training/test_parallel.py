@@ -1,5 +1,6 @@
-"""The whole model over eight devices, in two accumulated passes, against one device in one: the loss and the gradient of every
-trainable leaf."""
+"""The whole model over eight devices, in two accumulated passes, against one device in one: the
+loss and the gradient of every trainable leaf.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,58 +22,127 @@ from lljax.training.step import accumulate
 
 T = 128
 HEADS = [(8, 8), (8, 2), (6, 2)]
-PATTERNS = {"full": AttentionPattern(), "window": AttentionPattern("window", window=12, anchors=2, markers=(7,)),
-            "shifted": AttentionPattern("shifted", group=16)}
-MESHES = {"sequence 8": {"sequence": 8}, "expert 2, sequence 4": {"expert": 2, "sequence": 4},
-          "data 2, sequence 2, tensor 2": {"data": 2, "sequence": 2, "tensor": 2}, "fsdp 2, expert 4": {"fsdp": 2, "expert": 4}}
+PATTERNS = {
+    "full": AttentionPattern(),
+    "window": AttentionPattern("window", window=12, anchors=2, markers=(7,)),
+    "shifted": AttentionPattern("shifted", group=16),
+}
+MESHES = {
+    "sequence 8": {"sequence": 8},
+    "expert 2, sequence 4": {"expert": 2, "sequence": 4},
+    "data 2, sequence 2, tensor 2": {"data": 2, "sequence": 2, "tensor": 2},
+    "fsdp 2, expert 4": {"fsdp": 2, "expert": 4},
+}
 
 
 def config(N, K):
-    return {"model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": N, "num_key_value_heads": K, "head_dim": 8, "max_position_embeddings": T,
-            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True}
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": N,
+        "num_key_value_heads": K,
+        "head_dim": 8,
+        "max_position_embeddings": T,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
 
 
 def rows(count):
-    """Packed rows with restarting positions, the second ending in padding, a third of the targets ignored."""
+    """Packed rows with restarting positions, the second ending in padding, a third of the targets
+    ignored.
+    """
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(1, 4, size=(count, T)), axis=1)
-    segments[1 % count, -T // 5:] = 0
+    segments[1 % count, -T // 5 :] = 0
     starts = np.diff(segments, axis=1, prepend=-1) != 0
     positions = np.arange(T) - np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
-    targets = np.where((rng.random((count, T)) < 0.3) | (segments == 0), -100, rng.integers(0, 61, (count, T)))
-    batch = {"tokens": rng.integers(0, 61, (count, T)), "targets": targets, "segments": segments, "positions": positions}
+    targets = np.where(
+        (rng.random((count, T)) < 0.3) | (segments == 0), -100, rng.integers(0, 61, (count, T))
+    )
+    batch = {
+        "tokens": rng.integers(0, 61, (count, T)),
+        "targets": targets,
+        "segments": segments,
+        "positions": positions,
+    }
     return {name: np.asarray(x, np.int32) for name, x in batch.items()}
 
 
-VARIANTS = {"dora": {"dora": True, "rank_pattern": (("q_proj", 3),)},
-            "tables": {"targets": ("all-linear", "embed_tokens", "lm_head"), "also_train": ("norm",)}}
+VARIANTS = {
+    "dora": {"dora": True, "rank_pattern": (("q_proj", 3),)},
+    "tables": {"targets": ("all-linear", "embed_tokens", "lm_head"), "also_train": ("norm",)},
+}
 
 
 def decoder(N, K, family, **variant):
     tied = {"tie_word_embeddings": "embed" in variant.get("also_train", ("embed",))}
     model = Decoder(spec.from_hf(config(N, K) | tied | family))
-    lora.attach(model, **(dict(rank=2, alpha=4.0, targets=("all-linear",), also_train=("embed", "norm")) | variant))
+    lora.attach(
+        model,
+        **(
+            dict(rank=2, alpha=4.0, targets=("all-linear",), also_train=("embed", "norm")) | variant
+        ),
+    )
     rng = np.random.default_rng(0)
-    for _, variable in declared(model):      # B is zero at the start of a run, and A would have no gradient
-        variable.set_value(jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.2, jnp.float32))
+    # B is zero at the start of a run, and A would have no gradient
+    for _, variable in declared(model):
+        variable.set_value(
+            jnp.asarray(rng.normal(size=variable.get_value().shape) * 0.2, jnp.float32)
+        )
     return model
 
 
 TILED = Memory("attention", tile=24)
 NO_CHANGE = {}
 EXPERTS = {
-    "qwen2_moe": {"model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
-                  "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2},
-    "deepseek_v3": {"model_type": "deepseek_v3", "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-                    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 12, "kv_lora_rank": 10,
-                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
-    "llama4_text": {"model_type": "llama4_text", "num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 24,
-                    "attention_chunk_size": 24, "floor_scale": 16, "no_rope_layer_interval": 2},
-    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 24}}
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16,
+        "decoder_sparse_step": 2,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+    },
+    "llama4_text": {
+        "model_type": "llama4_text",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 24,
+        "attention_chunk_size": 24,
+        "floor_scale": 16,
+        "no_rope_layer_interval": 2,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 24,
+    },
+}
 
 
-def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TILED, family=NO_CHANGE, **variant):
+def loss_and_gradients(
+    N, K, pattern, mesh, mode, count, *, passes=2, memory=TILED, family=NO_CHANGE, **variant
+):
     model = decoder(N, K, family, **variant)
     move(model, mesh)
     layout, _ = layout_of(mesh, mode, pattern, T, model.spec)
@@ -82,12 +152,27 @@ def loss_and_gradients(N, K, pattern, mesh, mode, count, *, passes=2, memory=TIL
     def run(trainable, frozen, batch):
         def loss(trainable, frozen, micro, key):
             model = nnx.merge(graphdef, trainable, frozen)
-            hidden = model(micro["tokens"], positions=micro["positions"], segments=micro["segments"], index=micro["index"],
-                           pattern=pattern, layout=layout, memory=memory)
-            return cross_entropy(hidden, model.head, micro["targets"], chunk=48, layout=layout,
-                                 update=model.head_update(hidden)), None
+            hidden = model(
+                micro["tokens"],
+                positions=micro["positions"],
+                segments=micro["segments"],
+                index=micro["index"],
+                pattern=pattern,
+                layout=layout,
+                memory=memory,
+            )
+            return cross_entropy(
+                hidden,
+                model.head,
+                micro["targets"],
+                chunk=48,
+                layout=layout,
+                update=model.head_update(hidden),
+            ), None
+
         (loss, _), gradients = accumulate(loss, trainable, frozen, batch, jax.random.key(0))
         return loss, gradients
+
     batch = place(rows(2 * count), passes, mesh, layout)
     return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen), batch))
 
@@ -100,8 +185,11 @@ def one_device():
         key = N, K, pattern, count
         if key not in seen:
             mesh = make_mesh(devices=jax.devices()[:1])
-            seen[key] = loss_and_gradients(N, K, PATTERNS[pattern], mesh, "auto", count, passes=1, memory=Memory("full"))
+            seen[key] = loss_and_gradients(
+                N, K, PATTERNS[pattern], mesh, "auto", count, passes=1, memory=Memory("full")
+            )
         return seen[key]
+
     return get
 
 
@@ -109,10 +197,20 @@ def cases():
     for N, K in HEADS:
         for pattern in PATTERNS:
             for mesh in MESHES:
-                for mode in ("auto", "allgather", "ulysses", "ring", "halo") if "sequence" in mesh else ("auto",):
-                    three = mesh.startswith("data") and (mode == "ring" if pattern == "full" else mode == "auto")
-                    quick = (N, K) == (8, 2) and (three or (mesh, pattern) == ("fsdp 2, expert 4", "full"))
-                    yield pytest.param(N, K, pattern, mesh, mode, marks=() if quick else pytest.mark.slow)
+                for mode in (
+                    ("auto", "allgather", "ulysses", "ring", "halo")
+                    if "sequence" in mesh
+                    else ("auto",)
+                ):
+                    three = mesh.startswith("data") and (
+                        mode == "ring" if pattern == "full" else mode == "auto"
+                    )
+                    quick = (N, K) == (8, 2) and (
+                        three or (mesh, pattern) == ("fsdp 2, expert 4", "full")
+                    )
+                    yield pytest.param(
+                        N, K, pattern, mesh, mode, marks=() if quick else pytest.mark.slow
+                    )
 
 
 @pytest.mark.parametrize("N,K,pattern,mesh,mode", list(cases()))
@@ -120,7 +218,9 @@ def test_loss_and_gradients_equal_one_device(one_device, N, K, pattern, mesh, mo
     count = 8 if mesh == "fsdp 2, expert 4" else 2
     wanted_loss, wanted = one_device(N, K, pattern, count)
     try:
-        loss, gradients = loss_and_gradients(N, K, PATTERNS[pattern], make_mesh(**MESHES[mesh]), mode, count)
+        loss, gradients = loss_and_gradients(
+            N, K, PATTERNS[pattern], make_mesh(**MESHES[mesh]), mode, count
+        )
     except ConfigError as refusal:
         assert mode in ("halo", "ulysses") and "use 'auto'" in str(refusal)
         return
@@ -131,11 +231,16 @@ def test_loss_and_gradients_equal_one_device(one_device, N, K, pattern, mesh, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["full", "shifted"])
-@pytest.mark.parametrize("sizes", [{"expert": 2, "fsdp": 2, "sequence": 2}, {"expert": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 2, "fsdp": 2, "sequence": 2}, {"expert": 4, "tensor": 2}], ids=str
+)
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_equal_one_device(family, sizes, pattern):
     def run(mesh, **more):
-        return loss_and_gradients(8, 2, PATTERNS[pattern], mesh, "auto", 4, family=EXPERTS[family], **more)
+        return loss_and_gradients(
+            8, 2, PATTERNS[pattern], mesh, "auto", 4, family=EXPERTS[family], **more
+        )
+
     wanted_loss, wanted = run(make_mesh(devices=jax.devices()[:1]), passes=1, memory=Memory("full"))
     loss, gradients = run(make_mesh(**sizes))
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
@@ -148,7 +253,10 @@ def test_experts_equal_one_device(family, sizes, pattern):
 @pytest.mark.parametrize("mesh", ["data 2, sequence 2, tensor 2", "fsdp 2, expert 4"])
 def test_variants_of_the_adapter_equal_one_device(variant, mesh):
     def of(mesh, **fields):
-        return loss_and_gradients(8, 2, PATTERNS["full"], mesh, "auto", 8, **fields, **VARIANTS[variant])
+        return loss_and_gradients(
+            8, 2, PATTERNS["full"], mesh, "auto", 8, **fields, **VARIANTS[variant]
+        )
+
     wanted_loss, wanted = of(make_mesh(devices=jax.devices()[:1]), passes=1, memory=Memory("full"))
     loss, gradients = of(make_mesh(**MESHES[mesh]))
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
@@ -159,8 +267,13 @@ def test_variants_of_the_adapter_equal_one_device(variant, mesh):
 def test_refusals_name_the_field_and_the_way_out():
     model = spec.from_hf(config(6, 2))
     with pytest.raises(ConfigError, match="mesh.expert=8 does not divide the 6 experts.*use 2"):
-        layout_of(make_mesh(expert=8), "auto", PATTERNS["full"], T, spec.from_hf(
-            config(6, 2) | EXPERTS["qwen2_moe"] | {"num_experts": 6}))
+        layout_of(
+            make_mesh(expert=8),
+            "auto",
+            PATTERNS["full"],
+            T,
+            spec.from_hf(config(6, 2) | EXPERTS["qwen2_moe"] | {"num_experts": 6}),
+        )
     with pytest.raises(ConfigError, match="mesh.tensor=4 does not divide.*use 2"):
         layout_of(make_mesh(sequence=2, tensor=4), "auto", PATTERNS["full"], T, model)
     with pytest.raises(ConfigError, match="rows of 129 tokens.*use a multiple such as 136"):

@@ -28,8 +28,14 @@ def test_an_evaluation_keeps_to_the_tile_and_finds_the_same():
     needs, losses = [], []
     for c.memory.tile in (0, 64):
         evaluate = make_evaluate(graphdef, step_settings(c))
-        parts = nnx.as_pure(trainable), nnx.as_pure(frozen), {name: x[None] for name, x in batch.items()}
-        needs.append(evaluate.lower(*parts, FULL, None).compile().memory_analysis().temp_size_in_bytes)
+        parts = (
+            nnx.as_pure(trainable),
+            nnx.as_pure(frozen),
+            {name: x[None] for name, x in batch.items()},
+        )
+        needs.append(
+            evaluate.lower(*parts, FULL, None).compile().memory_analysis().temp_size_in_bytes
+        )
         losses.append(evaluate(*jax.tree.map(jax.numpy.asarray, parts), FULL, None)[0])
     assert needs[1] < needs[0] / 2
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
