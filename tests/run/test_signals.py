@@ -128,7 +128,7 @@ def test_a_process_with_nothing_to_save_leaves_with_75_and_one_line(number):
 
 
 def test_so_does_one_whose_main_thread_is_in_a_compiler():
-    process = start(before="module.GRACE = 0.1; print('ready', flush=True); " + HANG)
+    process = start(before="signals.GRACE = 0.1; print('ready', flush=True); " + HANG)
     assert process.stdout.readline() == "ready\n"
     assert stopped(process, signal.SIGTERM) == (
         ["Stopped: SIGTERM before the first step: nothing to save"],

@@ -20,10 +20,10 @@ from lljax.run.watchdog import Watchdog
 # Without jax, whose import takes seconds.
 SCRIPT = """
 import ctypes, os, sys, time
-from lljax.run.watchdog import Watchdog
+from lljax.run import watchdog as module
 def hang():
     ctypes.CDLL(None).sleep(60)
-with Watchdog(1.0, step=3, last_checkpoint=lambda: 2) as watchdog:
+with module.Watchdog(1.0, step=3, last_checkpoint=lambda: 2) as watchdog:
     print("begins", flush=True)
     {body}
 """
