@@ -4,6 +4,7 @@ from lljax.config.tree import (
     CHECKS,
     LEAST_HISTORY,
     READS,
+    Config,
     default_config,
     flat,
     get,

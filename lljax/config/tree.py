@@ -4,6 +4,7 @@ refuses the rest.
 
 import os
 import re
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
@@ -26,8 +27,11 @@ from lljax.config.checks import (
 )
 from lljax.errors import ConfigError, short
 
+# A ConfigDict with the fields of default_config; type checkers know none of its attributes.
+Config: TypeAlias = Any
 
-def default_config() -> ConfigDict:
+
+def default_config() -> Config:
     c = ConfigDict()
     c.seed = 0                               # of initialisation, shuffling and dropout
     c.train_type = "lora"                    # lora | full (every weight)
