@@ -18,6 +18,7 @@ __all__ = [
     "CHECKS",
     "LEAST_HISTORY",
     "READS",
+    "Config",
     "default_config",
     "flat",
     "get",
