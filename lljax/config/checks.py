@@ -1,8 +1,8 @@
 """Checks of single values.
 
 A check is called with the name of a field, as the user wrote it, and a value. It raises ConfigError
-if the value is illegal, in one line of bounded length. `Value` is a check of one condition; the
-tables of config.json (lljax/models/values.py) use the same conditions.
+if the value is illegal, in one line of bounded length. `Value` and `Choices` are conditions too,
+which the tables of config.json (lljax/models/values.py) share.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import importlib
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from lljax.errors import ConfigError, short
 
@@ -23,9 +23,18 @@ HUGE = 1e30  # float32 ends at 3e38, and products need room
 BELOW_ONE = 1 - 2.0**-24  # the largest float32 below 1
 
 
+class Condition(Protocol):
+    """A condition on a value. wanted: the legal values, in words that follow "is not"."""
+
+    @property
+    def wanted(self) -> str: ...
+
+    def holds(self, value: Any, /) -> bool: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A check: `holds(value)`. wanted: the legal values in words, to follow "is not"."""
+    """A check of one condition."""
 
     holds: Callable[[Any], bool]
     wanted: str

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lljax.config.access import Config, get
-from lljax.config.checks import Check, Choices, Value, several
+from lljax.config.checks import Check, Choices, Condition, Value, several
 
-Conditions = Mapping[str, Value]  # by the field that each is about
+Conditions = Mapping[str, Condition]  # by the field that each is about
 
 
 def equals(*values: Any) -> Value:
