@@ -1,4 +1,4 @@
-"""The flags go with the step's compilation; the user's come first, and unknown flags are dropped."""
+"""Flags go with the step's compilation; the user's come first, and unknown ones are left out."""
 
 import jax
 import pytest

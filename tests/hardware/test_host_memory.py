@@ -1,5 +1,5 @@
-"""The host memory that a process may use, read from the files of an invented machine; and the growth
-of jax's pool.
+"""The host memory that a process may use, from the files of an invented machine, and the growth of
+jax's pool.
 """
 
 import os
