@@ -48,17 +48,19 @@ class Value:
 class Choices:
     """A check: one of `words`, or a key of the table `owner`, named "package.module:TABLE".
 
-    The owner's module is imported only if a value is none of the words, or all are asked for.
+    The room of the table may be above this one: it is imported when its keys are needed.
     """
 
     words: tuple[str, ...]
     owner: str = ""
 
+    def table(self) -> Any:
+        """The owner's table."""
+        module, _, name = self.owner.partition(":")
+        return getattr(importlib.import_module(module), name)
+
     def all(self) -> tuple[str, ...]:
-        if not self.owner:
-            return self.words
-        module, _, table = self.owner.partition(":")
-        return (*self.words, *getattr(importlib.import_module(module), table))
+        return (*self.words, *self.table()) if self.owner else self.words
 
     def holds(self, value: Any) -> bool:
         return isinstance(value, str) and (value in self.words or value in self.all())

@@ -54,9 +54,7 @@ class Field:
 
     def __call__(self, name: str, value: Any) -> None:
         """Raises ConfigError if `value` is illegal; name: the field as the user wrote it."""
-        # The default is one of its choices: no import of the owner.
-        if not (isinstance(self.check, Choices) and value == self.default):
-            self.check(name, value)
+        self.check(name, value)
 
     @property
     def choices(self) -> Choices | None:

@@ -70,12 +70,12 @@ def read(path: str) -> Config:
 
 
 def _names() -> tuple[str, ...]:
-    """All names of the flat YAML; those of a nested mapping are dotted."""
+    """All names of the flat YAML; names in a nested mapping are dotted."""
     return (*(field.yaml for field in FIELDS.values() if field.yaml), *OTHERS)
 
 
 def _flattened(path: str, given: dict) -> dict[str, Any]:
-    """The values of a file by name, those of a nested mapping by dotted name."""
+    """The values of a file by name; names in a nested mapping are dotted."""
     names = _names()
     groups: dict[str, list[str]] = {}  # the names in each nested mapping
     for name in names:
@@ -114,7 +114,7 @@ def _mapping(path: str) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a field that is given twice, of which YAML silently takes the last value."""
+    """Refuses a field that is given twice; YAML would silently take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
