@@ -10,7 +10,8 @@ from lljax.config import FIELDS
 
 def test_the_list_has_a_line_for_every_field_and_imports_no_jax():
     code = (
-        "import sys\nfrom lljax.cli.config import main\nfrom lljax.config.flags import field_lines\n"
+        "import sys\nfrom lljax.cli.config import main\n"
+        "from lljax.config.flags import field_lines\n"
         "main([]); field_lines()\n"
         "assert not {'jax', 'numpy'} & sys.modules.keys()"
     )
