@@ -68,7 +68,7 @@ class Field:
 
     def summary(self) -> str:
         """The comment, after the choices as far as they are known without an import."""
-        if self.choices is None:
+        if not (self.choices and self.choices.words):
             return self.comment
         others = ("...",) if self.choices.owner else ()
         return f"{' | '.join((*self.choices.words, *others))}: {self.comment}"
