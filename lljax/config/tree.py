@@ -27,7 +27,8 @@ from lljax.config.field_checks import lora_init, rope_factor, stage
 
 LEAST_HISTORY = 20  # values from which a median is reliable
 ADAPTER_ROLES = ("lora_a", "lora_b", "lora_magnitude")
-ROLES = (*ADAPTER_ROLES, "embed", "norm", "head", "kernel", "bias", "router")
+WHOLE_ROLES = ("embed", "norm", "head")  # may train whole beside an adapter
+ROLES = (*ADAPTER_ROLES, *WHOLE_ROLES, "kernel", "bias", "router")
 READS = {  # the fields of `optimizer` that only some read, by name of the optimizer
     "adamw": ("beta1", "beta2", "eps"),
     "adafactor": (),
@@ -122,7 +123,7 @@ _ROWS = (
           "short names or regular expressions", check=several(text()), identity=True,
           yaml="target_modules", other_names="target_modules lora_target"),
     Field("lora.also_train", ("embed", "norm"), "roles trained whole beside the adapter",
-          check=several(one_of("embed", "norm", "head")), identity=True,
+          check=several(one_of(*WHOLE_ROLES)), identity=True,
           other_names="modules_to_save"),
     Field("lora.adapter", "", "folder of a PEFT adapter to continue from",
           check=path(), identity=True, path=True),
