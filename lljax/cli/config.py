@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="a JSON list: name, type, default, comment, choices (or null), identity",
+        help="a JSON list: name, type, default, comment, required, choices (or null), identity",
     )
     fields = FIELDS.values()
     if parser.parse_args(argv).json:
@@ -45,6 +45,7 @@ def describe(field: Field) -> dict[str, Any]:
         "type": field.type,
         "default": field.default,
         "comment": field.comment,
+        "required": bool(field.required),
         "choices": field.choices and field.choices.all(),
         "identity": field.identity_in_words(),
     }

@@ -39,6 +39,7 @@ class Field:
       trainers have for it, in lower case.
     path: holds paths, which become absolute in the run's config.json.
     text_or_number: takes both, whatever the type of the default.
+    required: the hint for a run that leaves the field empty; "" if that is legal.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Field:
     other_names: str = ""
     path: bool = False
     text_or_number: bool = False
+    required: str = ""
 
     def __call__(self, name: str, value: Any) -> None:
         """Raises ConfigError if `value` is illegal; name: the field as the user wrote it."""

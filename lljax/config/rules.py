@@ -134,6 +134,9 @@ def validate(config: Config) -> None:
         raise ConfigError(f"there is no config field {short(unknown[0])}")
     for field in FIELDS.values():
         field(field.name, get(config, field.name))
+    for field in FIELDS.values():
+        if field.required and not get(config, field.name):
+            raise ConfigError(f"{field.name} is empty: {field.required}")
     for rule in (*CONFLICTS, *RULES):
         rule(config)
 

@@ -60,8 +60,8 @@ _ROWS = (
           check=one_of("lora", "full"), identity=True),
 
     Field("model.path", "", "hub id, folder with config.json and safetensors, or a GGUF file",
-          check=required(path(), "name a hub id, a folder with config.json, or a GGUF file"),
-          identity=False, yaml="model", other_names="model model_name_or_path", path=True),
+          check=path(), identity=False, yaml="model", other_names="model model_name_or_path",
+          path=True, required="name a hub id, a folder with config.json, or a GGUF file"),
     Field("model.revision", "main", "branch, tag or commit, if path is a hub id",
           check=text(), identity=False),
     Field("model.init", "pretrained", "random weights need config.json and the tokenizer only",
@@ -129,9 +129,9 @@ _ROWS = (
           check=path(), identity=True, path=True),
 
     Field("data.train", (), "JSONL files, folders of them, or JSON arrays; also .gz",
-          check=required(_FILES, "name JSONL files or folders (lljax data makes them)"),
-          identity=False, yaml="dataset.train", other_names="dataset train_file train_files",
-          path=True),
+          check=_FILES, identity=False, yaml="dataset.train",
+          other_names="dataset train_file train_files", path=True,
+          required="name JSONL files or folders (lljax data makes them)"),
     Field("data.valid", (), "held-out documents; empty: split off train by valid_fraction",
           check=_FILES, identity=False, yaml="dataset.valid", path=True),
     Field("data.valid_fraction", 0.0, "share of train held out, by hash of the document",

@@ -32,6 +32,7 @@ def test_json_has_types_defaults_choices_and_identity(capsys):
         "type": "int",
         "default": 8,
         "comment": FIELDS["lora.rank"].comment,
+        "required": False,
         "choices": None,
         "identity": True,
     }

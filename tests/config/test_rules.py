@@ -134,7 +134,8 @@ def test_every_shipped_config_is_legal(path):
         ),
         ({"optimizer.warmup_steps": 1000}, "warmup_steps=1000.*ends at step 1000"),
         ({"training.rows": 1000, "training.accumulate": 1000}, "8,192,000,000 tokens a step"),
-        ({"model.path": ""}, "model.path is empty"),
+        ({"model.path": ""}, "model.path is empty: name a hub id"),
+        ({"data.train": ()}, "data.train is empty: name JSONL files"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_way_out(changes, message):
