@@ -1,21 +1,21 @@
-"""Errors a user can act on. Each is one line: what was wrong, where, and what to do."""
+"""Errors that a user can act on: one line with the fault, its place, and the way out."""
 
 import contextlib
 import errno
+import io
 import os
 import re
 import reprlib
 import sys
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
-STDERR = 2  # the file, whatever sys.stderr is
-SHOW_CURSOR = "\r\x1b[K\x1b[?25h"  # in place of a progress bar, which hides it
+STDERR = 2  # the file descriptor, whatever sys.stderr is
+SHOW_CURSOR = "\r\x1b[K\x1b[?25h"  # clears a progress bar, which hides the cursor
 
 
 class LljaxError(Exception):
-    """Base of all errors that are reported without a traceback; `exit_code` is what the process
-    returns.
-    """
+    """Base of all errors that are reported without a traceback. `exit_code`: of the process."""
 
     exit_code = 1
 
@@ -27,7 +27,7 @@ class ConfigError(LljaxError):
 
 
 class ModelError(ConfigError):
-    """The base model, the tokenizer or an adapter cannot be read as what it claims to be."""
+    """The base model, the tokenizer or an adapter cannot be read, or is not of the claimed form."""
 
 
 class DataError(LljaxError):
@@ -37,8 +37,9 @@ class DataError(LljaxError):
 
 
 class PeerLost(LljaxError):
-    """Another process of the run has ended or does not answer; the same command resumes from the
-    last checkpoint.
+    """Another process of the run has ended or does not answer.
+
+    The same command resumes from the last checkpoint.
     """
 
     exit_code = 69
@@ -51,14 +52,14 @@ class NumericAbort(LljaxError):
 
 
 class OutOfMemory(LljaxError):
-    """A device had no memory for what was asked of it; the last checkpoint is as it was."""
+    """A device ran out of memory; the last checkpoint is unchanged."""
 
     exit_code = 71
 
 
 class Stalled(LljaxError):
-    """Nothing moved for too long. Never raised: the process ends itself (lljax.run.watchdog) with
-    this exit code.
+    """No step finished for too long. Never raised: the watchdog (lljax/run/watchdog.py) ends the
+    process with this exit code.
     """
 
     exit_code = 74
@@ -73,16 +74,16 @@ class Stopped(LljaxError):
 class _Short(reprlib.Repr):
     """A repr that never builds more text than it returns, and prints integers of any size."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxstring, self.maxother = 3, 60, 60
         self.maxtuple = self.maxlist = self.maxset = self.maxfrozenset = self.maxdict = 4
 
-    def repr_int(self, x, level):
+    def repr_int(self, x: int, level: int) -> str:
         return repr(x) if x.bit_length() <= 200 else f"<an integer of {x.bit_length():,} bits>"
 
 
-def short(value) -> str:
+def short(value: Any) -> str:
     """`repr(value)` for an error message: one line of bounded length, in bounded time."""
     text = printable(_SHORT.repr(value))
     return text if len(text) <= 120 else f"{text[:117]}..."
@@ -90,7 +91,7 @@ def short(value) -> str:
 
 _SHORT = _Short()
 
-# How Python, Rust and numpy say that a disk is full, or a quota or a limit of the size of files
+# How Python, Rust and numpy report a full disk, or that a quota or the limit of a file's size is
 # reached.
 FULL = re.compile(
     "|".join(
@@ -103,15 +104,16 @@ FULL = re.compile(
 
 
 @contextlib.contextmanager
-def exit_cleanly():
+def exit_cleanly() -> Iterator[None]:
     """Turns an `LljaxError`, and a full disk, into one line on stderr and an exit code. For the
-    `main` of scripts.
+    `main` of a command.
 
-    What a terminal's encoding lacks is written as an escape from here on.
+    Characters that the terminal's encoding lacks are written as escapes from here on.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # something else stands in its place
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):  # a test or a notebook may have replaced it
+            with contextlib.suppress(ValueError):  # closed
+                stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except LljaxError as error:
@@ -119,7 +121,7 @@ def exit_cleanly():
         sys.exit(error.exit_code)
     except BaseException as error:
         text = next(iter(str(error).splitlines()), "")
-        # of Rust, and no Exception: a tokenizer whose rules fail on a text
+        # Raised by Rust, and no Exception: a tokenizer's rules fail on a text.
         if type(error).__name__ == "PanicException":
             _say(f"ModelError: the tokenizer fails on a text ({printable(text)[:200]})")
             sys.exit(ModelError.exit_code)
@@ -132,35 +134,31 @@ def exit_cleanly():
 def _say(line: str) -> None:
     try:
         print(line, file=sys.stderr)
-    except OSError:  # nobody reads it: Python must not try again at exit, with a code of its own
+    except OSError:  # the reader is gone: Python would try again at exit, and change the exit code
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
 
 
 def say(line: str) -> None:
-    """A line on stderr from any thread, at once; nothing where nobody reads it any more."""
+    """Writes a line to stderr from any thread, at once; ignored if the reader is gone."""
+    start = SHOW_CURSOR if os.isatty(STDERR) else ""
     with contextlib.suppress(OSError):
-        os.write(
-            STDERR,
-            f"{SHOW_CURSOR if os.isatty(STDERR) else ''}{line}\n".encode(errors="backslashreplace"),
-        )
+        os.write(STDERR, f"{start}{line}\n".encode(errors="backslashreplace"))
 
 
 def leave(code: int, line: str) -> NoReturn:
-    """Ends the process from any thread, whatever the others wait for."""
+    """Prints `line` and ends the process from any thread, whatever the other threads wait for."""
     say(line)
     os._exit(code)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something, printable; its class where
-    there is none.
-    """
+    """The first line of an exception's message that is not blank, printable; or its class."""
     line = next((line for line in str(error).splitlines() if line.strip()), "")
     return printable(line.strip()) or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """`text` with line breaks, terminal codes and what cannot be encoded shown as escapes."""
+    """`text` with line breaks, terminal codes and lone surrogates as escapes."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )

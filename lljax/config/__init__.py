@@ -1,27 +1,32 @@
-"""Configuration of a run: the tree of fields, their rules, and the ways of giving them."""
+"""Configuration of a run: the table of fields, their rules, and the ways of giving them."""
 
+from lljax.config.access import Config, flat, get, total_steps, warmup_steps
+from lljax.config.field import Field, differs, equals
+from lljax.config.rules import validate
 from lljax.config.tree import (
-    CHECKS,
+    FIELDS,
     LEAST_HISTORY,
     READS,
-    Config,
     default_config,
-    flat,
-    get,
-    total_steps,
-    validate,
-    warmup_steps,
+    identity,
     with_absolute_paths,
 )
 
+CHECKS = FIELDS
+
 __all__ = [
     "CHECKS",
+    "FIELDS",
     "LEAST_HISTORY",
     "READS",
     "Config",
+    "Field",
     "default_config",
+    "differs",
+    "equals",
     "flat",
     "get",
+    "identity",
     "total_steps",
     "validate",
     "warmup_steps",

@@ -1,4 +1,4 @@
-"""What scripts do before their work: the flags of those that take a config file, and GPU memory."""
+"""The command line of a run: --config, --config.FIELD=VALUE for every field, and --help."""
 
 import ast
 import contextlib
@@ -9,14 +9,16 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lljax.config import yaml as yaml_config
-from lljax.config.field_names import comments, unknown_field
-from lljax.config.tree import CHECKS, default_config, flat
+from lljax.config.access import Config
+from lljax.config.field_names import unknown_field
+from lljax.config.tree import FIELDS
 from lljax.errors import ConfigError, LljaxError, first_line, short
 
 HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
@@ -32,7 +34,7 @@ def config_flag() -> flags.FlagHolder:
     return defined
 
 
-def read_flags(argv, doc: str, *required: str) -> None:
+def read_flags(argv: Sequence[str], doc: str, *required: str) -> None:
     """Parses the command line. With --help, prints the help of the script and exits.
 
     doc: the docstring of the script, with its examples. required: flags that must be given.
@@ -44,7 +46,7 @@ def read_flags(argv, doc: str, *required: str) -> None:
     if any(argument in HELP for argument in argv[1:]):
         show(help_text(doc))
         sys.exit()
-    if unknown := [field for field, _ in _overrides(argv) if field not in CHECKS]:
+    if unknown := [field for field, _ in _overrides(argv) if field not in FIELDS]:
         raise ConfigError(unknown_field(unknown[0]))
     try:
         left = flags.FLAGS(argv)[1:]
@@ -75,17 +77,12 @@ def show(text: str) -> None:
 
 def help_text(doc: str) -> str:
     """The help of a script: its docstring, its flags, and the fields of a configuration."""
-    default, said = flat(default_config()), comments()
     defined = [
         flag
         for module in (__name__, sys.argv[0])
         for flag in flags.FLAGS.get_flags_for_module(module)
     ]
     rows = [(f"--{flag.name}", " ".join(flag.help.split())) for flag in defined]
-    fields = [
-        (f"{field} = {default[field]!r}", said.get(field, said.get(field.rpartition(".")[0])))
-        for field in CHECKS
-    ]
     return "\n".join(
         [
             doc.strip(),
@@ -94,22 +91,28 @@ def help_text(doc: str) -> str:
             *_columns(rows, 22),
             "",
             "Fields and their defaults; --config.FIELD=VALUE sets one:",
-            *_columns(fields, 46),
+            *field_lines(),
         ]
     )
 
 
-def _columns(rows, width: int) -> list[str]:
+def field_lines() -> list[str]:
+    """Every field with its default and comment, a line each."""
+    rows = [(f"{field.name} = {field.default!r}", field.summary()) for field in FIELDS.values()]
+    return _columns(rows, 46)
+
+
+def _columns(rows: list[tuple[str, str]], width: int) -> list[str]:
     return [f"  {left:<{width}} {right}".rstrip() for left, right in rows]
 
 
 # ---------------------------------------------------------------- the config file
 class _ConfigFile(flags.ArgumentParser):
-    def parse(self, argument):
+    def parse(self, argument: str) -> Config:
         return load_config(argument).lock()
 
 
-def load_config(named: str) -> ConfigDict:
+def load_config(named: str) -> Config:
     """Loads FILE.py, FILE.py:ARGUMENT (get_config takes the argument), or a YAML file.
 
     Raises:
@@ -126,10 +129,11 @@ def load_config(named: str) -> ConfigDict:
     try:
         with _importing_beside(path):
             spec = importlib.util.spec_from_file_location("lljax_run_config", path)
+            assert spec and spec.loader, "a .py file has a loader"
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             if not hasattr(module, "get_config"):
-                raise ConfigError(f"{path}: it has no get_config(): see those of configs/")
+                raise ConfigError(f"{path}: it has no get_config(): see configs/ for examples")
             config = module.get_config(*([argument] if argument else []))
     except LljaxError:
         raise
@@ -138,13 +142,13 @@ def load_config(named: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ConfigError(
             f"{path}: get_config() returned {short(config)}: return the "
-            "configuration that lljax.config.default_config() gave"
+            "configuration that lljax.config.default_config() made"
         )
     return config
 
 
 @contextlib.contextmanager
-def _importing_beside(path: Path):
+def _importing_beside(path: Path) -> Iterator[None]:
     """Lets a config file import modules beside it, and packages beside its folder."""
     before = list(sys.path)
     sys.path += [str(path.resolve().parent), str(path.resolve().parent.parent)]
@@ -183,20 +187,20 @@ def _nearest_file(path: Path) -> str:
 
 
 # ---------------------------------------------------------------- fields on the command line
-def _overrides(argv) -> list[tuple[str, str | None]]:
+def _overrides(argv: Sequence[str]) -> list[tuple[str, str | None]]:
     """(field, text) of every --config.FIELD=TEXT; the text is None if it is the next argument."""
     pattern = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
-    found = [pattern.match(argument) for argument in argv[1:]]
-    return [(match[1], match[2]) for match in found if match]
+    matches = map(pattern.match, argv[1:])
+    return [(match[1], match[2]) for match in matches if match]
 
 
 def _check_text(field: str, text: str) -> None:
-    """Raises the ConfigError of its check if `text` cannot be a value of `field`."""
-    default = flat(default_config())[field]
+    """Raises ConfigError if `text` cannot be a value of `field`."""
+    default = FIELDS[field].default
     try:
         value = ast.literal_eval(text) if isinstance(default, (int, float, tuple)) else text
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         value = text
     if isinstance(default, bool):
         value = text.lower() in ("true", "false", "1", "0", "t", "f", "yes", "no") or text
-    CHECKS[field](f"--config.{field}", value)
+    FIELDS[field](f"--config.{field}", value)

@@ -1,4 +1,4 @@
-"""Files that appear whole, and text of other people's shown safely in a terminal."""
+"""Files that are written whole, and read without failing a run."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from lljax.errors import first_line, printable
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes `path` so that readers see the old content or the new one, never a part.
 
-    The unfinished file has a name of its own, so that two processes may write the same path at
-    once; the last one stays.
+    The unfinished file has a unique name, so that two processes may write the same path at once;
+    the last one stays.
 
     Raises:
-      OSError: it cannot be written; the old content is as it was.
+      OSError: it cannot be written; the old content is unchanged.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -29,20 +29,21 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             unfinished.unlink(missing_ok=True)
 
 
-def read_object(path: Path, longest: int = 1 << 26) -> dict:
-    """The JSON object of a side product; empty where there is none. One that is damaged, longer
-    than `longest` bytes or not a
-    regular file is as good as none, and logged: what only tells of a run must not end it.
+def read_object(path: Path, max_bytes: int = 1 << 26) -> dict:
+    """The JSON object of a side product of a run; empty if there is none.
+
+    A file that is damaged, longer than `max_bytes` or not a regular file is logged and counts as
+    none: a side product must not end the run.
     """
     try:
         if not path.is_file():
             return {}
-        if path.stat().st_size > longest:
-            raise ValueError(f"more than {longest >> 20} MiB")
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"more than {max_bytes >> 20} MiB")
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
             raise ValueError("not a JSON object")
-        return found
+        return content
     except (OSError, ValueError, RecursionError) as error:
-        logging.warning("%s is passed over: %s", printable(str(path)), first_line(error))
+        logging.warning("%s is skipped: %s", printable(str(path)), first_line(error))
         return {}

@@ -1,0 +1,1 @@
+"""The machine: chips, devices to compile for, compiler flags and host memory."""

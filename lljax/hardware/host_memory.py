@@ -1,5 +1,5 @@
-"""Host memory: how much of it this process can use, and how much of it jax may pin for the
-offloaded residuals of GPUs.
+"""Host memory: how much this process can use, and how much jax may pin for the offloaded residuals
+of GPUs.
 """
 
 import os
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jax._src import xla_bridge  # jax has no public function that says whether it has started
+from jax._src import xla_bridge  # jax has no public function that tells whether it has started
 
 from lljax.hardware.chips import GiB
 from lljax.parallel.processes import processes_here
@@ -17,8 +17,7 @@ FIRST_REGION = 2 * 2**20
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that this process can use: what it holds already and what is still
-    available to it.
+    """Bytes of host memory that this process can use: already used by it, or still available.
 
     root: of the file system, for tests. Without /proc, all memory of the machine.
     """
@@ -32,8 +31,8 @@ def host_memory(root: Path = Path("/")) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that are still available to this process: MemAvailable of the host, or less where a
-    cgroup has less left.
+    """Bytes that are still available to this process: MemAvailable of the host, or less if a cgroup
+    has less left.
 
     Raises:
       OSError: there is no /proc.
@@ -44,8 +43,10 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _available_in_cgroups(root: Path) -> Iterator[int]:
-    """What is left of every cgroup, version 1 or 2, that limits this process. A container may see
-    its own cgroup only, at the top of the mounted tree, whatever path /proc gives for it.
+    """Bytes left in every cgroup, version 1 or 2, that limits this process.
+
+    A container may see its own cgroup only, at the top of the mounted tree, whatever path /proc
+    gives for it.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -79,10 +80,10 @@ def _number(path: Path, name: str) -> int:
 
 
 def usable(host: float) -> float:
-    """Bytes of `host` bytes that offloaded residuals may use. An eighth, and at least 4 GiB, is
-    reserved for the process
-    itself, transfers and the system: beside a pool of 109 GiB, a run took 11 more on a host of 126
-      (H200).
+    """Bytes of `host` bytes that offloaded residuals may use.
+
+    An eighth, and at least 4 GiB, is reserved for the process itself, transfers and the system:
+    beside a pool of 109 GiB, a run took 11 more on a host of 126 (H200).
     """
     return max(host - max(host / 8, 4 * GiB), 0.0)
 
@@ -93,8 +94,8 @@ def set_pinned_limit() -> None:
     jax's 64 GiB.
 
     Call it in every process of a run, after `lljax.parallel.processes.start` and before jax starts;
-    afterwards it does nothing. A limit that the user has set stays, and so does the size of a pool
-    that jax allocates at once.
+    later it does nothing. A limit that the user has set is kept, and so is the size of a
+    preallocated pool.
     """
     if LIMIT in os.environ or _preallocated() or xla_bridge.backends_are_initialized():
         return
@@ -104,7 +105,7 @@ def set_pinned_limit() -> None:
 
 
 def pinned_limit() -> int:
-    """The limit of one GPU's pool in bytes, read as jax reads it (xla/pjrt/gpu/gpu_helpers.cc)."""
+    """The limit of one GPU's pool in bytes, as jax reads it (xla/pjrt/gpu/gpu_helpers.cc)."""
     try:
         return int(os.environ[LIMIT]) * GiB
     except (KeyError, ValueError):
@@ -116,26 +117,27 @@ def _preallocated() -> bool:
 
 
 def gpus_in_use(processes: int, root: Path = Path("/")) -> int:
-    """How many GPUs the run's `processes` on this host use, at least 1; counted without starting
-    jax.
+    """The number of GPUs that the run's `processes` on this host use, at least 1; counted without
+    starting jax.
 
     A process uses the GPUs of CUDA_VISIBLE_DEVICES, or all; under a launcher that jax knows, one of
     them.
     """
-    there = sum(
-        bool(re.fullmatch(r"nvidia\d+", path.name)) for path in (root / "dev").glob("nvidia*")
-    )
+    names = [path.name for path in (root / "dev").glob("nvidia*")]
+    installed = sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in names)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    each = there if visible is None else sum(bool(name.strip()) for name in visible.split(","))
-    return max(min(processes * each, max(there, processes)), 1)
+    if visible is None:
+        per_process = installed
+    else:
+        per_process = sum(bool(name.strip()) for name in visible.split(","))
+    return max(min(processes * per_process, max(installed, processes)), 1)
 
 
 def pool_sizes(sizes: Iterable[int], limit: float) -> list[int]:
-    """Bytes that a pool must hold for each of `sizes`, which are allocated and freed one after the
-    other.
+    """Bytes that a pool must hold for each of `sizes`, allocated and freed one after the other.
 
-    The pool grows by regions, each at least twice as large as the one before and cut by the limit
-    only, and never gives one back (XLA's BFCAllocator::Extend): 33 GiB take a region of 64, and 70
+    The pool grows by regions, each at least twice as large as the one before and bounded by the
+    limit only, and never frees one (XLA's BFCAllocator::Extend): 33 GiB take a region of 64, and 70
     GiB after them need 64 + 70.
     """
     region, regions, out = FIRST_REGION, [], []

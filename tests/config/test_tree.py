@@ -1,4 +1,6 @@
-import importlib.util
+"""The table of fields: its rows are complete; tree, identity, help and YAML follow from them."""
+
+import json
 import math
 from pathlib import Path
 
@@ -6,146 +8,28 @@ import pytest
 from ml_collections import ConfigDict
 
 from lljax.config import (
-    CHECKS,
+    FIELDS,
+    Field,
     default_config,
+    differs,
+    equals,
     flat,
     get,
+    identity,
     validate,
-    warmup_steps,
     with_absolute_paths,
 )
-from lljax.config.checks import BELOW_ONE, HUGE
+from lljax.config.checks import BELOW_ONE, HUGE, whole
+from lljax.config.field_names import unknown_field
+from lljax.config.flags import field_lines
+from lljax.config.yaml import read
 from lljax.errors import ConfigError, short
-
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
 
 def good():
     c = default_config()
     c.model.path, c.data.train = "base", ("docs.jsonl",)
     return c
-
-
-def ratios(*roles):
-    """Changes by which these roles do not learn."""
-    return {f"optimizer.learning_rate_ratio.{role}": 0.0 for role in roles}
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if p.stem != "from_yaml"], ids=lambda p: p.stem
-)
-def test_every_shipped_config_is_legal(path):
-    module = importlib.util.module_from_spec(
-        importlib.util.spec_from_file_location(path.stem, path)
-    )
-    module.__spec__.loader.exec_module(module)
-    validate(module.get_config())
-
-
-@pytest.mark.parametrize(
-    "changes,message",
-    [
-        (
-            {"context.schedule": ((10, 64, "shifted"), (5, 128, "full"))},
-            r"schedule\[1\].*previous ends at step 10",
-        ),
-        ({"context.schedule": ((10, 64, "shifted"), (20, 32, "full"))}, "do not get shorter"),
-        ({"context.schedule": ((10, 64, "s2"),)}, "none of full, shifted, window"),
-        ({"context.schedule": ((10, 9000, "full"),)}, "raise context.length"),
-        (
-            {"context.group": 7.0, "context.schedule": ((1, 64, "shifted"),)},
-            "use an even number of tokens such as 8",
-        ),
-        ({"context.rope.type": "keep", "context.rope.factor": "4"}, "takes no factor"),
-        ({"context.rope.factor": "0.5"}, "not a number from 1"),
-        ({"model.init": "random"}, "frozen random base"),
-        ({"lora.adapter": "x", "train_type": "full"}, "use train_type='lora'"),
-        ({"data.valid_fraction": 0.1, "data.valid": ("v.jsonl",)}, "both hold documents out"),
-        ({"data.train": (1,)}, r"data.train\[0\]=1 is not a path"),
-        ({"data.valid": ("",)}, "data.valid"),
-        ({"data.max_row_bytes": 0}, "data.max_row_bytes=0 is not a whole number from 1024"),
-        ({"training.eval_every": 5}, "nothing to evaluate"),
-        ({"training.eval_tasks": (("needle", 64),)}, "training.eval_tasks=.*nothing to evaluate"),
-        (
-            {"training.eval_tasks": ("needle", 64), "data.valid": ("v.jsonl",)},
-            "'needle' is not a pair such as",
-        ),
-        (
-            {"training.eval_tasks": (("needle", 9000),), "data.valid": ("v.jsonl",)},
-            "more tokens than context.length=8192",
-        ),
-        (
-            {
-                "training.eval_tasks": (("needle", 64),),
-                "data.valid": ("v.jsonl",),
-                "mesh.sequence": 2,
-            },
-            "use mesh.sequence=1",
-        ),
-        (
-            {"training.eval_files.squad": "dev.json"},
-            "training.eval_files.squad='dev.json' and training.eval_tasks=()",
-        ),
-        ({"optimizer.schedule": "cos"}, "none of linear, cosine, constant"),
-        ({"optimizer.name": "sgd"}, "none of adamw, adafactor"),
-        (
-            {"optimizer.name": "lion", "optimizer.eps": 1e-6},
-            "optimizer.eps=1e-06 and.*'lion', which does not read it",
-        ),
-        (
-            {"optimizer.galore.rank": 8},
-            "optimizer.galore.rank=8 and.*'adamw', which does not read it",
-        ),
-        ({"optimizer.name": "galore"}, "set train_type='full'"),
-        (
-            {"optimizer.name": "q_galore"},
-            "optimizer.name='q_galore' and train_type='lora'.*set train_type='full'",
-        ),
-        (
-            {"optimizer.name": "q_galore", "train_type": "full", "memory.remat": "none"},
-            "memory.remat='none'.*'q_galore'",
-        ),
-        (
-            {"optimizer.name": "q_galore", "train_type": "full", "model.quantize": "int8"},
-            "model.quantize='int8' holds frozen",
-        ),
-        ({"lora.dropout": 1.0}, "from 0 to below 1"),
-        ({"lora.dora": True, "train_type": "full"}, "lora.dora=True.*train_type='full' has none"),
-        (
-            {"model.matmul": "fp8", "train_type": "full"},
-            "model.matmul='fp8'.*train_type='full' has none",
-        ),
-        (
-            {"lora.init": "loftq"},
-            "lora.init='loftq'.*model.quantize='none'.*set model.quantize='nf4'",
-        ),
-        ({"lora.init": "pizza"}, "none of default, pissa"),
-        ({"lora.init": "pissa", "lora.adapter": "x"}, "use lora.init='default'"),
-        (
-            {"lora.rank_pattern": (("q_proj", 0),)},
-            r"lora.rank_pattern\[0\]\[1\]=0 is not a whole number from 1",
-        ),
-        ({"lora.alpha_pattern": ("q_proj", 3)}, "'q_proj' is not a pair such as"),
-        ({"lora.targets": (), "lora.also_train": ()}, "nothing would train"),
-        (
-            {"lora.also_train": (), **ratios("lora_a", "lora_b")},
-            "lora_a, lora_b.*nothing would be learned",
-        ),
-        (
-            {"train_type": "full", **ratios("embed", "norm", "head", "kernel", "bias", "router")},
-            "nothing would be learned",
-        ),
-        ({"optimizer.warmup_steps": 1000}, "warmup_steps=1000.*ends at step 1000"),
-        ({"training.rows": 1000, "training.accumulate": 1000}, "8,192,000,000 tokens a step"),
-        ({"model.path": ""}, "model.path is empty"),
-    ],
-)
-def test_what_cannot_work_is_refused_with_the_way_out(changes, message):
-    c = good()
-    c.update_from_flattened_dict(changes)
-    with pytest.raises(ConfigError, match=message) as caught:
-        validate(c)
-    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- every field
@@ -193,16 +77,30 @@ ODD = (
 )
 
 
-def test_every_field_has_a_check():
-    assert CHECKS.keys() == flat(default_config()).keys()
+def test_every_row_is_a_leaf_of_the_tree_with_a_comment():
+    assert flat(default_config()).keys() == FIELDS.keys()
+    assert all(name == field.name and len(field.comment) > 4 for name, field in FIELDS.items())
 
 
-@pytest.mark.parametrize("field", CHECKS)
+def test_every_default_is_legal():
+    for field in FIELDS.values():
+        field(field.name, field.default)
+    assert [f.name for f in FIELDS.values() if f.required] == ["model.path", "data.train"]
+
+
+def test_only_the_rope_takes_another_type_than_its_default():
+    c = default_config()
+    c.context.rope.factor = 4
+    with pytest.raises(TypeError):
+        c.lora.rank = "x"
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_odd_values_are_refused_in_one_short_line_or_legal(field):
     usual = get(default_config(), field)
     for value in ODD:
         try:
-            CHECKS[field](field, value)
+            FIELDS[field](field, value)
         except ConfigError as error:
             assert field in str(error) and len(str(error)) < 400 and str(error).isprintable()
             continue
@@ -214,10 +112,6 @@ def test_odd_values_are_refused_in_one_short_line_or_legal(field):
                 value, int if isinstance(usual, int) else (int, float)
             ) and not isinstance(value, bool)
             assert abs(value) <= (2**31 if isinstance(usual, int) else HUGE)
-
-
-def test_the_defaults_are_legal():
-    validate(good())
 
 
 @pytest.mark.parametrize(
@@ -252,7 +146,7 @@ def test_the_defaults_are_legal():
 )
 def test_what_would_disable_or_break_a_run_is_refused(field, value):
     with pytest.raises(ConfigError, match=field):
-        CHECKS[field](field, value)
+        FIELDS[field](field, value)
 
 
 @pytest.mark.parametrize(
@@ -273,22 +167,7 @@ def test_what_would_disable_or_break_a_run_is_refused(field, value):
     ],
 )
 def test_what_is_at_the_bound_is_legal(field, value):
-    CHECKS[field](field, value)
-
-
-def test_a_tree_of_ones_own_is_told_how_to_begin():
-    with pytest.raises(ConfigError, match="has no field .*default_config"):
-        validate(ConfigDict({"seed": 1}))
-
-
-@pytest.mark.parametrize(
-    "steps,expected", [(1, 1), (8, 1), (20, 1), (240, 10), (500, 20), (5000, 20)]
-)
-def test_the_warm_up_fits_the_run(steps, expected):
-    c = default_config()
-    assert warmup_steps(c.optimizer, steps) == expected
-    c.optimizer.warmup_steps = 3
-    assert warmup_steps(c.optimizer, steps) == 3
+    FIELDS[field](field, value)
 
 
 def test_paths_of_what_is_there_become_absolute(tmp_path, monkeypatch):
@@ -310,3 +189,73 @@ def test_paths_of_what_is_there_become_absolute(tmp_path, monkeypatch):
 def test_short_never_writes_a_value_out():
     for value in ODD:
         assert len(short(value)) <= 120 and short(value).isprintable()
+
+
+# ---------------------------------------------------------------- identity
+# A run whose checkpoints hold these fields must resume.
+IDENTITY = (
+    *("seed", "train_type", "model.init", "model.dtype", "model.matmul", "model.quantize"),
+    *("context", "lora", "data.packing", "data.overlong", "optimizer", "training.rows"),
+    *("training.accumulate", "training.neftune_alpha", "training.router_aux_loss_coef"),
+    *("alarm.nonfinite", "alarm.spike", "alarm.spike_z", "alarm.history", "alarm.max_bad_steps"),
+)
+
+
+@pytest.mark.parametrize("spike,also", [("warn", ()), ("rollback", ("checkpoint.every_steps",))])
+def test_the_identity_of_a_run_is_as_in_its_checkpoints(spike, also):
+    c = good()
+    c.alarm.spike, c.lora.rank, c.context.rope.factor = spike, 5, 2
+    expected = {}
+    for name in (*IDENTITY, *also):
+        value = get(c, name)
+        expected |= flat(value, f"{name}.") if isinstance(value, ConfigDict) else {name: value}
+    expected.pop("context.implementation", None)  # is later than such checkpoints, and may change
+    assert identity(c) == expected and json.dumps(identity(c))
+
+
+def test_a_field_that_does_not_say_whether_it_is_identity_cannot_be_made():
+    with pytest.raises(TypeError, match="identity"):
+        Field("training.toy", 1, "a toy", check=whole(0))
+
+
+# ---------------------------------------------------------------- a field from outside
+@pytest.fixture
+def toy(monkeypatch):
+    row = Field("training.toy", 1, "a toy", check=whole(0), identity=True, yaml="toy_level")
+    monkeypatch.setitem(FIELDS, row.name, row)
+    return row.name
+
+
+def test_a_new_row_is_in_the_tree_the_help_the_yaml_the_rules_and_the_identity(toy, tmp_path):
+    c = good()
+    assert c.training.toy == 1 == identity(c)[toy]
+    c.training.toy = 3
+    validate(c)
+    c.training.toy = -1
+    with pytest.raises(ConfigError, match="training.toy=-1 is not a whole number"):
+        validate(c)
+    assert any(line.split() == [toy, "=", "1", "a", "toy"] for line in field_lines())
+    assert "did you mean 'training.toy'" in unknown_field("training.tyo")
+    (tmp_path / "run.yaml").write_text("toy_level: 7\nscheduler: {total_steps: 3}\n")
+    assert read(str(tmp_path / "run.yaml")).training.toy == 7
+
+
+def test_a_row_of_a_new_group_makes_the_group(monkeypatch):
+    row = Field("toys.blue.ball", 0.5, "a toy", check=whole(0), identity=False)
+    monkeypatch.setitem(FIELDS, row.name, row)
+    assert default_config().toys.blue.ball == 0.5 and row.name not in identity(default_config())
+
+
+def test_a_later_field_counts_only_if_it_is_not_the_default(monkeypatch):
+    row = Field("toy", "a", "a toy", check=whole(0), identity={"toy": differs("a")})
+    monkeypatch.setitem(FIELDS, "toy", row)
+    c = default_config()
+    assert "toy" not in identity(c)
+    c.toy = "b"
+    assert identity(c)["toy"] == "b"
+
+
+def test_a_condition_of_identity_in_words():
+    row = Field("a", 1, "", check=whole(0), identity={"b": equals(1, 2), "c": differs("x")})
+    assert row.identity_in_words() == "if b is 1 or 2 and c is not 'x'"
+    assert FIELDS["lora.rank"].identity_in_words() is True

@@ -1,10 +1,13 @@
 """The flat YAML: what it means, and what is refused in one line."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 
-from lljax.config import validate
+import lljax.config
+from lljax.config import FIELDS, validate
 from lljax.config.yaml import KERNELS, read
 from lljax.errors import ConfigError
 
@@ -24,6 +27,18 @@ def test_yaml_stages_end_in_full_attention(tmp_path):
     assert c.context.schedule == ((4, 32, "shifted"), (9, 64, "full"))
     assert c.lora.also_train == ("embed", "norm") and c.optimizer.schedule == "linear"
     validate(c)
+
+
+def test_the_readme_has_an_example_that_works_and_every_name(tmp_path):
+    readme = Path(lljax.config.__file__).with_name("README.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(example)
+    c = read(str(tmp_path / "run.yaml"))
+    validate(c)
+    assert c.context.schedule == ((10, 1024, "shifted"), (20, 2048, "full"))
+    names = [part for field in FIELDS.values() for part in field.yaml.split(".") if part]
+    section = readme[readme.index("# A run in YAML") :]
+    assert [name for name in names if not re.search(rf"\b{name}\b", section)] == []
 
 
 def test_yaml_qlora_is_a_lora_over_a_base_in_nf4(tmp_path):

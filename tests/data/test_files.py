@@ -1,9 +1,10 @@
+"""Files are written whole, and a damaged side product counts as none."""
+
 import threading
 
 import pytest
 
-from lljax.data.files import atomic_write
-from lljax.errors import first_line, printable
+from lljax.data.files import atomic_write, read_object
 
 
 def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
@@ -13,7 +14,7 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
         try:
             for _ in range(50):
                 atomic_write(path, letter * 1000)
-                assert path.read_text() in {each * 1000 for each in "abcd"}
+                assert path.read_text() in {c * 1000 for c in "abcd"}
         except Exception as error:  # a thread's exception is lost otherwise
             failed.append(error)
 
@@ -34,7 +35,11 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_terminal_codes_and_line_breaks_are_shown_escaped():
-    assert printable("a\x1b[31m\nb\ud800é") == "a\\x1b[31m\\nb\\ud800é"
-    assert first_line(ValueError("\n  two\x07 words\nmore")) == "two\\x07 words"
-    assert first_line(ValueError()) == "ValueError"
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'{"a": "' + b"x" * 99 + b'"}'])
+def test_a_damaged_side_product_is_logged_and_counts_as_none(tmp_path, caplog, content):
+    path = tmp_path / "x.json"
+    assert read_object(path) == {} and read_object(tmp_path) == {} and not caplog.text
+    path.write_bytes(content)
+    assert read_object(path, max_bytes=50) == {} and f"{path} is skipped: " in caplog.text
+    path.write_text('{"a": 1}')
+    assert read_object(path) == {"a": 1}

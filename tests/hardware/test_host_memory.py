@@ -1,5 +1,5 @@
-"""What a process may have of its host's memory, from the files of a made-up machine; and how jax's
-pool grows.
+"""The host memory that a process may use, from the files of an invented machine, and the growth of
+jax's pool.
 """
 
 import os
@@ -31,8 +31,12 @@ def machine(tmp_path):
 
     def write(files):
         files = {
-            "proc/meminfo": f"MemTotal: {125 * KB} kB\nMemFree: {2 * KB} kB\nMemAvailable: {100 * KB} kB\n",
-            "proc/self/status": f"Name:\tpython\nVmRSS: {9 * KB} kB\nRssAnon:\t {2 * KB} kB\nRssShmem:\t{KB} kB\n",
+            "proc/meminfo": (
+                f"MemTotal: {125 * KB} kB\nMemFree: {2 * KB} kB\nMemAvailable: {100 * KB} kB\n"
+            ),
+            "proc/self/status": (
+                f"Name:\tpython\nVmRSS: {9 * KB} kB\nRssAnon:\t {2 * KB} kB\nRssShmem:\t{KB} kB\n"
+            ),
         } | files
         for name, content in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +84,7 @@ V1 = {"proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/docker/abc\n0::/\n"}
         ({"proc/self/cgroup": "0::/../../elsewhere\n"}, 100),
     ],
 )
-def test_what_a_process_can_have_is_what_it_holds_and_what_is_left(machine, files, left):
+def test_a_process_can_use_the_memory_it_has_and_the_memory_left(machine, files, left):
     assert host_memory(machine(files)) == (left + 3) * GiB
 
 
@@ -159,7 +163,7 @@ def test_it_is_too_late_once_jax_has_started(monkeypatch):
     assert LIMIT not in os.environ
 
 
-def test_training_sets_the_limit_before_jax_starts_and_leaves_what_the_user_set(tmp_path):
+def test_training_sets_the_limit_before_jax_starts_unless_the_user_set_it(tmp_path):
     config = tmp_path / "config.py"
     config.write_text(
         "from lljax.config import default_config\n\n\ndef get_config():\n    c = default_config()\n"
@@ -173,7 +177,8 @@ def test_training_sets_the_limit_before_jax_starts_and_leaves_what_the_user_set(
         from lljax.run import loop
 
         def show(*_, **__):
-            print("limit", os.environ.get("{LIMIT}"), xla_bridge.backends_are_initialized(), flush=True)
+            started = xla_bridge.backends_are_initialized()
+            print("limit", os.environ.get("{LIMIT}"), started, flush=True)
         for given in ({{"{LIMIT}": "5"}}, {{"{PREALLOCATE}": "true"}}, {{}}):
             for name in ("{LIMIT}", "{PREALLOCATE}"):
                 os.environ.pop(name, None)
@@ -187,6 +192,9 @@ def test_training_sets_the_limit_before_jax_starts_and_leaves_what_the_user_set(
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    *rest, own = [line.split()[1:] for line in out.splitlines() if line.startswith("limit ")]
-    assert 2 <= int(own[0]) <= max(usable(host_memory()) * 1.2 / GiB, 2) and own[1] == "False"
+    *rest, computed = [line.split()[1:] for line in out.splitlines() if line.startswith("limit ")]
+    assert (
+        2 <= int(computed[0]) <= max(usable(host_memory()) * 1.2 / GiB, 2)
+        and computed[1] == "False"
+    )
     assert rest == [["5", "False"], ["None", "False"]]

@@ -227,7 +227,7 @@ def test_lora_over_an_nf4_base_learns(run_config, tmp_path):
 @pytest.mark.parametrize(
     "fields,line",
     [
-        ({"train_type": "full"}, "model.quantize='nf4' holds frozen kernels and train_type='full'"),
+        ({"train_type": "full"}, "model.quantize='nf4' and train_type='full'"),
         ({"memory.remat": "none"}, "memory.remat='none'.*model.quantize='nf4'"),
         ({"model.quantize": "int3"}, "model.quantize='int3' is none of"),
     ],
