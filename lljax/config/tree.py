@@ -53,6 +53,7 @@ def default_config() -> Config:
     c.context.group = 0.25                   # shifted: below 1 a share of the row, from 2 up a number of tokens
     c.context.window = 4096                  # window: tokens each token sees behind it, itself included
     c.context.anchors = 64                   # window: first tokens of each document that every later one sees
+    c.context.implementation = "auto"        # auto: the first that serves | tpu | cudnn | triton | blockwise
     c.context.anchor_markers = ()            # window: strings, one token each, whose every occurrence is seen too
 
     c.lora = ConfigDict()
@@ -200,6 +201,7 @@ CHECKS = {                                   # what each field may hold; which g
     "context.window": whole(1, TOKENS),
     "context.anchors": whole(0, TOKENS),
     "context.anchor_markers": several(text()),
+    "context.implementation": one_of("auto", "tpu", "cudnn", "triton", "blockwise"),
     "lora.rank": _RANK,
     "lora.alpha": _ALPHA,
     "lora.dropout": share(),

@@ -71,7 +71,7 @@ def layout_of(
         N=spec.N,
         K=spec.K,
         H=spec.H,
-        group=pattern.group or None,
+        groups=pattern.groups,
         windows=windows,
         bytes_per=bytes_per,
         room=memory / 16,
