@@ -210,9 +210,7 @@ def test_gathered_keys_come_back_into_the_order_of_the_row():
 def test_a_ring_refuses_an_implementation_that_wants_tokens_in_order():
     q = jax.ShapeDtypeStruct((B, T, 8, 64), jnp.bfloat16)
     options = AttentionOptions(scale=0.3, implementation="cudnn", platform="gpu")
-    with pytest.raises(
-        UnsupportedMask, match="'cudnn' cannot serve tokens that may be out of order"
-    ):
+    with pytest.raises(UnsupportedMask, match="cannot serve tokens that may be out of order"):
         _Ring(1, 2, options).implementation(q, q, causal(B, T))
 
 
