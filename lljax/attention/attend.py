@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ class UnsupportedMask(ConfigError):
     """The named implementation cannot serve the mask, the operands or the platform."""
 
 
-def _serves_all(q, k, mask: Mask, options: AttentionOptions) -> str:
+def _serves_all(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
     return ""
 
 
@@ -33,7 +34,7 @@ class Implementation:
       Both as in `lljax.attention.blockwise`.
     whole(q, k, v, mask, *, scale) -> out, differentiated by jax.
     platforms: where it runs; everywhere if empty.
-    refuses(q, k, mask, options) -> what it cannot serve, judged by shapes and dtypes; "" if it can.
+    refuses(q, k, mask, options) -> the reason not to serve, from shapes and dtypes; "" for none.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]] | None = None
@@ -41,6 +42,12 @@ class Implementation:
     whole: Callable[..., jax.Array] | None = None
     platforms: tuple[str, ...] = ()
     refuses: Callable[..., str] = _serves_all
+
+    @property
+    def pair(self) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
+        """(forward, backward) of an implementation that is not a whole."""
+        assert self.forward is not None and self.backward is not None, "a whole has no parts"
+        return self.forward, self.backward
 
 
 # In order of preference.
@@ -68,10 +75,11 @@ def attend(
     whole = IMPLEMENTATIONS[name].whole
     if whole is not None:
         return whole(q, k, v, mask, scale=options.scale)
-    return _attend(options.replace(implementation=name, sinks=None), q, k, v, mask, options.sinks)
+    static = options.replace(implementation=name, sinks=None)
+    return cast(jax.Array, _attend(static, q, k, v, mask, options.sinks))
 
 
-def select(q, k, mask: Mask, options: AttentionOptions) -> str:
+def select(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
     """The implementation that `options` names, or the first of the table that can serve.
 
     Raises:
@@ -87,8 +95,8 @@ def select(q, k, mask: Mask, options: AttentionOptions) -> str:
     )
 
 
-def refusal(q, k, mask: Mask, options: AttentionOptions) -> str:
-    """What the named implementation cannot serve; "" if it can."""
+def refusal(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
+    """Why the named implementation cannot serve; "" if it can."""
     if reason := platform_refusal(options.implementation, options.platform):
         return reason
     return IMPLEMENTATIONS[options.implementation].refuses(q, k, mask, options)
@@ -120,12 +128,16 @@ def check_implementation(name: str, reason: str) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: AttentionOptions, q, k, v, mask: Mask, sinks):
+def _attend(
+    options: AttentionOptions, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks
+) -> jax.Array:
     return _attend_forward(options, q, k, v, mask, sinks)[0]
 
 
-def _attend_forward(options, q, k, v, mask, sinks):
-    forward = IMPLEMENTATIONS[options.implementation].forward
+def _attend_forward(
+    options: AttentionOptions, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks
+):
+    forward, _ = IMPLEMENTATIONS[options.implementation].pair
     out, lse = forward(q, k, v, mask, scale=options.scale, softcap=options.softcap)
     if sinks is not None:  # one more key, merged as a ring merges the keys of another device
         total = jnp.logaddexp(lse, sinks.astype(lse.dtype))
@@ -134,9 +146,9 @@ def _attend_forward(options, q, k, v, mask, sinks):
     return out, (q, k, v, mask, sinks, out, lse)
 
 
-def _attend_backward(options, saved, d_out):
+def _attend_backward(options: AttentionOptions, saved, d_out: jax.Array):
     q, k, v, mask, sinks, out, lse = saved
-    backward = IMPLEMENTATIONS[options.implementation].backward
+    _, backward = IMPLEMENTATIONS[options.implementation].pair
     gradients = backward(
         *(q, k, v, mask, (out, lse), d_out),
         scale=options.scale,

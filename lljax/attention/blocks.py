@@ -17,13 +17,11 @@ changes no result.
 All functions take arrays that broadcast against each other, or the scalars of a kernel.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lljax.attention.mask import NEVER, Mask, group_start
+from lljax.attention.mask import NEVER, Mask, group_start, of_keys
 
 Rows = dict[str, Int[Array, "B length"]]  # integers per token, by name
 Extremes = dict[str, jax.Array]  # of each block: name_low, name_high and `last`, see `extremes`
@@ -54,7 +52,7 @@ def compared(mask: Mask) -> tuple[Rows, Rows]:
             k["near"] = jnp.where(mask.anchors, NEVER, mask.k_index)
     if mask.group is not None:
         q["first"] = group_start(mask, mask.q_index)
-    if mask.q_segments is not None:
+    if mask.q_segments is not None and mask.k_segments is not None:
         q["segment"], k["segment"] = mask.q_segments, mask.k_segments
     return q, k
 
@@ -145,14 +143,10 @@ def anchors_first(
 
     Returns: k, v, the mask, and the new place of every key (`in_row_order` takes it).
     """
+    assert mask.anchors is not None, "the mask has no anchors"
     order = jnp.argsort(~mask.anchors, axis=1, stable=True)
-    move = functools.partial(jnp.take_along_axis, indices=order, axis=1)
     k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (k, v))
-    moved = mask.replace(
-        k_index=move(mask.k_index),
-        k_segments=None if mask.k_segments is None else move(mask.k_segments),
-        anchors=move(mask.anchors),
-    )
+    moved = of_keys(mask, lambda x: jnp.take_along_axis(x, order, axis=1))
     return k, v, moved, _inverse_order(mask.anchors)
 
 

@@ -7,6 +7,7 @@ recomputes the weights of a block from the saved log-sum-exp (Dao 2023, arXiv 23
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from lljax.attention.blocks import (
     reach,
     round_up,
 )
-from lljax.attention.mask import Mask, block, pad, visible
+from lljax.attention.mask import Index, Mask, block, pad, visible
 from lljax.attention.softcap import capped, through_cap
 
 # exp(MASKED - FLOOR) is 0, so a query that is masked throughout a block adds nothing
@@ -54,7 +55,7 @@ def backward(
     *,
     scale: float,
     softcap: float | None = None,
-    dtype=jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of `forward` for q, k and v in `dtype`, given its results (output and log-sum-exp)
     and the gradient of its output.
@@ -75,7 +76,15 @@ class _Call:
     (scaled), k, v [B, K, S, H]; and the way back.
     """
 
-    def __init__(self, q, k, v, mask: Mask, scale: float, softcap: float | None):
+    def __init__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: float,
+        softcap: float | None,
+    ):
         self.B, self.T, self.N, self.S = *q.shape[:3], k.shape[1]
         self.K, self.softcap, self.places = k.shape[2], softcap, None
         if mask.anchors is not None:
@@ -96,7 +105,7 @@ class _Call:
     def keys(self, x: jax.Array) -> jax.Array:  # [B, K, H, S] -> [B, S, K, H]
         return in_row_order(jnp.moveaxis(x, 3, 1)[:, : self.S], self.places)
 
-    def mask_of(self, i, j) -> jax.Array:
+    def mask_of(self, i: Index, j: Index) -> jax.Array:
         """The dense mask of query block i and key block j, [B, 1, bq, 1, bk]."""
         pair = block(self.mask, i * self.bq, self.bq, j * self.bk, self.bk)
         return visible(pair)[:, None, :, None, :]
@@ -124,7 +133,7 @@ def _visitor(call: _Call):
     order = order.astype(jnp.int32)
     full, active = full.sum(1, dtype=jnp.int32), active.sum(1, dtype=jnp.int32)
 
-    def visit(i, body, carry):
+    def visit(i: Index, body: Callable, carry):
         carry = jax.lax.fori_loop(
             0, full[i], lambda n, carry: body(order[i, n], False, carry), carry
         )
@@ -135,7 +144,9 @@ def _visitor(call: _Call):
     return visit
 
 
-def _scores(call: _Call, q: jax.Array, i, j, masked: bool) -> Float[Array, "B K bq R bk"]:
+def _scores(
+    call: _Call, q: jax.Array, i: Index, j: Index, masked: bool
+) -> Float[Array, "B K bq R bk"]:
     """Scores of query block i (q) and key block j, R = N / K, in float32 as the softmax needs."""
     k = _slice(call.k, j, call.bk)
     scores = jnp.einsum("BKQRH,BKSH->BKQRS", q, k, preferred_element_type=jnp.float32)
@@ -143,7 +154,7 @@ def _scores(call: _Call, q: jax.Array, i, j, masked: bool) -> Float[Array, "B K 
     return jnp.where(call.mask_of(i, j), scores, MASKED) if masked else scores
 
 
-def _slice(x: jax.Array, i, size: int, axis: int = 2) -> jax.Array:
+def _slice(x: jax.Array, i: Index, size: int, axis: int = 2) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=axis)
 
 
@@ -153,10 +164,10 @@ def _forward(call: _Call) -> tuple[jax.Array, jax.Array]:
     q, v, bq, bk = call.q, call.v, call.bq, call.bk
     B, K, T, R, H = q.shape
 
-    def query_block(_, i):
+    def query_block(_, i: Index):
         qi = _slice(q, i, bq)
 
-        def key_block(j, masked, carry):
+        def key_block(j: Index, masked: bool, carry):
             top, total, out = carry
             scores = _scores(call, qi, i, j, masked)
             new_top = jnp.maximum(top, scores.max(-1))
@@ -196,11 +207,11 @@ def _backward(
     # transposing the weights of a block.
     qt, d_out_t = (jnp.moveaxis(x, -1, 2) for x in (q, d_out))
 
-    def query_block(carry, i):
+    def query_block(carry, i: Index):
         qi, doi, lsei, deltai = (_slice(x, i, bq) for x in (q, d_out, lse, delta))
         qti, doti = (_slice(x, i, bq, axis=3) for x in (qt, d_out_t))
 
-        def key_block(j, masked, carry):
+        def key_block(j: Index, masked: bool, carry):
             dqi, dk, dv = carry
             kj, vj = _slice(k, j, bk), _slice(v, j, bk)
             scores = _scores(call, qi, i, j, masked)
@@ -222,6 +233,6 @@ def _backward(
     return jnp.moveaxis(dq, 0, 2).reshape(q.shape), dk, dv
 
 
-def _add_at(x: jax.Array, j, size: int, update: jax.Array) -> jax.Array:
+def _add_at(x: jax.Array, j: Index, size: int, update: jax.Array) -> jax.Array:
     at = j * size
     return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, j, size, axis=3) + update, at, axis=3)

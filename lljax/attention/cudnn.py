@@ -14,6 +14,7 @@ cudnn-frontend): under them it refuses.
 import functools
 import os
 import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ from lljax.attention.saved import name_residuals
 REPRODUCIBLE = r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=true|=1)?(\s|$)"
 
 
-def refuses(q, k, mask: Mask, options: AttentionOptions) -> str:
-    """What cuDNN cannot serve of q [B, T, N, H] over k under `mask`; "" if it can."""
+def refuses(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
+    """Why cuDNN cannot serve q [B, T, N, H] over k under `mask`; "" if it can."""
     H = q.shape[-1]
     reasons = {
         f"{q.dtype}, only bfloat16 and float16": q.dtype not in (jnp.bfloat16, jnp.float16),
@@ -53,7 +54,7 @@ def attend(
     mask: Mask,
     *,
     scale: float,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
     """Attention of q over k and v under a mask that `refuses` accepts.
 

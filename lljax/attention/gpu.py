@@ -22,7 +22,6 @@ from lljax.attention.blocks import (
     all_visible,
     anchors_first,
     any_visible,
-    cdiv,
     compared,
     extremes,
     in_row_order,
@@ -69,15 +68,15 @@ def backward(
     scale: float,
     softcap: float | None = None,
     interpret: bool = False,
-    dtype=jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `forward` for q, k and v, given its results (output and log-sum-exp) and the
     gradient of its output.
 
     The results may be of attention over more keys than `k`: gradients over parts of the keys then
     add up to the whole.
-    dtype: what each gradient is rounded to, once, after float32 sums; float32 if parts are still to
-      be summed.
+    dtype: of the gradients, rounded once, after float32 sums; float32 if parts are still to be
+      summed.
     """
     call = Call(q, k, v, mask, blocks=backward_blocks(q.shape[3], q.dtype), interpret=interpret)
     out, lse = results
@@ -99,14 +98,14 @@ def backward(
     return call.queries_back(dq), call.keys_back(dk), call.keys_back(dv)
 
 
-def forward_blocks(H: int, dtype) -> tuple[int, int]:
+def forward_blocks(H: int, dtype: jax.typing.DTypeLike) -> tuple[int, int]:
     """Queries and keys of a block, such that two stages of keys and values fit the 99 KB of an A10
     or L4.
     """
     return (128, 64) if H <= 128 and jnp.dtype(dtype).itemsize == 2 else (64, 32)
 
 
-def backward_blocks(H: int, dtype) -> tuple[int, int]:
+def backward_blocks(H: int, dtype: jax.typing.DTypeLike) -> tuple[int, int]:
     """The same for the backward pass, which holds twice as many operands."""
     return (64, 64) if H <= 128 and jnp.dtype(dtype).itemsize == 2 else (32, 32)
 
@@ -115,8 +114,8 @@ Named = tuple[str, jax.Array | jax.ShapeDtypeStruct]  # the letters of its axes,
 
 
 class Call:
-    """Operands padded to whole blocks, the mask reduced to what the kernels read, and the two ways
-    to launch a kernel.
+    """Operands padded to whole blocks, the mask reduced to integers of tokens and blocks, and the
+    two ways to launch a kernel.
 
     Arrays are named by the letters of their axes, which are the package's; I and J, blocks of
       queries and of keys; P and C, the integers of queries and of keys that the mask compares; and
@@ -139,15 +138,14 @@ class Call:
         self.interpret, self.places = interpret, None
         self.T_pad, self.S_pad = round_up(self.T, self.bq), round_up(self.S, self.bk)
         self.H_pad = max(16, pl.next_power_of_2(self.H))
-        anchored = mask.window is not None and mask.anchors is not None
-        if anchored:
+        self.front = None  # how many blocks hold an anchor: after `anchors_first` the first ones
+        if mask.window is not None and mask.anchors is not None:
+            self.front = -(-jnp.sum(mask.anchors, axis=1) // self.bk)
             k, v, mask, self.places = anchors_first(k, v, mask)
         self.k, self.v = (_pad(x, {1: self.S_pad, 3: self.H_pad}) for x in (k, v))
         self.q_rows, self.k_rows = compared(pad(mask, self.T_pad, self.S_pad))
         self.q_extremes = extremes(self.q_rows, self.bq)
         self.k_extremes = extremes(self.k_rows, self.bk)
-        # blocks that hold an anchor: after `anchors_first` the first ones
-        self.front = cdiv(mask.anchors.sum(1), self.bk) if anchored else None
 
     def scores(self, scale: float, softcap: float | None) -> Scores:
         return Scores(scale, softcap, q_names=tuple(self.q_rows), k_names=tuple(self.k_rows))
@@ -237,7 +235,7 @@ class Call:
         the function from the program to the number of the piece.
         """
 
-        def spec(letters: str, x):
+        def spec(letters: str, x: jax.Array | jax.ShapeDtypeStruct):
             pieces = [
                 cut.get(letter, (length, lambda *_: 0))
                 for letter, length in zip(letters, x.shape, strict=True)

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from lljax.attention.blocks import any_visible, token_visible
 from lljax.attention.blockwise import FLOOR, MASKED
+from lljax.attention.mask import Index
 from lljax.attention.softcap import capped, through_cap
 
 LOG2_E = math.log2(math.e)  # the GPU has an instruction for powers of two only
@@ -94,7 +95,7 @@ def forward_kernel(*refs, bk: int, scores: Scores) -> None:
     q, (bq, H) = q_ref[...], q_ref.shape
     block, tokens = scores.query_block(q_range), scores.query_tokens(q_rows, slice(None), 1)
 
-    def pair(j, masked, carry):
+    def pair(j: Index, masked: bool, carry):
         top, total, out = carry
         at = pl.ds(j * bk, bk)
         s = scores.of(plgpu.dot(q, k_ref[at, :], trans_b=True))
@@ -105,7 +106,7 @@ def forward_kernel(*refs, bk: int, scores: Scores) -> None:
         out = out * shrink[:, None] + plgpu.dot(weights.astype(v_ref.dtype), v_ref[at, :])
         return new_top, total * shrink + weights.sum(-1), out
 
-    def active(j):
+    def active(j: Index):
         return any_visible(block, scores.key_block(k_range, j))
 
     # float32: the running sums of a long row
@@ -128,7 +129,7 @@ def dq_kernel(*refs, bk: int, scores: Scores) -> None:
     q, d_out, lse, delta = q_ref[...], d_out_ref[...], lse_ref[...] * LOG2_E, delta_ref[...]
     block, tokens = scores.query_block(q_range), scores.query_tokens(q_rows, slice(None), 1)
 
-    def pair(j, masked, dq):
+    def pair(j: Index, masked: bool, dq):
         at = pl.ds(j * bk, bk)
         k = k_ref[at, :]
         s = scores.of(plgpu.dot(q, k, trans_b=True))
@@ -139,7 +140,7 @@ def dq_kernel(*refs, bk: int, scores: Scores) -> None:
         d_s = scores.uncapped_gradient(weights * (d_weights - delta[:, None]), s)
         return dq + plgpu.dot(d_s.astype(k.dtype), k)
 
-    def active(j):
+    def active(j: Index):
         return any_visible(block, scores.key_block(k_range, j))
 
     dq = _visit(spans, active, pair, jnp.zeros(q.shape, jnp.float32))
@@ -156,11 +157,11 @@ def dkv_kernel(*refs, bq: int, scores: Scores) -> None:
     k, v = k_ref[...], v_ref[...]
     block, tokens = scores.key_block(k_range), scores.key_tokens(k_rows, slice(None), 1)
 
-    def active(i):
+    def active(i: Index):
         return any_visible(scores.query_block(q_range, i), block)
 
     def head(r, carry):
-        def pair(i, masked, carry):
+        def pair(i: Index, masked: bool, carry):
             dk, dv = carry
             at = pl.ds(i * bq, bq)
             q, d_out = q_ref[at, r, :], d_out_ref[at, r, :]

@@ -7,11 +7,13 @@ visits.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+Index = int | jax.Array  # of a token or block; traced in loops
 NEVER = jnp.iinfo(jnp.int32).max  # the index of a key that no query may see
 
 
@@ -24,8 +26,8 @@ class Mask:
     q_segments, k_segments: document of the token in its row; None for one document.
     anchors: keys that are visible from beyond the window; None for none.
     window: number of tokens a query sees, itself included; None for no limit.
-    group, shift: tokens see only their own group of `group` tokens, the first of which is cut short
-      to `shift` tokens (0: not cut); None for one group.
+    group, shift: tokens see only their own group of `group` tokens; the first group has `shift`
+      tokens (0: `group`). None for one group.
     ordered: a promise: queries and keys are the same tokens, one after the other, from the start of
       a row or group.
     """
@@ -84,11 +86,13 @@ def chunked(
 
 def group_of(mask: Mask, index: jax.Array) -> jax.Array:
     """The number of the group of each index, for a mask with groups."""
+    assert mask.group is not None, "the mask has no groups"
     return (index + (mask.group - mask.shift) % mask.group) // mask.group
 
 
 def group_start(mask: Mask, index: jax.Array) -> jax.Array:
     """The first index of the group of each index; not above 0 for the first group."""
+    assert mask.group is not None, "the mask has no groups"
     return group_of(mask, index) * mask.group - (mask.group - mask.shift) % mask.group
 
 
@@ -101,17 +105,17 @@ def visible(mask: Mask) -> Bool[Array, "B T S"]:
         see &= near if mask.anchors is None else near | mask.anchors[:, None, :]
     if mask.group is not None:
         see &= group_of(mask, q) == group_of(mask, k)
-    if mask.q_segments is not None:
+    if mask.q_segments is not None and mask.k_segments is not None:
         see &= mask.q_segments[:, :, None] == mask.k_segments[:, None, :]
     return see
 
 
-def block(mask: Mask, q_start, bq: int, k_start, bk: int) -> Mask:
+def block(mask: Mask, q_start: Index, bq: int, k_start: Index, bk: int) -> Mask:
     """The mask between queries [q_start, q_start + bq) and keys [k_start, k_start + bk); starts may
     be traced.
     """
 
-    def cut(x, start, size):
+    def cut(x: jax.Array | None, start: Index, size: int):
         return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
     return mask.replace(
@@ -126,7 +130,7 @@ def block(mask: Mask, q_start, bq: int, k_start, bk: int) -> Mask:
 def pad(mask: Mask, T: int, S: int) -> Mask:
     """Extends the mask to T queries that see nothing and S keys that nothing sees."""
 
-    def extend(x, size, value):
+    def extend(x: jax.Array | None, size: int, value: int | bool):
         if x is None:
             return None
         return jnp.pad(x, ((0, 0), (0, size - x.shape[1])), constant_values=value)
@@ -140,7 +144,7 @@ def pad(mask: Mask, T: int, S: int) -> Mask:
     )
 
 
-def of_keys(mask: Mask, change) -> Mask:
+def of_keys(mask: Mask, change: Callable[[jax.Array], jax.Array]) -> Mask:
     """The mask with `change` applied to its arrays over keys."""
     keys = (mask.k_index, mask.k_segments, mask.anchors)
     k_index, k_segments, anchors = jax.tree.map(change, keys)

@@ -1,4 +1,4 @@
-"""What an attention call takes besides queries, keys, values and their mask."""
+"""The options of an attention call: all but queries, keys, values and their mask."""
 
 import dataclasses
 

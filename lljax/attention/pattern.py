@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Groups of S2-Attn: `size` tokens each; those of the second half of the query heads begin
-    `shift` tokens later (0: both halves have the same groups).
+    """Groups of S2-Attn: `size` tokens each. For the second half of the query heads the first group
+    has `shift` tokens, which moves all groups (0: both halves have the same groups).
     """
 
     size: int
@@ -16,7 +17,7 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPattern:
-    """What a stage adds to the mask of the model, and the implementation that computes it.
+    """The limits that a stage adds to the mask of the model, and the implementation of attention.
 
     kind: a key of `KINDS`. group: tokens, for shifted. shift: whether the groups of the second half
     of the heads are moved by half a group; False is the ablation of the LongLoRA paper, table 6.
@@ -49,11 +50,11 @@ def group_size(group: float, T: int) -> int:
     return int(group) if group >= 1 else max(2, 2 * round(group * T / 2))
 
 
-def _full(context, length: int, markers: tuple[int, ...]) -> AttentionPattern:
+def _full(context: Any, length: int, markers: tuple[int, ...]) -> AttentionPattern:
     return AttentionPattern("full", implementation=context.implementation)
 
 
-def _shifted(context, length: int, markers: tuple[int, ...]) -> AttentionPattern:
+def _shifted(context: Any, length: int, markers: tuple[int, ...]) -> AttentionPattern:
     return AttentionPattern(
         "shifted",
         group=group_size(context.group, length),
@@ -61,7 +62,7 @@ def _shifted(context, length: int, markers: tuple[int, ...]) -> AttentionPattern
     )
 
 
-def _window(context, length: int, markers: tuple[int, ...]) -> AttentionPattern:
+def _window(context: Any, length: int, markers: tuple[int, ...]) -> AttentionPattern:
     return AttentionPattern(
         "window",
         window=context.window,

@@ -4,6 +4,7 @@ al. 2023, arXiv 2310.01889. Runs inside shard_map.
 
 import dataclasses
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,10 @@ def attend_ring(
     options: AttentionOptions,
     shard: Shard,
 ) -> Float[Array, "B T N H"]:
-    def attend(q, k, v, mask, options):
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, options: AttentionOptions):
         hops = shard.size - 1 if shard.zigzag else _hops(mask, q.shape[1], shard.size)
         ring = _Ring(hops, shard.size, options.replace(sinks=None))
-        return _ring(ring, q, k, v, mask, options.sinks)
+        return cast(jax.Array, _ring(ring, q, k, v, mask, options.sinks))
 
     return attend_heads(q, k, v, mask, options, shard.heads(), attend=attend)
 
@@ -61,7 +62,7 @@ class _Ring:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(ring: _Ring, q, k, v, mask: Mask, sinks):
+def _ring(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks):
     return _ring_forward(ring, q, k, v, mask, sinks)[0]
 
 
@@ -74,10 +75,10 @@ def _with_keys(mask: Mask, k_index, k_segments, anchors) -> Mask:
     return mask.replace(k_index=k_index, k_segments=k_segments, anchors=anchors)
 
 
-def _ring_forward(ring: _Ring, q, k, v, mask: Mask, sinks):
-    forward = ring.implementation(q, k, mask).forward
+def _ring_forward(ring: _Ring, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks):
+    forward, _ = ring.implementation(q, k, mask).pair
 
-    def attend_chunk(out, lse, chunk):
+    def attend_chunk(out: jax.Array, lse: jax.Array, chunk):
         """Merges attention over one chunk into the output and its log-sum-exp, in float32."""
         k, v, *keys = chunk
         chunk_out, chunk_lse = forward(q, k, v, _with_keys(mask, *keys), **ring.arguments)
@@ -99,26 +100,26 @@ def _ring_forward(ring: _Ring, q, k, v, mask: Mask, sinks):
     return out, (q, k, v, mask, sinks, out, lse)
 
 
-def _ring_backward(ring: _Ring, saved, d_out):
+def _ring_backward(ring: _Ring, saved, d_out: jax.Array):
     q, k, v, mask, sinks, out, lse = saved
-    implementation = ring.implementation(q, k, mask)
+    _, backward = ring.implementation(q, k, mask).pair
 
-    def backward(chunk):
+    def chunk_gradients(chunk):
         k, v, *keys = chunk
         operands = (q, k, v, _with_keys(mask, *keys), (out, lse), d_out)
-        return implementation.backward(*operands, **ring.arguments)
+        return backward(*operands, **ring.arguments)
 
     def step(carry, _):
         dq, chunk, d_chunk = carry
         following = pass_on(chunk, ring.size)
-        dq_part, *d_part = backward(chunk)
+        dq_part, *d_part = chunk_gradients(chunk)
         d_chunk = pass_on(jax.tree.map(jnp.add, d_chunk, tuple(d_part)), ring.size)
         return (dq + dq_part, following, d_chunk), None
 
     empty = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     start = (jnp.zeros(q.shape, jnp.float32), _chunk(k, v, mask), empty)
     (dq, chunk, d_chunk), _ = jax.lax.scan(step, start, length=ring.hops)
-    dq_part, *d_part = backward(chunk)
+    dq_part, *d_part = chunk_gradients(chunk)
     d_chunk = jax.tree.map(jnp.add, d_chunk, tuple(d_part))
     dk, dv = pass_on(d_chunk, ring.size, by=-ring.hops)
     dq, dk, dv = (dq + dq_part).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

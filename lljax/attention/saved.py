@@ -21,7 +21,7 @@ def name_residuals(
     return attend(q, k, v)
 
 
-def _forward(attend, q, k, v):
+def _forward(attend, q: jax.Array, k: jax.Array, v: jax.Array):
     out, pullback = jax.vjp(attend, q, k, v)
     named = checkpoint_name(out, SAVED[0])
 
@@ -33,7 +33,7 @@ def _forward(attend, q, k, v):
     return named, jax.tree.map(name, pullback)
 
 
-def _backward(attend, pullback, d_out):
+def _backward(attend, pullback, d_out: jax.Array):
     return pullback(d_out)
 
 

@@ -87,7 +87,9 @@ def _shift_by_share(mask: Mask, groups: Groups, share: HeadShare) -> Mask:
     return mask.replace(q_index=q_index, k_index=k_index, group=groups.size, shift=0)
 
 
-def attend_local(q, k, v, mask: Mask, options: AttentionOptions, shard: Shard) -> jax.Array:
+def attend_local(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, options: AttentionOptions, shard: Shard
+) -> jax.Array:
     """Attention of a device that holds every token of its rows."""
     return attend_heads(q, k, v, mask, options, shard.heads())
 

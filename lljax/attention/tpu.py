@@ -49,7 +49,7 @@ def backward(
     *,
     scale: float,
     softcap: float | None = None,
-    dtype=jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
     blocks: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

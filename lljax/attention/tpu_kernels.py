@@ -29,7 +29,9 @@ from lljax.attention.softcap import capped, through_cap
 LANES = 128
 
 
-def block_sizes(B: int, T: int, S: int, H: int, dtype, mask: Mask) -> tuple[int, int]:
+def block_sizes(
+    B: int, T: int, S: int, H: int, dtype: jax.typing.DTypeLike, mask: Mask
+) -> tuple[int, int]:
     """Queries and keys of a block.
 
     1024 x 1024 scores in float32 are 4 MB of vector memory (16 MB on v5e); wide heads and float32
@@ -46,8 +48,8 @@ def block_sizes(B: int, T: int, S: int, H: int, dtype, mask: Mask) -> tuple[int,
 
 class Call:
     """The operands in the order that the kernels want, padded to whole blocks: q [B, K, R, T, H]
-    (scaled), R = N / K; k, v [B, K, S, H]; q_rows, k_rows [B, names, length], what the mask
-    compares; and the way back.
+    (scaled), R = N / K; k, v [B, K, S, H]; q_rows, k_rows [B, names, length], the
+    integers that the mask compares; and the way back.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ def forward(call: Call) -> tuple[jax.Array, jax.Array]:
             total[...] = jnp.zeros_like(total)
             acc[...] = jnp.zeros_like(acc)
 
-        def update(masked):
+        def update(masked: bool):
             scores = _scores(call, q, k, q_rows, k_rows, masked=masked)
             new_top = jnp.maximum(top[...], scores.max(-1, keepdims=True))
             weights = jnp.exp(scores - new_top)
@@ -141,7 +143,7 @@ def forward(call: Call) -> tuple[jax.Array, jax.Array]:
             lse[...] = (top[...] + jnp.log(divisor)).T
 
     # float32: the running sums of a long row
-    return _launch(
+    out, lse = _launch(
         "attention_forward",
         kernel,
         call,
@@ -154,10 +156,11 @@ def forward(call: Call) -> tuple[jax.Array, jax.Array]:
         ],
         scratch=[(call.bq, 1), (call.bq, 1), (call.bq, call.H)],
     )
+    return out, lse
 
 
 def backward_queries(
-    call: Call, d_out: jax.Array, lse: jax.Array, delta: jax.Array, dtype
+    call: Call, d_out: jax.Array, lse: jax.Array, delta: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """The gradient of the unscaled queries, like call.q."""
     visits = tpu_visits.of_queries(call.q_extremes, call.k_extremes)
@@ -171,7 +174,7 @@ def backward_queries(
         def start():
             acc[...] = jnp.zeros_like(acc)
 
-        def update(masked):
+        def update(masked: bool):
             scores = _scores(call, q, k, q_rows, k_rows, masked=masked)
             weights = jnp.exp(scores - _column(lse[0]))
             d_scores = weights * (_dot(d_out, v, 1, 1) - _column(delta[0]))
@@ -197,7 +200,7 @@ def backward_queries(
 
 
 def backward_keys(
-    call: Call, d_out: jax.Array, lse: jax.Array, delta: jax.Array, dtype
+    call: Call, d_out: jax.Array, lse: jax.Array, delta: jax.Array, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of keys and values, like call.k. Scores are [keys, queries] here: every product
     takes its operands as they are stored, and the statistics of the queries are rows.
@@ -214,7 +217,7 @@ def backward_keys(
             dk_acc[...] = jnp.zeros_like(dk_acc)
             dv_acc[...] = jnp.zeros_like(dv_acc)
 
-        def update(masked):
+        def update(masked: bool):
             scores = capped(_dot(k, q, 1, 1), call.softcap)
             if masked:
                 see = token_visible(_rows(q_rows, call.q_names), _columns(k_rows, call.k_names))
@@ -232,7 +235,7 @@ def backward_keys(
             dk[...] = dk_acc[...].astype(dk.dtype)
             dv[...] = dv_acc[...].astype(dv.dtype)
 
-    return _launch(
+    dk, dv = _launch(
         "attention_backward_keys",
         kernel,
         call,
@@ -243,6 +246,7 @@ def backward_keys(
         outputs=[(call.k.shape, dtype, "k")] * 2,
         scratch=[(call.bk, call.H)] * 2,
     )
+    return dk, dv
 
 
 def _scores(call: Call, q, k, q_rows, k_rows, *, masked: bool) -> jax.Array:
@@ -296,14 +300,16 @@ def _launch(
     """
     if by_keys:
         grid, parallel = (call.B, call.K, call.S_pad // call.bk, call.R), 3
-
-        def places(b, h, j, r, step, table):
-            return b, h, r, visits.place(table, b, j, step), j
     else:
         grid, parallel = (call.B, call.K, call.R, call.T_pad // call.bq), 4
 
-        def places(b, h, r, i, step, table):
-            return b, h, r, i, visits.place(table, b, i, step)
+    def places(*ids):
+        """(batch, key/value head, query head, block of queries, block of keys) of a program."""
+        if by_keys:
+            b, h, j, r, step, table = ids
+            return b, h, r, visits.place(table, b, j, step), j
+        b, h, r, i, step, table = ids
+        return b, h, r, i, visits.place(table, b, i, step)
 
     def spec(shape, pick):
         return pl.BlockSpec(shape, lambda *ids: pick(*places(*ids)))

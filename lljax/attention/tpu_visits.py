@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from lljax.attention.blocks import Extremes, all_visible, any_visible, span
-from lljax.attention.mask import NEVER
+from lljax.attention.mask import NEVER, Index
 
 
 def of_queries(q: Extremes, k: Extremes) -> "Visits":
@@ -77,12 +77,12 @@ class Visits:
         # 1: a block that visits none still writes its zeros
         self.longest = jnp.maximum(jnp.max(count), 1)
 
-    def read(self, table, name: str, b, n):
+    def read(self, table, name: str, b: Index, n: Index):
         """The number called `name` of block `n` of row `b`."""
         start, length = self.starts[name]
         return table[start + b * length + n]
 
-    def rank(self, table, b, n, step):
+    def rank(self, table, b: Index, n: Index, step: Index):
         """The block (by rank) that block `n` visits at `step`. After the last it stays, and nothing
         more is fetched.
         """
@@ -94,11 +94,11 @@ class Visits:
             self.read(table, "near_start", b, n) + step - far,
         )
 
-    def place(self, table, b, n, step):
+    def place(self, table, b: Index, n: Index, step: Index):
         """The place of that block in the array."""
         return self.read(table, "order", b, self.rank(table, b, n, step))
 
-    def visit(self, table, b, n, step, update: Callable[[bool], None]) -> None:
+    def visit(self, table, b: Index, n: Index, step: Index, update: Callable[[bool], None]) -> None:
         """In a kernel, runs update(masked) if the pair of blocks may hold a visible pair of tokens;
         unmasked if it holds nothing else.
         """

@@ -180,7 +180,7 @@ def _leave(error: BaseException) -> None:
         code = 1
     _end_on_abort(code)
     with contextlib.suppress(Exception):  # they may have no reason to end
-        coordination.global_state.client.wait_at_barrier("leave", 1000 * LEAVE_SECONDS)
+        _client().wait_at_barrier("leave", 1000 * LEAVE_SECONDS)
     _exit(code)
 
 
@@ -275,9 +275,14 @@ def wait() -> None:
     seconds.
     """
     if jax.process_count() > 1:
-        coordination.global_state.client.wait_at_barrier(
-            f"lljax-{next(_turns)}", 1000 * TURN_SECONDS
-        )
+        _client().wait_at_barrier(f"lljax-{next(_turns)}", 1000 * TURN_SECONDS)
 
 
 _turns = itertools.count()
+
+
+def _client():
+    """The client of the coordination service, of a process that has joined."""
+    client = coordination.global_state.client
+    assert client is not None, "this process has not joined others"
+    return client

@@ -51,7 +51,11 @@ def passed_on(x, n: int):
 
 
 def lookup(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, dtype, layout: Layout | None
+    table: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    *,
+    dtype: jax.typing.DTypeLike,
+    layout: Layout | None,
 ) -> Float[Array, "B T D"]:
     """table[tokens] in `dtype`."""
     if layout is None:
@@ -67,21 +71,21 @@ def lookup(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _lookup(table, tokens, dtype, n):
+def _lookup(table: jax.Array, tokens: jax.Array, dtype: jax.typing.DTypeLike, n: int):
     """table [V / n, D]: the slice of this device."""
 
-    def add_rows(x, part, first):
+    def add_rows(x: jax.Array, part: jax.Array, first):
         rows = jnp.take(part, tokens - first, axis=0, mode="clip").astype(dtype)
         return jnp.where(_inside(tokens, first, len(part))[..., None], rows, x)
 
     return around(add_rows, jnp.zeros((*tokens.shape, table.shape[1]), dtype), table, n)
 
 
-def _forward(table, tokens, dtype, n):
+def _forward(table: jax.Array, tokens: jax.Array, dtype: jax.typing.DTypeLike, n: int):
     return _lookup(table, tokens, dtype, n), (table, tokens)
 
 
-def _backward(dtype, n, saved, d_x):
+def _backward(dtype: jax.typing.DTypeLike, n: int, saved, d_x: jax.Array):
     """The gradient of a slice goes round, and each device adds the gradient of its tokens, in
     float32 a chunk at a time.
     """
@@ -93,10 +97,10 @@ def _backward(dtype, n, saved, d_x):
     d_x = d_x.reshape(-1, chunk, d_x.shape[-1])
     tokens = jnp.pad(tokens.reshape(-1), (0, padding)).reshape(-1, chunk)
 
-    def add_slice(d_part, step):
+    def add_slice(d_part: jax.Array, step):
         first = _first_row(step, n, rows)
 
-        def add_chunk(d_part, xs):
+        def add_chunk(d_part: jax.Array, xs):
             tokens, d_x = xs
             at = jnp.where(_inside(tokens, first, rows), tokens - first, rows)
             return d_part.at[at].add(d_x.astype(d_part.dtype), mode="drop"), None
@@ -114,5 +118,5 @@ def _first_row(step, n: int, rows: int):
     return (jax.lax.axis_index(VOCABULARY) - step) % n * rows if n > 1 else 0
 
 
-def _inside(tokens, first, rows: int):
+def _inside(tokens: jax.Array, first, rows: int):
     return (tokens >= first) & (tokens < first + rows)

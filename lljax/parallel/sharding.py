@@ -62,7 +62,7 @@ def make_mesh(
     expert: int = 1,
     sequence: int = 1,
     tensor: int = 1,
-    devices: Sequence[jax.Device] | np.ndarray | None = None,
+    devices: Sequence[Any] | np.ndarray | None = None,
 ) -> Mesh:
     """A mesh with axes (data, fsdp, expert, sequence, tensor) over all devices; one size may be -1
     and is inferred.
@@ -73,7 +73,7 @@ def make_mesh(
       ConfigError: the product of the sizes is not the number of devices.
     """
     grid = np.asarray(jax.devices() if devices is None else devices).reshape(-1)
-    wanted = dict(zip(AXES, (data, fsdp, expert, sequence, tensor), strict=True))
+    wanted: dict[str, int] = dict(zip(AXES, (data, fsdp, expert, sequence, tensor), strict=True))
     inferred = [axis for axis, size in wanted.items() if size == -1]
     known = math.prod(size for size in wanted.values() if size != -1)
     sizes = wanted | {inferred[0]: grid.size // known} if len(inferred) == 1 else wanted
