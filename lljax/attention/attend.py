@@ -86,7 +86,7 @@ def select(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) ->
       UnsupportedMask: the named one cannot serve.
     """
     if options.implementation != "auto":
-        check_implementation(options.implementation, refusal(q, k, mask, options))
+        _refuse(options.implementation, refusal(q, k, mask, options))
         return options.implementation
     return next(
         name
@@ -96,33 +96,37 @@ def select(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) ->
 
 
 def refusal(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
-    """Why the named implementation cannot serve; "" if it can."""
-    if reason := platform_refusal(options.implementation, options.platform):
+    """The operands, mask or platform that the named implementation cannot serve; "" if it can."""
+    platform = options.platform or jax.default_backend()
+    if reason := _platform_refusal(options.implementation, platform):
         return reason
     return IMPLEMENTATIONS[options.implementation].refuses(q, k, mask, options)
 
 
-def platform_refusal(name: str, platform: str | None) -> str:
-    """Why the implementation does not run on `platform` (None: of this process); "" if it does.
+def check_platform(name: str, platform: str) -> None:
+    """Raises UnsupportedMask if the implementation does not run on `platform` (cpu | gpu | tpu).
 
-    Raises:
-      UnsupportedMask: no implementation has that name.
+    name: "auto" or a key of `IMPLEMENTATIONS`.
     """
+    if name != "auto":
+        _refuse(name, _platform_refusal(name, platform))
+
+
+def _platform_refusal(name: str, platform: str) -> str:
     if name not in IMPLEMENTATIONS:
         raise UnsupportedMask(
-            f"attention implementation {name!r} is none of auto, {', '.join(IMPLEMENTATIONS)}"
+            f"context.implementation={name!r} is none of auto, {', '.join(IMPLEMENTATIONS)}"
         )
-    platform, platforms = platform or jax.default_backend(), IMPLEMENTATIONS[name].platforms
-    if platforms and platform not in platforms:
-        return f"devices of platform {platform}, only {' and '.join(platforms)}"
-    return ""
+    platforms = IMPLEMENTATIONS[name].platforms
+    if not platforms or platform in platforms:
+        return ""
+    return f"devices of platform {platform}, only {' and '.join(platforms)}"
 
 
-def check_implementation(name: str, reason: str) -> None:
-    """Raises UnsupportedMask if there is a reason why the named implementation cannot serve."""
+def _refuse(name: str, reason: str) -> None:
     if reason:
         raise UnsupportedMask(
-            f"context.implementation: {name!r} cannot serve {reason}: use 'auto', which takes the "
+            f"context.implementation={name!r} cannot serve {reason}: use 'auto', which takes the "
             "first that can"
         )
 

@@ -102,7 +102,7 @@ def test_a_named_one_that_cannot_serve_says_why(reason, change):
     q, k, mask = operands(**change) if isinstance(change, dict) else operands()
     mask = mask if isinstance(change, dict) else change(mask)
     assert chosen("gpu", q, k, mask) == "triton"
-    with pytest.raises(UnsupportedMask, match=f"'cudnn' cannot serve .*{reason}"):
+    with pytest.raises(UnsupportedMask, match=f"='cudnn' cannot serve .*{reason}"):
         attend(q, k, k, mask, GPU.replace(implementation="cudnn"))
 
 
