@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -72,10 +73,15 @@ def test_the_configuration_takes_the_names_of_the_table():
 
 
 def test_the_pattern_names_the_implementation_of_every_layer():
+    graphdef, state = nnx.split(Decoder(SPEC))
+
     def hidden(name):
         tokens = positions = jnp.arange(16, dtype=jnp.int32)[None]
         pattern = dataclasses.replace(FULL, implementation=name)
-        return nnx.eval_shape(lambda: Decoder(SPEC)(tokens, positions=positions, pattern=pattern))
+        return jax.eval_shape(
+            lambda state: nnx.merge(graphdef, state)(tokens, positions=positions, pattern=pattern),
+            state,
+        )
 
     assert hidden("blockwise").shape == hidden("auto").shape == (1, 16, 32)
     with pytest.raises(UnsupportedMask, match="='triton' cannot serve devices of platform cpu"):
