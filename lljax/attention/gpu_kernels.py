@@ -33,7 +33,7 @@ class Scores:
     q_names: tuple[str, ...]
     k_names: tuple[str, ...]
 
-    def of(self, products: jax.Array) -> jax.Array:
+    def from_products(self, products: jax.Array) -> jax.Array:
         """Scores in base 2, soft-capped."""
         return capped(products * (self.scale * LOG2_E), self._cap)
 
@@ -98,7 +98,7 @@ def forward_kernel(*refs, bk: int, scores: Scores) -> None:
     def pair(j: Index, masked: bool, carry):
         top, total, out = carry
         at = pl.ds(j * bk, bk)
-        s = scores.of(plgpu.dot(q, k_ref[at, :], trans_b=True))
+        s = scores.from_products(plgpu.dot(q, k_ref[at, :], trans_b=True))
         if masked:
             s = jnp.where(token_visible(tokens, scores.key_tokens(k_rows, at, 0)), s, MASKED)
         new_top = jnp.maximum(top, s.max(-1))
@@ -132,7 +132,7 @@ def dq_kernel(*refs, bk: int, scores: Scores) -> None:
     def pair(j: Index, masked: bool, dq):
         at = pl.ds(j * bk, bk)
         k = k_ref[at, :]
-        s = scores.of(plgpu.dot(q, k, trans_b=True))
+        s = scores.from_products(plgpu.dot(q, k, trans_b=True))
         if masked:
             s = jnp.where(token_visible(tokens, scores.key_tokens(k_rows, at, 0)), s, MASKED)
         weights = jnp.exp2(s - lse[:, None])
@@ -166,7 +166,7 @@ def dkv_kernel(*refs, bq: int, scores: Scores) -> None:
             at = pl.ds(i * bq, bq)
             q, d_out = q_ref[at, r, :], d_out_ref[at, r, :]
             lse, delta = lse_ref[r, at] * LOG2_E, delta_ref[r, at]
-            s = scores.of(plgpu.dot(k, q, trans_b=True))
+            s = scores.from_products(plgpu.dot(k, q, trans_b=True))
             if masked:
                 s = jnp.where(token_visible(scores.query_tokens(q_rows, at, 0), tokens), s, MASKED)
             weights = jnp.exp2(s - lse[None])

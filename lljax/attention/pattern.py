@@ -19,10 +19,11 @@ class Groups:
 class AttentionPattern:
     """The limits that a stage adds to the mask of the model, and the implementation of attention.
 
-    kind: a key of `KINDS`. group: tokens, for shifted. shift: whether the groups of the second half
-    of the heads are moved by half a group; False is the ablation of the LongLoRA paper, table 6.
+    kind: a key of `KINDS`.
+    group: tokens of a group, for shifted. shift: whether the groups of the second half of the heads
+      are moved by half a group; False is the ablation of the LongLoRA paper.
     window: tokens, for window. anchors: the first tokens of each document, visible from beyond the
-    window. markers: ids of tokens that are anchors wherever they stand.
+      window. markers: ids of tokens that are anchors wherever they stand.
     implementation: "auto" or a key of `lljax.attention.attend.IMPLEMENTATIONS`.
     """
 

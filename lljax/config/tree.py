@@ -53,8 +53,8 @@ def default_config() -> Config:
     c.context.group = 0.25                   # shifted: below 1 a share of the row, from 2 up a number of tokens
     c.context.window = 4096                  # window: tokens each token sees behind it, itself included
     c.context.anchors = 64                   # window: first tokens of each document that every later one sees
-    c.context.implementation = "auto"        # auto: the first that serves | tpu | cudnn | triton | blockwise
     c.context.anchor_markers = ()            # window: strings, one token each, whose every occurrence is seen too
+    c.context.implementation = "auto"        # auto: the first that serves | tpu | cudnn | triton | blockwise
 
     c.lora = ConfigDict()
     c.lora.rank = 8                          # columns of A, rows of B

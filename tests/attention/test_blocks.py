@@ -82,7 +82,7 @@ def tpu_visit_table(mask):
 
 
 def moved(mask):
-    """The mask as a tiled implementation sees it: padded, anchors first if they count."""
+    """The mask with its anchors first, if they count."""
     if mask.window is not None and mask.anchors is not None:
         k = jnp.zeros((*mask.k_index.shape, 1, 1))
         mask = anchors_first(k, k, mask)[2]

@@ -37,7 +37,7 @@ def test_equals_one_dense_mask_per_head(N, K, T, groups, packed):
 
 @pytest.mark.parametrize("N,K", [(8, 2), (9, 3)])
 def test_unshifted_groups_are_the_same_for_every_head(N, K):
-    """The ablation of the shift, LongLoRA table 6."""
+    """LongLoRA's ablation of the shift."""
     assert_equals_one_dense_mask_per_head(N, K, 131, Groups(66, 0), True)
 
 
