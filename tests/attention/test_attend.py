@@ -1,7 +1,7 @@
 """Every implementation of the table against the dense reference, values and gradients.
 
-An implementation for another platform runs as its stand-in (`attention.cases`). What an
-implementation refuses, it refuses by name with the reason.
+An implementation for another platform runs as its stand-in (`attention.cases`). A case that an
+implementation cannot serve must be refused with the reason.
 """
 
 import jax
@@ -108,7 +108,7 @@ def test_anchors_among_tokens_in_any_order(named):
 
 
 def test_fewer_queries_than_keys(named):
-    """70 queries at the end of 300 keys, the first of which are padding, as in generation."""
+    """70 queries at the end of 300 keys, as in generation; the first 130 keys are padding."""
     index = jnp.broadcast_to(jnp.arange(300, dtype=jnp.int32), (B, 300))
     mask = Mask(index[:, 230:], jnp.where(index < 130, NEVER, index))
     assert_equals_the_reference_or_refuses(*make(70, 9, 3, S=300), mask, named)

@@ -63,7 +63,9 @@ def reorder(tree, parts, axis=1):
     )
 
 
-def run(q, k, v, weights, mask, groups, layout, options):
+def run(arrays, groups, layout, options):
+    q, k, v, weights, mask = arrays
+
     def loss(q, k, v, sinks):
         out = attend_parallel(
             q, k, v, mask, options.replace(sinks=sinks), groups=groups, layout=layout
@@ -77,7 +79,9 @@ def run(q, k, v, weights, mask, groups, layout, options):
     return (out, *grads[:3]), grads[3]
 
 
-def one_device(q, k, v, weights, mask, groups, options):
+def one_device(arrays, groups, options):
+    q, k, v, weights, mask = arrays
+
     def loss(q, k, v, sinks):
         with_sinks = options.replace(sinks=sinks)
         if groups is None:
@@ -112,7 +116,7 @@ def test_every_mode_equals_one_device(N, K, pattern, mesh):
         softcap=1.5 if pattern in CAPPED else None,
         sinks=sinks_of(N) if pattern in SUNK else None,
     )
-    wanted, of_sinks = one_device(*arrays, groups, options)
+    wanted, of_sinks = one_device(arrays, groups, options)
     mesh = make_mesh(**MESHES[mesh])
     size, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
     for mode in MODES:
@@ -133,7 +137,7 @@ def test_every_mode_equals_one_device(N, K, pattern, mesh):
             continue
         assert chosen == mode
         here = reorder(arrays, size) if zigzagged else arrays
-        got = run(*here, groups, Layout(mesh, mode, zigzagged), options)
+        got = run(here, groups, Layout(mesh, mode, zigzagged), options)
         assert_equal(got, (reorder(wanted, size) if zigzagged else wanted, of_sinks))
 
 
@@ -174,10 +178,9 @@ def test_more_anchors_than_there_is_room_for():
     mask = mask.replace(anchors=jnp.ones((B, T), bool).at[:, 400:].set(False))
     # 256 tokens a device, room for 160 anchors
     many = Layout(make_mesh(fsdp=4, sequence=2), "halo")
-    pad = [jnp.concatenate([x, x]) for x in (q, k, v, weights)]
-    mask = jax.tree.map(lambda x: jnp.concatenate([x, x]), mask)
+    arrays = jax.tree.map(lambda x: jnp.concatenate([x, x]), (q, k, v, weights, mask))
     options = AttentionOptions(scale=0.3)
-    assert_equal(run(*pad, mask, None, many, options), one_device(*pad, mask, None, options))
+    assert_equal(run(arrays, None, many, options), one_device(arrays, None, options))
 
 
 def test_the_choice_and_its_refusals():

@@ -1,5 +1,5 @@
 """cuDNN's attention: the folding of groups against the dense reference, around XLA's attention
-where there is no GPU; what is refused; what is kept for the backward pass; and, slowly, the program
+without a GPU; the refusals; the residuals of the backward pass; and, slowly, the program
 for GPUs that are not there.
 """
 
@@ -129,7 +129,7 @@ def test_the_decoder_promises_order_for_its_own_index_only():
 # ---------------------------------------------------------------- memory.remat = "attention"
 @jax.custom_vjp
 def stand_in(q, k, v):
-    """Attention whose gradient needs its output and statistics, as that of cuDNN does; `erf` marks
+    """Attention whose gradient needs its output and statistics, like cuDNN's; `erf` marks
     a forward pass.
     """
     return _stand_in_forward(q, k, v)[0]

@@ -72,7 +72,7 @@ def test_never_sees_the_future(N, K):
 
 
 def test_shifted_heads_connect_neighbouring_groups():
-    """What the shift is for: with it a group reads the second half of the one before."""
+    """The purpose of the shift: a group reads the second half of the group before it."""
     q, k, v = make(64, 4, 2)
     changed = v.at[:, 30].add(1.0)  # the last tokens of group [0, 32), read by [16, 48)
 

@@ -24,8 +24,8 @@ def call_of(q, k, v, mask, blocks):
 
 
 def test_anchors_do_not_lengthen_every_visit():
-    """One marker every 40 tokens; the visit of a late query is its window and the anchors, not what
-    lies between.
+    """One marker every 40 tokens; a late query visits its window and the anchors, nothing
+    between.
     """
     mask = causal(B, 2048).replace(
         window=64, anchors=jnp.broadcast_to(jnp.arange(2048) % 40 == 0, (B, 2048))
