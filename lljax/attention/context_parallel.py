@@ -6,7 +6,7 @@ Each is exact for every mask it takes, in value and gradient.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 from jaxtyping import Array, Float
@@ -177,14 +177,18 @@ def choose(
     windows: Collection[int | None],
     bytes_per: int = 2,
     room: float = math.inf,
+    refused: Mapping[str, str] | None = None,
+    ordered: bool = False,
 ) -> tuple[str, bool, str]:
     """(mode, zigzag, reason) for rows of T tokens on `size` devices.
 
     wanted: a key of `MODES` or "auto". N, K: heads of the model, dealt to `tensor` devices.
     windows: of each layer, None for a layer without. room: bytes for gathered keys and values.
+    refused: modes that a mixer of the model cannot run under, with the reason.
+    ordered: a mixer needs the tokens in the order of the row.
 
     Raises:
-      ConfigError: the wanted mode cannot serve this attention, or T cannot be cut.
+      ConfigError: the wanted mode, or no mode, can serve this model, or T cannot be cut.
     """
     if size == 1:
         return "none", False, "one device holds every token of its rows"
@@ -204,7 +208,8 @@ def choose(
         windows=windows,
         bytes_per=bytes_per,
     )
-    refusals = {mode: reason for mode, row in MODES.items() if (reason := row.refuses(shape))}
+    refusals = dict(refused or {})
+    refusals |= {mode: reason for mode, row in MODES.items() if (reason := row.refuses(shape))}
     if wanted in refusals:
         raise ConfigError(
             f"mesh.context_parallel={wanted!r} with rows of {T} tokens on mesh.sequence={size}: "
@@ -217,8 +222,14 @@ def choose(
             if row.gathers and gathered > room:
                 refusals[mode] = f"the keys and values of a layer are {gathered / 1e9:.1f} GB"
         usable = [mode for mode in MODES if mode not in refusals]
+        if not usable:
+            reasons = "; ".join(f"{mode}: {why}" for mode, why in refusals.items())
+            raise ConfigError(
+                f"mesh.sequence={size}: no context-parallel mode serves this model ({reasons}): "
+                "set mesh.sequence=1 and spread rows and weights with mesh.fsdp"
+            )
         wanted = min(usable, key=lambda mode: MODES[mode].received(shape))
         reason = "fewest bytes" + "".join(f"; no {mode}: {why}" for mode, why in refusals.items())
     row = MODES[wanted]
-    zigzag = row.balanced and groups is None and T % (2 * size) == 0
+    zigzag = row.balanced and not ordered and groups is None and T % (2 * size) == 0
     return wanted, zigzag, f"{row.received(shape) / 1e6:.1f} MB a layer and device ({reason})"

@@ -198,6 +198,18 @@ def test_the_choice_and_its_refusals():
         choose("auto", **shape | {"T": 1001}, groups=None, windows=(None,))
 
 
+def test_a_mixer_may_refuse_modes_and_zigzag_order():
+    shape = dict(T=1024, size=4, tensor=1, N=9, K=3, H=64, groups=None, windows=(None,))
+    assert choose("auto", **shape)[:2] == ("allgather", True)
+    assert choose("auto", **shape, ordered=True)[:2] == ("allgather", False)
+    refused = {"allgather": "it mixes with a recurrence"}
+    assert choose("auto", **shape, refused=refused)[0] == "ring"
+    with pytest.raises(ConfigError, match="'allgather' .*a recurrence; use 'auto'"):
+        choose("allgather", **shape, refused=refused)
+    with pytest.raises(ConfigError, match="no context-parallel mode serves this model"):
+        choose("auto", **shape, refused=dict.fromkeys(MODES, "it mixes with a recurrence"))
+
+
 def test_a_halo_reaches_exactly_to_the_start_of_the_group():
     assert halo_size(64, 8, window=None, group=64) == 0
     assert halo_size(64, 8, window=None, group=64, shift=32) == 32
