@@ -217,19 +217,24 @@ def choose(
         )
     reason = "as configured"
     if wanted == "auto":
-        gathered = shape.key_bytes(T)
-        for mode, row in MODES.items():
-            if row.gathers and gathered > room:
-                refusals[mode] = f"the keys and values of a layer are {gathered / 1e9:.1f} GB"
-        usable = [mode for mode in MODES if mode not in refusals]
-        if not usable:
-            reasons = "; ".join(f"{mode}: {why}" for mode, why in refusals.items())
-            raise ConfigError(
-                f"mesh.sequence={size}: no context-parallel mode serves this model ({reasons}): "
-                "set mesh.sequence=1 and spread rows and weights with mesh.fsdp"
-            )
-        wanted = min(usable, key=lambda mode: MODES[mode].received(shape))
-        reason = "fewest bytes" + "".join(f"; no {mode}: {why}" for mode, why in refusals.items())
+        wanted, reason = _fewest_bytes(shape, refusals, room)
     row = MODES[wanted]
     zigzag = row.balanced and not ordered and groups is None and T % (2 * size) == 0
     return wanted, zigzag, f"{row.received(shape) / 1e6:.1f} MB a layer and device ({reason})"
+
+
+def _fewest_bytes(shape: Shape, refusals: dict[str, str], room: float) -> tuple[str, str]:
+    """(mode, reason) of the usable mode that receives the fewest bytes."""
+    gathered = shape.key_bytes(shape.T)
+    for mode, row in MODES.items():
+        if row.gathers and gathered > room:
+            refusals[mode] = f"the keys and values of a layer are {gathered / 1e9:.1f} GB"
+    usable = [mode for mode in MODES if mode not in refusals]
+    if not usable:
+        reasons = "; ".join(f"{mode}: {why}" for mode, why in refusals.items())
+        raise ConfigError(
+            f"mesh.sequence={shape.size}: no context-parallel mode serves this model ({reasons}): "
+            "set mesh.sequence=1 and spread rows and weights with mesh.fsdp"
+        )
+    cheapest = min(usable, key=lambda mode: MODES[mode].received(shape))
+    return cheapest, "fewest bytes" + "".join(f"; no {m}: {why}" for m, why in refusals.items())
