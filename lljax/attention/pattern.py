@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+
+from lljax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +52,11 @@ def group_size(group: float, T: int) -> int:
     return int(group) if group >= 1 else max(2, 2 * round(group * T / 2))
 
 
-def _full(context: Any, length: int, markers: tuple[int, ...]) -> AttentionPattern:
+def _full(context: Config, length: int, markers: tuple[int, ...]) -> AttentionPattern:
     return AttentionPattern("full", implementation=context.implementation)
 
 
-def _shifted(context: Any, length: int, markers: tuple[int, ...]) -> AttentionPattern:
+def _shifted(context: Config, length: int, markers: tuple[int, ...]) -> AttentionPattern:
     return AttentionPattern(
         "shifted",
         group=group_size(context.group, length),
@@ -63,7 +64,7 @@ def _shifted(context: Any, length: int, markers: tuple[int, ...]) -> AttentionPa
     )
 
 
-def _window(context: Any, length: int, markers: tuple[int, ...]) -> AttentionPattern:
+def _window(context: Config, length: int, markers: tuple[int, ...]) -> AttentionPattern:
     return AttentionPattern(
         "window",
         window=context.window,
