@@ -3,36 +3,51 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from lljax.attention import blockwise, cudnn, gpu, tpu
 from lljax.attention.mask import Mask
+from lljax.attention.options import AttentionOptions
 from lljax.attention.saved import SAVED
+from lljax.errors import ConfigError
 
 
-class UnsupportedMask(ValueError):
-    """An implementation that was named cannot serve the mask or the operands."""
+class UnsupportedMask(ConfigError):
+    """The named implementation cannot serve the mask, the operands or the platform."""
+
+
+def _serves_all(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """Either a pair, which a ring can merge: forward(q, k, v, mask, *, scale, softcap) -> (out, lse
-    [B, T, N]) and backward(q, k, v, mask, out, lse, d_out, *, scale, softcap, dtype) -> (dq, dk,
-    dv), both as in `lljax.attention.blockwise`; or whole(q, k, v, mask, *, scale) -> out, which jax
-    differentiates.
+    """Either a pair, whose results over parts of the keys a ring can merge, or a whole.
 
-    platforms: where it runs; all if empty. refuses(q, k, mask, softcap, sinks) -> why it cannot
-      serve them; empty where it can.
+    forward(q, k, v, mask, *, scale, softcap) -> (out, lse [B, T, N]).
+    backward(q, k, v, mask, results of forward, d_out, *, scale, softcap, dtype) -> (dq, dk, dv).
+      Both as in `lljax.attention.blockwise`.
+    whole(q, k, v, mask, *, scale) -> out, differentiated by jax.
+    platforms: where it runs; everywhere if empty.
+    refuses(q, k, mask, options) -> the reason not to serve, from shapes and dtypes; "" for none.
     """
 
-    forward: Callable | None = None
-    backward: Callable | None = None
-    whole: Callable | None = None
+    forward: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
+    whole: Callable[..., jax.Array] | None = None
     platforms: tuple[str, ...] = ()
-    refuses: Callable = lambda q, k, mask, softcap, sinks: ""
+    refuses: Callable[..., str] = _serves_all
+
+    @property
+    def pair(self) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
+        """(forward, backward) of an implementation that is not a whole."""
+        assert self.forward is not None and self.backward is not None, "a whole has no parts"
+        return self.forward, self.backward
 
 
 # In order of preference.
@@ -45,88 +60,121 @@ IMPLEMENTATIONS = {
 
 
 def attend(
-    q,
-    k,
-    v,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks=None,
-    implementation: str | Implementation | None = None,
-    platform: str | None = None,
-) -> jax.Array:
-    """Attention of q [B, T, N, H] over k, v [B, S, K, H] under `mask`; returns [B, T, N, H].
-    softcap: of the scaled scores, see lljax.attention.softcap. sinks [N]: of each head a score
-    beside those of the keys, which takes weight and has no value.
-
-    Query head n reads key/value head n // (N / K). `implementation=None` takes the first that
-    serves on `platform` (cpu | gpu | tpu; None for that of this process).
+    options: AttentionOptions,
+) -> Float[Array, "B T N H"]:
+    """Attention of q over k and v under `mask`; query head n reads key/value head n // (N / K).
 
     Raises:
-      UnsupportedMask: the named implementation cannot serve the mask or the operands.
-      ValueError: no implementation has that name.
+      UnsupportedMask: the implementation that `options` names cannot serve.
     """
-    if implementation is None:
-        implementation = best(platform or jax.default_backend(), q, k, mask, softcap, sinks)
-    if isinstance(implementation, str):
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"attention implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
-            )
-        name, implementation = implementation, IMPLEMENTATIONS[implementation]
-        if reason := implementation.refuses(q, k, mask, softcap, sinks):
-            raise UnsupportedMask(
-                f"attention implementation {name!r} cannot serve {reason}: leave it out, and the first "
-                "that can is taken"
-            )
-    if implementation.whole is not None:
-        return implementation.whole(q, k, v, mask, scale=scale)
-    return _attend(implementation, scale, softcap, q, k, v, mask, sinks)
+    name = select(q, k, mask, options)
+    whole = IMPLEMENTATIONS[name].whole
+    if whole is not None:
+        return whole(q, k, v, mask, scale=options.scale)
+    static = options.replace(implementation=name, sinks=None)
+    return cast(jax.Array, _attend(static, q, k, v, mask, options.sinks))
 
 
-def best(platform: str, q, k, mask: Mask, softcap: float | None = None, sinks=None) -> str:
-    """The name of the first implementation of the table that runs on `platform` and refuses
-    nothing.
+def select(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
+    """The implementation that `options` names, or the first of the table that can serve.
+
+    Raises:
+      UnsupportedMask: the named one cannot serve.
     """
+    if options.implementation != "auto":
+        _refuse(options.implementation, refusal(q, k, mask, options))
+        return options.implementation
     return next(
         name
-        for name, of in IMPLEMENTATIONS.items()
-        if (not of.platforms or platform in of.platforms)
-        and not of.refuses(q, k, mask, softcap, sinks)
+        for name in IMPLEMENTATIONS
+        if not refusal(q, k, mask, options.replace(implementation=name))
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(implementation, scale, softcap, q, k, v, mask, sinks):
-    return _attend_forward(implementation, scale, softcap, q, k, v, mask, sinks)[0]
+def refusal(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
+    """The operands, mask or platform that the named implementation cannot serve; "" if it can."""
+    platform = options.platform or jax.default_backend()
+    if reason := _platform_refusal(options.implementation, platform):
+        return reason
+    return IMPLEMENTATIONS[options.implementation].refuses(q, k, mask, options)
 
 
-def _attend_forward(implementation, scale, softcap, q, k, v, mask, sinks):
-    out, lse = implementation.forward(q, k, v, mask, scale=scale, softcap=softcap)
-    if sinks is not None:  # one more key, merged as a ring merges those of another device
-        every = jnp.logaddexp(lse, sinks.astype(lse.dtype))
-        out, lse = (out * jnp.exp(lse - every)[..., None]).astype(out.dtype), every
-    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED))
-    return out, (q, k, v, mask, out, lse, sinks)
+def check_platform(name: str, platform: str) -> None:
+    """Raises UnsupportedMask if the implementation does not run on `platform` (cpu | gpu | tpu).
+
+    name: "auto" or a key of `IMPLEMENTATIONS`.
+    """
+    if name != "auto":
+        _refuse(name, _platform_refusal(name, platform))
 
 
-def _attend_backward(implementation, scale, softcap, saved, d_out):
-    *saved, sinks = saved
-    gradients = implementation.backward(
-        *saved, d_out, scale=scale, softcap=softcap, dtype=saved[0].dtype
+def _platform_refusal(name: str, platform: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        raise UnsupportedMask(
+            f"context.implementation={name!r} is none of auto, {', '.join(IMPLEMENTATIONS)}"
+        )
+    platforms = IMPLEMENTATIONS[name].platforms
+    if not platforms or platform in platforms:
+        return ""
+    return f"devices of platform {platform}, only {' and '.join(platforms)}"
+
+
+def _refuse(name: str, reason: str) -> None:
+    if reason:
+        raise UnsupportedMask(
+            f"context.implementation={name!r} cannot serve {reason}: use 'auto', which takes the "
+            "first that can"
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    options: AttentionOptions, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks
+) -> jax.Array:
+    return _attend_forward(options, q, k, v, mask, sinks)[0]
+
+
+def _attend_forward(
+    options: AttentionOptions, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sinks
+):
+    forward, _ = IMPLEMENTATIONS[options.implementation].pair
+    out, lse = forward(q, k, v, mask, scale=options.scale, softcap=options.softcap)
+    if sinks is not None:  # one more key, merged as a ring merges the keys of another device
+        total = jnp.logaddexp(lse, sinks.astype(lse.dtype))
+        out, lse = (out * jnp.exp(lse - total)[..., None]).astype(out.dtype), total
+    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED, strict=True))
+    return out, (q, k, v, mask, sinks, out, lse)
+
+
+def _attend_backward(options: AttentionOptions, saved, d_out: jax.Array):
+    q, k, v, mask, sinks, out, lse = saved
+    _, backward = IMPLEMENTATIONS[options.implementation].pair
+    gradients = backward(
+        *(q, k, v, mask, (out, lse), d_out),
+        scale=options.scale,
+        softcap=options.softcap,
+        dtype=q.dtype,
     )
-    return *gradients, None, sink_gradient(sinks, *saved[4:], d_out)
+    return *gradients, None, sink_gradient(sinks, out, lse, d_out)
 
 
-def sink_gradient(sinks, out, lse, d_out):
-    """That of `sinks` [N], if there are any, given the results of attention with them: that of a
-    key whose value is zero.
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def sink_gradient(
+    sinks: Float[Array, " N"] | None,
+    out: Float[Array, "B T N H"],
+    lse: Float[Array, "B T N"],
+    d_out: Float[Array, "B T N H"],
+) -> Float[Array, " N"] | None:
+    """The gradient of the sinks, given the results of attention with them: a sink is a key whose
+    value is zero. None without sinks.
     """
     if sinks is None:
         return None
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     return -jnp.sum(jnp.exp(sinks - lse) * delta, axis=(0, 1)).astype(sinks.dtype)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)

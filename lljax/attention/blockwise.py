@@ -1,66 +1,74 @@
-"""Flash attention in plain XLA: right on every platform, and the default where no kernel serves.
+"""Flash attention in plain XLA: exact on every platform, and the default where no kernel serves.
 
-Queries and keys are cut into blocks. Each query block visits only the key blocks that the mask
-leaves active, keeping a running softmax (Dao et al. 2022, arXiv 2205.14135, algorithm 1); the
-backward pass recomputes the weights of a block from the saved log-sum-exp (Dao 2023, arXiv
-2307.08691, algorithm 2). Memory is O(T), work follows the mask.
+Queries and keys are cut into blocks. A query block visits only the key blocks that the mask leaves
+active, with a running softmax (Dao et al. 2022, arXiv 2205.14135, algorithm 1); the backward pass
+recomputes the weights of a block from the saved log-sum-exp (Dao 2023, arXiv 2307.08691, algorithm
+2). Memory is O(T), work follows the mask.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from lljax.attention.mask import Mask, block, block_kinds, pad, visible
+from lljax.attention.blocks import (
+    anchors_first,
+    block_pairs,
+    in_row_order,
+    pad_tokens,
+    reach,
+    round_up,
+)
+from lljax.attention.mask import Index, Mask, block, pad, visible
 from lljax.attention.softcap import capped, through_cap
 
-# exp(MASKED - FLOOR) is 0, so a row masked throughout a block adds nothing
+# exp(MASKED - FLOOR) is 0, so a query that is masked throughout a block adds nothing
 MASKED, FLOOR = -1e30, -1e20
 
 
 def forward(
-    q, k, v, mask: Mask, *, scale: float, softcap: float | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Attention of q [B, T, N, H] over k, v [B, S, K, H]: the output, like q, and the log-sum-exp
-    of each query's scores, float32 [B, T, N]. A query that sees nothing gets zeros, and FLOOR.
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attention of q over k and v: the output, like q, and the log-sum-exp of each query's scores,
+    float32. A query that sees nothing gets zeros, and FLOOR.
     """
-    call = _Call(q, k, v, mask, scale)
-    out, lse = _forward(*call.blocks, softcap, call.q, call.k, call.v, call.mask)
+    call = _Call(q, k, v, mask, scale, softcap)
+    out, lse = _forward(call)
     return call.rows(out), call.rows(lse)
 
 
 def backward(
-    q,
-    k,
-    v,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
-    out,
-    lse,
-    d_out,
+    results: tuple[Float[Array, "B T N H"], Float[Array, "B T N"]],
+    d_out: Float[Array, "B T N H"],
     *,
     scale: float,
     softcap: float | None = None,
-    dtype=jnp.float32,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of `forward` for q, k and v in `dtype`, given its results and the gradient of its
-    output.
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Gradients of `forward` for q, k and v in `dtype`, given its results (output and log-sum-exp)
+    and the gradient of its output.
 
-    `out` and `lse` may be those of attention over more keys than `k`: the sum over parts of the
-    keys is the gradient.
+    The results may be of attention over more keys than `k`: gradients over parts of the keys then
+    add up to the whole.
     """
-    call = _Call(q, k, v, mask, scale)
+    call, (out, lse) = _Call(q, k, v, mask, scale, softcap), results
     dq, dk, dv = _backward(
-        *call.blocks,
-        softcap,
-        call.q,
-        call.k,
-        call.v,
-        call.mask,
-        call.heads(out),
-        call.heads(lse[..., None])[..., 0],
-        call.heads(d_out),
+        call, call.heads(out), call.heads(lse[..., None])[..., 0], call.heads(d_out)
     )
-    return tuple(x.astype(dtype) for x in (call.rows(dq) * scale, call.keys(dk), call.keys(dv)))
+    dq, dk, dv = call.rows(dq) * scale, call.keys(dk), call.keys(dv)
+    return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)
 
 
 class _Call:
@@ -68,123 +76,100 @@ class _Call:
     (scaled), k, v [B, K, S, H]; and the way back.
     """
 
-    def __init__(self, q, k, v, mask: Mask, scale: float):
+    def __init__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        scale: float,
+        softcap: float | None,
+    ):
         self.B, self.T, self.N, self.S = *q.shape[:3], k.shape[1]
-        self.K, self.places = k.shape[2], None
+        self.K, self.softcap, self.places = k.shape[2], softcap, None
         if mask.anchors is not None:
             k, v, mask, self.places = anchors_first(k, v, mask)
-        self.blocks = bq, bk = block_sizes(self.T, self.S, mask)
-        self.T_pad, S_pad = -(-self.T // bq) * bq, -(-self.S // bk) * bk
+        self.bq, self.bk = block_sizes(self.T, self.S, mask)
+        self.T_pad, S_pad = round_up(self.T, self.bq), round_up(self.S, self.bk)
         self.q = self.heads(q * scale)
-        self.k, self.v = (jnp.moveaxis(_pad(x, S_pad), 2, 1) for x in (k, v))
+        self.k, self.v = (jnp.moveaxis(pad_tokens(x, S_pad), 2, 1) for x in (k, v))
         self.mask = pad(mask, self.T_pad, S_pad)
 
-    def heads(self, x):  # [B, T, N, H] -> [B, K, T, N / K, H]
-        return jnp.moveaxis(
-            _pad(x, self.T_pad).reshape(self.B, self.T_pad, self.K, -1, x.shape[-1]), 2, 1
-        )
+    def heads(self, x: jax.Array) -> jax.Array:  # [B, T, N, H] -> [B, K, T, N / K, H]
+        x = pad_tokens(x, self.T_pad).reshape(self.B, self.T_pad, self.K, -1, x.shape[-1])
+        return jnp.moveaxis(x, 2, 1)
 
-    def rows(self, x):  # [B, K, T, N / K, ...] -> [B, T, N, ...]
+    def rows(self, x: jax.Array) -> jax.Array:  # [B, K, T, N / K, ...] -> [B, T, N, ...]
         return jnp.moveaxis(x, 1, 2).reshape(self.B, self.T_pad, self.N, *x.shape[4:])[:, : self.T]
 
-    def keys(self, x):  # [B, K, H, S] -> [B, S, K, H]
-        x = jnp.moveaxis(x, 3, 1)[:, : self.S]
-        return (
-            x
-            if self.places is None
-            else jnp.take_along_axis(x, self.places[:, :, None, None], axis=1)
-        )
+    def keys(self, x: jax.Array) -> jax.Array:  # [B, K, H, S] -> [B, S, K, H]
+        return in_row_order(jnp.moveaxis(x, 3, 1)[:, : self.S], self.places)
 
-
-def _pad(x, length):
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
-
-
-def anchors_first(k, v, mask: Mask):
-    """Moves the anchors to the front of the keys, so that they fill few blocks wherever they stood
-    in the row.
-
-    The mask is decided from indices that move along, so the result does not change; the work does:
-    a marker in every paragraph would otherwise keep every block active. Returns where each key
-    went, too: int32 [B, S].
-    """
-    order = jnp.argsort(~mask.anchors, axis=1, stable=True)
-    move = functools.partial(jnp.take_along_axis, indices=order, axis=1)
-    segments = None if mask.k_segments is None else move(mask.k_segments)
-    k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (k, v))
-    moved = mask.replace(
-        k_index=move(mask.k_index), k_segments=segments, anchors=move(mask.anchors)
-    )
-    return k, v, moved, _places(mask.anchors)
-
-
-def _places(anchors) -> jax.Array:
-    """The inverse of that order. Counted, for a sort takes a TPU compiler seconds."""
-    before = jnp.cumsum(anchors, axis=1, dtype=jnp.int32)
-    others = before[:, -1:] + jnp.arange(anchors.shape[1], dtype=jnp.int32) - before
-    return jnp.where(anchors, before - 1, others)
+    def mask_of(self, i: Index, j: Index) -> jax.Array:
+        """The dense mask of query block i and key block j, [B, 1, bq, 1, bk]."""
+        pair = block(self.mask, i * self.bq, self.bq, j * self.bk, self.bk)
+        return visible(pair)[:, None, :, None, :]
 
 
 def block_sizes(T: int, S: int, mask: Mask) -> tuple[int, int]:
-    """Blocks small enough that a group or window is not rounded up to much more work than it
-    holds.
+    """Queries and keys of a block: small enough that a group or window is not rounded up to much
+    more work than it holds.
     """
-    reach = min(size for size in (mask.group, mask.window, S) if size is not None)
     size = 256
-    while size > 64 and size * 8 > reach:
+    while size > 64 and size * 8 > reach(mask, S):
         size //= 2
     return min(size, T), min(size, S)
 
 
-def _visit(mask, bq, bk):
-    """Returns visit(i, body, carry): body(j, masked, carry) for each key block j that query block i
-    may see.
+def _visitor(call: _Call):
+    """Returns visit(i, body, carry), which runs carry = body(j, masked, carry) for every key block
+    j that query block i may see in any row of the batch.
 
-    Blocks that need no mask come first and are told apart when the program is built, so that they
-    do not pay for one.
+    Blocks that need no mask come first, in a loop of their own, so that they do not pay for one.
     """
-    empty, full = block_kinds(mask, bq, bk)
-    order = jnp.argsort(jnp.where(full, 0, jnp.where(empty, 2, 1)), axis=1, stable=True).astype(
-        jnp.int32
-    )
-    full, some = full.sum(1, dtype=jnp.int32), (~empty).sum(1, dtype=jnp.int32)
+    active, full = block_pairs(call.mask, call.bq, call.bk)
+    active, full = active.any(0), full.all(0)
+    order = jnp.argsort(jnp.where(full, 0, jnp.where(active, 1, 2)), axis=1, stable=True)
+    order = order.astype(jnp.int32)
+    full, active = full.sum(1, dtype=jnp.int32), active.sum(1, dtype=jnp.int32)
 
-    def visit(i, body, carry):
+    def visit(i: Index, body: Callable, carry):
         carry = jax.lax.fori_loop(
             0, full[i], lambda n, carry: body(order[i, n], False, carry), carry
         )
         return jax.lax.fori_loop(
-            full[i], some[i], lambda n, carry: body(order[i, n], True, carry), carry
+            full[i], active[i], lambda n, carry: body(order[i, n], True, carry), carry
         )
 
     return visit
 
 
-def _scores(q, k, mask, masked: bool, softcap):
-    """Scores [B, K, bq, N / K, bk] of a pair of blocks, in float32 as the softmax needs."""
-    scores = capped(
-        jnp.einsum("BKQRH,BKSH->BKQRS", q, k, preferred_element_type=jnp.float32), softcap
-    )
-    return jnp.where(visible(mask())[:, None, :, None, :], scores, MASKED) if masked else scores
+def _scores(
+    call: _Call, q: jax.Array, i: Index, j: Index, masked: bool
+) -> Float[Array, "B K bq R bk"]:
+    """Scores of query block i (q) and key block j, R = N / K, in float32 as the softmax needs."""
+    k = _slice(call.k, j, call.bk)
+    scores = jnp.einsum("BKQRH,BKSH->BKQRS", q, k, preferred_element_type=jnp.float32)
+    scores = capped(scores, call.softcap)
+    return jnp.where(call.mask_of(i, j), scores, MASKED) if masked else scores
 
 
-def _slice(x, i, size, axis=2):
+def _slice(x: jax.Array, i: Index, size: int, axis: int = 2) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=axis)
 
 
-def _forward(bq, bk, softcap, q, k, v, mask):
-    """Returns the output, like q, and the log-sum-exp [B, K, T, N / K]."""
-    visit = _visit(mask, bq, bk)
+def _forward(call: _Call) -> tuple[jax.Array, jax.Array]:
+    """The output, like call.q, and the log-sum-exp [B, K, T, N / K]."""
+    visit = _visitor(call)
+    q, v, bq, bk = call.q, call.v, call.bq, call.bk
     B, K, T, R, H = q.shape
 
-    def query_block(_, i):
+    def query_block(_, i: Index):
         qi = _slice(q, i, bq)
 
-        def key_block(j, masked, carry):
+        def key_block(j: Index, masked: bool, carry):
             top, total, out = carry
-            scores = _scores(
-                qi, _slice(k, j, bk), lambda: block(mask, i * bq, bq, j * bk, bk), masked, softcap
-            )
+            scores = _scores(call, qi, i, j, masked)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -210,31 +195,33 @@ def _forward(bq, bk, softcap, q, k, v, mask):
     return jnp.moveaxis(out, 0, 2).reshape(q.shape), jnp.moveaxis(lse, 0, 2).reshape(B, K, T, R)
 
 
-def _backward(bq, bk, softcap, q, k, v, mask, out, lse, d_out):
-    """Returns float32 gradients: of q, like q; of k and v as [B, K, H, S]."""
-    visit = _visit(mask, bq, bk)
-    wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _backward(
+    call: _Call, out: jax.Array, lse: jax.Array, d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """float32 gradients: of the scaled q, like call.q; of k and v as [B, K, H, S]."""
+    visit = _visitor(call)
+    q, k, v, bq, bk = call.q, call.k, call.v, call.bq, call.bk
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    # dk and dv are summed as [.., H, S]: products with small transposed operands, where a CPU is
-    # slow at transposing the weights of a block.
+    # dk and dv are summed as [.., H, S]: products with small transposed operands. A CPU is slow at
+    # transposing the weights of a block.
     qt, d_out_t = (jnp.moveaxis(x, -1, 2) for x in (q, d_out))
 
-    def query_block(carry, i):
+    def query_block(carry, i: Index):
         qi, doi, lsei, deltai = (_slice(x, i, bq) for x in (q, d_out, lse, delta))
         qti, doti = (_slice(x, i, bq, axis=3) for x in (qt, d_out_t))
 
-        def key_block(j, masked, carry):
+        def key_block(j: Index, masked: bool, carry):
             dqi, dk, dv = carry
             kj, vj = _slice(k, j, bk), _slice(v, j, bk)
-            scores = _scores(qi, kj, lambda: block(mask, i * bq, bq, j * bk, bk), masked, softcap)
+            scores = _scores(call, qi, i, j, masked)
             weights = jnp.exp(scores - lsei[..., None])
-            d_weights = wide("BKQRH,BKSH->BKQRS", doi, vj)
-            d_scores = through_cap(
-                weights * (d_weights - deltai[..., None]), scores, softcap
-            ).astype(q.dtype)
-            dqi += wide("BKQRS,BKSH->BKQRH", d_scores, kj)
-            dk = _add_at(dk, j, bk, wide("BKHQR,BKQRS->BKHS", qti, d_scores))
-            dv = _add_at(dv, j, bk, wide("BKHQR,BKQRS->BKHS", doti, weights.astype(q.dtype)))
+            d_weights = einsum("BKQRH,BKSH->BKQRS", doi, vj)
+            d_scores = weights * (d_weights - deltai[..., None])
+            d_scores = through_cap(d_scores, scores, call.softcap).astype(q.dtype)
+            dqi += einsum("BKQRS,BKSH->BKQRH", d_scores, kj)
+            dk = _add_at(dk, j, bk, einsum("BKHQR,BKQRS->BKHS", qti, d_scores))
+            dv = _add_at(dv, j, bk, einsum("BKHQR,BKQRS->BKHS", doti, weights.astype(q.dtype)))
             return dqi, dk, dv
 
         dqi, dk, dv = visit(i, key_block, (jnp.zeros(qi.shape, jnp.float32), *carry))
@@ -246,7 +233,6 @@ def _backward(bq, bk, softcap, q, k, v, mask, out, lse, d_out):
     return jnp.moveaxis(dq, 0, 2).reshape(q.shape), dk, dv
 
 
-def _add_at(x, j, size, update):
-    return jax.lax.dynamic_update_slice_in_dim(
-        x, _slice(x, j, size, axis=3) + update, j * size, axis=3
-    )
+def _add_at(x: jax.Array, j: Index, size: int, update: jax.Array) -> jax.Array:
+    at = j * size
+    return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, j, size, axis=3) + update, at, axis=3)

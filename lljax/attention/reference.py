@@ -1,25 +1,30 @@
-"""Attention written down directly, with the dense T x S mask. For tests: everything else must equal
-it.
+"""Attention written down directly, with the dense T x S mask. For tests: every implementation must
+equal it.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lljax.attention.mask import Mask, visible
+from lljax.attention.options import AttentionOptions
 from lljax.attention.softcap import capped
 
 
 def attend(
-    q, k, v, mask: Mask, *, scale: float, softcap: float | None = None, sinks=None
-) -> jax.Array:
-    """Attention of q [B, T, N, H] over k, v [B, S, K, H]; a query that sees nothing gets zeros."""
-    see = visible(mask)[:, None]
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    options: AttentionOptions,
+) -> Float[Array, "B T N H"]:
+    """Attention of q over k and v; a query that sees nothing gets zeros."""
+    see, sinks = visible(mask)[:, None], options.sinks
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(see, capped(scores, softcap), -1e30)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(see, capped(scores * options.scale, options.softcap), -1e30)
     if sinks is not None:
-        scores = jnp.concatenate(
-            [scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))], axis=-1
-        )
+        sinks = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., : see.shape[-1]] * see
     return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(v.dtype), v)

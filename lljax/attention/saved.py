@@ -1,6 +1,7 @@
-"""What memory.remat = "attention" keeps of a layer: the results of attention, by name."""
+"""The results of attention that memory.remat = "attention" saves, by name."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -9,29 +10,31 @@ SAVED = ("attention_out", "attention_lse")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def kept(attend, q, k, v) -> jax.Array:
-    """attend(q, k, v), where jax has its gradient, with the names on what that gradient needs
-    besides q, k and v.
+def name_residuals(
+    attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """attend(q, k, v), differentiated by jax, with a name on every residual except q, k and v.
 
-    A name outside of `attend` would not do: its own gradient holds the values from before the name.
+    A name on the result of `attend` would not do: its gradient holds the values from before the
+    name.
     """
     return attend(q, k, v)
 
 
-def _forward(attend, q, k, v):
+def _forward(attend, q: jax.Array, k: jax.Array, v: jax.Array):
     out, pullback = jax.vjp(attend, q, k, v)
     named = checkpoint_name(out, SAVED[0])
 
-    def of(x):
+    def name(x):
         if any(x is operand for operand in (q, k, v)):
             return x
         return named if x is out else checkpoint_name(x, SAVED[1])
 
-    return named, jax.tree.map(of, pullback)
+    return named, jax.tree.map(name, pullback)
 
 
-def _backward(attend, pullback, d_out):
+def _backward(attend, pullback, d_out: jax.Array):
     return pullback(d_out)
 
 
-kept.defvjp(_forward, _backward)
+name_residuals.defvjp(_forward, _backward)

@@ -3,61 +3,60 @@ without its leak.
 
 Query heads [0, N // 2) attend causally inside groups [0, G) [G, 2G) ...; the others inside groups
 moved by half a group, [0, G/2) [G/2, 3G/2) ... The paper rolls the second half of the heads, which
-lets the first tokens see the last;
-here nothing moves: the two halves differ in their mask only.
+lets the first tokens see the last; here nothing moves: the two halves differ in their mask only.
 """
+
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lljax.attention.attend import attend
+from lljax.attention.blocks import cdiv
 from lljax.attention.mask import Mask
+from lljax.attention.options import AttentionOptions
+from lljax.attention.pattern import Groups
 
 
-def group_size(group: float, T: int) -> int:
-    """G in tokens for rows of T: a share of the row below 1 (rounded up to even, at least 2), else
-    tokens.
-    """
-    return int(group) if group >= 1 else max(2, 2 * round(group * T / 2))
-
-
-def attend_shifted(q, k, v, mask: Mask, *, group: int, sinks=None, **how) -> jax.Array:
-    """S2-Attn of q [B, T, N, H] over k, v [B, T, K, H] with groups of `group` (even) tokens;
-    returns [B, T, N, H].
-
-    sinks, how: scale, and which implementation, as for `attend`.
+def attend_shifted(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    groups: Groups,
+    options: AttentionOptions,
+    *,
+    attend: Callable[..., jax.Array] = attend,
+) -> Float[Array, "B T N H"]:
+    """S2-Attn of q over k and v.
 
     The groups cut whatever `mask` already allows (segments, window). Keys and values are shared by
     the heads that read them, never repeated; any N and K with N % K == 0 will do.
+    attend: attention of some heads, which may lie on several devices.
     """
     outs = [
         attend(
             q[:, :, heads],
             k[:, :, shared],
             v[:, :, shared],
-            mask.replace(group=group, shift=shift),
-            sinks=None if sinks is None else sinks[heads],
-            **how,
+            mask.replace(group=groups.size, shift=shift),
+            options.of_heads(heads),
         )
-        for heads, shared, shift in parts(q.shape[2], k.shape[2], group // 2)
+        for heads, shared, shift in head_slices(q.shape[2], k.shape[2], groups)
     ]
     return jnp.concatenate(outs, axis=2)
 
 
-def parts(N: int, K: int, half: int):
-    """Slices of query heads, the key/value heads that they read evenly, and their shift.
+def head_slices(N: int, K: int, groups: Groups) -> Iterator[tuple[slice, slice, int]]:
+    """Slices of the N query heads, the slices of the K key/value heads that they read evenly, and
+    the shift of their groups.
 
-    Where the middle of the query heads falls inside the heads of one key/value head, that one
-    stands alone.
+    A key/value head that both halves of the query heads read stands alone in two slices.
     """
-    each, middle = N // K, N // 2
-    for low, high, shift in ((0, middle, 0), (middle, N, half)):
-        edges = sorted(
-            {
-                low,
-                high,
-                *(e for e in (-(-low // each) * each, high // each * each) if low < e < high),
-            }
-        )
-        for start, stop in zip(edges, edges[1:]):
-            yield slice(start, stop), slice(start // each, -(-stop // each)), shift
+    R, middle = N // K, N // 2
+    for low, high, shift in ((0, middle, 0), (middle, N, groups.shift)):
+        inner = (edge for edge in (cdiv(low, R) * R, high // R * R) if low < edge < high)
+        edges = sorted({low, high, *inner})
+        for start, stop in zip(edges, edges[1:], strict=False):
+            yield slice(start, stop), slice(start // R, cdiv(stop, R)), shift

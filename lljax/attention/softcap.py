@@ -1,5 +1,6 @@
-"""Soft-capped scores, as in Gemma 2 (arXiv 2408.00118, section 2): softcap * tanh(scores /
-softcap); none where it is None.
+"""Soft-capped scores: softcap * tanh(scores / softcap), Gemma 2, arXiv 2408.00118, section 2.
+
+No cap if `softcap` is None.
 """
 
 import jax
@@ -11,8 +12,8 @@ def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
 
 
 def through_cap(gradient: jax.Array, scores: jax.Array, softcap: float | None) -> jax.Array:
-    """The gradient of the scores before the cap, from that of the capped `scores`; 0 for those that
-    a mask replaced by a number far beyond the cap.
+    """The gradient of the uncapped scores, from `gradient` of the capped `scores`; 0 for scores
+    that a mask replaced by a number far beyond the cap.
     """
     if softcap is None:
         return gradient

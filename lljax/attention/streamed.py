@@ -9,24 +9,26 @@ values of a whole row never exist.
 import jax
 import jax.numpy as jnp
 
-from lljax.attention.context_parallel import (
+from lljax.attention.mask import NEVER, Mask
+from lljax.attention.options import AttentionOptions
+from lljax.attention.pattern import Groups
+from lljax.attention.shard import (
     CUT,
     CUT_HEADS,
     HEADS,
     PER_HEAD,
+    HeadShare,
     attend_heads,
     from_before,
-    how_of,
-    share_of_heads,
+    platform_options,
 )
-from lljax.attention.mask import NEVER, Mask
 from lljax.parallel.sharding import Layout, token_parts
 
 HALO = (CUT_HEADS, CUT_HEADS, CUT, CUT)  # how (k, v, k_index, k_segments) lie on the mesh
 
 
 def tile_reach(
-    T: int, mask: Mask, group: int | None, tile: int, layout: Layout | None
+    T: int, mask: Mask, groups: Groups | None, tile: int, layout: Layout | None
 ) -> int | None:
     """How many tokens before a tile its first query may see, where rows of T tokens can go `tile`
     tokens of a device at a time. None where they cannot: full attention and anchors look back too
@@ -43,8 +45,9 @@ def tile_reach(
     limits = [T]
     if mask.window is not None:
         limits.append(mask.window - 1)
-    if group is not None:
-        limits.append(max((start + shift) % group for start in starts for shift in (0, group // 2)))
+    if groups is not None:
+        shifts = (0, groups.shift)
+        limits.append(max((start + shift) % groups.size for start in starts for shift in shifts))
     return min(limits) if min(limits) <= tile else None
 
 
@@ -79,49 +82,39 @@ def attend_tile(
     v,
     mask: Mask,
     halo,
+    options: AttentionOptions,
     *,
-    scale: float,
-    softcap: float | None,
-    sinks,
-    group: int | None,
+    groups: Groups | None,
     layout: Layout | None,
 ):
     """Attention of q [B, T, N, H] over `halo` and k, v [B, T, K, H], of a tile of every device; and
     the next tile's halo.
 
-    mask: of the T tokens of the tile, in the order of the row. sinks, group: as in
-      `attend_parallel`.
+    mask: of the T tokens of the tile, in the order of the row. options, groups: as
+      in `attend_parallel`.
     """
-    how = how_of(scale, softcap, layout)
+    options = platform_options(options, layout)
     shares = 1 if layout is None else layout.mesh.shape[HEADS]
 
-    def run(q, k, v, mask, sinks, halo):
+    def run(q, k, v, mask, options, halo):
         k, v, index, segments = jax.tree.map(
             lambda before, own: jnp.concatenate([before, own], axis=1),
             halo,
             (k, v, mask.k_index, mask.k_segments),
         )
-        out = attend_heads(
-            q,
-            k,
-            v,
-            mask.replace(k_index=index, k_segments=segments),
-            sinks,
-            group,
-            shares,
-            0 if shares == 1 else share_of_heads(),
-            how,
-        )
+        share = HeadShare(groups, shares, 0 if shares == 1 else jax.lax.axis_index(HEADS))
+        mask = mask.replace(k_index=index, k_segments=segments)
+        out = attend_heads(q, k, v, mask, options, share)
         return out, jax.tree.map(
             lambda x, before: x[:, x.shape[1] - before.shape[1] :], (k, v, index, segments), halo
         )
 
     if layout is None:
-        return run(q, k, v, mask, sinks, halo)
+        return run(q, k, v, mask, options, halo)
     return jax.shard_map(
         run,
         mesh=layout.mesh,
         in_specs=(CUT_HEADS, CUT_HEADS, CUT_HEADS, CUT, PER_HEAD, HALO),
         out_specs=(CUT_HEADS, HALO),
         check_vma=False,
-    )(q, k, v, mask, sinks, halo)
+    )(q, k, v, mask, options, halo)

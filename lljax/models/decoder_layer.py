@@ -113,8 +113,9 @@ class DecoderLayer(nnx.Module):
                 q_index=jnp.where(real, mask.q_index, -1),
                 k_index=jnp.where(real, mask.k_index, NEVER),
             )
+            options = self.self_attn.options(pattern)
             mixed, halo = attend_tile(
-                q, k, v, mask, halo, group=pattern.groups, layout=layout, **self.self_attn.how
+                q, k, v, mask, halo, options, groups=pattern.groups, layout=layout
             )
             load, x = self._after(load, (x, self.self_attn.join(mixed), counted), key, layout)
             return (halo, load), x

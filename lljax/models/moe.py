@@ -229,7 +229,7 @@ class MoE(nnx.Module):
             value = variable.get_value()
             axes = variable.get_metadata("axes")[-len(value.shape) :]
             return variable.replace(
-                each(lambda x, axes: weight_spec(mesh, axes, x.shape, kept=False), value, axes)
+                each(lambda x, axes: weight_spec(mesh, axes, x.shape, stored=False), value, axes)
             )
 
         specs = jax.tree.map(cut, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))

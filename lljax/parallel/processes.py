@@ -1,5 +1,8 @@
-"""A run of several processes: how they find each other, agree, take turns, and end when one of them
-is lost.
+"""Several processes in one run: they join, agree, take turns, and end when one of them is lost.
+
+Two private modules of jax are imported: `jax._src.distributed`, whose client has barriers that
+outlast a slow peer, and `jax._src.clusters`, the launchers that jax detects. jax has no public
+counterpart of either.
 """
 
 import contextlib
@@ -13,22 +16,21 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-
-# its client has barriers that outlast a slow peer; jax has no public one
 from jax._src import distributed as coordination
 from jax._src.clusters import ClusterEnv, K8sCluster
 from jax.experimental import multihost_utils
 
-from lljax.errors import ConfigError, PeerLost
+from lljax.errors import ConfigError, PeerLost, first_line
 
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_SECONDS = 300  # for all processes to come up
-LEAVE_SECONDS = 10  # for the others to come to the same end, as they do when all stop
-TURN_SECONDS = 86_400  # one process may prepare the documents of all for hours
+LEAVE_SECONDS = 10  # for the others to reach the same end, as they do when all stop
+TURN_SECONDS = 86_400  # one process may prepare the documents for all, for hours
 COLLECTIVE_FAILED = re.compile(
     r"gloo|nccl|coordination service|heartbeat|connection (closed|reset)", re.IGNORECASE
 )
@@ -37,18 +39,17 @@ SAME_COMMAND = "start the same command again in all of them, it goes on from the
 
 # ---------------------------------------------------------------- beginning and end
 def start(peer_timeout: float) -> None:
-    """Joins the other processes of the run, before the first use of a device; does nothing where
-    there are none.
+    """Joins the other processes of the run, before the first use of a device; does nothing without
+    any.
 
-    The environment variables of `ENVIRONMENT` come first (of which jax itself reads the address
-    alone), then what jax
-    detects: Cloud TPU, SLURM, Open MPI, Kubernetes.
+    The variables of `ENVIRONMENT` come first (jax itself reads only the address), then the
+    launchers that jax detects: Cloud TPU, SLURM, Open MPI, Kubernetes.
 
-    peer_timeout: seconds without a sign of life after which a process counts as lost, and the
-      others end.
+    peer_timeout: seconds without a heartbeat after which a process counts as lost, and the others
+      end.
 
     Raises:
-      ConfigError: the environment names a run of several processes and leaves out how to join it.
+      ConfigError: the environment names a run of several processes, but not how to join it.
     """
     if any(name in os.environ for name in ENVIRONMENT[1:]):
         (address, count, index), detect = _from_environment(), "deactivate"
@@ -57,7 +58,7 @@ def start(peer_timeout: float) -> None:
     if count == 1:
         return
     _end_on_abort()
-    # it takes SIGTERM; lljax.run.signals has its own
+    # it would handle SIGTERM, which lljax.run.signals does
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         address,
@@ -71,7 +72,7 @@ def start(peer_timeout: float) -> None:
 
 
 def _from_environment() -> tuple[str | None, int, int | None]:
-    """(address, processes, index) of the environment variables."""
+    """(address, number of processes, index) from the environment variables."""
     given = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     try:
         count = int(given.get("JAX_NUM_PROCESSES", ""))
@@ -85,7 +86,7 @@ def _from_environment() -> tuple[str | None, int, int | None]:
     except (KeyError, ValueError):
         shown = " ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(
-            f"{shown} do not say how to join: set JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0, "
+            f"{shown} do not suffice to join: set JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0), or none of them to run alone"
         ) from None
 
@@ -106,10 +107,11 @@ def _detected() -> int:
                 return cluster.get_process_count()
         except Exception as error:  # of whatever library reads the environment
             raise ConfigError(
-                f"jax takes this for a {cluster.__name__} and cannot read it ({_first_line(error)}): set "
-                f"{', '.join(ENVIRONMENT)}, or JAX_NUM_PROCESSES=1 to run alone"
+                f"jax takes this for a {cluster.__name__} and cannot read it "
+                f"({first_line(error)}): set {', '.join(ENVIRONMENT)}, or JAX_NUM_PROCESSES=1 to "
+                "run alone"
             ) from None
-    # Open MPI 5, of which jax knows no address
+    # Open MPI 5, whose address jax does not find
     if (count := int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))) > 1:
         raise ConfigError(
             f"mpirun has started {count} processes and this jax does not find the first: pass it "
@@ -119,11 +121,11 @@ def _detected() -> int:
 
 
 @contextlib.contextmanager
-def session():
-    """Around the `main` of a script that calls `start`: a process that fails does not keep the
+def session() -> Iterator[None]:
+    """Context of the `main` of a script that calls `start`: a process that fails does not keep the
     others waiting.
 
-    Left alone, jax would wait for the others at exit, and they for it in the next collective.
+    By itself jax would wait for the others at exit, and they for it in the next collective.
     """
     try:
         yield
@@ -134,10 +136,10 @@ def session():
 
 
 @contextlib.contextmanager
-def to_the_end():
-    """Around all that a script does: when that is done the process ends, whatever its other threads
-    wait for. Those of Orbax wait up to five minutes for a save that has failed, and Python for
-    them.
+def to_the_end() -> Iterator[None]:
+    """Context of a whole script: the process ends with it, whatever its other threads wait for.
+
+    Threads of Orbax wait up to five minutes for a save that has failed, and Python for them.
     """
     global _script
     code, _script = 0, True
@@ -159,7 +161,9 @@ def to_the_end():
 
 
 def is_script() -> bool:
-    """Whether the process is there for what lljax does alone, so that any thread may end it."""
+    """Whether the process runs a script of lljax and nothing else, so that any thread may end
+    it.
+    """
     return _script
 
 
@@ -170,29 +174,28 @@ def _leave(error: BaseException) -> None:
     if isinstance(error, SystemExit):  # said already
         code = error.code if isinstance(error.code, int) else 1
     elif COLLECTIVE_FAILED.search(str(error)):
-        _lost(f"({_first_line(error)})")
+        _lost(f"({first_line(error)})")
     else:
         traceback.print_exception(error)
         code = 1
     _end_on_abort(code)
     with contextlib.suppress(Exception):  # they may have no reason to end
-        coordination.global_state.client.wait_at_barrier("leave", 1000 * LEAVE_SECONDS)
+        _client().wait_at_barrier("leave", 1000 * LEAVE_SECONDS)
     _exit(code)
 
 
-def _lost(reason: str) -> None:
+def _lost(reason: str) -> NoReturn:
+    state = coordination.global_state
     error = PeerLost(
-        f"process {coordination.global_state.process_id} of {coordination.global_state.num_processes} ends "
-        f"because another has ended or does not answer {reason}: see the log of that one, then {SAME_COMMAND}"
+        f"process {state.process_id} of {state.num_processes} ends because another has ended or "
+        f"does not answer {reason}: see the log of that one, then {SAME_COMMAND}"
     )
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     _exit(error.exit_code)
 
 
-def _exit(code: int) -> None:
-    """Ends without the exit handlers, in which jax and Orbax would wait for processes that are
-    gone.
-    """
+def _exit(code: int) -> NoReturn:
+    """Ends without exit handlers: in them jax and Orbax would wait for processes that are gone."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
@@ -200,16 +203,18 @@ def _exit(code: int) -> None:
 
 
 def _end_on_abort(code: int | None = None) -> None:
-    """When jax notices from a thread of its own that a process is lost, or has waited too long for
-    one to come, it logs and aborts. This makes one line and an exit code of that (or `code` alone).
+    """Replaces jax's abort by one line and an exit code, or by `code` alone.
 
+    jax logs and aborts, from a thread of its own, when a process is lost or does not join in time.
     A Python signal handler would not run any more, nor does jax take a callback from Python (its
-    argument has no conversion, jaxlib 0.10 to 0.12), so it is a C one.
+    argument has no conversion, jaxlib 0.10 to 0.12), so the handler is a C callback.
     """
     global _handler  # C holds no reference to it
 
     def handler(_):
-        _lost("(the lines above)") if code is None else _exit(code)
+        if code is None:
+            _lost("(the lines above)")
+        _exit(code)
 
     _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
     libc = ctypes.CDLL(None)
@@ -217,26 +222,26 @@ def _end_on_abort(code: int | None = None) -> None:
     libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
 
-# ---------------------------------------------------------------- in between
+# ---------------------------------------------------------------- agreement and turns
 def first() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Whether this is process 0, which writes the files that are written once."""
     return jax.process_index() == 0
 
 
 def from_all(value) -> list:
-    """The JSON value that each process gives, in their order; every process must call this."""
+    """Gathers a JSON value of every process, in their order; every process must call this."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
     padded = multihost_utils.process_allgather(np.pad(text, (0, int(lengths.max()) - len(text))))
-    return [json.loads(row[:n].tobytes()) for row, n in zip(padded, lengths)]
+    return [json.loads(row[:n].tobytes()) for row, n in zip(padded, lengths, strict=True)]
 
 
 @functools.lru_cache
 def processes_here() -> int:
-    """How many processes of the run are on this host. Every process must call this; jax need not
-    have started.
+    """The number of processes of the run on this host. Every process must call this, even before
+    jax has started.
     """
     client = coordination.global_state.client
     if client is None:
@@ -250,37 +255,34 @@ def processes_here() -> int:
 
 def any_of(flag: bool) -> bool:
     """Whether `flag` is set in any process; every process must call this. One small collective."""
-    return (
-        flag
-        if jax.process_count() == 1
-        else bool(multihost_utils.process_allgather(np.bool_(flag)).any())
-    )
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
 
 
-def first_then_others(work: Callable):
-    """`work()` in process 0, then in the others: what it writes, they find where the file system is
-    shared.
-    """
+def first_then_others(work: Callable[[], Any]) -> Any:
+    """`work()` in process 0, then in the others, which find its files on a shared file system."""
     if not first():
         wait()
-    done = work()
+    result = work()
     if first():
         wait()
-    return done
+    return result
 
 
 def wait() -> None:
-    """Until every process has come here. On no device: a collective on CPUs gives up after 30
+    """Waits until every process calls it. Not a collective: on CPUs that gives up after 30
     seconds.
     """
     if jax.process_count() > 1:
-        coordination.global_state.client.wait_at_barrier(
-            f"lljax-{next(_turns)}", 1000 * TURN_SECONDS
-        )
+        _client().wait_at_barrier(f"lljax-{next(_turns)}", 1000 * TURN_SECONDS)
 
 
 _turns = itertools.count()
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def _client():
+    """The client of the coordination service, of a process that has joined."""
+    client = coordination.global_state.client
+    assert client is not None, "this process has not joined others"
+    return client

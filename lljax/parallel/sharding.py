@@ -1,9 +1,9 @@
-"""The device mesh, and where each kind of array lies on it: one table from logical axes to mesh
-axes.
-"""
+"""The device mesh, and how arrays are sharded on it: one table from logical axes to mesh axes."""
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,9 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lljax.errors import ConfigError
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
-ROWS, TOKENS = ("data", "fsdp", "expert"), "sequence"  # what a batch [B, T] is cut along
-# A weight is cut along these logical axes, and computed with in that form ...
-VOCABULARY = ("sequence", "tensor")  # how is told in lljax.parallel.sharded_embedding
+ROWS, TOKENS = ("data", "fsdp", "expert"), "sequence"  # the axes that cut a batch [B, T]
+VOCABULARY = ("sequence", "tensor")  # see lljax.parallel.sharded_embedding
+# Weights are computed with cut over these mesh axes, by logical axis ...
 COMPUTED = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -23,17 +23,15 @@ COMPUTED = {
     "vocab": VOCABULARY,
     "experts": ("expert",),
 }
-# ... and cut further over these mesh axes where it is kept; a layer's are gathered when its turn
-# comes.
+# ... and stored cut over these too. The weights of a layer are gathered when it is computed.
 STORAGE = ("sequence", "fsdp", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a forward pass lies on a mesh; hashable, so that a compiled step depends on it.
+    """How a forward pass is spread over a mesh; hashable, so that a compiled step depends on it.
 
-    context_parallel: none | allgather | ulysses | ring | halo, see
-      lljax.attention.context_parallel.
+    context_parallel: "none" or a key of `lljax.attention.context_parallel.MODES`.
     zigzag: the tokens of a row were reordered for balance (`zigzag`).
     """
 
@@ -43,19 +41,17 @@ class Layout:
 
     @property
     def platform(self) -> str:
-        """cpu | gpu | tpu, of the devices of the mesh: they may be descriptions of devices that are
-        elsewhere.
-        """
+        """cpu | gpu | tpu. The devices of the mesh may be descriptions of devices elsewhere."""
         return self.mesh.devices.flat[0].platform
 
 
 def token_parts(layout: Layout | None) -> int:
-    """Over how many devices the tokens of a row are spread; None is the layout of one device."""
+    """The number of devices that share the tokens of a row; 1 without a layout."""
     return 1 if layout is None else layout.mesh.shape[TOKENS]
 
 
 def row_parts(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch are spread."""
+    """The number of devices that share the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -66,63 +62,55 @@ def make_mesh(
     expert: int = 1,
     sequence: int = 1,
     tensor: int = 1,
-    devices=None,
+    devices: Sequence[Any] | np.ndarray | None = None,
 ) -> Mesh:
     """A mesh with axes (data, fsdp, expert, sequence, tensor) over all devices; one size may be -1
     and is inferred.
 
-    Axis types are Auto: the compiler propagates shardings. (jax.make_mesh would default to
-      Explicit.)
+    Axis types are Auto: the compiler propagates shardings (jax.make_mesh defaults to Explicit).
 
     Raises:
-      ConfigError: the sizes do not make up the number of devices.
+      ConfigError: the product of the sizes is not the number of devices.
     """
-    devices = np.asarray(jax.devices() if devices is None else devices).reshape(-1)
-    given = sizes = {
-        "data": data,
-        "fsdp": fsdp,
-        "expert": expert,
-        "sequence": sequence,
-        "tensor": tensor,
-    }
-    open_ = [axis for axis, size in sizes.items() if size == -1]
-    known = math.prod(size for size in sizes.values() if size != -1)
-    if len(open_) == 1:
-        sizes = sizes | {open_[0]: devices.size // known}
-    if len(open_) > 1 or math.prod(sizes.values()) != devices.size:
-        named = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items())
-        if devices.size == 1:
-            raise ConfigError(
-                f"{named}: there is one device, and nothing to spread over: leave them at 1 or -1 (in YAML "
-                "sequence_parallel: true takes the devices there are)"
-            )
-        way_out = (
-            f"{known} do not divide {devices.size}"
-            if devices.size % known
-            else "set exactly one of them to -1"
+    grid = np.asarray(jax.devices() if devices is None else devices).reshape(-1)
+    wanted: dict[str, int] = dict(zip(AXES, (data, fsdp, expert, sequence, tensor), strict=True))
+    inferred = [axis for axis, size in wanted.items() if size == -1]
+    known = math.prod(size for size in wanted.values() if size != -1)
+    sizes = wanted | {inferred[0]: grid.size // known} if len(inferred) == 1 else wanted
+    if len(inferred) > 1 or math.prod(sizes.values()) != grid.size:
+        raise ConfigError(_mesh_error(wanted, known, grid.size))
+    return Mesh(grid.reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh_error(sizes: dict[str, int], known: int, devices: int) -> str:
+    named = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    if devices == 1:
+        return (
+            f"{named}: there is one device, and nothing to spread over: leave them at 1 or -1 (in "
+            "YAML sequence_parallel: true takes the devices there are)"
         )
-        raise ConfigError(f"{named} do not make up the {devices.size} devices here: {way_out}")
-    return Mesh(
-        devices.reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    divides = devices % known == 0
+    way_out = "set exactly one of them to -1" if divides else f"{known} do not divide {devices}"
+    return f"{named} do not make up the {devices} devices here: {way_out}"
 
 
-def weight_spec(mesh: Mesh, axes: tuple, shape: tuple, *, kept: bool = True) -> PartitionSpec:
-    """How a weight with these logical axes is cut where it is kept, or (`kept=False`) where it is
-    computed with.
+def weight_spec(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], *, stored: bool = True
+) -> PartitionSpec:
+    """How a weight with these logical axes is cut in storage, or (`stored=False`) in computation.
 
-    The storage axes cut `vocab` or `embed` where they divide it, else the first of the other axes
-    that they divide; what nothing divides is whole on every device.
+    The storage axes cut `vocab` or `embed` if they divide it, else the first of the other axes that
+    they divide; an axis that nothing divides is whole on every device.
     """
 
     def parts(names):
         return math.prod(mesh.shape[name] for name in names)
 
-    spec = [
+    spec: list[tuple[str, ...]] = [
         COMPUTED[axis] if axis in COMPUTED and size % parts(COMPUTED[axis]) == 0 else ()
-        for axis, size in zip(axes, shape)
+        for axis, size in zip(axes, shape, strict=True)
     ]
-    if kept:
+    if stored:
         more = tuple(name for name in STORAGE if not any(name in cut for cut in spec))
         order = ("vocab", "embed", *COMPUTED)
         for i in sorted(
@@ -134,42 +122,45 @@ def weight_spec(mesh: Mesh, axes: tuple, shape: tuple, *, kept: bool = True) -> 
     return PartitionSpec(*spec)
 
 
-def cut_alike(sharding: NamedSharding, shape: tuple) -> NamedSharding:
-    """`sharding` for an array of another shape and the same rank: cut along those axes that still
+def cut_alike(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """`sharding` for an array of another shape and the same rank: cut along the axes that still
     divide.
     """
 
-    def cut(names):
-        return math.prod(
-            sharding.mesh.shape[name]
-            for name in ((names,) if isinstance(names, str) else names or ())
-        )
+    def parts(names):
+        names = (names,) if isinstance(names, str) else names or ()
+        return math.prod(sharding.mesh.shape[name] for name in names)
 
-    spec = [names if size % cut(names) == 0 else None for names, size in zip(sharding.spec, shape)]
+    spec = [
+        names if size % parts(names) == 0 else None
+        for names, size in zip(sharding.spec, shape, strict=False)  # a spec may be shorter
+    ]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def value_sharding(mesh: Mesh, axes: tuple, value, *, kept: bool = True):
-    """Where the value of a Variable is kept, or computed with; of a quantised one, where each of
-    its arrays is.
+def value_sharding(mesh: Mesh, axes: tuple, value, *, stored: bool = True) -> Any:
+    """The sharding of the value of a Variable in storage, or in computation; a tree of shardings
+    for a quantized one.
     """
     return each(
-        lambda array, axes: NamedSharding(mesh, weight_spec(mesh, axes, array.shape, kept=kept)),
+        lambda array, axes: NamedSharding(
+            mesh, weight_spec(mesh, axes, array.shape, stored=stored)
+        ),
         value,
         axes,
     )
 
 
-def each(f, value, axes: tuple):
-    """f(array, its logical axes) of a value, or of the arrays that one is made of
-    (lljax.models.quantize, .probe).
+def each(f: Callable, value, axes: tuple) -> Any:
+    """f(array, its logical axes) of a value, or a tree of it for a value that is made of several
+    arrays (`lljax.models.quantize`, `lljax.models.probe`).
     """
     return value.each(f, axes) if hasattr(value, "each") else f(value, axes)
 
 
 def gathered(variables, layout: Layout | None):
-    """A tree of Variables of one layer of a stack in the form to compute with; their values no
-    longer have the axis that their metadata begins with.
+    """The Variables of one layer of a stack, sharded for computation. Their values no longer have
+    the leading axis of their metadata.
     """
     if layout is None:
         return variables
@@ -178,7 +169,7 @@ def gathered(variables, layout: Layout | None):
         value, axes = variable.get_value(), variable.get_metadata("axes")[1:]
         return variable.replace(
             jax.lax.with_sharding_constraint(
-                value, value_sharding(layout.mesh, axes, value, kept=False)
+                value, value_sharding(layout.mesh, axes, value, stored=False)
             )
         )
 
@@ -186,7 +177,7 @@ def gathered(variables, layout: Layout | None):
 
 
 def constrain_activations(x: jax.Array, layout: Layout | None) -> jax.Array:
-    """x [B, T, ...] with its rows and tokens where the batch has them, whole along the rest."""
+    """x [B, T, ...] with rows and tokens sharded as in the batch, whole along the other axes."""
     if layout is None:
         return x
     spec = PartitionSpec(ROWS, TOKENS, *(None,) * (x.ndim - 2))
@@ -194,15 +185,14 @@ def constrain_activations(x: jax.Array, layout: Layout | None) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-    """Where int32 arrays [..., B, T] lie."""
+    """The sharding of arrays [..., B, T] of a batch."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * (rank - 2), ROWS, TOKENS))
 
 
-def put(x, where) -> jax.Array:
-    """`x`, which every process holds alike, laid out as the sharding `where`; None is the default
-    device.
+def put(x, where: jax.sharding.Sharding | None) -> jax.Array:
+    """`x`, which every process holds, with the sharding `where`; None is the default device.
 
-    jax.device_put would send it round to see that it is alike, and finds that a NaN is not.
+    jax.device_put would compare it between processes, and NaN differs from NaN.
     """
     if (
         where is None
@@ -220,9 +210,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def zigzag(x: np.ndarray, parts: int) -> np.ndarray:
-    """Tokens [..., T] in an order in which each of `parts` devices has as much causal attention to
-    do as the others: device i of n holds the i-th chunk of 2n from the front and the i-th from the
-    back. T % (2 * parts) == 0.
+    """Tokens [..., T] in an order that gives each of `parts` devices the same causal attention to
+    compute: device i of n holds the i-th chunk of 2n from the front and the i-th from the back.
+
+    T must be a multiple of 2 * parts.
     """
     chunks = np.split(x, 2 * parts, axis=-1)
     return np.concatenate(

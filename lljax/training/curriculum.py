@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from lljax.attention.pattern import AttentionPattern
-from lljax.attention.shifted import group_size
+from lljax.attention.pattern import KINDS, AttentionPattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +26,6 @@ def stages(context, markers: tuple[int, ...] = ()) -> tuple[Stage, ...]:
     """
     starts = (0, *(until for until, _, _ in context.schedule))
     return tuple(
-        Stage(number, start, until, length, _pattern(context, kind, length, markers))
+        Stage(number, start, until, length, KINDS[kind](context, length, markers))
         for number, (start, (until, length, kind)) in enumerate(zip(starts, context.schedule))
     )
-
-
-def _pattern(context, kind: str, length: int, markers) -> AttentionPattern:
-    if kind == "shifted":
-        return AttentionPattern("shifted", group=group_size(context.group, length))
-    if kind == "window":
-        return AttentionPattern(
-            "window", window=context.window, anchors=context.anchors, markers=markers
-        )
-    return AttentionPattern("full")

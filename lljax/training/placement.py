@@ -8,6 +8,7 @@ import math
 import jax
 import numpy as np
 
+from lljax.attention.attend import check_platform
 from lljax.attention.context_parallel import choose
 from lljax.attention.pattern import AttentionPattern
 from lljax.errors import ConfigError
@@ -33,9 +34,10 @@ def layout_of(
       times.
 
     Raises:
-      ConfigError: the rows, heads or experts do not spread over the mesh, or the wanted mode cannot
-        serve the pattern.
+      ConfigError: the rows, heads or experts do not spread over the mesh, the wanted mode cannot
+        serve the pattern, or the implementation of its attention does not run on these devices.
     """
+    check_platform(pattern.implementation, mesh.devices.flat[0].platform)
     if mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend():
         return None, "one device"
     sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
@@ -71,7 +73,7 @@ def layout_of(
         N=spec.N,
         K=spec.K,
         H=spec.H,
-        group=pattern.group or None,
+        groups=pattern.groups,
         windows=windows,
         bytes_per=bytes_per,
         room=memory / 16,

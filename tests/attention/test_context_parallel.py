@@ -4,12 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention.cases import assert_equal, positions, sinks_of
 from jax.sharding import NamedSharding, PartitionSpec
-from test_attention import assert_equal, positions
 
-from lljax.attention import Mask, attend, attend_shifted, causal
-from lljax.attention.context_parallel import _in_order, attend_parallel, choose, halo_size
+from lljax.attention import AttentionOptions, Mask, attend, attend_shifted, causal
+from lljax.attention.attend import UnsupportedMask
+from lljax.attention.context_parallel import MODES, attend_parallel, choose
+from lljax.attention.gathered import _in_order
+from lljax.attention.halo import halo_size
 from lljax.attention.mask import chunked
+from lljax.attention.pattern import Groups
+from lljax.attention.ring import _Ring
 from lljax.errors import ConfigError
 from lljax.parallel.sharding import ROWS, TOKENS, Layout, make_mesh, zigzag
 
@@ -20,12 +25,13 @@ MESHES = {
     "2 x 4": {"fsdp": 2, "sequence": 4},
     "4 x 2 heads": {"sequence": 4, "tensor": 2},
 }
-PATTERNS = {
+PATTERNS = {  # groups, window, anchors
     "full": (None, None, False),
     "window": (None, 50, False),
     "window and anchors": (None, 50, True),
-    "shifted": (64, None, False),
-    "shifted, wide": (96, None, False),
+    "shifted": (Groups(64, 32), None, False),
+    "shifted, wide": (Groups(96, 48), None, False),
+    "unshifted": (Groups(64, 0), None, False),
     "chunks": (None, 50, False),
 }
 CAPPED = ("window", "shifted, wide")  # these with soft-capped scores, too
@@ -57,30 +63,35 @@ def reorder(tree, parts, axis=1):
     )
 
 
-def run(q, k, v, weights, mask, group, layout, softcap=None, sinks=None):
+def run(arrays, groups, layout, options):
+    q, k, v, weights, mask = arrays
+
     def loss(q, k, v, sinks):
         out = attend_parallel(
-            q, k, v, mask, scale=0.3, softcap=softcap, sinks=sinks, group=group, layout=layout
+            q, k, v, mask, options.replace(sinks=sinks), groups=groups, layout=layout
         )
         return jnp.sum(out * weights), out
 
     where = NamedSharding(layout.mesh, PartitionSpec(ROWS, TOKENS))
     q, k, v, weights, mask = jax.device_put((q, k, v, weights, mask), where)
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+    (_, out), grads = gradients(q, k, v, options.sinks)
     return (out, *grads[:3]), grads[3]
 
 
-def one_device(q, k, v, weights, mask, group, softcap=None, sinks=None):
+def one_device(arrays, groups, options):
+    q, k, v, weights, mask = arrays
+
     def loss(q, k, v, sinks):
-        if group is None:
-            out = attend(q, k, v, mask, scale=0.3, softcap=softcap, sinks=sinks)
+        with_sinks = options.replace(sinks=sinks)
+        if groups is None:
+            out = attend(q, k, v, mask, with_sinks)
         else:
-            out = attend_shifted(
-                q, k, v, mask, group=group, scale=0.3, softcap=softcap, sinks=sinks
-            )
+            out = attend_shifted(q, k, v, mask, groups, with_sinks)
         return jnp.sum(out * weights), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+    (_, out), grads = gradients(q, k, v, options.sinks)
     return (out, *grads[:3]), grads[3]
 
 
@@ -91,36 +102,43 @@ def cases():
     for N, K in HEADS:
         for pattern in PATTERNS:
             for mesh in MESHES:
-                quick = (N, K, mesh) == (8, 2, "8") and pattern != "chunks"
+                quick = (N, K, mesh) == (8, 2, "8") and pattern not in ("chunks", "unshifted")
                 yield pytest.param(N, K, pattern, mesh, marks=() if quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("N,K,pattern,mesh", list(cases()))
 def test_every_mode_equals_one_device(N, K, pattern, mesh):
-    group, window, anchored = PATTERNS[pattern]
+    groups, window, anchored = PATTERNS[pattern]
     packed = pattern != "window"
     arrays = inputs(N, K, packed, window, anchored, chunks=pattern == "chunks")
-    softcap = 1.5 if pattern in CAPPED else None
-    sinks = (
-        jnp.asarray(np.random.default_rng(1).normal(size=N), jnp.float32)
-        if pattern in SUNK
-        else None
+    options = AttentionOptions(
+        scale=0.3,
+        softcap=1.5 if pattern in CAPPED else None,
+        sinks=sinks_of(N) if pattern in SUNK else None,
     )
-    wanted, of_sinks = one_device(*arrays, group, softcap, sinks)
+    wanted, of_sinks = one_device(arrays, groups, options)
     mesh = make_mesh(**MESHES[mesh])
     size, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
-    for mode in ("allgather", "ulysses", "ring", "halo"):
+    for mode in MODES:
         try:
-            chosen, balanced, _ = choose(
-                mode, T=T, size=size, tensor=tensor, N=N, K=K, H=H, group=group, windows=(window,)
+            chosen, zigzagged, _ = choose(
+                mode,
+                T=T,
+                size=size,
+                tensor=tensor,
+                N=N,
+                K=K,
+                H=H,
+                groups=groups,
+                windows=(window,),
             )
         except ConfigError as refusal:
             assert mode in ("halo", "ulysses") and "use 'auto'" in str(refusal)
             continue
         assert chosen == mode
-        here = reorder(arrays, size) if balanced else arrays
-        got = run(*here, group, Layout(mesh, mode, balanced), softcap, sinks)
-        assert_equal(got, (reorder(wanted, size) if balanced else wanted, of_sinks))
+        here = reorder(arrays, size) if zigzagged else arrays
+        got = run(here, groups, Layout(mesh, mode, zigzagged), options)
+        assert_equal(got, (reorder(wanted, size) if zigzagged else wanted, of_sinks))
 
 
 def temporaries(mode, size):
@@ -136,10 +154,8 @@ def temporaries(mode, size):
         )
 
     def loss(q, k, v, index):
-        return jnp.sum(
-            attend_parallel(q, k, v, Mask(index, index, None, None, None), scale=0.1, layout=layout)
-            ** 2
-        )
+        options = AttentionOptions(scale=0.1)
+        return jnp.sum(attend_parallel(q, k, v, Mask(index, index), options, layout=layout) ** 2)
 
     arrays = of((8, 64)), of((4, 64)), of((4, 64)), of((), jnp.int32)
     return (
@@ -162,24 +178,36 @@ def test_more_anchors_than_there_is_room_for():
     mask = mask.replace(anchors=jnp.ones((B, T), bool).at[:, 400:].set(False))
     # 256 tokens a device, room for 160 anchors
     many = Layout(make_mesh(fsdp=4, sequence=2), "halo")
-    pad = [jnp.concatenate([x, x]) for x in (q, k, v, weights)]
-    mask = jax.tree.map(lambda x: jnp.concatenate([x, x]), mask)
-    assert_equal(run(*pad, mask, None, many), one_device(*pad, mask, None))
+    arrays = jax.tree.map(lambda x: jnp.concatenate([x, x]), (q, k, v, weights, mask))
+    options = AttentionOptions(scale=0.3)
+    assert_equal(run(arrays, None, many, options), one_device(arrays, None, options))
 
 
 def test_the_choice_and_its_refusals():
     shape = dict(T=1_048_576, size=8, tensor=1, N=32, K=8, H=128)
-    assert choose("auto", **shape, group=8192, windows=(None,))[0] == "halo"
-    assert choose("auto", **shape, group=None, windows=(4096,))[0] == "halo"
-    assert choose("auto", **shape, group=None, windows=(None,))[0] == "ulysses"
+    assert choose("auto", **shape, groups=Groups(8192, 4096), windows=(None,))[0] == "halo"
+    assert choose("auto", **shape, groups=None, windows=(4096,))[0] == "halo"
+    assert choose("auto", **shape, groups=None, windows=(None,))[0] == "ulysses"
     few = shape | {"N": 9, "K": 3}  # dealt to no two devices
-    assert choose("auto", **few, group=None, windows=(None,))[:2] == ("allgather", True)
-    assert choose("auto", **few, group=None, windows=(None,), room=1e9)[:2] == ("ring", True)
-    assert choose("auto", **shape, group=2**19, windows=(None,))[0] != "halo"
+    assert choose("auto", **few, groups=None, windows=(None,))[:2] == ("allgather", True)
+    assert choose("auto", **few, groups=None, windows=(None,), room=1e9)[:2] == ("ring", True)
+    assert choose("auto", **shape, groups=Groups(2**19, 2**18), windows=(None,))[0] != "halo"
     with pytest.raises(ConfigError, match="looks 896 tokens back and a device holds 128"):
-        choose("halo", **shape | {"T": 1024, "N": 7}, group=None, windows=(8192,))
+        choose("halo", **shape | {"T": 1024, "N": 7}, groups=None, windows=(8192,))
     with pytest.raises(ConfigError, match="use a multiple, such as 1008"):
-        choose("auto", **shape | {"T": 1001}, group=None, windows=(None,))
+        choose("auto", **shape | {"T": 1001}, groups=None, windows=(None,))
+
+
+def test_a_mixer_may_refuse_modes_and_zigzag_order():
+    shape = dict(T=1024, size=4, tensor=1, N=9, K=3, H=64, groups=None, windows=(None,))
+    assert choose("auto", **shape)[:2] == ("allgather", True)
+    assert choose("auto", **shape, ordered=True)[:2] == ("allgather", False)
+    refused = {"allgather": "it mixes with a recurrence"}
+    assert choose("auto", **shape, refused=refused)[0] == "ring"
+    with pytest.raises(ConfigError, match="'allgather' .*a recurrence; use 'auto'"):
+        choose("allgather", **shape, refused=refused)
+    with pytest.raises(ConfigError, match="no context-parallel mode serves this model"):
+        choose("auto", **shape, refused=dict.fromkeys(MODES, "it mixes with a recurrence"))
 
 
 def test_a_halo_reaches_exactly_to_the_start_of_the_group():
@@ -192,3 +220,22 @@ def test_a_halo_reaches_exactly_to_the_start_of_the_group():
 def test_gathered_keys_come_back_into_the_order_of_the_row():
     row = np.arange(48)[None]
     np.testing.assert_array_equal(_in_order(jnp.asarray(zigzag(row, 4)), 4), row)
+
+
+def test_a_ring_refuses_an_implementation_that_wants_tokens_in_order():
+    q = jax.ShapeDtypeStruct((B, T, 8, 64), jnp.bfloat16)
+    options = AttentionOptions(scale=0.3, implementation="cudnn", platform="gpu")
+    with pytest.raises(UnsupportedMask, match="cannot serve tokens that may be out of order"):
+        _Ring(1, 2, options).implementation(q, q, causal(B, T))
+
+
+def test_a_named_implementation_serves_every_mode():
+    operands = inputs(8, 2, True, None, False)
+    options = AttentionOptions(scale=0.3)
+    for mode in ("ulysses", "ring"):
+        layout = Layout(make_mesh(sequence=8), mode)
+        got, wanted = (
+            attend_parallel(*operands[:3], operands[4], choice, layout=layout)
+            for choice in (options.replace(implementation="blockwise"), options)
+        )
+        np.testing.assert_array_equal(got, wanted)

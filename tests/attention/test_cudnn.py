@@ -1,5 +1,5 @@
 """cuDNN's attention: the folding of groups against the dense reference, around XLA's attention
-where there is no GPU; what is refused; what is kept for the backward pass; and, slowly, the program
+without a GPU; the refusals; the residuals of the backward pass; and, slowly, the program
 for GPUs that are not there.
 """
 
@@ -14,20 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention.cases import OPTIONS, B, assert_equal, make, value_and_gradients
+from attention.test_gpu import cuda_plugin
 from jax.ad_checkpoint import checkpoint_policies
-from test_attention import B, assert_equal, make, value_and_gradients
-from test_gpu import cuda_plugin
 
 import lljax
 from lljax.attention import attend, causal, cudnn, reference
-from lljax.attention.attend import UnsupportedMask, best
+from lljax.attention.attend import UnsupportedMask, select
 from lljax.attention.pattern import FULL
-from lljax.attention.saved import SAVED, kept
+from lljax.attention.saved import SAVED, name_residuals
 from lljax.models.decoder import Decoder
 
 T = 300
 ON_GPU = jax.default_backend() == "gpu"
-ATTEND = functools.partial(cudnn.attend, implementation="cudnn" if ON_GPU else "xla")
+GPU = OPTIONS.replace(platform="gpu")
+
+
+def fold(q, k, v, mask, options):
+    backend = "cudnn" if ON_GPU else "xla"
+    return cudnn.attend(q, k, v, mask, scale=options.scale, implementation=backend)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +53,7 @@ def test_groups_folded_into_the_batch_equal_the_dense_reference(changes, N, K):
     here = [x.astype(jnp.bfloat16) for x in operands] if ON_GPU else operands
     there = [x.astype(jnp.float32) for x in here]
     assert_equal(
-        value_and_gradients(ATTEND, *here, mask),
+        value_and_gradients(fold, *here, mask),
         value_and_gradients(reference.attend, *there, mask),
         tolerance=0.05 if ON_GPU else 2e-5,
     )
@@ -63,16 +68,20 @@ def operands(H=64, dtype=jnp.bfloat16):
     )
 
 
+def chosen(platform, q, k, mask):
+    return select(q, k, mask, OPTIONS.replace(platform=platform))
+
+
 def test_the_first_that_serves_is_taken():
     q, k, mask = operands()
     assert (
-        best("gpu", q, k, mask)
-        == best("gpu", q, k, mask.replace(window=2, group=4, shift=2))
+        chosen("gpu", q, k, mask)
+        == chosen("gpu", q, k, mask.replace(window=2, group=4, shift=2))
         == "cudnn"
     )
-    assert best("gpu", q, k, causal(B, 8, mask.q_index)) == "triton"
-    assert best("tpu", q, k, mask) == "tpu"
-    assert best("cpu", q, k, mask) == "blockwise"
+    assert chosen("gpu", q, k, causal(B, 8, mask.q_index)) == "triton"
+    assert chosen("tpu", q, k, mask) == "tpu"
+    assert chosen("cpu", q, k, mask) == "blockwise"
 
 
 @pytest.mark.parametrize(
@@ -92,9 +101,9 @@ def test_the_first_that_serves_is_taken():
 def test_a_named_one_that_cannot_serve_says_why(reason, change):
     q, k, mask = operands(**change) if isinstance(change, dict) else operands()
     mask = mask if isinstance(change, dict) else change(mask)
-    assert best("gpu", q, k, mask) == "triton"
-    with pytest.raises(UnsupportedMask, match=f"'cudnn' cannot serve .*{reason}"):
-        attend(q, k, k, mask, scale=1.0, implementation="cudnn")
+    assert chosen("gpu", q, k, mask) == "triton"
+    with pytest.raises(UnsupportedMask, match=f"='cudnn' cannot serve .*{reason}"):
+        attend(q, k, k, mask, GPU.replace(implementation="cudnn"))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +116,7 @@ def test_a_named_one_that_cannot_serve_says_why(reason, change):
 )
 def test_a_reproducible_program_does_without(flags, taken, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert best("gpu", *operands()) == taken
+    assert chosen("gpu", *operands()) == taken
 
 
 def test_the_decoder_promises_order_for_its_own_index_only():
@@ -117,11 +126,10 @@ def test_the_decoder_promises_order_for_its_own_index_only():
     assert not mask(index=tokens).ordered
 
 
-# ---------------------------------------------------------------- what memory.remat = "attention"
-# keeps
+# ---------------------------------------------------------------- memory.remat = "attention"
 @jax.custom_vjp
 def stand_in(q, k, v):
-    """Attention whose gradient needs its output and statistics, as that of cuDNN does; `erf` marks
+    """Attention whose gradient needs its output and statistics, like cuDNN's; `erf` marks
     a forward pass.
     """
     return _stand_in_forward(q, k, v)[0]
@@ -145,7 +153,7 @@ def test_what_is_kept_by_name_is_not_computed_again(names, passes):
     q, k, v = make(16, 4, 4)
 
     def layer(x):
-        return jnp.sin(kept(stand_in, jnp.cos(x), 2 * k, 3 * v))
+        return jnp.sin(name_residuals(stand_in, jnp.cos(x), 2 * k, 3 * v))
 
     policy = checkpoint_policies.save_only_these_names(*names)
     remat = jax.checkpoint(layer, policy=policy, prevent_cse=False)
@@ -157,12 +165,12 @@ def test_what_is_kept_by_name_is_not_computed_again(names, passes):
     assert len(large) == 3 + bool(names)  # q, k, v, and the output once
 
 
-# ---------------------------------------------------------------- compiled for GPUs that are not
-# there
+# ---------------------------------------------------------------- compiled without a GPU
 COMPILE = """
 import json, re, sys
 import jax, jax.numpy as jnp
-from lljax.attention import attend, attend_shifted, causal
+from lljax.attention import AttentionOptions, attend, attend_shifted, causal
+from lljax.attention.pattern import Groups
 from lljax.hardware.targets import target
 
 one = jax.sharding.SingleDeviceSharding(target(sys.argv[1]).devices()[0])
@@ -171,12 +179,19 @@ array = lambda heads: jax.ShapeDtypeStruct((1, T, heads, H), jnp.bfloat16, shard
 
 def compiled(group=None, **changes):
     def loss(q, k, v):
-        mask, how = causal(1, T).replace(**changes), {"scale": H ** -0.5, "platform": "gpu"}
-        out = attend(q, k, v, mask, **how) if group is None else attend_shifted(q, k, v, mask, group=group, **how)
+        mask = causal(1, T).replace(**changes)
+        options = AttentionOptions(scale=H ** -0.5, platform="gpu")
+        if group is None:
+            out = attend(q, k, v, mask, options)
+        else:
+            out = attend_shifted(q, k, v, mask, Groups(group, group // 2), options)
         return out.astype(jnp.float32).sum()
-    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(array(N), array(K), array(K)).compile()
-    return program.memory_analysis().temp_size_in_bytes, re.findall(r'custom_call_target="([^"]+)"', program.as_text())
-print(json.dumps([compiled(), compiled(window=4096), compiled(group=8192), compiled(group=6000, window=1024)]))
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    program = gradients.lower(array(N), array(K), array(K)).compile()
+    calls = re.findall(r'custom_call_target="([^"]+)"', program.as_text())
+    return program.memory_analysis().temp_size_in_bytes, calls
+changes = {}, {"window": 4096}, {"group": 8192}, {"group": 6000, "window": 1024}
+print(json.dumps([compiled(**of) for of in changes]))
 """
 STEP = """
 import json, re, sys
@@ -188,7 +203,8 @@ from lljax.hardware.targets import target
 
 def calls(device, kind, **changes):
     c = default_config()
-    c.model.path, c.context.length, c.context.schedule, c.memory.remat = sys.argv[1], 4096, ((9, 4096, kind),), "attention"
+    c.model.path, c.memory.remat = sys.argv[1], "attention"
+    c.context.length, c.context.schedule = 4096, ((9, 4096, kind),)
     c.update_from_flattened_dict(changes)
     texts, read = [], hlo.collective_bytes
     hlo.collective_bytes = lambda text: texts.append(text) or read(text)
@@ -197,8 +213,10 @@ def calls(device, kind, **changes):
     return re.findall(r'custom_call_target="(__[^"]+)"', texts[0])
 single = {"data.packing": False}
 two = {"mesh.sequence": 2, "mesh.fsdp": 1, "mesh.context_parallel": "ulysses"}
-print(json.dumps([calls("h100-80g", "full", **single), calls("h100-80g:2", "full", **single | two),
-                  calls("h100-80g", "shifted", **single), calls("h100-80g", "full")]))
+print(json.dumps([
+    calls("h100-80g", "full", **single), calls("h100-80g:2", "full", **single | two),
+    calls("h100-80g", "shifted", **single), calls("h100-80g", "full"),
+]))
 """
 FORWARD, BACKWARD, TRITON = (
     "__cudnn$fmhaSoftmax",

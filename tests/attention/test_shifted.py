@@ -4,22 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import B, H, assert_equal, make, packed_segments
+from attention.cases import OPTIONS, B, H, assert_equal, make, packed_segments
 
 from lljax.attention import attend_shifted, causal
-from lljax.attention.mask import block_kinds
-from lljax.attention.shifted import group_size
+from lljax.attention.blocks import block_pairs
+from lljax.attention.pattern import Groups
 
 HEADS = [(8, 8), (8, 2), (9, 3), (6, 1)]
 
 
-def dense_shifted(q, k, v, segments, group):
+def dense_shifted(q, k, v, segments, groups):
     """LongLoRA section 3.2, written with an explicit group number per head and position."""
     T, N = q.shape[1:3]
     position = np.arange(T)
-    plain, moved = position // group, (position + group // 2) // group
-    groups = np.stack([plain if head < N // 2 else moved for head in range(N)])
-    see = (groups[:, :, None] == groups[:, None, :]) & (position[:, None] >= position)
+    plain, moved = position // groups.size, (position + groups.shift) // groups.size
+    number = np.stack([plain if head < N // 2 else moved for head in range(N)])
+    see = (number[:, :, None] == number[:, None, :]) & (position[:, None] >= position)
     see = see[None] & (segments[:, None, :, None] == segments[:, None, None, :])
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.where(see, jnp.einsum("BTNH,BSNH->BNTS", q, k) * 0.25, -1e30)
@@ -27,9 +27,21 @@ def dense_shifted(q, k, v, segments, group):
 
 
 @pytest.mark.parametrize("N,K", HEADS)
-@pytest.mark.parametrize("T,group", [(256, 64), (250, 64), (131, 66)])
+@pytest.mark.parametrize(
+    "T,groups", [(256, Groups(64, 32)), (250, Groups(64, 32)), (131, Groups(66, 33))], ids=str
+)
 @pytest.mark.parametrize("packed", [False, True])
-def test_equals_one_dense_mask_per_head(N, K, T, group, packed):
+def test_equals_one_dense_mask_per_head(N, K, T, groups, packed):
+    assert_equals_one_dense_mask_per_head(N, K, T, groups, packed)
+
+
+@pytest.mark.parametrize("N,K", [(8, 2), (9, 3)])
+def test_unshifted_groups_are_the_same_for_every_head(N, K):
+    """LongLoRA's ablation of the shift."""
+    assert_equals_one_dense_mask_per_head(N, K, 131, Groups(66, 0), True)
+
+
+def assert_equals_one_dense_mask_per_head(N, K, T, groups, packed):
     q, k, v = make(T, N, K)
     segments = packed_segments(T) if packed else jnp.ones((B, T), jnp.int32)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, N, H)), jnp.float32)
@@ -39,11 +51,10 @@ def test_equals_one_dense_mask_per_head(N, K, T, group, packed):
             jax.value_and_grad(lambda q, k, v: jnp.sum(attend(q, k, v) * weights), (0, 1, 2))
         )(q, k, v)
 
+    mask = causal(B, T, segments)
     assert_equal(
-        gradients(
-            lambda q, k, v: attend_shifted(q, k, v, causal(B, T, segments), group=group, scale=0.25)
-        ),
-        gradients(lambda q, k, v: dense_shifted(q, k, v, segments, group)),
+        gradients(lambda q, k, v: attend_shifted(q, k, v, mask, groups, OPTIONS)),
+        gradients(lambda q, k, v: dense_shifted(q, k, v, segments, groups)),
     )
 
 
@@ -53,15 +64,21 @@ def test_never_sees_the_future(N, K):
     T = 96
     q, k, v = make(T, N, K)
     changed = [x.at[:, T - 20 :].add(1.0) for x in (q, k, v)]
-    run = lambda q, k, v: attend_shifted(q, k, v, causal(B, T), group=32, scale=0.25)
+
+    def run(q, k, v):
+        return attend_shifted(q, k, v, causal(B, T), Groups(32, 16), OPTIONS)
+
     np.testing.assert_array_equal(run(q, k, v)[:, : T - 20], run(*changed)[:, : T - 20])
 
 
 def test_shifted_heads_connect_neighbouring_groups():
-    """What the shift is for: with it a group reads the second half of the one before."""
+    """The purpose of the shift: a group reads the second half of the group before it."""
     q, k, v = make(64, 4, 2)
     changed = v.at[:, 30].add(1.0)  # the last tokens of group [0, 32), read by [16, 48)
-    run = lambda v: attend_shifted(q, k, v, causal(B, 64), group=32, scale=0.25)
+
+    def run(v):
+        return attend_shifted(q, k, v, causal(B, 64), Groups(32, 16), OPTIONS)
+
     difference = np.abs(run(changed) - run(v)).max(axis=(0, 3))
     assert difference[40, 2:].min() > 0 and difference[40, :2].max() == 0
 
@@ -73,7 +90,7 @@ def test_work_is_a_quarter_of_full_attention():
     T, size = 8192, 128
 
     def visited(mask):
-        return int((~block_kinds(mask, size, size)[0]).sum())
+        return int(block_pairs(mask, size, size)[0].sum())
 
     mask = causal(1, T)
     halves = [
@@ -81,10 +98,3 @@ def test_work_is_a_quarter_of_full_attention():
         visited(mask.replace(group=T // 4, shift=T // 8)),
     ]
     assert 0.2 < np.mean(halves) / visited(mask) < 0.28
-
-
-@pytest.mark.parametrize(
-    "group,T,tokens", [(0.25, 4096, 1024), (0.25, 1001, 250), (0.1, 8, 2), (2048, 8192, 2048)]
-)
-def test_group_is_a_share_or_a_number_of_tokens(group, T, tokens):
-    assert group_size(group, T) == tokens

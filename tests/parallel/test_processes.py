@@ -25,7 +25,8 @@ from lljax.run.restore import restore_run
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = re.compile(
-    "^(JAX_(COORDINATOR|NUM_PROC|PROCESS_ID)|SLURM_|OMPI_|KUBERNETES_|JOB_COMPLETION|TPU_|MEGASCALE_)"
+    "^(JAX_(COORDINATOR|NUM_PROC|PROCESS_ID)|SLURM_|OMPI_|KUBERNETES_|JOB_COMPLETION|TPU_|"
+    "MEGASCALE_)"
 )
 
 
@@ -116,7 +117,7 @@ def records(workdir):
 
 
 def checksums(workdir):
-    """Of every leaf of the last checkpoint: what is trained, the optimizer, the random key."""
+    """Every leaf of the last checkpoint: trained weights, optimizer state, random key."""
     last = max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
     return last, json.loads(
         (workdir / "checkpoints" / str(last) / "note" / "metadata").read_text()
@@ -249,7 +250,7 @@ def assert_same_rows(workdir, whole):
     be.
     """
     assert len(records(workdir)) == len(records(whole))
-    for one, other in zip(records(workdir), records(whole)):
+    for one, other in zip(records(workdir), records(whole), strict=True):
         assert one.get("tokens") == other.get("tokens")
         np.testing.assert_allclose(one.get("loss", 0), other.get("loss", 0), rtol=1e-3)
 
@@ -257,7 +258,7 @@ def assert_same_rows(workdir, whole):
 # ---------------------------------------------------------------- how processes find each other
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets the variables of a launcher; those of the one that runs the tests are gone."""
+    """Sets the variables of a launcher in place of any that are set."""
     for name in filter(LAUNCHER.match, list(os.environ)):
         monkeypatch.delenv(name)
     return lambda **variables: [
@@ -298,7 +299,7 @@ def test_a_launcher_that_jax_knows_is_counted(environment):
 @pytest.mark.parametrize(
     "variables,shown",
     [
-        ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES=2 do not say"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES=2 do not suffice"),
         (
             {
                 "JAX_NUM_PROCESSES": "2",
@@ -339,7 +340,8 @@ def test_alone_every_agreement_is_with_oneself():
 ENDS = """
 import sys, threading, time
 from lljax.parallel.processes import to_the_end
-threading.Thread(target=time.sleep, args=[60]).start()      # as Orbax has them after a save that failed
+# like the threads of Orbax after a save that failed
+threading.Thread(target=time.sleep, args=[60]).start()
 with to_the_end():
     print("done")
     {end}

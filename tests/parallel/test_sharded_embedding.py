@@ -1,19 +1,19 @@
-"""An embedding whose slices go round gives the rows of the whole one, and gets its gradient."""
+"""A sharded embedding gives the rows of the whole table, and gets the same gradient."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lljax.parallel import sharded_embedding as vocabulary
+from lljax.parallel import sharded_embedding
 from lljax.parallel.sharding import Layout, make_mesh
 
 
 @pytest.mark.parametrize("mesh", [None, {"sequence": 8}, {"data": 2, "sequence": 2, "tensor": 2}])
-# dealt to no number of devices evenly; fewer rows than devices
+# does not divide by the devices; fewer rows than devices
 @pytest.mark.parametrize("V", [61, 5])
 def test_lookup_equals_the_rows_of_the_table(monkeypatch, mesh, V):
-    monkeypatch.setattr(vocabulary, "CHUNK", 24)  # tokens of a device are no multiple of it
+    monkeypatch.setattr(sharded_embedding, "CHUNK", 24)  # tokens of a device are no multiple of it
     layout = None if mesh is None else Layout(make_mesh(**mesh), "halo")
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.normal(size=(V, 12)), jnp.float32)
@@ -23,7 +23,9 @@ def test_lookup_equals_the_rows_of_the_table(monkeypatch, mesh, V):
     def of(lookup):
         return jax.jit(jax.value_and_grad(lambda table: jnp.sum(lookup(table) * weights)))(table)
 
-    got = of(lambda table: vocabulary.lookup(table, tokens, dtype=jnp.float32, layout=layout))
+    got = of(
+        lambda table: sharded_embedding.lookup(table, tokens, dtype=jnp.float32, layout=layout)
+    )
     wanted = of(lambda table: table[tokens])
     np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
     np.testing.assert_allclose(got[1], wanted[1], atol=1e-5)

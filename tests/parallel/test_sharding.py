@@ -1,4 +1,4 @@
-"""Meshes that cannot be. What lies on one that can: test_parallel.py."""
+"""Meshes that are refused. Training on a mesh: tests/training/test_parallel.py."""
 
 import jax
 import pytest

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-from lljax.attention import Mask, attend_parallel
+from lljax.attention import AttentionOptions, Mask, attend_parallel
 from lljax.attention.pattern import AttentionPattern
 from lljax.models.cache import kept, read, write
 from lljax.models.declare import declare
@@ -62,12 +62,16 @@ class Attention(nnx.Module):
         x = rotate(x, place.rotation)
         return x if self.unit_eps is None else unit(x, self.unit_eps).astype(x.dtype)
 
-    @property
-    def how(self) -> dict:
-        """What attention takes beside queries, keys, values and their mask."""
-        # like the sums that they enter
+    def options(self, pattern: AttentionPattern) -> AttentionOptions:
+        """What attention takes besides queries, keys, values and their mask."""
+        # float32, like the sums that they enter
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
-        return {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
+        return AttentionOptions(
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=sinks,
+            implementation=pattern.implementation,
+        )
 
     def mix(self, q, k, v, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
         """Attention [B, T, N * H] of `heads`, queries and keys `placed`; with a `cache` (k, v [B,
@@ -78,7 +82,8 @@ class Attention(nnx.Module):
             new = tuple(kept(each, held) for each, held in zip((k, v), cache))
             k, v = (read(write(held, each, start), q.dtype) for held, each in zip(cache, new))
             cache = new
-        out = attend_parallel(q, k, v, mask, group=pattern.groups, layout=layout, **self.how)
+        options = self.options(pattern)
+        out = attend_parallel(q, k, v, mask, options, groups=pattern.groups, layout=layout)
         return self.join(out), cache
 
     def join(self, out):

@@ -1,0 +1,166 @@
+"""Which blocks of keys a block of queries visits: the arithmetic of every tiled implementation.
+
+The mask becomes a few integers per token (`compared`), each with one rule (`token_visible`):
+
+  index    key <= query   causality. The index of a key that is padding is NEVER.
+  near     key >= query   the window: index - window + 1 of the query, the index of the key. An
+                          anchor's is NEVER, which is near every query.
+  first    index of the key >= query   groups: the first index of the query's group.
+  segment  key == query   documents of a packed row, and chunks of documents.
+
+The smallest and largest of each in a block (`extremes`) then decide for a pair of blocks whether
+any pair of tokens may be visible (`any_visible`: the pair is visited) and whether all of them are
+(`all_visible`: no mask is needed). Both are exact while the tokens of a block stand in order in one
+segment, and otherwise err on the safe side: a pair that is visited in vain, or masked in vain,
+changes no result.
+
+All functions take arrays that broadcast against each other, or the scalars of a kernel.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lljax.attention.mask import NEVER, Mask, group_start, of_keys
+
+Rows = dict[str, Int[Array, "B length"]]  # integers per token, by name
+Extremes = dict[str, jax.Array]  # of each block: name_low, name_high and `last`, see `extremes`
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def round_up(length: int, size: int) -> int:
+    """The smallest multiple of `size` that is at least `length`."""
+    return cdiv(length, size) * size
+
+
+def pad_tokens(x: jax.Array, length: int, **kind) -> jax.Array:
+    """x [B, T, ...] padded to `length` tokens; kind: of `jnp.pad`, zeros without."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)), **kind)
+
+
+# ---------------------------------------------------------------- tokens
+def compared(mask: Mask) -> tuple[Rows, Rows]:
+    """The mask as integers of the queries [B, T] and of the keys [B, S], by name."""
+    q, k = {"index": mask.q_index}, {"index": mask.k_index}
+    if mask.window is not None:
+        q["near"] = mask.q_index - mask.window + 1
+        if mask.anchors is not None:
+            k["near"] = jnp.where(mask.anchors, NEVER, mask.k_index)
+    if mask.group is not None:
+        q["first"] = group_start(mask, mask.q_index)
+    if mask.q_segments is not None and mask.k_segments is not None:
+        q["segment"], k["segment"] = mask.q_segments, mask.k_segments
+    return q, k
+
+
+def token_visible(q: Rows, k: Rows) -> jax.Array:
+    """Bool: which queries see which keys, from integers of `compared` that broadcast."""
+    see = k["index"] <= q["index"]
+    if "near" in q:
+        see &= k.get("near", k["index"]) >= q["near"]
+    if "first" in q:
+        see &= k["index"] >= q["first"]
+    if "segment" in q:
+        see &= k["segment"] == q["segment"]
+    return see
+
+
+# ---------------------------------------------------------------- pairs of blocks
+def extremes(rows: Rows, size: int) -> Extremes:
+    """The smallest and largest of every row [B, blocks * size] in each block, [B, blocks] each.
+
+    Of real tokens only: padding must not stretch the range of its block. `last` is the largest
+    index, padding (NEVER) included.
+    """
+    rows = {name: x.reshape(x.shape[0], -1, size) for name, x in rows.items()}
+    real = rows["index"] != NEVER
+    result = {"last": rows["index"].max(-1)}
+    for name, x in rows.items():
+        result[f"{name}_low"] = jnp.where(real, x, NEVER).min(-1)
+        result[f"{name}_high"] = jnp.where(real, x, -NEVER).max(-1)
+    return result
+
+
+def any_visible(q: Extremes, k: Extremes) -> jax.Array:
+    """Bool: whether a pair of blocks may hold a visible pair of tokens."""
+    active = k["index_low"] <= q["index_high"]  # false for a block of padding
+    if "near_low" in q:
+        active &= k.get("near_high", k["index_high"]) >= q["near_low"]
+    if "first_low" in q:
+        active &= k["index_high"] >= q["first_low"]
+    if "segment_low" in q:
+        active &= (q["segment_low"] <= k["segment_high"]) & (k["segment_low"] <= q["segment_high"])
+    return active
+
+
+def all_visible(q: Extremes, k: Extremes) -> jax.Array:
+    """Bool: whether every pair of tokens of a pair of blocks is visible."""
+    full = k["last"] <= q["index_low"]
+    if "near_low" in q:
+        full &= k.get("near_low", k["index_low"]) >= q["near_high"]
+    if "first_low" in q:
+        full &= k["index_low"] >= q["first_high"]
+    if "segment_low" in q:
+        full &= (q["segment_low"] == q["segment_high"]) & (k["segment_low"] == k["segment_high"])
+        full &= q["segment_low"] == k["segment_low"]
+    return full
+
+
+def block_pairs(
+    mask: Mask, bq: int, bk: int
+) -> tuple[Bool[Array, "*blocks J"], Bool[Array, "B I J"]]:
+    """(any_visible, all_visible) of every pair of I = T / bq query and J = S / bk key blocks."""
+    q_rows, k_rows = compared(mask)
+    q = {name: x[:, :, None] for name, x in extremes(q_rows, bq).items()}
+    k = {name: x[:, None, :] for name, x in extremes(k_rows, bk).items()}
+    return any_visible(q, k), all_visible(q, k)
+
+
+def span(active: Bool[Array, "*blocks J"]) -> tuple[Int[Array, "*blocks"], Int[Array, "*blocks"]]:
+    """(start, stop) of the shortest range that holds every active block; (0, 0) without one."""
+    place = jnp.arange(active.shape[-1], dtype=jnp.int32)
+    stop = jnp.where(active, place + 1, 0).max(-1)
+    return jnp.minimum(jnp.where(active, place, NEVER).min(-1), stop), stop
+
+
+def reach(mask: Mask, S: int) -> int:
+    """The most keys that a query can see, anchors aside: of a group, a window, or all S."""
+    return min(size for size in (mask.group, mask.window, S) if size is not None)
+
+
+# ---------------------------------------------------------------- anchors
+def anchors_first(
+    k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], Mask, Int[Array, "*blocks"]]:
+    """Moves the anchors to the front of the keys, so that they fill few blocks.
+
+    A marker in every paragraph would otherwise keep every block active. The result of attention
+    does not change: the mask is decided from indices, which move along.
+
+    Returns: k, v, the mask, and the new place of every key (`in_row_order` takes it).
+    """
+    assert mask.anchors is not None, "the mask has no anchors"
+    order = jnp.argsort(~mask.anchors, axis=1, stable=True)
+    k, v = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (k, v))
+    moved = of_keys(mask, lambda x: jnp.take_along_axis(x, order, axis=1))
+    return k, v, moved, _inverse_order(mask.anchors)
+
+
+def _inverse_order(anchors: Bool[Array, "B S"]) -> Int[Array, "*blocks"]:
+    """The inverse of the order of `anchors_first`. Counted: a sort takes a TPU compiler seconds."""
+    before = jnp.cumsum(anchors, axis=1, dtype=jnp.int32)
+    others = before[:, -1:] + jnp.arange(anchors.shape[1], dtype=jnp.int32) - before
+    return jnp.where(anchors, before - 1, others)
+
+
+def in_row_order(
+    x: Float[Array, "B S K H"], places: Int[Array, "*blocks"] | None
+) -> Float[Array, "B S K H"]:
+    """Gradients of keys after `anchors_first`, in the order of the row; as they are if `places` is
+    None.
+    """
+    return x if places is None else jnp.take_along_axis(x, places[:, :, None, None], axis=1)
