@@ -17,6 +17,7 @@ from flax import nnx
 
 from lljax.errors import ConfigError
 from lljax.models.declare import LoraWeight, declare, declared, hf_names
+from lljax.models.flops import TokenFlops, token_flops, weight_flops
 from lljax.models.linear import Linear
 from lljax.models.patterns import matching
 from lljax.models.quantize import Quantised, dequantise
@@ -193,7 +194,7 @@ class TableLora(nnx.Module):
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.salt = zlib.crc32(name.encode())
 
-    def looked_up(self, rows: jax.Array) -> jax.Array:
+    def of_rows(self, rows: jax.Array) -> jax.Array:
         """What is added to the embeddings [B, T, D] of the tokens whose rows of A are [B, T, R]."""
         return rows @ self.b[...].astype(rows.dtype) * self.scale
 
@@ -201,6 +202,10 @@ class TableLora(nnx.Module):
         """[..., R] and B [V, R], whose product is added to the logits of hidden [..., D]."""
         kept = _dropped(hidden, self.dropout, self.salt, dropout_key)
         return kept @ self.a[...].astype(hidden.dtype) * self.scale, self.b[...]
+
+    def token_flops(self) -> TokenFlops:
+        """The rows of an embedding's A are looked up, not multiplied."""
+        return weight_flops(self.b) if self.turned else token_flops(self)
 
 
 def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

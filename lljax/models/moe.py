@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from lljax.models.declare import declare
+from lljax.models.flops import TokenFlops, token_flops, weight_flops
 from lljax.models.grouped import grouped_dot
 from lljax.models.linear import MLP, Linear
 from lljax.models.probe import times
@@ -197,7 +198,18 @@ class MoE(nnx.Module):
                 if self.shared_gate is None
                 else shared * jax.nn.sigmoid(self.shared_gate(x, dropout_key))
             )
-        return y if counted is None else (y, load)
+        return y, load
+
+    def token_flops(self) -> TokenFlops:
+        """A token takes k of the E experts. No gradient reads the last product of an expert."""
+        moe, down = self.moe, self.experts.down_proj.kernel
+        experts = token_flops(self.experts) + TokenFlops(unread=weight_flops(down).forward)
+        flops = token_flops(self.gate) + experts.scaled(moe.k / moe.E)
+        if self.shared is not None:
+            flops += self.shared.token_flops()
+        if self.shared_gate is not None:
+            flops += token_flops(self.shared_gate)
+        return flops
 
     def _routed(self, x, dropout_key, layout, counted):
         """The sum of each token's experts, and the load.

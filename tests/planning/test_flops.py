@@ -12,7 +12,8 @@ from lljax.attention.mask import chunked, visible
 from lljax.attention.pattern import AttentionPattern
 from lljax.build import mesh_of, placed_model
 from lljax.config import default_config
-from lljax.planning.flops import of_step, visible_pairs
+from lljax.models.mixers.visible_pairs import visible_pairs
+from lljax.planning.flops import of_step
 from lljax.training.curriculum import stages
 from lljax.training.placement import abstract_batch
 from lljax.training.step import take_apart
