@@ -16,6 +16,7 @@ Each is exact for every mask it takes, in value and gradient; `choose` says whic
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -471,14 +472,17 @@ def choose(
     windows,
     bytes_per: int = 2,
     room: float = math.inf,
+    refused: Mapping[str, str] | None = None,
+    ordered: bool = False,
 ) -> tuple[str, bool, str]:
     """(mode, zigzag, reason) for rows of T tokens on `size` devices; `wanted` is a mode or "auto".
 
     windows: the window of each layer, None for a layer without. room: bytes for gathered keys and
-      values.
+      values. refused: modes that a mixer of the model cannot run under, with the reason. ordered: a
+      mixer needs the tokens in the order of the row.
 
     Raises:
-      ConfigError: the wanted mode cannot serve this attention, or T cannot be cut.
+      ConfigError: the wanted mode, or no mode, can serve this model, or T cannot be cut.
     """
     if size == 1:
         return "none", False, "one device holds every token of its rows"
@@ -488,7 +492,7 @@ def choose(
             f"{-(-T // size) * size}"
         )
     local, N, K = T // size, N // tensor, K // tensor
-    refusals = {}
+    refusals = dict(refused or {})
     reaches = [
         halo_size(local, size, window=window, group=group, shift=shift)
         for window in set(windows)
@@ -520,9 +524,17 @@ def choose(
     if wanted == "auto":
         if gathered > room:
             refusals["allgather"] = f"the keys and values of a layer are {gathered / 1e9:.1f} GB"
-        wanted = min((mode for mode in cost if mode not in refusals), key=cost.__getitem__)
+        usable = [mode for mode in cost if mode not in refusals]
+        if not usable:
+            reasons = "; ".join(f"{mode}: {why}" for mode, why in refusals.items())
+            raise ConfigError(
+                f"mesh.sequence={size}: no context-parallel mode serves this model ({reasons}): set "
+                "mesh.sequence=1 and spread rows and weights with mesh.fsdp"
+            )
+        wanted = min(usable, key=cost.__getitem__)
         reason = "fewest bytes" + "".join(f"; no {mode}: {why}" for mode, why in refusals.items())
     else:
         reason = "as configured"
     balanced = wanted in ("allgather", "ring") and group is None and T % (2 * size) == 0
+    balanced = balanced and not ordered
     return wanted, balanced, f"{cost[wanted] / 1e6:.1f} MB a layer and device ({reason})"

@@ -217,7 +217,7 @@ class Decoder(nnx.Module):
         if index is None:
             index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         anchors = None
-        if pattern.kind == "window" and (pattern.anchors or pattern.markers):
+        if pattern.anchors or pattern.markers:
             anchors = (positions < pattern.anchors) | jnp.isin(
                 tokens, jnp.asarray(pattern.markers, tokens.dtype)
             )

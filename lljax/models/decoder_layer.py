@@ -73,9 +73,7 @@ class DecoderLayer(nnx.Module):
         """Products of one token with the weights of all the layers of a stack."""
         return self.self_attn.token_flops() + self.mlp.token_flops()
 
-    def _project(
-        self, xs: tuple[Float[Array, "B T D"], Place], key: jax.Array | None
-    ) -> Operands:
+    def _project(self, xs: tuple[Float[Array, "B T D"], Place], key: jax.Array | None) -> Operands:
         """Operands of the mixer. Norms and RoPE compute in float32: a tile at a time."""
         x, place = xs
         return self.self_attn.project(self.input_layernorm(x), place, key)

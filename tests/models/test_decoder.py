@@ -311,9 +311,9 @@ def test_a_forward_pass_has_noise_only_with_a_key():
     graphdef, state = nnx.split(model)
 
     @functools.partial(jax.jit, static_argnums=1)
-    def hidden(state, noise, key):
+    def hidden(state, alpha, key):
         return nnx.merge(graphdef, state)(
-            tokens, positions=jnp.arange(12)[None], noise=noise, dropout_key=key
+            tokens, positions=jnp.arange(12)[None], neftune_alpha=alpha, dropout_key=key
         )
 
     without = hidden(state, 0.0, None)

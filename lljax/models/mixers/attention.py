@@ -28,6 +28,7 @@ class Attention(nnx.Module):
 
     hf_name: ClassVar[str] = "self_attn"
     refused_modes: ClassVar[Mapping[str, str]] = {}
+    ordered: ClassVar[bool] = False
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str):
         D, N, K, H = spec.D, spec.N, spec.K, spec.H
@@ -103,7 +104,7 @@ class Attention(nnx.Module):
             context.mask,
             group=context.pattern.groups,
             layout=context.layout,
-            **self._options(),
+            **self.options(context.pattern),
         )
         return self._joined(out), update
 
@@ -133,7 +134,7 @@ class Attention(nnx.Module):
             carry,
             group=context.pattern.groups,
             layout=context.layout,
-            **self._options(),
+            **self.options(context.pattern),
         )
         return self._joined(out), halo
 
@@ -150,16 +151,16 @@ class Attention(nnx.Module):
             forward=forward,
             backward=2 * forward,
             recomputed=forward / 2,
-            streamed=pattern.kind != "full" or bool(self.layer.window),
+            streamed=any((pattern.group, pattern.window, self.layer.window)),
         )
 
     @staticmethod
     def abstract_state(spec: DecoderSpec, layer: LayerSpec, B: int, S: int, dtype: Any) -> KVState:
         return KVState.abstract((B, spec.K, S, spec.H), dtype)
 
-    def _options(self) -> dict:
-        """Arguments of attention that are particular to this layer."""
-        # float32, like the sums that the sinks enter
+    def options(self, pattern: AttentionPattern) -> dict:
+        """Arguments of attention besides queries, keys, values and their mask."""
+        # float32, like the sums that they enter
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
         return {"scale": self.scale, "softcap": self.softcap, "sinks": sinks}
 

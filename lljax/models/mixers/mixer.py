@@ -53,6 +53,9 @@ class Mixer(Protocol):
     """Context-parallel modes (lljax.attention.context_parallel) that it cannot run under, each with
     the reason."""
 
+    ordered: ClassVar[bool]
+    """Whether a device must hold consecutive tokens, in the order of the row: no zigzag order."""
+
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str) -> None: ...
 
     def project(

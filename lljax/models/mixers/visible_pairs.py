@@ -11,7 +11,7 @@ def visible_pairs(
     Causal attention counts half of T x T, as MaxText does. window, chunked: of the layer, see
     LayerSpec.
     """
-    if pattern.kind == "shifted":
+    if pattern.group:
         G = min(pattern.group, T)
         return T * (G + 1) / 2
     if chunked and window is not None and window < T:
@@ -20,5 +20,5 @@ def visible_pairs(
             visible_pairs(pattern, rest) if rest else 0
         )
     W = min(w for w in (window, pattern.window or None, T) if w)
-    anchors = min(pattern.anchors, T - W) if pattern.kind == "window" else 0
+    anchors = min(pattern.anchors, T - W)
     return W * (W + 1) / 2 + (T - W) * W + (T - W) * anchors
