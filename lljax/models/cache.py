@@ -72,7 +72,7 @@ def extend(
     )
 
 
-def write_states(cache: Cache, updates: tuple[State, ...], start: Int[Array, ""]) -> Cache:
+def write_states(cache: Cache, updates: tuple[State, ...], start: Int[Array, ""] | int) -> Cache:
     """The cache with the updates of all layers, of the tokens from slot `start` on.
 
     Called once after all layers, so that it happens in place: a scan that returned whole states

@@ -20,10 +20,10 @@ class LayerContext:
     mask: which keys a token sees in this layer, with its window or chunks; with a cache the keys
       are the slots of the cache.
     pattern: attention of the stage. layout: how arrays lie on a mesh; None for one device.
-    memory: what the backward pass keeps.
+    memory: which values the backward pass keeps.
     start: first slot of the cache that these tokens take; 0 without a cache.
     dropout_key: of this layer; None for no dropout.
-    counted: tokens whose routing is counted (lljax.models.moe); None to count nothing.
+    counted: tokens whose routing is counted (lljax.models.router); None to count nothing.
     """
 
     place: Place

@@ -25,7 +25,7 @@ from lljax.models.flops import RowFlops, TokenFlops, weight_flops
 from lljax.models.linear import RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
 from lljax.models.mixers.mixer import State
-from lljax.models.probe import rows
+from lljax.models.probe import lookup_rows
 from lljax.models.quantize import dense, dequantised
 from lljax.models.spec import DecoderSpec, LayerSpec, repeats
 from lljax.parallel.sharded_embedding import lookup
@@ -100,16 +100,16 @@ class Decoder(nnx.Module):
         cache: the tokens continue the tokens in it, and (hidden, cache) is returned.
         rope_length: positions in use, for a RoPE kind that depends on it; None for the largest
           position + 1.
-        neftune_alpha: noise on the embeddings, see `noisy`; none without a dropout key.
+        neftune_alpha: noise on the embeddings, see `neftune_noise`; none without a dropout key.
         counted: for a model with experts, the tokens whose routing is counted. (hidden, load) is
           returned, load float32 [layers with experts, 2, E]: how many tokens chose each expert, and
-          the sum of its probabilities (lljax.models.moe).
+          the sum of its probabilities (lljax.models.router).
         """
         dtype = dtype or self._dtype()
         x = self._embedded(tokens, dtype, layout)
         if neftune_alpha and dropout_key is not None:
             key = jax.random.fold_in(dropout_key, zlib.crc32(b"noise"))
-            x = constrain_activations(noisy(x, neftune_alpha, key), layout)
+            x = constrain_activations(neftune_noise(x, neftune_alpha, key), layout)
         places = self._places(positions, rope_length)
         if cache is None:
             mask = self._mask(tokens, positions, segments, index, pattern)
@@ -182,7 +182,7 @@ class Decoder(nnx.Module):
     def _embedded(
         self, tokens: Int[Array, "B T"], dtype, layout: Layout | None
     ) -> Float[Array, "B T D"]:
-        x = rows(dense(self.embed.get_value()), tokens, dtype=dtype, layout=layout)
+        x = lookup_rows(dense(self.embed.get_value()), tokens, dtype=dtype, layout=layout)
         if self.embed_lora is not None:
             a = lookup(self.embed_lora.a[...], tokens, dtype=dtype, layout=layout)
             x += self.embed_lora.of_rows(a)
@@ -279,7 +279,7 @@ def _mask_of_layer(
     return chunked(mask, positions, k_positions, layer.window)
 
 
-def noisy(x: Float[Array, "B T D"], alpha: float, key: jax.Array) -> Float[Array, "B T D"]:
+def neftune_noise(x: Float[Array, "B T D"], alpha: float, key: jax.Array) -> Float[Array, "B T D"]:
     """Embeddings x with noise uniform within alpha / sqrt(T * D): NEFTune, Jain et al. 2023,
     arXiv 2310.05914.
 

@@ -11,15 +11,14 @@ from lljax.attention.mask import NEVER, Mask
 from lljax.models.context import LayerContext
 from lljax.models.flops import TokenFlops
 from lljax.models.linear import MLP, RMSNorm
-from lljax.models.memory import cuts, folded, in_tiles, tiled
+from lljax.models.memory import fold_tiles, is_tiled, map_tiles, scan_tiles
 from lljax.models.mixers import MIXERS
 from lljax.models.mixers.mixer import Carry, Operands, State
-from lljax.models.moe import MoE, no_load
+from lljax.models.moe import MoE
 from lljax.models.rope import Place
+from lljax.models.router import Load, no_load
 from lljax.models.spec import DecoderSpec, LayerSpec
 from lljax.parallel.sharding import Layout
-
-Load = Float[Array, "B devices 2 E"]  # of experts, see lljax.models.moe.load_of
 
 
 class DecoderLayer(nnx.Module):
@@ -51,15 +50,15 @@ class DecoderLayer(nnx.Module):
         if not self.layer.moe:
             context = context.replace(counted=None)
         key, memory, layout = context.dropout_key, context.memory, context.layout
-        if state is None and cuts(x.shape[1], memory, layout):
+        if state is None and is_tiled(x.shape[1], memory, layout):
             project = functools.partial(self._project_apart, key=key)
             carry = self.self_attn.first_carry(project, (x, context.place), context)
             if carry is not None:
                 x, load = self._streamed(x, context, carry)
                 return x, None, load
-        operands = tiled(self._project, (x, context.place), key, memory, layout)
+        operands = map_tiles(self._project, (x, context.place), key, memory, layout)
         mixed, update = self.self_attn.mix(operands, context, state)
-        load, x = folded(
+        load, x = fold_tiles(
             functools.partial(self._rest, layout=layout),
             self._no_load(context),
             (x, mixed, context.counted),
@@ -111,7 +110,7 @@ class DecoderLayer(nnx.Module):
         if isinstance(self.mlp, MLP):
             return load, self.mlp(x, key)
         y, more = self.mlp(x, key, layout, counted)
-        return (load if more is None else load + more), y
+        return (load if load is None or more is None else load + more), y
 
     def _no_load(self, context: LayerContext) -> Load | None:
         if context.counted is None or isinstance(self.mlp, MLP):
@@ -135,7 +134,7 @@ class DecoderLayer(nnx.Module):
             return (carry, load), x
 
         real = jnp.ones(x.shape[:2], bool)  # False for the tokens that fill up the last tile
-        (_, load), x = in_tiles(
+        (_, load), x = scan_tiles(
             tile,
             (carry, self._no_load(context)),
             (x, context.place, context.mask, real, context.counted),

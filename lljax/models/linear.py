@@ -7,6 +7,7 @@ Formulas follow transformers `models/llama/modeling_llama.py`, `models/qwen3/mod
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float
 
 from lljax.models.declare import declare
 from lljax.models.flops import TokenFlops, token_flops, weight_flops
-from lljax.models.probe import times
+from lljax.models.probe import multiply
 from lljax.models.spec import DecoderSpec
 
 
@@ -65,7 +66,7 @@ class Linear(nnx.Module):
         bias: bool = False,
         part: tuple[int, int, int] | None = None,
     ):
-        more = {} if part is None else {"part": part}
+        more: dict[str, Any] = {} if part is None else {"part": part}
         self.kernel = declare(
             shape, axes=axes, hf=f"{hf}.weight", role="kernel", transpose=True, **more
         )
@@ -74,14 +75,14 @@ class Linear(nnx.Module):
             if bias
             else None
         )
-        self.lora = nnx.data(None)
+        self.lora: Any = nnx.data(None)
         self.dot: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
 
     def __call__(
         self, x: Float[Array, "... in"], dropout_key: jax.Array | None = None
     ) -> Float[Array, "... out"]:
         kernel = self.kernel.get_value()
-        y = times(x, kernel, self.dot)
+        y = multiply(x, kernel, self.dot)
         if self.lora is not None:
             y = self.lora(x, y, kernel.astype(x.dtype), dropout_key)
         if self.bias is not None:

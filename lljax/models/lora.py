@@ -6,7 +6,7 @@ lljax.models.lora_layers.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -160,14 +160,18 @@ def adaptable(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable, Lora | Tab
             yield name, getattr(model, table), getattr(model, adapter)
 
 
-def start_magnitudes(model: nnx.Module, *, shardings=None) -> None:
+def start_magnitudes(
+    model: nnx.Module, *, shardings: Callable[[nnx.Variable], Any] | None = None
+) -> None:
     """Sets every magnitude without a value to the norms of its adapted kernel, so that the model
     stays as it is.
     """
     for _, linear in linear_layers(model):
         adapter = linear.lora
-        magnitude = None if adapter is None else adapter.magnitude
-        if magnitude is None or not isinstance(magnitude.get_value(), jax.ShapeDtypeStruct):
+        if adapter is None or adapter.magnitude is None:
+            continue
+        magnitude = adapter.magnitude
+        if not isinstance(magnitude.get_value(), jax.ShapeDtypeStruct):
             continue
 
         def norms(layer, scale=adapter.scale):

@@ -76,9 +76,8 @@ class Lora(nnx.Module):
             role="lora_b",
             init="zeros",
         )
-        self.magnitude = None
-        if settings.dora:
-            self.magnitude = declare(
+        self.magnitude = (
+            declare(
                 (*layers, F),
                 axes=(*axes[:-2], axes[-1]),
                 hf=f"{name}.lora_magnitude_vector",
@@ -87,6 +86,9 @@ class Lora(nnx.Module):
                 kind=LoraWeight,
                 **shared,
             )
+            if settings.dora
+            else None
+        )
         self.turned = not kernel.get_metadata("transpose")  # HF stores [in, out], as we do
         self.rank, self.alpha, self.rslora = rank, settings.alpha, settings.rslora
         self.dropout, self.scale = settings.dropout, settings.scale

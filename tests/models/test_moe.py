@@ -12,8 +12,9 @@ from flax import nnx
 from lljax.build import move
 from lljax.models import grouped, lora
 from lljax.models.declare import declared
-from lljax.models.memory import Memory, folded, tiled
-from lljax.models.moe import MoE, no_load
+from lljax.models.memory import Memory, fold_tiles, map_tiles
+from lljax.models.moe import MoE
+from lljax.models.router import no_load
 from lljax.models.spec import MoESpec
 from lljax.parallel.sharding import Layout, batch_sharding, make_mesh
 
@@ -148,7 +149,7 @@ def test_a_tile_at_a_time_and_computed_again():
     model = build(shared=6)
 
     def in_tiles(model, x):
-        return tiled(lambda x, key: model(x, key)[0], x, None, Memory("full", tile=16), None)
+        return map_tiles(lambda x, key: model(x, key)[0], x, None, Memory("full", tile=16), None)
 
     assert_same(
         value_and_gradients(model, jax.checkpoint(in_tiles), X),
@@ -236,7 +237,7 @@ def over(mesh, model, memory):
             y, more = model(xs[0], key, layout, xs[1])
             return load + more, y
 
-        load, y = folded(
+        load, y = fold_tiles(
             add, no_load(model.moe, COUNTED, layout), (x, COUNTED), None, memory, layout
         )
         return with_load(y, load.sum(1))

@@ -30,14 +30,11 @@ class KVState:
     @staticmethod
     def abstract(shape: tuple[int, int, int, int], dtype: Any) -> "KVState":
         """Of `jax.ShapeDtypeStruct`s. shape: (B, K, S, H). dtype: int8 for `Int8KV`."""
+        values: Any = jax.ShapeDtypeStruct(shape, dtype)
         if jnp.dtype(dtype) == jnp.int8:
-            half = Int8KV(
-                codes=jax.ShapeDtypeStruct(shape, jnp.int8),
-                scale=jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32),
-            )
-        else:
-            half = jax.ShapeDtypeStruct(shape, dtype)
-        return KVState(half, half)
+            scale: Any = jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32)
+            values = Int8KV(values, scale)
+        return KVState(values, values)
 
     def encode(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVState":
         """Keys and values of new tokens in the form that this state keeps them in."""

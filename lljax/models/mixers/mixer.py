@@ -24,7 +24,7 @@ class State(Protocol):
     layer.
     """
 
-    def write(self, update: Self, start: Int[Array, ""]) -> Self:
+    def write(self, update: Self, start: Int[Array, ""] | int) -> Self:
         """The state of all layers after the tokens from slot `start` on. `update`: what `mix`
         returned, with an axis of layers in front.
         """
