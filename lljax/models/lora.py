@@ -151,7 +151,7 @@ def _check_roles(model: nnx.Module, also_train: tuple[str, ...]) -> None:
 
 
 def adaptable(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable, Lora | TableLora | None]]:
-    """(name, weight, its adapter or None) of the linear layers, the embedding and an untied head."""
+    """(name, weight, its adapter or None) of linear layers, embedding and untied head."""
     for name, linear in linear_layers(model):
         yield name, linear.kernel, linear.lora
     tables = (("embed_tokens", "embed", "embed_lora"), ("lm_head", "lm_head", "head_lora"))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lljax.models.quantize import Quantised, dense
+from lljax.models.quantize import dense
 from lljax.parallel.sharded_embedding import lookup
 from lljax.parallel.sharding import Layout, each
 
@@ -25,8 +25,8 @@ class Probed:
       projection [..., out, R] and probe [..., in, R], whose gradient is G projection.
     """
 
-    base: Any  # an array or Quantised
-    projection: Any  # an array or Quantised
+    base: Any  # an array or a quantized value
+    projection: Any  # an array or a quantized value
     probe: jax.Array
     inputs: bool = dataclasses.field(metadata={"static": True})
 

@@ -38,13 +38,13 @@ HF = {
     "vocab_size": V,
     "hidden_size": D,
     "intermediate_size": 40,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
-LAYERS = (LayerSpec(mixer="average"), LayerSpec(), LayerSpec(mixer="average"))
+LAYERS = (LayerSpec(mixer="average"), LayerSpec())
 
 
 @jax.tree_util.register_dataclass
@@ -82,10 +82,8 @@ class MovingAverage(nnx.Module):
 
     def mix(self, operands, context, state):
         segments = self._segments(context.mask)
-        before = (jnp.zeros_like(operands[1][:, 0]), segments[:, 0])
-        if state is not None:
-            before = (state.average, segments[:, 0])
-        mixed, (last, _) = self._averages(operands, segments, before)
+        average = jnp.zeros_like(operands[1][:, 0]) if state is None else state.average
+        mixed, (last, _) = self._averages(operands, segments, (average, segments[:, 0]))
         return mixed, None if state is None else AverageState(last)
 
     def first_carry(self, project, xs, context):
@@ -163,45 +161,48 @@ def loss_and_gradients(graphdef, state, tokens, segments, memory):
 def test_a_row_of_the_table_runs_in_tiles_as_at_once():
     """Packed and padded rows, in a model with attention between."""
     graphdef, state = nnx.split(model_of())
-    segments = jnp.asarray([[1] * 7 + [2] * 33, [1] * 25 + [0] * 15])
-    tokens, memories = tokens_of(2, 40), (Memory(), Memory("full", tile=12))
+    segments = jnp.asarray([[1] * 7 + [2] * 13, [1] * 15 + [0] * 5])
+    tokens, memories = tokens_of(2, 20), (Memory(), Memory("full", tile=8))
     whole, tiled = (loss_and_gradients(graphdef, state, tokens, segments, m) for m in memories)
     for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(tiled), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def read(graphdef, state, tokens, positions, segments, cache):
+    model = nnx.merge(graphdef, state)
+    read = model(tokens, positions=positions, segments=segments, cache=cache)
+    hidden, cache = (read, None) if cache is None else read
+    return model.logits(hidden), cache
+
+
 def test_it_decodes_through_the_cache_as_in_a_whole_row():
     """A prefix is read once, its cache is repeated and grows; padding stands on the left."""
-    model, tokens = model_of(), tokens_of(1, 20).repeat(2, 0).at[1, 12:].set(5)
-    positions = jnp.arange(20)[None].repeat(2, 0)
-    whole = model.logits(model(tokens, positions=positions))
-    cache = empty_cache(model.spec, 1, 9)
-    pad = jnp.zeros((1, 1), jnp.int32)
-    _, cache = model(
-        jnp.concatenate([pad, tokens[:1, :8]], axis=1),
-        positions=jnp.concatenate([pad, positions[:1, :8]], axis=1),
-        segments=jnp.asarray([[0] + [1] * 8]),
-        cache=cache,
-    )
-    cache, parts = longer(repeated(cache, 2), 30), []
-    for start, stop in ((8, 13), (13, 14), (14, 20)):
-        hidden, cache = model(
-            tokens[:, start:stop], positions=positions[:, start:stop], cache=cache
-        )
-        parts.append(model.logits(hidden))
+    model, tokens = model_of(), tokens_of(1, 16).repeat(2, 0).at[1, 10:].set(5)
+    run = functools.partial(read, *nnx.split(model))
+    positions = jnp.arange(16)[None].repeat(2, 0)
+    whole, _ = run(tokens, positions, None, None)
+    padded, places = (jnp.pad(x[:1, :8], ((0, 0), (1, 0))) for x in (tokens, positions))
+    segments = jnp.asarray([[0] + [1] * 8])
+    _, cache = run(padded, places, segments, empty_cache(model.spec, 1, 9))
+    cache, parts = longer(repeated(cache, 2), 20), []
+    for start in (8, 12):
+        piece = slice(start, start + 4)
+        logits, cache = run(tokens[:, piece], positions[:, piece], jnp.ones((2, 4), int), cache)
+        parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole[:, 8:], atol=2e-5)
 
 
 def test_its_arithmetic_and_its_adapters_are_counted():
     targets = (r"average\.in_proj", "q_proj")
     plain, adapted = model_of(), model_of(targets=targets)
-    attention = Decoder(dataclasses.replace(from_hf(HF), layers=(LayerSpec(),) * 3))
-    per_layer = 2 * (3 * D * D - (6 + 2 + 2 + 6) * 8 * D)  # its projections for attention's
-    assert plain.token_flops().forward - attention.token_flops().forward == 2 * per_layer
+    attention = Decoder(dataclasses.replace(from_hf(HF), layers=(LayerSpec(),) * 2))
+    expected = 2 * (3 * D * D - (6 + 2 + 2 + 6) * 8 * D)  # its projections for attention's
+    assert plain.token_flops().forward - attention.token_flops().forward == expected
     added = adapted.token_flops().forward - plain.token_flops().forward
-    assert added == 2 * 4 * (2 * (D + D) + (D + 48))
-    first, attention, last = plain.row_flops(16, AttentionPattern())
-    assert first.forward == last.forward == 3 * 16 * D and attention.forward > 0
+    assert added == 2 * 4 * ((D + D) + (D + 48))
+    average, of_attention = plain.row_flops(16, AttentionPattern())
+    assert average.forward == 3 * 16 * D and of_attention.forward == 2 * 6 * (16 * 17 / 2) * 16
 
 
 def test_a_mode_that_it_refuses_is_refused_with_its_reason():
@@ -216,13 +217,12 @@ def test_a_run_trains_it_and_resumes_bitwise(run_config, tmp_path, monkeypatch):
     run_config.model.path = write_base(run_config.model.path, tmp_path / "base")
     run_config.optimizer.learning_rate = 1e-2
     run_config.lora.targets = ("q_proj", "in_proj", "gate_proj", "out_proj")
-    run_config.context.schedule, run_config.data.valid_fraction = ((8, 32, "full"),), 0.0
+    run_config.context.schedule, run_config.data.valid_fraction = ((6, 32, "full"),), 0.0
     whole = loop.train(run_config, tmp_path / "whole")
     losses = [record["loss"] for record in read_metrics(tmp_path / "whole") if "loss" in record]
     assert losses[-1] < losses[0] - 0.1
-    for layer in (whole.layers[0], whole.layers[2]):
-        for name in ("in_proj", "gate_proj", "out_proj"):
-            assert np.abs(np.asarray(getattr(layer.self_attn, name).lora.b[...])).max() > 0
+    for name in ("in_proj", "gate_proj", "out_proj"):
+        assert np.abs(np.asarray(getattr(whole.layers[0].self_attn, name).lora.b[...])).max() > 0
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     newest = max((tmp_path / "parts" / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
     shutil.rmtree(newest)

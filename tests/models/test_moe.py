@@ -77,7 +77,7 @@ def dense(model, x):
         ranks = jnp.concatenate(
             [
                 jnp.where(w >= least, g, -9)
-                for g, w in zip(groups, jnp.split(worth, moe.groups, axis=-1))
+                for g, w in zip(groups, jnp.split(worth, moe.groups, axis=-1), strict=True)
             ],
             axis=-1,
         )

@@ -52,7 +52,7 @@ def test_a_probe_tells_the_gradient_in_its_subspace(inputs, layout):
             (
                 jax.value_and_grad(f)(dense(base)),
                 jax.value_and_grad(
-                    lambda z: f(Probed(base, projection, z, inputs).dense(jnp.float32))
+                    lambda z, f=f: f(Probed(base, projection, z, inputs).dense(jnp.float32))
                 )(zero),
             )
             for f in (kernel, experts, embedding, head)

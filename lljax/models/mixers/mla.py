@@ -1,5 +1,5 @@
-"""Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1): the keys and values
-of all heads are projected from one narrow latent per token. Formulas follow transformers
+"""Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1): the keys and
+values of all heads are projected from one narrow latent per token. Formulas follow transformers
 `models/deepseek_v3/modeling_deepseek_v3.py`.
 """
 
