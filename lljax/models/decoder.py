@@ -94,8 +94,7 @@ class Decoder(nnx.Module):
         positions: of each token in its document, from 0 on in each document of a packed row.
         segments: document of each token, 0 for padding; None for one document per row.
         index: place of each token in its row, which may come in any order; None for 0, 1, 2 ...
-        layout: how all arrays lie on a mesh; None for one device.
-        memory: what the backward pass keeps.
+        layout: how all arrays lie on a mesh; None for one device. memory: see Memory.
         dtype: of the residual and the compute; None for the dtype of the weights.
         cache: the tokens continue the tokens in it, and (hidden, cache) is returned.
         rope_length: positions in use, for a RoPE kind that depends on it; None for the largest
@@ -108,8 +107,7 @@ class Decoder(nnx.Module):
         dtype = dtype or self._dtype()
         x = self._embedded(tokens, dtype, layout)
         if neftune_alpha and dropout_key is not None:
-            key = jax.random.fold_in(dropout_key, zlib.crc32(b"noise"))
-            x = constrain_activations(neftune_noise(x, neftune_alpha, key), layout)
+            x = constrain_activations(neftune_noise(x, neftune_alpha, dropout_key), layout)
         places = self._places(positions, rope_length)
         if cache is None:
             mask = self._mask(tokens, positions, segments, index, pattern)
@@ -284,7 +282,9 @@ def neftune_noise(x: Float[Array, "B T D"], alpha: float, key: jax.Array) -> Flo
     arXiv 2310.05914.
 
     T is the length of the row, padding and packed documents included, as in transformers and TRL.
+    key: of the dropout of the whole model.
     """
+    key = jax.random.fold_in(key, zlib.crc32(b"noise"))
     bound = alpha / math.sqrt(x.shape[1] * x.shape[2])
     return x + jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
 

@@ -64,12 +64,12 @@ def attach(
         init=init,
         seed=seed,
     )
-    candidates = {name: weight for name, weight, _ in adaptable(model)}
-    names = _targeted([(name, weight) for name, weight, _ in adaptable(model)], tuple(targets))
-    weights = [(name, weight) for name, weight, _ in adaptable(model) if name in names]
     rank_pattern, alpha_pattern = tuple(rank_pattern), tuple(alpha_pattern)
-    _check_patterns("rank_pattern", rank_pattern, weights, names)
-    _check_patterns("alpha_pattern", alpha_pattern, weights, names)
+    candidates = [(name, weight) for name, weight, _ in adaptable(model)]
+    names = _targeted(candidates, tuple(targets))
+    adapted = [(name, weight) for name, weight in candidates if name in names]
+    _check_patterns("rank_pattern", rank_pattern, adapted)
+    _check_patterns("alpha_pattern", alpha_pattern, adapted)
     _check_kinds(model, names, settings, also_train)
 
     def settings_of(name: str, weight: nnx.Variable) -> LoraSettings:
@@ -82,19 +82,15 @@ def attach(
     for name, linear in linear_layers(model):
         if name in names:
             linear.lora = Lora(linear, settings_of(name, linear.kernel))
-    for name, field in (("embed_tokens", "embed_lora"), ("lm_head", "head_lora")):
-        if name in names:
-            table = candidates[name]
-            setattr(model, field, TableLora(table, settings_of(name, table)))
+    for name, weight in adapted:
+        if name in TABLES:
+            setattr(model, f"{TABLES[name]}_lora", TableLora(weight, settings_of(name, weight)))
     _check_roles(model, also_train)
     mark_trainable(model, {*FACTORS, *also_train})
 
 
 def _check_patterns(
-    field: str,
-    pairs: tuple[tuple[str, Any], ...],
-    adapted: list[tuple[str, nnx.Variable]],
-    names: list[str],
+    field: str, pairs: tuple[tuple[str, Any], ...], adapted: list[tuple[str, nnx.Variable]]
 ) -> None:
     for pattern, _ in pairs:
         if all(
@@ -102,7 +98,8 @@ def _check_patterns(
             for name, weight in adapted
         ):
             raise ConfigError(
-                f"lora.{field}: {pattern!r} matches no adapted layer; there are {', '.join(names)}"
+                f"lora.{field}: {pattern!r} matches no adapted layer; there are "
+                f"{', '.join(dict.fromkeys(name for name, _ in adapted))}"
             )
 
 

@@ -13,20 +13,20 @@ from lljax.models.flops import RowFlops, TokenFlops
 from lljax.models.rope import Place
 from lljax.models.spec import DecoderSpec, LayerSpec
 
-Operands = Tree[Float[Array, "B T ..."]]  # what `project` hands to `mix`
+Operands = Tree[Float[Array, "B T ..."]]  # from `project` to `mix`
 Carry = Any  # a pytree of arrays [B, ...]
 
 
 class State(Protocol):
-    """What a mixer keeps of the tokens that were read, a registered dataclass of arrays.
+    """The part of a mixer in a cache, a registered dataclass of arrays: the tokens that were read.
 
     In a cache (lljax.models.cache) every array is [layers, B, ...]; `mix` gets [B, ...] of its own
     layer.
     """
 
     def write(self, update: Self, start: Int[Array, ""] | int) -> Self:
-        """The state of all layers after the tokens from slot `start` on. `update`: what `mix`
-        returned, with an axis of layers in front.
+        """The state of all layers after the tokens from slot `start` on. update: from `mix`, with
+        an axis of layers in front.
         """
         ...
 
@@ -75,7 +75,7 @@ class Mixer(Protocol):
     def output(
         self, mixed: Float[Array, "B T X"], dropout_key: jax.Array | None
     ) -> Float[Array, "B T D"]:
-        """What the layer adds to the residual."""
+        """The part of the layer that is added to the residual."""
         ...
 
     def first_carry(
@@ -109,6 +109,6 @@ class Mixer(Protocol):
     @staticmethod
     def abstract_state(spec: DecoderSpec, layer: LayerSpec, B: int, S: int, dtype: Any) -> State:
         """The state of one layer for B rows of S tokens, of `jax.ShapeDtypeStruct`s; it starts as
-        zeros. dtype: of what grows with S; int8 asks for eight bits and scales.
+        zeros. dtype: of arrays that grow with S; int8 for eight bits and scales.
         """
         ...
