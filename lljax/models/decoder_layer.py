@@ -51,7 +51,7 @@ class DecoderLayer(nnx.Module):
             context = context.replace(counted=None)
         key, memory, layout = context.dropout_key, context.memory, context.layout
         if state is None and is_tiled(x.shape[1], memory, layout):
-            project = functools.partial(self._project_apart, key=key)
+            project = functools.partial(self._project, key=key)
             carry = self.self_attn.first_carry(project, (x, context.place), context)
             if carry is not None:
                 x, load = self._streamed(x, context, carry)
@@ -76,11 +76,6 @@ class DecoderLayer(nnx.Module):
         """Operands of the mixer. Norms and RoPE compute in float32: a tile at a time."""
         x, place = xs
         return self.self_attn.project(self.input_layernorm(x), place, key)
-
-    def _project_apart(
-        self, x: Float[Array, "B T D"], place: Place, *, key: jax.Array | None
-    ) -> Operands:
-        return self._project((x, place), key)
 
     def _rest(
         self, load: Load | None, xs: tuple, key: jax.Array | None, layout: Layout | None

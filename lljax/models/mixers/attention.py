@@ -114,7 +114,7 @@ class Attention(nnx.Module):
         return self.o_proj(mixed, dropout_key)
 
     def first_carry(
-        self, project: Callable[..., Heads], xs: tuple, context: LayerContext
+        self, project: Callable[[tuple], Heads], xs: tuple, context: LayerContext
     ) -> Any | None:
         """The keys and values before the first tile, see lljax.attention.streamed."""
         mask, layout = context.mask, context.layout
@@ -123,7 +123,7 @@ class Attention(nnx.Module):
         )
         if reach is None:
             return None
-        return first_halo(lambda *xs: project(*xs)[1:], xs, mask, reach, layout)
+        return first_halo(lambda *xs: project(xs)[1:], xs, mask, reach, layout)
 
     def mix_tile(
         self, operands: Heads, context: LayerContext, carry: Any

@@ -79,12 +79,13 @@ class Mixer(Protocol):
         ...
 
     def first_carry(
-        self, project: Callable[..., Operands], xs: tuple, context: LayerContext
+        self, project: Callable[[tuple], Operands], xs: tuple, context: LayerContext
     ) -> Carry | None:
         """The carry into the first tile of every device; None if a row of this context cannot go
         tile by tile.
 
-        project: `project(*xs)` gives the operands of any of the tokens of xs [B, T, ...].
+        xs: arrays [B, T, ...] of the row, x first. project: gives the operands of xs, or of the
+        same part of the tokens of each array.
         """
         ...
 
