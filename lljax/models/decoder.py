@@ -289,6 +289,9 @@ def neftune_noise(x: Float[Array, "B T D"], alpha: float, key: jax.Array) -> Flo
     return x + jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
 
 
-def share_residuals(layers: tuple[LayerSpec, ...], each: int) -> bool:
-    """Whether one residual per `each` layers can be kept, see `repeats`."""
-    return all(groups_layers(each, len(places), times) for _, places, times in repeats(layers))
+def share_residuals(layers: tuple[LayerSpec, ...], layers_per_residual: int) -> bool:
+    """Whether one residual per `layers_per_residual` layers can be kept, see `repeats`."""
+    return all(
+        groups_layers(layers_per_residual, len(places), times)
+        for _, places, times in repeats(layers)
+    )

@@ -23,7 +23,7 @@ from lljax.models.linear import Linear
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """Of one adapter; the fields of `config.lora`, and the seed of the run."""
+    """Settings of one adapter: fields of `config.lora`, and the seed of the run."""
 
     rank: int
     alpha: float

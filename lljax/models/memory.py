@@ -82,9 +82,9 @@ def scan_layers(
 
     xs: a tree for each place of the pattern. Returns x, and as many trees of outputs.
     """
-    each, period = memory.layers_per_residual, len(layers)
+    group_size, period = memory.layers_per_residual, len(layers)
     pieces = _pieces(x, layout)
-    if each == 1:
+    if group_size == 1:
         return jax.lax.scan(
             _in_turn([rematerialized(layer, memory, pieces=pieces) for layer in layers]), x, xs
         )
@@ -94,10 +94,10 @@ def scan_layers(
     outer = functools.partial(
         rematerialized, memory=dataclasses.replace(memory, remat="full"), pieces=pieces
     )
-    if each < period:
+    if group_size < period:
 
         def cut(places):
-            return tuple(tuple(places[i : i + each]) for i in range(0, period, each))
+            return tuple(tuple(places[i : i + group_size]) for i in range(0, period, group_size))
 
         x, ys = jax.lax.scan(
             _in_turn([outer(_in_turn(places)) for places in cut(inner)]), x, cut(xs)
@@ -107,16 +107,18 @@ def scan_layers(
     def group(x, xs):
         return jax.lax.scan(_in_turn(inner), x, xs)
 
-    grouped = jax.tree.map(lambda a: a.reshape(-1, each // period, *a.shape[1:]), xs)
+    grouped = jax.tree.map(lambda a: a.reshape(-1, group_size // period, *a.shape[1:]), xs)
     x, ys = jax.lax.scan(outer(group), x, grouped)
     return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
 
 
-def groups_layers(each: int, period: int, times: int) -> bool:
-    """Whether `times` repeats of a pattern of `period` layers can keep one residual per `each`
-    layers.
+def groups_layers(layers_per_residual: int, period: int, times: int) -> bool:
+    """Whether `times` repeats of a pattern of `period` layers can keep one residual per
+    `layers_per_residual` layers.
     """
-    return period % each == 0 or (each % period == 0 and times % (each // period) == 0)
+    return period % layers_per_residual == 0 or (
+        layers_per_residual % period == 0 and times % (layers_per_residual // period) == 0
+    )
 
 
 def _in_turn(layers: Sequence[Layer]) -> Layer:
