@@ -170,11 +170,11 @@ class MoE(nnx.Module):
 
     def _routed(self, x, dropout_key, layout, counted):
         """The sum of each token's experts, and the load, on one device."""
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = self.gate(tokens)
+        # Reshaped twice, which fixes the order in which the gradients of x are summed.
+        routing = self.gate(x.reshape(-1, x.shape[-1]))
         y = combine(
             self.experts,
-            tokens,
+            x.reshape(-1, x.shape[-1]),
             routing,
             dropout_key,
             E=self.moe.E,

@@ -131,12 +131,12 @@ def row_of_the_table(monkeypatch):
     monkeypatch.setitem(MIXERS, "average", MovingAverage)
 
 
-def hybrid(spec):
-    return dataclasses.replace(spec, layers=LAYERS)
+def hybrid(spec, layers=LAYERS):
+    return dataclasses.replace(spec, layers=layers)
 
 
-def model_of(**adapters):
-    model = Decoder(hybrid(from_hf(HF)))
+def model_of(layers=LAYERS, **adapters):
+    model = Decoder(hybrid(from_hf(HF), layers))
     if adapters:
         lora.attach(model, rank=4, alpha=8, **adapters)
     initialise(model, 0, deviation=0.2)
@@ -159,10 +159,10 @@ def loss_and_gradients(graphdef, state, tokens, segments, memory):
 
 
 def test_a_row_of_the_table_runs_in_tiles_as_at_once():
-    """Packed and padded rows, in a model with attention between."""
-    graphdef, state = nnx.split(model_of())
-    segments = jnp.asarray([[1] * 7 + [2] * 13, [1] * 15 + [0] * 5])
-    tokens, memories = tokens_of(2, 20), (Memory(), Memory("full", tile=8))
+    """Packed and padded rows; the tiles divide neither."""
+    graphdef, state = nnx.split(model_of(layers=LAYERS[:1]))
+    segments = jnp.asarray([[1] * 4 + [2] * 6, [1] * 7 + [0] * 3])
+    tokens, memories = tokens_of(2, 10), (Memory(), Memory("full", tile=4))
     whole, tiled = (loss_and_gradients(graphdef, state, tokens, segments, m) for m in memories)
     for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(tiled), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
@@ -196,7 +196,7 @@ def test_it_decodes_through_the_cache_as_in_a_whole_row():
 def test_its_arithmetic_and_its_adapters_are_counted():
     targets = (r"average\.in_proj", "q_proj")
     plain, adapted = model_of(), model_of(targets=targets)
-    attention = Decoder(dataclasses.replace(from_hf(HF), layers=(LayerSpec(),) * 2))
+    attention = Decoder(hybrid(from_hf(HF), (LayerSpec(),) * 2))
     expected = 2 * (3 * D * D - (6 + 2 + 2 + 6) * 8 * D)  # its projections for attention's
     assert plain.token_flops().forward - attention.token_flops().forward == expected
     added = adapted.token_flops().forward - plain.token_flops().forward
