@@ -1,13 +1,16 @@
 """Attention of a row a tile at a time, for groups and windows: a tile needs its own keys and the
-few before it.
+few keys before it.
 
-The tiles of a device follow one another and hand on their last keys; the first takes those of the
-device before, as the halo mode of `lljax.attention.context_parallel` does. The queries, keys and
-values of a whole row never exist.
+The tiles of a device follow one another, and each passes its last keys to the next one. The first
+tile gets the last keys of the device before, as in the halo mode of
+`lljax.attention.context_parallel`. The queries, keys and values of a whole row never exist.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lljax.attention.mask import NEVER, Mask
 from lljax.attention.options import AttentionOptions
@@ -25,14 +28,15 @@ from lljax.attention.shard import (
 from lljax.parallel.sharding import Layout, token_parts
 
 HALO = (CUT_HEADS, CUT_HEADS, CUT, CUT)  # how (k, v, k_index, k_segments) lie on the mesh
+Halo = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 def tile_reach(
     T: int, mask: Mask, groups: Groups | None, tile: int, layout: Layout | None
 ) -> int | None:
-    """How many tokens before a tile its first query may see, where rows of T tokens can go `tile`
-    tokens of a device at a time. None where they cannot: full attention and anchors look back too
-    far, as do groups and windows much longer than a tile.
+    """How many tokens before a tile its first query may see, if rows of T tokens can go `tile`
+    tokens of a device at a time. None if they cannot: full attention and anchors look back too far,
+    and so do groups and windows much longer than a tile.
     """
     if (
         mask.anchors is not None
@@ -51,20 +55,22 @@ def tile_reach(
     return min(limits) if min(limits) <= tile else None
 
 
-def first_halo(keys, xs, mask: Mask, reach: int, layout: Layout | None):
-    """What comes before the first tile of every device: k, v [B, reach, K, H], k_index, k_segments
-    [B, reach].
+def first_halo(
+    keys: Callable[..., tuple], xs: tuple, mask: Mask, reach: int, layout: Layout | None
+) -> Halo:
+    """The last `reach` tokens before every device, each device's own part of the arrays: k, v [B,
+    reach, K, H], k_index, k_segments [B, reach]. No query sees them on the first device.
 
-    keys: function of arrays like `xs` [B, T, ...] that returns k and v of their tokens.
+    keys: `keys(*xs)` returns k and v of any of the tokens of xs [B, T, ...].
     """
     devices = token_parts(layout)
 
-    def last(x):  # the last tokens of what each device holds of [B, T, ...]
+    def last(x):  # [B, T, ...] -> the last tokens of each device, [B, devices * reach, ...]
         x = x.reshape(x.shape[0], devices, -1, *x.shape[2:])
         return x[:, :, x.shape[2] - reach :].reshape(x.shape[0], devices * reach, *x.shape[3:])
 
     xs, index, segments = jax.tree.map(last, (xs, mask.k_index, mask.k_segments))
-    if devices == 1:
+    if layout is None or devices == 1:
         k, v = (jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(keys, *xs))
         return k, v, jnp.full_like(index, NEVER), segments
     return jax.shard_map(
@@ -77,28 +83,27 @@ def first_halo(keys, xs, mask: Mask, reach: int, layout: Layout | None):
 
 
 def attend_tile(
-    q,
-    k,
-    v,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     mask: Mask,
-    halo,
+    halo: Halo,
     options: AttentionOptions,
     *,
     groups: Groups | None,
     layout: Layout | None,
-):
-    """Attention of q [B, T, N, H] over `halo` and k, v [B, T, K, H], of a tile of every device; and
-    the next tile's halo.
+) -> tuple[Float[Array, "B T N H"], Halo]:
+    """Attention of q over `halo` and k, v, of a tile of every device; and the next tile's halo.
 
-    mask: of the T tokens of the tile, in the order of the row. options, groups: as
-      in `attend_parallel`.
+    mask: of the T tokens of the tile, in the order of the row. options, groups: as in
+      `attend_parallel`.
     """
     options = platform_options(options, layout)
     shares = 1 if layout is None else layout.mesh.shape[HEADS]
 
-    def run(q, k, v, mask, options, halo):
+    def run(q, k, v, mask: Mask, options: AttentionOptions, halo: Halo):
         k, v, index, segments = jax.tree.map(
-            lambda before, own: jnp.concatenate([before, own], axis=1),
+            lambda before, tile: jnp.concatenate([before, tile], axis=1),
             halo,
             (k, v, mask.k_index, mask.k_segments),
         )

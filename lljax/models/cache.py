@@ -1,72 +1,70 @@
-"""Keys and values of the tokens that a model has read, so that it goes on without reading them
-again.
+"""The states of all layers after the tokens that a model has read, so that it continues without
+reading them again.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from lljax.attention import Mask
 from lljax.attention.mask import NEVER
-from lljax.models.spec import DecoderSpec, repeats
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rounded:
-    """Keys or values in eight bits: codes int8 [..., H], and the float32 scale [..., 1] of each
-    head of a token.
-    """
-
-    codes: jax.Array
-    scale: jax.Array
+from lljax.models.mixers import MIXERS
+from lljax.models.mixers.mixer import State
+from lljax.models.spec import DecoderSpec, LayerSpec, repeats
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """kv: for each stack of layers k and v, [layers of it, B, K, S, H] (or `Rounded`): in the order
-    that attention reads.
-    segments, positions: int32 [B, S]; segment 0 for padding. used: slots that are taken, int32; the
-      same of every row.
+    """states: of the mixer of each stack of layers, arrays [layers, B, ...].
+    segments, positions: of the token in each slot; segment 0 for padding.
+    used: slots that are taken, the same in every row.
     """
 
-    kv: tuple[tuple[jax.Array | Rounded, jax.Array | Rounded], ...]
-    segments: jax.Array
-    positions: jax.Array
-    used: jax.Array
+    states: tuple[State, ...]
+    segments: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    used: Int[Array, ""]
 
 
-def empty_cache(spec: DecoderSpec, B: int, S: int, dtype=jnp.float32) -> Cache:
-    """Room for S tokens of B rows. dtype: that of keys and values; int8 for `Rounded`."""
-    stacks = [times for _, places, times in repeats(spec.layers) for _ in places]
+def empty_cache(spec: DecoderSpec, B: int, S: int, dtype: Any = jnp.float32) -> Cache:
+    """Room for S tokens of B rows. dtype: of keys and values; int8 keeps them in eight bits with
+    scales.
+    """
 
-    def one(layers):
-        shape = (layers, B, spec.K, S, spec.H)
-        if jnp.dtype(dtype) == jnp.int8:
-            return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
-        return jnp.zeros(shape, dtype)
+    def state(layer: LayerSpec, times: int) -> State:
+        return jax.tree.map(
+            lambda x: jnp.zeros((times, *x.shape), x.dtype),
+            MIXERS[layer.mixer].abstract_state(spec, layer, B, S, dtype),
+        )
 
     return Cache(
-        tuple((one(layers), one(layers)) for layers in stacks),
-        *(jnp.zeros((B, S), jnp.int32) for _ in range(2)),
-        jnp.int32(0),
+        states=tuple(
+            state(layer, times) for _, places, times in repeats(spec.layers) for layer in places
+        ),
+        segments=jnp.zeros((B, S), jnp.int32),
+        positions=jnp.zeros((B, S), jnp.int32),
+        used=jnp.int32(0),
     )
 
 
-def extend(cache: Cache, positions: jax.Array, segments: jax.Array | None) -> tuple[Cache, Mask]:
-    """The cache with tokens at `positions` [B, T] counted in, and the mask of those tokens over
-    it.
+def extend(
+    cache: Cache, positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None
+) -> tuple[Cache, Mask]:
+    """The cache with the slots of new tokens taken, and the mask of these tokens over all slots.
+    The states are not written yet, see `write_states`.
     """
     T = positions.shape[1]
     segments = jnp.ones_like(positions) if segments is None else segments
     k_segments, k_positions = (
-        _put(old, new, cache.used)
+        jax.lax.dynamic_update_slice_in_dim(old, new, cache.used, axis=1)
         for old, new in ((cache.segments, segments), (cache.positions, positions))
     )
-    # Windows count tokens, not slots: between a shared beginning and what a row has of its own
-    # there may be padding.
+    # Windows count tokens, not slots: there may be padding between a shared prefix and the rest of
+    # a row.
     k_index = jnp.where(jnp.arange(k_positions.shape[1]) < cache.used + T, k_positions, NEVER)
     return (
         dataclasses.replace(cache, segments=k_segments, positions=k_positions, used=cache.used + T),
@@ -74,59 +72,41 @@ def extend(cache: Cache, positions: jax.Array, segments: jax.Array | None) -> tu
     )
 
 
-def kept(new: jax.Array, held):
-    """Keys or values of new tokens [B, T, K, H] as a cache that holds `held` keeps them: [B, K, T,
-    H].
+def write_states(cache: Cache, updates: tuple[State, ...], start: Int[Array, ""] | int) -> Cache:
+    """The cache with the updates of all layers, of the tokens from slot `start` on.
+
+    Called once after all layers, so that it happens in place: a scan that returned whole states
+    would hold them twice.
     """
-    new = jnp.moveaxis(new, 1, 2)
-    if not isinstance(held, Rounded):
-        return new.astype(held.dtype)
-    wide = new.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
-    return Rounded(jnp.round(wide / jnp.where(scale == 0, 1.0, scale)).astype(jnp.int8), scale)
-
-
-def write(held, new, start):
-    """`held` [..., S, H] with `new` [..., T, H], both as they are kept, from slot `start` on."""
-    return jax.tree.map(lambda old, new: _put(old, new, start, axis=-2), held, new)
-
-
-def read(held, dtype) -> jax.Array:
-    """[B, S, K, H] in `dtype` of what is kept of a layer, [B, K, S, H]."""
-    return jnp.moveaxis(
-        (held.codes * held.scale).astype(dtype) if isinstance(held, Rounded) else held, 1, 2
+    states = tuple(
+        state.write(update, start) for state, update in zip(cache.states, updates, strict=True)
     )
+    return dataclasses.replace(cache, states=states)
 
 
 def repeated(cache: Cache, rows: int) -> Cache:
-    """The cache of one row as that of `rows` rows that begin alike."""
+    """The cache of one row for `rows` rows with the same beginning."""
 
     def along(axis):
         return lambda x: jnp.repeat(x, rows, axis=axis)
 
-    return Cache(
-        jax.tree.map(along(1), cache.kv),
-        along(0)(cache.segments),
-        along(0)(cache.positions),
-        cache.used,
+    return dataclasses.replace(
+        cache,
+        states=jax.tree.map(along(1), cache.states),
+        segments=along(0)(cache.segments),
+        positions=along(0)(cache.positions),
     )
 
 
 def longer(cache: Cache, slots: int) -> Cache:
     """The cache with room for `slots` tokens."""
 
-    def along(axis):
-        return lambda x: jnp.pad(
-            x, [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
-        )
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (0, slots - x.shape[1])))
 
-    return Cache(
-        jax.tree.map(along(3), cache.kv),
-        along(1)(cache.segments),
-        along(1)(cache.positions),
-        cache.used,
+    return dataclasses.replace(
+        cache,
+        states=tuple(state.grow(slots) for state in cache.states),
+        segments=pad(cache.segments),
+        positions=pad(cache.positions),
     )
-
-
-def _put(old, new, start, axis=1):
-    return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)

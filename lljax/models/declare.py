@@ -1,48 +1,60 @@
 """One declaration per parameter: shape, logical axes, HF name and role live on the Variable itself.
 
-A model is built abstract: every Variable holds a `jax.ShapeDtypeStruct`. Initialisation, sharding,
-  loading, LoRA targets and export walk the declared Variables (`declared`) and need no table of
-  their own.
+A model is built abstract: every Variable holds a `jax.ShapeDtypeStruct`. Initialization, sharding,
+loading, LoRA targets and export walk the declared Variables (`declared`) and need no table of their
+own.
 """
 
 import itertools
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Weight(nnx.Param):
     """A parameter of the base model.
 
     Metadata:
-      hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis of layers, one of
-        several experts "{expert}" and the next axis.
+      hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis of layers, a
+        Weight of several experts "{expert}" and the next axis.
       layers: of a stacked Weight, (first, step): it holds the layers first, first + step, ... of
         the model.
-      part: of a Weight that HF keeps with others in one tensor, (first, step, all): it has the
-        outputs first, first + step, ... of the `all` that are there.
-      transpose: HF stores the (per-layer) matrix the other way round ([out, in]; ours is [in,
-        out]).
+      part: of a Weight that HF fuses with others in one tensor, (first, step, all): it has the
+        outputs first, first + step, ... of the `all` outputs of the tensor.
+      transpose: HF stores the (per-layer) matrix transposed ([out, in]; ours is [in, out]).
       axes: logical axis names, one per dimension (see lljax.parallel.sharding).
       role: "kernel" | "bias" | "embed" | "norm" | "head" | "router": the name by which optimizer
         groups and `lora.also_train` refer to it.
-      init: "normal" | "zeros" | "ones" | "unit_normal" | "he_uniform" | "norms" (those of the
-        adapted kernel).
+      init: "normal" | "zeros" | "ones" | "unit_normal" | "he_uniform" | "norms" (of the columns of
+        the adapted kernel).
     """
 
 
 class LoraWeight(nnx.Variable):
     """A part of an adapter, with the metadata of `Weight`; role is "lora_a", "lora_b" or
-    "lora_magnitude". `part` is that of the weight it adapts.
+    "lora_magnitude", and `layers` and `part` are copied from the weight it adapts.
 
     Its `hf` is the PEFT name without the "base_model.model." prefix, for example
     "model.layers.{layer}.self_attn.q_proj.lora_A.weight".
     """
 
 
-def declare(shape, *, axes, hf, role, init="normal", transpose=False, kind=Weight, **more):
+def declare(
+    shape: tuple[int, ...],
+    *,
+    axes: tuple[str | None, ...],
+    hf: str,
+    role: str,
+    init: str = "normal",
+    transpose: bool = False,
+    kind: type[nnx.Variable] = Weight,
+    **more: Any,
+) -> Any:
     """An abstract float32 Variable of `kind` with the metadata described in `Weight`."""
     assert len(shape) == len(axes), (hf, shape, axes)
     return kind(
@@ -56,14 +68,10 @@ def declare(shape, *, axes, hf, role, init="normal", transpose=False, kind=Weigh
     )
 
 
-def dtype_of(variable: nnx.Variable, dtype):
-    """Of its value, where the run has `dtype`: what trains, and what chooses experts, is
-    float32.
-    """
-    keep = (
-        variable.get_metadata().get("trainable", False) or variable.get_metadata("role") == "router"
-    )
-    return jnp.float32 if keep else dtype
+def dtype_of(variable: nnx.Variable, dtype: Any) -> Any:
+    """The dtype of its value in a run with `dtype`: float32 for trainable weights and routers."""
+    trains = variable.get_metadata().get("trainable", False)
+    return jnp.float32 if trains or variable.get_metadata("role") == "router" else dtype
 
 
 def declared(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
@@ -75,9 +83,9 @@ def declared(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:
             yield path, node
 
 
-def stack(layer: nnx.Module, times: int, first: int, step: int) -> nnx.Module:
-    """Gives every Variable of an abstract `layer` a leading axis, to be scanned over: it stands for
-    `times` layers of the model, the `first` and every `step`-th after it.
+def stack(layer: Module, times: int, first: int, step: int) -> Module:
+    """Adds a leading axis to every Variable of an abstract `layer`, to be scanned over: it stands
+    for `times` layers of the model, the `first` and every `step`-th after it.
     """
     for _, variable in declared(layer):
         value = variable.get_value()
@@ -87,7 +95,7 @@ def stack(layer: nnx.Module, times: int, first: int, step: int) -> nnx.Module:
 
 
 def hf_names(variable: nnx.Variable) -> list[str]:
-    """Its HF tensors: layer after layer, and of each layer expert after expert."""
+    """Its HF tensors: layer after layer, and in each layer expert after expert."""
     name, shape = variable.get_metadata("hf"), variable.get_value().shape
     first, step = variable.get_metadata().get("layers", (0, 1))
     ranges = {
@@ -96,8 +104,8 @@ def hf_names(variable: nnx.Variable) -> list[str]:
     }
     varying = [kind for kind in ranges if f"{{{kind}}}" in name]
     return [
-        name.format(**dict(zip(varying, at)))
-        for at in itertools.product(*(ranges[kind] for kind in varying))
+        name.format(**dict(zip(varying, numbers, strict=True)))
+        for numbers in itertools.product(*(ranges[kind] for kind in varying))
     ]
 
 

@@ -1,27 +1,31 @@
 """The decoder: embed, scan over the stacked layers, norm. One file for every family; the spec says
-what differs.
+how families differ.
 """
 
-import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from lljax.attention import Mask
 from lljax.attention.mask import chunked
 from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.attention.softcap import capped
 from lljax.models import rope
-from lljax.models.cache import Cache, extend, write
-from lljax.models.declare import declare, stack
+from lljax.models.cache import Cache, extend, write_states
+from lljax.models.context import LayerContext
+from lljax.models.declare import declare, declared, stack
 from lljax.models.decoder_layer import DecoderLayer
+from lljax.models.flops import RowFlops, TokenFlops, weight_flops
 from lljax.models.linear import RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
-from lljax.models.probe import rows
+from lljax.models.mixers.mixer import State
+from lljax.models.probe import lookup_rows
 from lljax.models.quantize import dense, dequantised
 from lljax.models.spec import DecoderSpec, LayerSpec, repeats
 from lljax.parallel.sharded_embedding import lookup
@@ -29,7 +33,7 @@ from lljax.parallel.sharding import Layout, constrain_activations, gathered
 
 
 class Decoder(nnx.Module):
-    """A causal language model, abstract until initialised (lljax.models.initialise) or loaded
+    """A causal language model, abstract until initialized (lljax.models.initialise) or loaded
     (lljax.interop).
     """
 
@@ -38,7 +42,7 @@ class Decoder(nnx.Module):
         self.embed = declare(
             (spec.V, spec.D), axes=("vocab", "embed"), hf="model.embed_tokens.weight", role="embed"
         )
-        # Layers that take turns are a stack each, in the order of `repeats`.
+        # Layers that alternate are a stack each, in the order of `repeats`.
         self.layers = nnx.List(
             [
                 stack(DecoderLayer(spec, layer), times, first + place, len(places))
@@ -59,162 +63,235 @@ class Decoder(nnx.Module):
 
     @property
     def head(self):
-        """The output matrix [V, D], an array or lljax.models.probe.Probed; the embedding itself
-        where the two are tied.
+        """The output matrix [V, D], an array or lljax.models.probe.Probed; the embedding itself if
+        the two are tied.
         """
-        return dense((self.embed if self.lm_head is None else self.lm_head).get_value())
+        return dense(self._head_weight.get_value())
+
+    @property
+    def _head_weight(self) -> nnx.Variable:
+        return self.embed if self.lm_head is None else self.lm_head
 
     def __call__(
         self,
-        tokens,
+        tokens: Int[Array, "B T"],
         *,
-        positions,
-        segments=None,
-        index=None,
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        index: Int[Array, "B T"] | None = None,
         pattern: AttentionPattern = FULL,
         layout: Layout | None = None,
         memory: Memory = EVERYTHING,
         dtype=None,
-        dropout_key=None,
+        dropout_key: jax.Array | None = None,
         cache: Cache | None = None,
-        rope_length=None,
-        noise: float = 0.0,
-        counted=None,
+        rope_length: int | jax.Array | None = None,
+        neftune_alpha: float = 0.0,
+        counted: Bool[Array, "B T"] | None = None,
     ):
         """The hidden states [B, T, D] that `head` turns into logits.
 
-        tokens, positions: int32 [B, T]; positions count from 0 in each document of a packed row.
-        segments: int32 [B, T] document of each token, 0 for padding; None for one document a row.
-        index: int32 [B, T] place of each token in its row; None for 0, 1, 2 ... Tokens may come in
-          any order.
-        layout: how all of these lie on a mesh; None for one device.
-        memory: what the backward pass keeps.
-        dtype: of the residual and of the compute; None for that of the weights.
-        noise: alpha of the noise on the embeddings, see `noisy`; none without a dropout key.
-        rope_length: positions in use, where a RoPE kind depends on it; None for the largest of
-          `positions` + 1.
-        counted: bool [B, T], where there are experts: tokens whose routing is counted. (hidden,
-          load) is returned, load float32 [layers with experts, 2, E]: how many tokens chose each
-          expert, and the sum of its probabilities (lljax.models.moe). With a `cache` the tokens
-          continue what it holds, and (hidden, cache) is returned.
+        positions: of each token in its document, from 0 on in each document of a packed row.
+        segments: document of each token, 0 for padding; None for one document per row.
+        index: place of each token in its row, which may come in any order; None for 0, 1, 2 ...
+        layout: how all arrays lie on a mesh; None for one device. memory: see Memory.
+        dtype: of the residual and the compute; None for the dtype of the weights.
+        cache: the tokens continue the tokens in it, and (hidden, cache) is returned.
+        rope_length: positions in use, for a RoPE kind that depends on it; None for the largest
+          position + 1.
+        neftune_alpha: noise on the embeddings, see `neftune_noise`; none without a dropout key.
+        counted: for a model with experts, the tokens whose routing is counted. (hidden, load) is
+          returned, load float32 [layers with experts, 2, E]: how many tokens chose each expert, and
+          the sum of its probabilities (lljax.models.router).
         """
-        dtype = dtype or self.layers[0].self_attn.o_proj.kernel.get_value().dtype
-        x = rows(dense(self.embed.get_value()), tokens, dtype=dtype, layout=layout)
-        if self.embed_lora is not None:
-            x += self.embed_lora.looked_up(
-                lookup(self.embed_lora.a[...], tokens, dtype=dtype, layout=layout)
-            )
-        if self.spec.embed_scale != 1:
-            x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
-        if noise and dropout_key is not None:
-            x = constrain_activations(
-                noisy(x, noise, jax.random.fold_in(dropout_key, zlib.crc32(b"noise"))), layout
-            )
-        length = jnp.max(positions) + 1 if rope_length is None else rope_length
-        rotations = tuple(
-            rope.rotation(positions, rope.frequencies(each, self.spec.rotary, length))
-            for each in self.spec.ropes
-        )
-        temperature = self.spec.temperature and rope.temperature(positions, *self.spec.temperature)
+        dtype = dtype or self._dtype()
+        x = self._embedded(tokens, dtype, layout)
+        if neftune_alpha and dropout_key is not None:
+            x = constrain_activations(neftune_noise(x, neftune_alpha, dropout_key), layout)
+        places = self._places(positions, rope_length)
         if cache is None:
-            mask, start, kv = (
-                self._mask(tokens, positions, segments, index, pattern),
-                0,
-                (None,) * len(self.layers),
-            )
+            mask = self._mask(tokens, positions, segments, index, pattern)
+            start, k_positions, states = 0, positions, (None,) * len(self.layers)
         else:
-            start, kv = cache.used, cache.kv
+            start, states = cache.used, cache.states
             cache, mask = extend(cache, positions, segments)
-        k_positions = positions if cache is None else cache.positions
+            k_positions = cache.positions
 
-        def seen(layer: LayerSpec):
-            """Its place and mask."""
-            place = (
-                rope.Place(None, temperature)
-                if layer.rope is None
-                else rope.Place(rotations[layer.rope])
+        def context_of(layer: LayerSpec) -> LayerContext:
+            return LayerContext(
+                place=places[layer.rope],
+                mask=_mask_of_layer(mask, layer, pattern, positions, k_positions),
+                pattern=pattern,
+                layout=layout,
+                memory=memory,
+                start=start,
+                counted=counted,
             )
-            window = None if layer.chunked else layer.window
-            own = mask.replace(
-                window=min(
-                    (w for w in (window, pattern.window or None) if w is not None), default=None
-                )
-            )
-            return place, chunked(
-                own, positions, k_positions, layer.window
-            ) if layer.chunked else own
 
-        def layer_of(graphdef, spec):
-            place, mask = seen(spec)
-
-            def layer(x, xs):
-                weights, key, kv = xs
-                weights = dequantised(gathered(weights, layout), x.dtype)
-                x, kv, load = nnx.merge(graphdef, weights)(
-                    x, place, mask, pattern, layout, memory, kv, start, key, counted
-                )
-                return constrain_activations(x, layout), (kv, load)
-
-            return layer
-
-        keys, out = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L), []
-        for first, places, times in repeats(self.spec.layers):
-            layers, xs = [], []
-            for place, spec in enumerate(places):
-                graphdef, weights = nnx.split(self.layers[len(out) + place])
-                mine = slice(first + place, first + times * len(places), len(places))
-                layers.append(layer_of(graphdef, spec))
-                xs.append((weights, None if keys is None else keys[mine], kv[len(out) + place]))
-            x, ys = scan_layers(layers, x, tuple(xs), memory, layout)
-            out.extend(ys)
+        x, updates, loads = self._run_layers(x, context_of, states, dropout_key, memory, layout)
         x = self.norm(x)
-        kv, loads = zip(*out)
         if counted is not None:
             return x, jnp.concatenate([load.sum((1, 2)) for load in loads if load is not None])
-        if cache is None:
-            return x
-        # After all layers, so that this happens in place: a scan that gave whole caches back would
-        # hold them twice.
-        return x, dataclasses.replace(
-            cache, kv=jax.tree.map(functools.partial(write, start=start), cache.kv, kv)
-        )
+        return x if cache is None else (x, write_states(cache, updates, start))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 [..., V] of hidden [..., D]."""
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """float32."""
         wide = functools.partial(jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32)
         logits, update = wide(hidden, self.head.astype(hidden.dtype)), self.head_update(hidden)
         if update is not None:
             logits += wide(update[0], update[1].astype(hidden.dtype))
         return capped(logits, self.spec.logit_softcap)
 
-    def head_update(self, hidden: jax.Array, dropout_key: jax.Array | None = None):
-        """Arrays [..., R] and [V, R] whose product an adapted head adds to the logits of hidden
-        [..., D], or None.
-        """
+    def head_update(
+        self, hidden: Float[Array, "... D"], dropout_key: jax.Array | None = None
+    ) -> tuple[Float[Array, "... R"], Float[Array, "V R"]] | None:
+        """Two arrays whose product an adapted head adds to the logits; None without an adapter."""
         return None if self.head_lora is None else self.head_lora.before_head(hidden, dropout_key)
 
-    def _mask(self, tokens, positions, segments, index, pattern: AttentionPattern) -> Mask:
+    def token_flops(self) -> TokenFlops:
+        """Products of one token with the weights of all layers, and with the adapters of embedding
+        and head.
+        """
+        modules = [*self.layers, self.embed_lora, self.head_lora]
+        flops = (module.token_flops() for module in modules if module is not None)
+        return sum(flops, TokenFlops())
+
+    def head_flops(self) -> TokenFlops:
+        """The product of one token with the head."""
+        return weight_flops(self._head_weight)
+
+    def row_flops(self, T: int, pattern: AttentionPattern) -> list[RowFlops]:
+        """Products between the T tokens of a row of one document, of each layer."""
+        counts = [times for _, places, times in repeats(self.spec.layers) for _ in places]
+        return [
+            flops
+            for layer, count in zip(self.layers, counts, strict=True)
+            for flops in [layer.self_attn.row_flops(T, pattern)] * count
+        ]
+
+    def _dtype(self) -> jnp.dtype:
+        """The dtype of the kernels of the layers, which all have the same."""
+        return next(
+            variable.get_value().dtype
+            for _, variable in declared(self.layers[0])
+            if variable.get_metadata("role") == "kernel"
+        )
+
+    def _embedded(
+        self, tokens: Int[Array, "B T"], dtype, layout: Layout | None
+    ) -> Float[Array, "B T D"]:
+        x = lookup_rows(dense(self.embed.get_value()), tokens, dtype=dtype, layout=layout)
+        if self.embed_lora is not None:
+            a = lookup(self.embed_lora.a[...], tokens, dtype=dtype, layout=layout)
+            x += self.embed_lora.of_rows(a)
+        if self.spec.embed_scale != 1:
+            x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
+        return x
+
+    def _places(
+        self, positions: Int[Array, "B T"], rope_length: int | jax.Array | None
+    ) -> dict[int | None, rope.Place]:
+        """The places of the tokens for each value of `LayerSpec.rope`."""
+        length = jnp.max(positions) + 1 if rope_length is None else rope_length
+        places: dict[int | None, rope.Place] = {
+            i: rope.Place(
+                rope.rotation(positions, rope.frequencies(kind, self.spec.rotary, length))
+            )
+            for i, kind in enumerate(self.spec.ropes)
+        }
+        temperature = self.spec.temperature and rope.temperature(positions, *self.spec.temperature)
+        return places | {None: rope.Place(None, temperature)}
+
+    def _mask(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None,
+        index: Int[Array, "B T"] | None,
+        pattern: AttentionPattern,
+    ) -> Mask:
+        """The mask that all layers share."""
         ordered = index is None
-        if ordered:
+        if index is None:
             index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         anchors = None
-        if pattern.kind == "window" and (pattern.anchors or pattern.markers):
+        if pattern.anchors or pattern.markers:
             anchors = (positions < pattern.anchors) | jnp.isin(
                 tokens, jnp.asarray(pattern.markers, tokens.dtype)
             )
         return Mask(index, index, segments, segments, anchors, ordered=ordered)
 
+    def _run_layers(
+        self,
+        x: Float[Array, "B T D"],
+        context_of: Callable[[LayerSpec], LayerContext],
+        states: tuple[State | None, ...],
+        dropout_key: jax.Array | None,
+        memory: Memory,
+        layout: Layout | None,
+    ):
+        """x [B, T, D] after all layers, and for each stack of layers the updates of its states and
+        the loads of its experts.
+        """
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L)
+        outputs = []
+        for first, places, times in repeats(self.spec.layers):
+            layers, xs = [], []
+            for place, layer in enumerate(places):
+                graphdef, weights = nnx.split(self.layers[len(outputs) + place])
+                numbers = slice(first + place, first + times * len(places), len(places))
+                layers.append(_scanned(graphdef, context_of(layer)))
+                state = states[len(outputs) + place]
+                xs.append((weights, None if keys is None else keys[numbers], state))
+            x, ys = scan_layers(layers, x, tuple(xs), memory, layout)
+            outputs.extend(ys)
+        updates, loads = zip(*outputs, strict=True)
+        return x, updates, loads
 
-def noisy(x: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
-    """Embeddings x [B, T, D] with noise uniform within alpha / sqrt(T * D): NEFTune, Jain et al.
-    2023, arXiv 2310.05914.
 
-    T is the row's length, padding and packed documents included, as in transformers and TRL.
+def _scanned(graphdef: nnx.GraphDef, context: LayerContext) -> Callable:
+    """One layer of a stack as a function for `scan_layers`."""
+
+    def layer(x, xs):
+        weights, key, state = xs
+        weights = dequantised(gathered(weights, context.layout), x.dtype)
+        x, update, load = nnx.merge(graphdef, weights)(x, context.replace(dropout_key=key), state)
+        return constrain_activations(x, context.layout), (update, load)
+
+    return layer
+
+
+def _mask_of_layer(
+    mask: Mask,
+    layer: LayerSpec,
+    pattern: AttentionPattern,
+    positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+) -> Mask:
+    """The mask with the window of the layer and of the pattern, or the chunks of the layer."""
+    windows = (pattern.window, None if layer.chunked else layer.window)
+    mask = mask.replace(window=min((window for window in windows if window), default=None))
+    if not layer.chunked:
+        return mask
+    assert layer.window is not None, "a chunked layer has the length of its chunks as window"
+    return chunked(mask, positions, k_positions, layer.window)
+
+
+def neftune_noise(x: Float[Array, "B T D"], alpha: float, key: jax.Array) -> Float[Array, "B T D"]:
+    """Embeddings x with noise uniform within alpha / sqrt(T * D): NEFTune, Jain et al. 2023,
+    arXiv 2310.05914.
+
+    T is the length of the row, padding and packed documents included, as in transformers and TRL.
+    key: of the dropout of the whole model.
     """
+    key = jax.random.fold_in(key, zlib.crc32(b"noise"))
     bound = alpha / math.sqrt(x.shape[1] * x.shape[2])
     return x + jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
 
 
-def share_residuals(layers: tuple[LayerSpec, ...], each: int) -> bool:
-    """Whether one residual per `each` layers can be kept: see `repeats`."""
-    return all(groups_layers(each, len(places), times) for _, places, times in repeats(layers))
+def share_residuals(layers: tuple[LayerSpec, ...], layers_per_residual: int) -> bool:
+    """Whether one residual per `layers_per_residual` layers can be kept, see `repeats`."""
+    return all(
+        groups_layers(layers_per_residual, len(places), times)
+        for _, places, times in repeats(layers)
+    )

@@ -1,18 +1,24 @@
-"""A decoder layer: attention, then an MLP or experts, each after a norm and beside the residual."""
+"""A decoder layer: a mixer, then an MLP or experts, each after a norm and added to the residual."""
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
-from lljax.attention import attend_tile, first_halo, tile_reach
-from lljax.attention.mask import NEVER
+from lljax.attention.mask import NEVER, Mask
+from lljax.models.context import LayerContext
+from lljax.models.flops import TokenFlops
 from lljax.models.linear import MLP, RMSNorm
-from lljax.models.memory import EVERYTHING, cuts, folded, in_tiles, tiled
-from lljax.models.mixers.attention import Attention
-from lljax.models.mixers.mla import MLA
-from lljax.models.moe import MoE, no_load
+from lljax.models.memory import fold_tiles, is_tiled, map_tiles, scan_tiles
+from lljax.models.mixers import MIXERS
+from lljax.models.mixers.mixer import Carry, Operands, State
+from lljax.models.moe import MoE
+from lljax.models.rope import Place
+from lljax.models.router import Load, no_load
 from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.parallel.sharding import Layout
 
 
 class DecoderLayer(nnx.Module):
@@ -22,8 +28,9 @@ class DecoderLayer(nnx.Module):
         def norm(name):
             return RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.{name}", plus_one=spec.norm_plus_one)
 
+        mixer = MIXERS[layer.mixer]
         self.input_layernorm = norm("input_layernorm")
-        self.self_attn = (MLA if spec.mla else Attention)(spec, f"{hf}.self_attn")
+        self.self_attn = mixer(spec, layer, f"{hf}.{mixer.hf_name}")
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.pre_feedforward_layernorm = (
             norm("pre_feedforward_layernorm") if spec.norms_after else None
@@ -35,54 +42,51 @@ class DecoderLayer(nnx.Module):
         self.mlp = MoE(spec, mlp) if layer.moe else MLP(spec, mlp, F=spec.F)
 
     def __call__(
-        self,
-        x,
-        place,
-        mask,
-        pattern,
-        layout=None,
-        memory=EVERYTHING,
-        cache=None,
-        start=0,
-        dropout_key=None,
-        counted=None,
-    ):
-        """x [B, T, D] after the layer, its `cache`, and the load of its experts by `counted` tokens
-        (None where there are no experts, or nothing is counted). place, mask: of this layer, with
-        its window or chunks.
+        self, x: Float[Array, "B T D"], context: LayerContext, state: State | None = None
+    ) -> tuple[Float[Array, "B T D"], State | None, Load | None]:
+        """x after the layer; the update of the mixer's `state` in the cache; and the load of the
+        experts by `context.counted` tokens (None without experts, or if nothing is counted).
         """
-        counted = counted if self.layer.moe else None
-        if cache is None and cuts(x.shape[1], memory, layout):
-            reach = tile_reach(x.shape[1], mask, pattern.groups, memory.tile, layout)
-            if reach is not None:
-                x, load = self._streamed(
-                    x, place, mask, pattern, layout, memory, reach, dropout_key, counted
-                )
+        if not self.layer.moe:
+            context = context.replace(counted=None)
+        key, memory, layout = context.dropout_key, context.memory, context.layout
+        if state is None and is_tiled(x.shape[1], memory, layout):
+            project = functools.partial(self._project, key=key)
+            carry = self.self_attn.first_carry(project, (x, context.place), context)
+            if carry is not None:
+                x, load = self._streamed(x, context, carry)
                 return x, None, load
-        q, k, v = tiled(self._before, (x, place), dropout_key, memory, layout)
-        mixed, cache = self.self_attn.mix(q, k, v, mask, pattern, layout, cache, start)
-        load, x = folded(
-            functools.partial(self._after, layout=layout),
-            self._no_load(counted, layout),
-            (x, mixed, counted),
-            dropout_key,
+        operands = map_tiles(self._project, (x, context.place), key, memory, layout)
+        mixed, update = self.self_attn.mix(operands, context, state)
+        load, x = fold_tiles(
+            functools.partial(self._rest, layout=layout),
+            self._no_load(context),
+            (x, mixed, context.counted),
+            key,
             memory,
             layout,
         )
-        return x, cache, load
+        return x, update, load
 
-    def _before(self, xs, key):
-        """Queries, keys and values of (x, place), RoPE applied. It computes in float32, so a tile
-        at a time.
-        """
+    def token_flops(self) -> TokenFlops:
+        """Products of one token with the weights of all the layers of a stack."""
+        return self.self_attn.token_flops() + self.mlp.token_flops()
+
+    def _project(self, xs: tuple[Float[Array, "B T D"], Place], key: jax.Array | None) -> Operands:
+        """Operands of the mixer. Norms and RoPE compute in float32: a tile at a time."""
         x, place = xs
-        q, k, v = self.self_attn.heads(self.input_layernorm(x), key)
-        return self.self_attn.placed(q, place, query=True), self.self_attn.placed(k, place), v
+        return self.self_attn.project(self.input_layernorm(x), place, key)
 
-    def _after(self, load, xs, key, layout):
+    def _rest(
+        self, load: Load | None, xs: tuple, key: jax.Array | None, layout: Layout | None
+    ) -> tuple[Load | None, Float[Array, "B T D"]]:
+        """The layer after its mixer: (load plus the load of these tokens, x).
+
+        xs: x, the mixed tokens, and which are counted.
+        """
         x, mixed, counted = xs
-        mixed = self.self_attn.o_proj(mixed, key)
-        if self.post_feedforward_layernorm is None:
+        mixed = self.self_attn.output(mixed, key)
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x = x + mixed
             load, y = self._mlp(load, self.post_attention_layernorm(x), counted, key, layout)
             return load, x + y
@@ -90,47 +94,53 @@ class DecoderLayer(nnx.Module):
         load, y = self._mlp(load, self.pre_feedforward_layernorm(x), counted, key, layout)
         return load, x + self.post_feedforward_layernorm(y)
 
-    def _mlp(self, load, x, counted, key, layout):
-        """`load` with that of x, and what MLP or experts make of x."""
-        mlp = functools.partial(self.mlp, layout=layout) if self.layer.moe else self.mlp
-        if counted is None:
-            return load, mlp(x, key)
-        y, more = mlp(x, key, counted=counted)
-        return load + more, y
+    def _mlp(
+        self,
+        load: Load | None,
+        x: Float[Array, "B T D"],
+        counted: Bool[Array, "B T"] | None,
+        key: jax.Array | None,
+        layout: Layout | None,
+    ) -> tuple[Load | None, Float[Array, "B T D"]]:
+        if isinstance(self.mlp, MLP):
+            return load, self.mlp(x, key)
+        y, more = self.mlp(x, key, layout, counted)
+        return (load if load is None or more is None else load + more), y
 
-    def _no_load(self, counted, layout):
-        return None if counted is None else no_load(self.mlp.moe, counted, layout)
+    def _no_load(self, context: LayerContext) -> Load | None:
+        if context.counted is None or isinstance(self.mlp, MLP):
+            return None
+        return no_load(self.mlp.moe, context.counted, context.layout)
 
-    def _streamed(self, x, place, mask, pattern, layout, memory, reach, key, counted):
-        """The whole layer a tile at a time, each over its own keys and those of the `reach` tokens
-        before it: of a row, nothing but the layer's input and output exists at one time.
+    def _streamed(
+        self, x: Float[Array, "B T D"], context: LayerContext, carry: Carry
+    ) -> tuple[Float[Array, "B T D"], Load | None]:
+        """The whole layer a tile at a time, so that nothing of a whole row exists but the input and
+        the output of the layer.
         """
 
         def tile(carry, xs, key):
-            (halo, load), (x, place, mask, real, counted) = carry, xs
-            q, k, v = self._before((x, place), key)
-            mask = mask.replace(
-                q_index=jnp.where(real, mask.q_index, -1),
-                k_index=jnp.where(real, mask.k_index, NEVER),
+            (carry, load), (x, place, mask, real, counted) = carry, xs
+            operands = self._project((x, place), key)
+            mixed, carry = self.self_attn.mix_tile(
+                operands, context.replace(mask=_without_fill(mask, real)), carry
             )
-            options = self.self_attn.options(pattern)
-            mixed, halo = attend_tile(
-                q, k, v, mask, halo, options, groups=pattern.groups, layout=layout
-            )
-            load, x = self._after(load, (x, self.self_attn.join(mixed), counted), key, layout)
-            return (halo, load), x
+            load, x = self._rest(load, (x, mixed, counted), key, context.layout)
+            return (carry, load), x
 
-        def keys(x, place):
-            return self._before((x, place), key)[1:]
-
-        halo = first_halo(keys, (x, place), mask, reach, layout)
-        real = jnp.ones(x.shape[:2], bool)
-        (_, load), x = in_tiles(
+        real = jnp.ones(x.shape[:2], bool)  # False for the tokens that fill up the last tile
+        (_, load), x = scan_tiles(
             tile,
-            (halo, self._no_load(counted, layout)),
-            (x, place, mask, real, counted),
-            key,
-            memory,
-            layout,
+            (carry, self._no_load(context)),
+            (x, context.place, context.mask, real, context.counted),
+            context.dropout_key,
+            context.memory,
+            context.layout,
         )
         return x, load
+
+
+def _without_fill(mask: Mask, real: Bool[Array, "B t"]) -> Mask:
+    return mask.replace(
+        q_index=jnp.where(real, mask.q_index, -1), k_index=jnp.where(real, mask.k_index, NEVER)
+    )

@@ -1,18 +1,23 @@
-"""Many matrices, each for its own rows: the product that experts are made of."""
+"""Grouped matrix product: each group of rows times the matrix of its expert."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-BLOCK = 256  # rows that are multiplied at one time where the compiler has no such product
+BLOCK = 256  # rows multiplied at one time by `blocked_dot`
 
 
-def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, *, platform: str) -> jax.Array:
-    """Rows of x [M, D], the first sizes[0] of them times w[0], the next sizes[1] times w[1] ...:
-    [M, F] of w [E, D, F].
+def grouped_dot(
+    x: Float[Array, "M D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"], *, platform: str
+) -> Float[Array, "M F"]:
+    """The first sizes[0] rows of x times w[0], the next sizes[1] rows times w[1] ...
 
-    sizes: int32 [E]. What comes out for rows behind the last group is not to be read. The TPU's
-      compiler has a kernel (`jax.lax.ragged_dot`); elsewhere that operation holds x once for every
-      expert, and a loop over blocks does not.
+    Rows behind the last group have undefined results. The TPU compiler has a kernel
+    (`jax.lax.ragged_dot`); on other platforms that operation holds x once for every expert, and a
+    loop over blocks does not.
     """
     w = w.astype(x.dtype)
     if platform == "tpu":
@@ -21,9 +26,11 @@ def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, *, platform: str) 
 
 
 @jax.custom_vjp
-def blocked_dot(x, w, sizes):
-    """`grouped_dot` block by block; as many products as there are pairs of a block and an expert
-    with rows in it.
+def blocked_dot(
+    x: Float[Array, "M D"], w: Float[Array, "E D F"], sizes: Int[Array, " E"]
+) -> Float[Array, "M F"]:
+    """`grouped_dot` block by block: a product for each pair of a block and an expert with rows in
+    it.
     """
     return _rows_times(x, w, sizes, "bd,df->bf")
 
@@ -35,12 +42,12 @@ def _forward(x, w, sizes):
 def _backward(saved, dy):
     x, w, sizes = saved
 
-    def add(total, expert, start, mine, x, dy):
+    def add(total, expert, start, of_expert, x, dy):
         return total.at[expert].add(
             jnp.einsum(
                 "bd,bf->df",
-                jnp.where(mine, x, 0),
-                jnp.where(mine, dy, 0),
+                jnp.where(of_expert, x, 0),
+                jnp.where(of_expert, dy, 0),
                 preferred_element_type=jnp.float32,
             )
         )
@@ -52,45 +59,45 @@ def _backward(saved, dy):
 blocked_dot.defvjp(_forward, _backward)
 
 
-def _rows_times(x, w, sizes, einsum: str):
+def _rows_times(x: jax.Array, w: jax.Array, sizes: jax.Array, einsum: str) -> jax.Array:
     M, F = x.shape[0], w.shape[2 if einsum.endswith("f") else 1]
     block = min(BLOCK, M)
 
-    def write(out, expert, start, mine, x):
+    def write(out, expert, start, of_expert, x):
         others = jax.lax.dynamic_slice_in_dim(out, start, block)
         return jax.lax.dynamic_update_slice_in_dim(
-            out, jnp.where(mine, jnp.einsum(einsum, x, w[expert]), others), start, 0
+            out, jnp.where(of_expert, jnp.einsum(einsum, x, w[expert]), others), start, 0
         )
 
     return _over_blocks(write, jnp.zeros((M + -M % block, F), x.dtype), sizes, x)[:M]
 
 
-def _over_blocks(f, carry, sizes, *rows):
-    """carry = f(carry, expert, start, mine, *blocks) for each pair of a block and an expert that
-    owns some of its rows.
+def _over_blocks(f: Callable, carry: Any, sizes: Int[Array, " E"], *rows: jax.Array) -> Any:
+    """carry = f(carry, expert, start, of_expert, *blocks) for each pair of a block and an expert
+    with rows in it.
 
-    start: of the block, in rows. mine: bool [block, 1], the rows of the expert. blocks: the rows of
-      each of `rows` [M, ...].
+    start: first row of the block. of_expert: bool [block, 1], the rows of the expert. blocks: the
+    rows of the block, of each of `rows` [M, ...].
     """
     M, E = rows[0].shape[0], sizes.shape[0]
     block = min(BLOCK, M)
-    rows = [jnp.pad(x, ((0, -M % block), (0, 0))) for x in rows]
+    padded = [jnp.pad(x, ((0, -M % block), (0, 0))) for x in rows]
     ends = jnp.cumsum(sizes)
     first = (ends - sizes) // block
     meets = jnp.where(sizes > 0, (ends - 1) // block - first + 1, 0)
     pairs = jnp.cumsum(meets)
 
-    def one(i, carry):
+    def step(i, carry):
         expert = jnp.minimum(jnp.searchsorted(pairs, i, side="right"), E - 1)
         start = (first[expert] + i - (pairs - meets)[expert]) * block
         at = start + jnp.arange(block)
-        mine = (at >= (ends - sizes)[expert]) & (at < ends[expert])
+        of_expert = (at >= (ends - sizes)[expert]) & (at < ends[expert])
         return f(
             carry,
             expert,
             start,
-            mine[:, None],
-            *(jax.lax.dynamic_slice_in_dim(x, start, block) for x in rows),
+            of_expert[:, None],
+            *(jax.lax.dynamic_slice_in_dim(x, start, block) for x in padded),
         )
 
-    return jax.lax.fori_loop(0, pairs[-1], one, carry)
+    return jax.lax.fori_loop(0, pairs[-1], step, carry)

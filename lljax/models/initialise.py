@@ -1,7 +1,9 @@
-"""Random values for whatever a model holds no values for yet."""
+"""Random values for the Variables of a model that have none yet."""
 
 import math
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +11,22 @@ from flax import nnx
 
 from lljax.models import lora
 from lljax.models.declare import declared, dtype_of
-from lljax.models.quantize import Quantised, quantise
+from lljax.models.quantize import Form, Quantised, quantise
 
 
 def initialise(
-    model: nnx.Module, seed: int, *, deviation: float = 0.02, dtype=jnp.float32, shardings=None
+    model: nnx.Module,
+    seed: int,
+    *,
+    deviation: float = 0.02,
+    dtype: Any = jnp.float32,
+    shardings: Callable[[nnx.Variable], Any] | None = None,
 ) -> None:
-    """Fills every abstract Variable of `model` by its declared `init`; Variables that hold values
-    stay.
+    """Fills every abstract Variable of `model` by its declared `init`; Variables with values stay.
 
-    A value depends on the seed and the Variable's name alone. Trainable ones are float32, the
-    others `dtype`. `shardings(variable)`, where given, is where the value goes.
+    A value depends only on the seed and the name of the Variable. Trainable values are float32, all
+    others `dtype`. shardings: gives the sharding of a Variable's value; None for the default
+    device. deviation: standard deviation of "normal".
     """
     for _, variable in declared(model):
         shape = variable.get_value()
@@ -28,11 +35,9 @@ def initialise(
             or variable.get_metadata("init") == "norms"
         ):
             continue
-        form, wanted = (
-            (shape.form, shape.dtype)
-            if isinstance(shape, Quantised)
-            else (None, dtype_of(variable, dtype))
-        )
+        form, wanted = None, dtype_of(variable, dtype)
+        if isinstance(shape, Quantised):
+            form, wanted = shape.form, shape.dtype
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(_name(variable).encode()))
         draw = jax.jit(
             _draw,
@@ -46,33 +51,33 @@ def initialise(
 
 
 def _name(variable: nnx.Variable) -> str:
-    """Its HF name, from which layer on it holds a stack, and from which row on it is part: a name
-    of which there is one.
+    """A unique name: its HF name, with the first layer of its stack and the first row of its
+    part.
     """
-    (layer, *_), (row, *_) = (
-        variable.get_metadata().get(name, (0,)) for name in ("layers", "part")
-    )
-    return (
-        variable.get_metadata("hf")
-        + (f" from {layer}" if layer else "")
-        + (f" row {row}" if row else "")
-    )
+    metadata = variable.get_metadata()
+    (layer, *_), (row, *_) = metadata.get("layers", (0,)), metadata.get("part", (0,))
+    return metadata["hf"] + (f" from {layer}" if layer else "") + (f" row {row}" if row else "")
 
 
-def _draw(key, init, shape, deviation, form, dtype):
-    """At the top of the module, so that what was compiled for one Variable serves the next of its
-    shape.
-    """
+def _draw(
+    key: jax.Array,
+    init: str,
+    shape: tuple[int, ...],
+    deviation: float,
+    form: Form | None,
+    dtype: Any,
+):
+    """At module level, so that Variables of the same shape share a compilation."""
     x = INITS[init](key, shape, deviation)
     return quantise(x, form, dtype) if form else x.astype(dtype)
 
 
-def _he_uniform(key, shape, deviation):
+def _he_uniform(key: jax.Array, shape: tuple[int, ...], deviation: float) -> jax.Array:
     bound = 1 / math.sqrt(shape[-2])  # torch's kaiming_uniform_(a=sqrt(5)), which PEFT uses for A
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-INITS = {
+INITS: dict[str, Callable[[jax.Array, tuple[int, ...], float], jax.Array]] = {
     "normal": lambda key, shape, deviation: deviation * jax.random.normal(key, shape),
     "unit_normal": lambda key, shape, deviation: jax.random.normal(key, shape),
     "zeros": lambda key, shape, deviation: jnp.zeros(shape),

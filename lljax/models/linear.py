@@ -1,4 +1,4 @@
-"""What decoder layers are made of. Each module declares its parameters once; see
+"""Norm, linear layer and MLP of a decoder layer. Each module declares its parameters once, see
 lljax.models.declare.
 
 Formulas follow transformers `models/llama/modeling_llama.py`, `models/qwen3/modeling_qwen3.py` and
@@ -6,13 +6,17 @@ Formulas follow transformers `models/llama/modeling_llama.py`, `models/qwen3/mod
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from lljax.models.declare import declare
-from lljax.models.probe import times
+from lljax.models.flops import TokenFlops, token_flops, weight_flops
+from lljax.models.probe import multiply
 from lljax.models.spec import DecoderSpec
 
 
@@ -31,39 +35,38 @@ class RMSNorm(nnx.Module):
         )
         self.eps, self.plus_one = eps, plus_one
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis, in float32: the mean of squares of a bfloat16 row loses its low
-        bits.
-        """
-        wide = unit(x, self.eps)
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """float32, because the mean square of a bfloat16 row loses its low bits."""
+        wide = rms_normalize(x, self.eps)
         if self.plus_one:
             return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
         return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)
 
 
-def unit(x: jax.Array, eps: float) -> jax.Array:
+def rms_normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """x / rms(x) over the last axis, float32."""
     wide = x.astype(jnp.float32)
     return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ low-rank update) (+ bias); kernel is [in, out]. `lora` is filled by
-    lljax.models.lora.attach; `dot`, the product with the kernel, may be lljax.models.fp8.fp8_dot.
+    """x @ kernel (+ low-rank update) (+ bias); kernel is [in, out].
 
-    part: its outputs are some of those of the HF layer `hf`, see `declare.Weight`.
+    lora: filled by lljax.models.lora.attach. dot: the product with the kernel, which may be
+    lljax.models.fp8.fp8_dot. part: which outputs of the HF layer `hf` these are, see
+    `declare.Weight`.
     """
 
     def __init__(
         self,
         shape: tuple[int, int],
         *,
-        axes: tuple,
+        axes: tuple[str | None, str | None],
         hf: str,
         bias: bool = False,
         part: tuple[int, int, int] | None = None,
     ):
-        more = {} if part is None else {"part": part}
+        more: dict[str, Any] = {} if part is None else {"part": part}
         self.kernel = declare(
             shape, axes=axes, hf=f"{hf}.weight", role="kernel", transpose=True, **more
         )
@@ -72,12 +75,14 @@ class Linear(nnx.Module):
             if bias
             else None
         )
-        self.lora = nnx.data(None)
-        self.dot = jnp.matmul
+        self.lora: Any = nnx.data(None)
+        self.dot: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "... in"], dropout_key: jax.Array | None = None
+    ) -> Float[Array, "... out"]:
         kernel = self.kernel.get_value()
-        y = times(x, kernel, self.dot)
+        y = multiply(x, kernel, self.dot)
         if self.lora is not None:
             y = self.lora(x, y, kernel.astype(x.dtype), dropout_key)
         if self.bias is not None:
@@ -85,7 +90,7 @@ class Linear(nnx.Module):
         return y
 
 
-# jax's gelu is the approximation by tanh
+# jax's gelu is the tanh approximation
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 
@@ -102,21 +107,28 @@ class MLP(nnx.Module):
         self.up_proj = Linear((D, F), axes=("embed", "mlp"), bias=bias, **names["up_proj"])
         self.down_proj = Linear((F, D), axes=("mlp", "embed"), hf=f"{hf}.down_proj", bias=bias)
 
-    def __call__(self, x: jax.Array, dropout_key=None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "... D"], dropout_key: jax.Array | None = None
+    ) -> Float[Array, "... D"]:
         hidden = ACTIVATIONS[self.activation](self.gate_proj(x, dropout_key)) * self.up_proj(
             x, dropout_key
         )
         return self.down_proj(hidden, dropout_key)
 
+    def token_flops(self) -> TokenFlops:
+        """No gradient reads the result of the last product."""
+        unread = weight_flops(self.down_proj.kernel).forward
+        return token_flops(self) + TokenFlops(unread=unread)
 
-def named_or_fused(fused: str | None, hf: str, **sizes: int) -> dict:
-    """How each of several projections of `sizes` outputs is called in HF: by its own name, or as
-    rows of `fused`.
+
+def named_or_fused(fused: str | None, hf: str, **sizes: int) -> dict[str, dict]:
+    """The HF names of several projections, as arguments of `Linear`: each its own name, or a range
+    of the outputs of `fused`. sizes: outputs of each projection.
     """
     if fused is None:
         return {name: {"hf": f"{hf}.{name}"} for name in sizes}
-    firsts = itertools.accumulate(sizes.values(), initial=0)
+    firsts = itertools.accumulate(list(sizes.values())[:-1], initial=0)
     return {
         name: {"hf": fused, "part": (first, 1, sum(sizes.values()))}
-        for name, first in zip(sizes, firsts)
+        for name, first in zip(sizes, firsts, strict=True)
     }

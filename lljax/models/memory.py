@@ -1,25 +1,34 @@
-"""What the backward pass keeps, where it keeps it, and how much of a layer exists at one time."""
+"""Which values the backward pass keeps, where it keeps them, and how much of a layer exists at one
+time.
+"""
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from lljax.attention.saved import SAVED
 from lljax.parallel.sharding import Layout, row_parts, token_parts
 
 RESIDUAL = "residual"
 
+Layer = Callable[[Any, Any], tuple[Any, Any]]  # (x, xs) -> (x, ys)
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """remat: full (keep a layer's residual, compute the rest again) | attention (keep the output of
-    attention and its log-sum-exp as well) | none (keep everything). offload: residuals wait in the
-    host's memory.
-    layers_per_residual: keep the residual of every so many layers only. tile: tokens whose
-      projections and MLP exist at one time on a device; 0 for all.
+    """The fields of `config.memory` that a forward pass depends on.
+
+    remat: full (keep the residual of a layer, compute the rest again) | attention (keep the output
+      of attention and its log-sum-exp as well) | none (keep everything).
+    offload: residuals wait in host memory.
+    layers_per_residual: keep one residual for so many layers.
+    tile: tokens of a device whose projections and MLP exist at one time; 0 for all.
     """
 
     remat: str = "none"
@@ -31,12 +40,12 @@ class Memory:
 EVERYTHING = Memory()
 
 
-def recomputed(layer, memory: Memory, *, name: str = RESIDUAL, pieces: int = 1):
-    """`layer(x, xs) -> (x, ys)` so that its backward pass keeps what `memory` says, and computes
-    the rest again.
+def rematerialized(layer: Layer, memory: Memory, *, name: str = RESIDUAL, pieces: int = 1) -> Layer:
+    """`layer` with a backward pass that keeps the values of `memory.remat` and computes the rest
+    again.
 
-    name: of the residual; one `recomputed` inside another needs its own, or the outer one keeps
-      both. pieces: in which a residual goes to the host.
+    name: of the residual; a layer inside another one needs a different name, or the outer one keeps
+    both. pieces: number of arrays in which a residual goes to the host.
     """
     if memory.remat == "none":
         return layer
@@ -53,7 +62,7 @@ def recomputed(layer, memory: Memory, *, name: str = RESIDUAL, pieces: int = 1):
     )
 
     def named(x, xs):
-        # The name must be on a value made inside: what comes in is kept on the device whatever the
+        # The name must be on a value computed inside: an input stays on the device whatever the
         # policy says.
         parts = jnp.array_split(x, pieces, axis=-1)
         return layer(jnp.concatenate([checkpoint_name(part, name) for part in parts], axis=-1), xs)
@@ -61,27 +70,34 @@ def recomputed(layer, memory: Memory, *, name: str = RESIDUAL, pieces: int = 1):
     return jax.checkpoint(named, prevent_cse=False, policy=policy)
 
 
-def scan_layers(layers, x, xs, memory: Memory, layout: Layout | None):
-    """Runs x through layers that differ by a repeated pattern: `layers[0]`, `layers[1]`, ..., and
-    again `layers[0]`, as often as the leading axis of `xs` is long. Compiled once, however often.
+def scan_layers(
+    layers: Sequence[Layer],
+    x: Float[Array, "B T D"],
+    xs: tuple,
+    memory: Memory,
+    layout: Layout | None,
+) -> tuple[Float[Array, "B T D"], tuple]:
+    """Runs x through layers in a repeated pattern: `layers[0]`, `layers[1]`, ..., and again
+    `layers[0]`, once for each entry of the leading axis of `xs`. Compiled once for all repeats.
 
-    layers: functions (x, xs) -> (x, ys), one for each place of the pattern; xs: as many trees;
-      returns x, and as many ys.
+    xs: a tree for each place of the pattern. Returns x, and as many trees of outputs.
     """
-    each, period = memory.layers_per_residual, len(layers)
+    group_size, period = memory.layers_per_residual, len(layers)
     pieces = _pieces(x, layout)
-    if each == 1:
+    if group_size == 1:
         return jax.lax.scan(
-            _in_turn([recomputed(layer, memory, pieces=pieces) for layer in layers]), x, xs
+            _in_turn([rematerialized(layer, memory, pieces=pieces) for layer in layers]), x, xs
         )
-    inner = [recomputed(layer, memory, name="inner_residual", pieces=pieces) for layer in layers]
+    inner = [
+        rematerialized(layer, memory, name="inner_residual", pieces=pieces) for layer in layers
+    ]
     outer = functools.partial(
-        recomputed, memory=dataclasses.replace(memory, remat="full"), pieces=pieces
+        rematerialized, memory=dataclasses.replace(memory, remat="full"), pieces=pieces
     )
-    if each < period:
+    if group_size < period:
 
         def cut(places):
-            return tuple(tuple(places[i : i + each]) for i in range(0, period, each))
+            return tuple(tuple(places[i : i + group_size]) for i in range(0, period, group_size))
 
         x, ys = jax.lax.scan(
             _in_turn([outer(_in_turn(places)) for places in cut(inner)]), x, cut(xs)
@@ -91,19 +107,21 @@ def scan_layers(layers, x, xs, memory: Memory, layout: Layout | None):
     def group(x, xs):
         return jax.lax.scan(_in_turn(inner), x, xs)
 
-    grouped = jax.tree.map(lambda a: a.reshape(-1, each // period, *a.shape[1:]), xs)
+    grouped = jax.tree.map(lambda a: a.reshape(-1, group_size // period, *a.shape[1:]), xs)
     x, ys = jax.lax.scan(outer(group), x, grouped)
     return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
 
 
-def groups_layers(each: int, period: int, times: int) -> bool:
-    """Whether `times` repeats of a pattern of `period` layers can keep one residual per `each`
-    layers.
+def groups_layers(layers_per_residual: int, period: int, times: int) -> bool:
+    """Whether `times` repeats of a pattern of `period` layers can keep one residual per
+    `layers_per_residual` layers.
     """
-    return period % each == 0 or (each % period == 0 and times % (each // period) == 0)
+    return period % layers_per_residual == 0 or (
+        layers_per_residual % period == 0 and times % (layers_per_residual // period) == 0
+    )
 
 
-def _in_turn(layers):
+def _in_turn(layers: Sequence[Layer]) -> Layer:
     def run(x, xs):
         ys = []
         for layer, operands in zip(layers, xs, strict=True):
@@ -114,9 +132,9 @@ def _in_turn(layers):
     return run
 
 
-def _pieces(x, layout: Layout | None) -> int:
-    """In how many pieces a residual goes to the host: the TPU's compiler aborts on a copy of 4 GiB.
-    Elsewhere in one, for putting it together again costs memory.
+def _pieces(x: jax.Array, layout: Layout | None) -> int:
+    """In how many pieces a residual goes to the host: the TPU compiler aborts on a copy of 4 GiB.
+    One on other platforms, because joining pieces costs memory.
     """
     if (jax.default_backend() if layout is None else layout.platform) != "tpu":
         return 1
@@ -124,33 +142,37 @@ def _pieces(x, layout: Layout | None) -> int:
     return -(-x.size * x.dtype.itemsize // (devices * 2**31))
 
 
-def tiled(f, xs, key, memory: Memory, layout: Layout | None):
-    """f(xs, key) for arrays [B, T, ...] where f acts on each token alone, `memory.tile` tokens at a
-    time.
+def map_tiles(
+    f: Callable, xs: Any, key: jax.Array | None, memory: Memory, layout: Layout | None
+) -> Any:
+    """f(xs, key) for arrays [B, T, ...], `memory.tile` tokens at a time; f acts on each token
+    alone.
     """
-    return folded(lambda carry, xs, key: (carry, f(xs, key)), None, xs, key, memory, layout)[1]
+    return fold_tiles(lambda carry, xs, key: (carry, f(xs, key)), None, xs, key, memory, layout)[1]
 
 
-def folded(f, carry, xs, key, memory: Memory, layout: Layout | None):
-    """`tiled`, and what f(carry, xs, key) -> (carry, ys) gathers up on the way: the last carry, and
-    ys.
-    """
-    if not cuts(jax.tree.leaves(xs)[0].shape[1], memory, layout):
+def fold_tiles(
+    f: Callable, carry: Any, xs: Any, key: jax.Array | None, memory: Memory, layout: Layout | None
+) -> tuple[Any, Any]:
+    """`map_tiles` with a carry: the last carry, and ys, of f(carry, xs, key) -> (carry, ys)."""
+    if not is_tiled(jax.tree.leaves(xs)[0].shape[1], memory, layout):
         return f(carry, xs, key)
-    return in_tiles(f, carry, xs, key, memory, layout)
+    return scan_tiles(f, carry, xs, key, memory, layout)
 
 
-def cuts(T: int, memory: Memory, layout: Layout | None) -> bool:
-    """Whether `memory.tile` cuts what a device holds of a row of T tokens."""
+def is_tiled(T: int, memory: Memory, layout: Layout | None) -> bool:
+    """Whether a device holds more than `memory.tile` tokens of a row of T."""
     return 0 < memory.tile < T // token_parts(layout)
 
 
-def in_tiles(f, carry, xs, key, memory: Memory, layout: Layout | None):
+def scan_tiles(
+    f: Callable, carry: Any, xs: Any, key: jax.Array | None, memory: Memory, layout: Layout | None
+) -> tuple[Any, Any]:
     """The last carry, and ys, of f(carry, xs, key) -> (carry, ys) over the tiles of arrays [B, T,
     ...], first to last.
 
-    Tiles are cut from what each device holds, the last one filled up with zeros; what is inside f
-    is computed again in the backward pass, but for what `memory.remat` keeps of attention.
+    A tile is cut from the tokens of each device, the last one padded with zeros. The backward pass
+    computes the inside of f again, except the values that `memory.remat` keeps of attention.
     """
     B, T = jax.tree.leaves(xs)[0].shape[:2]
     parts, tile = token_parts(layout), memory.tile
@@ -169,16 +191,16 @@ def in_tiles(f, carry, xs, key, memory: Memory, layout: Layout | None):
             B, T, *y.shape[4:]
         )
 
-    def one(carry, operands):
+    def step(carry, operands):
         xs, number = operands
         return f(carry, xs, None if key is None else jax.random.fold_in(key, number))
 
-    one = jax.checkpoint(
-        one,
+    step = jax.checkpoint(
+        step,
         prevent_cse=False,
         policy=jax.checkpoint_policies.save_only_these_names(*_saved(memory)),
     )
-    carry, ys = jax.lax.scan(one, carry, (jax.tree.map(cut, xs), jnp.arange(tiles)))
+    carry, ys = jax.lax.scan(step, carry, (jax.tree.map(cut, xs), jnp.arange(tiles)))
     return carry, jax.tree.map(join, ys)
 
 

@@ -1,29 +1,32 @@
-"""A weight that trains though its gradient never exists: a zero beside it tells the gradient in a
-subspace, as the factor of an adapter would.
+"""Low-rank gradients without the full gradient: differentiate with respect to a zero-valued probe P
+in y = W x + P (Q x), which costs as much as the factor of an adapter.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from lljax.models.quantize import Quantised, dense
+from lljax.models.quantize import dense
 from lljax.parallel.sharded_embedding import lookup
-from lljax.parallel.sharding import Layout
+from lljax.parallel.sharding import Layout, each
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Probed:
-    """A weight W [..., in, out] plus a product that is zero, in the place of its value; G is its
-    gradient.
+    """The value of a weight W [..., in, out] whose gradient G is wanted in a subspace: W plus a
+    product that is zero.
 
     inputs: projection [..., in, R] and probe [..., R, out], whose gradient is projection^T G; else
       projection [..., out, R] and probe [..., in, R], whose gradient is G projection.
     """
 
-    base: jax.Array | Quantised
-    projection: jax.Array | Quantised
+    base: Any  # an array or a quantized value
+    projection: Any  # an array or a quantized value
     probe: jax.Array
     inputs: bool = dataclasses.field(metadata={"static": True})
 
@@ -32,43 +35,44 @@ class Probed:
         return self.base.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         return self.base.dtype
 
     @property
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """[..., in, R] and [..., R, out] of a dense one: what is added is their product."""
+        """[..., in, R] and [..., R, out], whose product is added to a dense W."""
         return (
             (self.projection, self.probe)
             if self.inputs
             else (self.probe, jnp.swapaxes(self.projection, -1, -2))
         )
 
-    def dense(self, dtype) -> "Probed":
+    def dense(self, dtype: Any) -> "Probed":
         return Probed(
-            *(dense(x, dtype) for x in (self.base, self.projection)),
-            self.probe.astype(dtype),
-            self.inputs,
+            base=dense(self.base, dtype),
+            projection=dense(self.projection, dtype),
+            probe=self.probe.astype(dtype),
+            inputs=self.inputs,
         )
 
-    def each(self, f, axes: tuple):
+    def each(self, f: Callable, axes: tuple) -> "Probed":
         """See `Quantised.each`."""
         *lead, inputs, outputs = axes
         projected, probed = (
             ((inputs, None), (None, outputs)) if self.inputs else ((outputs, None), (inputs, None))
         )
-        parts = (
-            (self.base, axes),
-            (self.projection, (*lead, *projected)),
-            (self.probe, (*lead, *probed)),
-        )
         return Probed(
-            *(x.each(f, of) if hasattr(x, "each") else f(x, of) for x, of in parts), self.inputs
+            base=each(f, self.base, axes),
+            projection=each(f, self.projection, (*lead, *projected)),
+            probe=f(self.probe, (*lead, *probed)),
+            inputs=self.inputs,
         )
 
 
-def times(x: jax.Array, weight, dot=jnp.matmul) -> jax.Array:
-    """x [..., in] by a dense weight [in, out], in the dtype of x. dot: the product."""
+def multiply(
+    x: Float[Array, "... in"], weight: jax.Array | Probed, dot: Callable = jnp.matmul
+) -> Float[Array, "... out"]:
+    """x by a dense weight [in, out], in the dtype of x. dot: the product."""
     if not isinstance(weight, Probed):
         return dot(x, weight.astype(x.dtype))
     left, right = weight.factors
@@ -77,9 +81,11 @@ def times(x: jax.Array, weight, dot=jnp.matmul) -> jax.Array:
     )
 
 
-def rows(table, tokens: jax.Array, *, dtype, layout: Layout | None) -> jax.Array:
+def lookup_rows(
+    table: jax.Array | Probed, tokens: Int[Array, "B T"], *, dtype: Any, layout: Layout | None
+) -> Float[Array, "B T D"]:
     """The rows of a dense table [V, D], see `lljax.parallel.sharded_embedding.lookup`. The gradient
-    of a probe is summed over all places of a token, in float32.
+    of a probe is summed over all occurrences of a token, in float32.
     """
     if not isinstance(table, Probed):
         return lookup(table, tokens, dtype=dtype, layout=layout)
@@ -89,9 +95,11 @@ def rows(table, tokens: jax.Array, *, dtype, layout: Layout | None) -> jax.Array
     ) @ right.astype(dtype)
 
 
-def side_by_side(x: jax.Array, table) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Arrays [..., D'] and tables [V, D'] whose products make up that of x [..., D] and a dense
-    table [V, D].
+def side_by_side(
+    x: Float[Array, "... D"], table: jax.Array | Probed
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Arrays [..., D'] and tables [V, D'] whose products sum to the product of x and a dense table
+    [V, D].
     """
     if not isinstance(table, Probed):
         return (x,), (table,)

@@ -1,20 +1,24 @@
 """Weights in four or eight bits: codes, and a scale for each block of inputs of an output.
 
 Formats: nf4, the quantiles of a normal distribution, and nf4-double, whose scales are in eight bits
-  in turn (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3; the tables and blocks are
-  bitsandbytes'); int4 and int8, (code - zero) * scale; fp8, e4m3 * scale. A quantised kernel is
-  held by the `Weight` that would hold the dense one, and becomes dense a layer at a time, inside
-  the scan over layers (`dequantised`). Frozen kernels are so where `model.quantize` says it, and
-  what trains by lljax.training.q_galore is.
+in turn (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3; the tables and blocks are
+bitsandbytes'); int4 and int8, (code - zero) * scale; fp8, e4m3 * scale.
+
+A `Weight` holds a quantized kernel in place of the dense one. It becomes dense a layer at a time,
+inside the scan over layers (`dequantised`). `model.quantize` selects the format of frozen kernels;
+lljax.training.q_galore trains kernels in int8.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, UInt8
 
 NF4 = np.array(
     [
@@ -37,12 +41,12 @@ NF4 = np.array(
     ],
     np.float32,
 )  # arXiv 2305.14314, appendix E
-OUTER = 256  # scales that share a scale of their own, in nf4-double
+OUTER = 256  # scales that share an outer scale, in nf4-double
 
 
 def _dynamic() -> np.ndarray:
-    """The 256 values of bitsandbytes' dynamic map: seven decades, each with twice the values of the
-    one below.
+    """The 256 values of bitsandbytes' dynamic map: seven decades, each with twice as many values as
+    the decade below.
 
     Dettmers et al. 2021, arXiv 2110.02861, section 2.1; bitsandbytes `create_dynamic_map`, whose
     float32 differs in the last bit from one CPU to another.
@@ -59,8 +63,8 @@ DYNAMIC = _dynamic()
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """format: see above. block: inputs that share a scale. zero: a block has a zero point of its
-    own (int4, int8).
+    """format: see above. block: inputs that share a scale. zero: whether every block has a zero
+    point (int4, int8).
     """
 
     format: str
@@ -85,8 +89,8 @@ FORMS = {
 
 
 def integers(bits: int, rows: int) -> Form:
-    """Of a matrix with so many inputs that changes as it trains: Zhang et al. 2024, arXiv
-    2407.08296, in blocks of 256.
+    """The form of a trained matrix with `rows` inputs: Zhang et al. 2024, arXiv 2407.08296, in
+    blocks of 256.
     """
     return Form(f"int{bits}", min(256, rows + rows % 2))
 
@@ -94,13 +98,14 @@ def integers(bits: int, rows: int) -> Form:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """A kernel [..., in, out] with any leading axes, its inputs filled up to whole blocks.
+    """A kernel [..., in, out] with any leading axes, its inputs padded to whole blocks.
 
-    codes: [..., blocks, block, out] float8_e4m3fn, or uint8; of four bits [..., blocks, block / 2,
-      out], the first half of a block in the low bits and the second in the high. scale: float32
-      [..., blocks, out], or its codes, uint8, where `outer` float32 [..., ceil(out * blocks / 256)]
-      scales those in the order [out, blocks] and `offset` float32 [...] is added. zero: int16 [...,
-      blocks, out] or None. rows: in. dtype: of the dense kernel.
+    codes: [..., blocks, block, out] float8_e4m3fn, or uint8; in four bits [..., blocks, block / 2,
+      out], the first half of a block in the low bits and the second half in the high bits.
+    scale: float32 [..., blocks, out]; or uint8 codes, which `outer` float32 [..., ceil(out * blocks
+      / 256)] scales in the order [out, blocks] before `offset` float32 [...] is added.
+    zero: int16 [..., blocks, out] or None.
+    rows: in. dtype: of the dense kernel.
     """
 
     codes: jax.Array
@@ -110,21 +115,21 @@ class Quantised:
     offset: jax.Array | None
     form: Form = dataclasses.field(metadata={"static": True})
     rows: int = dataclasses.field(metadata={"static": True})
-    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-3], self.rows, self.codes.shape[-1])
 
-    def dense(self, dtype) -> jax.Array:
+    def dense(self, dtype: Any) -> jax.Array:
         return dequantise(self, dtype)
 
-    def each(self, f, axes: tuple):
-        """f(array, its logical axes) of each array, given the axes of the dense kernel
+    def each(self, f: Callable, axes: tuple) -> "Quantised":
+        """Replaces each array by f(array, its logical axes), given the axes of the dense kernel
         (lljax.parallel.sharding.each).
         """
         *lead, inputs, outputs = axes
-        of = {
+        axes_of = {
             "codes": (*lead, inputs, None, outputs),
             "scale": (*lead, inputs, outputs),
             "zero": (*lead, inputs, outputs),
@@ -135,15 +140,17 @@ class Quantised:
             self,
             **{
                 name: None if getattr(self, name) is None else f(getattr(self, name), axes)
-                for name, axes in of.items()
+                for name, axes in axes_of.items()
             },
         )
 
 
-def quantise(kernel: jax.Array, form: Form, dtype, key: jax.Array | None = None) -> Quantised:
-    """A dense kernel [..., in, out] in `form`; `dtype` is what it counts as when it is dense again.
+def quantise(
+    kernel: Float[Array, "... in out"], form: Form, dtype: Any, key: jax.Array | None = None
+) -> Quantised:
+    """A dense kernel in `form`; `dtype` is its dtype when it is dense again.
 
-    To the nearest code; int4 and int8 with a key up or down at random, so that the mean is the
+    Rounds to the nearest code; int4 and int8 with a key stochastically, so that the mean is the
     kernel.
     """
     *lead, rows, out = kernel.shape
@@ -169,18 +176,25 @@ def quantise(kernel: jax.Array, form: Form, dtype, key: jax.Array | None = None)
         codes = (steps + middle).astype(jnp.uint8)
         zero = jnp.full(scale.shape, middle, jnp.int16) if form.zero else None
     else:
-        codes = sum((x > middle).astype(jnp.uint8) for middle in _middles(NF4))
+        codes: Any = sum((x > midpoint).astype(jnp.uint8) for midpoint in _midpoints(NF4))
     if form.bits == 4:
         codes = pack(codes)
     if form.format == "nf4-double":
-        scale, outer, offset = _quantise_scales(scale)
-    return Quantised(codes, scale, zero, outer, offset, form, rows, jnp.dtype(dtype))
+        scale, outer, offset = _quantize_scales(scale)
+    return Quantised(
+        codes=codes,
+        scale=scale,
+        zero=zero,
+        outer=outer,
+        offset=offset,
+        form=form,
+        rows=rows,
+        dtype=jnp.dtype(dtype),
+    )
 
 
-def dequantise(value: Quantised, dtype) -> jax.Array:
-    """The dense kernel [..., in, out]; products are float32, as bitsandbytes' are, and rounded
-    once.
-    """
+def dequantise(value: Quantised, dtype: Any) -> Float[Array, "... in out"]:
+    """The dense kernel; products are float32, as in bitsandbytes, and rounded once."""
     form, codes = value.form, value.codes
     if form.bits == 4:
         codes = unpack(codes)
@@ -196,15 +210,15 @@ def dequantise(value: Quantised, dtype) -> jax.Array:
     return x.reshape(*lead, blocks * block, out)[..., : value.rows, :]
 
 
-def dense(value, dtype=None):
-    """A value of a Variable in arrays to compute with: a quantised one in `dtype` (None: its own),
-    an array as it is.
+def dense(value: Any, dtype: Any = None) -> Any:
+    """The value of a Variable to compute with: a quantized value in `dtype` (None: the dtype of its
+    dense kernel), an array as it is.
     """
     return value.dense(dtype or value.dtype) if hasattr(value, "dense") else value
 
 
-def dequantised(variables, dtype):
-    """A tree of Variables with its quantised values dense."""
+def dequantised(variables: Any, dtype: Any) -> Any:
+    """A tree of Variables with its quantized values dense."""
     return jax.tree.map(
         lambda variable: variable.replace(dense(variable.get_value(), dtype)),
         variables,
@@ -212,28 +226,28 @@ def dequantised(variables, dtype):
     )
 
 
-def abstract(shape: tuple[int, ...], form: Form, dtype) -> Quantised:
-    """What `quantise` gives of a kernel of this shape, with `jax.ShapeDtypeStruct`s."""
+def abstract(shape: tuple[int, ...], form: Form, dtype: Any) -> Quantised:
+    """A quantized kernel of this shape, of `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(
         functools.partial(quantise, form=form, dtype=dtype),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
 
 
-def pack(codes):
-    """Codes below 16 [..., block, out], two to a byte [..., block / 2, out]."""
+def pack(codes: UInt8[Array, "... block out"]) -> UInt8[Array, "... half out"]:
+    """Codes below 16, two to a byte."""
     half = codes.shape[-2] // 2
     return codes[..., :half, :] | codes[..., half:, :] << 4
 
 
-def unpack(codes: jax.Array) -> jax.Array:
+def unpack(codes: UInt8[Array, "... half out"]) -> UInt8[Array, "... block out"]:
     """The inverse of `pack`; one elementwise expression, which compilers fuse."""
     *lead, half, out = codes.shape
     shifts = jnp.array([0, 4], jnp.uint8)[:, None, None]
     return (codes[..., None, :, :] >> shifts & 15).reshape(*lead, 2 * half, out)
 
 
-def _quantise_scales(scale):
+def _quantize_scales(scale: Float[Array, "... blocks out"]) -> tuple[jax.Array, ...]:
     """(codes, outer, offset) of scales [..., blocks, out], see `Quantised`; bitsandbytes
     `quantize_4bit`.
     """
@@ -244,15 +258,15 @@ def _quantise_scales(scale):
     flat = flat.reshape(*lead, -1, OUTER)
     outer = jnp.max(jnp.abs(flat), axis=-1)
     codes = jnp.searchsorted(
-        _middles(DYNAMIC), flat / jnp.where(outer == 0, 1.0, outer)[..., None]
+        _midpoints(DYNAMIC), flat / jnp.where(outer == 0, 1.0, outer)[..., None]
     ).astype(jnp.uint8)
     codes = codes.reshape(*lead, -1)[..., : blocks * out].reshape(*lead, out, blocks)
     return jnp.swapaxes(codes, -1, -2), outer, offset
 
 
-def _scales(value: Quantised) -> jax.Array:
-    """float32 [..., blocks, out]."""
-    if value.outer is None:
+def _scales(value: Quantised) -> Float[Array, "... blocks out"]:
+    """float32."""
+    if value.outer is None or value.offset is None:
         return value.scale
     *lead, blocks, out = value.scale.shape
     outer = jnp.repeat(value.outer, OUTER, axis=-1)[..., : blocks * out].reshape(*lead, out, blocks)
@@ -260,12 +274,12 @@ def _scales(value: Quantised) -> jax.Array:
 
 
 def _dynamic_value(codes: jax.Array) -> jax.Array:
-    """DYNAMIC[codes] by arithmetic, to the last bit or two: for 256 entries neither a gather nor a
-    choice suits a TPU.
+    """DYNAMIC[codes] by arithmetic, exact to the last bit or two: a table of 256 entries is too
+    large for the selects of `_lookup`, and a TPU gathers element by element.
     """
     signed = codes.astype(jnp.int32) - 127
     place = jnp.abs(signed)
-    decade = sum((place >= 2**k).astype(jnp.int32) for k in range(1, 8))
+    decade: Any = sum((place >= 2**k).astype(jnp.int32) for k in range(1, 8))
     steps = (1 << decade).astype(jnp.float32)
     x = (0.1 + 0.9 * (place + 0.5 - steps) / steps) * _lookup(
         np.float32(10.0) ** np.arange(-6, 2, dtype=np.float32), decade
@@ -274,23 +288,23 @@ def _dynamic_value(codes: jax.Array) -> jax.Array:
 
 
 def _lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
-    """table[codes]; on a TPU, where a gather goes element by element, by choosing a bit of the code
+    """table[codes]; on a TPU, which gathers element by element, by selecting on a bit of the code
     at a time.
     """
 
-    def choose(codes, table=table):
+    def select(codes, table=table):
         if len(table) == 1:
             return table[0]
         half = len(table) // 2
         return jnp.where(
-            codes & half != 0, choose(codes, table[half:]), choose(codes, table[:half])
+            codes & half != 0, select(codes, table[half:]), select(codes, table[:half])
         )
 
     def gather(codes):
         return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
 
-    return jax.lax.platform_dependent(codes, tpu=choose, default=gather)
+    return jax.lax.platform_dependent(codes, tpu=select, default=gather)
 
 
-def _middles(table: np.ndarray) -> np.ndarray:
+def _midpoints(table: np.ndarray) -> np.ndarray:
     return (table[:-1] + table[1:]) / np.float32(2)

@@ -85,6 +85,7 @@ class LayerSpec:
     moe: bool = False  # experts (`DecoderSpec.moe`) in the place of the MLP
     # the window does not slide: a document is cut into chunks of as many tokens
     chunked: bool = False
+    mixer: str = "attention"  # a row of lljax.models.mixers.MIXERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -684,6 +685,9 @@ def from_hf(hf_config: dict) -> DecoderSpec:
     rotary = H
     if mla := fields.get("mla"):  # head_dim is another thing there
         K, H, rotary = N, _number(c, "qk_nope_head_dim") + mla.rope, mla.rope
+        fields["layers"] = tuple(
+            dataclasses.replace(layer, mixer="mla") for layer in fields["layers"]
+        )
         if mla.v > H:
             raise ModelError(
                 f"config.json: v_head_dim={mla.v} exceeds the {H} dimensions of a query, which is not supported"

@@ -12,6 +12,7 @@ from lljax.attention.attend import check_platform
 from lljax.attention.context_parallel import choose
 from lljax.attention.pattern import AttentionPattern
 from lljax.errors import ConfigError
+from lljax.models.mixers import needs_order, refused_modes
 from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout, batch_sharding, row_parts, zigzag
 
@@ -77,6 +78,8 @@ def layout_of(
         windows=windows,
         bytes_per=bytes_per,
         room=memory / 16,
+        refused=refused_modes(spec.layers),
+        ordered=needs_order(spec.layers),
     )
     return Layout(mesh, mode, balanced), reason
 

@@ -206,7 +206,7 @@ def make_step(graphdef, rule: Rule, settings: StepSettings, like: TrainState):
             memory=settings.memory,
             dtype=jnp.dtype(settings.dtype),
             dropout_key=key,
-            noise=settings.noise,
+            neftune_alpha=settings.noise,
             counted=counted,
         )
         hidden, load = (hidden, None) if counted is None else hidden

@@ -36,7 +36,7 @@ def test_olora_is_the_first_part_of_the_qr_decomposition():
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_1", "olora", "loftq"])
 def test_the_factors_are_the_same_every_time(init):
-    for one, other in zip(factors(init)[0], factors(init)[0]):
+    for one, other in zip(factors(init)[0], factors(init)[0], strict=True):
         assert one.dtype == np.float32 and one.tobytes() == other.tobytes()
 
 

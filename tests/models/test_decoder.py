@@ -10,7 +10,7 @@ from flax import nnx
 
 from lljax.attention.pattern import AttentionPattern
 from lljax.models.cache import empty_cache
-from lljax.models.decoder import Decoder, noisy
+from lljax.models.decoder import Decoder, neftune_noise
 from lljax.models.initialise import initialise
 from lljax.models.memory import Memory
 from lljax.models.spec import from_hf, repeats
@@ -298,12 +298,12 @@ def test_reading_through_the_cache_equals_the_whole_row(changes):
 
 def test_noise_is_uniform_within_its_bound_and_follows_the_key():
     x, bound = jnp.ones((2, 50, 32)), 5 / np.sqrt(50 * 32)
-    noise = np.asarray(noisy(x, 5.0, jax.random.key(0)) - x)
+    noise = np.asarray(neftune_noise(x, 5.0, jax.random.key(0)) - x)
     assert (
         0.99 * bound < np.abs(noise).max() <= bound * 1.001
         and abs(noise.std() * np.sqrt(3) / bound - 1) < 0.03
     )
-    assert np.any(noise != np.asarray(noisy(x, 5.0, jax.random.key(1)) - x))
+    assert np.any(noise != np.asarray(neftune_noise(x, 5.0, jax.random.key(1)) - x))
 
 
 def test_a_forward_pass_has_noise_only_with_a_key():
@@ -311,9 +311,9 @@ def test_a_forward_pass_has_noise_only_with_a_key():
     graphdef, state = nnx.split(model)
 
     @functools.partial(jax.jit, static_argnums=1)
-    def hidden(state, noise, key):
+    def hidden(state, alpha, key):
         return nnx.merge(graphdef, state)(
-            tokens, positions=jnp.arange(12)[None], noise=noise, dropout_key=key
+            tokens, positions=jnp.arange(12)[None], neftune_alpha=alpha, dropout_key=key
         )
 
     without = hidden(state, 0.0, None)

@@ -45,7 +45,7 @@ def test_product_and_gradient_are_those_of_rounded_values(lead):
 def test_rounding_costs_a_few_hundredths_in_either_direction():
     x, kernel, dy = (
         jax.random.normal(key, shape, jnp.bfloat16)
-        for key, shape in zip(KEYS, ((64, 256), (256, 96), (64, 96)))
+        for key, shape in zip(KEYS, ((64, 256), (256, 96), (64, 96)), strict=True)
     )
     y, backward = jax.vjp(lambda x: fp8_dot(x, kernel), x)
     assert y.dtype == jnp.bfloat16

@@ -11,6 +11,7 @@ from lljax.models import lora, patterns
 from lljax.models.declare import LoraWeight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
+from lljax.models.lora_layers import column_norms
 from lljax.models.spec import from_hf
 
 CONFIG = {
@@ -220,10 +221,10 @@ def test_column_norms_are_those_of_the_adapted_kernel():
     keys = jax.random.split(jax.random.key(0), 3)
     kernel, a, b = (
         jax.random.normal(key, shape)
-        for key, shape in zip(keys, ((3, 2, 40, 30), (3, 2, 40, 4), (3, 2, 4, 30)))
+        for key, shape in zip(keys, ((3, 2, 40, 30), (3, 2, 40, 4), (3, 2, 4, 30)), strict=True)
     )
     wanted = np.linalg.norm(kernel + 0.7 * a @ b, axis=-2)
-    np.testing.assert_allclose(lora.column_norms(kernel, a, b, 0.7), wanted, rtol=1e-5)
+    np.testing.assert_allclose(column_norms(kernel, a, b, 0.7), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

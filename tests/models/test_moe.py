@@ -12,8 +12,9 @@ from flax import nnx
 from lljax.build import move
 from lljax.models import grouped, lora
 from lljax.models.declare import declared
-from lljax.models.memory import Memory, folded, tiled
-from lljax.models.moe import MoE, no_load
+from lljax.models.memory import Memory, fold_tiles, map_tiles
+from lljax.models.moe import MoE
+from lljax.models.router import no_load
 from lljax.models.spec import MoESpec
 from lljax.parallel.sharding import Layout, batch_sharding, make_mesh
 
@@ -76,7 +77,7 @@ def dense(model, x):
         ranks = jnp.concatenate(
             [
                 jnp.where(w >= least, g, -9)
-                for g, w in zip(groups, jnp.split(worth, moe.groups, axis=-1))
+                for g, w in zip(groups, jnp.split(worth, moe.groups, axis=-1), strict=True)
             ],
             axis=-1,
         )
@@ -139,7 +140,7 @@ def test_experts_equal_a_loop_over_all_of_them(router, monkeypatch):
     monkeypatch.setattr(grouped, "BLOCK", 32)
     model = build(**ROUTERS[router])
     assert_same(
-        value_and_gradients(model, lambda model, x: model(x), X),
+        value_and_gradients(model, lambda model, x: model(x)[0], X),
         value_and_gradients(model, dense, X),
     )
 
@@ -148,7 +149,7 @@ def test_a_tile_at_a_time_and_computed_again():
     model = build(shared=6)
 
     def in_tiles(model, x):
-        return tiled(lambda x, key: model(x, key), x, None, Memory("full", tile=16), None)
+        return map_tiles(lambda x, key: model(x, key)[0], x, None, Memory("full", tile=16), None)
 
     assert_same(
         value_and_gradients(model, jax.checkpoint(in_tiles), X),
@@ -162,7 +163,7 @@ def test_every_token_may_go_to_one_expert():
     model.gate.weight.set_value(model.gate.weight[...].at[:, 1:3].set(50.0 * jnp.ones((D, 2))))
     x = jnp.abs(X)
     assert_same(
-        value_and_gradients(model, lambda model, x: model(x), x),
+        value_and_gradients(model, lambda model, x: model(x)[0], x),
         value_and_gradients(model, dense, x),
         1e-4,
     )
@@ -183,7 +184,7 @@ def test_the_load_counts_choices_and_sums_probabilities():
 
 def test_bfloat16_compute():
     model = build()
-    y = nnx.jit(lambda model, x: model(x))(model, X.astype(jnp.bfloat16))
+    y = nnx.jit(lambda model, x: model(x)[0])(model, X.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert np.median(jnp.abs(y - dense(model, X)) / jnp.abs(dense(model, X)).max()) < 0.01
 
@@ -236,7 +237,7 @@ def over(mesh, model, memory):
             y, more = model(xs[0], key, layout, xs[1])
             return load + more, y
 
-        load, y = folded(
+        load, y = fold_tiles(
             add, no_load(model.moe, COUNTED, layout), (x, COUNTED), None, memory, layout
         )
         return with_load(y, load.sum(1))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lljax.models.grouped import grouped_dot
-from lljax.models.probe import Probed, rows, times
+from lljax.models.probe import Probed, lookup_rows, multiply
 from lljax.models.quantize import dense, integers, quantise
 from lljax.objectives.token_loss import cross_entropy
 from lljax.parallel.sharding import Layout, make_mesh
@@ -29,15 +29,15 @@ def test_a_probe_tells_the_gradient_in_its_subspace(inputs, layout):
     targets = jax.random.randint(KEY, (2, 8), 0, 6).at[0, 2].set(-100)
 
     def kernel(w):  # [6, 10]
-        return jnp.sum(jnp.sin(times(x, w)) * y)
+        return jnp.sum(jnp.sin(multiply(x, w)) * y)
 
     def experts(w):  # two of the same
         w = jax.tree.map(lambda x: jnp.stack([x, x]), w)
         dot = functools.partial(grouped_dot, sizes=jnp.array([9, 7]), platform="cpu")
-        return jnp.sum(jnp.sin(times(x.reshape(16, 6), w, dot)) * y.reshape(16, 10))
+        return jnp.sum(jnp.sin(multiply(x.reshape(16, 6), w, dot)) * y.reshape(16, 10))
 
     def embedding(w):
-        return jnp.sum(jnp.cos(rows(w, tokens, dtype=jnp.float32, layout=layout)) * y[:, :4])
+        return jnp.sum(jnp.cos(lookup_rows(w, tokens, dtype=jnp.float32, layout=layout)) * y[:, :4])
 
     def head(w):
         return cross_entropy(y, w, targets, chunk=4, softcap=3.0, layout=layout)
@@ -52,7 +52,7 @@ def test_a_probe_tells_the_gradient_in_its_subspace(inputs, layout):
             (
                 jax.value_and_grad(f)(dense(base)),
                 jax.value_and_grad(
-                    lambda z: f(Probed(base, projection, z, inputs).dense(jnp.float32))
+                    lambda z, f=f: f(Probed(base, projection, z, inputs).dense(jnp.float32))
                 )(zero),
             )
             for f in (kernel, experts, embedding, head)

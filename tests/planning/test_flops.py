@@ -10,9 +10,10 @@ import pytest
 from lljax.attention import causal
 from lljax.attention.mask import chunked, visible
 from lljax.attention.pattern import AttentionPattern
-from lljax.build import mesh_of, placed_model
+from lljax.build import abstract_model, mesh_of, placed_model
 from lljax.config import default_config
-from lljax.planning.flops import of_step, visible_pairs
+from lljax.models.mixers.visible_pairs import visible_pairs
+from lljax.planning.flops import of_step
 from lljax.training.curriculum import stages
 from lljax.training.placement import abstract_batch
 from lljax.training.step import take_apart
@@ -100,6 +101,96 @@ def test_hardware_flops_are_those_of_the_program(kind, changes):
     block = T * T if kind == "full" else T * 24
     counted = products(program, 0.5 * visible_pairs(stage.pattern, T) / block)
     assert abs(of_step(model, c, stage).hardware / counted - 1) < 0.05
+
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 64,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "sliding_window": 10,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 8,
+}
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+LLAMA4 = {
+    "model_type": "llama4_text",
+    "attention_chunk_size": 12,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "intermediate_size_mlp": 40,
+    "no_rope_layer_interval": 2,
+    "interleave_moe_layer_step": 2,
+}
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN2_MOE = {
+    "model_type": "qwen2_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+TABLES = {"lora.targets": (r"self_attn\..*", "embed_tokens", "lm_head")}
+QUANTIZED = {"model.quantize": "nf4", "memory.layers_per_residual": 2, "training.accumulate": 3}
+
+
+@pytest.mark.parametrize(
+    "family,kind,tile,remat,changes,model_flops,hardware",
+    [
+        ({}, "full", 0, "full", {}, 14_696_448, 20_389_888),
+        ({}, "shifted", 16, "none", {}, 12_337_152, 16_850_944),
+        ({}, "full", 0, "full", {"lora.also_train": ("embed", "head")}, 15_089_664, 20_783_104),
+        ({}, "full", 0, "none", TABLES, 13_467_648, 14_000_128),
+        ({}, "shifted", 0, "full", QUANTIZED, 37_011_456, 66_035_712),
+        (GEMMA3, "window", 16, "none", {}, 13_096_704, 17_990_272),
+        (GEMMA3, "full", 16, "attention", {}, 13_555_968, 17_994_368),
+        (DEEPSEEK, "shifted", 16, "full", {}, 12_229_632, 16_857_600),
+        (LLAMA4, "full", 0, "none", {}, 13_963_264, 14_280_704),
+        (MIXTRAL, "window", 0, "full", {}, 16_821_248, 23_036_416),
+        (QWEN2_MOE, "full", 16, "none", {}, 17_176_576, 22_659_072),
+    ],
+)
+def test_totals_of_families(family, kind, tile, remat, changes, model_flops, hardware):
+    """Known totals: 4 layers, rows of 64 tokens, LoRA of rank 4 on every linear layer but routed
+    experts.
+    """
+    c = default_config()
+    c.context.length, c.context.schedule, c.context.rope.type = T, ((1, T, kind),), "keep"
+    c.context.group, c.context.window, c.context.anchors = 16, 20, 4
+    c.lora.rank, c.lora.also_train = 4, ()
+    c.lora.targets = (r"self_attn\..*",) if "num_experts_per_tok" in family else ("all-linear",)
+    if family is QWEN2_MOE:
+        c.lora.targets = (r"self_attn\..*", r"mlp\..*")
+    c.memory.tile, c.memory.remat = tile, remat
+    c.update_from_flattened_dict(changes)
+    model, (stage,) = abstract_model(c, SMALL | family), stages(c.context)
+    flops = of_step(model, c, stage)
+    assert (flops.model, flops.hardware) == (model_flops, hardware)
+    # the slices of the head go round twice
+    spread = of_step(model, c, stage, parts=2).hardware
+    assert spread - hardware == c.training.accumulate * c.training.rows * T * 2 * 96 * 32
 
 
 def test_visible_pairs_of_chunks_are_those_of_the_mask():

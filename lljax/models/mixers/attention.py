@@ -1,21 +1,36 @@
 """Softmax attention over query, key and value heads."""
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
-from lljax.attention import AttentionOptions, Mask, attend_parallel
+from lljax.attention import AttentionOptions, attend_parallel, attend_tile, first_halo, tile_reach
 from lljax.attention.pattern import AttentionPattern
-from lljax.models.cache import kept, read, write
+from lljax.models.context import LayerContext
 from lljax.models.declare import declare
-from lljax.models.linear import Linear, RMSNorm, named_or_fused, unit
+from lljax.models.flops import RowFlops, TokenFlops, token_flops
+from lljax.models.linear import Linear, RMSNorm, named_or_fused, rms_normalize
+from lljax.models.mixers.kv_state import KVState
+from lljax.models.mixers.visible_pairs import visible_pairs
 from lljax.models.rope import Place, rotate
-from lljax.models.spec import DecoderSpec
+from lljax.models.spec import DecoderSpec, LayerSpec
+
+Heads = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
 
 
 class Attention(nnx.Module):
-    def __init__(self, spec: DecoderSpec, hf: str):
+    """Grouped-query attention with optional norms of queries and keys, sinks and softcap."""
+
+    hf_name: ClassVar[str] = "self_attn"
+    refused_modes: ClassVar[Mapping[str, str]] = {}
+    ordered: ClassVar[bool] = False
+
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str):
         D, N, K, H = spec.D, spec.N, spec.K, spec.H
         names = named_or_fused(
             f"{hf}.qkv_proj" if spec.fused else None, hf, q_proj=N * H, k_proj=K * H, v_proj=K * H
@@ -35,35 +50,109 @@ class Attention(nnx.Module):
         norm = functools.partial(RMSNorm, H, spec.norm_eps, plus_one=spec.norm_plus_one)
         self.q_norm = norm(hf=f"{hf}.q_norm") if spec.qk_norm else None
         self.k_norm = norm(hf=f"{hf}.k_norm") if spec.qk_norm else None
-        self.unit_eps, self.interleaved = spec.norm_eps if spec.qk_unit else None, spec.interleaved
+        self.normalize_eps = spec.norm_eps if spec.qk_unit else None
         self.sinks = (
             declare((N,), axes=("heads",), hf=f"{hf}.sinks", role="bias", init="zeros")
             if spec.sinks
             else None
         )
-        self.H, self.scale, self.softcap = H, spec.scale, spec.attention_softcap
+        self._set_sizes(spec, layer)
 
-    def heads(self, x, dropout_key=None):
-        """Queries [B, T, N, H], keys and values [B, T, K, H] of x [B, T, D], before rotation."""
+    def _set_sizes(self, spec: DecoderSpec, layer: LayerSpec) -> None:
+        self.layer, self.N, self.H, self.value_size = layer, spec.N, spec.H, spec.H
+        self.interleaved = spec.interleaved
+        self.scale, self.softcap = spec.scale, spec.attention_softcap
+
+    def heads(self, x: Float[Array, "B T D"], dropout_key: jax.Array | None = None) -> Heads:
+        """Queries, keys and values before rotation."""
         q, k, v = (
             projection(x, dropout_key).reshape(*x.shape[:2], -1, self.H)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return (halves(q), halves(k), v) if self.interleaved else (q, k, v)
+        return (deinterleave(q), deinterleave(k), v) if self.interleaved else (q, k, v)
 
-    def placed(self, x, place: Place, *, query: bool = False):
-        """Keys [B, T, K, H] of `heads`, or queries, with what their places do to them."""
-        if query and place.temperature is not None:
-            x = (x * place.temperature[:, :, None, None]).astype(x.dtype)
+    def project(
+        self, x: Float[Array, "B T D"], place: Place, dropout_key: jax.Array | None = None
+    ) -> Heads:
+        q, k, v = self.heads(x, dropout_key)
+        if place.temperature is not None:
+            q = (q * place.temperature[:, :, None, None]).astype(q.dtype)
+        return self._rotated(q, place), self._rotated(k, place), v
+
+    def _rotated(self, x: Float[Array, "B T heads H"], place: Place) -> Float[Array, "B T heads H"]:
         if place.rotation is None:
             return x
         x = rotate(x, place.rotation)
-        return x if self.unit_eps is None else unit(x, self.unit_eps).astype(x.dtype)
+        if self.normalize_eps is None:
+            return x
+        return rms_normalize(x, self.normalize_eps).astype(x.dtype)
+
+    def mix(
+        self, operands: Heads, context: LayerContext, state: KVState | None = None
+    ) -> tuple[Float[Array, "B T X"], KVState | None]:
+        q, k, v = operands
+        update = None
+        if state is not None:
+            update = state.encode(k, v)
+            k, v = state.write(update, context.start).decode(q.dtype)
+        options, groups = self.options(context.pattern), context.pattern.groups
+        out = attend_parallel(q, k, v, context.mask, options, groups=groups, layout=context.layout)
+        return self._joined(out), update
+
+    def output(
+        self, mixed: Float[Array, "B T X"], dropout_key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
+        return self.o_proj(mixed, dropout_key)
+
+    def first_carry(
+        self, project: Callable[[tuple], Heads], xs: tuple, context: LayerContext
+    ) -> Any | None:
+        """The keys and values before the first tile, see lljax.attention.streamed."""
+        mask, layout = context.mask, context.layout
+        reach = tile_reach(
+            mask.q_index.shape[1], mask, context.pattern.groups, context.memory.tile, layout
+        )
+        if reach is None:
+            return None
+        return first_halo(lambda *xs: project(xs)[1:], xs, mask, reach, layout)
+
+    def mix_tile(
+        self, operands: Heads, context: LayerContext, carry: Any
+    ) -> tuple[Float[Array, "B t X"], Any]:
+        out, halo = attend_tile(
+            *operands,
+            context.mask,
+            carry,
+            self.options(context.pattern),
+            groups=context.pattern.groups,
+            layout=context.layout,
+        )
+        return self._joined(out), halo
+
+    def token_flops(self) -> TokenFlops:
+        return token_flops(self)
+
+    def row_flops(self, T: int, pattern: AttentionPattern) -> RowFlops:
+        """Scores, and their product with the values. Flash attention computes the scores once more
+        in its backward pass.
+        """
+        pairs = self.N * visible_pairs(pattern, T, self.layer.window, self.layer.chunked)
+        forward = 2 * pairs * (self.H + self.value_size)
+        return RowFlops(
+            forward=forward,
+            backward=2 * forward,
+            recomputed=forward / 2,
+            streamed=any((pattern.group, pattern.window, self.layer.window)),
+        )
+
+    @staticmethod
+    def abstract_state(spec: DecoderSpec, layer: LayerSpec, B: int, S: int, dtype: Any) -> KVState:
+        return KVState.abstract((B, spec.K, S, spec.H), dtype)
 
     def options(self, pattern: AttentionPattern) -> AttentionOptions:
-        """What attention takes besides queries, keys, values and their mask."""
+        """Arguments of attention besides queries, keys, values and their mask."""
         # float32, like the sums that they enter
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
         return AttentionOptions(
@@ -73,27 +162,13 @@ class Attention(nnx.Module):
             implementation=pattern.implementation,
         )
 
-    def mix(self, q, k, v, mask: Mask, pattern: AttentionPattern, layout=None, cache=None, start=0):
-        """Attention [B, T, N * H] of `heads`, queries and keys `placed`; with a `cache` (k, v [B,
-        K, S, H]) over its entries too, the new ones from slot `start` on. Also returns what the
-        cache keeps of them. `o_proj` comes after it.
-        """
-        if cache is not None:
-            new = tuple(kept(each, held) for each, held in zip((k, v), cache))
-            k, v = (read(write(held, each, start), q.dtype) for held, each in zip(cache, new))
-            cache = new
-        options = self.options(pattern)
-        out = attend_parallel(q, k, v, mask, options, groups=pattern.groups, layout=layout)
-        return self.join(out), cache
-
-    def join(self, out):
-        """What `o_proj` takes, [B, T, N * H], of the heads [B, T, N, H] that attention gives."""
+    def _joined(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T X"]:
         return out.reshape(*out.shape[:2], -1)
 
 
-def halves(x):
-    """[..., dimensions] in the order in which i pairs with the one half of them further; a
-    checkpoint whose RoPE pairs neighbours has them in another. Scores do not change where queries
-    and keys are ordered alike.
+def deinterleave(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+    """Even dimensions first, then odd ones: from a checkpoint whose RoPE rotates neighbors (2i,
+    2i + 1) to the order here, in which i pairs with i + H / 2. Scores stay the same if queries and
+    keys are reordered alike.
     """
     return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)

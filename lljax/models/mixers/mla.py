@@ -1,25 +1,27 @@
-"""Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1): keys and values of
-all heads are made of one narrow latent a token. Formulas follow transformers
+"""Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1): the keys and
+values of all heads are projected from one narrow latent per token. Formulas follow transformers
 `models/deepseek_v3/modeling_deepseek_v3.py`.
 """
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lljax.models.linear import Linear, RMSNorm
-from lljax.models.mixers.attention import Attention, halves
-from lljax.models.spec import DecoderSpec
+from lljax.models.mixers.attention import Attention, Heads, deinterleave
+from lljax.models.spec import DecoderSpec, LayerSpec
 
 EPS = 1e-6  # of the norms of the latents, whatever rms_norm_eps is
 
 
 class MLA(Attention):
-    """Of a query and a key the first `rope` dimensions are turned, so that RoPE is that of every
-    other family; a checkpoint has them last. Values are shorter than queries and keys, and no
-    attention kernel takes that: they are filled up with zeros, which changes nothing and which
-    `join` cuts off again.
+    """RoPE rotates the first `rope` dimensions of a query or key, as in every other family; a
+    checkpoint has them last. Values are shorter than keys, which no attention kernel takes: they
+    are padded with zeros, which changes no result, and `_joined` cuts the padding off.
     """
 
-    def __init__(self, spec: DecoderSpec, hf: str):
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str):
+        assert spec.mla is not None, "a layer with mixer 'mla' needs DecoderSpec.mla"
         D, N, H, mla = spec.D, spec.N, spec.H, spec.mla
         if mla.q_rank:
             self.q_a_proj = Linear(
@@ -42,30 +44,29 @@ class MLA(Attention):
         self.o_proj = Linear(
             (N * mla.v, D), axes=("heads", "embed"), hf=f"{hf}.o_proj", bias=spec.output_bias
         )
-        self.unit_eps, self.interleaved, self.sinks = None, spec.interleaved, None
-        self.H, self.scale, self.softcap, self.mla = H, spec.scale, spec.attention_softcap, mla
+        self.normalize_eps, self.sinks = None, None
+        self._set_sizes(spec, layer)
+        self.mla, self.value_size = mla, mla.v
 
-    def heads(self, x, dropout_key=None):
-        """Queries, keys and values [B, T, N, H] of x [B, T, D], before rotation."""
+    def heads(self, x: Float[Array, "B T D"], dropout_key: jax.Array | None = None) -> Heads:
         B, T, _ = x.shape
+        rope, value_size = self.mla.rope, self.mla.v
         if self.mla.q_rank:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x, dropout_key)), dropout_key)
         else:
             q = self.q_proj(x, dropout_key)
         q = q.reshape(B, T, -1, self.H)
-        q = jnp.concatenate(
-            [self._turning(q[..., -self.mla.rope :]), q[..., : -self.mla.rope]], axis=-1
-        )
+        q = jnp.concatenate([self._in_pairs(q[..., -rope:]), q[..., :-rope]], axis=-1)
         latent = self.kv_a_proj_with_mqa(x, dropout_key)
         latent, shared = latent[..., : self.mla.kv_rank], latent[..., None, self.mla.kv_rank :]
         kv = self.kv_b_proj(self.kv_a_layernorm(latent), dropout_key).reshape(B, T, q.shape[2], -1)
-        k, v = kv[..., : -self.mla.v], kv[..., -self.mla.v :]
-        shared = jnp.broadcast_to(self._turning(shared), (*k.shape[:3], self.mla.rope))
-        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, self.H - self.mla.v)))
+        k, v = kv[..., :-value_size], kv[..., -value_size:]
+        shared = jnp.broadcast_to(self._in_pairs(shared), (*k.shape[:3], rope))
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, self.H - value_size)))
         return q, jnp.concatenate([shared, k], axis=-1), v
 
-    def join(self, out):
-        return super().join(out[..., : self.mla.v])
+    def _joined(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T X"]:
+        return super()._joined(out[..., : self.mla.v])
 
-    def _turning(self, x):
-        return halves(x) if self.interleaved else x
+    def _in_pairs(self, x: Float[Array, "B T N rope"]) -> Float[Array, "B T N rope"]:
+        return deinterleave(x) if self.interleaved else x

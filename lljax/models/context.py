@@ -1,0 +1,39 @@
+"""Everything that a layer reads beside its input."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Bool, Int
+
+from lljax.attention.mask import Mask
+from lljax.attention.pattern import FULL, AttentionPattern
+from lljax.models.memory import EVERYTHING, Memory
+from lljax.models.rope import Place
+from lljax.parallel.sharding import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerContext:
+    """The tokens [B, T] of a forward pass as one layer sees them.
+
+    place: RoPE rotation or temperature of each token.
+    mask: which keys a token sees in this layer, with its window or chunks; with a cache the keys
+      are the slots of the cache.
+    pattern: attention of the stage. layout: how arrays lie on a mesh; None for one device.
+    memory: which values the backward pass keeps.
+    start: first slot of the cache that these tokens take; 0 without a cache.
+    dropout_key: of this layer; None for no dropout.
+    counted: tokens whose routing is counted (lljax.models.router); None to count nothing.
+    """
+
+    place: Place
+    mask: Mask
+    pattern: AttentionPattern = FULL
+    layout: Layout | None = None
+    memory: Memory = EVERYTHING
+    start: Int[Array, ""] | int = 0
+    dropout_key: jax.Array | None = None
+    counted: Bool[Array, "B T"] | None = None
+
+    def replace(self, **changes) -> "LayerContext":
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,115 @@
+"""The interface of a mixer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, Self
+
+import jax
+from jaxtyping import Array, Float, Int
+from jaxtyping import PyTree as Tree
+
+from lljax.attention.pattern import AttentionPattern
+from lljax.models.context import LayerContext
+from lljax.models.flops import RowFlops, TokenFlops
+from lljax.models.rope import Place
+from lljax.models.spec import DecoderSpec, LayerSpec
+
+Operands = Tree[Float[Array, "B T ..."]]  # from `project` to `mix`
+Carry = Any  # a pytree of arrays [B, ...]
+
+
+class State(Protocol):
+    """The part of a mixer in a cache, a registered dataclass of arrays: the tokens that were read.
+
+    In a cache (lljax.models.cache) every array is [layers, B, ...]; `mix` gets [B, ...] of its own
+    layer.
+    """
+
+    def write(self, update: Self, start: Int[Array, ""] | int) -> Self:
+        """The state of all layers after the tokens from slot `start` on. update: from `mix`, with
+        an axis of layers in front.
+        """
+        ...
+
+    def grow(self, slots: int) -> Self:
+        """The state with room for `slots` tokens; itself if its size does not depend on them."""
+        ...
+
+
+class Mixer(Protocol):
+    """Lets tokens read the tokens before them: the half of a decoder layer that is no MLP.
+
+    A layer calls `project`, `mix` and `output` one after the other. `project` and `output` treat
+    each token alone, so that `memory.tile` bounds how many tokens they hold at a time. A row whose
+    whole layer can run tile by tile goes through `first_carry` and `mix_tile` in place of `mix`.
+
+    Parameters are declared in the constructor (lljax.models.declare), `hf` being their prefix in
+    the HF checkpoint.
+    """
+
+    hf_name: ClassVar[str]
+    """Name of the module below its layer in a HF checkpoint."""
+
+    refused_modes: ClassVar[Mapping[str, str]]
+    """Context-parallel modes (lljax.attention.context_parallel) that it cannot run under, each with
+    the reason."""
+
+    ordered: ClassVar[bool]
+    """Whether a device must hold consecutive tokens, in the order of the row: no zigzag order."""
+
+    def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str) -> None: ...
+
+    def project(
+        self, x: Float[Array, "B T D"], place: Place, dropout_key: jax.Array | None
+    ) -> Operands:
+        """The operands of `mix`, of normalized tokens x at their places."""
+        ...
+
+    def mix(
+        self, operands: Operands, context: LayerContext, state: Any | None
+    ) -> tuple[Float[Array, "B T X"], Any | None]:
+        """Tokens mixed along the row under `context.mask`, and the update of the state for
+        `State.write`. state: of this layer; None without a cache, and the update is None too.
+        """
+        ...
+
+    def output(
+        self, mixed: Float[Array, "B T X"], dropout_key: jax.Array | None
+    ) -> Float[Array, "B T D"]:
+        """The part of the layer that is added to the residual."""
+        ...
+
+    def first_carry(
+        self, project: Callable[[tuple], Operands], xs: tuple, context: LayerContext
+    ) -> Carry | None:
+        """The carry into the first tile of every device; None if a row of this context cannot go
+        tile by tile.
+
+        xs: arrays [B, T, ...] of the row, x first. project: gives the operands of xs, or of the
+        same part of the tokens of each array.
+        """
+        ...
+
+    def mix_tile(
+        self, operands: Operands, context: LayerContext, carry: Carry
+    ) -> tuple[Float[Array, "B t X"], Carry]:
+        """`mix` of the next tile, given the carry out of the tile before, and its own carry.
+
+        context.mask: of the tile. Tokens that fill up the last one have the key index NEVER
+        (lljax.attention.mask).
+        """
+        ...
+
+    def token_flops(self) -> TokenFlops:
+        """Products of one token with the parameters, of all stacked layers."""
+        ...
+
+    def row_flops(self, T: int, pattern: AttentionPattern) -> RowFlops:
+        """Products between the T tokens of a row of one document, in one layer."""
+        ...
+
+    @staticmethod
+    def abstract_state(spec: DecoderSpec, layer: LayerSpec, B: int, S: int, dtype: Any) -> State:
+        """The state of one layer for B rows of S tokens, of `jax.ShapeDtypeStruct`s; it starts as
+        zeros. dtype: of arrays that grow with S; int8 for eight bits and scales.
+        """
+        ...
