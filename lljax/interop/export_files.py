@@ -12,7 +12,8 @@ from pathlib import Path
 from lljax.errors import ModelError
 from lljax.interop.folder import read_json
 from lljax.interop.open import TOKENIZER_FILES, end_tokens
-from lljax.models.spec import DecoderSpec, from_hf, rope_to_hf
+from lljax.models.families import rope_to_hf, spec_from_hf
+from lljax.models.spec import DecoderSpec
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Other names of max_position_embeddings; vLLM takes the least of all that are there.
@@ -105,7 +106,7 @@ def _modules(path: Path) -> set[str]:
 
 def _changed(base, spec: DecoderSpec) -> bool:
     """Whether the RoPE or the length differs from the base's."""
-    own = from_hf(base.config)
+    own = spec_from_hf(base.config)
     return any(
         getattr(own, name) != getattr(spec, name) for name in ("rope", "more_ropes", "max_length")
     )
