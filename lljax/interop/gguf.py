@@ -278,7 +278,8 @@ class GgufBase(Base):
         wanted = base_frequencies(theta, H) / np.asarray(llama3_frequencies(spec, H, 0).inverse)
         if wanted.shape != divisors.shape or not np.allclose(wanted, divisors, rtol=1e-4):
             raise ModelError(
-                f"{self.path}: its RoPE factors ({ROPE_FREQS}) are not a Llama 3's: {USE_FOLDER}"
+                f"{self.path}: its RoPE factors ({ROPE_FREQS}) are not of the kind llama3: "
+                f"{USE_FOLDER}"
             )
         return {
             "rope_type": "llama3",

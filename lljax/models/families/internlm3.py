@@ -21,7 +21,7 @@ def _decoder(c: dict) -> dict[str, Any]:
 
 FAMILY = Family(
     model_type="internlm3",
-    architecture="InternLM3ForCausalLM",
+    architecture="LlamaForCausalLM",
     defaults={
         "max_position_embeddings": 32_768,
         "num_key_value_heads": 2,
