@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from lljax.config import Config
 from lljax.errors import ConfigError, ModelError
 from lljax.interop.adapter_init import StartedBase, starts_from_base
-from lljax.interop.folder import FolderBase, read_json
+from lljax.interop.base import Base
+from lljax.interop.folder import read_json
 from lljax.interop.huggingface import load_weights
 from lljax.interop.layouts import form_of
 from lljax.interop.open import open_base, open_config
@@ -33,7 +34,7 @@ from lljax.models.spec import DecoderSpec, repeats
 from lljax.parallel import sharding
 
 
-def open_run_base(config: Config) -> FolderBase:
+def open_run_base(config: Config) -> Base:
     """The base of a run. If the run continues an adapter: the base as that adapter takes it, see
     lljax.interop.peft.under_adapter.
 
@@ -51,7 +52,7 @@ def open_run_config(config: Config) -> dict[str, Any]:
     return hf_config | {"tie_word_embeddings": False} if unties else hf_config
 
 
-def adapted_spec(base: FolderBase, adapter: Path) -> DecoderSpec:
+def adapted_spec(base: Base, adapter: Path) -> DecoderSpec:
     """The spec of the base under the RoPE of the adapter: its rope.json, which lljax writes beside
     it, if there is one.
 
@@ -70,7 +71,7 @@ def adapted_spec(base: FolderBase, adapter: Path) -> DecoderSpec:
         raise ModelError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
 
 
-def rope_unlike_the_adapters(spec: DecoderSpec, base: FolderBase, adapter: str) -> str:
+def rope_unlike_the_adapters(spec: DecoderSpec, base: Base, adapter: str) -> str:
     """A warning if a run continues an adapter under another RoPE than it was trained under; else
     an empty text.
     """
@@ -271,14 +272,14 @@ def placed_model(config: Config, hf_config: dict, mesh: Mesh) -> Decoder:
     return model
 
 
-def build_model(config: Config, base: FolderBase, mesh: Mesh) -> Decoder:
+def build_model(config: Config, base: Base, mesh: Mesh) -> Decoder:
     """The decoder of a run, with its values on `mesh`."""
     model = abstract_model(config, base.config)
     fill(model, config, base, mesh)
     return model
 
 
-def fill(model: Decoder, config: Config, base: FolderBase, mesh: Mesh) -> dict[str, int]:
+def fill(model: Decoder, config: Config, base: Base, mesh: Mesh) -> dict[str, int]:
     """Puts the values of a run into its abstract model: of the base, of `lora.adapter`, and fresh
     ones elsewhere. Returns the checksums of the tensors that it read, see `load_weights`.
     """
@@ -301,7 +302,7 @@ def fill(model: Decoder, config: Config, base: FolderBase, mesh: Mesh) -> dict[s
 
 
 def load_base(
-    base: FolderBase,
+    base: Base,
     spec: DecoderSpec,
     dtype: Any,
     quantize: str = "none",

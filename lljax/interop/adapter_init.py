@@ -13,6 +13,7 @@ from lljax.errors import ModelError
 from lljax.interop.base import Base, BaseView
 from lljax.interop.huggingface import hf_names, hf_part
 from lljax.models.adapter_init import first_factors
+from lljax.models.linear import Linear
 from lljax.models.lora import Lora, linear_layers
 from lljax.models.quantize import Form, Quantised, dequantise, quantise
 from lljax.parallel.sharding import put
@@ -53,7 +54,9 @@ class StartedBase(BaseView):
 
     def __init__(self, base: Base, model: nnx.Module):
         super().__init__(base)
-        self._adapted = [linear for _, linear in linear_layers(model) if linear.lora is not None]
+        self._adapted: list[Linear] = [
+            linear for _, linear in linear_layers(model) if linear.lora is not None
+        ]
         if base.config.get("quantization_config") and any(
             owns_kernel(linear.lora) for linear in self._adapted
         ):
@@ -62,7 +65,7 @@ class StartedBase(BaseView):
                 "quantized: use the model it was made from, or lora.init='default'"
             )
         # By HF name: the layers that the tensor is made of, each with its part of the tensor.
-        self._linears: dict[str, list[tuple[Any, nnx.Module]]] = {}
+        self._linears: dict[str, list[tuple[Any, Linear]]] = {}
         for linear in self._adapted:
             for name in hf_names(linear.kernel):
                 self._linears.setdefault(name, []).append((hf_part(linear.kernel), linear))
@@ -75,8 +78,8 @@ class StartedBase(BaseView):
         linear = next(linear for of, linear in self._linears[name] if of == part)
         return self._first_values(name, self._base.read(name)[part], linear).factors
 
-    def _first_values(self, name: str, weight: np.ndarray, linear: Any) -> FirstValues:
-        lora, kernel = linear.lora, linear.kernel.get_value()
+    def _first_values(self, name: str, weight: np.ndarray, linear: Linear) -> FirstValues:
+        lora, kernel = _lora(linear), linear.kernel.get_value()
         quantized = functools.partial(_quantized, kernel) if isinstance(kernel, Quantised) else None
         pairs = first_factors(
             weight,
@@ -101,7 +104,7 @@ class StartedBase(BaseView):
         weight = weight.astype(np.float32)  # a copy
         for (part, linear), first in zip(self._linears[name], self._first[name], strict=True):
             a, b = first.subtracted
-            weight[part] -= linear.lora.scale * (b @ a)
+            weight[part] -= _lora(linear).scale * (b @ a)
         return weight
 
     def stored(self, name: str, form: Form) -> Quantised | None:
@@ -111,12 +114,17 @@ class StartedBase(BaseView):
     def give_factors(self, shardings: Callable | None = None) -> None:
         """Fills the factors of the model, whose kernels have been read."""
         for linear in self._adapted:
-            lora, names, part = linear.lora, hf_names(linear.kernel), hf_part(linear.kernel)
+            lora, names, part = _lora(linear), hf_names(linear.kernel), hf_part(linear.kernel)
             index = [of for of, _ in self._linears[names[0]]].index(part)
             for variable, which in ((lora.a, 0), (lora.b, 1)):
                 layers = [self._first[name][index].factors[which].T for name in names]
                 value = np.stack(layers).reshape(variable.get_value().shape)
                 variable.set_value(put(value, shardings(variable) if shardings else None))
+
+
+def _lora(linear: Linear) -> Lora:
+    assert linear.lora is not None  # it is an adapted layer
+    return linear.lora
 
 
 def _quantized(kernel: Quantised, weight: np.ndarray) -> np.ndarray:

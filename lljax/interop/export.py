@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from lljax.errors import ConfigError, printable
 from lljax.interop.adapter_init import owns_kernel
@@ -18,6 +17,7 @@ from lljax.interop.export_weights import write_model
 from lljax.interop.loading import QUIET, loads_adapter, lora_options, not_plain, serves
 from lljax.interop.peft import write_adapter
 from lljax.models.declare import declared
+from lljax.models.decoder import Decoder
 from lljax.models.families import rope_to_hf
 from lljax.models.lora import adaptable
 
@@ -26,7 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export_peft(
-    model: nnx.Module,
+    model: Decoder,
     base: Base,
     out: Path,
     *,
@@ -68,7 +68,7 @@ def export_peft(
 
 
 def export_merged(
-    model: nnx.Module,
+    model: Decoder,
     base: Base,
     out: Path,
     *,
@@ -106,7 +106,7 @@ def export_merged(
 
 
 def export_split(
-    model: nnx.Module,
+    model: Decoder,
     base: Base,
     out: Path,
     *,
@@ -159,7 +159,7 @@ def export_split(
 FORMATS = {"peft": export_peft, "merged": export_merged, "split": export_split}
 
 
-def _require_adapter(model: nnx.Module, format: str) -> None:
+def _require_adapter(model: Decoder, format: str) -> None:
     if all(lora is None for _, _, lora in adaptable(model)):
         raise ConfigError(
             f"--format={format} exports an adapter, and this run trained every weight: use "
@@ -172,7 +172,7 @@ def _check_dtype(dtype: str | None) -> None:
         raise ConfigError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
 
 
-def _check(model: nnx.Module, base: Base, out: Path) -> None:
+def _check(model: Decoder, base: Base, out: Path) -> None:
     """Refuses a model with values that are not finite, and a folder that holds the base."""
     for name, variable in declared(model):
         if variable.get_metadata().get("trainable", False) and not bool(

@@ -14,6 +14,7 @@ from lljax.interop.adapter_init import StartedBase, owns_kernel, starts_from_bas
 from lljax.interop.base import Base
 from lljax.interop.export_files import write_files
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, joined, parts_of
+from lljax.models.decoder import Decoder
 from lljax.models.lora import Lora, adaptable
 
 
@@ -35,7 +36,7 @@ class Tensors(NamedTuple):
 
 
 def write_model(
-    model: nnx.Module,
+    model: Decoder,
     base: Base,
     folder: Path,
     *,
@@ -84,12 +85,14 @@ def write_model(
     )
 
 
-def _tensors(model: nnx.Module, base: Base, unchanged: set[str], merge: bool) -> Tensors:
+def _tensors(model: Decoder, base: Base, unchanged: set[str], merge: bool) -> Tensors:
     """The tensors of the model; unchanged: names that the base has and the run did not train."""
     updates: dict[str, list[Update]] = {}
     replaced: dict[str, list[Update]] = {}  # kernels that exist in the run alone
     for _, weight, lora in adaptable(model):
-        for i, name in enumerate(hf_names(weight)) if lora is not None else ():
+        if lora is None:
+            continue
+        for i, name in enumerate(hf_names(weight)):
             if merge:
                 updates.setdefault(name, []).append(Update(weight, lora, i))
             if owns_kernel(lora):

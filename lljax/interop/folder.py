@@ -144,4 +144,4 @@ def crc32(array: np.ndarray, before: int = 0) -> int:
 
     About 2 GiB a second on one core.
     """
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), before)
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, before)

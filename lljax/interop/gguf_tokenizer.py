@@ -74,7 +74,7 @@ def build(path: str, fields: dict[str, Any], chat_template: str | None) -> PreTr
         backend.add_tokens(
             [
                 tokenizers.AddedToken(token, normalized=False, special=special)
-                for token, of_type in zip(tokens, types)
+                for token, of_type in zip(tokens, types, strict=False)
                 if of_type == wanted
             ]
         )

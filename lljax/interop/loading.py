@@ -5,10 +5,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from lljax.interop.base import Base
 from lljax.interop.export_files import TEMPLATE_FILE
+from lljax.models.decoder import Decoder
 from lljax.models.families import rope_to_hf
 from lljax.models.lora import adaptable
 from lljax.models.spec import DecoderSpec
@@ -22,7 +21,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def loads_adapter(
-    model: nnx.Module, base: Base, out: Path, config: dict, chat_template: str | None
+    model: Decoder, base: Base, out: Path, config: dict, chat_template: str | None
 ) -> str:
     """Python that loads the adapter in `out` with PEFT, and how to serve it; config: its
     adapter_config.
@@ -55,7 +54,7 @@ def loads_adapter(
 
 
 def _serves_adapter(
-    model: nnx.Module, base: Base, out: Path, config: dict, chat_template: str | None
+    model: Decoder, base: Base, out: Path, config: dict, chat_template: str | None
 ) -> str:
     """A comment with the command that serves an adapter, or with the reason that nothing does."""
     if reason := not_plain(model):
@@ -108,7 +107,7 @@ def _shell(word: Any) -> str:
     return "$'" + text.encode("unicode_escape").decode("ascii").replace("'", r"\'") + "'"
 
 
-def not_plain(model: nnx.Module) -> str:
+def not_plain(model: Decoder) -> str:
     """The property of the adapter that vLLM, which knows one rank and one scale, does not take; or
     an empty text.
     """

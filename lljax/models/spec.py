@@ -56,7 +56,7 @@ class MoESpec:
 
 @dataclasses.dataclass(frozen=True)
 class MLASpec:
-    """The sizes of multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1)."""
+    """The sizes of multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, sec. 2.1)."""
 
     q_rank: int | None  # of the latent of queries; None if queries have none
     kv_rank: int  # of the latent of keys and values

@@ -1,4 +1,4 @@
-"""Formats of quantized kernels in published checkpoints: a class per format, in the table `LAYOUTS`."""
+"""Formats of quantized kernels in published checkpoints: a class each, in the table `LAYOUTS`."""
 
 from lljax.errors import ModelError
 from lljax.interop.layouts.bitsandbytes import BitsAndBytes

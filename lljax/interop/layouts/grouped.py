@@ -42,11 +42,10 @@ class Gptq(Grouped):
     parts = (".qweight", ".qzeros", ".scales", ".g_idx")
 
     def __init__(self, c: dict):
-        self.bits, self.group = c.get("bits"), c.get("group_size", 128)
-        if self.bits not in (4, 8):
-            raise ModelError(
-                f"config.json: GPTQ of {self.bits!r} bits is not supported; 4 and 8 are"
-            )
+        bits, self.group = c.get("bits"), c.get("group_size", 128)
+        if bits not in (4, 8):
+            raise ModelError(f"config.json: GPTQ of {bits!r} bits is not supported; 4 and 8 are")
+        self.bits = int(bits)
         if c.get("desc_act"):
             raise ModelError(
                 "config.json: GPTQ with desc_act (act-order) is not supported: quantize with "
@@ -207,7 +206,7 @@ class Fp8(Grouped):
     parts = (".weight", ".weight_scale_inv")
 
     def __init__(self, c: dict):
-        self.block = c.get("weight_block_size")
+        self.block: Any = c.get("weight_block_size")
         sound = (
             isinstance(self.block, (list, tuple))
             and len(self.block) == 2

@@ -12,7 +12,7 @@ VALUES = np.array(  # of the e2m1 codes
 
 
 class Mxfp4:
-    """Experts [E, in, out] as blocks uint8 [E, out, in / 32, 16], two e2m1 codes each with the first
+    """Experts [E, in, out] as blocks uint8 [E, out, in / 32, 16] of two e2m1 codes each, the first
     in the low bits, and scales uint8 [E, out, in / 32], powers of two.
 
     OCP Microscaling Formats 1.0, section 5.3; transformers `integrations/mxfp4.py`.

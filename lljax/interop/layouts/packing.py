@@ -1,5 +1,7 @@
 """Codes of integers, packed in words on disk and in `Quantised` values in memory."""
 
+from typing import Any
+
 import numpy as np
 
 from lljax.models.quantize import Form, Quantised, pack
@@ -34,12 +36,15 @@ def quantized_of_groups(
     def broadcast(x: np.ndarray, dtype: type) -> np.ndarray:
         return np.ascontiguousarray(np.broadcast_to(x, (blocks, out)), dtype)
 
-    return Quantised(
+    arrays: dict[str, Any] = dict(  # of numpy: they go to a device later
         codes=np.ascontiguousarray(pack(codes) if form.bits == 4 else codes),
         scale=broadcast(scale, np.float32 if outer is None else np.uint8),
         zero=None if zero is None else broadcast(zero, np.int16),
         outer=outer,
         offset=offset,
+    )
+    return Quantised(
+        **arrays,
         form=form,
         rows=rows,
         dtype=np.dtype(np.float32),

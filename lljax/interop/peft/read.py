@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lljax.errors import ModelError
 from lljax.interop import safetensors
@@ -15,6 +14,7 @@ from lljax.interop.own_head import EMBED, HEAD, OwnHead
 from lljax.interop.peft.config import MERGE_FIRST, AdapterConfig, named, read_adapter_config
 from lljax.interop.peft.tensors import PREFIX, WEIGHTS, hf_module
 from lljax.models.declare import Weight, declared
+from lljax.models.decoder import Decoder
 from lljax.models.families import is_tied
 from lljax.models.lora import TABLES, adaptable, matched_tables, of_pattern
 from lljax.parallel.sharding import put
@@ -57,9 +57,7 @@ def under_adapter(base: Base, folder: Path | str) -> Base:
     return OwnHead(base) if unties_head(base.config, folder) else base
 
 
-def load_adapter(
-    model: nnx.Module, folder: Path | str, *, shardings: Callable | None = None
-) -> None:
+def load_adapter(model: Decoder, folder: Path | str, *, shardings: Callable | None = None) -> None:
     """Fills the factors and the trained base Variables of a model (adapters attached) from the
     folder of an adapter.
 
@@ -99,7 +97,7 @@ def load_adapter(
         )
 
 
-def _check_settings(model: nnx.Module, config: AdapterConfig, folder: Path | str) -> None:
+def _check_settings(model: Decoder, config: AdapterConfig, folder: Path | str) -> None:
     """Refuses a model whose factors mean something else than the adapter's, which shapes do not
     show.
     """
@@ -137,7 +135,7 @@ def _check_entry(file: safetensors.File, name: str, shape: tuple[int, ...]) -> N
         )
 
 
-def _base_tables(model: nnx.Module, file: safetensors.File) -> set[str]:
+def _base_tables(model: Decoder, file: safetensors.File) -> set[str]:
     """Tensors of an adapter that its model needs no place for: the tied head's copy of the trained
     embedding, and tables of the base beside their factors.
 

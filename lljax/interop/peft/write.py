@@ -18,6 +18,7 @@ from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value
 from lljax.interop.own_head import EMBED, HEAD
 from lljax.interop.peft.tensors import MODULES, PREFIX, WEIGHTS, hf_module
 from lljax.models.declare import Weight, declared
+from lljax.models.decoder import Decoder
 from lljax.models.families import FAMILIES
 from lljax.models.lora import Lora, adaptable
 
@@ -33,7 +34,7 @@ class Adapted(NamedTuple):
 
 
 def write_adapter(
-    model: nnx.Module,
+    model: Decoder,
     folder: Path,
     *,
     base_name: str,
@@ -89,7 +90,7 @@ def write_adapter(
     return config
 
 
-def _check_experts(model: nnx.Module) -> None:
+def _check_experts(model: Decoder) -> None:
     """Refuses adapters of experts that PEFT would not load, or would load otherwise.
 
     transformers 5 holds the experts of a layer together, gate and up as one. PEFT translates the
@@ -122,9 +123,7 @@ def _check_experts(model: nnx.Module) -> None:
     raise ConfigError(f"an adapter cannot be written: {reason}; export with --format=merged")
 
 
-def _factors(
-    model: nnx.Module, base: Base | None
-) -> tuple[dict[str, np.ndarray], dict[str, Scale]]:
+def _factors(model: Decoder, base: Base | None) -> tuple[dict[str, np.ndarray], dict[str, Scale]]:
     """The tensors of an adapter by name, and the rank and alpha of each adapted HF module by its
     name.
 
@@ -138,7 +137,9 @@ def _factors(
         started = StartedBase(base, model)
     modules: dict[str, list[Adapted]] = {}
     for _, weight, lora in adaptable(model):
-        for i, name in enumerate(hf_names(weight)) if lora is not None else ():
+        if lora is None:
+            continue
+        for i, name in enumerate(hf_names(weight)):
             modules.setdefault(name, []).append(Adapted(weight, lora, i))
     arrays, scales = {}, {}
     for name, parts in modules.items():
@@ -175,14 +176,18 @@ def _block_b(parts: list[Adapted], pairs: list[tuple[np.ndarray, np.ndarray]]) -
     column = 0
     for (part, lora, _), (_, b) in zip(parts, pairs, strict=True):
         end = column + b.shape[1]
-        whole[hf_part(part)[1], column:end] = b * (lora.scale / first.scale)
+        _, rows = hf_part(part)
+        whole[rows, column:end] = b * (lora.scale / first.scale)
         column = end
     return whole
 
 
 def _magnitude(name: str, adapted: list[Adapted], base: Base | None) -> np.ndarray:
     """The DoRA magnitude [out] of a HF tensor; rows that nothing adapts keep their norms."""
-    parts = [(hf_part(lora.magnitude), hf_value(lora.magnitude, i)) for _, lora, i in adapted]
+    parts = []
+    for _, lora, i in adapted:
+        assert lora.magnitude is not None  # DoRA's, of all parts or none
+        parts.append((hf_part(lora.magnitude), hf_value(lora.magnitude, i)))
     rows = hf_shape(adapted[0].weight)[0]
     if sum(len(part) for _, part in parts) == rows:
         whole = np.empty(rows, np.float32)
@@ -194,7 +199,7 @@ def _magnitude(name: str, adapted: list[Adapted], base: Base | None) -> np.ndarr
     return whole
 
 
-def _target_modules(model: nnx.Module) -> set[str]:
+def _target_modules(model: Decoder) -> set[str]:
     """Names that PEFT, which matches by suffix, takes for exactly the adapted layers."""
     names = {hf_module(name, weight) for name, weight, _ in adaptable(model)}
     adapted = {

@@ -1,5 +1,5 @@
-"""Gemma 2: every second layer slides, soft-capped scores and logits (arXiv 2408.00118); transformers
-`models/gemma2/modeling_gemma2.py`.
+"""Gemma 2: every second layer slides, soft-capped scores and logits (arXiv 2408.00118);
+transformers `models/gemma2/modeling_gemma2.py`.
 """
 
 from typing import Any

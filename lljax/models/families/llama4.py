@@ -10,7 +10,7 @@ from lljax.models.values import FLAG, NUMBER, Value, list_of, optional, whole
 
 
 def _layers(c: dict) -> tuple[LayerSpec, ...]:
-    """Every fourth layer has no RoPE and full attention; experts in every layer, or every second."""
+    """Every fourth layer has no RoPE and full attention; experts in every layer or every second."""
     L, chunk = c["num_hidden_layers"], count(c, "attention_chunk_size")
     interval, step = count(c, "no_rope_layer_interval"), count(c, "interleave_moe_layer_step")
     # 1 for a layer with RoPE, in spite of the name

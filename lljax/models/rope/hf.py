@@ -150,7 +150,7 @@ def to_hf(spec: RopeSpec, max_length: int) -> dict[str, Any]:
 
 
 def scaling(spec: RopeSpec) -> dict[str, Any]:
-    """The fields of its scaling: the fields that its kind always writes, and others that are set."""
+    """The fields of a scaling: the fields that its kind always writes, and others that are set."""
     if spec.type == "default":
         return {}
     always = KINDS[spec.type].written

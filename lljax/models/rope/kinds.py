@@ -101,7 +101,7 @@ def dynamic_frequencies(spec: RopeSpec, H: int, length: Length) -> Frequencies:
     growth = spec.factor * length / spec.original_length - (spec.factor - 1)
     # The base is theta * growth ** (H / (H - 2)). Split so, its large part is computed in float64.
     exponent = (np.arange(0, H, 2) / (H - 2)).astype(np.float32)
-    return Frequencies(base_frequencies(spec.theta, H) * growth**-exponent, 1.0)
+    return Frequencies(jnp.asarray(base_frequencies(spec.theta, H) * growth**-exponent), 1.0)
 
 
 def yarn_frequencies(spec: RopeSpec, H: int, length: Length) -> Frequencies:
