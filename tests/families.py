@@ -396,9 +396,12 @@ def fused_experts(factors: dict) -> dict:
             for kind in kinds
         ]
         if "lora_A" in name:
-            held[name] = np.concatenate([np.concatenate(both) for both in zip(*experts)])
+            held[name] = np.concatenate(
+                [np.concatenate(both) for both in zip(*experts, strict=True)]
+            )
         else:  # [out, rank, expert]
-            blocks = np.stack([scipy.linalg.block_diag(*both) for both in zip(*experts)], axis=-1)
+            diagonals = [scipy.linalg.block_diag(*both) for both in zip(*experts, strict=True)]
+            blocks = np.stack(diagonals, axis=-1)
             held[name] = blocks.reshape(blocks.shape[0], -1)
     return held
 

@@ -257,7 +257,8 @@ def test_transformers_gives_our_logits_under_another_kind(tmp_path, case, type):
         (
             "longrope",
             "yarn",
-            r"short_factor=\[4 numbers\], long_factor=\[4 numbers\] are lost; context.rope.type='longrope' keeps",
+            r"short_factor=\[4 numbers\], long_factor=\[4 numbers\] are lost; "
+            "context.rope.type='longrope' keeps",
         ),
     ],
 )

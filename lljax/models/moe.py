@@ -74,7 +74,7 @@ class Router(nnx.Module):
         weights = jnp.take_along_axis(scores, choice, axis=1)
         if moe.best_first:
             weights = score(weights)
-        if moe.normalise:
+        if moe.normalize:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         probabilities = score(logits) if moe.best_first else scores
         if moe.score == "sigmoid":

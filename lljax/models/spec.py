@@ -18,7 +18,7 @@ class MoESpec:
     score: the function of router logits: softmax | sigmoid.
     best_first: the top k experts are chosen by logit and only their logits are scored; otherwise
       they are chosen by score.
-    normalise: the weights of a token's experts sum to 1; then they are multiplied by `scale`.
+    normalize: the weights of a token's experts sum to 1; then they are multiplied by `scale`.
     groups, best_groups: experts are chosen from the best groups only, by the sum of the two best
       scores of a group.
     correction: a bias per expert that counts in the choice and not in the weight.
@@ -34,7 +34,7 @@ class MoESpec:
     k: int  # experts per token
     F: int  # MLP width of one expert
     score: str = "softmax"
-    normalise: bool = False
+    normalize: bool = False
     scale: float = 1.0
     groups: int = 1
     best_groups: int = 1

@@ -14,7 +14,7 @@ def _decoder(c: dict) -> dict[str, Any]:
             E=count(c, "num_local_experts"),
             k=count(c, "num_experts_per_tok"),
             F=c["intermediate_size"],
-            normalise=True,
+            normalize=True,
             block="block_sparse_moe",
             projections=("w1", "w3", "w2"),
         ),

@@ -27,7 +27,7 @@ def sigmoid_experts(c: dict) -> MoESpec:
         F=F,
         score="sigmoid",
         correction=True,
-        normalise=c["norm_topk_prob"],
+        normalize=c["norm_topk_prob"],
         scale=c["routed_scaling_factor"],
         groups=count(c, "n_group"),
         best_groups=count(c, "topk_group"),
