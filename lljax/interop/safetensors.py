@@ -117,7 +117,7 @@ class File:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without repeated names, of which readers would take different entries."""
+    """A JSON object without repeated names: readers differ in the entry that they take."""
     if len(entries := dict(pairs)) < len(pairs):
         raise ValueError("a name occurs twice")
     return entries

@@ -1,7 +1,6 @@
 """The table of families: one row is enough for a family, and nothing but its row knows its name."""
 
 import ast
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -85,11 +84,9 @@ def test_a_family_from_outside_trains_plans_exports_and_is_read_back(
     assert again.spec == model.spec
     load_weights(again, merged, dtype=jnp.float32)
     tokens = np.random.default_rng(0).integers(0, 300, size=(1, 60))
-    logits = our_logits(again, tokens)
-    np.testing.assert_allclose(logits, our_logits(model, tokens), atol=1e-4)
-    before = Decoder(dataclasses.replace(model.spec))
-    load_weights(before, base, dtype=jnp.float32)
-    assert np.abs(our_logits(before, tokens) - logits).max() > 1e-4  # it has trained
+    np.testing.assert_allclose(our_logits(again, tokens), our_logits(model, tokens), atol=1e-4)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not np.array_equal(merged.read(name), base.read(name))  # it has trained
 
 
 def test_a_row_checks_ties_and_unwraps(toy):
