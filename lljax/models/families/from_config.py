@@ -7,7 +7,7 @@ from lljax.models import rope
 from lljax.models.families.family import Family, count
 from lljax.models.families.table import family_of, is_tied
 from lljax.models.rope import RopeSpec
-from lljax.models.spec import DecoderSpec, LayerSpec, MoESpec
+from lljax.models.spec import DecoderSpec, LayerSpec, MLASpec, MoESpec
 from lljax.models.values import FLAG, NOT_NEGATIVE, NUMBER, check, one_of, optional, whole
 
 MOST_LAYERS = 10_000  # the table of layers of a damaged file would take all memory
@@ -90,7 +90,7 @@ def _check_supported(c: dict, family: Family, activation: str) -> None:
         )
 
 
-def _heads(c: dict, mla) -> tuple[int, int, int, int]:
+def _heads(c: dict, mla: MLASpec | None) -> tuple[int, int, int, int]:
     """Query heads N, key/value heads K, head size H, and the dimensions that RoPE may rotate."""
     N = c["num_attention_heads"]
     K = c.get("num_key_value_heads") or N
