@@ -14,8 +14,8 @@ from lljax.interop.base import Base
 from lljax.interop.export_files import TEMPLATE_FILE
 from lljax.interop.export_folder import complete
 from lljax.interop.export_weights import write_model
-from lljax.interop.loading import QUIET, loads_adapter, lora_options, not_plain, serves
 from lljax.interop.peft import write_adapter
+from lljax.interop.usage import QUIET, adapter_usage, beyond_plain_lora, lora_options, serve_command
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import rope_to_hf
@@ -64,7 +64,7 @@ def export_peft(
 
     _check(model, base, out)
     config = complete(out, "peft", write, overwrite)
-    return loads_adapter(model, base, out, config, chat_template)
+    return adapter_usage(model, base, out, config, chat_template)
 
 
 def export_merged(
@@ -101,7 +101,7 @@ def export_merged(
     return (
         "import transformers\n"
         f"model = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
-        f"{serves(model.spec, out, {})}{rounded}"
+        f"{serve_command(model.spec, out, {})}{rounded}"
     )
 
 
@@ -122,7 +122,7 @@ def export_split(
     """
     _require_adapter(model, "split")
     _check_dtype(dtype)
-    if reason := not_plain(model):
+    if reason := beyond_plain_lora(model):
         raise ConfigError(
             f"--format=split is for servers that take plain LoRA, and this adapter has {reason}: "
             "use --format=merged or --format=peft"
@@ -147,7 +147,7 @@ def export_split(
         )
 
     rounded, config = complete(out, "split", write, overwrite)
-    command = serves(model.spec, out / "base", lora_options(out / "adapter", config))
+    command = serve_command(model.spec, out / "base", lora_options(out / "adapter", config))
     return (
         f"{command}\n"
         "import peft, transformers\n"

@@ -1,4 +1,4 @@
-"""The lines that load or serve an export, which its command prints."""
+"""How to load or serve an export, as its command prints it."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ QUIET = (
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def loads_adapter(
+def adapter_usage(
     model: Decoder, base: Base, out: Path, config: dict, chat_template: str | None
 ) -> str:
     """Python that loads the adapter in `out` with PEFT, and how to serve it; config: its
@@ -49,15 +49,15 @@ def loads_adapter(
         "config.update(rope)\n"
         f"model = transformers.AutoModelForCausalLM.from_pretrained({source}, config=config)\n"
         f"{QUIET}model = peft.PeftModel.from_pretrained(model, {str(out)!r})\n"
-        f"{template}{_serves_adapter(model, base, out, config, chat_template)}"
+        f"{template}{_adapter_command(model, base, out, config, chat_template)}"
     )
 
 
-def _serves_adapter(
+def _adapter_command(
     model: Decoder, base: Base, out: Path, config: dict, chat_template: str | None
 ) -> str:
-    """A comment with the command that serves an adapter, or with the reason that nothing does."""
-    if reason := not_plain(model):
+    """A comment with the command that serves an adapter, or the reason that none does."""
+    if reason := beyond_plain_lora(model):
         return f"# vLLM takes no adapter with {reason}: export with --format=merged to serve it."
     if config["modules_to_save"]:
         return (
@@ -68,7 +68,7 @@ def _serves_adapter(
     if chat_template is not None:
         options["--chat-template"] = out / TEMPLATE_FILE
     longest = base.tokenizer().model_max_length
-    return serves(model.spec, base.path, options, tokenizer_length=longest)
+    return serve_command(model.spec, base.path, options, tokenizer_length=longest)
 
 
 def lora_options(adapter: Path, config: dict) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def lora_options(adapter: Path, config: dict) -> dict[str, Any]:
     return {"--lora-modules": f"adapter={adapter}", "--max-lora-rank": allowed}
 
 
-def serves(
+def serve_command(
     spec: DecoderSpec,
     path: Path | str,
     options: dict[str, Any],
@@ -107,7 +107,7 @@ def _shell(word: Any) -> str:
     return "$'" + text.encode("unicode_escape").decode("ascii").replace("'", r"\'") + "'"
 
 
-def not_plain(model: Decoder) -> str:
+def beyond_plain_lora(model: Decoder) -> str:
     """The property of the adapter that vLLM, which knows one rank and one scale, does not take; or
     an empty text.
     """
