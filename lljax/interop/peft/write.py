@@ -176,7 +176,7 @@ def _block_b(parts: list[Adapted], pairs: list[tuple[np.ndarray, np.ndarray]]) -
     column = 0
     for (part, lora, _), (_, b) in zip(parts, pairs, strict=True):
         end = column + b.shape[1]
-        _, rows = hf_part(part)
+        rows = hf_part(part)[1]  # of [..., outputs, inputs]
         whole[rows, column:end] = b * (lora.scale / first.scale)
         column = end
     return whole
