@@ -25,9 +25,9 @@ from lljax.interop.adapter_init import StartedBase, starts_from_base
 from lljax.interop.export import FORMATS
 from lljax.interop.huggingface import load_weights
 from lljax.interop.open import end_tokens, open_base
-from lljax.models import spec as specs
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
 from lljax.models.quantize import FORMS
 from lljax.run import loop
@@ -118,7 +118,7 @@ def prepare_model(model, lora_config=None, *, dtype: str = "float32", quantize: 
     path = os.fspath(model)
     CHECKS["model.path"]("prepare_model: path", path)
     base = open_base(path)
-    decoder = load_base(base, specs.from_hf(base.config), jnp.dtype(dtype), quantize)
+    decoder = load_base(base, spec_from_hf(base.config), jnp.dtype(dtype), quantize)
     decoder.settings = (("model.path", path), ("model.dtype", dtype), ("model.quantize", quantize))
     if lora_config is not None:
         decoder = _adapt(decoder, _read(lora_config))

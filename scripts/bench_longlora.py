@@ -39,7 +39,7 @@ from lljax.evaluation.batched_generation import Asking, answer
 from lljax.evaluation.results import Predictions, markdown
 from lljax.evaluation.task import Sources, Task
 from lljax.interop.open import end_tokens, open_base, tokenizer_fingerprint
-from lljax.models import spec
+from lljax.models.families import spec_from_hf
 from lljax.report import spread
 from lljax.report.page import write_report
 from lljax.report.words import short_length
@@ -436,7 +436,7 @@ def measure(arguments) -> None:
         if (name, 0) not in read_results(out):
             context = config_of(Run(name, {"context.rope.type": kind}), arguments, 0).context
             under = (
-                spec.from_hf(base.config) if kind == "keep" else extended_spec(base.config, context)
+                spec_from_hf(base.config) if kind == "keep" else extended_spec(base.config, context)
             )
             keep(out, name, 0, ruler(load_base(base, under, jnp.float32), Run(name, {}), 0))
     for seed in map(int, filter(None, arguments.seeds.split(","))):

@@ -27,8 +27,8 @@ from lljax.build import load_base
 from lljax.errors import exit_cleanly
 from lljax.generation.generate import CHUNK, read_chunk, stream
 from lljax.interop.open import open_base
-from lljax.models import spec
 from lljax.models.cache import empty_cache
+from lljax.models.families import spec_from_hf
 
 CACHES = ("float32", "int8")
 MB = 1e6
@@ -41,7 +41,7 @@ def memory(field: str) -> float:
 
 def measure(path: str, length: int, kept: str) -> dict:
     base = open_base(path)
-    model = load_base(base, spec.from_hf(base.config), jnp.float32)
+    model = load_base(base, spec_from_hf(base.config), jnp.float32)
     tokens = np.random.default_rng(0).integers(0, base.config["vocab_size"], length)
     before = memory("VmRSS")
     # Compiles what reads `tokens`: the prompt is shorter, and the room is the same.

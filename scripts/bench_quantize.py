@@ -24,8 +24,8 @@ from lljax.data.tokens import prepare
 from lljax.errors import DataError, exit_cleanly
 from lljax.evaluation.perplexity import perplexity, windows
 from lljax.interop.open import open_base, tokenizer_fingerprint
-from lljax.models import spec
 from lljax.models.declare import declared
+from lljax.models.families import spec_from_hf
 from lljax.models.quantize import FORMS, Quantised
 from lljax.report.records import read_metrics
 from lljax.run import loop
@@ -66,7 +66,7 @@ def quality(config, base, texts) -> None:
     first = None
     for format, matmul in (*((format, "default") for format in ("none", *FORMS)), ("none", "fp8")):
         with CONSOLE.status(format):
-            model = load_base(base, spec.from_hf(base.config), jnp.float32, format, matmul)
+            model = load_base(base, spec_from_hf(base.config), jnp.float32, format, matmul)
             value = perplexity(model, texts, config.context.length)
         first = first or value
         kernels = format if matmul == "default" else f"{format}, products in {matmul}"

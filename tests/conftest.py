@@ -37,8 +37,8 @@ from lljax.config import default_config
 from lljax.interop import safetensors
 from lljax.interop.huggingface import tensors
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
 from lljax.run import loop
 
 TINY = {
@@ -65,7 +65,7 @@ def write_base(folder, seed=0, **changes):
     """A random model in HF form, with a byte-level tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     hf_config = TINY | changes
-    model = Decoder(from_hf(hf_config))
+    model = Decoder(spec_from_hf(hf_config))
     initialise(model, seed, deviation=0.2)
     arrays = dict(tensors(model))
     safetensors.write(

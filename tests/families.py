@@ -22,11 +22,11 @@ from flax import nnx
 from lljax.interop.huggingface import load_weights, tensors
 from lljax.interop.open import open_base
 from lljax.interop.peft import write_adapter
-from lljax.models import lora
+from lljax.models import families, lora
 from lljax.models.cache import empty_cache
 from lljax.models.declare import LoraWeight, declared
 from lljax.models.decoder import Decoder
-from lljax.models.spec import from_hf
+from lljax.models.families import spec_from_hf
 from lljax.objectives.token_loss import cross_entropy
 
 SIZES = {
@@ -234,7 +234,7 @@ def write_torch(
 def read(folder) -> tuple:
     """(base, our model of it) in float32."""
     base = open_base(str(folder))
-    model = Decoder(from_hf(base.config))
+    model = Decoder(spec_from_hf(base.config))
     load_weights(model, base, dtype=jnp.float32)
     return base, model
 
@@ -306,7 +306,7 @@ def targets(spec) -> tuple[str, ...]:
         return ("all-linear",)
     if spec.family == "gpt_oss":
         return (r"self_attn\..*",)
-    dense = spec.family == "qwen2_moe" or spec.moe.fused
+    dense = not families.FAMILIES[spec.family].peft_experts
     return (
         r"self_attn\..*",
         r"(mlp|feed_forward)\.(shared_expert\.)?\w*" if dense else r".*\.experts\..*",
@@ -396,9 +396,12 @@ def fused_experts(factors: dict) -> dict:
             for kind in kinds
         ]
         if "lora_A" in name:
-            held[name] = np.concatenate([np.concatenate(both) for both in zip(*experts)])
+            held[name] = np.concatenate(
+                [np.concatenate(both) for both in zip(*experts, strict=True)]
+            )
         else:  # [out, rank, expert]
-            blocks = np.stack([scipy.linalg.block_diag(*both) for both in zip(*experts)], axis=-1)
+            diagonals = [scipy.linalg.block_diag(*both) for both in zip(*experts, strict=True)]
+            blocks = np.stack(diagonals, axis=-1)
             held[name] = blocks.reshape(blocks.shape[0], -1)
     return held
 

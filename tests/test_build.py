@@ -20,7 +20,7 @@ from lljax.interop.huggingface import load_weights
 from lljax.interop.open import open_base
 from lljax.models import rope
 from lljax.models.decoder import Decoder
-from lljax.models.spec import from_hf, rope_to_hf
+from lljax.models.families import rope_to_hf, spec_from_hf
 
 ORIGINAL, LENGTH = 32, 128  # trained for, and stretched to; most bases read 64
 TOKENS = np.random.default_rng(3).integers(0, 128, (1, LENGTH))
@@ -129,7 +129,7 @@ def config_of(case):
 
 
 def longer(hf_config, type=None, factor="auto"):
-    spec = from_hf(hf_config)
+    spec = spec_from_hf(hf_config)
     return spec, stretched(spec, type=type or spec.rope.type, factor=factor, length=LENGTH)
 
 
@@ -175,7 +175,7 @@ def test_a_base_is_stretched_by_its_own_kind_and_keeps_every_other_field(case):
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_written_of_a_stretched_base_reads_back_the_same(case):
     _, spec = longer(config_of(case))
-    read = from_hf(config_of(case) | json.loads(json.dumps(rope_to_hf(spec))))
+    read = spec_from_hf(config_of(case) | json.loads(json.dumps(rope_to_hf(spec))))
     assert (read.rope, read.max_length, read.scale) == (spec.rope, LENGTH, spec.scale)
     assert [(local.type, local.theta) for local in read.more_ropes] == [
         (local.type, local.theta) for local in spec.more_ropes
@@ -257,7 +257,8 @@ def test_transformers_gives_our_logits_under_another_kind(tmp_path, case, type):
         (
             "longrope",
             "yarn",
-            r"short_factor=\[4 numbers\], long_factor=\[4 numbers\] are lost; context.rope.type='longrope' keeps",
+            r"short_factor=\[4 numbers\], long_factor=\[4 numbers\] are lost; "
+            "context.rope.type='longrope' keeps",
         ),
     ],
 )
@@ -283,14 +284,17 @@ def test_llama3_counts_from_the_length_that_the_base_reads():
     """
     hf_config = config_of("llama3") | {"max_position_embeddings": 128}
     assert (
-        stretched(from_hf(hf_config), type="llama3", factor="auto", length=256).rope.factor == 4.0
+        stretched(spec_from_hf(hf_config), type="llama3", factor="auto", length=256).rope.factor
+        == 4.0
     )
-    assert stretched(from_hf(hf_config), type="llama3", factor=5.0, length=256).rope.factor == 5.0
+    assert (
+        stretched(spec_from_hf(hf_config), type="llama3", factor=5.0, length=256).rope.factor == 5.0
+    )
     with pytest.raises(
         ConfigError,
         match="context.rope.factor=3.0 stretches 64 tokens to 192.*length=256: use 'auto' or 4",
     ):
-        stretched(from_hf(hf_config), type="llama3", factor=3.0, length=256)
+        stretched(spec_from_hf(hf_config), type="llama3", factor=3.0, length=256)
 
 
 @pytest.mark.parametrize("type", ["yarn", "linear"])
@@ -315,7 +319,7 @@ def test_long_factors_of_interpolation_and_of_ntk_become_those_of_the_new_factor
 
 def test_an_adapter_that_goes_on_under_another_rope_is_said(tiny, tmp_path):
     base = open_base(tiny)
-    spec = from_hf(base.config)
+    spec = spec_from_hf(base.config)
     linear, yarn = (
         stretched(spec, type=type, factor="auto", length=128) for type in ("linear", "yarn")
     )

@@ -1,8 +1,8 @@
-"""A base as a run sees it whose factors start from it (lljax.models.adapter_init): without what the
-factors hold at the start.
-"""
+"""Adapters whose first values come from the base (PiSSA, LoftQ; lljax.models.adapter_init)."""
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,26 @@ import numpy as np
 from flax import nnx
 
 from lljax.errors import ModelError
+from lljax.interop.base import Base, BaseView
 from lljax.interop.huggingface import hf_names, hf_part
 from lljax.models.adapter_init import first_factors
-from lljax.models.lora import linear_layers
-from lljax.models.quantize import Quantised, dequantise, quantise
+from lljax.models.linear import Linear
+from lljax.models.lora import Lora, linear_layers
+from lljax.models.quantize import Form, Quantised, dequantise, quantise
 from lljax.parallel.sharding import put
+
+Factors = tuple[np.ndarray, np.ndarray]  # A [R, in] and B [out, R]
+
+
+class FirstValues(NamedTuple):
+    """The first values of an adapter, and the factors whose product the kernel goes without."""
+
+    factors: Factors
+    subtracted: Factors
 
 
 def starts_from_base(model: nnx.Module) -> bool:
-    """Whether the factors of a model take their first values from its base, which then keeps the
+    """Whether the adapters of a model take their first values from its base, which then keeps the
     rest.
     """
     return any(
@@ -27,95 +38,100 @@ def starts_from_base(model: nnx.Module) -> bool:
     )
 
 
-def owns_kernel(lora) -> bool:
-    """Whether the kernel below an adapter is to be found in the run alone: LoftQ's is what was
-    quantised.
-    """
+def owns_kernel(lora: Lora | None) -> bool:
+    """Whether the kernel below an adapter exists in the run alone: LoftQ's, which it quantized."""
     return lora is not None and lora.init == "loftq"
 
 
-class StartedBase:
-    """`base` with the kernels that the run of `model` keeps frozen. Everything is computed where it
-    is asked for, one tensor at a time, and is the same every time.
+class StartedBase(BaseView):
+    """The base model of a PiSSA or LoftQ run: its weights minus the initial adapter, W - B A.
+
+    A tensor is computed when it is read, and has the same values every time.
 
     Raises:
-      ModelError: LoftQ starts from the dense kernels, and the base has none.
+      ModelError: LoftQ starts from dense kernels, and the base has none.
     """
 
-    def __init__(self, base, model: nnx.Module):
-        self._base = base
-        self._adapted = [linear for _, linear in linear_layers(model) if linear.lora is not None]
+    def __init__(self, base: Base, model: nnx.Module):
+        super().__init__(base)
+        self._adapted: list[Linear] = [
+            linear for _, linear in linear_layers(model) if linear.lora is not None
+        ]
         if base.config.get("quantization_config") and any(
             owns_kernel(linear.lora) for linear in self._adapted
         ):
             raise ModelError(
-                f"{base.path}: lora.init='loftq' starts from dense kernels, and this base is quantised: use the "
-                "model it was made from, or lora.init='default'"
+                f"{base.path}: lora.init='loftq' starts from dense kernels, and this base is "
+                "quantized: use the model it was made from, or lora.init='default'"
             )
-        self._linears = {}  # HF name -> [(which part of it, the layer)]
+        # By HF name: the layers that the tensor is made of, each with its part of the tensor.
+        self._linears: dict[str, list[tuple[Any, Linear]]] = {}
         for linear in self._adapted:
             for name in hf_names(linear.kernel):
                 self._linears.setdefault(name, []).append((hf_part(linear.kernel), linear))
-        # of the tensors that were read, see lljax.models.adapter_init.first_factors
-        self._read = {}
+        self._first: dict[str, list[FirstValues]] = {}  # of tensors that were read, as `_linears`
 
-    def __getattr__(self, attribute):
-        return getattr(self._base, attribute)
-
-    def factors(self, name: str, part=...):
-        """A [R, in] and B [out, R] that the run began with, of the adapted kernel that is this part
-        of a tensor.
+    def factors(self, name: str, part: Any = ...) -> Factors:
+        """The factors that the run began with, of the adapted kernel that is this part of a
+        tensor.
         """
         linear = next(linear for of, linear in self._linears[name] if of == part)
-        return self._factors(name, self._base.read(name)[part], linear)[0]
+        return self._first_values(name, self._base.read(name)[part], linear).factors
 
-    def _factors(self, name, weight, linear):
-        lora, kernel = linear.lora, linear.kernel.get_value()
-        quantised = functools.partial(_quantised, kernel) if isinstance(kernel, Quantised) else None
-        return first_factors(
+    def _first_values(self, name: str, weight: np.ndarray, linear: Linear) -> FirstValues:
+        lora, kernel = _lora(linear), linear.kernel.get_value()
+        quantized = functools.partial(_quantized, kernel) if isinstance(kernel, Quantised) else None
+        pairs = first_factors(
             weight,
             init=lora.init,
             rank=lora.rank,
             scale=lora.scale,
             seed=lora.seed,
             name=name,
-            quantised=quantised,
+            quantised=quantized,
         )
+        return FirstValues(*pairs)
 
     def read(self, name: str) -> np.ndarray:
         weight = self._base.read(name)
         if name not in self._linears:
             return weight
-        if name not in self._read:  # a tensor of several kernels is read for each of them
-            self._read[name] = [
-                self._factors(name, weight[part], linear) for part, linear in self._linears[name]
+        if name not in self._first:  # a tensor of several kernels is read for each of them
+            self._first[name] = [
+                self._first_values(name, weight[part], linear)
+                for part, linear in self._linears[name]
             ]
         weight = weight.astype(np.float32)  # a copy
-        for (part, linear), (_, (a, b)) in zip(self._linears[name], self._read[name]):
-            weight[part] -= linear.lora.scale * (b @ a)
+        for (part, linear), first in zip(self._linears[name], self._first[name], strict=True):
+            a, b = first.subtracted
+            weight[part] -= _lora(linear).scale * (b @ a)
         return weight
 
-    def stored(self, name: str, form):
-        """Codes of the base are not those of what a kernel keeps."""
+    def stored(self, name: str, form: Form) -> Quantised | None:
+        """None for a kernel that differs from the base's."""
         return None if name in self._linears else self._base.stored(name, form)
 
-    def give_factors(self, shardings=None) -> None:
+    def give_factors(self, shardings: Callable | None = None) -> None:
         """Fills the factors of the model, whose kernels have been read."""
         for linear in self._adapted:
-            lora, names, part = linear.lora, hf_names(linear.kernel), hf_part(linear.kernel)
-            place = [of for of, _ in self._linears[names[0]]].index(part)
+            lora, names, part = _lora(linear), hf_names(linear.kernel), hf_part(linear.kernel)
+            index = [of for of, _ in self._linears[names[0]]].index(part)
             for variable, which in ((lora.a, 0), (lora.b, 1)):
-                value = np.stack([self._read[name][place][0][which].T for name in names]).reshape(
-                    variable.get_value().shape
-                )
+                layers = [self._first[name][index].factors[which].T for name in names]
+                value = np.stack(layers).reshape(variable.get_value().shape)
                 variable.set_value(put(value, shardings(variable) if shardings else None))
 
 
-def _quantised(kernel: Quantised, weight: np.ndarray) -> np.ndarray:
-    """The float32 value of a weight [out, in] once it is quantised as `kernel` is."""
+def _lora(linear: Linear) -> Lora:
+    assert linear.lora is not None  # it is an adapted layer
+    return linear.lora
+
+
+def _quantized(kernel: Quantised, weight: np.ndarray) -> np.ndarray:
+    """The float32 value of a weight [out, in] once it is quantized as `kernel` is."""
     return np.asarray(_there_and_back(weight.T, kernel.form, kernel.dtype)).T
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _there_and_back(weight, form, dtype):
+def _there_and_back(weight: jax.Array, form: Form, dtype: Any) -> jax.Array:
     return dequantise(quantise(weight.astype(dtype), form, dtype), jnp.float32)

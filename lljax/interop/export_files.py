@@ -1,7 +1,6 @@
-"""The files beside the weights of an exported model: the base's own, with only the changed fields
-edited.
+"""The files beside the weights of an exported model: the base's, with the changed fields edited.
 
-Both transformers 4.57 and 5 read what is written here, and a file that needs no change is a copy.
+Both transformers 4.57 and 5 read these files, and a file that needs no change is a copy.
 """
 
 import json
@@ -12,10 +11,11 @@ from pathlib import Path
 from lljax.errors import ModelError
 from lljax.interop.folder import read_json
 from lljax.interop.open import TOKENIZER_FILES, end_tokens
-from lljax.models.spec import DecoderSpec, from_hf, rope_to_hf
+from lljax.models.families import rope_to_hf, spec_from_hf
+from lljax.models.spec import DecoderSpec
 
 TEMPLATE_FILE = "chat_template.jinja"
-# Other names of max_position_embeddings; vLLM takes the least of all that are there.
+# Other names of max_position_embeddings; vLLM takes the least of those that are set.
 LENGTHS = (
     "n_positions",
     "max_seq_len",
@@ -37,7 +37,7 @@ def write_files(
     dtype: str | None,
     chat_template: str | None,
 ) -> None:
-    """Writes all but the weights of a model with this `spec` to an existing folder.
+    """Writes the files beside the weights of a model with this `spec` to an existing folder.
 
     dtype: of the weights; None for the base's. chat_template: the template that the run trained
     under, if the base has none.
@@ -65,7 +65,7 @@ def write_files(
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """The files of a base, relative to its folder, that travel with the model.
+    """The files of a base, relative to its folder, that an export copies.
 
     Raises:
       ModelError: one is a link out of the folder. A downloaded folder links into the hub's store.
@@ -76,7 +76,7 @@ def _own_files(folder: Path) -> list[Path]:
         for name in ("config.json", "tokenizer_config.json")
         for module in _modules(folder / name)
     }
-    while code:  # and what it imports from beside it
+    while code:  # and the modules that it imports from its folder
         files |= code
         texts = [file.read_text(errors="replace") for file in code if file.is_file()]
         imported = {name for text in texts for name in RELATIVE_IMPORT.findall(text)}
@@ -105,7 +105,7 @@ def _modules(path: Path) -> set[str]:
 
 def _changed(base, spec: DecoderSpec) -> bool:
     """Whether the RoPE or the length differs from the base's."""
-    own = from_hf(base.config)
+    own = spec_from_hf(base.config)
     return any(
         getattr(own, name) != getattr(spec, name) for name in ("rope", "more_ropes", "max_length")
     )
@@ -125,7 +125,7 @@ def _config(base, spec: DecoderSpec, changed: bool, dtype: str | None) -> dict:
 
 
 def _generation_config(base, spec: DecoderSpec, changed: bool, tokenizer) -> dict | None:
-    """The base's with every token that ends a reply; None if config.json names them already."""
+    """generation_config.json with every token that ends a reply; None if config.json names them."""
     own, ends = base.generation_config, end_tokens(base, tokenizer)
     if changed and own is not None and isinstance(own.get("max_length"), int):
         own = own | {"max_length": spec.max_length}
@@ -133,7 +133,7 @@ def _generation_config(base, spec: DecoderSpec, changed: bool, tokenizer) -> dic
     named = named if isinstance(named, list) else [named] if named is not None else []
     if ends <= set(named):
         return own
-    if own is None:  # what transformers takes from config.json instead
+    if own is None:  # fields that transformers takes from config.json instead
         names = ("bos_token_id", "pad_token_id")
         own = {name: base.config[name] for name in names if base.config.get(name) is not None}
     return own | {"eos_token_id": [*named, *sorted(ends - set(named))]}
@@ -143,7 +143,7 @@ def _tokenizer_config(config: dict, spec: DecoderSpec, changed: bool) -> dict:
     limit = config.get("model_max_length")
     if changed or (limit is not None and limit < spec.max_length):  # vLLM reads no further
         config["model_max_length"] = spec.max_length
-    # What transformers 5 writes and 4 does not read.
+    # Values that transformers 5 writes and 4 does not read.
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):

@@ -7,22 +7,28 @@ import re
 import shutil
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from lljax.errors import FULL, ConfigError, Stopped, printable
 
-RECORD = "lljax_export.json"  # what was written: {"format": ..., "files": [...]}
+RECORD = "lljax_export.json"  # {"format": ..., "files": [...]}
+
+
+Result = TypeVar("Result")
 
 
 class _Signal(SystemExit):
-    """Passes the `except Exception` of libraries."""
+    """A signal, as an exception that passes the `except Exception` of libraries."""
 
 
 def check_out(out: Path, overwrite: bool = False) -> None:
-    """Refuses a folder that is not empty; with `overwrite`, one that holds more than an export.
+    """Refuses a folder that is not empty; with `overwrite`, a folder that holds more than an
+    export.
 
     Raises:
-      ConfigError
+      ConfigError: it is refused, or cannot be read.
     """
     try:
         held = sorted(out.iterdir()) if out.is_dir() else []
@@ -50,14 +56,17 @@ def check_out(out: Path, overwrite: bool = False) -> None:
         )
 
 
-def complete(out: Path, format: str, write, overwrite: bool = False):
+def complete(
+    out: Path, format: str, write: Callable[[Path], Result], overwrite: bool = False
+) -> Result:
     """Runs `write(folder)` on a folder that becomes `out` when it is complete; returns its result.
 
-    SIGTERM, SIGHUP and errors leave nothing behind. What a killed process left is removed by the
-    next export.
+    SIGTERM, SIGHUP and errors leave nothing behind. The next export removes the leftovers of a
+    killed process.
 
     Raises:
-      ConfigError: `out` is taken or cannot be written. Stopped: on a signal.
+      ConfigError: `out` is taken or cannot be written.
+      Stopped: on a signal.
     """
     check_out(out, overwrite)
     out = out.resolve()
@@ -98,7 +107,7 @@ def complete(out: Path, format: str, write, overwrite: bool = False):
 
 
 def _exported(out: Path) -> tuple[bool, list[Path]]:
-    """Whether `out` holds an export of ours, and what else it holds."""
+    """Whether `out` holds an export of lljax, and its other files."""
     try:
         record = json.loads((out / RECORD).read_text())
         files = {Path(file) for file in record["files"]} | {Path(RECORD)}
@@ -109,7 +118,9 @@ def _exported(out: Path) -> tuple[bool, list[Path]]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Removes what killed exports to `out` left; puts back an export that one was replacing."""
+    """Removes the leftovers of killed exports to `out`; puts back an export that was being
+    replaced.
+    """
     for path in out.parent.iterdir():
         match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)\.(tmp|old)", path.name)
         if match is None or path.is_symlink() or not path.is_dir() or _alive(int(match[1])):
@@ -131,13 +142,13 @@ def _alive(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def _signals_raise():
-    """SIGTERM and SIGHUP raise in this context, so that what is unfinished is removed.
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise in this context, so that unfinished folders are removed.
 
     Python gives signals to the main thread alone.
     """
 
-    def receive(number, _):
+    def receive(number: int, _: object) -> None:
         raise _Signal(signal.Signals(number).name)
 
     previous = {}

@@ -4,34 +4,32 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lljax.errors import ModelError
 from lljax.interop import safetensors
+from lljax.interop.base import Base
+from lljax.interop.tokenizer import open_tokenizer
 from lljax.interop.tokenizer_bounds import check
-
-# By model_type, of models that read more than text: the prefix of the tensors of their text model,
-# and its architecture.
-TEXT_MODELS = {"llama4": ("language_model.", "Llama4ForCausalLM")}
+from lljax.models.families import FAMILIES
+from lljax.models.quantize import Form, Quantised
 
 
-class FolderBase:
-    """A folder with config.json, safetensors and a tokenizer. The interface of every base:
+class FolderBase(Base):
+    """A base in a folder with config.json, safetensors and a tokenizer."""
 
-    path: what the user named. config: HF config.json as a dict; where the folder holds more than a
-      text model, that of the text model, and `prefix` is what the names of its tensors begin with
-      there. names(), shape(name), read(name): tensors under their HF names and in HF orientation.
-      stored(name, form): a kernel as it is stored, where it is quantised in that form. tokenizer():
-      a transformers fast tokenizer. folder: of its files; None for a GGUF file. checksum(name,
-      before): crc32 of what is on disk of a tensor. fingerprint(): tells bases apart without
-      reading their weights.
-    """
+    folder: Path
 
     def __init__(self, path: str, folder: Path):
         self.path, self.folder = path, folder
         self.config, self.prefix = text_model(read_json(folder / "config.json"))
-        self._tensors = None
+        self._tensors: safetensors.Folder | None = None
+
+    @property
+    def location(self) -> Path:
+        return self.folder
 
     @property
     def tensors(self) -> safetensors.Folder:
@@ -55,21 +53,18 @@ class FolderBase:
     def read(self, name: str) -> np.ndarray:
         return self.tensors.read(self.prefix + name)
 
-    def stored(self, name: str, form):
+    def stored(self, name: str, form: Form) -> Quantised | None:
         return None
 
     def checksum(self, name: str, before: int = 0) -> int:
         return crc32(self.read(name), before)
 
     @property
-    def generation_config(self) -> dict | None:
-        """What generation_config.json says, such as the tokens that end a turn."""
+    def generation_config(self) -> dict[str, Any] | None:
         path = self.folder / "generation_config.json"
         return read_json(path) if path.is_file() else None
 
-    def tokenizer(self):
-        from lljax.interop.tokenizer import open_tokenizer
-
+    def tokenizer(self) -> Any:
         file, end = self.folder / "tokenizer_config.json", self.config.get("eos_token_id")
         end = end[0] if isinstance(end, list) and end else end
         tokenizer = open_tokenizer(
@@ -97,36 +92,39 @@ class FolderBase:
         return digest.hexdigest()
 
 
-def text_model(config: dict) -> tuple[dict, str]:
-    """The config.json of the text model alone, and the prefix of its tensors: see TEXT_MODELS.
+def text_model(config: dict) -> tuple[dict[str, Any], str]:
+    """The config.json of the text model alone, and the prefix of its tensors.
+
+    They differ from the whole for a model of several kinds of input (`Family.part_of`).
 
     Raises:
-      ModelError: a model of several kinds of input without a text_config.
+      ModelError: such a model has no text_config.
     """
-    if config.get("model_type") not in TEXT_MODELS:
-        return config, ""
-    prefix, architecture = TEXT_MODELS[config["model_type"]]
-    text = config.get("text_config")
-    if not isinstance(text, dict):
-        raise ModelError(
-            f"config.json: model_type {config['model_type']!r} needs an object text_config, which describes its "
-            "text model"
-        )
-    shared = {
-        name: config[name]
-        for name in ("dtype", "torch_dtype", "quantization_config")
-        if name in config
-    }
-    return {"model_type": f"{config['model_type']}_text"} | text | shared | {
-        "architectures": [architecture]
-    }, prefix
+    for family in FAMILIES.values():
+        whole = family.part_of
+        if whole is None or config.get("model_type") != whole.model_type:
+            continue
+        text = config.get("text_config")
+        if not isinstance(text, dict):
+            raise ModelError(
+                f"config.json: model_type {whole.model_type!r} needs an object text_config, which "
+                "describes its text model"
+            )
+        shared = {
+            name: config[name]
+            for name in ("dtype", "torch_dtype", "quantization_config")
+            if name in config
+        }
+        architectures = {"architectures": [family.architecture]}
+        return {"model_type": family.model_type} | text | shared | architectures, whole.prefix
+    return config, ""
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
 
     Raises:
-      ModelError: the file is missing or is not one.
+      ModelError: the file is missing or holds no JSON object.
     """
     if not path.is_file():  # nor a pipe or a device, which would be read without end
         raise ModelError(f"{path}: there is no such file")
@@ -142,5 +140,8 @@ def read_json(path: Path) -> dict:
 
 
 def crc32(array: np.ndarray, before: int = 0) -> int:
-    """Of the bytes of an array, after those that gave `before`. Some 2 GiB a second on one core."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), before)
+    """crc32 of an array's bytes, after the bytes whose crc32 is `before`.
+
+    About 2 GiB a second on one core.
+    """
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, before)

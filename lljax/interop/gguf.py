@@ -1,14 +1,16 @@
-"""A GGUF file as a base: dequantised tensor by tensor, its metadata read into HF form.
+"""A GGUF file as a base: dequantized tensor by tensor, its metadata read into HF form.
 
-Key names: the `gguf` package's constants. Tensor names and the q/k permutation: llama.cpp's
-  convert_hf_to_gguf.py.
+Key names: the `gguf` package's constants. Tensor names: llama.cpp's convert_hf_to_gguf.py. A family
+says the rest in its row (`GgufFormat`).
 """
 
 import contextlib
 import hashlib
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import ml_dtypes
@@ -16,17 +18,15 @@ import numpy as np
 
 from lljax.errors import ModelError, short
 from lljax.interop import gguf_tokenizer
+from lljax.interop.base import Base
 from lljax.interop.folder import crc32
-from lljax.models.rope import FIELDS, THETA, RopeSpec, base_frequencies, llama3_frequencies
-from lljax.models.values import NUMBER, check, whole
+from lljax.models import rope
+from lljax.models.families import FAMILIES
+from lljax.models.families.family import Family, GgufFormat
+from lljax.models.quantize import Form, Quantised
+from lljax.models.rope.kinds import RopeSpec, base_frequencies, llama3_frequencies
+from lljax.models.values import NUMBER, Value, check, whole
 
-# HF's model_type and class of each. Mistral models call themselves llama.
-ARCHITECTURES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-}
 LAYER = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -40,19 +40,16 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-GEMMA = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+ROPE_FREQS = "rope_freqs.weight"  # divisors of the frequencies of Llama 3
 
 YARN = {
     "original_max_position_embeddings": "original_context_length",
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
 }
-# What else llama.cpp scales by, with the values that change nothing.
+# Other scalings of llama.cpp, with the values that change nothing.
 NEUTRAL = {
     "attn_factor": 1.0,
     "yarn_attn_factor": 1.0,
@@ -62,13 +59,15 @@ NEUTRAL = {
 }
 
 COUNT = whole(1)
-MOST_VALUES = 1 << 22  # in an array of the metadata: of a larger vocabulary nobody has heard
+MOST_VALUES = 1 << 22  # in an array of the metadata; the largest vocabularies have 2 ** 18
+USE_FOLDER = "use the HuggingFace folder of this model"
 
 
 class Reader(gguf.GGUFReader):
-    """The package's own, but within bounds: it takes what lies beyond the end of the file for
-    nothing, goes through an array of any length that a damaged file names, and lets tensors
-    overlap.
+    """The package's reader with bounds.
+
+    The package reads bytes beyond the end of the file as nothing, reads an array of any length that
+    a damaged file names, and accepts tensors that overlap.
 
     Raises:
       ValueError: beyond a bound.
@@ -98,38 +97,29 @@ class Reader(gguf.GGUFReader):
         return super()._get_field_parts(orig_offs, raw_type)
 
 
-class GgufBase:
-    """The interface of lljax.interop.folder.FolderBase over one GGUF file."""
+class GgufBase(Base):
+    """A base in one GGUF file."""
 
     def __init__(self, path: str, file: Path):
-        self.path, self.prefix, self.file, self.folder, self.generation_config = (
-            path,
-            "",
-            file,
-            None,
-            None,
-        )
+        self.path, self.prefix, self.folder, self._file = path, "", None, file
         with self._reading("not a GGUF file that can be read"):
             self._reader = Reader(file)
-            names = LAYER | (GEMMA if self._architecture == "gemma3" else {})
+            self._family = self._family_of(self._field("general.architecture"))
+            names = LAYER | dict(self._format.names)
             self._tensors = {
-                _hf_name(t.name, names): t
-                for t in self._reader.tensors
-                if t.name != "rope_freqs.weight"
+                _hf_name(tensor.name, names): tensor
+                for tensor in self._reader.tensors
+                if tensor.name != ROPE_FREQS
             }
             self.config = self._config()
             ends = [
                 self._field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")
             ]
-            self.generation_config = {
-                "eos_token_id": [end for end in dict.fromkeys(ends) if end is not None]
-            }
+            self._ends = [end for end in dict.fromkeys(ends) if end is not None]
 
     @contextlib.contextmanager
-    def _reading(self, failure: str):
-        """Whatever damage raises in there is one line: the packages raise what it happens to lead
-        to.
-        """
+    def _reading(self, failure: str) -> Iterator[None]:
+        """Turns any error of the packages on a damaged file into a ModelError of one line."""
         try:
             yield
         except ModelError:
@@ -138,6 +128,14 @@ class GgufBase:
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             raise ModelError(f"{self.path}: {failure} ({type(error).__name__}: {reason})") from None
 
+    @property
+    def location(self) -> Path:
+        return self._file
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return {"eos_token_id": self._ends}
+
     def names(self) -> list[str]:
         return list(self._tensors)
 
@@ -145,147 +143,143 @@ class GgufBase:
         return tuple(int(x) for x in reversed(self._tensors[name].shape))
 
     def dtype(self, name: str) -> np.dtype:
-        """What an export writes, for all tensors alike."""
+        """The dtype that an export writes, the same for all tensors."""
         return np.dtype(getattr(ml_dtypes, self.config["torch_dtype"], self.config["torch_dtype"]))
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         with self._reading(
-            f"tensor {name!r} of type {tensor.tensor_type.name} cannot be dequantised"
+            f"tensor {name!r} of type {tensor.tensor_type.name} cannot be dequantized"
         ):
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(
-                self.shape(name)
-            )
-            heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(
-                name.split(".")[-2]
-            )
-            if heads and self._architecture == "llama":
+            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            array = array.reshape(self.shape(name))
+            heads = HEADS.get(name.split(".")[-2])
+            if heads and self._format.permuted:
                 array = _unpermute(array, self.config[heads])
-            if self._architecture == "gemma3" and name.endswith("norm.weight"):
-                array = array - 1  # llama.cpp stores what the norm multiplies by
+            if self._format.norms_plus_one and name.endswith("norm.weight"):
+                array = array - 1
             return array
 
-    def stored(self, name: str, form):
-        return None  # of its blocks none is one of ours
+    def stored(self, name: str, form: Form) -> Quantised | None:
+        return None  # no format of GGUF blocks is one of ours
 
     def checksum(self, name: str, before: int = 0) -> int:
         return crc32(self._tensors[name].data, before)
 
     def fingerprint(self) -> str:
         """sha256 over the size, the metadata and the table of tensors; the weights are not read."""
-        with open(self.file, "rb") as opened:
+        with open(self._file, "rb") as opened:
             head = opened.read(self._reader.data_offset)
-        return hashlib.sha256(head + str(self.file.stat().st_size).encode()).hexdigest()
+        return hashlib.sha256(head + str(self._file.stat().st_size).encode()).hexdigest()
 
     # ---------------------------------------------------------------- metadata
-    @property
-    def _architecture(self) -> str:
-        return self._field("general.architecture")
+    def _family_of(self, architecture: Any) -> Family:
+        families = {row.gguf.architecture: row for row in FAMILIES.values() if row.gguf}
+        if architecture not in families:
+            raise ModelError(
+                f"{self.path}: architecture {architecture!r} is not supported; supported are "
+                f"{', '.join(families)}"
+            )
+        return families[architecture]
 
-    def _field(self, key: str, default=None):
+    @property
+    def _format(self) -> GgufFormat:
+        format = self._family.gguf
+        assert format is not None  # see _family_of
+        return format
+
+    def _field(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
 
-    def _config(self) -> dict:
-        a = self._architecture
-        if a not in ARCHITECTURES:
-            raise ModelError(
-                f"{self.path}: architecture {a!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
-            )
+    def _metadata(self, key: str, default: Any = None, wanted: Value = COUNT) -> Any:
+        """The value of a key below the architecture.
 
-        def need(key, default=None, wanted=COUNT):
-            value = self._field(f"{a}.{key}", default)
-            if value is None:
-                raise ModelError(f"{self.path}: the metadata has no {a}.{key}")
-            # a list: layers that differ
-            check({f"{a}.{key}": value}, {f"{a}.{key}": wanted}, str(self.path))
-            return value
+        Raises:
+          ModelError: it is absent and has no default, or is not as wanted, such as a list for
+            layers that differ.
+        """
+        key = f"{self._format.architecture}.{key}"
+        value = self._field(key, default)
+        if value is None:
+            raise ModelError(f"{self.path}: the metadata has no {key}")
+        check({key: value}, {key: wanted}, str(self.path))
+        return value
 
-        # Activations of Gemma overflow float16, and a weight in bfloat16 may.
-        wide = a == "gemma3" or any(
-            t.tensor_type == gguf.GGMLQuantizationType.BF16 for t in self._reader.tensors
-        )
-        N, D = need("attention.head_count"), need("embedding_length")
-        vocabulary = (
-            self.shape("model.embed_tokens.weight")[0]
-            if "model.embed_tokens.weight" in self._tensors
-            else None
-        )
-        if vocabulary is None:
+    def _config(self) -> dict[str, Any]:
+        embedding = "model.embed_tokens.weight"
+        if embedding not in self._tensors:
             raise ModelError(f"{self.path}: tensor 'token_embd.weight' is missing")
+        N, D = self._metadata("attention.head_count"), self._metadata("embedding_length")
         config = {
-            "model_type": ARCHITECTURES[a][0],
-            "architectures": [ARCHITECTURES[a][1]],
-            "vocab_size": vocabulary,
+            "model_type": self._family.model_type,
+            "architectures": [self._family.architecture],
+            "vocab_size": self.shape(embedding)[0],
             "hidden_size": D,
-            "intermediate_size": need("feed_forward_length"),
-            "num_hidden_layers": need("block_count"),
+            "intermediate_size": self._metadata("feed_forward_length"),
+            "num_hidden_layers": self._metadata("block_count"),
             "num_attention_heads": N,
-            "num_key_value_heads": need("attention.head_count_kv", N),
-            "head_dim": need("attention.key_length", D // N),
-            "max_position_embeddings": need("context_length"),
-            "rms_norm_eps": need("attention.layer_norm_rms_epsilon", wanted=NUMBER),
-            "rope_theta": need("rope.freq_base", 10_000.0, THETA),
+            "num_key_value_heads": self._metadata("attention.head_count_kv", N),
+            "head_dim": self._metadata("attention.key_length", D // N),
+            "max_position_embeddings": self._metadata("context_length"),
+            "rms_norm_eps": self._metadata("attention.layer_norm_rms_epsilon", wanted=NUMBER),
+            "rope_theta": self._metadata("rope.freq_base", 10_000.0, rope.THETA),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "hidden_act": "silu",
             "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
-            "torch_dtype": "bfloat16" if wide else "float16",
+            "torch_dtype": self._dtype_name(),
         }
-        if a == "gemma3":  # only the largest scales scores by another number than its head size
-            scored = D // N if config["num_hidden_layers"] == 62 else config["head_dim"]
-            config |= {
-                "hidden_act": "gelu_pytorch_tanh",
-                "hidden_activation": "gelu_pytorch_tanh",
-                "rope_theta": need("rope.freq_base", 1_000_000.0, THETA),
-                "query_pre_attn_scalar": scored,
-                "sliding_window": need("attention.sliding_window"),
-                "rope_local_base_freq": need("rope.freq_base_swa", 10_000.0, THETA),
-            }
-        if (turning := need("rope.dimension_count", config["head_dim"])) != config["head_dim"]:
+        config |= self._format.config(config, self._metadata, set(self._tensors))
+        H = config["head_dim"]
+        if (rotary := self._metadata("rope.dimension_count", H)) != H:
             raise ModelError(
-                f"{self.path}: {a}.rope.dimension_count is {turning} of {config['head_dim']} dimensions, which is "
-                "not supported: use the HuggingFace folder of this model"
+                f"{self.path}: {self._format.architecture}.rope.dimension_count is {rotary} of {H} "
+                f"dimensions, which is not supported: {USE_FOLDER}"
             )
-        if a == "llama":
-            config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._tensors
-        return config | {
-            "rope_scaling": self._rope_scaling(a, config["rope_theta"], config["head_dim"])
-        }
+        return config | {"rope_scaling": self._rope_scaling(config["rope_theta"], H)}
 
-    def _rope_scaling(self, a: str, theta: float, H: int) -> dict | None:
-        for tensor in self._reader.tensors:
-            if tensor.name == "rope_freqs.weight":
-                return self._llama3(np.asarray(tensor.data, np.float32).reshape(-1), theta, H)
-        kind, factor = (
-            self._field(f"{a}.rope.scaling.type"),
-            self._field(f"{a}.rope.scaling.factor"),
+    def _dtype_name(self) -> str:
+        """float16, unless a value may overflow it."""
+        bfloat16 = any(
+            tensor.tensor_type == gguf.GGMLQuantizationType.BF16 for tensor in self._reader.tensors
         )
+        return self._format.dtype or ("bfloat16" if bfloat16 else "float16")
+
+    def _rope_scaling(self, theta: float, H: int) -> dict[str, Any] | None:
+        for tensor in self._reader.tensors:
+            if tensor.name == ROPE_FREQS:
+                return self._llama3(np.asarray(tensor.data, np.float32).reshape(-1), theta, H)
+        prefix = f"{self._format.architecture}.rope.scaling"
+        kind = self._field(f"{prefix}.type")
         if kind in (None, "none"):
             return None
         for key, neutral in NEUTRAL.items():
-            if (value := self._field(f"{a}.rope.scaling.{key}", neutral)) != neutral:
+            if (value := self._field(f"{prefix}.{key}", neutral)) != neutral:
                 raise ModelError(
-                    f"{self.path}: {a}.rope.scaling.{key} is {short(value)}, which is not supported: use the "
-                    "HuggingFace folder of this model"
+                    f"{self.path}: {prefix}.{key} is {short(value)}, which is not supported: "
+                    f"{USE_FOLDER}"
                 )
-        scaling = {"rope_type": kind, "factor": factor}
+        scaling = {"rope_type": kind, "factor": self._field(f"{prefix}.factor")}
         if kind == "yarn":
-            scaling |= {name: self._field(f"{a}.rope.scaling.{key}") for name, key in YARN.items()}
-        check(scaling, FIELDS, f"{self.path}: {a}.rope.scaling")
+            scaling |= {name: self._field(f"{prefix}.{key}") for name, key in YARN.items()}
+        check(scaling, rope.CHECKS, f"{self.path}: {prefix}")
         return scaling
 
-    def _llama3(self, divisors: np.ndarray, theta: float, H: int) -> dict:
-        """The parameters that give these divisors of the frequencies [H / 2]. The file does not
-        keep them: those of every released Llama 3 but the factor, which is the largest divisor;
-        checked.
+    def _llama3(self, divisors: np.ndarray, theta: float, H: int) -> dict[str, Any]:
+        """The parameters that give these divisors of the frequencies [H / 2].
+
+        The file does not keep them. All released Llama 3 share them except the factor, which is the
+        largest divisor; this is checked.
         """
-        spec = RopeSpec("llama3", theta=theta, factor=float(divisors.max()), original_length=8192)
-        made = base_frequencies(theta, H) / np.asarray(llama3_frequencies(spec, H, 0).inverse)
-        if made.shape != divisors.shape or not np.allclose(made, divisors, rtol=1e-4):
+        spec = RopeSpec(
+            type="llama3", theta=theta, factor=float(divisors.max()), original_length=8192
+        )
+        wanted = base_frequencies(theta, H) / np.asarray(llama3_frequencies(spec, H, 0).inverse)
+        if wanted.shape != divisors.shape or not np.allclose(wanted, divisors, rtol=1e-4):
             raise ModelError(
-                f"{self.path}: it carries RoPE factors (rope_freqs.weight) that are not those of a Llama "
-                "3: use the HuggingFace folder of this model"
+                f"{self.path}: its RoPE factors ({ROPE_FREQS}) are not of the kind llama3: "
+                f"{USE_FOLDER}"
             )
         return {
             "rope_type": "llama3",
@@ -295,8 +289,8 @@ class GgufBase:
             "original_max_position_embeddings": spec.original_length,
         }
 
-    def tokenizer(self):
-        """A transformers fast tokenizer from the metadata."""
+    def tokenizer(self) -> Any:
+        """A fast tokenizer of transformers, from the metadata."""
         prefix = "tokenizer.ggml."
         with self._reading("the tokenizer in the metadata is damaged"):
             fields = {
@@ -309,7 +303,7 @@ class GgufBase:
             return gguf_tokenizer.build(self.path, fields, self._field("tokenizer.chat_template"))
 
 
-def _hf_name(name: str, layer: dict) -> str:
+def _hf_name(name: str, layer: dict[str, str]) -> str:
     stem, _, kind = name.rpartition(".")
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
         return f"model.layers.{match[1]}.{layer.get(match[2], match[2])}.{kind}"
@@ -317,7 +311,7 @@ def _hf_name(name: str, layer: dict) -> str:
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Back from llama.cpp's interleaved pairs to HF's two halves, along the output axis."""
+    """Undoes llama.cpp's interleaving of pairs along the output axis: HF has two halves."""
     return (
         array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
         .swapaxes(1, 2)

@@ -1,10 +1,13 @@
 """The tokenizer in a GGUF file's metadata, built with the `tokenizers` library.
 
-A GGUF names its pre-tokenizer and leaves the rule to the reader: the rules here are those of the
-models' own tokenizer.json files.
+A GGUF names its pre-tokenizer and leaves the rule to the reader: the rules here are copied from the
+models' tokenizer.json files.
 """
 
+import dataclasses
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -12,17 +15,18 @@ from transformers import PreTrainedTokenizerFast
 
 from lljax.errors import ModelError
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 CONTROL, USER = 3, 4  # token_type of special tokens, and of plain ones kept whole
-# ours, and that of <name>_token_id
-NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-# What llama.cpp takes where the file does not say (llama-vocab.cpp, init of LLAMA_VOCAB_TYPE_SPM).
-DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {}}
+# {name in transformers: name in <name>_token_id}
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 LONGEST = 256  # characters; SentencePiece makes tokens of 16, Gemma has some of 31
 
 
-def _split(pattern: str):
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
@@ -31,107 +35,126 @@ def _split(pattern: str):
     )
 
 
-PRE_TOKENIZERS = {  # by tokenizer.ggml.pre
-    "default": BYTES,
-    "gpt-2": BYTES,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES]),
-    "llama-bpe": _split(WORDS % r"\p{N}{1,3}"),
-    "qwen2": _split(WORDS % r"\p{N}"),
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A pre-tokenizer of GGUF. whole_words: a word that is a token is taken without merging up to
+    it. composes: accents are composed first (NFC). adds_bos: llama.cpp adds it unless the file says
+    otherwise.
+    """
+
+    pre_tokenizer: pre_tokenizers.PreTokenizer
+    whole_words: bool = False
+    composes: bool = False
+    adds_bos: bool = False
+
+
+RULES = {  # by tokenizer.ggml.pre
+    "default": Rule(BYTES),
+    "gpt-2": Rule(BYTES),
+    "smollm": Rule(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])),
+    "llama-bpe": Rule(_split(WORDS % r"\p{N}{1,3}"), whole_words=True, adds_bos=True),
+    "qwen2": Rule(_split(WORDS % r"\p{N}"), composes=True),
 }
 
 
-def build(path: str, fields: dict, chat_template: str | None) -> PreTrainedTokenizerFast:
-    """fields: the metadata under "tokenizer.ggml.", without that prefix.
+def build(path: str, fields: dict[str, Any], chat_template: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer; fields: the metadata under "tokenizer.ggml.", without that prefix.
 
     Raises:
-      ModelError: a kind of tokenizer, or a pre-tokenizer, that is not supported.
+      ModelError: an unsupported kind of tokenizer or pre-tokenizer.
     """
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if fields.get("model") not in builders:
+    if fields.get("model") not in KINDS:
         raise ModelError(
-            f"{path}: tokenizer.ggml.model {fields.get('model')!r} is none of {', '.join(builders)}"
+            f"{path}: tokenizer.ggml.model {fields.get('model')!r} is none of {', '.join(KINDS)}"
         )
-    tokens = fields["tokens"]
-    backend = builders[fields["model"]](path, fields)
-    kinds = fields.get("token_type") or [1] * len(tokens)
-    for kind, special in ((USER, False), (CONTROL, True)):
+    kind, tokens = KINDS[fields["model"]], fields["tokens"]
+    backend = kind.build(path, fields)
+    types = fields.get("token_type") or [1] * len(tokens)
+    for wanted, special in ((USER, False), (CONTROL, True)):
         backend.add_tokens(
             [
                 tokenizers.AddedToken(token, normalized=False, special=special)
-                for token, this in zip(tokens, kinds)
-                if this == kind
+                for token, of_type in zip(tokens, types, strict=False)
+                if of_type == wanted
             ]
         )
-    ids = {
-        name: fields.get(f"{name}_token_id", DEFAULTS[fields["model"]].get(name))
-        for name in NAMES.values()
-    }
-    for name, i in ids.items():
-        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
-            raise ModelError(
-                f"{path}: tokenizer.ggml.{name}_token_id is {i!r:.40}; there are {len(tokens)} tokens"
-            )
-    named = {
-        f"{ours}_token": tokens[ids[theirs]]
-        for ours, theirs in NAMES.items()
+    ids = _special_ids(path, fields, kind)
+    special = {
+        f"{name}_token": tokens[ids[theirs]]
+        for name, theirs in SPECIAL.items()
         if ids[theirs] is not None
     }
-    # Without the flag llama.cpp adds it to these two kinds.
-    default = "bos_token" in named and (
-        fields["model"] == "llama" or fields.get("pre") == "llama-bpe"
-    )
+    rule = RULES.get(fields.get("pre", "default"))
+    default = "bos_token" in special and (kind.adds_bos or (rule is not None and rule.adds_bos))
     if fields.get("add_bos_token", default):
-        if "bos_token" not in named:
+        if "bos_token" not in special:
             raise ModelError(
-                f"{path}: tokenizer.ggml.add_bos_token is true, and there is no tokenizer.ggml.bos_token_id"
+                f"{path}: tokenizer.ggml.add_bos_token is true, and there is no "
+                "tokenizer.ggml.bos_token_id"
             )
-        bos = named["bos_token"]
+        bos = special["bos_token"]
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **named)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **special)
 
 
-def _byte_level(path: str, fields: dict) -> tokenizers.Tokenizer:
+def _special_ids(path: str, fields: dict[str, Any], kind: "Kind") -> dict[str, int | None]:
+    """The ids of special tokens by their names in GGUF.
+
+    Raises:
+      ModelError: an id is none of the vocabulary's.
+    """
+    ids = {
+        name: fields.get(f"{name}_token_id", kind.special_ids.get(name))
+        for name in SPECIAL.values()
+    }
+    count = len(fields["tokens"])
+    for name, i in ids.items():
+        if i is not None and not (type(i) is int and 0 <= i < count):
+            raise ModelError(
+                f"{path}: tokenizer.ggml.{name}_token_id is {i!r:.40}; there are {count} tokens"
+            )
+    return ids
+
+
+def _byte_level(path: str, fields: dict[str, Any]) -> tokenizers.Tokenizer:
     pre = fields.get("pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    if pre not in RULES:
         raise ModelError(
-            f"{path}: tokenizer.ggml.pre {pre!r} is none of {', '.join(PRE_TOKENIZERS)}; use the HuggingFace "
-            "folder of this model"
+            f"{path}: tokenizer.ggml.pre {pre!r} is none of {', '.join(RULES)}; use the "
+            "HuggingFace folder of this model"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
-    # Llama 3 takes a word that is a token as it is, without merging up to it; Qwen composes accents
-    # first.
+    rule = RULES[pre]
     backend = tokenizers.Tokenizer(
         models.BPE(
             {token: i for i, token in enumerate(fields["tokens"])},
-            merges,
-            ignore_merges=pre == "llama-bpe",
+            [tuple(merge.split(" ", 1)) for merge in fields["merges"]],
+            ignore_merges=rule.whole_words,
         )
     )
-    if pre == "qwen2":
+    if rule.composes:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = rule.pre_tokenizer, decoders.ByteLevel()
     return backend
 
 
-def _sentencepiece(path: str, fields: dict) -> tokenizers.Tokenizer:
-    """Llama 2's kind. The merges are not in the file: every way to put a token together from two
-    others, the better scored tokens first.
+def _sentencepiece(path: str, fields: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Llama 2's kind. The merges are not in the file: they are all pairs of tokens that make a
+    token, the better scored tokens first.
     """
     tokens, scores = fields["tokens"], fields["scores"]
     index = {token: i for i, token in enumerate(tokens)}
     if long := sum(len(token) > LONGEST for token in tokens):
         logging.info(
-            "%s: %d tokens of more than %d characters are made of no text", path, long, LONGEST
+            "%s: %d tokens of more than %d characters are not made from text", path, long, LONGEST
         )
-    merges = [
-        (-scores[i], index[token[:k]], index[token[k:]], token[:k], token[k:])
-        for i, token in enumerate(tokens)
-        if len(token) <= LONGEST
-        for k in range(1, len(token))
-        if token[:k] in index and token[k:] in index
-    ]
+    merges = []
+    for i, token in enumerate(tokens):
+        for k in range(1, len(token)) if len(token) <= LONGEST else ():
+            left, right = token[:k], token[k:]
+            if left in index and right in index:
+                merges.append((-scores[i], index[left], index[right], left, right))
     backend = tokenizers.Tokenizer(
         models.BPE(
             index,
@@ -141,7 +164,7 @@ def _sentencepiece(path: str, fields: dict) -> tokenizers.Tokenizer:
             byte_fallback=True,
         )
     )
-    prefix = fields.get("add_space_prefix", True)  # not in Gemma's
+    prefix = fields.get("add_space_prefix", True)  # false in Gemma's files
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
     )
@@ -154,3 +177,20 @@ def _sentencepiece(path: str, fields: dict) -> tokenizers.Tokenizer:
         ]
     )
     return backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of tokenizer. special_ids, adds_bos: llama.cpp's defaults if the file says nothing
+    (llama-vocab.cpp, init of LLAMA_VOCAB_TYPE_SPM).
+    """
+
+    build: Callable[[str, dict[str, Any]], tokenizers.Tokenizer]
+    special_ids: dict[str, int]
+    adds_bos: bool = False
+
+
+KINDS = {  # by tokenizer.ggml.model
+    "gpt2": Kind(_byte_level, {}),
+    "llama": Kind(_sentencepiece, {"bos": 1, "eos": 2, "unknown": 0}, adds_bos=True),
+}

@@ -5,7 +5,8 @@ directions.
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from lljax.errors import ModelError
+from lljax.interop.base import Base
 from lljax.models.declare import LoraWeight, Weight, declared, dtype_of, hf_names, stacked
 from lljax.models.quantize import Quantised, dequantise, quantise
 from lljax.parallel.sharding import put
@@ -21,72 +23,38 @@ from lljax.parallel.sharding import put
 HARMLESS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
-def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> dict[str, int]:
-    """Fills every base Variable of an abstract model from `base` (lljax.interop.open); adapters
-    stay abstract.
+def load_weights(
+    model: nnx.Module, base: Base, *, dtype: Any, shardings: Callable | None = None
+) -> dict[str, int]:
+    """Fills every base Variable of an abstract model from `base`; adapters stay abstract.
 
-    Trainable Variables become float32, the others `dtype`. `shardings(variable)`, where given, is
-    where a value goes.
-    The host holds about one tensor at a time: a stacked value is allocated in place and written
-      layer by layer. Kernels that are quantised in the abstract model are quantised on the way, or
-      taken as they are where the base has them so.
+    Trainable Variables become float32, the others `dtype`. shardings(variable): the sharding of a
+    value; None for the default device. The host holds about one tensor at a time: a stacked value
+    is allocated in place and written layer by layer. Kernels that are quantized in the abstract
+    model are quantized as they are read, or taken unchanged if the base has that form.
 
-    Returns the `checksums` of what was read.
+    Returns the `checksums` of the tensors that were read.
 
     Raises:
-      ModelError: a tensor is missing, has another shape, or is of a type that is no weight's; the
-        line names it.
+      ModelError: a tensor is missing, has another shape, or its type is not a weight's; the message
+        names it.
     """
-    available, used, sums = set(base.names()), set(), {}
+    available, used = set(base.names()), set()
+    sums: dict[str, int] = {}
     for _, variable in declared(model):
         if isinstance(variable, LoraWeight):
             continue
         names = hf_names(variable)
         for name in names:
-            if name not in available:
-                raise ModelError(f"{base.path}: tensor {name!r} is missing")
-            if base.shape(name) != hf_shape(variable):
-                raise ModelError(
-                    f"{base.path}: tensor {name!r} has shape {base.shape(name)}, and config.json makes it "
-                    f"{hf_shape(variable)}"
-                )
-            if not jnp.issubdtype(base.dtype(name), jnp.floating) or base.dtype(name).itemsize < 2:
-                raise ModelError(
-                    f"{base.path}: tensor {name!r} is {base.dtype(name)}, and config.json has no "
-                    "quantization_config that says how to read it"
-                )
+            _check_tensor(base, available, name, hf_shape(variable))
         used.update(names)
-        wanted = dtype_of(variable, dtype)
+
+        def read(name: str, variable: nnx.Variable = variable, first: str = names[0]) -> Any:
+            sums[first] = base.checksum(name, sums.get(first, 0))  # while its pages are in memory
+            return _read(base, name, variable, dtype_of(variable, dtype))
+
         sharding = shardings(variable) if shardings else None
-        transpose, part = variable.get_metadata("transpose"), hf_part(variable)
-
-        outline = variable.get_value()
-
-        def read(
-            name, first=names[0], transpose=transpose, wanted=wanted, part=part, outline=outline
-        ):
-            sums[first] = base.checksum(name, sums.get(first, 0))
-            whole = part == ...  # a part of a fused tensor is quantised anew
-            stored = (
-                base.stored(name, outline.form)
-                if whole and isinstance(outline, Quantised)
-                else None
-            )
-            if stored is not None:
-                return dataclasses.replace(stored, dtype=outline.dtype)
-            array = base.read(name)[part]
-            return np.asarray(np.swapaxes(array, -1, -2) if transpose else array, dtype=wanted)
-
-        if held := stacked(variable):
-            value = jax.jit(functools.partial(_zeros, outline, wanted), out_shardings=sharding)()
-            for i, name in enumerate(names):
-                value = _set_part(value, read(name), np.unravel_index(i, outline.shape[:held]))
-        elif isinstance(outline, Quantised):
-            quantised = functools.partial(quantise, form=outline.form, dtype=outline.dtype)
-            value = jax.jit(quantised, out_shardings=sharding)(read(names[0]))
-        else:
-            value = put(read(names[0]), sharding)
-        variable.set_value(value)
+        variable.set_value(_value(variable, names, read, dtype_of(variable, dtype), sharding))
     ignored = sorted(
         name
         for name in available - used
@@ -102,11 +70,56 @@ def load_weights(model: nnx.Module, base, *, dtype, shardings=None) -> dict[str,
     return sums
 
 
-def checksums(model: nnx.Module, base) -> dict[str, int]:
-    """{first tensor: crc32 of all} of the tensors that each base Variable is made of, as they are
-    on disk: whatever a run makes of them, and wherever, they are the same.
+def _check_tensor(base: Base, available: set[str], name: str, shape: tuple[int, ...]) -> None:
+    if name not in available:
+        raise ModelError(f"{base.path}: tensor {name!r} is missing")
+    if base.shape(name) != shape:
+        raise ModelError(
+            f"{base.path}: tensor {name!r} has shape {base.shape(name)}, and config.json makes it "
+            f"{shape}"
+        )
+    dtype = base.dtype(name)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise ModelError(
+            f"{base.path}: tensor {name!r} is {dtype}, and config.json has no quantization_config "
+            "that says how to read it"
+        )
+
+
+def _read(base: Base, name: str, variable: nnx.Variable, dtype: Any) -> Any:
+    """A tensor as one layer of a Variable holds it: an array, or a Quantised as it is stored."""
+    outline, part = variable.get_value(), hf_part(variable)
+    whole = part == ...  # a part of a fused tensor is quantized anew
+    stored = base.stored(name, outline.form) if whole and isinstance(outline, Quantised) else None
+    if stored is not None:
+        return dataclasses.replace(stored, dtype=outline.dtype)
+    array = base.read(name)[part]
+    transposes = variable.get_metadata("transpose")
+    return np.asarray(np.swapaxes(array, -1, -2) if transposes else array, dtype=dtype)
+
+
+def _value(
+    variable: nnx.Variable, names: list[str], read: Callable[[str], Any], dtype: Any, sharding: Any
+) -> Any:
+    """The value of a Variable, from the tensors that `read` returns."""
+    outline = variable.get_value()
+    if axes := stacked(variable):
+        value = jax.jit(functools.partial(_zeros, outline, dtype), out_shardings=sharding)()
+        for i, name in enumerate(names):
+            value = _set_part(value, read(name), np.unravel_index(i, outline.shape[:axes]))
+        return value
+    if isinstance(outline, Quantised):
+        quantizes = functools.partial(quantise, form=outline.form, dtype=outline.dtype)
+        return jax.jit(quantizes, out_shardings=sharding)(read(names[0]))
+    return put(read(names[0]), sharding)
+
+
+def checksums(model: nnx.Module, base: Base) -> dict[str, int]:
+    """{first tensor: crc32 of all its tensors} of every base Variable, of the bytes on disk.
+
+    They do not depend on the run's dtype, devices or quantization.
     """
-    sums = {}
+    sums: dict[str, int] = {}
     for _, variable in declared(model):
         if not isinstance(variable, LoraWeight):
             names = hf_names(variable)
@@ -115,28 +128,31 @@ def checksums(model: nnx.Module, base) -> dict[str, int]:
     return sums
 
 
-def _zeros(outline, dtype):
+def _zeros(outline: Any, dtype: Any) -> Any:
     return jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype if isinstance(outline, Quantised) else dtype), outline
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_part(whole, part, at):
+def _set_part(whole: Any, part: Any, index: Any) -> Any:
     if isinstance(whole, Quantised) and not isinstance(part, Quantised):
         part = quantise(part, whole.form, whole.dtype)
-    return jax.tree.map(lambda all, one: all.at[at].set(one), whole, part)
+    return jax.tree.map(lambda x, y: x.at[index].set(y), whole, part)
 
 
-def tensors(model: nnx.Module, kind=Weight) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(model: nnx.Module, kind: type = Weight) -> Iterator[tuple[str, np.ndarray]]:
     """(HF name, array in HF orientation) of every Variable of `kind`, one tensor at a time."""
     for name, parts in parts_of(model, kind).items():
         yield name, joined(parts)
 
 
-def parts_of(model: nnx.Module, kind=Weight) -> dict[str, list[tuple[nnx.Variable, int]]]:
-    """What each HF tensor is made of: Variables, and which of their layers. Nearly always one."""
-    parts = {}
+Part = tuple[nnx.Variable, int]  # a Variable, and the index of a tensor in `hf_names`
+
+
+def parts_of(model: nnx.Module, kind: type = Weight) -> dict[str, list[Part]]:
+    """The parts of every HF tensor; nearly always one."""
+    parts: dict[str, list[Part]] = {}
     for _, variable in declared(model):
         if isinstance(variable, kind):
             for i, name in enumerate(hf_names(variable)):
@@ -144,20 +160,19 @@ def parts_of(model: nnx.Module, kind=Weight) -> dict[str, list[tuple[nnx.Variabl
     return parts
 
 
-def joined(parts: list[tuple[nnx.Variable, int]]) -> np.ndarray:
-    """One HF tensor of its parts, see `parts_of`."""
+def joined(parts: list[Part]) -> np.ndarray:
+    """One HF tensor from its parts, see `parts_of`."""
+    first = hf_value(*parts[0])
     if len(parts) == 1:
-        return hf_value(*parts[0])
-    whole = None
+        return first
+    whole = np.empty(hf_shape(parts[0][0]), first.dtype)
     for variable, i in parts:
-        value = hf_value(variable, i)
-        whole = np.empty(hf_shape(variable), value.dtype) if whole is None else whole
-        whole[hf_part(variable)] = value
+        whole[hf_part(variable)] = hf_value(variable, i)
     return whole
 
 
-def hf_part(variable: nnx.Variable):
-    """What of its HF tensors a Variable holds, as an index: all, or some of the outputs."""
+def hf_part(variable: nnx.Variable) -> Any:
+    """The part of its HF tensors that a Variable holds, as an index: all, or some outputs."""
     if "part" not in variable.get_metadata():
         return ...
     first, step, _ = variable.get_metadata("part")
@@ -166,17 +181,17 @@ def hf_part(variable: nnx.Variable):
 
 
 def hf_value(variable: nnx.Variable, i: int = 0) -> np.ndarray:
-    """What it has of the i-th of its HF tensors (`hf_names`), in HF orientation, on the host."""
+    """Its values in the i-th of its HF tensors (`hf_names`), in HF orientation, on the host."""
     value = variable.get_value()
-    if held := stacked(variable):
-        at = np.unravel_index(i, value.shape[:held])
-        value = jax.tree.map(lambda x: x[at], value)
+    if axes := stacked(variable):
+        index = np.unravel_index(i, value.shape[:axes])
+        value = jax.tree.map(lambda x: x[index], value)
     array = np.asarray(dequantise(value, value.dtype) if isinstance(value, Quantised) else value)
     return np.swapaxes(array, -1, -2) if variable.get_metadata("transpose") else array
 
 
 def hf_shape(variable: nnx.Variable) -> tuple[int, ...]:
-    """The shape of each of its HF tensors."""
+    """The shape of every one of its HF tensors."""
     *rest, outputs = variable.get_value().shape[stacked(variable) :]
     *_, outputs = variable.get_metadata().get("part", (outputs,))
     return (

@@ -1,19 +1,21 @@
-"""The base model: a hub id, a local folder and a GGUF file are opened alike."""
+"""Opens the base model: a hub id, a local folder or a GGUF file."""
 
 import glob
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from lljax.data.template import turn_ends
 from lljax.errors import ModelError, first_line
 from lljax.interop import safetensors
+from lljax.interop.base import Base
 from lljax.interop.folder import FolderBase, read_json, text_model
 from lljax.interop.own_head import untie_if_they_differ
+from lljax.interop.quantized import QuantizedFolder
 from lljax.interop.tokenizer_bounds import serialized
 
-# What an export copies: the tokenizer, the code that an auto_map names, the license. No pattern
-# begins with a wildcard that would reach the weights of other formats in subfolders, such as
-# original/.
+# Files of the tokenizer and the license, which an export copies. No pattern begins with a wildcard
+# that would reach the weights of other formats in subfolders, such as original/.
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -31,7 +33,7 @@ TOKENIZER_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-# What is downloaded of a hub repository; the shards that its index names follow.
+# Files to download from a hub repository; the shards that its index names follow.
 HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -42,17 +44,17 @@ HUB_FILES = [
 ]
 
 
-def open_base(path: str, revision: str = "main"):
-    """Opens a hub id, a folder, or a GGUF file. Local paths come first.
+def open_base(path: str, revision: str = "main") -> Base:
+    """Opens a hub id, a folder or a GGUF file. Local paths have precedence.
 
     Raises:
-      ModelError: nothing there, or not a model that can be read.
+      ModelError: there is no such model, or it cannot be read.
     """
     local = _local(path)
     if local is None:
         return _folder(path, _download(path, revision))
     if local.suffix == ".gguf":
-        from lljax.interop.gguf import GgufBase
+        from lljax.interop.gguf import GgufBase  # the package is slow to import
 
         if not local.is_file():
             raise ModelError(f"model.path={path!r}: there is no such file")
@@ -65,7 +67,7 @@ def open_base(path: str, revision: str = "main"):
 
 
 def _local(path: str) -> Path | None:
-    """The local file or folder that a path means; None for a hub id.
+    """The local file or folder of this name; None for a hub id.
 
     Raises:
       ModelError: it cannot be either.
@@ -82,16 +84,14 @@ def _local(path: str) -> Path | None:
 def _folder(path: str, folder: Path) -> FolderBase:
     base = FolderBase(path, folder)
     if base.config.get("quantization_config"):
-        from lljax.interop.quantized import QuantisedFolder
-
-        base = QuantisedFolder(path, folder)
+        base = QuantizedFolder(path, folder)
     if (folder / "model.safetensors").exists() or (folder / safetensors.INDEX).exists():
         untie_if_they_differ(base)
     return base
 
 
-def open_config(path: str, revision: str = "main") -> dict:
-    """The HF config alone; of a hub id nothing else is downloaded.
+def open_config(path: str, revision: str = "main") -> dict[str, Any]:
+    """The HF config alone; nothing else of a hub id is downloaded.
 
     Raises:
       ModelError: as `open_base`.
@@ -102,15 +102,14 @@ def open_config(path: str, revision: str = "main") -> dict:
 
 
 def _download(path: str, revision: str) -> Path:
-    """HUB_FILES of a hub repository, and the shards of its index."""
+    """Downloads HUB_FILES of a hub repository and the shards of its index."""
     folder = _snapshot(path, revision, HUB_FILES)
     if (folder / safetensors.INDEX).is_file():
         shards = read_json(folder / safetensors.INDEX).get("weight_map")
-        if isinstance(shards, dict):  # else what opens them says what is wrong
-            # Of the same commit, also where the branch has moved on.
-            _snapshot(
-                path, folder.name, sorted({glob.escape(str(shard)) for shard in shards.values()})
-            )
+        if isinstance(shards, dict):  # else reading the index fails with a reason
+            # Of the same commit, even if the branch has moved on.
+            files = sorted({glob.escape(str(shard)) for shard in shards.values()})
+            _snapshot(path, folder.name, files)
     return folder
 
 
@@ -126,38 +125,38 @@ def _snapshot(path: str, revision: str, files: list[str]) -> Path:
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"model.path={path!r}: no such folder, and the hub does not give it ({first_line(error)})"
+            f"model.path={path!r}: no such folder, and the hub does not give it "
+            f"({first_line(error)})"
         ) from None
 
 
-def end_tokens(base, tokenizer) -> frozenset[int]:
-    """The tokens that end a text or a turn: the tokenizer's, those of generation_config.json or of
-    a GGUF's metadata, and those that the chat template ends a reply with.
+def end_tokens(base: Base, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text or a turn: of the tokenizer, of generation_config.json or a GGUF's
+    metadata, and of the end of a reply in the chat template.
 
     Raises:
-      ModelError: eos_token_id is something else than ids; the chat template does not end.
+      ModelError: eos_token_id is neither an id nor a list of ids; the chat template does not end.
     """
-    # As transformers reads them: config.json counts where there is no generation_config.json.
-    file, held = (
-        ("generation_config.json", base.generation_config)
-        if base.generation_config
-        else ("config.json", base.config)
-    )
-    named = held.get("eos_token_id")
-    named = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(type(token) is int and token >= 0 for token in named):
+    # As transformers reads them: config.json counts if there is no generation_config.json.
+    file, config = "generation_config.json", base.generation_config
+    if not config:
+        file, config = "config.json", base.config
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(token) is int and token >= 0 for token in ends):
         raise ModelError(f"{base.path}: {file}: eos_token_id is no id nor a list of ids")
-    return frozenset({tokenizer.eos_token_id, *named, *turn_ends(tokenizer)} - {None})
+    return frozenset({tokenizer.eos_token_id, *ends, *turn_ends(tokenizer)} - {None})
 
 
-def special_tokens(tokenizer) -> dict[str, str]:
-    """The special tokens by role, such as eos_token. They say how texts begin and end, and a file
-    beside the vocabulary may change them.
+def special_tokens(tokenizer: Any) -> dict[str, str]:
+    """The special tokens by role, such as eos_token, which begin and end texts.
+
+    A file beside the vocabulary may change them.
     """
     return {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 over the vocabulary, merges and chat template."""
     digest = hashlib.sha256(serialized(tokenizer).encode())
     digest.update(str(tokenizer.chat_template).encode())

@@ -1,30 +1,34 @@
-"""Bases that are quantised on disk: bitsandbytes NF4, GPTQ, AWQ, compressed-tensors, FP8 in blocks
-as DeepSeek's, and MXFP4.
+"""A base whose kernels are quantized on disk, in one of the formats of lljax.interop.layouts."""
 
-`QuantisedFolder` shows their kernels dense, under the names that the dense model has; `stored`
-gives one as it is, in the form that a run with the same `model.quantize` holds it. A layout is a
-class that reads the tensors of one kernel.
-"""
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from lljax.errors import ModelError
 from lljax.interop.folder import FolderBase, crc32
 from lljax.interop.layouts import Kernel, layout_of
+from lljax.models.quantize import Form, Quantised
 
 
-class QuantisedFolder(FolderBase):
-    """The interface of FolderBase over a folder whose kernels are quantised."""
+class QuantizedFolder(FolderBase):
+    """A folder with quantized kernels.
 
-    def __init__(self, path, folder):
+    It shows them dense, under the names of the dense model; `stored` returns a kernel unchanged, in
+    the form that a run with the same `model.quantize` holds.
+    """
+
+    def __init__(self, path: str, folder: Any):
         super().__init__(path, folder)
-        self._layout, self._stems = layout_of(self.config), None
+        layout = layout_of(self.config)
+        if layout is None:
+            raise ModelError(f"{path}: config.json has no quantization_config")
+        self._layout = layout
+        self._stems: dict[str, str] | None = None
 
     @property
     def stems(self) -> dict[str, str]:
-        """{HF name of a kernel: what the names of its tensors on disk begin with} of those that are
-        quantised.
-        """
+        """{HF name of a quantized kernel: the stem of the names of its tensors on disk}."""
         if self._stems is None:
             marks = tuple(self._layout.marks)
             stems = {
@@ -37,29 +41,27 @@ class QuantisedFolder(FolderBase):
         return self._stems
 
     def names(self) -> list[str]:
-        own = {stem + part for stem in self.stems.values() for part in self._layout.parts}
-        return [*(name for name in super().names() if name not in own), *self.stems]
+        parts = {stem + part for stem in self.stems.values() for part in self._layout.parts}
+        return [*(name for name in super().names() if name not in parts), *self.stems]
 
-    def shape(self, name):
-        return self._layout.shape(self._of(name)) if name in self.stems else super().shape(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._layout.shape(self._kernel(name)) if name in self.stems else super().shape(name)
 
-    def dtype(self, name):
-        """Of a quantised kernel what it was made from, and what an export writes."""
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a quantized kernel before it was quantized, which an export writes."""
         if name not in self.stems:
             return super().dtype(name)
-        named = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
-        return np.dtype(getattr(ml_dtypes, named, named))
+        dtype = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+        return np.dtype(getattr(ml_dtypes, dtype, dtype))
 
-    def read(self, name):
-        """A quantised kernel in a type in which every product is exact or rounded once."""
-        return self._layout.dense(self._of(name)) if name in self.stems else super().read(name)
+    def read(self, name: str) -> np.ndarray:
+        """A quantized kernel in a type in which every product is exact or rounded once."""
+        return self._layout.dense(self._kernel(name)) if name in self.stems else super().read(name)
 
-    def stored(self, name, form):
-        if name not in self.stems:
-            return None
-        return self._layout.stored(self._of(name), form)
+    def stored(self, name: str, form: Form) -> Quantised | None:
+        return self._layout.stored(self._kernel(name), form) if name in self.stems else None
 
-    def checksum(self, name, before=0):
+    def checksum(self, name: str, before: int = 0) -> int:
         if name not in self.stems:
             return super().checksum(name, before)
         stem = self.prefix + self.stems[name]
@@ -68,5 +70,5 @@ class QuantisedFolder(FolderBase):
                 before = crc32(self.tensors.read(stem + part), before)
         return before
 
-    def _of(self, name) -> "Kernel":
-        return Kernel(self, self.stems[name])
+    def _kernel(self, name: str) -> Kernel:
+        return Kernel(self.path, self.prefix + self.stems[name], self.tensors)

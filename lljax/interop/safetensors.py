@@ -1,8 +1,7 @@
-"""Reading and writing safetensors one tensor at a time, trusting nothing that a file says about
-itself.
+"""Reads and writes safetensors one tensor at a time; every statement of a header is checked.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
-  then the data.
+then the data.
 """
 
 import json
@@ -11,6 +10,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -34,6 +34,8 @@ DTYPES = {
 NAMES = {np.dtype(value): key for key, value in DTYPES.items()}
 MAX_HEADER = 100 << 20  # bytes, the limit of the reference implementation
 INDEX = "model.safetensors.index.json"
+Table = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name: (dtype, shape)
+Entry = tuple[np.dtype, tuple[int, ...], int]  # dtype, shape, start byte
 
 
 class File:
@@ -46,7 +48,8 @@ class File:
             length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
             if not 0 < length <= min(MAX_HEADER, size - 8):
                 raise ModelError(
-                    f"{path}: not a safetensors file, or cut short (header of {length} bytes in {size})"
+                    f"{path}: not a safetensors file, or cut short (header of {length} bytes in "
+                    f"{size})"
                 )
             try:
                 header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
@@ -70,7 +73,12 @@ class File:
                 raise ModelError(f"{path}: tensor {name!r} overlaps the one before it")
             end = stop
 
-    def _entry(self, name, entry, room):
+    def _entry(self, name: str, entry: Any, room: int) -> Entry:
+        """The entry of a tensor; room: bytes of data in the file.
+
+        Raises:
+          ModelError: it does not fit the file.
+        """
         try:
             dtype, shape, (start, stop) = (
                 np.dtype(DTYPES[entry["dtype"]]),
@@ -80,7 +88,7 @@ class File:
             # a bool is an int too
             sound = all(type(x) is int and x >= 0 for x in (*shape, start, stop))
             sound = sound and stop - start == math.prod(shape) * dtype.itemsize and stop <= room
-            # What numpy can hold, also where one side is 0.
+            # the limits of numpy, for a tensor with a side of 0, too
             sound = (
                 sound
                 and len(shape) <= 32
@@ -90,15 +98,13 @@ class File:
             sound = False
         if not sound:
             raise ModelError(
-                f"{self.path}: the header entry of tensor {name!r} does not fit the file; it is damaged or "
-                f"of an unsupported type (supported: {', '.join(DTYPES)})"
+                f"{self.path}: the header entry of tensor {name!r} does not fit the file; it is "
+                f"damaged or of an unsupported type (supported: {', '.join(DTYPES)})"
             )
         return dtype, shape, start
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, mapped from the file: pages are read when they are used, and may be
-        dropped.
-        """
+        """The tensor, mapped from the file: pages are read as they are used."""
         dtype, shape, start = self.entries[name]
         count = math.prod(shape)
         if count == 0:
@@ -110,21 +116,23 @@ class File:
         )
 
 
-def _unique(pairs: list) -> dict:
-    """A JSON object that names nothing twice: readers disagree on which of two entries holds."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without repeated names: readers differ in the entry that they take."""
     if len(entries := dict(pairs)) < len(pairs):
         raise ValueError("a name occurs twice")
     return entries
 
 
 class Folder:
-    """The safetensors of a model folder: `model.safetensors`, or the shards that its index
-    names.
+    """The safetensors of a model folder: `model.safetensors`, or the shards of its index.
+
+    where: the file of every tensor.
     """
 
     def __init__(self, folder: Path):
+        files: dict[Path, list[str] | None]
         if (folder / INDEX).is_file():
-            files = _indexed_files(folder)
+            files = {**_indexed_files(folder)}
         elif (folder / "model.safetensors").is_file():
             files = {folder / "model.safetensors": None}
         else:
@@ -136,8 +144,8 @@ class Folder:
             )
             raise ModelError(f"{folder}: no model.safetensors and no {INDEX}{hint}")
         self.files = [File(path) for path in files]
-        self.where = {}
-        for file, names in zip(self.files, files.values()):
+        self.where: dict[str, File] = {}
+        for file, names in zip(self.files, files.values(), strict=True):
             for name in file.entries if names is None else names:
                 if name not in file.entries:
                     raise ModelError(
@@ -159,6 +167,11 @@ class Folder:
 
 
 def _indexed_files(folder: Path) -> dict[Path, list[str]]:
+    """The files that the index of a folder names, with their tensors.
+
+    Raises:
+      ModelError: it is no index, or names a file that is not in the folder.
+    """
     index = folder / INDEX
     try:
         weight_map = json.loads(index.read_bytes().decode())["weight_map"]
@@ -177,25 +190,26 @@ def _indexed_files(folder: Path) -> dict[Path, list[str]]:
             raise ModelError(
                 f"{index}: {str(path)!r} is not the plain name of a safetensors file in this folder"
             )
-        if len(name) > 255 or not path.is_file():  # a longer name is an error of the system's own
+        if len(name) > 255 or not path.is_file():  # the system raises on a longer name
             raise ModelError(f"{index}: the file {name[:255]} that it names is not there")
     return files
 
 
 def write(
     path: Path,
-    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Table,
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes one file of `tensors` {name: (dtype, shape)}, asking `read` for one at a time; then
-    reads it back.
+    """Writes one file of `tensors` {name: (dtype, shape)}, one at a time from `read`; then reads it
+    back.
 
     The file appears under its name only when it is complete.
 
     Raises:
-      ModelError: what is on the disk is not what was written.
+      ModelError: the values on the disk differ from those written.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * np.dtype(dtype).itemsize
         header[name] = {
@@ -220,27 +234,27 @@ def write(
                 shape,
             )
             raw = array.reshape(-1).view(np.uint8)
-            sums[name] = zlib.crc32(raw)
+            sums[name] = zlib.crc32(raw.data)
             file.write(raw.data)
         file.flush()
         os.fsync(file.fileno())
     written = File(unfinished)
     for name, checksum in sums.items():
-        if (
-            zlib.crc32(np.ascontiguousarray(written.read(name)).reshape(-1).view(np.uint8))
-            != checksum
-        ):
+        raw = np.ascontiguousarray(written.read(name)).reshape(-1).view(np.uint8)
+        if zlib.crc32(raw.data) != checksum:
             raise ModelError(
-                f"{path}: tensor {name!r} read back differs from what was written; the disk is not sound"
+                f"{path}: tensor {name!r} read back differs from the tensor written; the disk is "
+                "not sound"
             )
     unfinished.rename(path)
 
 
 def write_sharded(
-    folder: Path, tensors: dict, read: Callable[[str], np.ndarray], *, max_shard_bytes: int
+    folder: Path, tensors: Table, read: Callable[[str], np.ndarray], *, max_shard_bytes: int
 ) -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_bytes` with their index."""
-    shards, sizes = [{}], [0]
+    shards: list[Table] = [{}]
+    sizes = [0]
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if sizes[-1] and sizes[-1] + size > max_shard_bytes:
@@ -250,7 +264,7 @@ def write_sharded(
         sizes[-1] += size
     if len(shards) == 1:
         return write(folder / "model.safetensors", tensors, read)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write(folder / file, shard, read)
@@ -259,6 +273,6 @@ def write_sharded(
     (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def layout(arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """The `tensors` argument of `write` for arrays that are at hand."""
+def layout(arrays: Iterable[tuple[str, np.ndarray]]) -> Table:
+    """The `tensors` argument of `write` for arrays in memory."""
     return {name: (array.dtype, array.shape) for name, array in arrays}

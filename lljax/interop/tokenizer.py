@@ -2,12 +2,14 @@
 
 AutoTokenizer of transformers 5 rebuilds some tokenizers from their vocabulary and the rules of a
 class (LlamaTokenizer drops one of several leading spaces) and ignores `add_bos_token`.
-PreTrainedTokenizerFast loads tokenizer.json unchanged; its ids are compared with those of the
-`tokenizers` library all the same.
+PreTrainedTokenizerFast loads tokenizer.json unchanged; its ids are still compared with the ids of
+the `tokenizers` library.
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -48,7 +50,7 @@ FIELDS = {
 }
 
 
-def open_tokenizer(path: str, folder: Path, config: dict, end: int | None = None):
+def open_tokenizer(path: str, folder: Path, config: dict, end: int | None = None) -> Any:
     """The transformers fast tokenizer of a model folder.
 
     path: the name of the folder in errors. config: its tokenizer_config.json. end: the id of the
@@ -67,7 +69,7 @@ def open_tokenizer(path: str, folder: Path, config: dict, end: int | None = None
                 raise ValueError(
                     f"tokenizer_config.json: {name} is {config[name]!r:.60}; {needed} is needed"
                 )
-        local = {"trust_remote_code": False, "local_files_only": True}
+        local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         if not (folder / "tokenizer.json").is_file():  # it may have a tokenizer.model
             tokenizer = AutoTokenizer.from_pretrained(folder, **local)
             if not tokenizer.is_fast:
@@ -85,8 +87,8 @@ def open_tokenizer(path: str, folder: Path, config: dict, end: int | None = None
 
 
 @contextlib.contextmanager
-def _one_line(path: str):
-    """Turns whatever a damaged tokenizer raises into a ModelError. A Rust panic is no Exception."""
+def _one_line(path: str) -> Iterator[None]:
+    """Turns any error of a damaged tokenizer into a ModelError. A Rust panic is no Exception."""
     try:
         yield
     except BaseException as error:
@@ -96,9 +98,10 @@ def _one_line(path: str):
         raise ModelError(f"{path}: the tokenizer cannot be read ({reason})") from None
 
 
-def _compare(tokenizer, folder: Path, config: dict) -> None:
-    """Refuses a tokenizer whose ids differ from those of tokenizer.json with the tokens that
-    tokenizer_config.json adds to it."""
+def _compare(tokenizer: Any, folder: Path, config: dict) -> None:
+    """Refuses a tokenizer whose ids differ from the ids of tokenizer.json with the tokens that
+    tokenizer_config.json adds to it.
+    """
     right = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     right.no_truncation()
     right.no_padding()
@@ -130,17 +133,20 @@ def _compare(tokenizer, folder: Path, config: dict) -> None:
             )
 
 
-def _add_bos_and_eos(tokenizer, config: dict) -> None:
-    """Sets what stands before and after a text as `add_bos_token` and `add_eos_token` say; where
-    they are not given, the post-processor of tokenizer.json stays."""
+def _add_bos_and_eos(tokenizer: Any, config: dict) -> None:
+    """Adds bos and eos to a text according to `add_bos_token` and `add_eos_token`; if they are
+    absent, the post-processor of tokenizer.json stays.
+    """
     ids = tokenizer("a", verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds = {
         "bos": bos is not None and ids[:1] == [bos],
         "eos": eos is not None and ids[-1:] == [eos],
     }
-    given = {name: config.get(f"add_{name}_token") for name in adds}
-    wanted = {name: adds[name] if value is None else value for name, value in given.items()}
+    wanted = {}
+    for name in adds:
+        value = config.get(f"add_{name}_token")
+        wanted[name] = adds[name] if value is None else value
     if wanted == adds:
         return
     for name, value in wanted.items():

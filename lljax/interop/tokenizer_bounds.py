@@ -1,19 +1,19 @@
-"""What the file of a tokenizer can ask for without saying so: memory that no text needs."""
+"""Bounds on the memory that the file of a tokenizer may make a reader take."""
 
 import json
+from typing import Any
 
 from lljax.errors import ModelError
 
-MOST_IDS = 1 << 22  # of a larger vocabulary nobody has heard
-MOST_GROWTH = 32  # characters made of one; NFKC makes 18
+MOST_IDS = 1 << 22  # the largest vocabularies have 2 ** 18
+MOST_GROWTH = 32  # characters from one; NFKC makes 18
 
 
-def check(path: str, tokenizer) -> None:
-    """Refuses a tokenizer that makes texts longer out of proportion, which would end the process
-    for want of memory.
+def check(path: str, tokenizer: Any) -> None:
+    """Refuses a tokenizer that makes a text so long that the process could run out of memory.
 
     Raises:
-      ModelError: with `path` and the bound.
+      ModelError: it does; the message names `path` and the bound.
     """
     for part in (tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.decoder):
         grows = 1 if part is None else growth(json.loads(part.__getstate__()))
@@ -24,9 +24,12 @@ def check(path: str, tokenizer) -> None:
             )
 
 
-def serialized(tokenizer) -> str:
-    """All that makes a tokenizer, for its fingerprint. Of a vocabulary with an id beyond MOST_IDS,
-    its tokens and ids alone: the library would write something for every id up to that."""
+def serialized(tokenizer: Any) -> str:
+    """The definition of a tokenizer, for its fingerprint.
+
+    For a vocabulary with an id beyond MOST_IDS, its tokens and ids alone: the library would write
+    something for every id up to that.
+    """
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values(), default=0) < MOST_IDS:
         return tokenizer.backend_tokenizer.to_str()
@@ -34,7 +37,9 @@ def serialized(tokenizer) -> str:
 
 
 def growth(part: dict) -> float:
-    """How many characters a normalizer or decoder of tokenizer.json may make of one, by Replace."""
+    """The largest number of characters that a normalizer or decoder of tokenizer.json may make from
+    one, by Replace.
+    """
     grows = 1.0
     for inner in (*part.get("normalizers", ()), *part.get("decoders", ())):
         grows *= growth(inner)

@@ -1,4 +1,4 @@
-"""Regular expressions of other people's, matched in bounded time and memory."""
+"""Regular expressions from users and files, matched in bounded time and memory."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ SECONDS, BYTES = 20, 1 << 30  # of the child that matches; it needs a few hundre
 PLAIN = re.compile(r"[\w.-]*")  # a name
 CHILD = f"""
 import contextlib, json, re, sys
-with contextlib.suppress(ImportError):       # where there are no limits, the time is one
+with contextlib.suppress(ImportError):       # without it, the time is the only limit
     import resource
     resource.setrlimit(resource.RLIMIT_AS, ({BYTES}, {BYTES}))
 patterns, texts = json.load(sys.stdin)
@@ -29,10 +29,12 @@ for pattern in patterns:
 def matching(
     patterns: tuple[str, ...], texts: tuple[str, ...], where: str, prefix: str = ""
 ) -> list[frozenset[str]]:
-    """Of every pattern the texts that it matches.
+    """The texts that every pattern matches.
 
-    A name matches what ends with it from a dot on, a regular expression what `re.fullmatch` says
-    with `prefix` before it. `re` can be interrupted by nothing: it works in a process of its own.
+    A name matches texts that end with it from a dot on; a regular expression matches by
+    `re.fullmatch`, with `prefix` before it. Nothing interrupts `re`, so it runs in another process.
+
+    where: the config field, for errors.
 
     Raises:
       ConfigError: a pattern is no regular expression, or is not done in time.
@@ -40,37 +42,38 @@ def matching(
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ConfigError(f"{where}: {pattern!r:.60} is no name and no regular expression")
-    asked = [pattern for pattern in patterns if not PLAIN.fullmatch(pattern)]
-    answers = dict(
-        zip(
-            asked, _ask([f"{prefix}({pattern})" if prefix else pattern for pattern in asked], texts)
-        )
-    )
-    found = []
+    expressions = [pattern for pattern in patterns if not PLAIN.fullmatch(pattern)]
+    prefixed = [f"{prefix}({pattern})" if prefix else pattern for pattern in expressions]
+    # fewer answers than expressions if one is not done in time
+    answers = dict(zip(expressions, _matches(prefixed, texts), strict=False))
+    matched = []
     for pattern in patterns:
         answer = answers.get(pattern)
         if PLAIN.fullmatch(pattern):
             answer = [text for text in texts if f".{text}".endswith(f".{pattern}")]
         if answer is None:
             raise ConfigError(
-                f"{where}: the regular expression {pattern!r:.60} is not done with the "
-                f"names of the layers in {SECONDS} seconds and {BYTES >> 30} GiB: use a "
-                "simpler one"
+                f"{where}: the regular expression {pattern!r:.60} is not done with the names of "
+                f"the layers in {SECONDS} seconds and {BYTES >> 30} GiB: use a simpler one"
             )
         if isinstance(answer, str):
             raise ConfigError(f"{where}: {pattern!r:.60} is no regular expression ({answer})")
-        found.append(frozenset(answer))
-    return found
+        matched.append(frozenset(answer))
+    return matched
 
 
-def _ask(patterns: list[str], texts) -> list:
-    """What the child says of the first patterns: of all, unless one is never done."""
+def _matches(patterns: list[str], texts: tuple[str, ...]) -> list[list[str] | str]:
+    """For each pattern, the texts that it matches or its error, up to a pattern that is not done in
+    time.
+    """
     if not patterns:
         return []
     command = [sys.executable, "-I", "-S", "-c", CHILD]
     try:
-        asked = json.dumps([patterns, texts]).encode()
-        said = subprocess.run(command, input=asked, capture_output=True, timeout=SECONDS).stdout
+        question = json.dumps([patterns, texts]).encode()
+        output = subprocess.run(
+            command, input=question, capture_output=True, timeout=SECONDS
+        ).stdout
     except subprocess.TimeoutExpired as expired:
-        said = expired.stdout or b""
-    return [json.loads(line) for line in said.splitlines(keepends=True) if line.endswith(b"\n")]
+        output = expired.stdout or b""
+    return [json.loads(line) for line in output.splitlines(keepends=True) if line.endswith(b"\n")]

@@ -66,7 +66,7 @@ class Router(nnx.Module):
         weights = jnp.take_along_axis(scores, experts, axis=1)
         if moe.best_first:
             weights = score(weights)
-        if moe.normalise:
+        if moe.normalize:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         probabilities = score(logits) if moe.best_first else scores
         if moe.score == "sigmoid":

@@ -9,7 +9,7 @@ from lljax.build import mesh_of
 from lljax.config import get
 from lljax.errors import ConfigError
 from lljax.hardware.targets import Target, counts, sized
-from lljax.models.spec import from_hf
+from lljax.models.families import spec_from_hf
 from lljax.parallel.sharding import row_parts
 from lljax.planning import fit
 from lljax.planning.fit import words
@@ -166,7 +166,7 @@ def room(
         and worst.need.peak <= options.room(target)[0]
         and worst.need.host > options.room(target)[1]
     )
-    steps = fit.ways(config, from_hf(hf_config).layers, of_host)
+    steps = fit.ways(config, spec_from_hf(hf_config).layers, of_host)
     sums = [_merged(steps[:n]) for n in range(2, len(steps) + 1)]
     everything = _merged(steps)
     if held(worst) < target.device.memory and steps and attempt(everything, target):

@@ -14,8 +14,9 @@ from lljax.build import adapted_spec, answering, extended_spec, load_base, open_
 from lljax.errors import ConfigError
 from lljax.interop.open import end_tokens, open_base, tokenizer_fingerprint
 from lljax.interop.peft import read_adapter_config, under_adapter
-from lljax.models import lora, spec
+from lljax.models import lora
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout
 from lljax.run.checkpoint import describe
@@ -108,7 +109,7 @@ def of_base(path: str, adapter: Path | None) -> Candidates:
     """
     base, dtype = open_base(path), jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if not adapter:
-        plain = spec.from_hf(base.config)
+        plain = spec_from_hf(base.config)
         return Candidates(base, _bases(base, plain, dtype), plain, dtype, answering(plain))
     base = under_adapter(base, adapter)
     settings, extended = repr(read_adapter_config(adapter)), adapted_spec(base, adapter)
@@ -119,7 +120,7 @@ def of_base(path: str, adapter: Path | None) -> Candidates:
 
 def _bases(base, extended: DecoderSpec, dtype, settings: str = "", *like) -> list[Candidate]:
     """The base, and the base under the other spec if it is another. like: see `load_base`."""
-    specs = {BASE: spec.from_hf(base.config), STRETCHED: extended}
+    specs = {BASE: spec_from_hf(base.config), STRETCHED: extended}
     return [
         Candidate(
             name,

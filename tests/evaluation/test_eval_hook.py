@@ -8,7 +8,7 @@ from lljax.evaluation import batched_generation as module
 from lljax.evaluation.eval_hook import examiner
 from lljax.generation.generate import Completion
 from lljax.interop.open import open_base
-from lljax.models import spec
+from lljax.models.families import spec_from_hf
 from lljax.parallel.sharding import Layout, make_mesh
 from lljax.run import loop
 
@@ -37,7 +37,7 @@ def test_a_run_that_was_stopped_among_its_examples_goes_on_from_there(
     monkeypatch.setattr(module, "generate", right)
     run_config.training.eval_tasks, run_config.training.eval_rows = TASKS, 6
     examine = examiner(run_config, base, tokenizer, tmp_path)
-    model, looks = load_base(base, spec.from_hf(base.config), "float32"), []
+    model, looks = load_base(base, spec_from_hf(base.config), "float32"), []
 
     def look():
         looks.append(1)
@@ -103,7 +103,7 @@ def test_benchmark_files_and_the_protocols_of_perplexity_are_asked_for_within_a_
     )
     run_config.data.valid_fraction = 0.5
     examine, looks = examiner(run_config, base, base.tokenizer(), tmp_path), []
-    whole, meshed = (load_base(base, spec.from_hf(base.config), "float32") for _ in range(2))
+    whole, meshed = (load_base(base, spec_from_hf(base.config), "float32") for _ in range(2))
     found = examine(whole, 3, None, lambda: looks.append(1))
     assert (
         list(found) == ["perplexity/longlora@32", "perplexity/new_tokens@300", "longbench2@900"]

@@ -6,8 +6,8 @@ import pytest
 from lljax.evaluation import likelihood
 from lljax.evaluation.likelihood import log_likelihoods
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
 
 HF = {
     "model_type": "llama",
@@ -24,7 +24,7 @@ HF = {
 def test_likelihoods_are_those_of_each_pair_read_alone(rope, monkeypatch):
     monkeypatch.setattr(likelihood, "MULTIPLE", 64)
     monkeypatch.setattr(likelihood, "CHUNK", 8)
-    model = Decoder(from_hf(HF | {"rope_scaling": rope}))
+    model = Decoder(spec_from_hf(HF | {"rope_scaling": rope}))
     initialise(model, 0, deviation=0.5)
     rng = np.random.default_rng(0)
     pairs = [

@@ -19,14 +19,14 @@ from lljax.evaluation.perplexity import (
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.task import TooShort
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
 
 
 @pytest.fixture(scope="module")
 def model():
     made = Decoder(
-        from_hf(
+        spec_from_hf(
             {
                 "model_type": "llama",
                 "vocab_size": 30,

@@ -22,7 +22,7 @@ from lljax.interop.open import open_base, tokenizer_fingerprint
 from lljax.interop.peft import load_adapter, read_adapter_config
 from lljax.models import lora
 from lljax.models.decoder import Decoder
-from lljax.models.spec import from_hf
+from lljax.models.families import spec_from_hf
 
 pytestmark = pytest.mark.faults
 MUTATIONS, SECONDS, MEMORY = 1_000, 10, 1 << 30
@@ -224,7 +224,7 @@ def gguf_header(folder, tokenizer):
         base = open_base(str(path))
         base.fingerprint()
         base.tokenizer()
-        from_hf(base.config)
+        spec_from_hf(base.config)
         return [base.read(name).shape for name in base.names()]
 
     return Target(path, read, read_offset(path))
@@ -236,7 +236,7 @@ def read_offset(path: Path) -> int:
 
 def write_adapter(folder, tiny):
     """An adapter in PEFT's format, and read() that puts it on the outline of its base."""
-    spec = from_hf(open_base(tiny).config)
+    spec = spec_from_hf(open_base(tiny).config)
     shapes = {"q_proj": (spec.N * spec.H, spec.D), "v_proj": (spec.K * spec.H, spec.D)}
     arrays = {}
     for i in range(spec.L):
@@ -292,7 +292,7 @@ def model_config(folder, tiny):
     (folder / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
 
     def read():
-        model = Decoder(from_hf(open_base(str(folder)).config))
+        model = Decoder(spec_from_hf(open_base(str(folder)).config))
         lora.attach(model, rank=4, alpha=8.0, targets=("q_proj",))
 
     return Target(folder / "config.json", read)

@@ -12,8 +12,8 @@ from lljax.generation.generate import generate, stream
 from lljax.generation.sample import Sampling
 from lljax.models.cache import empty_cache
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
 from lljax.parallel.sharding import Layout, make_mesh
 
 HF = {
@@ -33,7 +33,7 @@ PROMPTS = [RNG.integers(0, 61, n) for n in (37, 5, 21, 16)]
 
 @functools.cache
 def build(**changes):
-    made = Decoder(from_hf(HF | changes))
+    made = Decoder(spec_from_hf(HF | changes))
     initialise(made, 0, deviation=0.3)
     return made
 
@@ -42,7 +42,7 @@ def build(**changes):
 def local():
     """Layers that slide, layers that are cut into chunks and have no RoPE on every fourth."""
     made = Decoder(
-        from_hf(
+        spec_from_hf(
             HF
             | {
                 "model_type": "llama4_text",
@@ -72,7 +72,7 @@ def test_cached_greedy_decoding_equals_reading_everything_again():
     the length.
     """
     made = Decoder(
-        from_hf(
+        spec_from_hf(
             HF
             | {
                 "max_position_embeddings": 16,
@@ -172,7 +172,7 @@ def test_a_cache_in_eight_bits_is_close():
 
 
 def test_a_chunk_is_written_into_the_cache_in_place():
-    model = Decoder(from_hf(HF | {"num_hidden_layers": 8}))
+    model = Decoder(spec_from_hf(HF | {"num_hidden_layers": 8}))
     cache, chunk = (
         jax.eval_shape(lambda: empty_cache(model.spec, 1, 8192)),
         jax.ShapeDtypeStruct((1, 16), jnp.int32),

@@ -20,8 +20,8 @@ from lljax.interop.open import open_base
 from lljax.models import lora, quantize, rope
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
 
 
 class Trained(NamedTuple):
@@ -59,7 +59,7 @@ def train(
 ) -> Trained:
     """The base, and its model at 160 tokens with whatever trains moved at random."""
     base = open_base(str(folder))
-    spec = from_hf(base.config)
+    spec = spec_from_hf(base.config)
     stretched = rope.extend(
         spec.rope, type=rope_type, factor="auto", length=160, max_length=spec.max_length
     )

@@ -17,8 +17,8 @@ from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.open import open_base
 from lljax.models import lora
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
 
 
 def close(a, b):
@@ -38,7 +38,7 @@ def run(commands):
 
 def full(base):
     """A model of random weights, every one trainable."""
-    model = Decoder(from_hf(base.config))
+    model = Decoder(spec_from_hf(base.config))
     lora.mark_trainable(model)
     initialise(model, 1, deviation=0.3)
     return model

@@ -22,8 +22,8 @@ from lljax.interop.huggingface import load_weights, tensors
 from lljax.interop.open import open_base
 from lljax.interop.tokenizer import PROBES
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
 
 CODE = {
     "configuration_tiny.py": "from .shared_tiny import X\n",
@@ -340,7 +340,7 @@ def write_published(folder, tokenizer: Path, config: dict, quantise: bool):
         del config["head_dim"]
     written = config | ({"quantization_config": FP8} if quantise else {})
     (folder / "config.json").write_text(json.dumps(written, indent=2))
-    model = Decoder(from_hf(config))
+    model = Decoder(spec_from_hf(config))
     initialise(model, 0, deviation=0.2)
     arrays = {}
     for name, array in tensors(model):
@@ -373,7 +373,7 @@ def random_texts(n: int) -> list[str]:
 def our_logits_of(folder, tokens):
     """As lljax reads an exported folder."""
     base = open_base(str(folder))
-    model = Decoder(from_hf(base.config))
+    model = Decoder(spec_from_hf(base.config))
     load_weights(model, base, dtype=np.float32)
     return our_logits(model, np.asarray(tokens))[:, ::9]
 

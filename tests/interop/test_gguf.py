@@ -17,8 +17,9 @@ from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.huggingface import load_weights
 from lljax.interop.open import end_tokens, open_base
 from lljax.models.decoder import Decoder
-from lljax.models.rope import RopeSpec, base_frequencies, frequencies
-from lljax.models.spec import from_hf
+from lljax.models.families import spec_from_hf
+from lljax.models.rope import RopeSpec, frequencies
+from lljax.models.rope.kinds import base_frequencies
 
 N, K, H, D, F, V, L = 8, 2, 8, 64, 96, 320, 2  # rows of 32 n: the block of quantised types
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -114,7 +115,7 @@ def write(
 
 def read_all(path):
     base = open_base(str(path))
-    model = Decoder(from_hf(base.config))
+    model = Decoder(spec_from_hf(base.config))
     load_weights(model, base, dtype=jnp.float32)
     base.tokenizer()
     return base, model
@@ -199,7 +200,7 @@ def test_metadata_becomes_a_config(tmp_path):
         },
     )
     base = open_base(str(tmp_path / "m.gguf"))
-    spec = from_hf(base.config)
+    spec = spec_from_hf(base.config)
     assert (spec.V, spec.D, spec.N, spec.K, spec.H, spec.F, spec.L) == (V, D, N, K, H, F, L)
     assert (spec.max_length, spec.rope.theta, spec.tied) == (64, 5000.0, False)
     assert (spec.rope.type, spec.rope.factor, spec.rope.original_length) == ("yarn", 4.0, 16)
@@ -217,7 +218,7 @@ def test_the_rope_factors_of_llama_3_become_its_parameters(tmp_path, factor):
         metadata={"llama.rope.freq_base": spec.theta},
         extra={"rope_freqs.weight": factors},
     )
-    read = from_hf(open_base(str(tmp_path / "m.gguf")).config).rope
+    read = spec_from_hf(open_base(str(tmp_path / "m.gguf")).config).rope
     np.testing.assert_allclose(
         frequencies(read, H, 0).inverse, frequencies(spec, H, 0).inverse, rtol=1e-6
     )
@@ -235,7 +236,7 @@ def test_the_betas_of_yarn_are_read(tmp_path):
             "llama.rope.scaling.yarn_beta_slow": 2.0,
         },
     )
-    read = from_hf(open_base(str(tmp_path / "m.gguf")).config).rope
+    read = spec_from_hf(open_base(str(tmp_path / "m.gguf")).config).rope
     assert read == RopeSpec("yarn", 5000.0, 4.0, 16, beta_fast=8.0, beta_slow=2.0)
 
 
@@ -548,7 +549,7 @@ def test_damaged_files_are_one_line_or_sound(tmp_path):
         try:
             base = open_base(str(tmp_path / "d.gguf"))
             base.tokenizer()
-            from_hf(base.config)
+            spec_from_hf(base.config)
             for name in base.names():
                 base.read(name)
         except ModelError as error:

@@ -14,13 +14,13 @@ from lljax.interop.open import open_base
 from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
-from lljax.models.spec import from_hf
+from lljax.models.families import spec_from_hf
 from lljax.parallel import sharding
 
 
 def load(folder, dtype=jnp.float32, shardings=None, also_train=None):
     base = open_base(str(folder))
-    model = Decoder(from_hf(base.config))
+    model = Decoder(spec_from_hf(base.config))
     if also_train is not None:
         lora.attach(model, rank=2, alpha=4.0, targets=("q_proj",), also_train=also_train)
     load_weights(model, base, dtype=dtype, shardings=shardings)

@@ -28,8 +28,8 @@ from lljax.interop.peft import (
 from lljax.models import lora, patterns
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
 from lljax.parallel import sharding
 from lljax.run.restore import adapted_base
 
@@ -56,7 +56,7 @@ def torch_adapter(base, folder, **fields):
 
 def attached(base_folder, config, **changes):
     base = open_base(str(base_folder))
-    model = Decoder(from_hf(base.config))
+    model = Decoder(spec_from_hf(base.config))
     lora.attach(
         model,
         **(

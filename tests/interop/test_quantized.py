@@ -18,8 +18,8 @@ from lljax.interop import safetensors
 from lljax.interop.export import export_merged
 from lljax.interop.layouts import form_of
 from lljax.interop.open import open_base
-from lljax.models import spec
 from lljax.models.declare import declared
+from lljax.models.families import spec_from_hf
 from lljax.models.quantize import DYNAMIC, NF4, Quantised, dequantise
 
 RNG = np.random.default_rng(0)
@@ -270,7 +270,7 @@ def test_kernels_are_what_the_format_defines_dense_and_as_they_are_stored(quanti
         assert base.shape(name) == wanted.shape and base.dtype(name) == np.float32
         assert_equal_bits(base.read(name), wanted)
     format = KINDS[kind][2]
-    model = load_base(base, spec.from_hf(base.config), jnp.float32, format)
+    model = load_base(base, spec_from_hf(base.config), jnp.float32, format)
     held = 0
     for _, variable in declared(model):
         value = variable.get_value()
@@ -317,7 +317,7 @@ def test_experts_in_mxfp4_are_what_transformers_makes_of_them(hf_folder):
     for name, wanted in dense.items():
         assert base.shape(name) == wanted.shape
         np.testing.assert_array_equal(base.read(name).astype(np.float32), wanted.float().numpy())
-    experts = load_base(base, spec.from_hf(base.config), jnp.float32, "none").layers[0].mlp.experts
+    experts = load_base(base, spec_from_hf(base.config), jnp.float32, "none").layers[0].mlp.experts
     both = dense["model.layers.0.mlp.experts.gate_up_proj"].float().numpy()
     np.testing.assert_array_equal(experts.gate_proj.kernel[0], both[..., ::2])
     np.testing.assert_array_equal(experts.up_proj.kernel[0], both[..., 1::2])
@@ -327,7 +327,7 @@ def test_another_format_quantises_anew_and_none_is_dense(quantised):
     folder, dense = quantised("gptq")
     base = open_base(str(folder))
     values = {
-        format: load_base(base, spec.from_hf(base.config), jnp.float32, format)
+        format: load_base(base, spec_from_hf(base.config), jnp.float32, format)
         .layers[0]
         .mlp.up_proj.kernel.get_value()
         for format in ("none", "int8")
@@ -400,7 +400,7 @@ def test_merging_into_a_quantised_base_writes_a_dense_one(quantised, trained, lo
 def test_what_cannot_be_read_is_one_line(quantised, kind, changes, line):
     with pytest.raises(ModelError, match=line) as error:
         base = open_base(str(quantised(kind, **dict(changes))[0]))
-        load_base(base, spec.from_hf(base.config), jnp.float32, KINDS[kind][2])
+        load_base(base, spec_from_hf(base.config), jnp.float32, KINDS[kind][2])
     assert "\n" not in str(error.value)
 
 
@@ -415,5 +415,5 @@ def test_a_head_beside_a_tied_embedding_is_the_head_of_a_quantised_base_too(quan
         lambda name: tensors[name],
     )
     base = open_base(str(folder))
-    model = load_base(base, spec.from_hf(base.config), jnp.float32, "int4")
+    model = load_base(base, spec_from_hf(base.config), jnp.float32, "int4")
     np.testing.assert_array_equal(model.head, tensors["lm_head.weight"])

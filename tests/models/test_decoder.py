@@ -11,9 +11,10 @@ from flax import nnx
 from lljax.attention.pattern import AttentionPattern
 from lljax.models.cache import empty_cache
 from lljax.models.decoder import Decoder, neftune_noise
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
 from lljax.models.memory import Memory
-from lljax.models.spec import from_hf, repeats
+from lljax.models.spec import repeats
 
 BASE = {
     "model_type": "llama",
@@ -44,7 +45,9 @@ PATTERNS = [
 
 
 def build(N=6, K=2, **changes):
-    model = Decoder(from_hf(BASE | {"num_attention_heads": N, "num_key_value_heads": K} | changes))
+    model = Decoder(
+        spec_from_hf(BASE | {"num_attention_heads": N, "num_key_value_heads": K} | changes)
+    )
     initialise(model, 0, deviation=0.2)
     return model
 
@@ -191,7 +194,7 @@ def test_the_program_of_layers_that_alternate_does_not_grow_with_their_number():
     def lines(L):
         graphdef, state = nnx.split(
             Decoder(
-                from_hf(
+                spec_from_hf(
                     BASE
                     | ALTERNATING
                     | {"num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": L}

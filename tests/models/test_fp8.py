@@ -8,8 +8,8 @@ from lljax.build import load_base
 from lljax.errors import ConfigError
 from lljax.interop.open import open_base
 from lljax.models import fp8
+from lljax.models.families import spec_from_hf
 from lljax.models.fp8 import fp8_dot
-from lljax.models.spec import from_hf
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 
@@ -66,7 +66,7 @@ def test_every_linear_layer_of_a_base_multiplies_so(tiny):
     base = open_base(str(tiny))
     tokens = np.random.default_rng(0).integers(0, 300, (2, 24))
     default, rounded = (
-        our_logits(load_base(base, from_hf(base.config), jnp.float32, matmul=matmul), tokens)
+        our_logits(load_base(base, spec_from_hf(base.config), jnp.float32, matmul=matmul), tokens)
         for matmul in ("default", "fp8")
     )
     assert 1e-3 < np.linalg.norm(rounded - default) / np.linalg.norm(default) < 0.2

@@ -10,9 +10,9 @@ from lljax.errors import ConfigError
 from lljax.models import lora, patterns
 from lljax.models.declare import LoraWeight, declared
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
 from lljax.models.lora_layers import column_norms
-from lljax.models.spec import from_hf
 
 CONFIG = {
     "model_type": "llama",
@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def attached(**arguments):
-    model = Decoder(from_hf(CONFIG | {"tie_word_embeddings": arguments.pop("tied", True)}))
+    model = Decoder(spec_from_hf(CONFIG | {"tie_word_embeddings": arguments.pop("tied", True)}))
     lora.attach(model, **({"rank": 4, "alpha": 8.0, "targets": ("q_proj",)} | arguments))
     return model
 
@@ -173,7 +173,7 @@ def test_a_tied_model_has_no_head_to_train():
 
 
 def test_a_new_adapter_changes_nothing():
-    plain = Decoder(from_hf(CONFIG))
+    plain = Decoder(spec_from_hf(CONFIG))
     initialise(plain, 0, deviation=0.2)
     np.testing.assert_array_equal(run(build()), run(plain))
 
@@ -182,7 +182,7 @@ def test_a_new_adapter_changes_nothing():
 def test_the_update_is_scale_times_a_times_b(rslora, scale):
     model = build(rslora=rslora, targets=("all-linear",))
     randomise(model)
-    merged = Decoder(from_hf(CONFIG))
+    merged = Decoder(spec_from_hf(CONFIG))
     initialise(merged, 0, deviation=0.2)
     for (_, ours), (_, theirs) in zip(
         lora.linear_layers(model), lora.linear_layers(merged), strict=True

@@ -21,10 +21,10 @@ from lljax.parallel.sharding import Layout, batch_sharding, make_mesh
 B, T, D = 2, 60, 12
 ROUTERS = {
     "softmax": {},
-    "softmax, normalised": {"normalise": True, "shared": 6, "shared_gate": True},
+    "softmax, normalised": {"normalize": True, "shared": 6, "shared_gate": True},
     "sigmoid, corrected, groups, scaled": {
         "score": "sigmoid",
-        "normalise": True,
+        "normalize": True,
         "correction": True,
         "groups": 4,
         "best_groups": 2,
@@ -84,7 +84,7 @@ def dense(model, x):
     chosen = ranks >= jnp.sort(ranks)[..., -moe.k, None]
     # the sigmoid of a logit does not ask whether others were there
     weights = jnp.where(chosen, scores, 0)
-    if moe.normalise or moe.best_first and moe.score == "softmax":
+    if moe.normalize or moe.best_first and moe.score == "softmax":
         weights /= weights.sum(-1, keepdims=True)
     weights *= moe.scale
 

@@ -457,7 +457,7 @@ def test_twice_the_length_is_the_same_kind_with_twice_the_factor(kind):
             RopeSpec(),
             "llama3",
             "auto",
-            "extends a base with llama3 frequencies, and those of this base are 'default': use yarn",
+            "extends a base with llama3 frequencies, and this base has 'default': use yarn",
         ),
         (
             LLAMA3,

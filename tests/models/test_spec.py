@@ -14,7 +14,7 @@ from lljax.errors import ModelError
 from lljax.interop.huggingface import hf_names, hf_shape
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
-from lljax.models.spec import FAMILIES, from_hf
+from lljax.models.families import FAMILIES, spec_from_hf
 
 CONFIGS = {
     "llama": transformers.LlamaConfig,
@@ -75,7 +75,7 @@ def theirs(family, **fields):
 
 
 def assert_equal(family, fields):
-    ours, wanted = from_hf({"model_type": family} | fields), theirs(family, **fields)
+    ours, wanted = spec_from_hf({"model_type": family} | fields), theirs(family, **fields)
     windows = wanted.pop("windows")
     assert {name: getattr(ours, name) for name in wanted} == wanted
     assert tuple(layer.window for layer in ours.layers) == windows
@@ -208,7 +208,7 @@ def test_parameters_have_the_names_and_shapes_of_transformers(family, fields):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family](**(SIZES | fields)))
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    ours = Decoder(from_hf({"model_type": family} | SIZES | fields))
+    ours = Decoder(spec_from_hf({"model_type": family} | SIZES | fields))
     assert {
         name: hf_shape(variable) for _, variable in declared(ours) for name in hf_names(variable)
     } == wanted
@@ -221,7 +221,9 @@ def test_spec_is_hashable():
         "long_factor": [2.0] * 4,
         "original_max_position_embeddings": 512,
     }
-    specs = [from_hf({"model_type": "llama", **SIZES, "rope_scaling": scaling}) for _ in range(2)]
+    specs = [
+        spec_from_hf({"model_type": "llama", **SIZES, "rope_scaling": scaling}) for _ in range(2)
+    ]
     assert hash(specs[0]) == hash(specs[1]) and specs[0] == specs[1]
 
 
@@ -236,7 +238,7 @@ def test_spec_is_hashable():
     ],
 )
 def test_max_length_is_what_the_model_reads_not_what_it_was_trained_for(scaling, tokens):
-    spec = from_hf(
+    spec = spec_from_hf(
         {"model_type": "llama", **SIZES, "max_position_embeddings": 2048, "rope_scaling": scaling}
     )
     assert spec.max_length == tokens
@@ -271,7 +273,7 @@ LLAMA4 = {
 )
 def test_the_layers_of_llama4_are_those_of_transformers(fields):
     fields = SIZES | LLAMA4 | fields
-    ours, theirs = from_hf(fields), transformers.Llama4TextConfig(**fields)
+    ours, theirs = spec_from_hf(fields), transformers.Llama4TextConfig(**fields)
     for i, layer in enumerate(ours.layers):
         assert (layer.rope is not None, layer.chunked, layer.moe) == (
             bool(theirs.no_rope_layers[i]),
@@ -281,11 +283,11 @@ def test_the_layers_of_llama4_are_those_of_transformers(fields):
 
 
 def test_a_rope_that_turns_chunks_alone_is_stretched_only_where_a_factor_is_named():
-    spec = from_hf(SIZES | LLAMA4)
+    spec = spec_from_hf(SIZES | LLAMA4)
     longer = stretched(spec, type="linear", factor="auto", length=1_000_000)
     assert (longer.rope, longer.max_length) == (spec.rope, 1_000_000)
     assert stretched(spec, type="linear", factor=8.0, length=1_000_000).rope.factor == 8
-    everywhere = from_hf(SIZES | LLAMA4 | {"layer_types": ["full_attention"] * 3})
+    everywhere = spec_from_hf(SIZES | LLAMA4 | {"layer_types": ["full_attention"] * 3})
     assert stretched(everywhere, type="linear", factor="auto", length=1_000_000).rope.factor == 8
 
 
@@ -319,7 +321,7 @@ def test_a_rope_that_turns_chunks_alone_is_stretched_only_where_a_factor_is_name
             {"model_type": "gemma3_text", "num_key_value_heads": 2, "sliding_window_pattern": 0},
             "sliding_window_pattern is 0",
         ),
-        ({"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 turns 3 of head_dim=8"),
+        ({"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 rotates 3 of head_dim=8"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it has to be a share"),
         ({"num_key_value_heads": 4}, "num_attention_heads=6.*num_key_value_heads=4"),
         ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
@@ -423,11 +425,11 @@ def test_a_rope_that_turns_chunks_alone_is_stretched_only_where_a_factor_is_name
 )
 def test_config_json_that_cannot_be_right_is_refused(fields, named):
     with pytest.raises(ModelError, match=named) as refusal:
-        from_hf({"model_type": "llama", **SIZES, **fields})
+        spec_from_hf({"model_type": "llama", **SIZES, **fields})
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_an_absent_size_is_refused_by_name(name):
     with pytest.raises(ModelError, match=name):
-        from_hf({"model_type": "llama", **{k: v for k, v in SIZES.items() if k != name}})
+        spec_from_hf({"model_type": "llama", **{k: v for k, v in SIZES.items() if k != name}})

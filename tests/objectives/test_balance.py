@@ -19,9 +19,10 @@ from lljax.build import move
 from lljax.config import default_config, validate
 from lljax.errors import ConfigError
 from lljax.interop.peft import write_adapter
-from lljax.models import lora, spec
+from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.memory import Memory
 from lljax.objectives.token_loss import balance_of, busiest_of
 from lljax.parallel.sharding import make_mesh
@@ -123,7 +124,7 @@ def rows(count):
 
 def decoder(mesh, **changes):
     """Routers, factors and norms train."""
-    model = Decoder(spec.from_hf(HF | changes))
+    model = Decoder(spec_from_hf(HF | changes))
     lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",))
     lora.mark_trainable(model, {"lora_a", "lora_b", "norm", "router"})
     rng = np.random.default_rng(0)

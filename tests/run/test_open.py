@@ -10,10 +10,10 @@ from lljax.build import load_base, stretched
 from lljax.interop.huggingface import load_weights
 from lljax.interop.open import open_base
 from lljax.interop.peft import write_adapter
-from lljax.models import lora, spec
+from lljax.models import lora
 from lljax.models.decoder import Decoder
+from lljax.models.families import rope_to_hf, spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import rope_to_hf
 from lljax.run.open import of_base
 
 
@@ -21,7 +21,7 @@ from lljax.run.open import of_base
 def adapted(tiny, tmp_path_factory):
     """A base under a stretched RoPE with factors that change it; and the folder of the adapter."""
     base, folder = open_base(tiny), tmp_path_factory.mktemp("adapter")
-    model = Decoder(stretched(spec.from_hf(base.config), type="linear", factor="auto", length=64))
+    model = Decoder(stretched(spec_from_hf(base.config), type="linear", factor="auto", length=64))
     lora.attach(model, rank=2, alpha=4.0, targets=("q_proj",), also_train=("norm",))
     load_weights(model, base, dtype=jnp.float32)
     initialise(model, 0, deviation=0.02, dtype=jnp.float32)
@@ -85,6 +85,6 @@ def test_a_key_knows_the_weights_the_tokenizer_and_what_ends_a_turn(form, tiny, 
 
 def test_a_base_alone_is_one_model(tiny):
     found = of_base(tiny, None)
-    assert [each.name for each in found.models] == ["base"] and found.extended == spec.from_hf(
+    assert [each.name for each in found.models] == ["base"] and found.extended == spec_from_hf(
         open_base(tiny).config
     )

@@ -11,9 +11,10 @@ from flax import nnx
 from lljax.attention.pattern import AttentionPattern
 from lljax.build import move
 from lljax.errors import ConfigError
-from lljax.models import lora, spec
+from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.memory import Memory
 from lljax.objectives.token_loss import cross_entropy
 from lljax.parallel.sharding import make_mesh
@@ -81,7 +82,7 @@ VARIANTS = {
 
 def decoder(N, K, family, **variant):
     tied = {"tie_word_embeddings": "embed" in variant.get("also_train", ("embed",))}
-    model = Decoder(spec.from_hf(config(N, K) | tied | family))
+    model = Decoder(spec_from_hf(config(N, K) | tied | family))
     lora.attach(
         model,
         **(
@@ -265,14 +266,14 @@ def test_variants_of_the_adapter_equal_one_device(variant, mesh):
 
 
 def test_refusals_name_the_field_and_the_way_out():
-    model = spec.from_hf(config(6, 2))
+    model = spec_from_hf(config(6, 2))
     with pytest.raises(ConfigError, match="mesh.expert=8 does not divide the 6 experts.*use 2"):
         layout_of(
             make_mesh(expert=8),
             "auto",
             PATTERNS["full"],
             T,
-            spec.from_hf(config(6, 2) | EXPERTS["qwen2_moe"] | {"num_experts": 6}),
+            spec_from_hf(config(6, 2) | EXPERTS["qwen2_moe"] | {"num_experts": 6}),
         )
     with pytest.raises(ConfigError, match="mesh.tensor=4 does not divide.*use 2"):
         layout_of(make_mesh(sequence=2, tensor=4), "auto", PATTERNS["full"], T, model)

@@ -9,15 +9,15 @@ from lljax.attention.pattern import FULL
 from lljax.config import default_config
 from lljax.models import lora
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.models.spec import from_hf
 from lljax.training.step import make_evaluate, step_settings
 
 T = 1024
 
 
 def test_an_evaluation_keeps_to_the_tile_and_finds_the_same():
-    model = Decoder(from_hf(TINY | {"intermediate_size": 1024}))
+    model = Decoder(spec_from_hf(TINY | {"intermediate_size": 1024}))
     initialise(model, 0, deviation=0.2)
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     c = default_config()

@@ -1,0 +1,154 @@
+"""The row of a family, and helpers to read its config.json.
+
+A function of a row gets `c`, the config.json of a model as a dict, with the defaults of the family
+in place of absent fields and its values checked.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from lljax.errors import ModelError, short
+from lljax.models.rope import EXTENDABLE
+from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.models.values import Value, check, optional, whole
+
+
+class Metadata(Protocol):
+    """Reads a key of a GGUF file below the name of its architecture."""
+
+    def __call__(self, key: str, default: Any = None, wanted: Value = ...) -> Any:
+        """The value of the key.
+
+        Raises:
+          ModelError: the key is absent and has no default, or its value is not as wanted.
+        """
+        ...
+
+
+def no_entries(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFormat:
+    """A family in GGUF files, as llama.cpp's convert_hf_to_gguf.py writes them.
+
+    names: HF names of tensors of a layer by their GGUF names, where they differ from
+      lljax.interop.gguf.LAYER.
+    permuted: the rows of q and k are in interleaved pairs.
+    norms_plus_one: weights of norms are stored as 1 + weight.
+    dtype: of an export; None for float16, or bfloat16 if the file holds a tensor of that type.
+    config(config, metadata, names): more entries of config.json, from the entries that all families
+      have, the metadata and the HF names of the tensors.
+    """
+
+    architecture: str
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    permuted: bool = False
+    norms_plus_one: bool = False
+    dtype: str | None = None
+    config: Callable[[dict, Metadata, set[str]], dict[str, Any]] = no_entries
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeModel:
+    """A model of several kinds of input whose text model is of a family."""
+
+    model_type: str
+    prefix: str  # of the names of the text model's tensors
+
+
+def one_rope(c: dict) -> tuple[dict, ...]:
+    return (c,)
+
+
+def unchanged(spec: DecoderSpec, entries: dict) -> dict:
+    return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Everything that is particular to a family.
+
+    model_type: as in config.json. architecture: the class of transformers that an export names.
+    defaults: fields of config.json, as the config class of transformers sets them if they are
+      absent; CONFIG_DEFAULTS holds for all families.
+    decoder(c): the fields of DecoderSpec that differ from their defaults. Sizes, RoPE, norm_eps and
+      tied are read for all families alike (lljax.models.families.from_config); without `layers`,
+      every layer has full attention and an MLP.
+    checks: the values that fields of config.json may hold, beside CONFIG_CHECKS.
+    ropes(c): the config.json that each RoPE of the decoder is read from, the one to stretch first.
+    rope_to_hf(spec, entries): the config.json entries of the RoPE, from the usual ones
+      (lljax.models.rope.to_hf). rope_fields: their names, beside the usual ones.
+    rope_kinds: the kinds of RoPE that transformers loads a stretched model with.
+    peft_experts: PEFT loads adapters of single experts.
+    gguf: its GGUF files; None if they are not read.
+    part_of: the model of several kinds of input whose text model it is.
+    """
+
+    model_type: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    decoder: Callable[[dict], dict[str, Any]]
+    checks: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+    ropes: Callable[[dict], tuple[dict, ...]] = one_rope
+    rope_to_hf: Callable[[DecoderSpec, dict], dict] = unchanged
+    rope_fields: tuple[str, ...] = ()
+    rope_kinds: tuple[str, ...] = EXTENDABLE
+    peft_experts: bool = False
+    gguf: GgufFormat | None = None
+    part_of: WholeModel | None = None
+
+
+def count(c: dict, *names: str) -> int:
+    """The first of these fields that is set.
+
+    Raises:
+      ModelError: none is set, or it is no whole number of at least 1.
+    """
+    name = next((name for name in names if c.get(name) is not None), names[0])
+    check({name: c.get(name)}, {name: whole(1)})
+    return c[name]
+
+
+def sliding_window(c: dict) -> int | None:
+    """The window of the layers that slide; None if it is off."""
+    check(c, {"sliding_window": optional(whole(1))})
+    return c.get("sliding_window")
+
+
+def uniform_layers(c: dict, layer: LayerSpec) -> tuple[LayerSpec, ...]:
+    """The same layer as often as the model has layers."""
+    return (layer,) * c["num_hidden_layers"]
+
+
+def per_layer(c: dict, name: str, default: Callable[[int], Any]) -> list:
+    """The entries of a field that has one for every layer; default(layer) if it is absent.
+
+    Raises:
+      ModelError: the field has another number of entries.
+    """
+    L = c["num_hidden_layers"]
+    entries = c.get(name) or [default(i) for i in range(L)]
+    if not isinstance(entries, list) or len(entries) != L:
+        number = len(entries) if isinstance(entries, list) else short(entries)
+        raise ModelError(f"config.json: {name} has {number} entries for num_hidden_layers={L}")
+    return entries
+
+
+def local_layers(
+    c: dict, default: Callable[[int], Any], local: str = "sliding_attention"
+) -> list[bool]:
+    """Whether every layer is `local`, from `layer_types`; default(layer) if that is absent.
+
+    Raises:
+      ModelError: a type of layer that is neither `local` nor full_attention.
+    """
+    types = per_layer(c, "layer_types", lambda i: local if default(i) else "full_attention")
+    for i, kind in enumerate(types):
+        if kind not in ("full_attention", local):
+            raise ModelError(
+                f"config.json: layer_types[{i}] {short(kind)} is none of full_attention, {local}"
+            )
+    return [kind == local for kind in types]

@@ -1,0 +1,138 @@
+"""A DecoderSpec from a HuggingFace `config.json`."""
+
+from typing import Any
+
+from lljax.errors import ModelError, short
+from lljax.models import rope
+from lljax.models.families.family import Family, count
+from lljax.models.families.table import family_of, is_tied
+from lljax.models.rope import RopeSpec
+from lljax.models.spec import DecoderSpec, LayerSpec, MLASpec, MoESpec
+from lljax.models.values import FLAG, NOT_NEGATIVE, NUMBER, check, one_of, optional, whole
+
+MOST_LAYERS = 10_000  # the table of layers of a damaged file would take all memory
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+DTYPE = optional(one_of("bfloat16", "float16", "float32", "float64"))
+# The values that fields of every family may hold; `count` checks others as they are read.
+CONFIG_CHECKS = (
+    rope.TOP_CHECKS
+    | dict.fromkeys(REQUIRED, whole(1))
+    | {
+        "num_hidden_layers": whole(1, MOST_LAYERS),
+        "num_key_value_heads": optional(whole(1)),
+        "head_dim": optional(whole(1)),
+        "rms_norm_eps": NUMBER,
+        "initializer_range": NOT_NEGATIVE,
+        "tie_word_embeddings": FLAG,
+        "attention_bias": FLAG,
+        "use_bidirectional_attention": FLAG,
+        "dtype": DTYPE,
+        "torch_dtype": DTYPE,
+    }
+)
+CONFIG_DEFAULTS = {"rms_norm_eps": 1e-6}  # of every family that has no other
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # our name: HF's name
+
+
+def spec_from_hf(hf_config: dict) -> DecoderSpec:
+    """Reads a HF `config.json`; absent fields take the defaults of transformers' config class.
+
+    Raises:
+      ModelError: an unsupported family or activation, a missing field, a value that cannot be
+        right, or head counts that do not divide.
+    """
+    family = family_of(hf_config)
+    c = {**CONFIG_DEFAULTS, **family.defaults, **hf_config}
+    check({**dict.fromkeys(REQUIRED), **c}, {**CONFIG_CHECKS, **family.checks})
+    fields: dict[str, Any] = {
+        "F": c["intermediate_size"],
+        "layers": (LayerSpec(),) * c["num_hidden_layers"],
+        **family.decoder(c),
+    }
+    _check_supported(c, family, fields.get("activation", "silu"))
+    if moe := fields.get("moe"):
+        _check_experts(moe)
+    N, K, H, rotary = _heads(c, fields.get("mla"))
+    main, *others = (rope.from_hf(of_rope) for of_rope in family.ropes(c))
+    _check_rope(main, rotary)
+    return DecoderSpec(
+        family=family.model_type,
+        V=c["vocab_size"],
+        D=c["hidden_size"],
+        N=N,
+        K=K,
+        H=H,
+        rope=main,
+        more_ropes=tuple(others),
+        max_length=rope.reach(main, c["max_position_embeddings"]),
+        norm_eps=c["rms_norm_eps"],
+        tied=is_tied(c),
+        **fields,
+    )
+
+
+def _check_supported(c: dict, family: Family, activation: str) -> None:
+    wanted = ACTIVATIONS[activation]
+    if (given := c.get("hidden_activation") or c.get("hidden_act") or wanted) != wanted:
+        raise ModelError(
+            f"config.json: hidden_act {short(given)} of model_type {family.model_type!r} is not "
+            f"supported; {wanted} is"
+        )
+    if c.get("use_bidirectional_attention"):
+        raise ModelError(
+            "config.json: use_bidirectional_attention is not supported; a decoder looks back only"
+        )
+
+
+def _heads(c: dict, mla: MLASpec | None) -> tuple[int, int, int, int]:
+    """Query heads N, key/value heads K, head size H, and the dimensions that RoPE may rotate."""
+    N = c["num_attention_heads"]
+    K = c.get("num_key_value_heads") or N
+    H = rotary = c.get("head_dim") or c["hidden_size"] // N
+    if mla:  # head_dim has another meaning there
+        K, H, rotary = N, count(c, "qk_nope_head_dim") + mla.rope, mla.rope
+        if mla.v > H:
+            raise ModelError(
+                f"config.json: v_head_dim={mla.v} exceeds the {H} dimensions of a query, which is "
+                "not supported"
+            )
+    if N % K:
+        raise ModelError(
+            f"config.json: num_attention_heads={N} is no multiple of num_key_value_heads={K}"
+        )
+    if H % 2:
+        raise ModelError(f"config.json: head_dim={H} is odd, and RoPE rotates pairs")
+    return N, K, H, rotary
+
+
+def _check_experts(moe: MoESpec) -> None:
+    if moe.k > moe.E:
+        raise ModelError(
+            f"config.json: num_experts_per_tok={moe.k} exceeds the {moe.E} experts there are"
+        )
+    if moe.E % moe.groups or not moe.k <= moe.best_groups * (moe.E // moe.groups) <= moe.E:
+        raise ModelError(
+            f"config.json: n_group={moe.groups} and topk_group={moe.best_groups} do not divide "
+            f"{moe.E} experts so that num_experts_per_tok={moe.k} can be chosen"
+        )
+
+
+def _check_rope(spec: RopeSpec, head_dim: int) -> None:
+    rotary = rope.rotary_dims(spec, head_dim)
+    if rotary % 2:
+        raise ModelError(
+            f"config.json: partial_rotary_factor={spec.partial} rotates {rotary} of "
+            f"head_dim={head_dim} dimensions, and RoPE rotates pairs"
+        )
+    for name in ("short_factor", "long_factor") if spec.type == "longrope" else ():
+        if (entries := len(getattr(spec, name))) != rotary // 2:
+            raise ModelError(
+                f"config.json: {name} has {entries} entries; head_dim={head_dim} needs "
+                f"{rotary // 2}"
+            )

@@ -1,0 +1,36 @@
+"""GLM-4.5: experts by sigmoid scores, RoPE on half of the head (arXiv 2508.06471); transformers
+`models/glm4_moe/modeling_glm4_moe.py`.
+"""
+
+from typing import Any
+
+from lljax.models.families.family import Family
+from lljax.models.families.sigmoid_experts import CHECKS, DEFAULTS, dense_first, sigmoid_experts
+from lljax.models.values import FLAG
+
+
+def _decoder(c: dict) -> dict[str, Any]:
+    return {
+        "qkv_bias": c["attention_bias"],
+        "qk_norm": c["use_qk_norm"],
+        "moe": sigmoid_experts(c),
+        "layers": dense_first(c),
+    }
+
+
+FAMILY = Family(
+    model_type="glm4_moe",
+    architecture="Glm4MoeForCausalLM",
+    defaults=DEFAULTS
+    | {
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": False,
+        "use_qk_norm": False,
+    },
+    decoder=_decoder,
+    checks=CHECKS | {"use_qk_norm": FLAG},
+    peft_experts=True,
+)

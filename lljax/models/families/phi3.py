@@ -1,0 +1,43 @@
+"""Phi-3 and Phi-4-mini: fused projections, longrope, in some models on a part of the head
+(arXiv 2404.14219); transformers `models/phi3/modeling_phi3.py`.
+"""
+
+from typing import Any
+
+from lljax.models.families.family import Family, sliding_window, uniform_layers
+from lljax.models.rope.hf import LISTS
+from lljax.models.spec import DecoderSpec, LayerSpec
+
+
+def _decoder(c: dict) -> dict[str, Any]:
+    return {
+        "fused": True,
+        "layers": uniform_layers(c, LayerSpec(window=sliding_window(c))),
+    }
+
+
+def _rope_to_hf(spec: DecoderSpec, entries: dict) -> dict:
+    """transformers 4 reads three fields of longrope alone, and both versions compute its factor
+    from the lengths.
+    """
+    factor_of_lengths = (
+        spec.rope.original_length * spec.rope.factor == entries["max_position_embeddings"]
+    )
+    if spec.rope.type == "longrope" and spec.rope.attention_factor is None and factor_of_lengths:
+        lists = {name: entries["rope_parameters"][name] for name in LISTS}
+        entries["rope_scaling"] = {"type": "longrope", **lists}
+    return entries
+
+
+FAMILY = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    defaults={
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    decoder=_decoder,
+    rope_to_hf=_rope_to_hf,
+    rope_kinds=("longrope",),
+)

@@ -1,0 +1,38 @@
+"""Qwen1.5-MoE and Qwen2-MoE: experts and a gated shared expert; transformers
+`models/qwen2_moe/modeling_qwen2_moe.py`.
+
+PEFT does not load adapters of its experts.
+"""
+
+from typing import Any
+
+from lljax.models.families.family import Family, count
+from lljax.models.families.qwen_layers import (
+    EXPERT_CHECKS,
+    EXPERT_DEFAULTS,
+    WINDOW_CHECKS,
+    WINDOW_DEFAULTS,
+    softmax_experts,
+    sparse_layers,
+    upper_layers_slide,
+)
+from lljax.models.values import FLAG
+
+
+def _decoder(c: dict) -> dict[str, Any]:
+    return {
+        "qkv_bias": c["qkv_bias"],
+        "moe": softmax_experts(c, shared=count(c, "shared_expert_intermediate_size")),
+        "layers": sparse_layers(c, upper_layers_slide(c)),
+    }
+
+
+FAMILY = Family(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    defaults=WINDOW_DEFAULTS
+    | EXPERT_DEFAULTS
+    | {"max_position_embeddings": 32_768, "num_key_value_heads": 16, "qkv_bias": True},
+    decoder=_decoder,
+    checks=WINDOW_CHECKS | EXPERT_CHECKS | {"qkv_bias": FLAG},
+)

@@ -1,0 +1,33 @@
+"""Qwen3: norms of queries and keys (Qwen Team 2025, arXiv 2505.09388); transformers
+`models/qwen3/modeling_qwen3.py`.
+"""
+
+from typing import Any
+
+from lljax.models.families.family import Family, GgufFormat
+from lljax.models.families.qwen_layers import WINDOW_CHECKS, WINDOW_DEFAULTS, upper_layers_slide
+
+
+def _decoder(c: dict) -> dict[str, Any]:
+    return {
+        "qkv_bias": c["attention_bias"],
+        "output_bias": c["attention_bias"],
+        "qk_norm": True,
+        "layers": upper_layers_slide(c),
+    }
+
+
+FAMILY = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    defaults=WINDOW_DEFAULTS
+    | {
+        "max_position_embeddings": 32_768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "attention_bias": False,
+    },
+    decoder=_decoder,
+    checks=WINDOW_CHECKS,
+    gguf=GgufFormat(architecture="qwen3"),
+)

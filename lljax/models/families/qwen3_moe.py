@@ -1,0 +1,43 @@
+"""Qwen3-MoE: norms of queries and keys, experts (Qwen Team 2025, arXiv 2505.09388); transformers
+`models/qwen3_moe/modeling_qwen3_moe.py`.
+"""
+
+from typing import Any
+
+from lljax.models.families.family import Family, sliding_window, uniform_layers
+from lljax.models.families.qwen_layers import (
+    EXPERT_CHECKS,
+    EXPERT_DEFAULTS,
+    softmax_experts,
+    sparse_layers,
+)
+from lljax.models.spec import LayerSpec
+from lljax.models.values import FLAG
+
+
+def _decoder(c: dict) -> dict[str, Any]:
+    window = sliding_window(c) if c["use_sliding_window"] else None
+    return {
+        "qkv_bias": c["attention_bias"],
+        "output_bias": c["attention_bias"],
+        "qk_norm": True,
+        "moe": softmax_experts(c),
+        "layers": sparse_layers(c, uniform_layers(c, LayerSpec(window=window))),
+    }
+
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    defaults=EXPERT_DEFAULTS
+    | {
+        "max_position_embeddings": 32_768,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+    },
+    decoder=_decoder,
+    checks=EXPERT_CHECKS | {"use_sliding_window": FLAG},
+    peft_experts=True,
+)

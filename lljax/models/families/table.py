@@ -1,0 +1,83 @@
+"""The table of families by model_type. To add one, see README.md beside this file."""
+
+from lljax.errors import ModelError, short
+from lljax.models import rope
+from lljax.models.families import (
+    deepseek_v3,
+    gemma2,
+    gemma3,
+    glm4_moe,
+    gpt_oss,
+    internlm3,
+    llama,
+    llama4,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
+from lljax.models.families.family import Family
+from lljax.models.spec import DecoderSpec
+
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+        gemma2,
+        gemma3,
+        phi3,
+        internlm3,
+        mixtral,
+        qwen2_moe,
+        qwen3_moe,
+        glm4_moe,
+        deepseek_v3,
+        llama4,
+        gpt_oss,
+    )
+}
+
+
+def family_of(hf_config: dict) -> Family:
+    """The family of a config.json.
+
+    Raises:
+      ModelError: it is none of FAMILIES.
+    """
+    family = hf_config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ModelError(
+            f"config.json: model_type {short(family)} is not supported; supported are "
+            f"{', '.join(FAMILIES)}"
+        )
+    return FAMILIES[family]
+
+
+def is_tied(hf_config: dict) -> bool:
+    """Whether config.json, of whatever family, ties the head to the embedding."""
+    family = FAMILIES.get(str(hf_config.get("model_type")))
+    default = family.defaults.get("tie_word_embeddings", False) if family else False
+    return bool(hf_config.get("tie_word_embeddings", default))
+
+
+def rope_to_hf(spec: DecoderSpec) -> dict:
+    """The config.json entries of a decoder's RoPE, see lljax.models.rope.to_hf."""
+    family = FAMILIES[spec.family]
+    entries = rope.to_hf(spec.rope, spec.max_length)
+    if "partial_rotary_factor" in family.defaults:  # transformers assumes it if it is absent
+        share = {"partial_rotary_factor": spec.rope.partial}
+        entries |= share
+        for name in entries.keys() & {"rope_parameters", "rope_scaling"}:
+            entries[name] = entries[name] | share
+    return family.rope_to_hf(spec, entries)
+
+
+def rope_fields(family: Family) -> set[str]:
+    """The names of the entries that `rope_to_hf` may write."""
+    return {*rope.TOP_CHECKS, *family.rope_fields}
