@@ -229,13 +229,18 @@ def test_a_ring_refuses_an_implementation_that_wants_tokens_in_order():
         _Ring(1, 2, options).implementation(q, q, causal(B, T))
 
 
-def test_a_named_implementation_serves_every_mode():
-    operands = inputs(8, 2, True, None, False)
-    options = AttentionOptions(scale=0.3)
-    for mode in ("ulysses", "ring"):
-        layout = Layout(make_mesh(sequence=8), mode)
-        got, wanted = (
-            attend_parallel(*operands[:3], operands[4], choice, layout=layout)
-            for choice in (options.replace(implementation="blockwise"), options)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_named_implementation_is_the_program_of_its_choice(mode):
+    q, k, v, _, mask = inputs(8, 2, True, 50, False)
+    layout, options = Layout(make_mesh(sequence=8), mode), AttentionOptions(scale=0.3)
+
+    def program(options):
+        return str(
+            jax.make_jaxpr(lambda q, k, v: attend_parallel(q, k, v, mask, options, layout=layout))(
+                q, k, v
+            )
         )
-        np.testing.assert_array_equal(got, wanted)
+
+    assert program(options.replace(implementation="blockwise")) == program(options)
+    with pytest.raises(UnsupportedMask, match="='triton' cannot serve devices of platform cpu"):
+        program(options.replace(implementation="triton"))
