@@ -1,11 +1,13 @@
 """A toy objective as one row of the table: trained, planned, checkpointed, resumed, reported."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from toy import WEIGHTED, weights_of
+from objectives.toy import WEIGHTED, weights_of
 
 from lljax.config import default_config, validate
 from lljax.data.batch import IGNORED
@@ -88,27 +90,39 @@ def test_the_table_decides_what_a_configuration_may_name(weighted):
         prepare_step(config_of("weighted"), TINY | experts | sizes, ONE)
 
 
-def test_a_run_with_the_toy_is_planned_checkpointed_and_resumes_bitwise(
-    weighted, run_config, one_device, tmp_path
-):
+@pytest.fixture
+def config(run_config, one_device):
     c = run_config
-    c.objective.name, c.optimizer.schedule, c.training.accumulate = "weighted", "constant", 2
-    c.optimizer.warmup_steps, c.training.rows, c.training.eval_rows = 0, 4, 4
-    c.context.schedule = ((6, 32, "full"),)
-    loop.train(c, tmp_path / "whole")
-    c.context.schedule = ((4, 32, "full"),)
-    loop.train(c, tmp_path / "parts")
-    c.context.schedule = ((6, 32, "full"),)
-    loop.train(c, tmp_path / "parts")
-    losses = {}
-    for name in ("whole", "parts"):
-        steps = [record for record in read_metrics(tmp_path / name) if "loss" in record]
-        losses[name] = [(record["loss"], record["worst_token"]) for record in steps]
-        last = [record["eval"] for record in read_metrics(tmp_path / name) if "eval" in record][-1]
-        assert set(last) == {"weighted_loss@32"}
-    assert losses["whole"] == losses["parts"] and len(losses["whole"]) == 6
-    report = (tmp_path / "whole" / "report.html").read_text()
-    assert "Loss of the worst token" in report and "Held-out weighted loss" in report
-    c.objective.name = "sft"
+    c.objective.name, c.context.schedule = "weighted", ((3, 32, "full"),)
+    c.training.rows, c.training.eval_rows, c.training.accumulate = 4, 4, 2
+    c.optimizer.schedule, c.optimizer.warmup_steps = "constant", 0
+    return c
+
+
+def test_a_run_with_the_toy_is_planned_and_its_metrics_are_recorded_and_drawn(
+    weighted, config, tmp_path, caplog
+):
+    with caplog.at_level(logging.INFO):
+        loop.train(config, tmp_path)
+    assert "evaluation of 32" in caplog.text and "temporary" in caplog.text
+    records = read_metrics(tmp_path)
+    steps = [record for record in records if "loss" in record]
+    assert len(steps) == 3 and all(0 < r["loss"] < r["worst_token"] for r in steps)
+    assert [set(r["eval"]) for r in records if "eval" in r] == [{"weighted_loss@32"}]
+    assert "Loss of the worst token" in (tmp_path / "report.html").read_text()
+    config.objective.name = "sft"
     with pytest.raises(ConfigError, match="objective.name"):
-        loop.train(c, tmp_path / "parts")
+        loop.train(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_with_the_toy_resumes_bitwise(weighted, config, tmp_path):
+    loop.train(config, tmp_path / "whole")
+    for stop in (2, 3):
+        config.context.schedule = ((stop, 32, "full"),)
+        loop.train(config, tmp_path / "parts")
+    whole, parts = (
+        [(r["loss"], r["squared"], r["worst_token"]) for r in read_metrics(folder) if "loss" in r]
+        for folder in (tmp_path / "whole", tmp_path / "parts")
+    )
+    assert whole == parts and len(whole) == 3
