@@ -1,7 +1,9 @@
 """A run that cannot fit is refused before its weights are read."""
 
+import dataclasses
 import logging
 import types
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -93,7 +95,9 @@ def test_the_loop_shows_the_plan_and_refuses_before_it_reads_weights(
 ):
     run_config.context.schedule = ((4, 32, "full"),)
     monkeypatch.setattr(fit, "capacity", lambda mesh: (1000.0, 1e12))
-    monkeypatch.setattr(loop, "fill", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "lljax.build.load_weights", lambda *_, **__: pytest.fail("weights were read")
+    )
     with caplog.at_level(logging.INFO), pytest.raises(ConfigError, match="32 full needs"):
         loop.train(run_config, tmp_path)
     assert "optimizer" in caplog.text and "NO" in caplog.text
@@ -141,6 +145,16 @@ def full(*_, **__):
     )
 
 
+@dataclasses.dataclass
+class Full:
+    """A compiled program that finds no memory when it runs."""
+
+    memory_analysis: Callable
+
+    def __call__(self, *_):
+        full()
+
+
 def test_a_device_that_runs_out_of_memory_is_one_line_and_another_failure_is_left_as_it_is():
     for saved, told in (
         (lambda: None, "no checkpoint is there yet"),
@@ -183,33 +197,35 @@ def test_advice_is_a_sentence_where_no_setting_is_left():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "when,told",
+    "failing,told",
     [
         ("weights", "reading the weights: .*: spread them .*; no checkpoint is there yet"),
         (
-            "step",
+            "64 full",
             "step 5, stage 64 full: .*: set memory.tile=4096; memory.offload=True; memory.layers_per_residual=2, or .*; "
             "the last checkpoint is of step 3, and the settings of memory and mesh may change",
         ),
         (
-            "evaluation",
+            "evaluation of 64",
             "evaluation of 64 tokens after step 5: .*: lower memory.loss_chunk.* is of step 3",
         ),
     ],
     ids=["weights", "step", "evaluation"],
 )
 def test_a_run_that_runs_out_of_memory_says_where_and_what_is_saved(
-    run_config, one_device, tmp_path, monkeypatch, when, told
+    run_config, one_device, tmp_path, monkeypatch, failing, told
 ):
-    compile_step = fit.compile_step
+    compile_program = Program.compile
 
-    def compiled(label, *rest):
-        need, program = compile_step(label, *rest)
-        return need, full if when == "step" and label == "64 full" else program
+    def compiled(program):
+        out = compile_program(program)
+        if program.label == failing:
+            return Full(out.memory_analysis)
+        return out
 
-    monkeypatch.setattr(fit, "compile_step", compiled)
-    if when != "step":
-        monkeypatch.setattr(loop, "fill" if when == "weights" else "_evaluate", full)
+    monkeypatch.setattr(Program, "compile", compiled)
+    if failing == "weights":
+        monkeypatch.setattr("lljax.build.load_weights", full)
     run_config.context.schedule = ((4, 32, "shifted"), (5, 64, "full"))
     with pytest.raises(OutOfMemory, match=told):
         loop.train(run_config, tmp_path)

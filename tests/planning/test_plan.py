@@ -43,7 +43,9 @@ def target(monkeypatch):
 def test_the_plan_shows_the_step_and_its_evaluation(config, target):
     (planned,) = plan.plan(config, HF, target(1e12), plan.Options())
     step, evaluation = planned.needs
-    assert planned.fits and step.label == f"{T:,} full" and evaluation.label == f"evaluation of {T:,}"
+    assert (
+        planned.fits and step.label == f"{T:,} full" and evaluation.label == f"evaluation of {T:,}"
+    )
     assert evaluation.temporary < step.temporary and evaluation.optimizer == step.optimizer > 0
     assert planned.tokens == config.training.rows * T and planned.seconds > 0
     assert planned.reason == "one device" and planned.collectives == {}
