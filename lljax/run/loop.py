@@ -577,7 +577,7 @@ def _loader(store, config, stage: Stage, mesh, objective):
         packing=config.data.packing,
         overlong=config.data.overlong,
         seed=config.seed + stage.number,
-        mine=rows_of_share(rows, accumulate, mesh),
+        local_rows=rows_of_share(rows, accumulate, mesh),
         fields=objective.fields,
     )
 
