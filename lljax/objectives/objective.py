@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lljax.attention.pattern import AttentionPattern
+from lljax.config import Config
 from lljax.data.batch import Batch, Field
 from lljax.models.decoder import Decoder
 from lljax.models.memory import Memory
@@ -136,11 +137,11 @@ def _same(means: dict[str, float]) -> dict[str, float]:
     return means
 
 
-def _nothing(config: Any) -> Any:
+def _nothing(config: Config) -> Any:
     return None
 
 
-def _never(config: Any, spec: DecoderSpec) -> str | None:
+def _never(config: Config, spec: DecoderSpec) -> str | None:
     return None
 
 
@@ -170,8 +171,8 @@ class Objective:
     metrics: tuple[Metric, ...]
     evaluation_metrics: tuple[Metric, ...]
     scores: Callable[[dict[str, float]], dict[str, float]] = _same
-    options: Callable[[Any], Any] = _nothing
-    refuses: Callable[[Any, DecoderSpec], str | None] = _never
+    options: Callable[[Config], Any] = _nothing
+    refuses: Callable[[Config, DecoderSpec], str | None] = _never
     passes: Passes = ONE_OF_EACH
 
     def reduce(self, sums: dict[str, Array]) -> dict[str, Array]:

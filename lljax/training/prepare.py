@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.build import placed_model
+from lljax.config import Config
 from lljax.data.batch import Batch
 from lljax.errors import ConfigError
 from lljax.models.decoder import Decoder
@@ -77,7 +78,7 @@ class Prepared:
 
 
 def prepare_step(
-    config,
+    config: Config,
     hf_config: dict,
     mesh: Mesh,
     *,
@@ -122,7 +123,7 @@ def prepare_step(
 class _Programs:
     """Builds the programs of one run."""
 
-    config: Any
+    config: Config
     mesh: Mesh
     spec: DecoderSpec
     memory: float
