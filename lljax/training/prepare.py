@@ -38,6 +38,7 @@ class Program:
     trains: True for a step, which is called with (state, frozen, batch) and returns (state,
       metrics). False for an evaluation, which is called with (trainable, frozen, batch) and returns
       (sums by name, weight).
+    lower: traces the function; no argument needs a value.
     """
 
     label: str
@@ -47,7 +48,7 @@ class Program:
     length: int
     batch: Batch
     trains: bool
-    _lower: Callable[[], jax.stages.Lowered] = dataclasses.field(repr=False)
+    lower: Callable[[], jax.stages.Lowered] = dataclasses.field(repr=False)
     _compiled: jax.stages.Compiled | None = dataclasses.field(default=None, init=False, repr=False)
 
     def compile(self) -> jax.stages.Compiled:
@@ -57,7 +58,7 @@ class Program:
           JaxRuntimeError: the compiler refuses the program.
         """
         if self._compiled is None:
-            self._compiled = self._lower().compile()
+            self._compiled = self.lower().compile()
         return self._compiled
 
 
@@ -174,5 +175,5 @@ class _Programs:
             length=length,
             batch=batch,
             trains=trains,
-            _lower=lambda: function.lower(first, frozen, batch, pattern, layout),
+            lower=lambda: function.lower(first, frozen, batch, pattern, layout),
         )

@@ -72,7 +72,7 @@ def refused_program(trains: bool) -> Program:
         length=64,
         batch={},
         trains=trains,
-        _lower=lower,
+        lower=lower,
     )
 
 
