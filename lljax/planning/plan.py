@@ -123,7 +123,9 @@ def plan_stage(
     evaluation = None
     if evaluates and need.fits(*room):
         evaluation = fit.need_of(prepared.evaluations[stage.length], prepared)
-    passes = prepared.objective.passes
+    passes, device = prepared.objective.passes, target.device
+    read = _weight_reads(config, passes) * need.base * target.count
+    arithmetic = target.count * device.flops * options.efficiency
     counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"], passes=passes)
     return StagePlan(
         stage=stage,
@@ -136,13 +138,9 @@ def plan_stage(
         collectives=collectives,
         tokens=config.training.accumulate * config.training.rows * stage.length,
         bounds={
-            "arithmetic": counted.hardware
-            / (target.count * target.device.flops * options.efficiency),
-            "memory": _weight_reads(config, passes)
-            * need.base
-            * target.count
-            / target.device.bandwidth,
-            "network": sum(collectives.values()) / target.device.link,
+            "arithmetic": counted.hardware / arithmetic,
+            "memory": read / device.bandwidth,
+            "network": sum(collectives.values()) / device.link,
         },
         compile_seconds=seconds,
     )
