@@ -95,12 +95,7 @@ SFT = Objective(
             "expert_load_max",
             "Tokens of the busiest expert, in even shares",
             Reduction(lambda loads: loads.sum(0), lambda load, _: expert_load_max(load)),
-            from_zero=True,
         ),
-    ),
-    evaluation_metrics=(
-        Metric("loss", "Held-out loss"),
-        Metric("perplexity", "Held-out perplexity"),
     ),
     scores=scores,
     options=read_options,

@@ -27,7 +27,7 @@ from lljax.training.state import Split, TrainState
 # The metrics of every step, whatever its objective.
 STEP_METRICS = (
     Metric("grad_norm", "Gradient norm", SUM),
-    Metric("tokens", "Predicted tokens", SUM, from_zero=True),
+    Metric("tokens", "Predicted tokens", SUM),
     Metric("z", "Gradient norm, in deviations above its median", SUM),
     Metric("loss_z", "Loss, in deviations above its median", SUM),
     Metric("nonfinite", "Loss, gradient or update not finite", SUM),
