@@ -197,9 +197,9 @@ def _dropped(
 
 
 def column_norms(
-    kernel: Float[Array, "... in out"],
-    a: Float[Array, "... in R"],
-    b: Float[Array, "... R out"],
+    kernel: Float[Array, "... I O"],
+    a: Float[Array, "... I R"],
+    b: Float[Array, "... R O"],
     scale: float,
 ) -> Float[Array, "... out"]:
     """The norms, over the inputs, of kernel + scale * a @ b, float32.

@@ -146,7 +146,7 @@ class Quantised:
 
 
 def quantise(
-    kernel: Float[Array, "... in out"], form: Form, dtype: Any, key: jax.Array | None = None
+    kernel: Float[Array, "... I O"], form: Form, dtype: Any, key: jax.Array | None = None
 ) -> Quantised:
     """A dense kernel in `form`; `dtype` is its dtype when it is dense again.
 
@@ -193,7 +193,7 @@ def quantise(
     )
 
 
-def dequantise(value: Quantised, dtype: Any) -> Float[Array, "... in out"]:
+def dequantise(value: Quantised, dtype: Any) -> Float[Array, "... I O"]:
     """The dense kernel; products are float32, as in bitsandbytes, and rounded once."""
     form, codes = value.form, value.codes
     if form.bits == 4:

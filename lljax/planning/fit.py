@@ -1,5 +1,5 @@
-"""The memory that the steps and evaluations of a run need: read from the compiled programs, shown
-as a table, refused if they cannot fit.
+"""The memory that steps and evaluations need: read from the compiled programs, shown as a table,
+refused if it is more than there is.
 """
 
 import contextlib
@@ -7,27 +7,33 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
+import rich.table
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
-from lljax.attention.pattern import FULL
+from lljax.config import Config
 from lljax.errors import ConfigError, OutOfMemory
 from lljax.hardware.chips import GiB
 from lljax.hardware.host_memory import LIMIT, host_memory, pinned_limit, pool_sizes, usable
 from lljax.models.decoder import share_residuals
+from lljax.models.spec import LayerSpec
 from lljax.parallel.processes import from_all, processes_here
+from lljax.training.curriculum import Stage
+from lljax.training.prepare import Prepared, Program
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes of one device that the step of a stage, or an evaluation, takes.
+    """Bytes of one device that a step or an evaluation takes.
 
-    peak: arguments + outputs - what they share + temporaries. host: bytes of the host's memory.
-      compiled: False where the compiler refused the step for its memory; the peak is then what it
-      says.
+    base: frozen weights.
+    peak: arguments + outputs - memory that both share + temporaries.
+    host: bytes of the host's memory.
+    compiled: False if the compiler refused the program for its memory; it then reported the peak.
     """
 
     label: str
@@ -44,163 +50,133 @@ class Need:
         return self.compiled and self.peak <= memory and self.host <= host
 
 
-def compile_step(
-    label: str, parts, batch: dict, pattern, layout
-) -> tuple[Need, jax.stages.Compiled | None]:
-    """Compiles `parts.step` (of lljax.training.step.take_apart) for one stage; nothing needs to
-    have values. The program is called with (state, frozen, batch); None where the compiler refuses
-    it.
-    """
-    return _compile(
-        label,
-        parts,
-        layout,
-        lambda: parts.step.lower(parts.state, parts.frozen, batch, pattern, layout),
-        0,
-    )
-
-
-def compile_evaluation(
-    label: str, evaluate, parts, batch: dict, layout
-) -> tuple[Need, jax.stages.Compiled | None]:
-    """Compiles `evaluate` (of lljax.training.step.make_evaluate) with full attention. The program
-    is called with (trainable, frozen, batch). Its need includes the optimizer, which stays on the
-    device.
-    """
-
-    def lower():
-        return evaluate.lower(parts.state.trainable, parts.frozen, batch, FULL, layout)
-
-    return _compile(label, parts, layout, lower, bytes_of(parts.state.optimizer))
-
-
-def evaluation_lengths(config, stages) -> list[int]:
-    """The lengths of the held-out rows that a run evaluates on in `stages`, in order: that of each
-    stage with a step that training.eval_every divides, and that of the last, at the end. Empty
-    without held-out documents.
+def evaluation_lengths(config: Config, stages: Sequence[Stage]) -> list[int]:
+    """The lengths of the held-out rows that a run evaluates on in `stages`, in order: the length of
+    every stage with a step that training.eval_every divides, and of the last stage, at the end.
+    Empty without held-out documents.
     """
     if not (config.data.valid or config.data.valid_fraction) or not stages:
         return []
     every = config.training.eval_every
-    return list(
-        dict.fromkeys(
-            [
-                *(s.length for s in stages if every and s.stop // every > s.start // every),
-                stages[-1].length,
-            ]
-        )
-    )
+    due = [s.length for s in stages if every and s.stop // every > s.start // every]
+    return list(dict.fromkeys([*due, stages[-1].length]))
 
 
-def _compile(
-    label: str, parts, layout, lower, beside: int
-) -> tuple[Need, jax.stages.Compiled | None]:
-    """beside: bytes on the device that are no argument of the program."""
+def need_of(program: Program, prepared: Prepared) -> Need:
+    """Compiles `program` and reads its need. An evaluation's includes the optimizer, which stays on
+    the device.
+    """
+    state, layout = prepared.state, program.layout
     sizes = {
-        "label": label,
+        "label": program.label,
         "context_parallel": layout.context_parallel if layout else "none",
-        "base": bytes_of(parts.frozen),
-        "trainable": bytes_of(parts.state.trainable),
-        "optimizer": bytes_of(parts.state.optimizer),
+        "base": bytes_of(prepared.frozen),
+        "trainable": bytes_of(state.trainable),
+        "optimizer": bytes_of(state.optimizer),
     }
+    idle = 0 if program.trains else sizes["optimizer"]
     try:
-        program = lower().compile()
+        memory: Any = program.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        # The TPU compiler refuses what does not fit, and says by how much.
-        used = re.search(r"Used ([\d.]+)([GM]) of|([\d.]+)([GM])\)? exceeds", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
-            raise
-        size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
-        peak = int(float(size) * (GiB if unit == "G" else 2**20)) + beside
+        peak = _refused(error) + idle
         rest = peak - sizes["base"] - sizes["trainable"] - sizes["optimizer"]
-        return Need(**sizes, temporary=max(rest, 0), peak=peak, host=0, compiled=False), None
-    m = program.memory_analysis()
+        return Need(**sizes, temporary=max(rest, 0), peak=peak, host=0, compiled=False)
     peak = (
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        - m.alias_size_in_bytes
-        + m.temp_size_in_bytes
-        + beside
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + idle
     )
     return Need(
         **sizes,
-        temporary=m.temp_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
         peak=peak,
-        host=m.host_temp_size_in_bytes,
+        host=memory.host_temp_size_in_bytes,
         compiled=True,
-    ), program
+    )
 
 
-def bytes_of(tree) -> int:
-    """Of one device."""
+def _refused(error: Exception) -> int:
+    """The bytes that a program needs by the message of the TPU compiler, which refuses a program
+    that does not fit; any other error is raised again.
+    """
+    used = re.search(r"Used ([\d.]+)([GM]) of|([\d.]+)([GM])\)? exceeds", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+        raise error
+    size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
+    return int(float(size) * (GiB if unit == "G" else 2**20))
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of a pytree of arrays on one device."""
     return sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
     )
 
 
-def capacity(mesh) -> tuple[float, float]:
+def capacity(mesh: Mesh) -> tuple[float, float]:
     """Bytes of a device's memory, and of host memory for the residuals of one device (on a GPU its
-    pool of pinned memory, see lljax.hardware.host_memory): the least over all processes, each of
+    pool of pinned memory, see lljax.hardware.host_memory): the minimum over all processes, all of
     which must call this.
     """
     here = mesh.local_devices
     share = host_memory() / (processes_here() * len(here))
     memory = (here[0].memory_stats() or {}).get("bytes_limit", share)
     host = {"gpu": min(share, pinned_limit()), "cpu": share}.get(here[0].platform, usable(share))
-    return tuple(min(each) for each in zip(*from_all([memory, host])))
+    memories, hosts = zip(*from_all([memory, host]), strict=True)
+    return min(memories), min(hosts)
 
 
 def with_pool(needs: list[Need], platform: str, host: float) -> list[Need]:
-    """The `needs` of programs that run one after the other, with what a GPU's pool must hold for
-    each as `host`: the pool keeps the regions that earlier programs used.
+    """The `needs` of programs that run one after the other, with the size of a GPU's pool during
+    each program as `host`: the pool keeps the regions that earlier programs used.
     """
     if platform not in ("gpu", "cuda"):
         return needs
     sizes = pool_sizes([n.host for n in needs], host)
-    return [dataclasses.replace(n, host=size) for n, size in zip(needs, sizes)]
+    return [dataclasses.replace(n, host=size) for n, size in zip(needs, sizes, strict=True)]
 
 
-def table(needs: list[Need], memory: float, host: float, title: str) -> Table:
-    """Memory by stage, GiB of a device."""
-    out = Table(title=f"{title}; GiB a device")
-    for column in (
-        "stage",
-        "parallel",
-        "base",
-        "trained",
-        "optimizer",
-        "temporary",
-        "peak",
-        "host",
-        "of the device",
-        "fits",
-    ):
-        out.add_column(
-            column, justify="left" if column in ("stage", "parallel", "fits") else "right"
-        )
+def table(needs: list[Need], memory: float, host: float, title: str) -> rich.table.Table:
+    """Memory by program, in GiB of a device.
+
+    memory, host: bytes of a device and of the host that a program may use.
+    """
+    out = rich.table.Table(title=f"{title}; GiB a device")
+    for column in ("stage", "parallel"):
+        out.add_column(column)
+    for column in ("base", "trained", "optimizer", "temporary", "peak", "host", "of the device"):
+        out.add_column(column, justify="right")
+    out.add_column("fits")
     for n in needs:
+        sizes = (n.base, n.trainable, n.optimizer, n.temporary, n.peak, n.host)
         out.add_row(
             n.label,
             n.context_parallel,
-            *(
-                f"{size / GiB:.2f}"
-                for size in (n.base, n.trainable, n.optimizer, n.temporary, n.peak, n.host)
-            ),
+            *(f"{size / GiB:.2f}" for size in sizes),
             f"{n.peak / memory:.0%}",
             "yes" if n.fits(memory, host) else "NO",
         )
     return out
 
 
-def as_text(table: Table) -> str:
+def as_text(table: rich.table.Table) -> str:
+    """A table as plain text of at most 140 columns."""
     out = io.StringIO()
     Console(file=out, width=140).print(table)
     return out.getvalue().rstrip()
 
 
-def check(needs: list[Need], memory: float, host: float, config, layers) -> None:
-    """Raises ConfigError where a program cannot fit; a compiled one may be tried with
-    memory.refuse=False.
+def check(
+    needs: list[Need], memory: float, host: float, config: Config, layers: tuple[LayerSpec, ...]
+) -> None:
+    """Refuses programs that cannot fit; a compiled one may be tried with memory.refuse=False.
+
+    layers: of the spec, for the advice.
+
+    Raises:
+      ConfigError: a program does not fit.
     """
     for n in needs:
         if n.fits(memory, host) or (n.compiled and not config.memory.refuse):
@@ -208,21 +184,22 @@ def check(needs: list[Need], memory: float, host: float, config, layers) -> None
         of_host = n.compiled and n.peak <= memory
         if of_host:
             shortage = (
-                f"{n.host / GiB:.2f} GiB of host memory for residuals and a device can have {host / GiB:.2f} "
-                f"(on a GPU no more than {LIMIT})"
+                f"{n.host / GiB:.2f} GiB of host memory for residuals and a device can have "
+                f"{host / GiB:.2f} (on a GPU no more than {LIMIT})"
             )
         else:
             shortage = (
                 f"{n.peak / GiB:.2f} GiB of a device's memory and there are {memory / GiB:.2f}"
             )
-        anyway = "; memory.refuse=False tries it as it is" if n.compiled else ""
+        anyway = "; memory.refuse=False tries it anyway" if n.compiled else ""
         raise ConfigError(
-            f"this run does not fit: {n.label} needs {shortage}: {advice(config, layers, of_host)}{anyway}"
+            f"this run does not fit: {n.label} needs {shortage}: "
+            f"{advice(config, layers, of_host)}{anyway}"
         )
 
 
-def advice(config, layers, of_host: bool = False) -> str:
-    """What makes room for a step, on the device or on its host."""
+def advice(config: Config, layers: tuple[LayerSpec, ...], of_host: bool = False) -> str:
+    """Settings that make room for a step, as the end of a message. of_host: room on the host."""
     listed = "; ".join(words(way) for way in ways(config, layers, of_host)[:3])
     return (
         f"set {listed}, or spread it over more devices" if listed else "spread it over more devices"
@@ -230,11 +207,15 @@ def advice(config, layers, of_host: bool = False) -> str:
 
 
 @contextlib.contextmanager
-def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]):
-    """A context for `what`: a device, or the host's pinned memory, that is full becomes one line.
+def in_memory(
+    action: str, way_out: str, last_checkpoint: Callable[[], int | None]
+) -> Iterator[None]:
+    """A context in which a full device, or the full pinned memory of the host, becomes one line.
+
+    action: named in the message. last_checkpoint: returns its step, None without one.
 
     Raises:
-      OutOfMemory: with the way out, and what the run can go on from.
+      OutOfMemory: with the way out and the last checkpoint.
     """
     try:
         yield
@@ -250,34 +231,39 @@ def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]
         where = "a device is out of memory"
         if "host memory" in reason:  # the pool of pinned memory
             where = "the host is out of memory for residuals"
-            way_out = f"raise {LIMIT} if the host has more, or set memory.layers_per_residual or memory.offload=False"
+            way_out = (
+                f"raise {LIMIT} if the host has more, or set memory.layers_per_residual or "
+                "memory.offload=False"
+            )
         raise OutOfMemory(
-            f"{what}: {where} ({reason}): {way_out}; {saved}, and the settings of memory and mesh may "
-            "change when a run goes on"
+            f"{action}: {where} ({reason}): {way_out}; {saved}, and the settings of memory and "
+            "mesh may change when a run goes on"
         ) from error
 
 
-def ways(config, layers, of_host: bool = False) -> list[dict]:
-    """Changes that make room for a model of `layers` (`DecoderSpec.layers`) on the device, or on
-    its host, each alone, those first that cost least time.
+def ways(
+    config: Config, layers: tuple[LayerSpec, ...], of_host: bool = False
+) -> list[dict[str, Any]]:
+    """Changes that each make room for a model of `layers` (`DecoderSpec.layers`) on the device, or
+    on its host; the cheapest in time first.
     """
     m = config.memory
-    fewer = [
-        {"memory.layers_per_residual": each}
-        for each in (2, 4)
-        if m.remat != "none" and each > m.layers_per_residual and share_residuals(layers, each)
+    fewer: list[dict[str, Any]] = [
+        {"memory.layers_per_residual": n}
+        for n in (2, 4)
+        if m.remat != "none" and n > m.layers_per_residual and share_residuals(layers, n)
     ]
     if of_host:
         return [*fewer, {"memory.offload": False}]
-    out = [{"memory.remat": "full"}] if m.remat != "full" else []
+    out: list[dict[str, Any]] = [{"memory.remat": "full"}] if m.remat != "full" else []
     if not m.tile or m.tile > 4096:
         out.append({"memory.tile": 4096})
     if not m.offload:
-        out.append(
-            {"memory.offload": True} | ({"memory.remat": "full"} if m.remat == "none" else {})
-        )
+        needed = {"memory.remat": "full"} if m.remat == "none" else {}
+        out.append({"memory.offload": True} | needed)
     return out + fewer
 
 
 def words(changes: dict) -> str:
+    """Settings as a user writes them."""
     return " ".join(f"{field}={value!r}" for field, value in changes.items())

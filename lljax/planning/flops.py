@@ -6,7 +6,9 @@ the mathematics; hardware FLOPs add the products that are computed again to save
 
 import dataclasses
 
+from lljax.config import Config
 from lljax.models.decoder import Decoder
+from lljax.objectives.objective import ONE_OF_EACH, Passes
 from lljax.training.curriculum import Stage
 
 
@@ -16,11 +18,13 @@ class Flops:
     hardware: float
 
 
-def of_step(model: Decoder, config, stage: Stage, *, parts: int = 1) -> Flops:
+def of_step(
+    model: Decoder, config: Config, stage: Stage, *, parts: int = 1, passes: Passes = ONE_OF_EACH
+) -> Flops:
     """FLOPs of one optimizer step on all devices.
 
     model: may be abstract, with its trainable Variables marked. parts: devices that a row is spread
-    over.
+    over. passes: of the objective.
     """
     T, memory = stage.length, config.memory
     rows = config.training.rows * config.training.accumulate
@@ -45,4 +49,11 @@ def of_step(model: Decoder, config, stage: Stage, *, parts: int = 1) -> Flops:
     if parts > 1:  # the slices of the head go round twice
         again += T * head.forward
     again += sum(layer.recomputed for layer in mixed)
-    return Flops(model_flops, model_flops + rows * again)
+    hardware = model_flops + rows * again
+    # Passes of the objective beyond one forward and one backward; the backward pass recomputes.
+    ahead = rows * (T * (tokens.forward + head.forward) + mixing)
+    more = passes.forward - passes.backward
+    return Flops(
+        model=passes.backward * model_flops + more * ahead,
+        hardware=passes.backward * hardware + more * ahead,
+    )

@@ -1,7 +1,7 @@
-"""What a run needs, before any weight is read: every stage's real step and evaluation compiled for
-the real target.
+"""The plan of a run, before any weight is read: the real step and evaluation of every stage,
+compiled for the real target.
 
-Memory comes from the compiler, but for the workspace of cuDNN, which only a device would tell it;
+Memory comes from the compiler, except for the workspace of cuDNN, which only a device would report;
 arithmetic is counted by `lljax.planning.flops`; traffic is read from the program.
 """
 
@@ -9,24 +9,24 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-import jax.numpy as jnp
-
-from lljax.attention.pattern import FULL
 from lljax.build import mesh_of, placed_model
+from lljax.config import Config
 from lljax.hardware.host_memory import usable
 from lljax.hardware.targets import Target
+from lljax.objectives.objective import Passes
 from lljax.planning import fit, flops, hlo
 from lljax.training.curriculum import Stage, stages
-from lljax.training.placement import abstract_batch, check_rows, layout_of
-from lljax.training.step import make_evaluate, step_settings, take_apart
+from lljax.training.placement import check_rows
+from lljax.training.prepare import Prepared, prepare_step
 
-MARGIN = 0.03  # of the device's memory, for what the runtime keeps to itself
+MARGIN = 0.03  # share of a device's memory that the runtime keeps for itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """efficiency: share of the peak arithmetic that the run is taken to reach. host: bytes of host
-    memory a device, that of a typical node where it is None. progress: told what is compiled next.
+    """efficiency: share of the peak arithmetic that the run is assumed to reach.
+    host: bytes of host memory per device; None for the memory of a typical node.
+    progress: called with the name of the next compilation.
     """
 
     efficiency: float = 0.5
@@ -40,26 +40,32 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """FLOPs and tokens are of one optimizer step of all devices, collectives bytes that one device
-    receives in it, seconds of one step. seconds: the largest of the arithmetic (at the efficiency),
-    memory and network bounds. evaluation: the need of an evaluation at the stage's length; None if
-    the run has none there, or the step does not fit. fits: both fit.
+    """The plan of one stage.
+
+    need: of the step. evaluation: of an evaluation at the stage's length; None if the run has none
+      there, or if the step does not fit.
+    reason: for the context-parallel mode.
+    fits: step and evaluation both fit.
+    model_flops, hardware_flops, tokens: of one optimizer step on all devices.
+    collectives: bytes that one device receives in a step, by kind of collective.
+    bounds: seconds of a step by its arithmetic (at the efficiency), memory and network.
     """
 
     stage: Stage
     need: fit.Need
     evaluation: fit.Need | None
-    reason: str  # for the context-parallel mode
+    reason: str
     fits: bool
     model_flops: float
     hardware_flops: float
-    collectives: dict
+    collectives: dict[str, int]
     tokens: int
-    bounds: dict
+    bounds: dict[str, float]
     compile_seconds: float
 
     @property
     def seconds(self) -> float:
+        """A lower bound of the seconds of one step."""
         return max(self.bounds.values())
 
     @property
@@ -67,7 +73,7 @@ class StagePlan:
         return [self.need] if self.evaluation is None else [self.need, self.evaluation]
 
 
-def plan(config, hf_config: dict, target: Target, options: Options) -> list[StagePlan]:
+def plan(config: Config, hf_config: dict, target: Target, options: Options) -> list[StagePlan]:
     """The plan of every stage.
 
     Raises:
@@ -80,79 +86,85 @@ def plan(config, hf_config: dict, target: Target, options: Options) -> list[Stag
     with_pool = fit.with_pool([p.need for p in plans], target.device.platform, room[1])
     return [
         dataclasses.replace(p, need=need, fits=p.fits and need.fits(*room))
-        for p, need in zip(plans, with_pool)
+        for p, need in zip(plans, with_pool, strict=True)
     ]
 
 
 def plan_stage(
-    config, hf_config: dict, target: Target, stage: Stage, options: Options, *, label: str = ""
+    config: Config,
+    hf_config: dict,
+    target: Target,
+    stage: Stage,
+    options: Options,
+    *,
+    label: str = "",
 ) -> StagePlan:
-    """Compiles one stage's step and evaluation for the target. label: what the tables call it, if
-    not by its stage.
+    """Compiles the step and the evaluation of one stage for the target.
+
+    label: name of the stage in tables; empty for its own.
     """
-    device, mesh, label = (
-        target.device,
-        mesh_of(config.mesh, target.devices()),
-        label or stage.label,
-    )
+    mesh, room = mesh_of(config.mesh, target.devices()), options.room(target)
     check_rows(config.training.rows, mesh)
-    model, bytes_per = placed_model(config, hf_config, mesh), jnp.dtype(config.model.dtype).itemsize
-    layout, reason = layout_of(
-        mesh,
-        config.mesh.context_parallel,
-        stage.pattern,
-        stage.length,
-        model.spec,
-        bytes_per=bytes_per,
-        memory=device.memory,
-    )
-    options.progress(f"{label} for {target.name}")
+    options.progress(f"{label or stage.label} for {target.name}")
+    evaluates = stage.length in fit.evaluation_lengths(config, stages(config.context))
+    model = placed_model(config, hf_config, mesh)
     began = time.monotonic()
-    A, B, T = config.training.accumulate, config.training.rows, stage.length
-    parts, batch = take_apart(config, model, mesh), abstract_batch(A, B, T, mesh)
-    need, program = fit.compile_step(label, parts, batch, stage.pattern, layout)
+    prepared = prepare_step(
+        config,
+        hf_config,
+        mesh,
+        model=model,
+        memory=target.device.memory,
+        stages=[stage],
+        evaluation_lengths=[stage.length] if evaluates else [],
+    )
+    need, collectives = _compile_step(prepared, stage, label)
     seconds = time.monotonic() - began
-    text = program.as_text() if program else ""
-    collectives = hlo.collective_bytes(text) if program else {}
-    workspace = hlo.cudnn_workspace(text)  # which a compiler with no device puts at 0
+    evaluation = None
+    if evaluates and need.fits(*room):
+        evaluation = fit.need_of(prepared.evaluations[stage.length], prepared)
+    passes, device = prepared.objective.passes, target.device
+    read = _weight_reads(config, passes) * need.base * target.count
+    arithmetic = target.count * device.flops * options.efficiency
+    counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"], passes=passes)
+    return StagePlan(
+        stage=stage,
+        need=need,
+        evaluation=evaluation,
+        reason=prepared.steps[stage.number].reason,
+        fits=need.fits(*room) and (evaluation is None or evaluation.fits(*room)),
+        model_flops=counted.model,
+        hardware_flops=counted.hardware,
+        collectives=collectives,
+        tokens=config.training.accumulate * config.training.rows * stage.length,
+        bounds={
+            "arithmetic": counted.hardware / arithmetic,
+            "memory": read / device.bandwidth,
+            "network": sum(collectives.values()) / device.link,
+        },
+        compile_seconds=seconds,
+    )
+
+
+def _compile_step(prepared: Prepared, stage: Stage, label: str) -> tuple[fit.Need, dict[str, int]]:
+    """The need of a stage's step, and the bytes of its collectives."""
+    program = prepared.steps[stage.number]
+    need = fit.need_of(program, prepared)
+    need = dataclasses.replace(need, label=label or need.label)
+    if not need.compiled:
+        return need, {}
+    text = program.compile().as_text()
+    assert text is not None, "every compiler of ours gives the text of its program"
+    workspace = hlo.cudnn_workspace(text)  # a compiler without a device reports 0
     need = dataclasses.replace(
         need, temporary=need.temporary + workspace, peak=need.peak + workspace
     )
-    room = options.room(target)
-    evaluation = None
-    if need.fits(*room) and T in fit.evaluation_lengths(config, stages(config.context)):
-        full, _ = layout_of(
-            mesh,
-            config.mesh.context_parallel,
-            FULL,
-            T,
-            model.spec,
-            bytes_per=bytes_per,
-            memory=device.memory,
-        )
-        evaluate = make_evaluate(parts.graphdef, step_settings(config))
-        evaluation, _ = fit.compile_evaluation(
-            f"evaluation of {T:,}", evaluate, parts, abstract_batch(1, B, T, mesh), full
-        )
-    counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"])
-    # the weights are read forward, again, and backward
-    passes = 2 if config.memory.remat == "none" else 3
-    bounds = {
-        "arithmetic": counted.hardware / (target.count * device.flops * options.efficiency),
-        "memory": A * passes * need.base * target.count / device.bandwidth,
-        "network": sum(collectives.values()) / device.link,
-    }
-    fits = need.fits(*room) and (evaluation is None or evaluation.fits(*room))
-    return StagePlan(
-        stage,
-        need,
-        evaluation,
-        reason,
-        fits,
-        counted.model,
-        counted.hardware,
-        collectives,
-        A * B * T,
-        bounds,
-        seconds,
-    )
+    return need, hlo.collective_bytes(text)
+
+
+def _weight_reads(config: Config, passes: Passes) -> int:
+    """How often a step reads the weights: forward, and backward, before which rematerialization
+    reads them once more.
+    """
+    backward = 1 if config.memory.remat == "none" else 2
+    return config.training.accumulate * (passes.forward + backward * passes.backward)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from lljax.attention.pattern import KINDS, AttentionPattern
+from lljax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +21,16 @@ class Stage:
         return f"{self.length:,} {self.pattern.kind}"
 
 
-def stages(context, markers: tuple[int, ...] = ()) -> tuple[Stage, ...]:
-    """The stages of a (validated) `config.context`; `markers` are the token ids of its
-    `anchor_markers`.
-    """
+def stages(context: Config, markers: tuple[int, ...] = ()) -> tuple[Stage, ...]:
+    """The stages of a validated `config.context`. markers: token ids of its `anchor_markers`."""
     starts = (0, *(until for until, _, _ in context.schedule))
     return tuple(
-        Stage(number, start, until, length, KINDS[kind](context, length, markers))
-        for number, (start, (until, length, kind)) in enumerate(zip(starts, context.schedule))
+        Stage(
+            number=number,
+            start=starts[number],
+            stop=until,
+            length=length,
+            pattern=KINDS[kind](context, length, markers),
+        )
+        for number, (until, length, kind) in enumerate(context.schedule)
     )

@@ -1,8 +1,7 @@
 """The update of every group of trainable leaves: each role has its own learning rate and weight
 decay; nothing else has state.
 
-An optimizer is a row of `DIRECTIONS`; clipping before it, decay and learning rate after it are the
-same for all.
+An optimizer is a row of `OPTIMIZERS`; clipping, decay and learning rate are the same for all.
 """
 
 import dataclasses
@@ -15,100 +14,44 @@ import optax
 import optax.contrib
 from flax import nnx
 
-from lljax.config import warmup_steps
+from lljax.config import Config, total_steps
 from lljax.training.eight_bit import scale_by_adam_8bit
+from lljax.training.q_galore import q_galore
+from lljax.training.rule import Rule, by_optax, learning_rate
 
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How a step turns losses into new weights.
-
-    init(trainable) -> state.
-    gradients(gradient, trainable, state) -> (loss, gradients, state), where gradient(bind, x) ->
-      (loss, its gradient by x) puts bind(x) in the place of the trainable leaves.
-    apply(trainable, before, state, gradients, norm, ok, key) -> (trainable, state, applied): the
-      step, or with ok = False what was before it (`before`: the state before `gradients`), and so
-      where a value of the step would not be finite. norm: of
-      the gradients. key: of random numbers.
-    """
-
-    init: Callable
-    gradients: Callable
-    apply: Callable
-
-
-def by_optax(optimizer: optax.GradientTransformation) -> Rule:
-    def gradients(gradient, trainable, state):
-        return *gradient(lambda x: x, trainable), state
-
-    def step(trainable, state, grads):
-        updates, state = optimizer.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state
-
-    def apply(trainable, before, state, grads, norm, ok, key):
-        ok &= finite(step(trainable, state, grads))
-        # Computed again behind the barrier: otherwise all new values wait for the last to be known
-        # finite, beside the old ones.
-        trainable, before, state, grads, ok = jax.lax.optimization_barrier(
-            (trainable, before, state, grads, ok)
-        )
-        return *chosen(ok, step(trainable, state, grads), (trainable, before)), ok
-
-    return Rule(optimizer.init, gradients, apply)
-
-
-def chosen(ok, new, old):
-    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
-
-
-def finite(tree) -> jax.Array:
-    """bool: whether every floating-point value of a pytree is finite."""
-    return jnp.array(
-        [
-            jnp.isfinite(x).all()
-            for x in jax.tree.leaves(tree)
-            if jnp.issubdtype(x.dtype, jnp.floating)
-        ]
-    ).all()
-
-
-# roles of what multiplies an activation: [in, out], or a stack of them
+# roles of leaves that multiply an activation: [in, out], or a stack of them
 MATRICES = ("kernel", "lora_a", "lora_b")
 
 
-def learning_rate(optimizer, steps: int, ratio: float = 1.0) -> optax.Schedule:
-    """Linear warm-up to `optimizer.learning_rate` * ratio, then linear | cosine to zero at `steps`,
-    or constant.
-    """
-    peak, warmup = optimizer.learning_rate * ratio, warmup_steps(optimizer, steps)
-    rest = max(1, steps - warmup)
-    after = {
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "constant": optax.constant_schedule(peak),
-    }[optimizer.schedule]
-    if warmup == 0:
-        return after
-    # The first step already moves: warm-up step i runs at (i + 1) / warmup of the peak.
-    return optax.join_schedules([lambda step: peak * (step + 1) / warmup, after], [warmup])
+def make_rule(config: Config, trainable: nnx.State) -> Rule:
+    """The update rule of `config.optimizer` for trainable Variables."""
+    steps, groups = total_steps(config), groups_of(trainable)
+    row = OPTIMIZERS[config.optimizer.name]
+    if row.rule:
+        return row.rule(config.optimizer, steps, groups, jnp.dtype(config.model.dtype))
+    return by_optax(make_optimizer(config.optimizer, steps, groups))
 
 
-def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTransformation:
-    """Global-norm clipping (none where `optimizer.clip_norm` is 0), then for each group the
-    direction of `optimizer.name`, decoupled weight decay (Loshchilov & Hutter 2017, arXiv
-    1711.05101) and the learning rate.
+def make_optimizer(
+    optimizer: Config, steps: int, groups: nnx.State
+) -> optax.GradientTransformation:
+    """Global-norm clipping (none if `optimizer.clip_norm` is 0), then for each group the direction
+    of `optimizer.name`, decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101) and the
+    learning rate.
 
     groups: a pytree like the trainable state with the group of each leaf (`groups_of`).
     """
 
-    def of_group(group):
+    direction = OPTIMIZERS[optimizer.name].direction
+    assert direction is not None, f"{optimizer.name} is a rule, not an optax optimizer"
+
+    def of_group(group: str) -> optax.GradientTransformation:
         role, _, stacked = group.partition("/")
+        ratio = optimizer.learning_rate_ratio[role]
         return optax.chain(
-            DIRECTIONS[optimizer.name](optimizer, role, per_layer if stacked else lambda x: x),
+            direction(optimizer, role, per_layer if stacked else lambda x: x),
             optax.add_decayed_weights(optimizer.weight_decay[role]),
-            optax.scale_by_learning_rate(
-                learning_rate(optimizer, steps, optimizer.learning_rate_ratio[role])
-            ),
+            optax.scale_by_learning_rate(learning_rate(optimizer, steps, ratio)),
         )
 
     present = sorted(set(jax.tree.leaves(groups)))
@@ -119,32 +62,30 @@ def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTr
 
 
 def groups_of(trainable: nnx.State) -> nnx.State:
-    """The group of each leaf, as a pytree like `trainable` (of Variables): its role, and "/L"
-    behind it where the leaf is a stack of L layers.
+    """The group of each leaf, as a pytree like `trainable` (of Variables): its role, followed by
+    "/L" if the leaf is a stack of L layers.
     """
 
-    def group(variable):
+    def group(variable: nnx.Variable):
         role = variable.get_metadata("role")
-        return (
-            f"{role}/{variable.get_value().shape[0]}"
-            if variable.get_metadata("axes")[0] == "layers"
-            else role
-        )
+        if variable.get_metadata("axes")[0] != "layers":
+            return role
+        return f"{role}/{variable.get_value().shape[0]}"
 
     return jax.tree.map(group, trainable, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`transformation` on each layer of leaves [L, ...] alone, one after the other. Scalars of its
-    state are those of all layers, arrays [L, ...].
+    """Applies `transformation` to each layer of leaves [L, ...] separately. Scalars of its state
+    are shared by all layers, arrays are [L, ...].
     """
 
-    def init(params):
+    def init(params: optax.Params):
         like = jax.eval_shape(transformation.init, jax.tree.map(lambda x: x[0], params))
         stacked = jax.vmap(transformation.init)(params)
-        return jax.tree.map(lambda one, all: all if one.ndim else all[0], like, stacked)
+        return jax.tree.map(lambda layer, stack: stack if layer.ndim else stack[0], like, stacked)
 
-    def update(updates, state, params):
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
         L = len(jax.tree.leaves(updates)[0])
         spread = jax.tree.map(lambda x: x if x.ndim else jnp.broadcast_to(x, L), state)
         updates, new = jax.lax.map(lambda xs: transformation.update(*xs), (updates, spread, params))
@@ -153,40 +94,40 @@ def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTra
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(o, role, each):
+def _adamw(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     """Kingma & Ba 2014, arXiv 1412.6980."""
     return optax.scale_by_adam(b1=o.beta1, b2=o.beta2, eps=o.eps)
 
 
-def _adafactor(o, role, each):
+def _adafactor(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     """Shazeer & Stern 2018, arXiv 1804.04235: second moments of a matrix as a row and a column, no
-    first ones. Without its scaling by the size of the weight, so that a learning rate means what it
-    means elsewhere.
+    first moments. Without the scaling by the size of the weight, so that learning rates compare
+    with other optimizers.
     """
-    return each(
+    return layered(
         optax.chain(
             optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.clip_by_block_rms(1.0)
         )
     )
 
 
-def _lion(o, role, each):
+def _lion(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     """Chen et al. 2023, arXiv 2302.06675: the sign of a momentum."""
     return optax.scale_by_lion(b1=o.beta1, b2=o.beta2)
 
 
-def _muon(o, role, each):
+def _muon(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     """Jordan 2024, github.com/KellerJordan/Muon: the momentum of a matrix, made orthogonal; AdamW
     for the other leaves. An update has the root mean square 0.2 of AdamW's, as Liu et al. 2025,
     arXiv 2502.16982, eq. 4.
     """
     if role not in MATRICES:
-        return _adamw(o, role, each)
+        return _adamw(o, role, layered)
 
-    def numbers(params):
+    def numbers(params: optax.Params):
         return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(-2, -1), params)
 
-    def like_adamw(updates, params):
+    def like_adamw(updates: optax.Updates, params: optax.Params | None):
         return jax.tree.map(lambda x: 0.2 * math.sqrt(max(x.shape[-2:])) * x, updates)
 
     return optax.chain(
@@ -195,31 +136,49 @@ def _muon(o, role, each):
     )
 
 
-def _adamw8bit(o, role, each):
+def _adamw8bit(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     return scale_by_adam_8bit(b1=o.beta1, b2=o.beta2, eps=o.eps)
 
 
-def _galore(o, role, each):
-    """Zhao et al. 2024, arXiv 2403.03507: Adam in the leading subspace of the gradient of each
-    matrix, taken anew every so many steps; AdamW for the other leaves. The subspace is of the
-    longer axis, which leaves the shorter one to the moments.
+def _galore(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
+    """Zhao et al. 2024, arXiv 2403.03507: Adam in the leading subspace of each matrix's gradient,
+    computed again every `galore.update_every` steps; AdamW for the other leaves. The subspace
+    reduces the longer axis, so that the moments keep the shorter one.
     """
     if role != "kernel":
-        return _adamw(o, role, each)
-    return each(
+        return _adamw(o, role, layered)
+    return layered(
         optax.contrib.scale_by_galore(
-            o.galore.rank, o.galore.update_every, o.galore.scale, _adamw(o, role, each)
+            o.galore.rank, o.galore.update_every, o.galore.scale, _adamw(o, role, layered)
         )
     )
 
 
-# Of the fields of `optimizer`, the role and `per_layer` (or nothing, for leaves that are no stack):
-# what comes before decay.
-DIRECTIONS = {
-    "adamw": _adamw,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "muon": _muon,
-    "adamw8bit": _adamw8bit,
-    "galore": _galore,
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A row of OPTIMIZERS.
+
+    direction: (config.optimizer, role, per_layer or the identity) -> the transformation before
+      decay and learning rate; None for an optimizer with a rule of its own.
+    reads: fields of config.optimizer that not every optimizer reads.
+    train_type: the only `train_type` that it serves; None for all.
+    rule: (config.optimizer, steps, groups, dtype) -> Rule, in place of `direction`.
+    """
+
+    direction: Callable | None
+    reads: tuple[str, ...] = ()
+    train_type: str | None = None
+    rule: Callable[..., Rule] | None = None
+
+
+ADAM = ("beta1", "beta2", "eps")
+GALORE = ("galore.rank", "galore.update_every", "galore.scale")
+OPTIMIZERS = {
+    "adamw": Optimizer(_adamw, ADAM),
+    "adafactor": Optimizer(_adafactor),
+    "lion": Optimizer(_lion, ("beta1", "beta2")),
+    "muon": Optimizer(_muon, ADAM),
+    "adamw8bit": Optimizer(_adamw8bit, ADAM),
+    "galore": Optimizer(_galore, ADAM + GALORE, train_type="full"),
+    "q_galore": Optimizer(None, ADAM + GALORE, train_type="full", rule=q_galore),
 }

@@ -12,7 +12,7 @@ from lljax.attention.pattern import FULL, KINDS, AttentionPattern, Groups, group
 from lljax.config import default_config, validate
 from lljax.errors import ConfigError
 from lljax.models.decoder import Decoder
-from lljax.models.spec import from_hf
+from lljax.models.families import spec_from_hf
 from lljax.parallel.sharding import make_mesh
 from lljax.training.placement import layout_of
 
@@ -46,7 +46,7 @@ def test_only_shifted_patterns_have_groups():
 
 
 # ---------------------------------------------------------------- context.implementation
-SPEC = from_hf(
+SPEC = spec_from_hf(
     {
         "model_type": "llama",
         "vocab_size": 64,

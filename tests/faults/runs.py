@@ -19,7 +19,7 @@ from lljax.parallel.sharding import make_mesh
 from lljax.report.records import read_metrics
 from lljax.run.checkpoint import Checkpoints, abstract
 from lljax.run.restore import read_config
-from lljax.training.step import take_apart, to_items
+from lljax.training.state import split, to_items
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED_EVERY = 100, 5
@@ -163,4 +163,4 @@ def _like(text: str, workdir: Path) -> dict:
     config = read_config(workdir)
     mesh = make_mesh(devices=jax.devices()[:1])
     model = placed_model(config, open_base(config.model.path).config, mesh)
-    return jax.tree.map(abstract, to_items(take_apart(config, model, mesh).state))
+    return jax.tree.map(abstract, to_items(split(config, model, mesh).state))

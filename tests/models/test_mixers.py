@@ -21,12 +21,13 @@ from lljax.interop.huggingface import tensors
 from lljax.models import lora
 from lljax.models.cache import empty_cache, longer, repeated
 from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
 from lljax.models.flops import RowFlops, token_flops
 from lljax.models.initialise import initialise
 from lljax.models.linear import Linear
 from lljax.models.memory import Memory
 from lljax.models.mixers import MIXERS
-from lljax.models.spec import LayerSpec, from_hf
+from lljax.models.spec import LayerSpec
 from lljax.parallel.sharding import make_mesh
 from lljax.report.records import read_metrics
 from lljax.run import loop
@@ -136,7 +137,7 @@ def hybrid(spec, layers=LAYERS):
 
 
 def model_of(layers=LAYERS, **adapters):
-    model = Decoder(hybrid(from_hf(HF), layers))
+    model = Decoder(hybrid(spec_from_hf(HF), layers))
     if adapters:
         lora.attach(model, rank=4, alpha=8, **adapters)
     initialise(model, 0, deviation=0.2)
@@ -196,7 +197,7 @@ def test_it_decodes_through_the_cache_as_in_a_whole_row():
 def test_its_arithmetic_and_its_adapters_are_counted():
     targets = (r"average\.in_proj", "q_proj")
     plain, adapted = model_of(), model_of(targets=targets)
-    attention = Decoder(hybrid(from_hf(HF), (LayerSpec(),) * 2))
+    attention = Decoder(hybrid(spec_from_hf(HF), (LayerSpec(),) * 2))
     expected = 2 * (3 * D * D - (6 + 2 + 2 + 6) * 8 * D)  # its projections for attention's
     assert plain.token_flops().forward - attention.token_flops().forward == expected
     added = adapted.token_flops().forward - plain.token_flops().forward
@@ -208,7 +209,7 @@ def test_its_arithmetic_and_its_adapters_are_counted():
 def test_a_mode_that_it_refuses_is_refused_with_its_reason():
     mesh = make_mesh(sequence=2, devices=jax.devices()[:2])
     with pytest.raises(ConfigError, match="halo: a moving average stays on one device"):
-        layout_of(mesh, "auto", AttentionPattern(), 32, hybrid(from_hf(HF)))
+        layout_of(mesh, "auto", AttentionPattern(), 32, hybrid(spec_from_hf(HF)))
 
 
 def test_a_run_trains_it_and_resumes_bitwise(run_config, tmp_path, monkeypatch):
@@ -234,7 +235,7 @@ def test_a_run_trains_it_and_resumes_bitwise(run_config, tmp_path, monkeypatch):
 def write_base(like, folder):
     """The tokenizer and the config.json of another base beside the weights of a hybrid."""
     shutil.copytree(like, folder)
-    model = Decoder(hybrid(from_hf(json.loads((folder / "config.json").read_text()))))
+    model = Decoder(hybrid(spec_from_hf(json.loads((folder / "config.json").read_text()))))
     initialise(model, 0, deviation=0.2)
     arrays = dict(tensors(model))
     header = safetensors.layout(arrays.items())

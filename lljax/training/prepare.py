@@ -1,0 +1,180 @@
+"""Model, layouts, training step and evaluation, built and compiled in one place, so that a plan
+compiles the programs that a run executes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lljax.attention.pattern import KINDS, AttentionPattern
+from lljax.build import placed_model
+from lljax.config import Config
+from lljax.data.batch import Batch
+from lljax.errors import ConfigError
+from lljax.models.decoder import Decoder
+from lljax.models.spec import DecoderSpec
+from lljax.objectives.objective import Objective
+from lljax.parallel.sharding import Layout
+from lljax.training import curriculum
+from lljax.training.placement import abstract_batch, layout_of
+from lljax.training.state import Split, TrainState, split
+from lljax.training.step import StepSettings, make_evaluate, make_step, step_settings
+
+
+@dataclasses.dataclass(eq=False)
+class Program:
+    """A step of a stage, or an evaluation, before and after it is compiled.
+
+    label: for tables and messages, such as "8,192 shifted".
+    reason: for the context-parallel mode of the layout.
+    length: tokens of a row.
+    batch: abstract arrays [A, B, T].
+    trains: True for a step, which is called with (state, frozen, batch) and returns (state,
+      metrics). False for an evaluation, which is called with (trainable, frozen, batch) and returns
+      (sums by name, weight).
+    lower: traces the function; no argument needs a value.
+    """
+
+    label: str
+    pattern: AttentionPattern
+    layout: Layout | None
+    reason: str
+    length: int
+    batch: Batch
+    trains: bool
+    lower: Callable[[], jax.stages.Lowered] = dataclasses.field(repr=False)
+    _compiled: jax.stages.Compiled | None = dataclasses.field(default=None, init=False, repr=False)
+
+    def compile(self) -> jax.stages.Compiled:
+        """The compiled program; later calls return the same.
+
+        Raises:
+          JaxRuntimeError: the compiler refuses the program.
+        """
+        if self._compiled is None:
+            self._compiled = self.lower().compile()
+        return self._compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run before its first step. state, frozen: abstract if the model was.
+
+    steps: by the number of the stage. evaluations: by the length of their rows, in full attention.
+    """
+
+    spec: DecoderSpec
+    objective: Objective
+    graphdef: nnx.GraphDef
+    state: TrainState
+    frozen: nnx.State
+    steps: dict[int, Program]
+    evaluations: dict[int, Program]
+
+
+def prepare_step(
+    config: Config,
+    hf_config: dict,
+    mesh: Mesh,
+    *,
+    model: Decoder | None = None,
+    memory: float = math.inf,
+    stages: Sequence[curriculum.Stage] | None = None,
+    evaluation_lengths: Sequence[int] = (),
+) -> Prepared:
+    """Prepares the steps of `stages` and the evaluations on rows of `evaluation_lengths`. Nothing
+    is compiled before `Program.compile`.
+
+    model: of this configuration, abstract or with values; None builds an abstract one.
+    memory: bytes of a device, which choose the context-parallel mode.
+    stages: None for all stages of the configuration.
+
+    Raises:
+      ConfigError: the objective refuses the model, or the configuration cannot be laid out on the
+        mesh.
+    """
+    model = model or placed_model(config, hf_config, mesh)
+    if stages is None:
+        stages = curriculum.stages(config.context)
+    settings = step_settings(config)
+    if reason := settings.objective.refuses(config, model.spec):
+        raise ConfigError(reason)
+    parts = split(config, model, mesh)
+    programs = _Programs(
+        config=config, mesh=mesh, spec=model.spec, memory=memory, parts=parts, settings=settings
+    )
+    return Prepared(
+        spec=model.spec,
+        objective=settings.objective,
+        graphdef=parts.graphdef,
+        state=parts.state,
+        frozen=parts.frozen,
+        steps=programs.steps(stages),
+        evaluations=programs.evaluations(evaluation_lengths),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """Builds the programs of one run."""
+
+    config: Config
+    mesh: Mesh
+    spec: DecoderSpec
+    memory: float
+    parts: Split
+    settings: StepSettings
+
+    def steps(self, stages: Sequence[curriculum.Stage]) -> dict[int, Program]:
+        step, state = make_step(self.parts, self.settings), self.parts.state
+
+        def program(stage: curriculum.Stage) -> Program:
+            return self._program(stage.label, stage.pattern, stage.length, step, state)
+
+        return {stage.number: program(stage) for stage in stages}
+
+    def evaluations(self, lengths: Sequence[int]) -> dict[int, Program]:
+        evaluate = make_evaluate(self.parts.graphdef, self.settings)
+        trainable = self.parts.state.trainable
+
+        def program(length: int) -> Program:
+            pattern = KINDS["full"](self.config.context, length, ())
+            return self._program(f"evaluation of {length:,}", pattern, length, evaluate, trainable)
+
+        return {length: program(length) for length in lengths}
+
+    def _program(
+        self, label: str, pattern: AttentionPattern, length: int, function: Any, first: Any
+    ) -> Program:
+        """function, first: the jitted function, and the first of its arguments."""
+        layout, reason = layout_of(
+            self.mesh,
+            self.config.mesh.context_parallel,
+            pattern,
+            length,
+            self.spec,
+            bytes_per=jnp.dtype(self.config.model.dtype).itemsize,
+            memory=self.memory,
+        )
+        training, frozen = self.config.training, self.parts.frozen
+        trains = isinstance(first, TrainState)
+        passes = training.accumulate if trains else 1
+        batch = abstract_batch(
+            passes, training.rows, length, self.mesh, self.settings.objective.fields
+        )
+        return Program(
+            label=label,
+            pattern=pattern,
+            layout=layout,
+            reason=reason,
+            length=length,
+            batch=batch,
+            trains=trains,
+            lower=lambda: function.lower(first, frozen, batch, pattern, layout),
+        )
