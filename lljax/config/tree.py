@@ -98,6 +98,9 @@ def default_config() -> Config:
         "lora_a": 0.0, "lora_b": 0.0, "lora_magnitude": 0.0, "embed": 0.0, "norm": 0.0, "head": 0.0, "kernel": 0.0,
         "bias": 0.0, "router": 0.0})
 
+    c.objective = ConfigDict()
+    c.objective.name = "sft"                 # what is minimized: a row of lljax.objectives.table.OBJECTIVES
+
     c.training = ConfigDict()
     c.training.rows = 1                      # rows a forward pass, over all devices
     c.training.accumulate = 1                # forward passes an optimizer step
@@ -232,6 +235,7 @@ CHECKS = {                                   # what each field may hold; which g
     "optimizer.clip_norm": number(0),
     **{f"optimizer.learning_rate_ratio.{role}": number(0, 1e4) for role in ROLES},
     **{f"optimizer.weight_decay.{role}": number(0, 1e4) for role in ROLES},
+    "objective.name": one_of("sft"),
     "training.rows": whole(1),
     "training.accumulate": whole(1),
     "training.neftune_alpha": number(0, 1e6),

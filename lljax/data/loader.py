@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from lljax.data.batch import NEXT_TOKEN, Field
 from lljax.data.packing import Pieces, pack, row_of
 from lljax.data.tokens import TokenStore
 from lljax.errors import DataError
@@ -19,6 +20,7 @@ def make_loader(
     overlong: str,
     seed: int,
     mine: np.ndarray | None = None,
+    fields: tuple[Field, ...] = NEXT_TOKEN,
 ) -> grain.DatasetIterator:
     """An endless iterator of batches, dicts of int32 [rows, length]: tokens, targets, segments,
     positions.
@@ -55,7 +57,9 @@ def make_loader(
         }
 
     return iter(
-        pack(stream, length, packing=packing).batch(rows, drop_remainder=True, batch_fn=stack)
+        pack(stream, length, packing=packing, fields=fields).batch(
+            rows, drop_remainder=True, batch_fn=stack
+        )
     )
 
 
@@ -73,16 +77,22 @@ def rows_per_epoch(
 
 
 def eval_batches(
-    store: TokenStore, *, length: int, rows: int, limit: int
+    store: TokenStore,
+    *,
+    length: int,
+    rows: int,
+    limit: int,
+    fields: tuple[Field, ...] = NEXT_TOKEN,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The first `limit` pieces of the held-out documents, in order, one piece a row; the last batch
-    filled up with padding.
+    is filled up with padding.
     """
     pieces = Pieces(store, length, "split")
-    empty = row_of({"tokens": np.zeros(0, np.int32), "targets": np.zeros(0, np.int32)}, length)
-    for start in range(0, min(limit, len(pieces)), rows):
-        chosen = [
-            row_of(pieces[i], length) for i in range(start, min(start + rows, limit, len(pieces)))
-        ]
-        chosen += [empty] * (rows - len(chosen))
-        yield {key: np.stack([row[key] for row in chosen]) for key in empty}
+    nothing = np.zeros(0, np.int32)
+    empty = row_of({"tokens": nothing, "targets": nothing}, length, fields)
+    count = min(limit, len(pieces))
+    for start in range(0, count, rows):
+        numbers = range(start, min(start + rows, count))
+        batch = [row_of(pieces[i], length, fields) for i in numbers]
+        batch += [empty] * (rows - len(batch))
+        yield {name: np.stack([row[name] for row in batch]) for name in empty}

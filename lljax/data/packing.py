@@ -3,9 +3,9 @@
 import grain
 import numpy as np
 
+from lljax.data.batch import IGNORED, NEXT_TOKEN, Field
 from lljax.data.tokens import TokenStore
 
-IGNORED = -100  # a target that is not predicted, as in transformers
 BINS = 16  # rows filled side by side; more leave less padding, and mix epochs more
 
 
@@ -79,38 +79,52 @@ def _any(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
     return found
 
 
-def pack(pieces: grain.IterDataset, T: int, *, packing: bool) -> grain.IterDataset:
+def pack(
+    pieces: grain.IterDataset,
+    T: int,
+    *,
+    packing: bool,
+    fields: tuple[Field, ...] = NEXT_TOKEN,
+) -> grain.IterDataset:
     """Rows of T tokens, each of several pieces (first-fit) or of one; with segment ids (0: padding)
     and positions.
     """
-    if packing:
-        rows = grain.experimental.FirstFitPackIterDataset(
-            pieces,
-            length_struct={"tokens": T, "targets": T},
-            num_packing_bins=BINS,
-            shuffle_bins=False,
-            padding_struct={"tokens": 0, "targets": IGNORED},
-        )
-        return rows.map(_named)
-    return pieces.map(lambda piece: row_of(piece, T))
+    if not packing:
+        return pieces.map(lambda piece: row_of(piece, T, fields))
+    rows = grain.experimental.FirstFitPackIterDataset(
+        pieces.map(lambda piece: with_fields(piece, fields)),
+        length_struct={field.name: T for field in fields},
+        num_packing_bins=BINS,
+        shuffle_bins=False,
+        padding_struct={field.name: field.padding for field in fields},
+    )
+
+    def with_places(row: dict) -> dict:
+        places = {"segments": row["tokens_segment_ids"], "positions": row["tokens_positions"]}
+        return {field.name: row[field.name] for field in fields} | places
+
+    return rows.map(with_places)
 
 
-def _named(row: dict) -> dict:
+def with_fields(piece: dict, fields: tuple[Field, ...]) -> dict:
+    """A piece with every field of an objective, each [n] in its dtype."""
     return {
-        "tokens": row["tokens"],
-        "targets": row["targets"],
-        "segments": row["tokens_segment_ids"],
-        "positions": row["tokens_positions"],
+        field.name: np.asarray(
+            field.derive(piece) if field.derive else piece[field.name], field.dtype
+        )
+        for field in fields
     }
 
 
-def row_of(piece: dict, T: int) -> dict:
-    """A row that holds one piece and padding."""
+def row_of(piece: dict, T: int, fields: tuple[Field, ...] = NEXT_TOKEN) -> dict:
+    """A row of T tokens that holds one piece and padding."""
     n = len(piece["tokens"])
     index = np.arange(T, dtype=np.int32)
-    return {
-        "tokens": np.pad(piece["tokens"], (0, T - n)),
-        "targets": np.pad(piece["targets"], (0, T - n), constant_values=IGNORED),
+    row = {
+        field.name: np.pad(values, (0, T - n), constant_values=field.padding)
+        for field, values in zip(fields, with_fields(piece, fields).values(), strict=True)
+    }
+    return row | {
         "segments": (index < n).astype(np.int32),
         "positions": np.where(index < n, index, 0).astype(np.int32),
     }

@@ -14,7 +14,7 @@ from lljax.data.tokens import TokenStore
 from lljax.errors import DataError
 from lljax.evaluation.protocols import STRIDE
 from lljax.evaluation.task import TooShort
-from lljax.objectives.token_loss import cross_entropy
+from lljax.objectives.token_loss import loss_of
 from lljax.parallel.sharding import Layout, row_parts
 
 CHUNK = 1024  # tokens whose logits exist at one time
@@ -175,11 +175,4 @@ def _loss(graphdef, state, inputs, targets, dtype, layout):
     model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
     hidden = model(inputs, positions=positions, dtype=dtype, layout=layout)
-    return cross_entropy(
-        hidden,
-        model.head,
-        targets,
-        chunk=CHUNK,
-        softcap=model.spec.logit_softcap,
-        update=model.head_update(hidden),
-    )
+    return loss_of(model, hidden, targets, chunk=CHUNK)

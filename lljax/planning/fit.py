@@ -13,12 +13,12 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from lljax.attention.pattern import FULL
 from lljax.errors import ConfigError, OutOfMemory
 from lljax.hardware.chips import GiB
 from lljax.hardware.host_memory import LIMIT, host_memory, pinned_limit, pool_sizes, usable
 from lljax.models.decoder import share_residuals
 from lljax.parallel.processes import from_all, processes_here
+from lljax.training.prepare import Prepared, Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,36 +44,6 @@ class Need:
         return self.compiled and self.peak <= memory and self.host <= host
 
 
-def compile_step(
-    label: str, parts, batch: dict, pattern, layout
-) -> tuple[Need, jax.stages.Compiled | None]:
-    """Compiles `parts.step` (of lljax.training.step.take_apart) for one stage; nothing needs to
-    have values. The program is called with (state, frozen, batch); None where the compiler refuses
-    it.
-    """
-    return _compile(
-        label,
-        parts,
-        layout,
-        lambda: parts.step.lower(parts.state, parts.frozen, batch, pattern, layout),
-        0,
-    )
-
-
-def compile_evaluation(
-    label: str, evaluate, parts, batch: dict, layout
-) -> tuple[Need, jax.stages.Compiled | None]:
-    """Compiles `evaluate` (of lljax.training.step.make_evaluate) with full attention. The program
-    is called with (trainable, frozen, batch). Its need includes the optimizer, which stays on the
-    device.
-    """
-
-    def lower():
-        return evaluate.lower(parts.state.trainable, parts.frozen, batch, FULL, layout)
-
-    return _compile(label, parts, layout, lower, bytes_of(parts.state.optimizer))
-
-
 def evaluation_lengths(config, stages) -> list[int]:
     """The lengths of the held-out rows that a run evaluates on in `stages`, in order: that of each
     stage with a step that training.eval_every divides, and that of the last, at the end. Empty
@@ -92,43 +62,50 @@ def evaluation_lengths(config, stages) -> list[int]:
     )
 
 
-def _compile(
-    label: str, parts, layout, lower, beside: int
-) -> tuple[Need, jax.stages.Compiled | None]:
-    """beside: bytes on the device that are no argument of the program."""
+def need_of(program: Program, prepared: Prepared) -> Need:
+    """Compiles `program` and reads its need. An evaluation's includes the optimizer, which stays on
+    the device.
+    """
+    state, layout = prepared.state, program.layout
     sizes = {
-        "label": label,
+        "label": program.label,
         "context_parallel": layout.context_parallel if layout else "none",
-        "base": bytes_of(parts.frozen),
-        "trainable": bytes_of(parts.state.trainable),
-        "optimizer": bytes_of(parts.state.optimizer),
+        "base": bytes_of(prepared.frozen),
+        "trainable": bytes_of(state.trainable),
+        "optimizer": bytes_of(state.optimizer),
     }
+    idle = 0 if program.trains else sizes["optimizer"]
     try:
-        program = lower().compile()
+        memory = program.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        # The TPU compiler refuses what does not fit, and says by how much.
-        used = re.search(r"Used ([\d.]+)([GM]) of|([\d.]+)([GM])\)? exceeds", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
-            raise
-        size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
-        peak = int(float(size) * (GiB if unit == "G" else 2**20)) + beside
+        peak = _refused(error) + idle
         rest = peak - sizes["base"] - sizes["trainable"] - sizes["optimizer"]
-        return Need(**sizes, temporary=max(rest, 0), peak=peak, host=0, compiled=False), None
-    m = program.memory_analysis()
+        return Need(**sizes, temporary=max(rest, 0), peak=peak, host=0, compiled=False)
     peak = (
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        - m.alias_size_in_bytes
-        + m.temp_size_in_bytes
-        + beside
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + idle
     )
     return Need(
         **sizes,
-        temporary=m.temp_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
         peak=peak,
-        host=m.host_temp_size_in_bytes,
+        host=memory.host_temp_size_in_bytes,
         compiled=True,
-    ), program
+    )
+
+
+def _refused(error: jax.errors.JaxRuntimeError) -> int:
+    """The bytes that a program needs by the message of the TPU compiler, which refuses a program
+    that does not fit; any other error is raised again.
+    """
+    used = re.search(r"Used ([\d.]+)([GM]) of|([\d.]+)([GM])\)? exceeds", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+        raise error
+    size, unit = (used[1], used[2]) if used[1] else (used[3], used[4])
+    return int(float(size) * (GiB if unit == "G" else 2**20))
 
 
 def bytes_of(tree) -> int:

@@ -9,16 +9,13 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-import jax.numpy as jnp
-
-from lljax.attention.pattern import FULL
 from lljax.build import mesh_of, placed_model
 from lljax.hardware.host_memory import usable
 from lljax.hardware.targets import Target
 from lljax.planning import fit, flops, hlo
 from lljax.training.curriculum import Stage, stages
-from lljax.training.placement import abstract_batch, check_rows, layout_of
-from lljax.training.step import make_evaluate, step_settings, take_apart
+from lljax.training.placement import check_rows
+from lljax.training.prepare import prepare_step
 
 MARGIN = 0.03  # of the device's memory, for what the runtime keeps to itself
 
@@ -90,56 +87,43 @@ def plan_stage(
     """Compiles one stage's step and evaluation for the target. label: what the tables call it, if
     not by its stage.
     """
-    device, mesh, label = (
-        target.device,
-        mesh_of(config.mesh, target.devices()),
-        label or stage.label,
-    )
+    device, mesh, T = target.device, mesh_of(config.mesh, target.devices()), stage.length
     check_rows(config.training.rows, mesh)
-    model, bytes_per = placed_model(config, hf_config, mesh), jnp.dtype(config.model.dtype).itemsize
-    layout, reason = layout_of(
-        mesh,
-        config.mesh.context_parallel,
-        stage.pattern,
-        stage.length,
-        model.spec,
-        bytes_per=bytes_per,
-        memory=device.memory,
-    )
-    options.progress(f"{label} for {target.name}")
+    options.progress(f"{label or stage.label} for {target.name}")
     began = time.monotonic()
-    A, B, T = config.training.accumulate, config.training.rows, stage.length
-    parts, batch = take_apart(config, model, mesh), abstract_batch(A, B, T, mesh)
-    need, program = fit.compile_step(label, parts, batch, stage.pattern, layout)
+    evaluated = T in fit.evaluation_lengths(config, stages(config.context))
+    model = placed_model(config, hf_config, mesh)
+    prepared = prepare_step(
+        config,
+        hf_config,
+        mesh,
+        model=model,
+        memory=device.memory,
+        stages=[stage],
+        evaluation_lengths=[T] if evaluated else [],
+    )
+    program = prepared.steps[stage.number]
+    need = fit.need_of(program, prepared)
     seconds = time.monotonic() - began
-    text = program.as_text() if program else ""
-    collectives = hlo.collective_bytes(text) if program else {}
+    text = program.compile().as_text() if need.compiled else ""
+    collectives = hlo.collective_bytes(text) if text else {}
     workspace = hlo.cudnn_workspace(text)  # which a compiler with no device puts at 0
     need = dataclasses.replace(
-        need, temporary=need.temporary + workspace, peak=need.peak + workspace
+        need,
+        label=label or need.label,
+        temporary=need.temporary + workspace,
+        peak=need.peak + workspace,
     )
     room = options.room(target)
     evaluation = None
-    if need.fits(*room) and T in fit.evaluation_lengths(config, stages(config.context)):
-        full, _ = layout_of(
-            mesh,
-            config.mesh.context_parallel,
-            FULL,
-            T,
-            model.spec,
-            bytes_per=bytes_per,
-            memory=device.memory,
-        )
-        evaluate = make_evaluate(parts.graphdef, step_settings(config))
-        evaluation, _ = fit.compile_evaluation(
-            f"evaluation of {T:,}", evaluate, parts, abstract_batch(1, B, T, mesh), full
-        )
+    if need.fits(*room) and evaluated:
+        evaluation = fit.need_of(prepared.evaluations[T], prepared)
     counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"])
     # the weights are read forward, again, and backward
     passes = 2 if config.memory.remat == "none" else 3
     bounds = {
         "arithmetic": counted.hardware / (target.count * device.flops * options.efficiency),
-        "memory": A * passes * need.base * target.count / device.bandwidth,
+        "memory": config.training.accumulate * passes * need.base * target.count / device.bandwidth,
         "network": sum(collectives.values()) / device.link,
     }
     fits = need.fits(*room) and (evaluation is None or evaluation.fits(*room))
@@ -147,12 +131,12 @@ def plan_stage(
         stage,
         need,
         evaluation,
-        reason,
+        program.reason,
         fits,
         counted.model,
         counted.hardware,
         collectives,
-        A * B * T,
+        config.training.accumulate * config.training.rows * T,
         bounds,
         seconds,
     )

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from lljax.attention.pattern import FULL
 from lljax.build import fill, mesh_of, move, open_run_base, placed_model, rope_unlike_the_adapters
 from lljax.config import get, total_steps, validate, with_absolute_paths
 from lljax.data.files import atomic_write
@@ -41,23 +39,10 @@ from lljax.run.profile import Tracer, waiting_for_data
 from lljax.run.signals import StopRequest
 from lljax.run.watchdog import Watchdog
 from lljax.training.curriculum import Stage, stages
-from lljax.training.optimizer import finite, learning_rate
-from lljax.training.placement import (
-    abstract_batch,
-    check_rows,
-    layout_of,
-    place,
-    row_share,
-    rows_of_share,
-)
-from lljax.training.step import (
-    from_items,
-    make_evaluate,
-    step_settings,
-    take_apart,
-    to_items,
-    without_history,
-)
+from lljax.training.placement import check_rows, place, row_share, rows_of_share
+from lljax.training.prepare import Prepared, prepare_step
+from lljax.training.rule import finite, learning_rate
+from lljax.training.state import from_items, split, to_items, without_history
 
 # What a resumed run must have in common with its beginning, so that it ends as if it had not been
 # interrupted.
@@ -73,6 +58,7 @@ IDENTITY = (
     "data.packing",
     "data.overlong",
     "optimizer",
+    "objective",
     "training.rows",
     "training.accumulate",
     "training.neftune_alpha",
@@ -195,26 +181,28 @@ def _train(
         move(model, mesh)
     else:
         model = placed_model(config, base.config, mesh)
-    parts, spec = take_apart(config, model, mesh), model.spec
+    prepared = prepare_step(
+        config,
+        base.config,
+        mesh,
+        model=model,
+        memory=fit.capacity(mesh)[0],
+        stages=curriculum,
+        evaluation_lengths=fit.evaluation_lengths(config, curriculum),
+    )
+    spec = prepared.spec
     if config.lora.adapter and (
         remark := rope_unlike_the_adapters(spec, base, config.lora.adapter)
     ):
         logging.warning("%s", remark)
-    layouts = [
-        layout_of(
-            mesh,
-            config.mesh.context_parallel,
-            stage.pattern,
-            stage.length,
-            spec,
-            **_facts(config, mesh),
-        )
-        for stage in curriculum
-    ]
-    for stage, (layout, reason) in zip(curriculum, layouts):
-        if layout is not None:
+    for stage in curriculum:
+        program = prepared.steps[stage.number]
+        if program.layout is not None:
             logging.info(
-                "stage %s: context parallelism %s, %s", stage.label, layout.context_parallel, reason
+                "stage %s: context parallelism %s, %s",
+                stage.label,
+                program.layout.context_parallel,
+                program.reason,
             )
     rate = learning_rate(config.optimizer, total_steps(config))
     sizes = [
@@ -270,7 +258,7 @@ def _train(
             "restoring the checkpoint", "spread it over more devices", checkpoints.newest
         ):
             step, items, loader_state = checkpoints.restore(
-                jax.tree.map(abstract, to_items(parts.state))
+                jax.tree.map(abstract, to_items(prepared.state))
             )
         state, rollbacks = from_items(items), loader_state["rollbacks"]
         logging.info("resumed at step %d", step)
@@ -288,16 +276,16 @@ def _train(
 
     # ---------------------------------------------------------------- plan, and then weights
     over = step == total_steps(config) and _evaluated(workdir, step)
-    programs, evaluations = _compile(
-        parts,
+    _compile(
+        prepared,
         config,
         mesh,
-        spec,
-        [(stage, layout) for stage, (layout, _) in zip(curriculum, layouts) if step < stage.stop],
+        [stage for stage in curriculum if step < stage.stop],
         []
         if over
         else fit.evaluation_lengths(config, [stage for stage in curriculum if step <= stage.stop]),
     )
+    parts = prepared
     if at_hand:
         identity["weights"] = checksums(model, base)
     else:
@@ -305,7 +293,7 @@ def _train(
             "reading the weights", "spread them over more devices", checkpoints.newest
         ):
             identity["weights"] = fill(model, config, base, mesh)
-            parts = take_apart(config, model, mesh)
+            parts = split(config, model, mesh)
     check_weights((begun or {}).get("weights", {}), identity["weights"])
     if any(each != identity["weights"] for each in from_all(identity["weights"])):
         raise ConfigError(
@@ -353,27 +341,21 @@ def _train(
         watchdog.alive(step)
 
     def evaluation(length):
-        program, layout = evaluations[length]
+        program = prepared.evaluations[length]
         with fit.in_memory(
             f"evaluation of {length:,} tokens after step {step}",
             "lower memory.loss_chunk, or spread it over more devices",
             last_checkpoint,
         ):
-            values = _evaluate(
+            found = _evaluate(
                 program,
+                prepared.objective,
                 state.trainable,
                 frozen,
                 documents.valid,
                 config,
                 mesh,
-                layout,
-                length,
                 leave_if_asked,
-            )
-            found = (
-                {}
-                if values is None
-                else {f"loss@{length}": values, f"perplexity@{length}": float(np.exp(values))}
             )
             if examine:
                 found |= examine(
@@ -412,8 +394,9 @@ def _train(
         for stage in curriculum:
             if step >= stage.stop:
                 continue
-            layout, _ = layouts[stage.number]
-            loader = _loader(documents.train, config, stage, mesh)
+            program = prepared.steps[stage.number]
+            layout, run_step = program.layout, program.compile()
+            loader = _loader(documents.train, config, stage, mesh, prepared.objective)
             if loader_state and loader_state["stage"] == stage.number:
                 loader.set_state(loader_state["state"])
             batch = next(loader)
@@ -436,7 +419,7 @@ def _train(
                     ),
                 ):
                     placed = place(batch, config.training.accumulate, mesh, layout)
-                    state, metrics = programs[stage.number](state, frozen, placed)
+                    state, metrics = run_step(state, frozen, placed)
                     if step + 1 < stage.stop:
                         asked = time.monotonic()
                         with waiting_for_data():
@@ -509,32 +492,12 @@ def _train(
     return nnx.merge(graphdef, state.trainable, frozen)
 
 
-def _compile(parts, config, mesh, spec, remaining: list, lengths: list[int]) -> tuple[dict, dict]:
-    """Compiles the steps of the `remaining` (stage, layout) and the evaluations on rows of
-    `lengths`: returns the programs by the stage's number, and by length (program, layout). Logs the
-    memory that they need and refuses those that cannot fit.
+def _compile(prepared: Prepared, config, mesh, remaining: list, lengths: list[int]) -> None:
+    """Compiles the steps of the `remaining` stages and the evaluations on rows of `lengths`. Logs
+    the memory that they need and refuses those that cannot fit.
     """
-    rows, programs, evaluations, needs, evaluation_needs = config.training.rows, {}, {}, [], []
-    for stage, layout in remaining:
-        batch = abstract_batch(config.training.accumulate, rows, stage.length, mesh)
-        need, programs[stage.number] = fit.compile_step(
-            stage.label, parts, batch, stage.pattern, layout
-        )
-        needs.append(need)
-    evaluate = make_evaluate(parts.graphdef, step_settings(config))
-    for length in lengths:
-        layout, _ = layout_of(
-            mesh, config.mesh.context_parallel, FULL, length, spec, **_facts(config, mesh)
-        )
-        need, program = fit.compile_evaluation(
-            f"evaluation of {length:,}",
-            evaluate,
-            parts,
-            abstract_batch(1, rows, length, mesh),
-            layout,
-        )
-        evaluation_needs.append(need)
-        evaluations[length] = program, layout
+    needs = [fit.need_of(prepared.steps[stage.number], prepared) for stage in remaining]
+    evaluation_needs = [fit.need_of(prepared.evaluations[length], prepared) for length in lengths]
     memory, host = fit.capacity(mesh)
     needs = fit.with_pool(needs, mesh.devices.flat[0].platform, host) + evaluation_needs
     if needs:  # none where the run is over
@@ -549,8 +512,7 @@ def _compile(parts, config, mesh, spec, remaining: list, lengths: list[int]) -> 
                 )
             )
         )
-    fit.check(needs, memory, host, config, spec.layers)
-    return programs, evaluations
+    fit.check(needs, memory, host, config, prepared.spec.layers)
 
 
 def _trouble(metrics: dict) -> str:
@@ -579,30 +541,34 @@ def _stops(metrics: dict, alarm) -> bool:
     )
 
 
-def _facts(config, mesh) -> dict:
-    """What the choice of a context-parallel mode asks of the run and its devices."""
-    return {"bytes_per": jnp.dtype(config.model.dtype).itemsize, "memory": fit.capacity(mesh)[0]}
-
-
 def _evaluate(
-    program, trainable, frozen, store, config, mesh, layout, length: int, leave_if_asked
-) -> float | None:
-    """Mean loss over held-out pieces of `length` tokens, in full attention; None where they have no
-    token to predict. A run that leaves evaluates when it resumes.
+    program, objective, trainable, frozen, store, config, mesh, leave_if_asked
+) -> dict[str, float]:
+    """The objective's scores over held-out pieces, in full attention; empty if they have no token
+    to predict. A run that leaves evaluates when it resumes.
     """
-    total, count = 0.0, 0
+    totals, count = {}, 0
     share, shares = row_share(mesh)
     for batch in eval_batches(
-        store, length=length, rows=config.training.rows, limit=config.training.eval_rows
+        store,
+        length=program.length,
+        rows=config.training.rows,
+        limit=config.training.eval_rows,
+        fields=objective.fields,
     ):
         mine = {name: np.split(x, shares)[share] for name, x in batch.items()}
-        loss, tokens = program(trainable, frozen, place(mine, 1, mesh, layout))
-        total, count = total + float(loss), count + int(tokens)
+        placed = place(mine, 1, mesh, program.layout)
+        sums, weight = program.compile()(trainable, frozen, placed)
+        totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
+        count += weight.item()
         leave_if_asked()
-    return total / count if count else None
+    if not count:
+        return {}
+    scores = objective.scores({name: total / count for name, total in totals.items()})
+    return {f"{name}@{program.length}": value for name, value in scores.items()}
 
 
-def _loader(store, config, stage: Stage, mesh):
+def _loader(store, config, stage: Stage, mesh, objective):
     rows, accumulate = config.training.rows, config.training.accumulate
     return make_loader(
         store,
@@ -612,6 +578,7 @@ def _loader(store, config, stage: Stage, mesh):
         overlong=config.data.overlong,
         seed=config.seed + stage.number,
         mine=rows_of_share(rows, accumulate, mesh),
+        fields=objective.fields,
     )
 
 

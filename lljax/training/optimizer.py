@@ -1,8 +1,7 @@
 """The update of every group of trainable leaves: each role has its own learning rate and weight
 decay; nothing else has state.
 
-An optimizer is a row of `DIRECTIONS`; clipping before it, decay and learning rate after it are the
-same for all.
+An optimizer is a row of `OPTIMIZERS`; clipping, decay and learning rate are the same for all.
 """
 
 import dataclasses
@@ -15,82 +14,22 @@ import optax
 import optax.contrib
 from flax import nnx
 
-from lljax.config import warmup_steps
+from lljax.config import total_steps
 from lljax.training.eight_bit import scale_by_adam_8bit
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How a step turns losses into new weights.
-
-    init(trainable) -> state.
-    gradients(gradient, trainable, state) -> (loss, gradients, state), where gradient(bind, x) ->
-      (loss, its gradient by x) puts bind(x) in the place of the trainable leaves.
-    apply(trainable, before, state, gradients, norm, ok, key) -> (trainable, state, applied): the
-      step, or with ok = False what was before it (`before`: the state before `gradients`), and so
-      where a value of the step would not be finite. norm: of
-      the gradients. key: of random numbers.
-    """
-
-    init: Callable
-    gradients: Callable
-    apply: Callable
-
-
-def by_optax(optimizer: optax.GradientTransformation) -> Rule:
-    def gradients(gradient, trainable, state):
-        return *gradient(lambda x: x, trainable), state
-
-    def step(trainable, state, grads):
-        updates, state = optimizer.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state
-
-    def apply(trainable, before, state, grads, norm, ok, key):
-        ok &= finite(step(trainable, state, grads))
-        # Computed again behind the barrier: otherwise all new values wait for the last to be known
-        # finite, beside the old ones.
-        trainable, before, state, grads, ok = jax.lax.optimization_barrier(
-            (trainable, before, state, grads, ok)
-        )
-        return *chosen(ok, step(trainable, state, grads), (trainable, before)), ok
-
-    return Rule(optimizer.init, gradients, apply)
-
-
-def chosen(ok, new, old):
-    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
-
-
-def finite(tree) -> jax.Array:
-    """bool: whether every floating-point value of a pytree is finite."""
-    return jnp.array(
-        [
-            jnp.isfinite(x).all()
-            for x in jax.tree.leaves(tree)
-            if jnp.issubdtype(x.dtype, jnp.floating)
-        ]
-    ).all()
-
+from lljax.training.q_galore import q_galore
+from lljax.training.rule import Rule, by_optax, learning_rate
 
 # roles of what multiplies an activation: [in, out], or a stack of them
 MATRICES = ("kernel", "lora_a", "lora_b")
 
 
-def learning_rate(optimizer, steps: int, ratio: float = 1.0) -> optax.Schedule:
-    """Linear warm-up to `optimizer.learning_rate` * ratio, then linear | cosine to zero at `steps`,
-    or constant.
-    """
-    peak, warmup = optimizer.learning_rate * ratio, warmup_steps(optimizer, steps)
-    rest = max(1, steps - warmup)
-    after = {
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "constant": optax.constant_schedule(peak),
-    }[optimizer.schedule]
-    if warmup == 0:
-        return after
-    # The first step already moves: warm-up step i runs at (i + 1) / warmup of the peak.
-    return optax.join_schedules([lambda step: peak * (step + 1) / warmup, after], [warmup])
+def make_rule(config, trainable: nnx.State) -> Rule:
+    """The update rule of `config.optimizer` for trainable Variables."""
+    steps, groups = total_steps(config), groups_of(trainable)
+    row = OPTIMIZERS[config.optimizer.name]
+    if row.rule:
+        return row.rule(config.optimizer, steps, groups, jnp.dtype(config.model.dtype))
+    return by_optax(make_optimizer(config.optimizer, steps, groups))
 
 
 def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTransformation:
@@ -104,7 +43,9 @@ def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTr
     def of_group(group):
         role, _, stacked = group.partition("/")
         return optax.chain(
-            DIRECTIONS[optimizer.name](optimizer, role, per_layer if stacked else lambda x: x),
+            OPTIMIZERS[optimizer.name].direction(
+                optimizer, role, per_layer if stacked else lambda x: x
+            ),
             optax.add_decayed_weights(optimizer.weight_decay[role]),
             optax.scale_by_learning_rate(
                 learning_rate(optimizer, steps, optimizer.learning_rate_ratio[role])
@@ -213,13 +154,31 @@ def _galore(o, role, each):
     )
 
 
-# Of the fields of `optimizer`, the role and `per_layer` (or nothing, for leaves that are no stack):
-# what comes before decay.
-DIRECTIONS = {
-    "adamw": _adamw,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "muon": _muon,
-    "adamw8bit": _adamw8bit,
-    "galore": _galore,
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A row of OPTIMIZERS.
+
+    direction: (config.optimizer, role, per_layer or the identity) -> what comes before decay and
+      learning rate; None for an optimizer that is a rule of its own.
+    reads: fields of config.optimizer that not every optimizer reads.
+    train_type: the only `train_type` that it serves; None for all.
+    rule: (config.optimizer, steps, groups, dtype) -> Rule, in place of `direction`.
+    """
+
+    direction: Callable | None
+    reads: tuple[str, ...] = ()
+    train_type: str | None = None
+    rule: Callable[..., Rule] | None = None
+
+
+ADAM = ("beta1", "beta2", "eps")
+GALORE = ("galore.rank", "galore.update_every", "galore.scale")
+OPTIMIZERS = {
+    "adamw": Optimizer(_adamw, ADAM),
+    "adafactor": Optimizer(_adafactor),
+    "lion": Optimizer(_lion, ("beta1", "beta2")),
+    "muon": Optimizer(_muon, ADAM),
+    "adamw8bit": Optimizer(_adamw8bit, ADAM),
+    "galore": Optimizer(_galore, ADAM + GALORE, train_type="full"),
+    "q_galore": Optimizer(None, ADAM + GALORE, train_type="full", rule=q_galore),
 }

@@ -4,12 +4,14 @@ process reads them.
 
 import functools
 import math
+from typing import cast
 
 import jax
 import numpy as np
 
 from lljax.attention.context_parallel import choose
 from lljax.attention.pattern import AttentionPattern
+from lljax.data.batch import NEXT_TOKEN, Batch, Field, dtypes
 from lljax.errors import ConfigError
 from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout, batch_sharding, row_parts, zigzag
@@ -114,36 +116,37 @@ def check_rows(rows: int, mesh) -> None:
         )
 
 
-def abstract_batch(accumulate: int, rows: int, length: int, mesh) -> dict:
+def abstract_batch(
+    accumulate: int, rows: int, length: int, mesh, fields: tuple[Field, ...] = NEXT_TOKEN
+) -> Batch:
     """The batches [A, B, T] that `place` makes, as `jax.ShapeDtypeStruct`s."""
-    shape = jax.ShapeDtypeStruct(
-        (accumulate, rows, length), np.int32, sharding=batch_sharding(mesh, 3)
-    )
-    return dict.fromkeys(("tokens", "targets", "segments", "positions", "index"), shape)
+    shape, sharding = (accumulate, rows, length), batch_sharding(mesh, 3)
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in dtypes(fields).items()
+    }
+    return cast(Batch, arrays)
 
 
-def place(batch: dict, accumulate: int, mesh, layout: Layout | None) -> dict:
-    """This process' rows, int32 [A * B_local, T] each, as its part of the global batch [A, B, T];
-    with `index`, the places of the tokens in their rows.
+def place(batch: dict[str, np.ndarray], accumulate: int, mesh, layout: Layout | None) -> Batch:
+    """This process' rows, arrays [A * B_local, T], as its part of the global batch [A, B, T]; with
+    `index`, the position of every token in its row.
     """
     tokens = batch["tokens"]
     share, shares = row_share(mesh)
-    batch = batch | {
-        "index": np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    }
-    where = batch_sharding(mesh, 3)
+    index = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    sharding = batch_sharding(mesh, 3)
 
-    def one(x):
+    def place_array(x):
         x = x.reshape(accumulate, -1, x.shape[-1])
         if layout is not None and layout.zigzag:
             x = zigzag(x, mesh.shape["sequence"])
         first, shape = share * x.shape[1], (accumulate, shares * x.shape[1], x.shape[2])
-        return jax.make_array_from_callback(
-            shape,
-            where,
-            lambda at: x[
-                at[0], slice((at[1].start or 0) - first, (at[1].stop or shape[1]) - first), at[2]
-            ],
-        )
 
-    return {name: one(x) for name, x in batch.items()}
+        def local(at):
+            rows = slice((at[1].start or 0) - first, (at[1].stop or shape[1]) - first)
+            return x[at[0], rows, at[2]]
+
+        return jax.make_array_from_callback(shape, sharding, local)
+
+    return cast(Batch, {name: place_array(x) for name, x in (batch | {"index": index}).items()})

@@ -19,7 +19,7 @@ from lljax.models.probe import Probed
 from lljax.models.quantize import Quantised, dense, integers, quantise
 from lljax.training import eight_bit
 from lljax.training.eight_bit import Moment
-from lljax.training.optimizer import Rule, chosen, finite, learning_rate
+from lljax.training.rule import Rule, finite, learning_rate, select
 
 AGREE = 0.4  # cosine of two successive subspaces from which they agree
 PATIENCE = 5  # agreements in a row from which a subspace is kept twice as long
@@ -155,7 +155,7 @@ def q_galore(optimizer, steps: int, groups: nnx.State, dtype) -> Rule:
                 return _by_pieces(stepped, w, role, g, projection, *moments, ok, next(keys))
             new = stepped(w, role, g, None, *moments)
             fine = finite(new)
-            return *chosen(ok & fine, new, (w, *moments)), fine
+            return *select(ok & fine, new, (w, *moments)), fine
 
         each = over(one, trainable, grads, state.projection, *state.mu, *state.nu)
         trainable, mu, nu, fine = (
@@ -171,7 +171,7 @@ def q_galore(optimizer, steps: int, groups: nnx.State, dtype) -> Rule:
         applied = ok & jnp.array(jax.tree.leaves(fine)).all()
         return (
             trainable,
-            State(chosen(applied, count, before.count), mu, nu, *chosen(ok, state[3:], before[3:])),
+            State(select(applied, count, before.count), mu, nu, *select(ok, state[3:], before[3:])),
             applied,
         )
 
@@ -232,7 +232,7 @@ def _renewed(basis, count, projection: Quantised, due, gap, agreed):
         _projection(basis),
         projection,
     )
-    return projection, *chosen(now, (count + new_gap, new_gap, new_agreed), (due, gap, agreed))
+    return projection, *select(now, (count + new_gap, new_gap, new_agreed), (due, gap, agreed))
 
 
 def _by_pieces(
@@ -269,7 +269,7 @@ def _by_pieces(
         w, mu, nu = old = at(state)
         new, mu, nu = f(w, role, at(g), at(projection) if layers else projection, mu, nu)
         here = finite((new, mu, nu))
-        new = chosen(
+        new = select(
             ok & here, (quantise(new, w.form, w.dtype, jax.random.fold_in(key, i)), mu, nu), old
         )
         return jax.tree.map(

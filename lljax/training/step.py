@@ -1,235 +1,90 @@
-"""The training step: a pure function of pytrees that differentiates the trainable leaves and
-nothing else.
+"""The training step and the evaluation: pure functions of pytrees. A step differentiates the
+trainable leaves and nothing else.
 """
 
 import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from lljax.attention.pattern import AttentionPattern
-from lljax.config import LEAST_HISTORY, total_steps
-from lljax.data.packing import IGNORED
-from lljax.errors import ConfigError
+from lljax.config import LEAST_HISTORY
+from lljax.data.batch import Batch
 from lljax.hardware.compiler_flags import compiler_options
-from lljax.models import lora
 from lljax.models.memory import Memory
-from lljax.objectives.token_loss import balance_of, busiest_of, cross_entropy
-from lljax.parallel.sharding import Layout, cut_alike, put, replicated
-from lljax.training.optimizer import Rule, by_optax, groups_of, make_optimizer
-from lljax.training.q_galore import q_galore
+from lljax.objectives.objective import SUM, Metric, Objective, Pass, PassSettings
+from lljax.objectives.table import OBJECTIVES
+from lljax.parallel.sharding import Layout
+from lljax.training.state import Split, TrainState
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that a step changes, and all that a checkpoint holds of the model.
-
-    trainable: nnx.State of float32 arrays (of quantised ones with q_galore). optimizer: state of
-      its rule. step: int32, steps taken.
-    key: jax.random key data, the run's randomness. losses, norms: float32 [history], logs of the
-      loss and of the gradient norm in recent good steps of the stage, NaN where there is none yet.
-      bad: int32, unusable steps in a row.
-    """
-
-    trainable: nnx.State
-    optimizer: Any
-    step: jax.Array
-    key: jax.Array
-    losses: jax.Array
-    norms: jax.Array
-    bad: jax.Array
+# The metrics of every step, whatever its objective.
+STEP_METRICS = (
+    Metric("grad_norm", "Gradient norm", SUM),
+    Metric("tokens", "Predicted tokens", SUM, from_zero=True),
+    Metric("z", "Gradient norm, in deviations above its median", SUM),
+    Metric("loss_z", "Loss, in deviations above its median", SUM),
+    Metric("nonfinite", "Loss, gradient or update not finite", SUM),
+    Metric("spike", "Loss or gradient norm far above its median", SUM),
+    Metric("skipped", "Update not applied", SUM),
+    Metric("bad", "Unusable steps in a row", SUM),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """The static part of a step."""
+    """The static part of a step. skip_spikes: whether a spike is not applied."""
 
-    memory: Memory
-    loss_chunk: int
-    dtype: str  # of the compute
-    packed: bool  # rows may hold several documents
-    noise: float  # on the embeddings, see Decoder
+    objective: Objective
+    forward: PassSettings
     skip_spikes: bool
     spike_z: float
-    balance: float  # weight of the load-balancing loss of experts
 
 
 def step_settings(config) -> StepSettings:
-    """What a configuration says of the step."""
-    m = config.memory
+    memory, objective = config.memory, OBJECTIVES[config.objective.name]
     return StepSettings(
-        Memory(m.remat, m.offload, m.layers_per_residual, m.tile),
-        m.loss_chunk,
-        config.model.dtype,
-        config.data.packing,
-        config.training.neftune_alpha,
-        config.alarm.spike != "warn",
-        config.alarm.spike_z,
-        config.training.router_aux_loss_coef,
+        objective=objective,
+        forward=PassSettings(
+            memory=Memory(
+                remat=memory.remat,
+                offload=memory.offload,
+                layers_per_residual=memory.layers_per_residual,
+                tile=memory.tile,
+            ),
+            loss_chunk=memory.loss_chunk,
+            dtype=config.model.dtype,
+            packed=config.data.packing,
+            neftune_alpha=config.training.neftune_alpha,
+            options=objective.options(config),
+        ),
+        skip_spikes=config.alarm.spike != "warn",
+        spike_z=config.alarm.spike_z,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """A model taken apart for training. step: see make_step. State and frozen weights are abstract
-    where the model is.
-    """
-
-    graphdef: nnx.GraphDef
-    state: TrainState
-    frozen: nnx.State
-    step: Callable
+def metrics_of(objective: Objective) -> tuple[Metric, ...]:
+    """Every metric that the steps of a run may report, the objective's first."""
+    return (*objective.metrics, *STEP_METRICS)
 
 
-def take_apart(config, model: nnx.Module, mesh) -> Parts:
-    """What a run steps with: the state before its first step, the weights that stay, and the step.
+def make_step(parts: Split, settings: StepSettings) -> Callable:
+    """Returns step(state, frozen, batch, pattern, layout) -> (state, metrics), jitted; compiled
+    once per batch shape.
 
-    Raises:
-      ConfigError: experts are to be balanced, and the model has none.
-    """
-    if config.training.router_aux_loss_coef and not model.spec.has_experts:
-        raise ConfigError(
-            f"training.router_aux_loss_coef={config.training.router_aux_loss_coef} balances experts, and "
-            f"model.path={config.model.path!r} has none: set it to 0"
-        )
-    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
-    steps, groups = total_steps(config), groups_of(trainable)
-    if config.optimizer.name == "q_galore":
-        rule = q_galore(config.optimizer, steps, groups, jnp.dtype(config.model.dtype))
-    else:
-        rule = by_optax(make_optimizer(config.optimizer, steps, groups))
-    trainable, frozen = nnx.as_pure(trainable), nnx.as_pure(frozen)
-    state = _first_state(trainable, rule, mesh, config.seed, config.alarm.history)
-    return Parts(graphdef, state, frozen, make_step(graphdef, rule, step_settings(config), state))
+    The state is donated, and the new one is laid out as `parts.state` is.
 
-
-def _first_state(trainable, rule: Rule, mesh, seed: int, history: int) -> TrainState:
-    """The optimizer's moments lie where their leaves do, the rest on every device."""
-
-    def first(trainable):
-        return TrainState(
-            trainable,
-            rule.init(trainable),
-            jnp.int32(0),
-            jax.random.key_data(jax.random.key(seed)),
-            jnp.full(history, jnp.nan),
-            jnp.full(history, jnp.nan),
-            jnp.int32(0),
-        )
-
-    where = _where(trainable, mesh)
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(path, x)),
-            jax.eval_shape(first, trainable),
-        )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: put(x, where(path, x)), first(trainable)
-    )
-
-
-def _where(trainable, mesh):
-    """(path, array) -> sharding of a leaf of the state; the path of a moment ends in the path of
-    its leaf. A moment is cut as its leaf is (of a quantised one, its scales), along the axes that
-    divide; one of another rank is whole on every device.
-    """
-    leaves = {
-        jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)
-    }
-    leaves |= {name.removesuffix(".scale"): leaf for name, leaf in leaves.items()}
-
-    def where(path, x):
-        path = jax.tree_util.keystr(path)
-        leaf = next((leaf for name, leaf in leaves.items() if path.endswith(name)), None)
-        if leaf is None or leaf.ndim != x.ndim:
-            return replicated(mesh)
-        return leaf.sharding if leaf.shape == x.shape else cut_alike(leaf.sharding, x.shape)
-
-    return where
-
-
-def without_history(state: TrainState) -> TrainState:
-    """The state at the start of a stage: rows of another length have other losses and gradients."""
-
-    def nothing(x):
-        return put(np.full(x.shape, np.nan, x.dtype), x.sharding)
-
-    return dataclasses.replace(state, losses=nothing(state.losses), norms=nothing(state.norms))
-
-
-def to_items(state: TrainState) -> dict:
-    """The state as named parts of a checkpoint, so that the trained values can be read without the
-    rest.
-    """
-    return {"trainable": state.trainable, "rest": dataclasses.replace(state, trainable=None)}
-
-
-def from_items(items: dict) -> TrainState:
-    return dataclasses.replace(items["rest"], trainable=items["trainable"])
-
-
-def make_step(graphdef, rule: Rule, settings: StepSettings, like: TrainState):
-    """Returns step(state, frozen, batch, pattern, layout) -> (state, metrics), jitted; one
-    compilation per batch shape.
-
-    The state stays where the state `like` lies.
-
-    The batch holds int32 arrays [A, B, T] (tokens, targets, segments, positions, index), A
-    accumulated forward passes. The loss is the mean over all predicted tokens of all A x B rows, so
-    that accumulation changes nothing. Where there are experts, `settings.balance` times their
-    load-balancing loss is minimised beside it: that of each of the A passes over its tokens that
-    are no padding, averaged by predicted tokens. It is a metric, not part of the metric `loss`. A
+    The batch holds arrays [A, B, T] for A accumulated passes (lljax.data.batch). The loss is the
+    objective's sum over all of them divided by its weight, so that accumulation changes nothing. A
     gradient that is not finite is never applied, nor an update that would leave a value that is
-    not; nor is a spike where settings say so. Metrics are float32 scalars.
+    not; nor is a spike if `settings.skip_spikes`. Metrics are scalars (`metrics_of`).
     """
-
-    def total_loss(trainable, frozen, micro, key, pattern, layout):
-        model = nnx.merge(graphdef, trainable, frozen)
-        counted = micro["segments"] != 0 if model.spec.has_experts else None
-        # A row of one document has its padding behind, where causality hides it.
-        hidden = model(
-            micro["tokens"],
-            positions=micro["positions"],
-            segments=micro["segments"] if settings.packed else None,
-            index=_index(micro, layout),
-            pattern=pattern,
-            layout=layout,
-            memory=settings.memory,
-            dtype=jnp.dtype(settings.dtype),
-            dropout_key=key,
-            noise=settings.noise,
-            counted=counted,
-        )
-        hidden, load = (hidden, None) if counted is None else hidden
-        loss = cross_entropy(
-            hidden,
-            model.head,
-            micro["targets"],
-            chunk=settings.loss_chunk,
-            softcap=model.spec.logit_softcap,
-            layout=layout,
-            update=model.head_update(hidden, key),
-        )
-        if counted is None:
-            return loss, None
-        balance = balance_of(load, jnp.sum(counted)) * jnp.sum(micro["targets"] != IGNORED)
-        return loss + settings.balance * balance if settings.balance else loss, (
-            loss,
-            balance,
-            load,
-        )
-
-    shardings = jax.tree.map(lambda x: x.sharding, like)
-    options = compiler_options(like.step.sharding)
+    objective, rule = settings.objective, parts.rule
+    options = compiler_options(parts.state.step.sharding)
     if options:
         logging.info(
             "compiler options: %s", " ".join(f"{name}={value}" for name, value in options.items())
@@ -239,89 +94,91 @@ def make_step(graphdef, rule: Rule, settings: StepSettings, like: TrainState):
         jax.jit,
         static_argnums=(3, 4),
         donate_argnums=0,
-        out_shardings=(shardings, None),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, parts.state), None),
         compiler_options=options,
     )
     def step(
-        state: TrainState, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None
+        state: TrainState,
+        frozen: nnx.State,
+        batch: Batch,
+        pattern: AttentionPattern,
+        layout: Layout | None = None,
     ):
+        def loss_of(trainable, frozen, micro, key):
+            model = nnx.merge(parts.graphdef, trainable, frozen)
+            return objective.loss(Pass(model, settings.forward, pattern, layout, key), micro)
+
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1).astype(jnp.float32)
+        weight = jnp.maximum(objective.weight(batch), 1).astype(jnp.float32)
 
         def gradient(bind, x):
-            (loss, routing), grads = accumulate(
-                lambda x, *rest: total_loss(bind(x), *rest, pattern, layout), x, frozen, batch, key
+            (loss, sums), grads = accumulate(
+                lambda x, *rest: loss_of(bind(x), *rest), x, frozen, batch, key, objective.reduce
             )
-            return (loss / tokens, routing), jax.tree.map(
-                lambda g: (g / tokens).astype(g.dtype), grads
+            return (loss / weight, sums), jax.tree.map(
+                lambda g: (g / weight).astype(g.dtype), grads
             )
 
-        (loss, routing), grads, optimizer = rule.gradients(
-            gradient, state.trainable, state.optimizer
-        )
+        (loss, sums), grads, optimizer = rule.gradients(gradient, state.trainable, state.optimizer)
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        loss_z, z = robust_z(jnp.log(loss), state.losses), robust_z(jnp.log(norm), state.norms)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        spike = finite & (jnp.maximum(loss_z, z) > settings.spike_z)
-        apply = finite & ~spike if settings.skip_spikes else finite
-
+        alarm = _alarm(state, loss, norm, settings)
+        apply = alarm["finite"] & ~alarm["spike"] if settings.skip_spikes else alarm["finite"]
         trainable, optimizer, applied = rule.apply(
             state.trainable, state.optimizer, optimizer, grads, norm, apply, key
         )
-        losses, norms = (
-            jnp.where(applied, jnp.roll(history, 1).at[0].set(jnp.log(x)), history)
-            for history, x in ((state.losses, loss), (state.norms, norm))
+        new = TrainState(
+            trainable=trainable,
+            optimizer=optimizer,
+            step=state.step + 1,
+            key=state.key,
+            losses=_pushed(state.losses, loss, applied),
+            norms=_pushed(state.norms, norm, applied),
+            bad=jnp.where(applied, 0, state.bad + 1),
         )
-        bad = jnp.where(applied, 0, state.bad + 1)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "tokens": tokens,
-            "z": z,
-            "loss_z": loss_z,
-            "nonfinite": ~finite | (apply & ~applied),
-            "spike": spike,
+            "tokens": weight,
+            "z": alarm["z"],
+            "loss_z": alarm["loss_z"],
+            "nonfinite": ~alarm["finite"] | (apply & ~applied),
+            "spike": alarm["spike"],
             "skipped": ~applied,
-            "bad": bad,
+            "bad": new.bad,
         }
-        if routing is not None:
-            of_tokens, balance, load = routing
-            metrics |= {
-                "loss": of_tokens / tokens,
-                "load_balancing_loss": balance / tokens,
-                "expert_load_max": busiest_of(load),
-            }
-        return TrainState(
-            trainable, optimizer, state.step + 1, state.key, losses, norms, bad
-        ), metrics
+        return new, metrics | objective.report(sums, weight)
 
     return step
 
 
-def _index(batch, layout: Layout | None):
-    """The places of the tokens in their rows where they are not 0, 1, 2 ..., which kernels serve
-    better unsaid.
-    """
-    return batch["index"] if layout is not None and layout.zigzag else None
+def _alarm(state: TrainState, loss, norm, settings: StepSettings) -> dict[str, jax.Array]:
+    loss_z, z = robust_z(jnp.log(loss), state.losses), robust_z(jnp.log(norm), state.norms)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    spike = finite & (jnp.maximum(loss_z, z) > settings.spike_z)
+    return {"loss_z": loss_z, "z": z, "finite": finite, "spike": spike}
 
 
-def accumulate(loss_of, trainable, frozen, batch, key):
-    """((loss, more), gradient) of loss_of(...) -> (loss, more), summed over the leading axis of the
-    batch in float32.
+def _pushed(history: jax.Array, value: jax.Array, applied: jax.Array) -> jax.Array:
+    return jnp.where(applied, jnp.roll(history, 1).at[0].set(jnp.log(value)), history)
+
+
+def accumulate(loss_of: Callable, trainable, frozen, batch: Batch, key, reduce: Callable):
+    """((loss, sums), gradient) of loss_of(trainable, frozen, micro, key) -> (loss, sums), over the
+    leading axis of the batch; loss and gradient are summed in float32, sums by `reduce`.
     """
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     A = batch["tokens"].shape[0]
     if A == 1:
         return value_and_grad(trainable, frozen, jax.tree.map(lambda x: x[0], batch), key)
 
-    def one(total, xs):
+    def add(total, xs):
         micro, key = xs
-        (loss, more), grads = value_and_grad(trainable, frozen, micro, key)
-        return jax.tree.map(jnp.add, total, (loss, grads)), more
+        (loss, sums), grads = value_and_grad(trainable, frozen, micro, key)
+        return jax.tree.map(jnp.add, total, (loss, grads)), sums
 
     zero = (jnp.float32(0), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
-    (loss, grads), more = jax.lax.scan(one, zero, (batch, jax.random.split(key, A)))
-    return (loss, jax.tree.map(lambda x: x.sum(0), more)), grads
+    (loss, grads), sums = jax.lax.scan(add, zero, (batch, jax.random.split(key, A)))
+    return (loss, reduce(sums)), grads
 
 
 def robust_z(x: jax.Array, history: jax.Array, least: int = LEAST_HISTORY) -> jax.Array:
@@ -336,36 +193,21 @@ def robust_z(x: jax.Array, history: jax.Array, least: int = LEAST_HISTORY) -> ja
     return jnp.where(jnp.sum(~jnp.isnan(history)) >= least, (x - median) / spread, 0.0)
 
 
-def make_evaluate(graphdef, settings: StepSettings):
-    """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (summed loss, predicted
-    tokens) of a batch [1, B, T], as `place` makes it, whose rows hold one document each. Tiled as
-    the step is.
+def make_evaluate(graphdef: nnx.GraphDef, settings: StepSettings) -> Callable:
+    """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (sums by name, weight), jitted:
+    the objective's evaluation of a batch [1, B, T] whose rows hold one document each.
     """
 
     @functools.partial(jax.jit, static_argnums=(3, 4))
-    def evaluate(trainable, frozen, batch, pattern: AttentionPattern, layout: Layout | None = None):
-        batch = jax.tree.map(lambda x: x[0], batch)
+    def evaluate(
+        trainable: nnx.State,
+        frozen: nnx.State,
+        batch: Batch,
+        pattern: AttentionPattern,
+        layout: Layout | None = None,
+    ):
         model = nnx.merge(graphdef, trainable, frozen)
-        hidden = model(
-            batch["tokens"],
-            positions=batch["positions"],
-            index=_index(batch, layout),
-            pattern=pattern,
-            layout=layout,
-            memory=settings.memory,
-            dtype=jnp.dtype(settings.dtype),
-        )
-        return (
-            cross_entropy(
-                hidden,
-                model.head,
-                batch["targets"],
-                chunk=settings.loss_chunk,
-                softcap=model.spec.logit_softcap,
-                layout=layout,
-                update=model.head_update(hidden),
-            ),
-            jnp.sum(batch["targets"] != IGNORED),
-        )
+        pass_ = Pass(model, settings.forward, pattern, layout)
+        return settings.objective.evaluate(pass_, jax.tree.map(lambda x: x[0], batch))
 
     return evaluate

@@ -1,0 +1,179 @@
+"""What an objective says of itself: the batch it reads, the loss it minimizes, what it reports."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lljax.attention.pattern import AttentionPattern
+from lljax.data.batch import Batch, Field
+from lljax.models.memory import Memory
+from lljax.models.spec import DecoderSpec
+from lljax.parallel.sharding import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """How the values of the accumulated passes of a step become one scalar.
+
+    over_passes: array [A, ...] -> [...].
+    finish: the result and the step's weight -> float32 scalar.
+    """
+
+    over_passes: Callable[[Array], Array]
+    finish: Callable[[Array, Array], Array]
+
+
+def _sum(values: Array) -> Array:
+    return values.sum(0)
+
+
+MEAN = Reduction(_sum, lambda total, weight: total / weight)
+SUM = Reduction(_sum, lambda total, _: total)
+MAX = Reduction(lambda values: values.max(0), lambda largest, _: largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A value that each step reports under `name`, a key of metrics.jsonl.
+
+    title: of its chart.
+    reduction: from passes to step; of an evaluation's metrics MEAN, over all of its batches.
+    from_zero: whether the axis of the chart begins at zero.
+    """
+
+    name: str
+    title: str
+    reduction: Reduction = MEAN
+    from_zero: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PassSettings:
+    """The static settings of a forward pass, with the names of their config fields.
+
+    packed: rows may hold several documents.
+    options: what `Objective.options` read from the configuration.
+    """
+
+    memory: Memory
+    loss_chunk: int
+    dtype: str
+    packed: bool
+    neftune_alpha: float
+    options: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """The model and the circumstances of one forward pass, as an objective receives them.
+
+    key: of dropout and noise; None in an evaluation, whose rows hold one document each.
+    """
+
+    model: Any
+    settings: PassSettings
+    pattern: AttentionPattern
+    layout: Layout | None
+    key: Array | None = None
+
+    def hidden(
+        self, batch: Batch, *, counted: Array | None = None
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Array]:
+        """The model's hidden states of a batch [B, T]; with `counted`, also the experts' load (see
+        `Decoder.__call__`).
+        """
+        trains, reordered = self.key is not None, self.layout is not None and self.layout.zigzag
+        return self.model(
+            batch["tokens"],
+            positions=batch["positions"],
+            # A row of one document is padded at its end, which causality hides.
+            segments=batch["segments"] if trains and self.settings.packed else None,
+            # Kernels are faster without an index if tokens lie in order.
+            index=batch["index"] if reordered else None,
+            pattern=self.pattern,
+            layout=self.layout,
+            memory=self.settings.memory,
+            dtype=jnp.dtype(self.settings.dtype),
+            dropout_key=self.key,
+            noise=self.settings.neftune_alpha,
+            counted=counted,
+        )
+
+
+class Loss(NamedTuple):
+    """The loss of a pass, as sums over its tokens.
+
+    total: float32 scalar, minimized once it is divided by the step's weight.
+    sums: values of the objective's metrics by name, before their reduction. The metric `loss` is
+      `total` unless it is among them.
+    """
+
+    total: Float[Array, ""]
+    sums: dict[str, Array]
+
+
+class Passes(NamedTuple):
+    """Forward and backward passes over the tokens of a batch, for FLOPs and memory traffic."""
+
+    forward: int = 1
+    backward: int = 1
+
+
+def _same(means: dict[str, float]) -> dict[str, float]:
+    return means
+
+
+def _nothing(config: Any) -> Any:
+    return None
+
+
+def _never(config: Any, spec: DecoderSpec) -> str | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A row of lljax.objectives.table.OBJECTIVES.
+
+    name: the value of `objective.name`.
+    fields: what a batch holds besides segments, positions and index.
+    loss: (pass, batch [B, T]) -> Loss.
+    weight: batch of any shape -> scalar that the sums of a step are divided by. Sums and weight are
+      added over all passes first, so that accumulation changes nothing.
+    evaluate: (pass, batch [B, T]) -> (sums of `scores`' arguments by name, weight).
+    metrics: of a step. The metric `loss` comes first.
+    evaluation_metrics: of an evaluation, by the names that `scores` returns.
+    scores: means of the evaluation's sums -> recorded values.
+    options: config -> hashable settings that loss and evaluate read from `pass_.settings.options`.
+    refuses: (config, spec) -> why the objective cannot train this model, or None.
+    passes: what a step costs.
+    """
+
+    name: str
+    fields: tuple[Field, ...]
+    loss: Callable[[Pass, Batch], Loss]
+    weight: Callable[[Batch], Array]
+    evaluate: Callable[[Pass, Batch], tuple[dict[str, Array], Array]]
+    metrics: tuple[Metric, ...]
+    evaluation_metrics: tuple[Metric, ...]
+    scores: Callable[[dict[str, float]], dict[str, float]] = _same
+    options: Callable[[Any], Any] = _nothing
+    refuses: Callable[[Any, DecoderSpec], str | None] = _never
+    passes: Passes = Passes()
+
+    def reduce(self, sums: dict[str, Array]) -> dict[str, Array]:
+        """`sums` [A, ...] of the accumulated passes by each metric's reduction over passes."""
+        reductions = {metric.name: metric.reduction for metric in self.metrics}
+        return {
+            name: jax.tree.map(reductions[name].over_passes, values)
+            for name, values in sums.items()
+        }
+
+    def report(self, sums: dict[str, Array], weight: Array) -> dict[str, Array]:
+        """The metrics of a step from sums that `reduce` gave, or those of a single pass."""
+        reductions = {metric.name: metric.reduction for metric in self.metrics}
+        return {name: reductions[name].finish(value, weight) for name, value in sums.items()}

@@ -1,0 +1,84 @@
+"""The update rule of a step, and what all rules share: the learning rate and the check of values
+that are not finite.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lljax.config import warmup_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a step turns losses into new weights.
+
+    init(trainable) -> state.
+    gradients(gradient, trainable, state) -> (loss, gradients, state), where gradient(bind, x) ->
+      (loss, its gradient by x) puts bind(x) in the place of the trainable leaves.
+    apply(trainable, before, state, gradients, norm, ok, key) -> (trainable, state, applied). With
+      ok = False, or if a new value is not finite, weights and state stay as they were.
+      before: the state before `gradients`. norm: of the gradients. key: of random numbers.
+    """
+
+    init: Callable
+    gradients: Callable
+    apply: Callable
+
+
+def by_optax(optimizer: optax.GradientTransformation) -> Rule:
+    """The rule of an optax optimizer over the trainable leaves themselves."""
+
+    def gradients(gradient, trainable, state):
+        return *gradient(lambda x: x, trainable), state
+
+    def step(trainable, state, grads):
+        updates, state = optimizer.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    def apply(trainable, before, state, grads, norm, ok, key):
+        ok &= finite(step(trainable, state, grads))
+        # Computed again behind the barrier: otherwise all new values wait for the last to be known
+        # finite, beside the old ones.
+        trainable, before, state, grads, ok = jax.lax.optimization_barrier(
+            (trainable, before, state, grads, ok)
+        )
+        return *select(ok, step(trainable, state, grads), (trainable, before)), ok
+
+    return Rule(optimizer.init, gradients, apply)
+
+
+def select(ok, new, old):
+    """`new` if `ok`, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+
+def finite(tree) -> jax.Array:
+    """bool: whether every floating-point value of a pytree is finite."""
+    return jnp.array(
+        [
+            jnp.isfinite(x).all()
+            for x in jax.tree.leaves(tree)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
+    ).all()
+
+
+def learning_rate(optimizer, steps: int, ratio: float = 1.0) -> optax.Schedule:
+    """Linear warm-up to `optimizer.learning_rate` * ratio, then linear | cosine to zero at `steps`,
+    or constant.
+    """
+    peak, warmup = optimizer.learning_rate * ratio, warmup_steps(optimizer, steps)
+    rest = max(1, steps - warmup)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "constant": optax.constant_schedule(peak),
+    }[optimizer.schedule]
+    if warmup == 0:
+        return after
+    # The first step already moves: warm-up step i runs at (i + 1) / warmup of the peak.
+    return optax.join_schedules([lambda step: peak * (step + 1) / warmup, after], [warmup])
