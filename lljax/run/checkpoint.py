@@ -230,9 +230,7 @@ class Checkpoints:
                 self._manager.delete(later)
         return step, items
 
-    def _newest_sound(
-        self, candidates: Iterable[int], like: dict
-    ) -> tuple[int, dict, dict] | None:
+    def _newest_sound(self, candidates: Iterable[int], like: dict) -> tuple[int, dict, dict] | None:
         """As `restore`, from the first sound step of `candidates`."""
         damaged: dict[int, str] = {}
         for candidate in candidates:

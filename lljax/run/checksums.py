@@ -32,9 +32,7 @@ def _crc(x: jax.Array, gathered: int) -> int:
     crc = 0
     for part in _slices(x, gathered):
         local = part.is_fully_addressable or part.is_fully_replicated
-        whole = (
-            np.asarray(part) if local else multihost_utils.process_allgather(part, tiled=True)
-        )
+        whole = np.asarray(part) if local else multihost_utils.process_allgather(part, tiled=True)
         crc = zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8), crc)
     return crc
 

@@ -20,6 +20,7 @@ IDENTITY = (
     "data.packing",
     "data.overlong",
     "optimizer",
+    "objective",
     "training.rows",
     "training.accumulate",
     "training.neftune_alpha",
@@ -71,7 +72,7 @@ def check_identity(saved: dict, now: dict, step: int | None = None) -> None:
 
 
 def lengthens(old, new) -> bool:
-    """Whether a schedule has the stages of an old one, the last for longer or followed by others."""
+    """Whether a schedule has the stages of an old one, the last longer or followed by others."""
     old, new = ([list(stage) for stage in schedule] for schedule in (old, new))
     last = len(old) - 1
     return (

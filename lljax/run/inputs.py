@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lljax.config import Config
+from lljax.data.batch import Field
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.statistics import remarks, statistics
 from lljax.data.template import turn_ends
@@ -85,7 +86,7 @@ def marker_ids(markers: Iterable[str], tokenizer: Any) -> tuple[int, ...]:
 
 
 def open_loader(
-    store: TokenStore, config: Config, stage: Stage, mesh: Mesh
+    store: TokenStore, config: Config, stage: Stage, mesh: Mesh, fields: tuple[Field, ...]
 ) -> grain.DatasetIterator:
     """The training batches of a stage: this process's rows of them."""
     rows, accumulate = config.training.rows, config.training.accumulate
@@ -97,16 +98,21 @@ def open_loader(
         overlong=config.data.overlong,
         seed=config.seed + stage.number,
         mine=rows_of_share(rows, accumulate, mesh),
+        fields=fields,
     )
 
 
 def held_out_batches(
-    store: TokenStore, config: Config, length: int, mesh: Mesh
+    store: TokenStore, config: Config, length: int, mesh: Mesh, fields: tuple[Field, ...]
 ) -> Iterator[dict[str, np.ndarray]]:
     """The held-out batches in rows of `length` tokens: this process's rows of them."""
     share, shares = row_share(mesh)
     for batch in eval_batches(
-        store, length=length, rows=config.training.rows, limit=config.training.eval_rows
+        store,
+        length=length,
+        rows=config.training.rows,
+        limit=config.training.eval_rows,
+        fields=fields,
     ):
         yield {name: np.split(x, shares)[share] for name, x in batch.items()}
 

@@ -18,7 +18,7 @@ from lljax.models import lora, spec
 from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout
-from lljax.run.checkpoint import describe
+from lljax.run.checksums import describe
 from lljax.run.restore import adapted_base, read_config, restore_run
 
 BASE, STRETCHED, TRAINED = "base", "base, RoPE stretched", "trained"  # models, as scores call them

@@ -1,96 +1,71 @@
-"""Compiles the programs of a run before it reads weights, and refuses what cannot fit."""
+"""Prepares and compiles the programs of a run before it reads weights; refuses what cannot fit."""
 
 import logging
 import math
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lljax.attention.pattern import FULL
 from lljax.config import Config
-from lljax.errors import ConfigError
+from lljax.errors import ConfigError, ModelError
 from lljax.models import lora
 from lljax.models.declare import declared
-from lljax.parallel.sharding import Layout
 from lljax.planning import fit
+from lljax.run.checkpoint import abstract
 from lljax.training.curriculum import Stage
-from lljax.training.placement import abstract_batch, layout_of
-from lljax.training.step import Parts, make_evaluate, step_settings
+from lljax.training.prepare import Prepared, prepare_step
+from lljax.training.rule import finite
 
 
-def layouts_of(config: Config, mesh: Mesh, spec, curriculum) -> dict[int, Layout | None]:
-    """The layout of the rows of every stage, by its number; logs the choices."""
-    layouts = {}
-    for stage in curriculum:
-        layout, reason = _layout(config, mesh, spec, stage.pattern, stage.length)
-        if layout is not None:
-            logging.info(
-                "stage %s: context parallelism %s, %s", stage.label, layout.context_parallel, reason
-            )
-        layouts[stage.number] = layout
-    return layouts
+def prepare_programs(
+    config: Config, hf_config: dict, mesh: Mesh, model: nnx.Module, curriculum: Sequence[Stage]
+) -> Prepared:
+    """Every step and evaluation of a run, not compiled yet; logs the layouts of their rows.
 
-
-def _layout(config: Config, mesh: Mesh, spec, pattern, length: int) -> tuple[Layout | None, str]:
-    return layout_of(
+    model: abstract or with values. Its arrays are not kept.
+    """
+    graphdef, state = nnx.split(model)
+    prepared = prepare_step(
+        config,
+        hf_config,
         mesh,
-        config.mesh.context_parallel,
-        pattern,
-        length,
-        spec,
-        bytes_per=jnp.dtype(config.model.dtype).itemsize,
+        model=nnx.merge(graphdef, jax.tree.map(abstract, state)),
         memory=fit.capacity(mesh)[0],
+        stages=curriculum,
+        evaluation_lengths=fit.evaluation_lengths(config, curriculum),
     )
+    for program in prepared.steps.values():
+        if program.layout is not None:
+            mode = program.layout.context_parallel
+            logging.info(
+                "stage %s: context parallelism %s, %s", program.label, mode, program.reason
+            )
+    return prepared
 
 
 def compile_programs(
-    parts: Parts,
-    config: Config,
-    mesh: Mesh,
-    spec,
-    remaining: list[tuple[Stage, Layout | None]],
-    lengths: list[int],
-) -> tuple[dict, dict]:
-    """Compiles the steps of the `remaining` stages and the evaluations on rows of `lengths`.
-
-    Logs the memory that they need.
-
-    Returns: the programs by the number of the stage, and (program, layout) by length.
+    prepared: Prepared, config: Config, mesh: Mesh, remaining: Sequence[Stage], lengths: list[int]
+) -> None:
+    """Compiles the steps of the `remaining` stages and the evaluations on rows of `lengths`, and
+    logs the memory that they need.
 
     Raises:
       ConfigError: a program cannot fit.
     """
-    rows, programs, evaluations, needs, evaluation_needs = config.training.rows, {}, {}, [], []
-    for stage, layout in remaining:
-        batch = abstract_batch(config.training.accumulate, rows, stage.length, mesh)
-        need, programs[stage.number] = fit.compile_step(
-            stage.label, parts, batch, stage.pattern, layout
-        )
-        needs.append(need)
-    evaluate = make_evaluate(parts.graphdef, step_settings(config))
-    for length in lengths:
-        layout, _ = _layout(config, mesh, spec, FULL, length)
-        need, program = fit.compile_evaluation(
-            f"evaluation of {length:,}",
-            evaluate,
-            parts,
-            abstract_batch(1, rows, length, mesh),
-            layout,
-        )
-        evaluation_needs.append(need)
-        evaluations[length] = program, layout
+    needs = [fit.need_of(prepared.steps[stage.number], prepared) for stage in remaining]
+    evaluation_needs = [fit.need_of(prepared.evaluations[length], prepared) for length in lengths]
     memory, host = fit.capacity(mesh)
-    needs = fit.with_pool(needs, mesh.devices.flat[0].platform, host) + evaluation_needs
+    device = mesh.devices.flat[0]
+    needs = fit.with_pool(needs, device.platform, host) + evaluation_needs
     if needs:  # none if the run is over
         title = (
-            f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, "
-            f"{memory / fit.GiB:.2f} GiB, and {host / fit.GiB:.2f} of the host"
+            f"{mesh.devices.size} x {device.device_kind}, {memory / fit.GiB:.2f} GiB, and "
+            f"{host / fit.GiB:.2f} of the host"
         )
         logging.info(fit.as_text(fit.table(needs, memory, host, title)))
-    fit.check(needs, memory, host, config, spec.layers)
-    return programs, evaluations
+    fit.check(needs, memory, host, config, prepared.spec.layers)
 
 
 def count_parameters(model: nnx.Module, config: Config) -> dict[str, int]:
@@ -113,5 +88,16 @@ def count_parameters(model: nnx.Module, config: Config) -> dict[str, int]:
     return {"parameters": sum(size for size, _ in sizes), "trainable": trainable}
 
 
-def device_of(mesh: Mesh) -> jax.Device:
-    return mesh.devices.flat[0]
+def check_finite(trainable: nnx.State, source: str) -> None:
+    """Refuses to begin with a value that is not finite: no step would be good, and it would be
+    saved.
+
+    source: of the values, for the message.
+    """
+    fine = jax.jit(lambda tree: jax.tree.map(finite, tree))(trainable)
+    for path, is_finite in jax.tree_util.tree_leaves_with_path(fine):
+        if not is_finite:
+            raise ModelError(
+                f"{source}: {jax.tree_util.keystr(path)} holds values that are not finite: "
+                "nothing could be trained from there"
+            )

@@ -19,7 +19,8 @@ from lljax.interop.peft import load_adapter, named, read_adapter_config, under_a
 from lljax.models import lora
 from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout, make_mesh
-from lljax.run.checkpoint import Checkpoints, abstract, check_identity, check_weights
+from lljax.run.checkpoint import Checkpoints, abstract
+from lljax.run.identity import check_identity, check_weights
 
 
 def restore_run(workdir, step: int | None = None, layout: Layout | None = None):
