@@ -2,6 +2,7 @@
 and documents.
 """
 
+import functools
 import json
 import os
 import tempfile
@@ -32,14 +33,13 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lljax.build import mesh_of
 from lljax.config import default_config
 from lljax.interop import safetensors
 from lljax.interop.huggingface import tensors
 from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.models.spec import from_hf
-from lljax.run import loop
+from lljax.run.loop import train
 
 TINY = {
     "model_type": "llama",
@@ -136,6 +136,6 @@ def run_config(tiny, documents):
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-    """Runs take one of the eight devices: for what has nothing to do with a mesh."""
-    monkeypatch.setattr(loop, "mesh_of", lambda mesh: mesh_of(mesh, jax.devices()[:1]))
+def train_on_one_device():
+    """lljax.run.loop.train on one of the eight devices: for tests that need no mesh."""
+    return functools.partial(train, devices=jax.devices()[:1])

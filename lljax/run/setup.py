@@ -15,6 +15,7 @@ from lljax.errors import ConfigError
 from lljax.hardware.chips import of_kind
 from lljax.interop.huggingface import checksums
 from lljax.interop.open import special_tokens, tokenizer_fingerprint
+from lljax.models.spec import from_hf
 from lljax.parallel.processes import from_all
 from lljax.planning import fit, flops
 from lljax.run import inputs, workdirs
@@ -27,6 +28,7 @@ from lljax.training.curriculum import stages
 from lljax.training.placement import check_rows
 from lljax.training.rule import learning_rate
 from lljax.training.state import TrainState, from_items, split, to_items
+from lljax.training.step import metrics_of
 
 
 class Setup:
@@ -156,9 +158,19 @@ class Setup:
                 self.say_what_changes(self.saved["context.schedule"][-1][0])
         # Only now: export and evaluation go by these, and the folder may be another run's.
         workdirs.write_json(self.workdir / "config.json", json.loads(config.to_json_best_effort()))
-        devices = {"devices": self.mesh.devices.size, "device": self.device_kind}
-        workdirs.write_json(self.workdir / "run.json", self.counts | devices)
+        workdirs.write_json(self.workdir / "run.json", self.facts())
         workdirs.write_json(self.workdir / "data_statistics.json", self.statistics)
+
+    def facts(self) -> dict:
+        """The content of run.json."""
+        return self.counts | {
+            "devices": self.mesh.devices.size,
+            "device": self.device_kind,
+            "base_length": from_hf(self.base.config).max_length,
+            "metrics": {
+                metric.name: metric.title for metric in metrics_of(self.prepared.objective)
+            },
+        }
 
     def say_what_changes(self, old_end: int) -> None:
         """Logs what a longer schedule means for the learning rate of a run that was done."""

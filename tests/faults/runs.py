@@ -6,24 +6,21 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
+from run.cases import bits, last_step, records, steps_saved, wait_for_step
 
 from lljax.build import placed_model
 from lljax.interop.open import open_base
 from lljax.parallel.sharding import make_mesh
-from lljax.report.records import read_metrics
 from lljax.run.checkpoint import Checkpoints, abstract
 from lljax.run.restore import read_config
-from lljax.training.step import take_apart, to_items
+from lljax.training.state import split, to_items
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED_EVERY = 100, 5
-TIMES = ("seconds", "tokens_per_second", "data_seconds")
 ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 IMPORTED = [
     "lljax.run.loop",
@@ -98,21 +95,14 @@ class Run:
 
     # ---------------------------------------------------------------- what is there
     def records(self) -> list[dict]:
-        return [
-            {k: v for k, v in record.items() if k not in TIMES}
-            for record in read_metrics(self.workdir)
-        ]
+        return records(self.workdir)
 
     def last_record(self) -> int:
-        return max((record["step"] for record in read_metrics(self.workdir)), default=0)
+        return last_step(self.workdir)
 
     def steps(self) -> list[int]:
-        """Of which there is a checkpoint."""
-        return sorted(
-            int(path.name)
-            for path in (self.workdir / "checkpoints").glob("*")
-            if path.name.isdigit()
-        )
+        """The steps with a checkpoint."""
+        return steps_saved(self.workdir)
 
     def newest(self, step: int | None = None) -> Left | None:
         """What a run would go on from: the newest sound checkpoint (or that of `step`)."""
@@ -127,11 +117,7 @@ class Run:
 
     def wait_for_step(self, step: int, process, since: float) -> None:
         """Until a process that was started at `since` has recorded `step`, or is done."""
-        path = self.workdir / "metrics.jsonl"
-        while alive(process):
-            if path.exists() and path.stat().st_mtime > since and self.last_record() >= step:
-                return
-            time.sleep(0.005)
+        wait_for_step(self.workdir, step, lambda: alive(process), since)
 
 
 def _script(arguments, log) -> None:
@@ -149,10 +135,6 @@ def alive(process) -> bool:
     return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
 
 
-def bits(tree) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-
-
 def like(workdir: Path) -> dict:
     """What to restore of a run."""
     return _like((workdir / "config.json").read_text(), workdir)
@@ -163,4 +145,4 @@ def _like(text: str, workdir: Path) -> dict:
     config = read_config(workdir)
     mesh = make_mesh(devices=jax.devices()[:1])
     model = placed_model(config, open_base(config.model.path).config, mesh)
-    return jax.tree.map(abstract, to_items(take_apart(config, model, mesh).state))
+    return jax.tree.map(abstract, to_items(split(config, model, mesh).state))

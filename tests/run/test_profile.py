@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from run.cases import run_info
 
 from lljax.errors import ConfigError
-from lljax.hardware.chips import DEVICES
+from lljax.hardware.chips import DEVICES, KINDS
 from lljax.parallel.sharding import make_mesh, replicated
 from lljax.report.breakdown import COLLECTIVE, NO_WORK, divide, merged
 from lljax.report.records import read_metrics
 from lljax.run import loop
-from lljax.run.profile import Tracer, read_steps, waiting_for_data
+from lljax.run.profile import Tracer, mark_data, mark_step, read_steps
 
 
 @pytest.mark.parametrize("text", ["3", "3:3", "5:2", "0:2", "a:b", "-1:4", "1:2:3", ""])
@@ -90,13 +91,15 @@ def test_a_trace_of_a_program_with_collectives_is_read(tmp_path):
     mesh = make_mesh(fsdp=8)
     x = jax.device_put(jnp.ones((512, 512)), NamedSharding(mesh, PartitionSpec("fsdp")))
     f = jax.jit(lambda x: x @ jax.lax.with_sharding_constraint(x, replicated(mesh)))
-    with Tracer(tmp_path, range(1, 3), step=0) as tracer:
-        for number in (1, 2):
-            with tracer.step(number):
-                jax.block_until_ready(f(x))
-                with waiting_for_data():
-                    time.sleep(0.05)
-            tracer.done(number)
+    tracer = Tracer()
+    tracer.open(run_info(tmp_path, profile_steps=range(1, 3)))
+    for number in (1, 2):
+        tracer.begin(number)
+        with mark_step(number):
+            jax.block_until_ready(f(x))
+            with mark_data():
+                time.sleep(0.05)
+        tracer.step({"step": number})
     found = json.loads((tmp_path / "profile.json").read_text())
     assert found["steps"] == [1, 2] and found["devices"] == 8
     assert (
@@ -108,7 +111,7 @@ def test_a_trace_of_a_program_with_collectives_is_read(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_traced_timed_and_told(run_config, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(loop, "of_kind", lambda kind: DEVICES["l4"])
+    monkeypatch.setitem(KINDS, "cpu", "l4")
     run_config.context.schedule, run_config.data.valid_fraction = ((3, 32, "full"),), 0.0
     with caplog.at_level("INFO"):
         loop.train(run_config, tmp_path, profile_steps=range(2, 4))
@@ -137,10 +140,13 @@ def test_a_run_is_traced_timed_and_told(run_config, tmp_path, caplog, monkeypatc
 
 
 def test_a_run_that_ends_among_the_steps_closes_its_trace(tmp_path):
-    with Tracer(tmp_path, range(1, 9), step=0) as tracer:
-        with tracer.step(1):
-            jax.block_until_ready(jax.numpy.ones(3) + 1)
-        tracer.done(1)
+    tracer = Tracer()
+    tracer.open(run_info(tmp_path, profile_steps=range(1, 9)))
+    tracer.begin(1)
+    with mark_step(1):
+        jax.block_until_ready(jax.numpy.ones(3) + 1)
+    tracer.step({"step": 1})
+    tracer.close(None)
     assert list(tmp_path.rglob("*.xplane.pb")) and not (tmp_path / "profile.json").exists()
 
 
@@ -148,5 +154,5 @@ def test_steps_beyond_the_run_are_refused_and_past_ones_reported(run_config, tmp
     with pytest.raises(ConfigError, match="--profile_steps=7:10: the run ends after step 8"):
         loop.train(run_config, tmp_path, profile_steps=range(7, 10))
     assert not os.listdir(tmp_path)
-    with Tracer(tmp_path, range(2, 4), step=3):
-        assert "nothing to trace" in caplog.text
+    Tracer().open(run_info(tmp_path, step=3, profile_steps=range(2, 4)))
+    assert "nothing to trace" in caplog.text
