@@ -33,7 +33,7 @@ def _crc(x: jax.Array, gathered: int) -> int:
     for part in _slices(x, gathered):
         local = part.is_fully_addressable or part.is_fully_replicated
         whole = np.asarray(part) if local else multihost_utils.process_allgather(part, tiled=True)
-        crc = zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8).data, crc)
     return crc
 
 

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import grain
 import numpy as np
@@ -117,5 +117,6 @@ def held_out_batches(
         yield {name: np.split(x, shares)[share] for name, x in batch.items()}
 
 
-def _progress(items: Iterable, title: str) -> Iterable:
-    return track(items, description=title, transient=True, console=Console(file=Unread(sys.stdout)))
+def _progress(items: Iterator, title: str) -> Iterator:
+    console = Console(file=cast(TextIO, Unread(sys.stdout)))
+    return iter(track(items, description=title, transient=True, console=console))

@@ -6,13 +6,14 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from flax import nnx
 
 from lljax.config import Config
 from lljax.errors import NumericAbort, Stopped
+from lljax.models.decoder import Decoder
 from lljax.parallel.processes import wait
 from lljax.parallel.sharding import Layout
 from lljax.planning import fit
@@ -32,12 +33,12 @@ def train(
     config: Config,
     workdir: str | Path,
     *,
-    model: nnx.Module | None = None,
+    model: Decoder | None = None,
     profile_steps: range | None = None,
     examiner: Callable | None = None,
     observers: Sequence[Observer] = (),
-    devices: Sequence[jax.Device] | None = None,
-) -> nnx.Module:
+    devices: Sequence[Any] | None = None,
+) -> Decoder:
     """Runs `config` in `workdir`, or resumes the run there; returns the trained model.
 
     model: a model of this configuration with its values (lljax.prepare_model); None reads the base.
@@ -69,7 +70,7 @@ def train(
 class Run(Setup):
     """A run in its workdir: `train()` takes it to its end."""
 
-    def train(self) -> nnx.Module:
+    def train(self) -> Decoder:
         workdirs.make(self.workdir)
         with locked(self.workdir) as self.lock, StopRequest() as self.stop:
             workdirs.check_kinds(self.workdir)
@@ -163,7 +164,7 @@ class Run(Setup):
         self.state, metrics = program.compile()(self.state, self.frozen, batch)
         return metrics
 
-    def read_batch(self, loss: jax.Array) -> float:
+    def read_batch(self, loss: Any) -> float:
         """Reads the next batch; returns the seconds that the device waited for it.
 
         A batch that is there before the device is done, and with it `loss`, delays nothing.
@@ -181,7 +182,7 @@ class Run(Setup):
             "stage": stage.number,
             "length": stage.length,
             "attention": stage.pattern.kind,
-            "learning_rate": float(self.learning_rate(self.step - 1)),
+            "learning_rate": self.learning_rate(self.step - 1),
             **metrics,
             **speed,
             **({"rollbacks": rollbacks} if rollbacks else {}),

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -44,7 +44,7 @@ class Monitor(Observer):
     def open(self, run: RunInfo) -> None:
         self._path = Path(run.workdir) / "metrics.jsonl"
         self._file = self._open_file(run.step)
-        self._output = Unread(sys.stderr) if first() else open(os.devnull, "w")
+        self._output = cast(TextIO, Unread(sys.stderr if first() else None))
         self._console = Console(file=self._output)
         self._bar = Progress(
             TextColumn("{task.fields[stage]}"),
@@ -66,7 +66,7 @@ class Monitor(Observer):
     def step(self, record: dict) -> None:
         self._write(record)
         left = self._time_left.after(record["step"], record["seconds"])
-        shown = {
+        shown: dict[str, Any] = {
             "stage": f"{record['length']:,} {record['attention']}",
             "loss": f"{record['loss']:.4f}",
             "speed": "  ".join(

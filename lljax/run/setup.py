@@ -5,9 +5,9 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-from flax import nnx
 
 from lljax.build import fill, mesh_of, move, open_run_base, placed_model, rope_unlike_the_adapters
 from lljax.config import Config, total_steps, validate, with_absolute_paths
@@ -15,6 +15,7 @@ from lljax.errors import ConfigError
 from lljax.hardware.chips import of_kind
 from lljax.interop.huggingface import checksums
 from lljax.interop.open import special_tokens, tokenizer_fingerprint
+from lljax.models.decoder import Decoder
 from lljax.models.spec import from_hf
 from lljax.parallel.processes import from_all
 from lljax.planning import fit, flops
@@ -54,11 +55,11 @@ class Setup:
         config: Config,
         workdir: Path,
         *,
-        model: nnx.Module | None = None,
+        model: Decoder | None = None,
         profile_steps: range | None = None,
         examiner: Callable | None = None,
         observers: Sequence[Observer] = (),
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ):
         validate(config)
         self.config, self.workdir = with_absolute_paths(config), workdir
@@ -119,7 +120,7 @@ class Setup:
             remark := rope_unlike_the_adapters(self.prepared.spec, self.base, config.lora.adapter)
         ):
             logging.warning("%s", remark)
-        self.learning_rate = learning_rate(config.optimizer, self.total_steps)
+        self.learning_rate = _learning_rate(config, self.total_steps)
         self.counts = count_parameters(self.model, config)
         self.device_kind = mesh.devices.flat[0].device_kind
         self.device = of_kind(self.device_kind)
@@ -174,15 +175,14 @@ class Setup:
 
     def say_what_changes(self, old_end: int) -> None:
         """Logs what a longer schedule means for the learning rate of a run that was done."""
-        optimizer = self.config.optimizer
         logging.info(
             "context.schedule ends at step %d, and not at %d: the learning rate (%s) goes on at "
             "%.3g, where it had come to %.3g",
             self.total_steps,
             old_end,
-            optimizer.schedule,
-            float(self.learning_rate(old_end)),
-            float(learning_rate(optimizer, old_end)(old_end)),
+            self.config.optimizer.schedule,
+            self.learning_rate(old_end),
+            _learning_rate(self.config, old_end)(old_end),
         )
 
     def compile(self) -> None:
@@ -244,3 +244,9 @@ class Setup:
             return self.checkpoints.newest()
 
         return fit.in_memory(action, way_out, last_checkpoint)
+
+
+def _learning_rate(config: Config, steps: int) -> Callable[[int], float]:
+    """(step) -> the learning rate of step + 1 in a schedule of so many `steps`."""
+    schedule: Any = learning_rate(config.optimizer, steps)
+    return lambda step: float(schedule(step))

@@ -8,15 +8,18 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tensorboardX import RecordWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from lljax.errors import first_line
 from lljax.parallel.processes import first
 from lljax.run.observer import Observer, RunInfo
 
+# Protobuf fills these modules when they are imported: type checkers see nothing in them.
+EVENT: Any = event_pb2
+SUMMARY: Any = summary_pb2
 FLUSH_SECONDS = 10.0  # until TensorBoard sees new values
 ILLEGAL_IN_A_TAG = re.compile(r"[^-/\w.]")
 
@@ -46,13 +49,13 @@ class TensorBoard(Observer):
         with self._or_stop():
             folder.mkdir(exist_ok=True)
             self._file = self._open_file(str(folder / name))
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._write(Event(step=run.step + 1, file_version="brain.Event:2"))
+        self._write(EVENT.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(EVENT.Event(step=run.step + 1, file_version="brain.Event:2"))
         self.rollback(run.step)
 
     def step(self, record: dict) -> None:
         numbers = {
-            f"train/{name}": value
+            f"train/{name}": float(value)
             for name, value in record.items()
             if isinstance(value, int | float) and name != "step"
         }
@@ -63,7 +66,9 @@ class TensorBoard(Observer):
 
     def rollback(self, step: int) -> None:
         """Makes TensorBoard drop the values of steps after `step`."""
-        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._write(
+            EVENT.Event(step=step + 1, session_log=EVENT.SessionLog(status=EVENT.SessionLog.START))
+        )
 
     def close(self, error: BaseException | None) -> None:
         with self._or_stop():
@@ -74,15 +79,15 @@ class TensorBoard(Observer):
     def _add(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             tag = ILLEGAL_IN_A_TAG.sub("_", name)
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value))])
-            self._write(Event(wall_time=time.time(), step=step, summary=summary))
+            summary = SUMMARY.Summary(value=[SUMMARY.Summary.Value(tag=tag, simple_value=value)])
+            self._write(EVENT.Event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flushed = time.monotonic()
             with self._or_stop():
                 if self._file:
                     self._file.flush()
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: Any) -> None:
         with self._or_stop():
             if self._file:
                 self._file.write(event.SerializeToString())

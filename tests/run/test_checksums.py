@@ -26,7 +26,7 @@ def test_an_array_gathered_in_slices_has_the_checksum_of_the_whole(items):
 
 def test_sharding_does_not_count_and_every_element_does(items):
     whole = describe(items)
-    assert describe(jax.tree.map(np.asarray, items) | {"a": jnp.asarray(items["a"])}) == whole
+    assert describe(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), items)) == whole
     assert whole["['a']"][:2] == [[3, 8, 4], "float32"]
     for name, x in items.items():
         for i in range(x.size):
