@@ -123,8 +123,7 @@ class Run(Setup):
             if self.rolled_back(stage, metrics, trouble):
                 return
         self.leave_if_asked()
-        if self.checkpoints.due(self.step):
-            self.save()
+        self.save_if_due()
         self.evaluate_if_due(stage.length)
 
     def compute(self, stage: Stage) -> tuple[dict, dict]:
@@ -247,6 +246,10 @@ class Run(Setup):
         self.save(wait=True)
         self.checkpoints.close()
         raise error
+
+    def save_if_due(self) -> None:
+        if self.checkpoints.due(self.step):
+            self.save()
 
     def save(self, wait: bool = False) -> None:
         """Saves the state; `wait` returns when it is on disk."""
