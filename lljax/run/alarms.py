@@ -1,4 +1,6 @@
-"""Decides what follows a step whose loss or gradient is unusable: see `config.alarm`."""
+"""Bad steps, with an unusable loss or gradient: their description, and whether `config.alarm` stops
+the run.
+"""
 
 import math
 

@@ -1,5 +1,5 @@
-"""The identity of a run: what must stay as it was for a resumed run to end as if it had not been
-interrupted.
+"""The identity of a run: settings and files that must stay the same, so that a resumed run ends as
+if it had not been interrupted.
 """
 
 import json
@@ -34,7 +34,7 @@ IDENTITY = (
 
 
 def identity_of(config: Config, **files) -> dict:
-    """The identity of a run of `config`. files: fingerprints of what it reads, by name.
+    """The identity of a run of `config`. files: fingerprints, by name.
 
     The interval of checkpoints counts in a run that rolls back: it says how far back.
     """

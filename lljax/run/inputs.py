@@ -1,4 +1,4 @@
-"""Everything that a run reads beside its weights: documents, anchor markers, batches."""
+"""Inputs of a run besides its weights: documents, anchor markers, batches."""
 
 import logging
 import sys
@@ -55,7 +55,7 @@ def read_documents(
 def count_documents(
     documents: Documents, config: Config, curriculum: Iterable[Stage], tokenizer: Any
 ) -> dict:
-    """The content of data_statistics.json; logs what a user should know about the documents."""
+    """The content of data_statistics.json; logs remarks on them for the user."""
     counts = statistics(documents, config.data.overlong, [stage.length for stage in curriculum])
     for line in remarks(counts, config.data.overlong):
         logging.warning("%s", line)

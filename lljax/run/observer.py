@@ -30,9 +30,9 @@ class Observer:
     Every process of a run calls its own observers: write files in one of them only, the `first()`
     of lljax.parallel.processes.
 
-    An exception in an observer that was passed to `train` is a request to stop: the run finishes
-    what it does, saves its state, closes its observers and raises the exception. The observer hears
-    of nothing more except `close`. KeyboardInterrupt and its like pass through at once.
+    An exception in an observer that was passed to `train` is a request to stop: after the current
+    step, batch or rollback the run saves its state, closes its observers and raises the exception.
+    The observer hears of nothing more except `close`. KeyboardInterrupt and the like pass at once.
 
     every: steps from one call of `step` to the next; 0: never. The other methods do not count it.
     """
@@ -49,10 +49,10 @@ class Observer:
         """A step is done; `record` becomes a line of metrics.jsonl: step, stage, length, attention,
         loss, grad_norm, learning_rate, seconds, tokens_per_second ...
 
-        data_seconds: time that the device waited for the next batch, otherwise 0. mfu: model FLOPs
-          per second over the peak of the devices, if their peak is known. load_balancing_loss,
-          expert_load_max: models with experts only, see lljax.objectives. rollbacks: in the first
-          step after a rollback, every rollback to the step before it.
+        The metrics of the objective and their meaning are in lljax.objectives.
+        data_seconds: time that the device waited for the next batch, otherwise 0.
+        mfu: model FLOPs per second over the peak of the devices, if their peak is known.
+        rollbacks: in the first step after a rollback, every rollback to the step before it.
         """
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:

@@ -1,4 +1,6 @@
-"""Prepares and compiles the programs of a run before it reads weights; refuses what cannot fit."""
+"""Prepares and compiles the programs of a run before it reads weights, and refuses a run that
+does not fit.
+"""
 
 import logging
 import math

@@ -156,7 +156,7 @@ class Setup:
             self.restored, self.rollbacks = from_items(items), self.loader_state["rollbacks"]
             logging.info("resumed at step %d", self.step)
             if lengthens(self.saved["context.schedule"], self.identity["context.schedule"]):
-                self.say_what_changes(self.saved["context.schedule"][-1][0])
+                self.log_longer_schedule(self.saved["context.schedule"][-1][0])
         # Only now: export and evaluation go by these, and the folder may be another run's.
         workdirs.write_json(self.workdir / "config.json", json.loads(config.to_json_best_effort()))
         workdirs.write_json(self.workdir / "run.json", self.facts())
@@ -173,8 +173,8 @@ class Setup:
             },
         }
 
-    def say_what_changes(self, old_end: int) -> None:
-        """Logs what a longer schedule means for the learning rate of a run that was done."""
+    def log_longer_schedule(self, old_end: int) -> None:
+        """Logs the effect of a longer schedule on the learning rate of a finished run."""
         logging.info(
             "context.schedule ends at step %d, and not at %d: the learning rate (%s) goes on at "
             "%.3g, where it had come to %.3g",
@@ -186,7 +186,7 @@ class Setup:
         )
 
     def compile(self) -> None:
-        """Compiles the steps and evaluations that remain; refuses what cannot fit."""
+        """Compiles the steps and evaluations that remain; refuses a run that does not fit."""
         over = self.step == self.total_steps and workdirs.is_evaluated(self.workdir, self.step)
         to_come = [stage for stage in self.curriculum if self.step <= stage.stop]
         compile_programs(

@@ -47,7 +47,7 @@ def check_shared(workdir: Path) -> None:
     """Raises ConfigError if a process does not see the files of the first one."""
     if not all(from_all((workdir / "lock").is_file())):
         raise ConfigError(
-            f"--workdir={workdir}: not every process sees what the first one writes there: name a "
+            f"--workdir={workdir}: not every process sees the files of the first one: name a "
             "folder on a file system that they share"
         )
 

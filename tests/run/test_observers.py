@@ -1,44 +1,10 @@
 """Observers hear of a run as it happened, resumed or not; a failing one costs no state."""
 
-import numpy as np
 import pytest
-from run.cases import Heard, StopAfter, records, run_info, steps_saved, trained_leaves
+from run.cases import Heard, bits, records, run_info, steps_saved, trained_leaves
 
-from lljax.errors import Stopped
 from lljax.run.observer import Observer
 from lljax.run.observers import Observers
-
-
-@pytest.fixture
-def config(run_config):
-    run_config.context.schedule, run_config.checkpoint.every_steps = ((8, 32, "full"),), 4
-    run_config.training.eval_every = 4
-    return run_config
-
-
-def test_an_observer_from_outside_hears_of_steps_evaluations_checkpoints_and_the_end(
-    config, train_on_one_device, tmp_path
-):
-    heard = Heard(every=3)
-    with pytest.raises(Stopped):
-        train_on_one_device(config, tmp_path, observers=[heard, StopAfter(5)])
-    assert heard.of("open", "step", "evaluation", "checkpoint", "close") == [
-        ("open", 0),
-        ("step", 3),
-        ("checkpoint", 4),
-        ("evaluation", 4),
-        ("checkpoint", 5),
-        ("close", "Stopped"),
-    ]
-    resumed = Heard(every=3)
-    train_on_one_device(config, tmp_path, observers=[resumed])
-    assert resumed.of("open", "step", "evaluation", "checkpoint", "close") == [
-        ("open", 5),
-        ("step", 6),
-        ("checkpoint", 8),
-        ("evaluation", 8),
-        ("close", "NoneType"),
-    ]
 
 
 class FailsAt(Observer):
@@ -53,31 +19,53 @@ class FailsAt(Observer):
 
 
 class Killed(BaseException):
-    pass
+    """No request to stop: ends a run at once, as kill -9 does."""
 
 
-def test_a_run_whose_observer_fails_saves_its_state_and_resumes_bitwise(
-    config, train_on_one_device, tmp_path
+def test_an_observer_from_outside_hears_of_a_run_and_a_failing_one_costs_no_state(
+    run_config, train_on_one_device, tmp_path
 ):
-    whole = train_on_one_device(config, tmp_path / "whole")
-    parts, heard = tmp_path / "parts", Heard()
-    with pytest.raises(ZeroDivisionError, match="of a third party"):
-        failing = FailsAt(3, ZeroDivisionError("of a third party"))
-        train_on_one_device(config, parts, observers=[failing, heard])
-    assert steps_saved(parts) == [3]  # after that step, which is recorded
-    assert heard.of("step", "close") == [
-        ("step", 1),
-        ("step", 2),
+    run_config.context.schedule, run_config.checkpoint.every_steps = ((6, 32, "full"),), 4
+    run_config.training.eval_every = 4
+    events = ("open", "step", "evaluation", "checkpoint", "close")
+    heard, parts = Heard(every=3), tmp_path / "parts"
+    whole = train_on_one_device(run_config, tmp_path / "whole", observers=[heard])
+    assert heard.of(*events) == [
+        ("open", 0),
         ("step", 3),
+        ("checkpoint", 4),
+        ("evaluation", 4),
+        ("step", 6),
+        ("evaluation", 6),
+        ("checkpoint", 6),
+        ("close", "NoneType"),
+    ]
+
+    heard, failing = Heard(every=3), FailsAt(3, ZeroDivisionError("of a third party"))
+    with pytest.raises(ZeroDivisionError, match="of a third party"):
+        train_on_one_device(run_config, parts, observers=[failing, heard])
+    assert heard.of(*events) == [
+        ("open", 0),
+        ("step", 3),
+        ("checkpoint", 3),
         ("close", "ZeroDivisionError"),
     ]
-    with pytest.raises(Killed):  # no request to stop: at once, as kill -9
-        train_on_one_device(config, parts, observers=[FailsAt(6, Killed())])
-    assert steps_saved(parts) == [3, 4]
-    for x, y in zip(
-        trained_leaves(whole), trained_leaves(train_on_one_device(config, parts)), strict=True
-    ):
-        np.testing.assert_array_equal(x, y)
+    with pytest.raises(Killed):
+        train_on_one_device(run_config, parts, observers=[FailsAt(4, Killed())])
+    assert steps_saved(parts) == [3]
+
+    heard = Heard(every=3)
+    resumed = train_on_one_device(run_config, parts, observers=[heard])
+    assert heard.of(*events) == [
+        ("open", 3),
+        ("checkpoint", 4),
+        ("evaluation", 4),
+        ("step", 6),
+        ("evaluation", 6),
+        ("checkpoint", 6),
+        ("close", "NoneType"),
+    ]
+    assert bits(trained_leaves(resumed)) == bits(trained_leaves(whole))
     assert records(parts) == records(tmp_path / "whole")
 
 
