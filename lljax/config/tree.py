@@ -167,6 +167,13 @@ def _stage(field, value):
     one_of("full", "shifted", "window")(f"{field}: attention", attention)
 
 
+def _objective(field, value):
+    """A check: a row of lljax.objectives.table.OBJECTIVES."""
+    from lljax.objectives.table import OBJECTIVES
+
+    one_of(*OBJECTIVES)(field, value)
+
+
 def _factor(field, value):
     """A check: "auto", or a number of at least 1, which the command line gives as text."""
     if isinstance(value, str) and value != "auto" and len(value) < 40:
@@ -235,7 +242,7 @@ CHECKS = {                                   # what each field may hold; which g
     "optimizer.clip_norm": number(0),
     **{f"optimizer.learning_rate_ratio.{role}": number(0, 1e4) for role in ROLES},
     **{f"optimizer.weight_decay.{role}": number(0, 1e4) for role in ROLES},
-    "objective.name": one_of("sft"),
+    "objective.name": _objective,
     "training.rows": whole(1),
     "training.accumulate": whole(1),
     "training.neftune_alpha": number(0, 1e6),

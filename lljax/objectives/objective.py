@@ -119,8 +119,11 @@ class Loss(NamedTuple):
 class Passes(NamedTuple):
     """Forward and backward passes over the tokens of a batch, for FLOPs and memory traffic."""
 
-    forward: int = 1
-    backward: int = 1
+    forward: int
+    backward: int
+
+
+ONE_OF_EACH = Passes(forward=1, backward=1)
 
 
 def _same(means: dict[str, float]) -> dict[str, float]:
@@ -163,7 +166,7 @@ class Objective:
     scores: Callable[[dict[str, float]], dict[str, float]] = _same
     options: Callable[[Any], Any] = _nothing
     refuses: Callable[[Any, DecoderSpec], str | None] = _never
-    passes: Passes = Passes()
+    passes: Passes = ONE_OF_EACH
 
     def reduce(self, sums: dict[str, Array]) -> dict[str, Array]:
         """`sums` [A, ...] of the accumulated passes by each metric's reduction over passes."""

@@ -89,7 +89,7 @@ SFT = Objective(
     weight=predicted_tokens,
     evaluate=evaluate,
     metrics=(
-        Metric("loss", "Training loss"),
+        Metric("loss", "Loss"),
         Metric("load_balancing_loss", "Load-balancing loss of the experts", MEAN),
         Metric(
             "expert_load_max",

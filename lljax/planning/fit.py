@@ -1,5 +1,5 @@
-"""The memory that the steps and evaluations of a run need: read from the compiled programs, shown
-as a table, refused if they cannot fit.
+"""The memory that steps and evaluations need: read from the compiled programs, shown as a table,
+refused if it is more than there is.
 """
 
 import contextlib
@@ -7,9 +7,10 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -18,16 +19,18 @@ from lljax.hardware.chips import GiB
 from lljax.hardware.host_memory import LIMIT, host_memory, pinned_limit, pool_sizes, usable
 from lljax.models.decoder import share_residuals
 from lljax.parallel.processes import from_all, processes_here
+from lljax.training.curriculum import Stage
 from lljax.training.prepare import Prepared, Program
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes of one device that the step of a stage, or an evaluation, takes.
+    """Bytes of one device that a step or an evaluation takes.
 
-    peak: arguments + outputs - what they share + temporaries. host: bytes of the host's memory.
-      compiled: False where the compiler refused the step for its memory; the peak is then what it
-      says.
+    base: frozen weights.
+    peak: arguments + outputs - memory that both share + temporaries.
+    host: bytes of the host's memory.
+    compiled: False if the compiler refused the program for its memory; it then reported the peak.
     """
 
     label: str
@@ -44,22 +47,16 @@ class Need:
         return self.compiled and self.peak <= memory and self.host <= host
 
 
-def evaluation_lengths(config, stages) -> list[int]:
-    """The lengths of the held-out rows that a run evaluates on in `stages`, in order: that of each
-    stage with a step that training.eval_every divides, and that of the last, at the end. Empty
-    without held-out documents.
+def evaluation_lengths(config, stages: Sequence[Stage]) -> list[int]:
+    """The lengths of the held-out rows that a run evaluates on in `stages`, in order: the length of
+    every stage with a step that training.eval_every divides, and of the last stage, at the end.
+    Empty without held-out documents.
     """
     if not (config.data.valid or config.data.valid_fraction) or not stages:
         return []
     every = config.training.eval_every
-    return list(
-        dict.fromkeys(
-            [
-                *(s.length for s in stages if every and s.stop // every > s.start // every),
-                stages[-1].length,
-            ]
-        )
-    )
+    due = [s.length for s in stages if every and s.stop // every > s.start // every]
+    return list(dict.fromkeys([*due, stages[-1].length]))
 
 
 def need_of(program: Program, prepared: Prepared) -> Need:
@@ -109,60 +106,60 @@ def _refused(error: jax.errors.JaxRuntimeError) -> int:
 
 
 def bytes_of(tree) -> int:
-    """Of one device."""
+    """Bytes of a pytree of arrays on one device."""
     return sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
     )
 
 
-def capacity(mesh) -> tuple[float, float]:
+def capacity(mesh: Mesh) -> tuple[float, float]:
     """Bytes of a device's memory, and of host memory for the residuals of one device (on a GPU its
-    pool of pinned memory, see lljax.hardware.host_memory): the least over all processes, each of
+    pool of pinned memory, see lljax.hardware.host_memory): the minimum over all processes, all of
     which must call this.
     """
     here = mesh.local_devices
     share = host_memory() / (processes_here() * len(here))
     memory = (here[0].memory_stats() or {}).get("bytes_limit", share)
     host = {"gpu": min(share, pinned_limit()), "cpu": share}.get(here[0].platform, usable(share))
-    return tuple(min(each) for each in zip(*from_all([memory, host])))
+    memories, hosts = zip(*from_all([memory, host]), strict=True)
+    return min(memories), min(hosts)
 
 
 def with_pool(needs: list[Need], platform: str, host: float) -> list[Need]:
-    """The `needs` of programs that run one after the other, with what a GPU's pool must hold for
-    each as `host`: the pool keeps the regions that earlier programs used.
+    """The `needs` of programs that run one after the other, with the size of a GPU's pool during
+    each program as `host`: the pool keeps the regions that earlier programs used.
     """
     if platform not in ("gpu", "cuda"):
         return needs
     sizes = pool_sizes([n.host for n in needs], host)
-    return [dataclasses.replace(n, host=size) for n, size in zip(needs, sizes)]
+    return [dataclasses.replace(n, host=size) for n, size in zip(needs, sizes, strict=True)]
 
 
 def table(needs: list[Need], memory: float, host: float, title: str) -> Table:
-    """Memory by stage, GiB of a device."""
+    """Memory by program, in GiB of a device.
+
+    memory, host: bytes of a device and of the host that a program may use.
+    """
     out = Table(title=f"{title}; GiB a device")
-    for column in (
-        "stage",
-        "parallel",
-        "base",
-        "trained",
-        "optimizer",
-        "temporary",
-        "peak",
-        "host",
-        "of the device",
-        "fits",
+    for column, justify in (
+        ("stage", "left"),
+        ("parallel", "left"),
+        ("base", "right"),
+        ("trained", "right"),
+        ("optimizer", "right"),
+        ("temporary", "right"),
+        ("peak", "right"),
+        ("host", "right"),
+        ("of the device", "right"),
+        ("fits", "left"),
     ):
-        out.add_column(
-            column, justify="left" if column in ("stage", "parallel", "fits") else "right"
-        )
+        out.add_column(column, justify=justify)
     for n in needs:
+        sizes = (n.base, n.trainable, n.optimizer, n.temporary, n.peak, n.host)
         out.add_row(
             n.label,
             n.context_parallel,
-            *(
-                f"{size / GiB:.2f}"
-                for size in (n.base, n.trainable, n.optimizer, n.temporary, n.peak, n.host)
-            ),
+            *(f"{size / GiB:.2f}" for size in sizes),
             f"{n.peak / memory:.0%}",
             "yes" if n.fits(memory, host) else "NO",
         )
@@ -170,14 +167,19 @@ def table(needs: list[Need], memory: float, host: float, title: str) -> Table:
 
 
 def as_text(table: Table) -> str:
+    """A table as plain text of at most 140 columns."""
     out = io.StringIO()
     Console(file=out, width=140).print(table)
     return out.getvalue().rstrip()
 
 
 def check(needs: list[Need], memory: float, host: float, config, layers) -> None:
-    """Raises ConfigError where a program cannot fit; a compiled one may be tried with
-    memory.refuse=False.
+    """Refuses programs that cannot fit; a compiled one may be tried with memory.refuse=False.
+
+    layers: of the spec, for the advice.
+
+    Raises:
+      ConfigError: a program does not fit.
     """
     for n in needs:
         if n.fits(memory, host) or (n.compiled and not config.memory.refuse):
@@ -185,21 +187,22 @@ def check(needs: list[Need], memory: float, host: float, config, layers) -> None
         of_host = n.compiled and n.peak <= memory
         if of_host:
             shortage = (
-                f"{n.host / GiB:.2f} GiB of host memory for residuals and a device can have {host / GiB:.2f} "
-                f"(on a GPU no more than {LIMIT})"
+                f"{n.host / GiB:.2f} GiB of host memory for residuals and a device can have "
+                f"{host / GiB:.2f} (on a GPU no more than {LIMIT})"
             )
         else:
             shortage = (
                 f"{n.peak / GiB:.2f} GiB of a device's memory and there are {memory / GiB:.2f}"
             )
-        anyway = "; memory.refuse=False tries it as it is" if n.compiled else ""
+        anyway = "; memory.refuse=False tries it anyway" if n.compiled else ""
         raise ConfigError(
-            f"this run does not fit: {n.label} needs {shortage}: {advice(config, layers, of_host)}{anyway}"
+            f"this run does not fit: {n.label} needs {shortage}: "
+            f"{advice(config, layers, of_host)}{anyway}"
         )
 
 
 def advice(config, layers, of_host: bool = False) -> str:
-    """What makes room for a step, on the device or on its host."""
+    """Settings that make room for a step, as the end of a message. of_host: room on the host."""
     listed = "; ".join(words(way) for way in ways(config, layers, of_host)[:3])
     return (
         f"set {listed}, or spread it over more devices" if listed else "spread it over more devices"
@@ -207,11 +210,15 @@ def advice(config, layers, of_host: bool = False) -> str:
 
 
 @contextlib.contextmanager
-def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]):
-    """A context for `what`: a device, or the host's pinned memory, that is full becomes one line.
+def in_memory(
+    action: str, way_out: str, last_checkpoint: Callable[[], int | None]
+) -> Iterator[None]:
+    """A context in which a full device, or the full pinned memory of the host, becomes one line.
+
+    action: what runs in it. last_checkpoint: the step of the last checkpoint, None without one.
 
     Raises:
-      OutOfMemory: with the way out, and what the run can go on from.
+      OutOfMemory: with the way out and the last checkpoint.
     """
     try:
         yield
@@ -227,22 +234,25 @@ def in_memory(what: str, way_out: str, last_checkpoint: Callable[[], int | None]
         where = "a device is out of memory"
         if "host memory" in reason:  # the pool of pinned memory
             where = "the host is out of memory for residuals"
-            way_out = f"raise {LIMIT} if the host has more, or set memory.layers_per_residual or memory.offload=False"
+            way_out = (
+                f"raise {LIMIT} if the host has more, or set memory.layers_per_residual or "
+                "memory.offload=False"
+            )
         raise OutOfMemory(
-            f"{what}: {where} ({reason}): {way_out}; {saved}, and the settings of memory and mesh may "
-            "change when a run goes on"
+            f"{action}: {where} ({reason}): {way_out}; {saved}, and the settings of memory and "
+            "mesh may change when a run goes on"
         ) from error
 
 
 def ways(config, layers, of_host: bool = False) -> list[dict]:
-    """Changes that make room for a model of `layers` (`DecoderSpec.layers`) on the device, or on
-    its host, each alone, those first that cost least time.
+    """Changes that each make room for a model of `layers` (`DecoderSpec.layers`) on the device, or
+    on its host; the cheapest in time first.
     """
     m = config.memory
     fewer = [
-        {"memory.layers_per_residual": each}
-        for each in (2, 4)
-        if m.remat != "none" and each > m.layers_per_residual and share_residuals(layers, each)
+        {"memory.layers_per_residual": n}
+        for n in (2, 4)
+        if m.remat != "none" and n > m.layers_per_residual and share_residuals(layers, n)
     ]
     if of_host:
         return [*fewer, {"memory.offload": False}]
@@ -250,11 +260,11 @@ def ways(config, layers, of_host: bool = False) -> list[dict]:
     if not m.tile or m.tile > 4096:
         out.append({"memory.tile": 4096})
     if not m.offload:
-        out.append(
-            {"memory.offload": True} | ({"memory.remat": "full"} if m.remat == "none" else {})
-        )
+        needed = {"memory.remat": "full"} if m.remat == "none" else {}
+        out.append({"memory.offload": True} | needed)
     return out + fewer
 
 
 def words(changes: dict) -> str:
+    """Settings as a user writes them."""
     return " ".join(f"{field}={value!r}" for field, value in changes.items())

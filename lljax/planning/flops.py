@@ -11,6 +11,7 @@ import math
 
 from lljax.models.declare import declared
 from lljax.models.quantize import Quantised
+from lljax.objectives.objective import ONE_OF_EACH, Passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ def visible_pairs(pattern, T: int, window: int | None = None, chunked: bool = Fa
     return W * (W + 1) / 2 + (T - W) * W + (T - W) * anchors
 
 
-def of_step(model, config, stage, *, parts: int = 1) -> Flops:
+def of_step(model, config, stage, *, parts: int = 1, passes: Passes = ONE_OF_EACH) -> Flops:
     """Of one optimizer step on all devices. `model` may be abstract, with its trainable Variables
     marked. parts: devices that a row is spread over.
     """
@@ -90,4 +91,9 @@ def of_step(model, config, stage, *, parts: int = 1) -> Flops:
         again += T * head
     # Flash attention's backward pass computes the scores once more.
     hardware = model_flops + rows * (again + attention / 2)
-    return Flops(model_flops, hardware)
+    # Passes of the objective beyond one forward and one backward; the backward pass recomputes.
+    ahead = rows * (T * (forward + head) + attention)
+    more = passes.forward - passes.backward
+    return Flops(
+        passes.backward * model_flops + more * ahead, passes.backward * hardware + more * ahead
+    )

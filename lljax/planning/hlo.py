@@ -1,6 +1,4 @@
-"""What a compiled program sends between devices, and what its calls of cuDNN need, read from its
-text.
-"""
+"""Traffic between devices and the workspace of cuDNN, read from the text of a compiled program."""
 
 import math
 import re
@@ -18,47 +16,61 @@ KINDS = (
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes that one device receives in a run of the program, by kind of collective; bodies of
-    loops count as often as they run. `text` is `compiled.as_text()`.
+    """Bytes that one device receives while the program runs, by kind of collective. The body of a
+    loop counts as often as it runs.
+
+    text: `compiled.as_text()`.
     """
     computations = _computations(text)
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
-    seen: dict[str, Counter] = {}
+    counted: dict[str, Counter] = {}
 
-    def of(name: str) -> Counter:
-        if name not in seen:
-            seen[name] = Counter()
-            for line in computations[name][1] if name in computations else ():
-                # The TPU's compiler writes an asynchronous collective into every fusion that
-                # overlaps it; the instructions that wait for one name its computation again.
-                if (
-                    re.match(r" *(ROOT )?%?async-collective-done", line)
-                    or "calls=%async_collective_fusion" in line
-                    or re.search(r" async-(update|done)\(", line)
-                ):
-                    continue
-                seen[name].update(_own(line, name, computations[name][1]))
-                times = _trips(line, computations)
-                for called in re.findall(
-                    r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)="
-                    r"\{?([^,}]*(?:, ?%[^,}]*)*)",
-                    line,
-                ):
-                    for child in re.findall(r"%?([\w.-]+)", called):
-                        for kind, size in of(child).items():
-                            seen[name][kind] += times * size
-        return seen[name]
+    def count(name: str) -> Counter:
+        if name in counted:
+            return counted[name]
+        counted[name] = total = Counter()
+        for line in computations[name][1] if name in computations else ():
+            if _waits(line):
+                continue
+            total.update(_received(line, name, computations[name][1]))
+            trips = _trips(line, computations)
+            for child in _called(line):
+                for kind, size in count(child).items():
+                    total[kind] += trips * size
+        return total
 
-    return dict(of(entry))
+    return dict(count(entry))
+
+
+def _waits(line: str) -> bool:
+    """Whether an instruction only waits for a collective that is counted elsewhere: the TPU's
+    compiler writes an asynchronous collective into every fusion that overlaps it, and instructions
+    that wait for it name its computation again.
+    """
+    return bool(
+        re.match(r" *(ROOT )?%?async-collective-done", line)
+        or "calls=%async_collective_fusion" in line
+        or re.search(r" async-(update|done)\(", line)
+    )
+
+
+def _called(line: str) -> list[str]:
+    """The names of the computations that an instruction runs."""
+    called = re.findall(
+        r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)="
+        r"\{?([^,}]*(?:, ?%[^,}]*)*)",
+        line,
+    )
+    return [child for names in called for child in re.findall(r"%?([\w.-]+)", names)]
 
 
 def cudnn_workspace(text: str) -> int:
-    """Bytes that the largest backward pass of cuDNN's attention works in. Where there is no device
-    the compiler puts 0.
+    """Bytes of the largest workspace of a backward pass of cuDNN's attention; a compiler without a
+    device reports 0.
 
-    A sum like q and one row of statistics in float32 (cudnn-frontend, `get_fe_workspace_size_node`
-    of the backward node), and with K < N the gradients of k and v of every query head before they
-    are summed, taken to be kept.
+    The workspace holds a sum shaped like q and one row of statistics, both float32 (cudnn-frontend,
+    `get_fe_workspace_size_node` of the backward node). With K < N it is assumed to hold the
+    gradients of k and v of every query head before they are summed.
     """
     calls = re.findall(
         r"= \((\w+)\[([\d,]+)\]\S* \w+\[([\d,]+)\][^\n]*\"__cudnn\$fmhaSoftmaxBackward\"", text
@@ -72,6 +84,7 @@ def cudnn_workspace(text: str) -> int:
 
 
 def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
+    """The lines of every computation by its name, and whether it is the entry."""
     out, lines = {}, None
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
@@ -83,7 +96,11 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
     return out
 
 
-def _own(line: str, computation: str, lines: list[str]) -> Counter:
+def _received(line: str, computation: str, lines: list[str]) -> Counter:
+    """Bytes that one device receives in an instruction, by kind; empty unless it is a collective.
+
+    computation, lines: which the instruction belongs to.
+    """
     match = re.search(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(([^)]*)", line)
     if not match:
         return Counter()
@@ -91,7 +108,7 @@ def _own(line: str, computation: str, lines: list[str]) -> Counter:
     size = sum(_sizes(shape))
     if started and kind != "all-reduce":  # its tuple holds the operands first, then the results
         size = _sizes(shape)[:2][0 if kind == "reduce-scatter" else -1]
-    elif kind == "reduce-scatter":  # a device's part is what comes of it
+    elif kind == "reduce-scatter":  # the result is a device's part
         shapes = dict(re.findall(r"%?([\w.-]+) = (\(.*?\)|\S+) [\w-]+\(", "\n".join(lines)))
         size = sum(
             sum(_sizes(shapes[name]))
@@ -136,9 +153,9 @@ def bits(dtype: str) -> int:
     return int(match[1] or match[2])
 
 
-def _trips(line: str, computations) -> int:
-    """How often the body of a loop runs. The GPU and CPU compilers say it; for the TPU's the
-    condition does, which compares a counter with a constant. Anything else counts once.
+def _trips(line: str, computations: dict[str, tuple[bool, list[str]]]) -> int:
+    """How often the body of a loop runs. The GPU and CPU compilers write the number; in a TPU
+    program the condition compares a counter with a constant. Anything else counts once.
     """
     said = re.search(r' while\(.*known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)', line)
     if said:

@@ -1,7 +1,7 @@
-"""What a run needs, before any weight is read: every stage's real step and evaluation compiled for
-the real target.
+"""The plan of a run, before any weight is read: the real step and evaluation of every stage,
+compiled for the real target.
 
-Memory comes from the compiler, but for the workspace of cuDNN, which only a device would tell it;
+Memory comes from the compiler, except for the workspace of cuDNN, which only a device would report;
 arithmetic is counted by `lljax.planning.flops`; traffic is read from the program.
 """
 
@@ -12,18 +12,20 @@ from collections.abc import Callable
 from lljax.build import mesh_of, placed_model
 from lljax.hardware.host_memory import usable
 from lljax.hardware.targets import Target
+from lljax.objectives.objective import Passes
 from lljax.planning import fit, flops, hlo
 from lljax.training.curriculum import Stage, stages
 from lljax.training.placement import check_rows
-from lljax.training.prepare import prepare_step
+from lljax.training.prepare import Prepared, prepare_step
 
-MARGIN = 0.03  # of the device's memory, for what the runtime keeps to itself
+MARGIN = 0.03  # share of a device's memory that the runtime keeps for itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """efficiency: share of the peak arithmetic that the run is taken to reach. host: bytes of host
-    memory a device, that of a typical node where it is None. progress: told what is compiled next.
+    """efficiency: share of the peak arithmetic that the run is assumed to reach.
+    host: bytes of host memory per device; None for the memory of a typical node.
+    progress: called with the name of the next compilation.
     """
 
     efficiency: float = 0.5
@@ -37,26 +39,32 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """FLOPs and tokens are of one optimizer step of all devices, collectives bytes that one device
-    receives in it, seconds of one step. seconds: the largest of the arithmetic (at the efficiency),
-    memory and network bounds. evaluation: the need of an evaluation at the stage's length; None if
-    the run has none there, or the step does not fit. fits: both fit.
+    """The plan of one stage.
+
+    need: of the step. evaluation: of an evaluation at the stage's length; None if the run has none
+      there, or if the step does not fit.
+    reason: for the context-parallel mode.
+    fits: step and evaluation both fit.
+    model_flops, hardware_flops, tokens: of one optimizer step on all devices.
+    collectives: bytes that one device receives in a step, by kind of collective.
+    bounds: seconds of a step by its arithmetic (at the efficiency), memory and network.
     """
 
     stage: Stage
     need: fit.Need
     evaluation: fit.Need | None
-    reason: str  # for the context-parallel mode
+    reason: str
     fits: bool
     model_flops: float
     hardware_flops: float
-    collectives: dict
+    collectives: dict[str, int]
     tokens: int
-    bounds: dict
+    bounds: dict[str, float]
     compile_seconds: float
 
     @property
     def seconds(self) -> float:
+        """A lower bound of the seconds of one step."""
         return max(self.bounds.values())
 
     @property
@@ -77,66 +85,81 @@ def plan(config, hf_config: dict, target: Target, options: Options) -> list[Stag
     with_pool = fit.with_pool([p.need for p in plans], target.device.platform, room[1])
     return [
         dataclasses.replace(p, need=need, fits=p.fits and need.fits(*room))
-        for p, need in zip(plans, with_pool)
+        for p, need in zip(plans, with_pool, strict=True)
     ]
 
 
 def plan_stage(
     config, hf_config: dict, target: Target, stage: Stage, options: Options, *, label: str = ""
 ) -> StagePlan:
-    """Compiles one stage's step and evaluation for the target. label: what the tables call it, if
-    not by its stage.
+    """Compiles the step and the evaluation of one stage for the target.
+
+    label: name of the stage in tables; empty for its own.
     """
-    device, mesh, T = target.device, mesh_of(config.mesh, target.devices()), stage.length
+    mesh, room = mesh_of(config.mesh, target.devices()), options.room(target)
     check_rows(config.training.rows, mesh)
     options.progress(f"{label or stage.label} for {target.name}")
-    began = time.monotonic()
-    evaluated = T in fit.evaluation_lengths(config, stages(config.context))
+    evaluates = stage.length in fit.evaluation_lengths(config, stages(config.context))
     model = placed_model(config, hf_config, mesh)
+    began = time.monotonic()
     prepared = prepare_step(
         config,
         hf_config,
         mesh,
         model=model,
-        memory=device.memory,
+        memory=target.device.memory,
         stages=[stage],
-        evaluation_lengths=[T] if evaluated else [],
+        evaluation_lengths=[stage.length] if evaluates else [],
     )
+    need, collectives = _compile_step(prepared, stage, label)
+    seconds = time.monotonic() - began
+    evaluation = None
+    if evaluates and need.fits(*room):
+        evaluation = fit.need_of(prepared.evaluations[stage.length], prepared)
+    passes = prepared.objective.passes
+    counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"], passes=passes)
+    return StagePlan(
+        stage=stage,
+        need=need,
+        evaluation=evaluation,
+        reason=prepared.steps[stage.number].reason,
+        fits=need.fits(*room) and (evaluation is None or evaluation.fits(*room)),
+        model_flops=counted.model,
+        hardware_flops=counted.hardware,
+        collectives=collectives,
+        tokens=config.training.accumulate * config.training.rows * stage.length,
+        bounds={
+            "arithmetic": counted.hardware
+            / (target.count * target.device.flops * options.efficiency),
+            "memory": _weight_reads(config, passes)
+            * need.base
+            * target.count
+            / target.device.bandwidth,
+            "network": sum(collectives.values()) / target.device.link,
+        },
+        compile_seconds=seconds,
+    )
+
+
+def _compile_step(prepared: Prepared, stage: Stage, label: str) -> tuple[fit.Need, dict[str, int]]:
+    """The need of a stage's step, and the bytes of its collectives."""
     program = prepared.steps[stage.number]
     need = fit.need_of(program, prepared)
-    seconds = time.monotonic() - began
-    text = program.compile().as_text() if need.compiled else ""
-    collectives = hlo.collective_bytes(text) if text else {}
-    workspace = hlo.cudnn_workspace(text)  # which a compiler with no device puts at 0
+    need = dataclasses.replace(need, label=label or need.label)
+    if not need.compiled:
+        return need, {}
+    text = program.compile().as_text()
+    assert text is not None, "every compiler of ours gives the text of its program"
+    workspace = hlo.cudnn_workspace(text)  # a compiler without a device reports 0
     need = dataclasses.replace(
-        need,
-        label=label or need.label,
-        temporary=need.temporary + workspace,
-        peak=need.peak + workspace,
+        need, temporary=need.temporary + workspace, peak=need.peak + workspace
     )
-    room = options.room(target)
-    evaluation = None
-    if need.fits(*room) and evaluated:
-        evaluation = fit.need_of(prepared.evaluations[T], prepared)
-    counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"])
-    # the weights are read forward, again, and backward
-    passes = 2 if config.memory.remat == "none" else 3
-    bounds = {
-        "arithmetic": counted.hardware / (target.count * device.flops * options.efficiency),
-        "memory": config.training.accumulate * passes * need.base * target.count / device.bandwidth,
-        "network": sum(collectives.values()) / device.link,
-    }
-    fits = need.fits(*room) and (evaluation is None or evaluation.fits(*room))
-    return StagePlan(
-        stage,
-        need,
-        evaluation,
-        program.reason,
-        fits,
-        counted.model,
-        counted.hardware,
-        collectives,
-        config.training.accumulate * config.training.rows * T,
-        bounds,
-        seconds,
-    )
+    return need, hlo.collective_bytes(text)
+
+
+def _weight_reads(config, passes: Passes) -> int:
+    """How often a step reads the weights: forward, and backward, before which rematerialization
+    reads them once more.
+    """
+    backward = 1 if config.memory.remat == "none" else 2
+    return config.training.accumulate * (passes.forward + backward * passes.backward)

@@ -30,8 +30,8 @@ from lljax.planning.flops import of_step
 from lljax.report.records import read_metrics
 from lljax.run import loop
 from lljax.training.curriculum import stages
-from lljax.training.placement import abstract_batch, layout_of
-from lljax.training.step import take_apart
+from lljax.training.placement import layout_of
+from lljax.training.prepare import prepare_step
 
 FORMATS = list(FORMS)
 encode = functools.partial(jax.jit, static_argnums=(1, 2))(quantise)
@@ -208,9 +208,9 @@ def test_a_step_holds_no_second_copy_of_the_kernels_nor_their_dense_form(run_con
         if v.get_metadata("role") == "kernel"
     )
     stage = stages(run_config.context)[0]
-    need, _ = fit.compile_step(
-        "", take_apart(run_config, model, mesh), abstract_batch(1, 1, 32, mesh), stage.pattern, None
-    )
+    run_config.training.rows = 1
+    prepared = prepare_step(run_config, hf_config, mesh, model=model, stages=[stage])
+    need = fit.need_of(prepared.steps[stage.number], prepared)
     assert need.base < dense / 6 and need.temporary < dense / 4
 
 

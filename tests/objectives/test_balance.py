@@ -23,10 +23,12 @@ from lljax.models import lora, spec
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.memory import Memory
-from lljax.objectives.token_loss import balance_of, busiest_of
+from lljax.objectives.balance import expert_load_max, load_balancing_loss
 from lljax.parallel.sharding import make_mesh
 from lljax.training.placement import layout_of, place
-from lljax.training.step import accumulate, take_apart
+from lljax.training.prepare import prepare_step
+from lljax.training.state import split
+from lljax.training.step import accumulate, make_step, step_settings
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 ONE = make_mesh(devices=jax.devices()[:1])
@@ -156,9 +158,11 @@ def load_and_gradients(mesh, memory, pattern=FULL, count=4):
                 memory=memory,
                 counted=counted,
             )
-            return balance_of(load, counted.sum()) * (micro["targets"] != -100).sum(), load
+            return load_balancing_loss(load, counted.sum()) * (micro["targets"] != -100).sum(), load
 
-        (balance, load), gradients = accumulate(loss, trainable, frozen, batch, jax.random.key(0))
+        (balance, load), gradients = accumulate(
+            loss, trainable, frozen, batch, jax.random.key(0), lambda loads: loads.sum(0)
+        )
         return load, balance, gradients
 
     batch = place(rows(count), 2, mesh, layout)
@@ -213,26 +217,33 @@ def test_the_load_over_devices_is_that_of_one(one_device, sizes, count, tile):
 # ---------------------------------------------------------------- in the step
 
 
-def parts(*, dense=False, coefficient=0.0):
+def config_of(coefficient=0.0):
     c = default_config()
     c.model.path, c.model.dtype, c.memory.remat = "tiny", "float32", "none"
+    c.context.schedule = ((1, T, "full"),)
     c.training.router_aux_loss_coef = coefficient
-    return take_apart(
-        c, decoder(ONE, first_k_dense_replace=HF["num_hidden_layers"] if dense else 2), ONE
-    )
+    return c
+
+
+DENSE = {"first_k_dense_replace": HF["num_hidden_layers"]}
+
+
+def metrics_of_a_step(coefficient=0.0, **changes):
+    """(state, frozen, batch) -> metrics, and the first two."""
+    config = config_of(coefficient)
+    parts = split(config, decoder(ONE, **changes), ONE)
+    step = make_step(parts, step_settings(config))
+    return lambda *args: step(*args, FULL)[1], parts.state, parts.frozen
 
 
 def test_a_model_without_experts_has_nothing_to_balance():
     batch = place(rows(4), 2, ONE, None)
-    made = parts(dense=True)
-    metrics = jax.eval_shape(lambda *args: made.step(*args, FULL), made.state, made.frozen, batch)[
-        1
-    ]
+    metrics = jax.eval_shape(*metrics_of_a_step(**DENSE), batch)
     assert not {"load_balancing_loss", "expert_load_max"} & set(metrics)
     with pytest.raises(
         ConfigError, match="coef=0.01 balances experts, and model.path='tiny' has none: set it to 0"
     ):
-        parts(dense=True, coefficient=0.01)
+        prepare_step(config_of(0.01), {}, ONE, model=decoder(ONE, **DENSE))
     c = default_config()
     c.training.router_aux_loss_coef = -1.0
     with pytest.raises(ConfigError, match="router_aux_loss_coef=-1.0 is not a number from 0"):
@@ -246,11 +257,11 @@ def test_the_step_reports_it_and_minimises_it_where_it_is_told_to(one_device):
     tokens = (rows(4)["targets"] != -100).sum()
     seen = {}
     for coefficient in (0.0, 1e5):
-        made = parts(coefficient=coefficient)
-        seen[coefficient] = made.step(made.state, made.frozen, batch, FULL)[1]
+        step, state, frozen = metrics_of_a_step(coefficient)
+        seen[coefficient] = step(state, frozen, batch)
         assert seen[coefficient]["load_balancing_loss"] == pytest.approx(balance / tokens, rel=1e-5)
         assert seen[coefficient]["expert_load_max"] == pytest.approx(
-            float(busiest_of(load)), rel=1e-6
+            float(expert_load_max(load)), rel=1e-6
         )
     assert seen[1e5]["loss"] == pytest.approx(float(seen[0.0]["loss"]), rel=1e-6)
     norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(gradients))) / tokens

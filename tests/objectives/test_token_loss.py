@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lljax.objectives.token_loss import cross_entropy
+from lljax.objectives.token_loss import cross_entropy, token_log_probs
 from lljax.parallel.sharding import Layout, make_mesh
 
 
@@ -18,11 +18,15 @@ def make(B=2, T=37, D=16, V=50, ignored=0.3, seed=0):
     )
 
 
-def dense(hidden, head, targets, softcap=None):
+def dense_log_probs(hidden, head, targets, softcap=None):
     logits = hidden @ head.T
     logs = jax.nn.log_softmax(logits if softcap is None else softcap * jnp.tanh(logits / softcap))
     picked = jnp.take_along_axis(logs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
-    return -jnp.sum(jnp.where(targets == -100, 0, picked))
+    return jnp.where(targets == -100, 0, picked)
+
+
+def dense(hidden, head, targets, softcap=None):
+    return -jnp.sum(dense_log_probs(hidden, head, targets, softcap))
 
 
 @pytest.mark.parametrize(
@@ -137,3 +141,68 @@ def test_capped_logits_of_a_head_that_is_spread_over_devices():
         for where in (layout, None)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
+
+
+LAYOUTS = {
+    "one device": None,
+    "sequence 2, tensor 2": Layout(
+        make_mesh(sequence=2, tensor=2, devices=jax.devices()[:4]), "ring"
+    ),
+    "data 2, sequence 2": Layout(make_mesh(data=2, sequence=2, devices=jax.devices()[:4]), "ring"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk,softcap", [(7, None), (10, 3.0), (1024, None)])
+def test_log_probabilities_and_their_gradients_equal_the_dense_ones(layout, chunk, softcap):
+    """Under weights of the tokens of either sign, with an update of the head and rows of odd
+    length, which a mesh cuts evenly.
+    """
+    hidden, head, targets = make(T=37 if LAYOUTS[layout] is None else 36)
+    rng = np.random.default_rng(1)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 3), (50, 3)))
+    weights = jnp.asarray(rng.normal(size=targets.shape), jnp.float32)
+
+    @jax.jit
+    def ours(hidden, head, a, b):
+        got = token_log_probs(
+            hidden,
+            head,
+            targets,
+            chunk=chunk,
+            softcap=softcap,
+            layout=LAYOUTS[layout],
+            update=(hidden @ a, b),
+        )
+        assert got.shape == targets.shape and got.dtype == jnp.float32
+        return jnp.sum(weights * got), got
+
+    def wanted(hidden, head, a, b):
+        log_probs = dense_log_probs(hidden, head + b @ a.T, targets, softcap)
+        return jnp.sum(weights * log_probs), log_probs
+
+    got, wanted = (
+        jax.value_and_grad(f, (0, 1, 2, 3), has_aux=True)(hidden, head, a, b)
+        for f in (ours, wanted)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, wanted)
+
+
+def test_the_gradient_of_log_probabilities_never_holds_the_logits_of_every_token():
+    hidden, head, targets = make(B=1, T=512, V=4096)
+    weights = jnp.linspace(-1, 1, 512)[None]
+
+    def total(hidden, head):
+        return jnp.sum(weights * token_log_probs(hidden, head, targets, chunk=32))
+
+    compiled = jax.jit(jax.grad(total)).lower(hidden, head).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512 * 4096 * 4 / 4
+    assert "f32[4096,16] = dot_general" not in str(jax.make_jaxpr(jax.grad(total))(hidden, head))
+
+
+def test_ignored_targets_have_log_probability_0_and_no_gradient():
+    hidden, head, targets = make()
+    log_probs, pull = jax.vjp(lambda h: token_log_probs(h, head, targets, chunk=8), hidden)
+    ignored = np.asarray(targets) == -100
+    assert not np.any(log_probs[ignored]) and (log_probs[~ignored] < 0).all()
+    assert not np.any(pull(jnp.ones_like(log_probs))[0][ignored])

@@ -1,13 +1,15 @@
 """A run that cannot fit is refused before its weights are read."""
 
+import dataclasses
 import logging
+import types
+from collections.abc import Callable
 
 import jax
+import numpy as np
 import pytest
-from conftest import TINY
 
 from lljax.attention.pattern import FULL
-from lljax.build import mesh_of, placed_model
 from lljax.config import default_config
 from lljax.errors import ConfigError, OutOfMemory
 from lljax.models.spec import LayerSpec
@@ -15,8 +17,7 @@ from lljax.parallel.sharding import make_mesh
 from lljax.planning import fit
 from lljax.run import loop
 from lljax.training.curriculum import stages
-from lljax.training.placement import abstract_batch
-from lljax.training.step import make_evaluate, step_settings, take_apart
+from lljax.training.prepare import Program
 
 
 def need(**changes):
@@ -55,17 +56,33 @@ def test_what_cannot_fit_is_one_line_with_advice(changes, refuse, message):
         fit.check([need(**changes)], 2 * fit.GiB, 4 * fit.GiB, config, (LayerSpec(),) * 4)
 
 
-def test_a_refusal_of_the_tpu_compiler_is_read():
-    class Step:
-        def lower(self, *_):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Ran out of memory. Used 23.61G of 15.75G hbm."
-            )
+def refused_program(trains: bool) -> Program:
+    def lower():
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory. Used 23.61G of 15.75G hbm."
+        )
 
-    state = type("State", (), {"trainable": {}, "optimizer": {}})
-    parts = type("Parts", (), {"step": Step(), "state": state, "frozen": {}})
-    seen, program = fit.compile_step("64 full", parts, {}, None, None)
-    assert program is None and not seen.fits(1e30, 1e30) and seen.peak == int(23.61 * fit.GiB)
+    return Program(
+        label="64 full",
+        pattern=FULL,
+        layout=None,
+        reason="one device",
+        length=64,
+        batch={},
+        trains=trains,
+        _lower=lower,
+    )
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["step", "evaluation"])
+def test_a_refusal_of_the_tpu_compiler_is_read(trains):
+    """It knows the arguments of the program; the optimizer is none of an evaluation."""
+    moments = jax.device_put(np.zeros(1024, np.float32), jax.devices()[0])
+    state = types.SimpleNamespace(trainable={}, optimizer={"mu": moments})
+    prepared = types.SimpleNamespace(state=state, frozen={})
+    need = fit.need_of(refused_program(trains), prepared)
+    assert not need.compiled and not need.fits(1e30, 1e30)
+    assert need.peak == int(23.61 * fit.GiB) + (0 if trains else 4096)
 
 
 def test_a_cpu_has_its_share_of_the_machine():
@@ -78,7 +95,9 @@ def test_the_loop_shows_the_plan_and_refuses_before_it_reads_weights(
 ):
     run_config.context.schedule = ((4, 32, "full"),)
     monkeypatch.setattr(fit, "capacity", lambda mesh: (1000.0, 1e12))
-    monkeypatch.setattr(loop, "fill", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "lljax.build.load_weights", lambda *_, **__: pytest.fail("weights were read")
+    )
     with caplog.at_level(logging.INFO), pytest.raises(ConfigError, match="32 full needs"):
         loop.train(run_config, tmp_path)
     assert "optimizer" in caplog.text and "NO" in caplog.text
@@ -120,32 +139,20 @@ def test_a_run_evaluates_on_rows_of_its_stages(held_out, every, lengths):
     assert fit.evaluation_lengths(config, ()) == []
 
 
-def test_an_evaluation_takes_a_layer_a_tile_at_a_time_as_its_step_does():
-    config = default_config()
-    config.context.length, config.context.schedule = 1024, ((1, 1024, "full"),)
-    config.model.dtype, config.memory.loss_chunk, config.mesh.fsdp = "float32", 64, 1
-    mesh = mesh_of(config.mesh, jax.devices()[:1])
-    batch, taken = abstract_batch(1, 1, 1024, mesh), []
-    for tile in (0, 64):
-        config.memory.tile = tile
-        parts = take_apart(
-            config, placed_model(config, TINY | {"intermediate_size": 1024}, mesh), mesh
-        )
-        evaluate = make_evaluate(parts.graphdef, step_settings(config))
-        need, _ = fit.compile_evaluation("evaluation", evaluate, parts, batch, None)
-        taken.append(need.temporary)
-        assert (
-            need.peak >= need.base + need.trainable + need.optimizer + need.temporary
-            and need.optimizer > 0
-        )
-    step, _ = fit.compile_step("step", parts, batch, FULL, None)
-    assert taken[1] < taken[0] / 2 and taken[1] < step.temporary
-
-
 def full(*_, **__):
     raise jax.errors.JaxRuntimeError(
         "RESOURCE_EXHAUSTED: Out of memory allocating 34359738368 bytes.\nmore\nlines"
     )
+
+
+@dataclasses.dataclass
+class Full:
+    """A compiled program that finds no memory when it runs."""
+
+    memory_analysis: Callable
+
+    def __call__(self, *_):
+        full()
 
 
 def test_a_device_that_runs_out_of_memory_is_one_line_and_another_failure_is_left_as_it_is():
@@ -190,33 +197,35 @@ def test_advice_is_a_sentence_where_no_setting_is_left():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "when,told",
+    "failing,told",
     [
         ("weights", "reading the weights: .*: spread them .*; no checkpoint is there yet"),
         (
-            "step",
+            "64 full",
             "step 5, stage 64 full: .*: set memory.tile=4096; memory.offload=True; memory.layers_per_residual=2, or .*; "
             "the last checkpoint is of step 3, and the settings of memory and mesh may change",
         ),
         (
-            "evaluation",
+            "evaluation of 64",
             "evaluation of 64 tokens after step 5: .*: lower memory.loss_chunk.* is of step 3",
         ),
     ],
     ids=["weights", "step", "evaluation"],
 )
 def test_a_run_that_runs_out_of_memory_says_where_and_what_is_saved(
-    run_config, one_device, tmp_path, monkeypatch, when, told
+    run_config, one_device, tmp_path, monkeypatch, failing, told
 ):
-    compile_step = fit.compile_step
+    compile_program = Program.compile
 
-    def compiled(label, *rest):
-        need, program = compile_step(label, *rest)
-        return need, full if when == "step" and label == "64 full" else program
+    def compiled(program):
+        out = compile_program(program)
+        if program.label == failing:
+            return Full(out.memory_analysis)
+        return out
 
-    monkeypatch.setattr(fit, "compile_step", compiled)
-    if when != "step":
-        monkeypatch.setattr(loop, "fill" if when == "weights" else "_evaluate", full)
+    monkeypatch.setattr(Program, "compile", compiled)
+    if failing == "weights":
+        monkeypatch.setattr("lljax.build.load_weights", full)
     run_config.context.schedule = ((4, 32, "shifted"), (5, 64, "full"))
     with pytest.raises(OutOfMemory, match=told):
         loop.train(run_config, tmp_path)

@@ -15,7 +15,8 @@ from lljax.config import default_config
 from lljax.planning.flops import of_step, visible_pairs
 from lljax.training.curriculum import stages
 from lljax.training.placement import abstract_batch
-from lljax.training.step import take_apart
+from lljax.training.state import split
+from lljax.training.step import make_step, step_settings
 
 T = 64  # a single block of the attention's loops
 LLAMA = {
@@ -88,11 +89,9 @@ def test_hardware_flops_are_those_of_the_program(kind, changes):
     c.update_from_flattened_dict(changes)
     mesh, stage = mesh_of(c.mesh, jax.devices()[:1]), stages(c.context)[0]
     model = placed_model(c, LLAMA, mesh)
-    parts, batch = (
-        take_apart(c, model, mesh),
-        abstract_batch(c.training.accumulate, c.training.rows, T, mesh),
-    )
-    program = jax.make_jaxpr(parts.step, static_argnums=(3, 4))(
+    parts = split(c, model, mesh)
+    batch = abstract_batch(c.training.accumulate, c.training.rows, T, mesh)
+    program = jax.make_jaxpr(make_step(parts, step_settings(c)), static_argnums=(3, 4))(
         parts.state, parts.frozen, batch, stage.pattern, None
     ).jaxpr
     # Attention computes whole blocks, in one of two loops; the count is of the pairs that are

@@ -12,12 +12,16 @@ from transformers.optimization import Adafactor
 
 from lljax.attention.pattern import FULL
 from lljax.build import fill, mesh_of, placed_model
-from lljax.config import READS, default_config
+from lljax.config import default_config
 from lljax.interop.open import open_base
 from lljax.run.checkpoint import Checkpoints, abstract, describe
-from lljax.training.optimizer import DIRECTIONS, by_optax, make_optimizer
+from lljax.training.optimizer import OPTIMIZERS, make_optimizer
 from lljax.training.placement import layout_of, place
-from lljax.training.step import take_apart
+from lljax.training.rule import by_optax
+from lljax.training.state import split
+from lljax.training.step import make_step, step_settings
+
+DIRECTIONS = [name for name, row in OPTIMIZERS.items() if row.direction]
 
 # the first two: three layers
 SHAPES = {"kernel": (3, 8, 12), "norm": (3, 8), "embed": (10, 8), "head": (8,)}
@@ -195,7 +199,8 @@ def tiny_steps(run_config, name, steps, devices=1, **changes):
     model = placed_model(run_config, base.config, mesh)
     layout, _ = layout_of(mesh, "auto", FULL, 32, model.spec)
     fill(model, run_config, base, mesh)
-    parts = take_apart(run_config, model, mesh)
+    parts = split(run_config, model, mesh)
+    step = make_step(parts, step_settings(run_config))
     tokens = (
         np.random.default_rng(0)
         .integers(0, 300, (run_config.training.accumulate * 8, 32))
@@ -213,7 +218,7 @@ def tiny_steps(run_config, name, steps, devices=1, **changes):
         [],
     )
     for _ in range(steps):
-        state, metrics = parts.step(state, parts.frozen, batch, FULL, layout)
+        state, metrics = step(state, parts.frozen, batch, FULL, layout)
         losses.append(float(metrics["loss"]))
     return losses, state
 
@@ -254,14 +259,14 @@ def test_a_restored_state_goes_on_bitwise(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_loss_falls(run_config, name):
     losses, _ = tiny_steps(run_config, name, 6, **SMALL.get(name, {}))
     assert losses[-1] < losses[0] - 0.3, losses
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_eight_devices_take_the_steps_of_one(run_config, name):
     alone, _ = tiny_steps(run_config, name, 4, **SMALL.get(name, {}))
     together, state = tiny_steps(

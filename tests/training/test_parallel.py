@@ -1,24 +1,26 @@
-"""The whole model over eight devices, in two accumulated passes, against one device in one: the
-loss and the gradient of every trainable leaf.
+"""The training step of the real objective over eight devices, in two accumulated passes, against
+one device in one: the loss and the gradient of every trainable leaf.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from lljax.attention.pattern import AttentionPattern
 from lljax.build import move
+from lljax.config import default_config
 from lljax.errors import ConfigError
 from lljax.models import lora, spec
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.memory import Memory
-from lljax.objectives.token_loss import cross_entropy
 from lljax.parallel.sharding import make_mesh
+from lljax.training.curriculum import Stage
+from lljax.training.optimizer import OPTIMIZERS, Optimizer
 from lljax.training.placement import layout_of, place
-from lljax.training.step import accumulate
+from lljax.training.prepare import prepare_step
+from lljax.training.rule import Rule
 
 T = 128
 HEADS = [(8, 8), (8, 2), (6, 2)]
@@ -140,41 +142,34 @@ EXPERTS = {
 }
 
 
+def keep_gradients(*_):
+    """A rule that leaves the weights as they are and keeps the gradients as its state."""
+    return Rule(
+        init=lambda trainable: jax.tree.map(jnp.zeros_like, trainable),
+        gradients=lambda gradient, trainable, state: (*gradient(lambda x: x, trainable), state),
+        apply=lambda trainable, before, state, gradients, norm, ok, key: (trainable, gradients, ok),
+    )
+
+
 def loss_and_gradients(
     N, K, pattern, mesh, mode, count, *, passes=2, memory=TILED, family=NO_CHANGE, **variant
 ):
+    """The metric `loss` of a training step, and the gradients that its optimizer receives."""
     model = decoder(N, K, family, **variant)
     move(model, mesh)
-    layout, _ = layout_of(mesh, mode, pattern, T, model.spec)
-    graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
-
-    @jax.jit
-    def run(trainable, frozen, batch):
-        def loss(trainable, frozen, micro, key):
-            model = nnx.merge(graphdef, trainable, frozen)
-            hidden = model(
-                micro["tokens"],
-                positions=micro["positions"],
-                segments=micro["segments"],
-                index=micro["index"],
-                pattern=pattern,
-                layout=layout,
-                memory=memory,
-            )
-            return cross_entropy(
-                hidden,
-                model.head,
-                micro["targets"],
-                chunk=48,
-                layout=layout,
-                update=model.head_update(hidden),
-            ), None
-
-        (loss, _), gradients = accumulate(loss, trainable, frozen, batch, jax.random.key(0))
-        return loss, gradients
-
-    batch = place(rows(2 * count), passes, mesh, layout)
-    return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen), batch))
+    c = default_config()
+    c.context.schedule, c.model.dtype, c.optimizer.name = ((1, T, "full"),), "float32", "keep"
+    c.training.rows, c.training.accumulate = 2 * count // passes, passes
+    c.mesh.context_parallel, c.memory.loss_chunk = mode, 48
+    c.memory.remat, c.memory.tile = memory.remat, memory.tile
+    stage = Stage(number=0, start=0, stop=1, length=T, pattern=pattern)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OPTIMIZERS, "keep", Optimizer(None, rule=keep_gradients))
+        prepared = prepare_step(c, {}, mesh, model=model, stages=[stage])
+    program = prepared.steps[0]
+    batch = place(rows(2 * count), passes, mesh, program.layout)
+    state, metrics = program.compile()(prepared.state, prepared.frozen, batch)
+    return jax.tree.map(np.asarray, (metrics["loss"], state.optimizer))
 
 
 @pytest.fixture(scope="module")
