@@ -36,7 +36,9 @@ FACTOR = Field(
     padding=1.0,
     derive=lambda piece: np.ones(len(piece["tokens"]), np.float32),
 )
-MULTIPLIED = dataclasses.replace(SFT, fields=(*SFT.fields, FACTOR), loss=multiplied)
+MULTIPLIED = dataclasses.replace(
+    SFT, name="multiplied", fields=(*SFT.fields, FACTOR), loss=multiplied
+)
 
 
 class Faulty(Run):
@@ -59,7 +61,8 @@ class Faulty(Run):
 @pytest.fixture
 def train(run_config, monkeypatch):
     """train(config, workdir, {step: fault}, states) -> the model; `states` are added to."""
-    monkeypatch.setitem(OBJECTIVES, "sft", MULTIPLIED)
+    monkeypatch.setitem(OBJECTIVES, MULTIPLIED.name, MULTIPLIED)
+    run_config.objective.name = MULTIPLIED.name
     run_config.context.schedule, run_config.data.valid_fraction = ((STEPS, 32, "full"),), 0.0
     run_config.alarm.spike, run_config.alarm.max_bad_steps = "skip", TOO_MANY
     run_config.checkpoint.every_steps = STEPS
