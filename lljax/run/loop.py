@@ -120,7 +120,7 @@ class Run(Setup):
         self.observers.step(self.record(stage, metrics, speed))
         if trouble := alarms.trouble(metrics):
             self.observers.say(f"step {self.step}: {trouble}")
-            if self.rolled_back(stage, metrics, trouble):
+            if self.handle_trouble(stage, metrics, trouble):
                 return
         self.leave_if_asked()
         self.save_if_due()
@@ -188,9 +188,9 @@ class Run(Setup):
         }
 
     # ---------------------------------------------------------------- after a step
-    def rolled_back(self, stage: Stage, metrics: dict, trouble: str) -> bool:
-        """Answers a bad step as `alarm` says: rolls back and returns True, stops the run, or
-        returns False.
+    def handle_trouble(self, stage: Stage, metrics: dict, trouble: str) -> bool:
+        """Rolls back after a bad step, or stops the run, as `config.alarm` says; returns whether it
+        rolled back.
         """
         alarm, target, again = self.config.alarm, None, 0
         if self.rolls_back and metrics["spike"]:

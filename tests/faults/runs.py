@@ -1,4 +1,4 @@
-"""One tiny run as real processes of scripts/train.py, and what it left, to compare bit for bit."""
+"""One tiny run as real processes of scripts/train.py; its files are compared bit for bit."""
 
 import functools
 import multiprocessing
@@ -33,9 +33,7 @@ IMPORTED = [
 
 
 class Left(NamedTuple):
-    """The newest checkpoint of a run. bits: the bytes of every leaf: what is trained, the
-    optimizer, the random key.
-    """
+    """The newest checkpoint of a run. bits: the bytes of every leaf."""
 
     step: int
     bits: list[bytes]
@@ -43,7 +41,7 @@ class Left(NamedTuple):
 
 
 class Run:
-    """A workdir, and how processes are started in it. `arguments`: those of scripts/train.py."""
+    """A workdir, and how processes are started in it. arguments: of scripts/train.py."""
 
     def __init__(self, workdir: Path, tiny: str, documents: str, *overrides: str):
         self.workdir, self.log = workdir, workdir.with_name(f"{workdir.name}.log")
@@ -93,7 +91,7 @@ class Run:
     def last_line(self) -> str:
         return (self.log.read_text().strip().splitlines() or [""])[-1]
 
-    # ---------------------------------------------------------------- what is there
+    # ---------------------------------------------------------------- files
     def records(self) -> list[dict]:
         return records(self.workdir)
 
@@ -105,7 +103,7 @@ class Run:
         return steps_saved(self.workdir)
 
     def newest(self, step: int | None = None) -> Left | None:
-        """What a run would go on from: the newest sound checkpoint (or that of `step`)."""
+        """The newest sound checkpoint, from which a run resumes (or the checkpoint of `step`)."""
         if not self.steps():
             return None
         checkpoints = Checkpoints(
@@ -136,7 +134,7 @@ def alive(process) -> bool:
 
 
 def like(workdir: Path) -> dict:
-    """What to restore of a run."""
+    """The abstract items of a run's checkpoint."""
     return _like((workdir / "config.json").read_text(), workdir)
 
 

@@ -30,8 +30,8 @@ def mesh(*shape):
 
 
 def state(where: Mesh, seed: int = 0):
-    """A trained subtree with the optax.partition state of two roles, after one update, and what
-    else a step carries.
+    """A trained subtree with the optax.partition state of two roles, after one update, and the
+    rest of a state.
     """
     rows = NamedSharding(where, PartitionSpec(None, "fsdp"))
     trainable = {

@@ -1,4 +1,4 @@
-"""The whole job on a tiny model: train, stop, resume, export; and what is refused on the way."""
+"""The whole job on a tiny model: train, stop, resume, export; and the refusals on the way."""
 
 import json
 import shutil
@@ -131,7 +131,7 @@ def test_another_run_is_not_resumed_nor_one_on_another_base_opened(
         changed.update_from_flattened_dict({field: value})
         with pytest.raises(ConfigError, match="another " + field.removesuffix(".valid_fraction")):
             train_on_one_device(changed, workdir)
-    # what export goes by is still that of the weights
+    # export goes by this file: it still belongs to the weights
     assert read_config(workdir).lora.rank == run_config.lora.rank
 
     weights = base / "model.safetensors"
@@ -175,7 +175,7 @@ def test_a_finished_run_goes_on_under_a_longer_schedule_and_says_what_changes(
         ({"data.valid_fraction": 1e-9}, "holds none of the 40 documents out"),
     ],
 )
-def test_what_would_end_in_an_empty_success_is_refused_before_anything_is_computed(
+def test_a_run_without_effect_is_refused_before_anything_is_computed(
     run_config, tmp_path, changes, error
 ):
     run_config.update_from_flattened_dict(changes)

@@ -1,4 +1,4 @@
-"""metrics.jsonl is what an uninterrupted run would have written, whatever happened in between."""
+"""metrics.jsonl equals the file of an uninterrupted run, whatever happened in between."""
 
 import contextlib
 import itertools
@@ -123,19 +123,17 @@ def test_a_log_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
 
 
 def test_the_time_left_counts_the_stages_to_come():
-    """By their FLOPs, and corrected by what was measured; and by what steps are not, such as
-    evaluations.
-    """
+    """By their FLOPs, corrected by measured steps and by the time between steps."""
     now = [0.0]
     left = TimeLeft([(10, 1e12), (20, 4e12), (30, 8e12)], lambda: now[0])
-    told = []
+    estimates = []
     for step in range(1, 21):
         # the first warms up; 5 where 4 was to be expected
         seconds = 9.0 if step == 1 else 1.0 if step <= 10 else 5.0
         now[0] += seconds
-        told.append(left.after(step, seconds))
-    assert told[2] == pytest.approx(7 + 40 + 80) and told[9] == pytest.approx(40 + 80)
-    assert told[10] == pytest.approx(9 * 5 + 100) and told[19] == pytest.approx(100)
+        estimates.append(left.after(step, seconds))
+    assert estimates[2] == pytest.approx(7 + 40 + 80) and estimates[9] == pytest.approx(40 + 80)
+    assert estimates[10] == pytest.approx(9 * 5 + 100) and estimates[19] == pytest.approx(100)
     now[0] += sum([9.0, *[1.0] * 9, *[5.0] * 10])  # as long again between the steps
     assert left.after(20, 5.0) == pytest.approx(2 * 100, rel=0.1)
 
@@ -156,10 +154,10 @@ def test_a_rollback_leaves_the_file_of_a_run_that_never_went_further(tmp_path, c
     assert "step 4/10" in capfd.readouterr().err
 
 
-def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_what_is_left(
+def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_the_time_left(
     tmp_path, monkeypatch, capfd
 ):
-    def told(workdir):
+    def lines(workdir):
         clock = itertools.count(0.0, 20.0)  # each look at it is 20 seconds later
         workdir.mkdir()
         with opened(workdir, Monitor(clock=lambda: next(clock))) as monitor:
@@ -167,9 +165,9 @@ def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_what_is_left(
                 monitor.step(record(step))
         return capfd.readouterr().err
 
-    calm, wall, jumps = told(tmp_path / "calm"), time.time, itertools.cycle([86_400, 0, -86_400])
+    calm, wall, jumps = lines(tmp_path / "calm"), time.time, itertools.cycle([86_400, 0, -86_400])
     monkeypatch.setattr(time, "time", lambda: wall() + next(jumps))
-    assert told(tmp_path / "jumps") == calm and "left" in calm
+    assert lines(tmp_path / "jumps") == calm and "left" in calm
 
 
 def test_numbers_keep_every_bit_of_a_float32(tmp_path):
@@ -199,14 +197,12 @@ def test_what_is_not_finite_is_still_json(tmp_path, value):
     assert str(float(step["loss"])) == str(value) == str(float(evaluation["eval"]["loss@512"]))
 
 
-def test_without_a_terminal_plain_lines_tell_step_stage_loss_speed_and_what_is_left(
-    tmp_path, capfd
-):
+def test_without_a_terminal_plain_lines_show_step_stage_loss_speed_and_time_left(tmp_path, capfd):
     run(tmp_path, range(1, 11), evaluations=(10,))
     text = capfd.readouterr().err
     first = text.splitlines()[0]
-    for told in ("step 1/10", "512 shifted", "loss 4.0000", "12,346 tokens/s", "left"):
-        assert told in first
+    for part in ("step 1/10", "512 shifted", "loss 4.0000", "12,346 tokens/s", "left"):
+        assert part in first
     assert "step 10/10" in text and "loss@512" in text and "\x1b" not in text
     assert text.count("tokens/s") == 2  # not a line a step: these ten took no time
 

@@ -1,4 +1,4 @@
-"""What a trace says of a step, on intervals made by hand and on a real run's."""
+"""The breakdown of a traced step, for intervals made by hand and for a real run."""
 
 import json
 import os
@@ -31,11 +31,11 @@ def test_steps_are_those_before_the_second_number():
 
 def test_a_step_is_divided_without_counting_anything_twice():
     work, waits = merged([(0, 40), (10, 50)]), merged([(40, 70), (200, 300)])
-    found = divide({7: (0, 100)}, merged([(60, 90)]), {"a": (work, waits)})
-    assert (found.computing, found.collectives, found.data, found.hidden) == pytest.approx(
+    parts = divide({7: (0, 100)}, merged([(60, 90)]), {"a": (work, waits)})
+    assert (parts.computing, parts.collectives, parts.data, parts.hidden) == pytest.approx(
         (50e-9, 20e-9, 20e-9, 10e-9)
     )
-    assert found.parts()["rest"] == pytest.approx(10e-9) and found.steps == [7]
+    assert parts.parts()["rest"] == pytest.approx(10e-9) and parts.steps == [7]
     both = divide({7: (0, 100), 8: (200, 300)}, [], {"a": (work, waits), "b": ([], [])})
     assert both.seconds == pytest.approx(100e-9) and both.devices == 2
     assert both.computing == pytest.approx(12.5e-9) and both.collectives == pytest.approx(
@@ -100,12 +100,12 @@ def test_a_trace_of_a_program_with_collectives_is_read(tmp_path):
             with mark_data():
                 time.sleep(0.05)
         tracer.step({"step": number})
-    found = json.loads((tmp_path / "profile.json").read_text())
-    assert found["steps"] == [1, 2] and found["devices"] == 8
+    parts = json.loads((tmp_path / "profile.json").read_text())
+    assert parts["steps"] == [1, 2] and parts["devices"] == 8
     assert (
-        found["computing"] > 0
-        and found["collectives"] > 0
-        and 0.04 < found["data"] < found["seconds"]
+        parts["computing"] > 0
+        and parts["collectives"] > 0
+        and 0.04 < parts["data"] < parts["seconds"]
     )
 
 
@@ -115,9 +115,9 @@ def test_a_run_is_traced_timed_and_told(run_config, tmp_path, caplog, monkeypatc
     run_config.context.schedule, run_config.data.valid_fraction = ((3, 32, "full"),), 0.0
     with caplog.at_level("INFO"):
         loop.train(run_config, tmp_path, profile_steps=range(2, 4))
-    found = json.loads((tmp_path / "profile.json").read_text())
-    assert found["steps"] == [2, 3] and found["devices"] == len(jax.devices())
-    assert 0 < found["computing"] < found["seconds"] and found["collectives"] > 0
+    parts = json.loads((tmp_path / "profile.json").read_text())
+    assert parts["steps"] == [2, 3] and parts["devices"] == len(jax.devices())
+    assert 0 < parts["computing"] < parts["seconds"] and parts["collectives"] > 0
     assert list((tmp_path / "profile").rglob("*.trace.json.gz"))
     assert "computing" in caplog.text and "tensorboard --logdir" in caplog.text
 
@@ -129,14 +129,14 @@ def test_a_run_is_traced_timed_and_told(run_config, tmp_path, caplog, monkeypatc
     }
     assert len(work) == 1 and work.pop() > 0
     text = (tmp_path / "report.html").read_text()
-    for told in (
+    for text_of in (
         "Where the time goes",
         "steps 2 to 3",
         'class="part0"',
         "Model FLOPs utilisation",
         "<dt>MFU</dt>",
     ):
-        assert told in text, told
+        assert text_of in text, text_of
 
 
 def test_a_run_that_ends_among_the_steps_closes_its_trace(tmp_path):

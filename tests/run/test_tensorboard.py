@@ -39,7 +39,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rollback(tmp_path
             size = struct.unpack_from("<Q", data, at)[0]
             event = Event.FromString(data[at + 12 : at + 12 + size])
             at += 16 + size
-            if event.session_log.status == SessionLog.START:  # what TensorBoard does with a purge
+            if event.session_log.status == SessionLog.START:  # TensorBoard purges
                 shown = {key: value for key, value in shown.items() if key[1] < event.step}
             for value in event.summary.value:
                 assert (value.tag, event.step) not in shown
