@@ -120,10 +120,9 @@ def smollm2():
     return path
 
 
-@pytest.fixture
-def run_config(tiny, documents):
-    """A configuration that trains in seconds: two stages, shifted and full, on one of the eight
-    devices each row.
+def tiny_run_config(tiny: str, documents: str):
+    """A configuration that trains in seconds: two stages, shifted and full, a row on every one of
+    the eight devices.
     """
     c = default_config()
     c.model.path, c.model.dtype = tiny, "float32"
@@ -133,6 +132,11 @@ def run_config(tiny, documents):
     c.training.rows, c.training.eval_rows = 8, 8
     c.checkpoint.every_steps = 3
     return c
+
+
+@pytest.fixture
+def run_config(tiny, documents):
+    return tiny_run_config(tiny, documents)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_run_config
 from flax import nnx
 from run.cases import StopAfter, records, trained_leaves, wait_for_step
 
@@ -29,6 +30,13 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+@pytest.fixture(scope="module")
+def finished(tiny, documents, tmp_path_factory):
+    """A run of `run_config` to its end: (model, workdir). For reading only."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return loop.train(tiny_run_config(tiny, documents), workdir), workdir
+
+
 @pytest.mark.parametrize(
     "optimizer,stops",
     [
@@ -38,23 +46,22 @@ def assert_same(a, b):
     ],
 )
 def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(
-    run_config, tmp_path, optimizer, stops
+    run_config, request, tmp_path, optimizer, stops
 ):
     if optimizer == "q_galore":
-        (
-            run_config.train_type,
-            run_config.optimizer.name,
-            run_config.optimizer.galore.update_every,
-        ) = "full", optimizer, 3
-    whole = loop.train(run_config, tmp_path / "whole")
-    assert [r["length"] for r in records(tmp_path / "whole") if "loss" in r] == [32] * 4 + [64] * 4
+        run_config.train_type, run_config.optimizer.name = "full", optimizer
+        run_config.optimizer.galore.update_every = 3
+        whole, workdir = loop.train(run_config, tmp_path / "whole"), tmp_path / "whole"
+    else:
+        whole, workdir = request.getfixturevalue("finished")
+    assert [r["length"] for r in records(workdir) if "loss" in r] == [32] * 4 + [64] * 4
 
     for step in stops:
         with pytest.raises(Stopped, match=f"after step {step}, state saved"):
             loop.train(run_config, tmp_path / "parts", observers=[StopAfter(step)])
     parts = loop.train(run_config, tmp_path / "parts")
     assert_same(trained_leaves(whole), trained_leaves(parts))
-    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+    assert records(workdir) == records(tmp_path / "parts")
 
 
 def test_a_base_that_pissa_changed_is_the_same_when_the_run_goes_on(run_config, tmp_path):
@@ -209,22 +216,25 @@ def test_if_no_held_out_token_is_predicted_there_is_no_perplexity(run_config, tm
     )
 
 
-def test_a_nan_is_never_applied_and_stops_the_run_in_the_end(run_config, tmp_path):
+def test_a_nan_is_never_applied_and_stops_the_run_in_the_end(
+    run_config, train_on_one_device, tmp_path
+):
     run_config.optimizer.learning_rate = 1e30
     run_config.optimizer.clip_norm = 1e30
     run_config.alarm.max_bad_steps = 3
     with pytest.raises(NumericAbort, match="state is saved"):
-        loop.train(run_config, tmp_path)
+        train_on_one_device(run_config, tmp_path)
     _, model, _ = restore_run(tmp_path)
     assert all(np.isfinite(x).all() for x in trained_leaves(model))
 
 
-def test_exports_give_our_logits_in_pytorch(run_config, train_on_one_device, tmp_path):
+def test_exports_give_our_logits_in_pytorch(finished, tmp_path):
     import peft
     import transformers
 
-    model = train_on_one_device(run_config, tmp_path / "run")
-    _, _, base = restore_run(tmp_path / "run")
+    trained, workdir = finished
+    _, model, base = restore_run(workdir)
+    assert_same(trained_leaves(trained), trained_leaves(model))
     tokens = np.random.default_rng(0).integers(0, 300, size=(2, 100))
     ours = np.asarray(
         model.logits(model(tokens, positions=np.broadcast_to(np.arange(100), (2, 100))))
@@ -251,10 +261,12 @@ def test_exports_give_our_logits_in_pytorch(run_config, train_on_one_device, tmp
     compare(peft.PeftModel.from_pretrained(load(base.path, config=config), tmp_path / "peft"))
 
 
-def test_full_training_and_the_python_face(tiny, documents, run_config, tmp_path):
+def test_full_training_and_the_python_face(
+    tiny, documents, run_config, train_on_one_device, tmp_path
+):
     run_config.train_type = "full"
     run_config.context.schedule = ((2, 32, "full"),)
-    loop.train(run_config, tmp_path / "full")
+    train_on_one_device(run_config, tmp_path / "full")
     model, _ = lljax.prepare_model(tiny)
     model = lljax.prepare_model(
         model,
