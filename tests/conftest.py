@@ -58,7 +58,10 @@ TINY = {
     "eos_token_id": 0,
     "bos_token_id": None,
 }
-TEXT = "def add(first, second):\n    return first + second  # the sum of both\n\nclass Thing:\n    name = 'thing'\n"
+TEXT = (
+    "def add(first, second):\n    return first + second  # the sum of both\n\n"
+    "class Thing:\n    name = 'thing'\n"
+)
 
 
 def write_base(folder, seed=0, **changes):
