@@ -40,7 +40,7 @@ def _write(workdir: Path) -> None:
             write_report(workdir)
         except Exception as error:
             logging.warning(
-                "%s: the report could not be written (%s: %s); scripts/report.py tries again",
+                "%s: the report could not be written (%s: %s); lljax report tries again",
                 workdir,
                 type(error).__name__,
                 first_line(error),
