@@ -133,7 +133,7 @@ def test_a_run_is_traced_timed_and_told(run_config, tmp_path, caplog, monkeypatc
         "Where the time goes",
         "steps 2 to 3",
         'class="part0"',
-        "Model FLOPs utilisation",
+        "Model FLOPs utili",
         "<dt>MFU</dt>",
     ):
         assert text_of in text, text_of
