@@ -1,4 +1,4 @@
-"""What a batch holds: its fields, with the dtype and the padding value of each."""
+"""The fields of a batch: name, dtype and padding value of each."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Batches: an endless shuffled stream for training, a finite ordered one for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -19,20 +20,21 @@ def make_loader(
     packing: bool,
     overlong: str,
     seed: int,
-    mine: np.ndarray | None = None,
+    local_rows: np.ndarray | None = None,
     fields: tuple[Field, ...] = NEXT_TOKEN,
 ) -> grain.DatasetIterator:
-    """An endless iterator of batches, dicts of int32 [rows, length]: tokens, targets, segments,
-    positions.
+    """An endless iterator of batches, dicts of arrays [rows, length]: the fields of the objective,
+    segments and positions.
 
-    mine: the numbers of the rows that are wanted of each batch, by default all. The order is a
-      function of the seed; each epoch has its own. `get_state()` and `set_state()` resume it
-      exactly; the state is JSON, and the same whatever is wanted.
+    local_rows: numbers of the rows of every batch that this process reads; None for all.
+    fields: of the objective.
 
-    Every process packs the whole stream, so that batches and state do not depend on how many there
-    are. It costs each a
-    copy of the tokens of all while the device computes: 13 million tokens a CPU second in rows of
-      8k, 50 in rows of 1M.
+    The order is a function of the seed, and differs from epoch to epoch. `get_state()` and
+    `set_state()` resume it exactly; the state is JSON and does not depend on `local_rows`.
+
+    Every process packs the whole stream, so that batches and state do not depend on the number of
+    processes. The price is a copy of all tokens in each process while the device computes: 13
+    million tokens per CPU second in rows of 8k, 50 million in rows of 1M.
 
     Raises:
       DataError: no document leaves a piece to train on.
@@ -46,15 +48,14 @@ def make_loader(
             f"are longer, {counts['untrained']} have no trained token within them: set "
             "data.overlong='split', or use longer rows"
         )
-    dataset = grain.MapDataset.source(pieces).shuffle(seed=seed % 2**32).repeat()
-    # Reading ahead would be lost work on every resume, and reading is a copy from mapped memory.
+    dataset = grain.MapDataset.source(cast(Any, pieces)).shuffle(seed=seed % 2**32).repeat()
+    # Reading ahead would be lost at every resume, and reading is a copy from mapped memory.
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
 
-    def stack(batch):
-        return {
-            name: np.stack([batch[i][name] for i in (range(rows) if mine is None else mine)])
-            for name in batch[0]
-        }
+    numbers = range(rows) if local_rows is None else local_rows
+
+    def stack(batch: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {name: np.stack([batch[i][name] for i in numbers]) for name in batch[0]}
 
     return iter(
         pack(stream, length, packing=packing, fields=fields).batch(
@@ -66,13 +67,11 @@ def make_loader(
 def rows_per_epoch(
     store: TokenStore, *, length: int, packing: bool, overlong: str, seed: int = 0
 ) -> int:
-    """The number of rows that an epoch of `make_loader` fills; other seeds pack a few more or
-    less.
-    """
+    """The number of rows in an epoch of `make_loader`; other seeds pack a few more or fewer."""
     pieces = Pieces(store, length, overlong)
     if not packing or not len(pieces):
         return len(pieces)
-    order = grain.MapDataset.source(pieces).shuffle(seed=seed).to_iter_dataset()
+    order = grain.MapDataset.source(cast(Any, pieces)).shuffle(seed=seed).to_iter_dataset()
     return sum(1 for _ in pack(order, length, packing=packing))
 
 

@@ -6,17 +6,16 @@ import numpy as np
 from lljax.data.batch import IGNORED, NEXT_TOKEN, Field
 from lljax.data.tokens import TokenStore
 
-BINS = 16  # rows filled side by side; more leave less padding, and mix epochs more
+BINS = 16  # rows filled at the same time; more leave less padding and mix epochs more
 
 
 class Pieces:
-    """The pieces of at most T tokens that documents are trained in; a random-access source for
-    grain.
+    """Documents in pieces of at most T tokens; a random-access source for grain.
 
-    overlong: what becomes of a document longer than T: "split" into consecutive pieces, "truncate"
-      or "drop".
-    A piece holds its inputs and their targets, so that a split loses none: the last input of a
-      piece is asked for the first token of the next. Pieces without any target are left out.
+    A piece holds its inputs and their targets, so that a split loses no target: the last input of a
+    piece predicts the first token of the next piece. Pieces without any target are left out.
+
+    overlong: documents longer than T are "split" into consecutive pieces, or "truncate", or "drop".
     """
 
     def __init__(self, store: TokenStore, T: int, overlong: str):
@@ -34,8 +33,8 @@ class Pieces:
         self._dropped = len(store) - len(fits)
 
     def counts(self) -> dict[str, int]:
-        """Numbers: `documents` that are trained, those `dropped` for their length, those
-        `untrained` for want of a target within reach; `pieces`, and `tokens` in them.
+        """The numbers of trained `documents`, of documents `dropped` for their length and
+        `untrained` because no piece has a target, of `pieces`, and of `tokens` in them.
         """
         documents = len(np.unique(self.document))
         tokens = np.minimum(self.store.lengths[self.document] - self.start, self.T).sum()
@@ -68,15 +67,13 @@ class Pieces:
 
 
 def _any(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Whether any of flags[start:stop] is set, for ascending spans that do not overlap, bool
-    [n].
-    """
-    found, filled = np.zeros(len(start), bool), np.flatnonzero(start < stop)
+    """Whether any of flags[start:stop] is set, bool [n]; spans ascend and do not overlap."""
+    result, filled = np.zeros(len(start), bool), np.flatnonzero(start < stop)
     if len(filled):
         bounds = np.stack([start[filled], stop[filled]], axis=1).ravel()
         bounds = bounds[:-1] if bounds[-1] == len(flags) else bounds
-        found[filled] = np.logical_or.reduceat(flags, bounds)[::2]
-    return found
+        result[filled] = np.logical_or.reduceat(flags, bounds)[::2]
+    return result
 
 
 def pack(
@@ -86,8 +83,8 @@ def pack(
     packing: bool,
     fields: tuple[Field, ...] = NEXT_TOKEN,
 ) -> grain.IterDataset:
-    """Rows of T tokens, each of several pieces (first-fit) or of one; with segment ids (0: padding)
-    and positions.
+    """Rows of T tokens, of several pieces each (first-fit) or of one piece, with the `fields`, segment
+    ids (0: padding) and positions.
     """
     if not packing:
         return pieces.map(lambda piece: row_of(piece, T, fields))

@@ -1,4 +1,4 @@
-"""What an objective says of itself: the batch it reads, the loss it minimizes, what it reports."""
+"""The row of an objective: the batch it reads, the loss it minimizes, the metrics it reports."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lljax.attention.pattern import AttentionPattern
 from lljax.data.batch import Batch, Field
+from lljax.models.decoder import Decoder
 from lljax.models.memory import Memory
 from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout
@@ -56,7 +57,7 @@ class PassSettings:
     """The static settings of a forward pass, with the names of their config fields.
 
     packed: rows may hold several documents.
-    options: what `Objective.options` read from the configuration.
+    options: of the objective, as `Objective.options` reads them from the configuration.
     """
 
     memory: Memory
@@ -74,18 +75,23 @@ class Pass:
     key: of dropout and noise; None in an evaluation, whose rows hold one document each.
     """
 
-    model: Any
+    model: Decoder
     settings: PassSettings
     pattern: AttentionPattern
     layout: Layout | None
     key: Array | None = None
 
-    def hidden(
-        self, batch: Batch, *, counted: Array | None = None
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Array]:
-        """The model's hidden states of a batch [B, T]; with `counted`, also the experts' load (see
-        `Decoder.__call__`).
-        """
+    def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
+        """The model's hidden states of a batch [B, T]."""
+        return self._run(batch)
+
+    def hidden_and_load(
+        self, batch: Batch, counted: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L 2 E"]]:
+        """The hidden states, and the load of the experts over the `counted` tokens."""
+        return self._run(batch, counted=counted)
+
+    def _run(self, batch: Batch, **options: Any) -> Any:
         trains, reordered = self.key is not None, self.layout is not None and self.layout.zigzag
         return self.model(
             batch["tokens"],
@@ -100,7 +106,7 @@ class Pass:
             dtype=jnp.dtype(self.settings.dtype),
             dropout_key=self.key,
             noise=self.settings.neftune_alpha,
-            counted=counted,
+            **options,
         )
 
 
@@ -143,7 +149,7 @@ class Objective:
     """A row of lljax.objectives.table.OBJECTIVES.
 
     name: the value of `objective.name`.
-    fields: what a batch holds besides segments, positions and index.
+    fields: of a batch, besides segments, positions and index.
     loss: (pass, batch [B, T]) -> Loss.
     weight: batch of any shape -> scalar that the sums of a step are divided by. Sums and weight are
       added over all passes first, so that accumulation changes nothing.
@@ -153,7 +159,7 @@ class Objective:
     scores: means of the evaluation's sums -> recorded values.
     options: config -> hashable settings that loss and evaluate read from `pass_.settings.options`.
     refuses: (config, spec) -> why the objective cannot train this model, or None.
-    passes: what a step costs.
+    passes: of a step, for its FLOPs and memory traffic.
     """
 
     name: str
@@ -177,6 +183,6 @@ class Objective:
         }
 
     def report(self, sums: dict[str, Array], weight: Array) -> dict[str, Array]:
-        """The metrics of a step from sums that `reduce` gave, or those of a single pass."""
+        """The metrics of a step from its sums: of `reduce`, or of a single pass."""
         reductions = {metric.name: metric.reduction for metric in self.metrics}
         return {name: reductions[name].finish(value, weight) for name, value in sums.items()}

@@ -49,7 +49,7 @@ def loss(pass_: Pass, batch: Batch) -> Loss:
     if not model.spec.has_experts:
         return Loss(summed(pass_.hidden(batch)), {})
     counted = batch["segments"] != 0
-    hidden, load = pass_.hidden(batch, counted=counted)
+    hidden, load = pass_.hidden_and_load(batch, counted)
     total = summed(hidden)
     balance = load_balancing_loss(load, jnp.sum(counted)) * predicted_tokens(batch)
     sums = {"loss": total, "load_balancing_loss": balance, "expert_load_max": load}

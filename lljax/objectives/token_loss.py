@@ -4,6 +4,8 @@ chunk and one slice of the head exist at a time.
 
 import dataclasses
 import functools
+import operator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,14 @@ from jaxtyping import Array, Float, Int
 
 from lljax.attention.softcap import capped, through_cap
 from lljax.data.batch import IGNORED
+from lljax.models.decoder import Decoder
 from lljax.models.probe import Probed, side_by_side
 from lljax.parallel.sharded_embedding import around, passed_on, slices, spread
 from lljax.parallel.sharding import ROWS, TOKENS, VOCABULARY, Layout
 
 Update = tuple[Float[Array, "B T R"], Float[Array, "V R"]]
+Parts = tuple[Array, ...]  # of hidden states, or of the head; their products add up to the logits
+Statistics = tuple[Float[Array, "chunks C"], Float[Array, "chunks C"]]
 
 
 def cross_entropy(
@@ -42,7 +47,8 @@ def cross_entropy(
     update: arrays whose product is added to the logits before the cap (LoRA on the head); the sum
       of the two heads is never formed.
     """
-    return _over_devices(hidden, head, targets, chunk, layout, update, softcap, per_token=False)
+    static = _Head(V=head.shape[0], slices=1, softcap=softcap, chunk=chunk, per_token=False)
+    return _over_devices(hidden, head, targets, static, layout, update)
 
 
 def token_log_probs(
@@ -60,24 +66,41 @@ def token_log_probs(
     Arguments as of `cross_entropy`. The gradient computes the logits again, a chunk at a time,
     because the weight of a token is not known before the backward pass.
     """
-    return _over_devices(hidden, head, targets, chunk, layout, update, softcap, per_token=True)
+    static = _Head(V=head.shape[0], slices=1, softcap=softcap, chunk=chunk, per_token=True)
+    return _over_devices(hidden, head, targets, static, layout, update)
 
 
-def loss_of(model, hidden, targets, *, chunk: int, layout: Layout | None = None, key=None):
+def loss_of(
+    model: Decoder,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int,
+    layout: Layout | None = None,
+    key: Array | None = None,
+) -> Float[Array, ""]:
     """`cross_entropy` under a model's head, its adapter and its cap of the logits. key: of the
     adapter's dropout.
     """
     return cross_entropy(hidden, targets=targets, chunk=chunk, **_head(model, hidden, layout, key))
 
 
-def log_probs_of(model, hidden, targets, *, chunk: int, layout: Layout | None = None, key=None):
+def log_probs_of(
+    model: Decoder,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int,
+    layout: Layout | None = None,
+    key: Array | None = None,
+) -> Float[Array, "B T"]:
     """`token_log_probs` under a model's head, its adapter and its cap of the logits."""
     return token_log_probs(
         hidden, targets=targets, chunk=chunk, **_head(model, hidden, layout, key)
     )
 
 
-def _head(model, hidden, layout: Layout | None, key) -> dict:
+def _head(model: Decoder, hidden: Array, layout: Layout | None, key: Array | None) -> dict:
     return {
         "head": model.head,
         "softcap": model.spec.logit_softcap,
@@ -88,24 +111,34 @@ def _head(model, hidden, layout: Layout | None, key) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """The static part of the computation. V: rows of the whole head. slices: into how many the
-    devices cut it. per_token: log-probabilities in place of the sum of the losses.
+    """The static part of the computation.
+
+    V: rows of the whole head. slices: into how many the devices cut it. chunk: tokens whose logits
+    exist at one time. per_token: log-probabilities in place of the sum of the losses.
     """
 
     V: int
     slices: int
     softcap: float | None
+    chunk: int
     per_token: bool
 
 
-def _over_devices(hidden, head, targets, chunk, layout, update, softcap, *, per_token: bool):
-    V, (hidden, head) = head.shape[0], side_by_side(hidden, head)
+def _over_devices(
+    hidden: Array,
+    head: Array | Probed,
+    targets: Array,
+    static: _Head,
+    layout: Layout | None,
+    update: Update | None,
+) -> Array:
+    hidden_parts, head_parts = side_by_side(hidden, head)
     if update is not None:
-        hidden, head = (*hidden, update[0]), (*head, update[1])
+        hidden_parts, head_parts = (*hidden_parts, update[0]), (*head_parts, update[1])
     if layout is None:
-        return _in_chunks(hidden, head, targets, chunk, _Head(V, 1, softcap, per_token))
+        return _in_chunks(hidden_parts, head_parts, targets, static)
     mesh = layout.mesh
-    static = _Head(V, slices(mesh), softcap, per_token)
+    static = dataclasses.replace(static, slices=slices(mesh))
     # The tensor axis cuts the tokens of the loss, as it cuts the heads of attention.
     tokens = PartitionSpec(ROWS, (TOKENS, "tensor"))
 
@@ -113,31 +146,31 @@ def _over_devices(hidden, head, targets, chunk, layout, update, softcap, *, per_
         jax.shard_map,
         mesh=mesh,
         check_vma=False,
-        out_specs=tokens if per_token else PartitionSpec(),
+        out_specs=tokens if static.per_token else PartitionSpec(),
         in_specs=(tokens, PartitionSpec(VOCABULARY), tokens),
     )
-    def of_all(hidden, part, targets):
-        out = _in_chunks(hidden, part, targets, chunk, static)
-        return out if per_token else jax.lax.psum(out, mesh.axis_names)
+    def local(hidden: Parts, head: Parts, targets: Array) -> Array:
+        out = _in_chunks(hidden, head, targets, static)
+        return out if static.per_token else jax.lax.psum(out, mesh.axis_names)
 
-    return of_all(hidden, spread(head, mesh), targets)
+    return local(hidden_parts, spread(head_parts, mesh), targets)
 
 
-def _in_chunks(hidden, head, targets, chunk: int, static: _Head):
+def _in_chunks(hidden: Parts, head: Parts, targets: Array, static: _Head) -> Array:
     shape, tokens = targets.shape, targets.size
-    chunk = min(chunk, tokens)
+    chunk = min(static.chunk, tokens)
     padding = -tokens % chunk
     hidden = tuple(
         jnp.pad(x.reshape(tokens, -1), ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
         for x in hidden
     )
     targets = jnp.pad(targets.reshape(tokens), (0, padding), constant_values=IGNORED)
-    out = _chunked(hidden, head, targets.reshape(-1, chunk), static)
+    out = cast(Array, _chunked(hidden, head, targets.reshape(-1, chunk), static))
     return out.reshape(-1)[:tokens].reshape(shape) if static.per_token else out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked(hidden, head, targets, static: _Head):
+def _chunked(hidden: Parts, head: Parts, targets: Array, static: _Head) -> Array:
     """The summed loss, or log-probabilities [chunks, C], of hidden ([chunks, C, D], ...), this
     device's slices of the head ([V / n, D], ...) and targets [chunks, C].
     """
@@ -147,21 +180,22 @@ def _chunked(hidden, head, targets, static: _Head):
     return _loss(targets, lse, of_target)
 
 
-def _loss(targets, lse, of_target):
+def _loss(targets: Array, lse: Array, of_target: Array) -> Array:
     return jnp.sum(jnp.where(targets == IGNORED, 0.0, lse - of_target))
 
 
 _wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _logits(h, part, first, static: _Head):
+def _logits(h: Parts, part: Parts, first: Array | int, static: _Head) -> Array:
     """float32 [C, V / n] of h ([C, D], ...) and slices of the head that begin with row `first`."""
-    logits = sum(_wide("CD,VD->CV", x, w.astype(x.dtype)) for x, w in zip(h, part, strict=True))
+    products = [_wide("CD,VD->CV", x, w.astype(x.dtype)) for x, w in zip(h, part, strict=True)]
+    logits = functools.reduce(operator.add, products)
     rows = first + jnp.arange(len(part[0]))
     return jnp.where(rows < static.V, capped(logits, static.softcap), -jnp.inf)
 
 
-def _slice_statistics(logits, t, first):
+def _slice_statistics(logits: Array, t: Array, first: Array | int) -> tuple[Array, Array]:
     """The log-sum-exp of a slice for tokens t [C], and the logit of the target, 0 if it is in
     another slice.
     """
@@ -171,7 +205,7 @@ def _slice_statistics(logits, t, first):
     return jax.nn.logsumexp(logits, axis=-1), jnp.where(inside, at, 0.0)
 
 
-def _statistics(hidden, head, targets, static: _Head):
+def _statistics(hidden: Parts, head: Parts, targets: Array, static: _Head) -> Statistics:
     """The log-sum-exp of the logits and the logit of the target, float32 [chunks, C] each."""
 
     def of_slice(statistics, part, first):
@@ -186,7 +220,16 @@ def _statistics(hidden, head, targets, static: _Head):
     return around(of_slice, nothing, head, static.slices)
 
 
-def _gradients(hidden, head, targets, trains, static: _Head, weights=None, statistics=None):
+def _gradients(
+    hidden: Parts,
+    head: Parts,
+    targets: Array,
+    trains: tuple[Array | None, ...],
+    static: _Head,
+    *,
+    weights: Array | None = None,
+    statistics: Statistics | None = None,
+):
     """The summed loss and its gradients by `hidden` and by the parts of `head` that train.
 
     trains: for each part of the head, None if it does not train.
@@ -259,7 +302,9 @@ def _backward(static: _Head, saved, d_out):
     if not static.per_token:
         return *jax.tree.map(lambda d: d * d_out.astype(d.dtype), saved), None
     hidden, head, targets, trains, statistics = saved
-    _, gradients = _gradients(hidden, head, targets, trains, static, -d_out, statistics)
+    _, gradients = _gradients(
+        hidden, head, targets, trains, static, weights=-d_out, statistics=statistics
+    )
     return *gradients, None
 
 

@@ -8,16 +8,18 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
+import rich.table
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
 from lljax.errors import ConfigError, OutOfMemory
 from lljax.hardware.chips import GiB
 from lljax.hardware.host_memory import LIMIT, host_memory, pinned_limit, pool_sizes, usable
 from lljax.models.decoder import share_residuals
+from lljax.models.spec import LayerSpec
 from lljax.parallel.processes import from_all, processes_here
 from lljax.training.curriculum import Stage
 from lljax.training.prepare import Prepared, Program
@@ -73,7 +75,7 @@ def need_of(program: Program, prepared: Prepared) -> Need:
     }
     idle = 0 if program.trains else sizes["optimizer"]
     try:
-        memory = program.compile().memory_analysis()
+        memory: Any = program.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         peak = _refused(error) + idle
         rest = peak - sizes["base"] - sizes["trainable"] - sizes["optimizer"]
@@ -94,7 +96,7 @@ def need_of(program: Program, prepared: Prepared) -> Need:
     )
 
 
-def _refused(error: jax.errors.JaxRuntimeError) -> int:
+def _refused(error: Exception) -> int:
     """The bytes that a program needs by the message of the TPU compiler, which refuses a program
     that does not fit; any other error is raised again.
     """
@@ -135,25 +137,17 @@ def with_pool(needs: list[Need], platform: str, host: float) -> list[Need]:
     return [dataclasses.replace(n, host=size) for n, size in zip(needs, sizes, strict=True)]
 
 
-def table(needs: list[Need], memory: float, host: float, title: str) -> Table:
+def table(needs: list[Need], memory: float, host: float, title: str) -> rich.table.Table:
     """Memory by program, in GiB of a device.
 
     memory, host: bytes of a device and of the host that a program may use.
     """
-    out = Table(title=f"{title}; GiB a device")
-    for column, justify in (
-        ("stage", "left"),
-        ("parallel", "left"),
-        ("base", "right"),
-        ("trained", "right"),
-        ("optimizer", "right"),
-        ("temporary", "right"),
-        ("peak", "right"),
-        ("host", "right"),
-        ("of the device", "right"),
-        ("fits", "left"),
-    ):
-        out.add_column(column, justify=justify)
+    out = rich.table.Table(title=f"{title}; GiB a device")
+    for column in ("stage", "parallel"):
+        out.add_column(column)
+    for column in ("base", "trained", "optimizer", "temporary", "peak", "host", "of the device"):
+        out.add_column(column, justify="right")
+    out.add_column("fits")
     for n in needs:
         sizes = (n.base, n.trainable, n.optimizer, n.temporary, n.peak, n.host)
         out.add_row(
@@ -166,14 +160,16 @@ def table(needs: list[Need], memory: float, host: float, title: str) -> Table:
     return out
 
 
-def as_text(table: Table) -> str:
+def as_text(table: rich.table.Table) -> str:
     """A table as plain text of at most 140 columns."""
     out = io.StringIO()
     Console(file=out, width=140).print(table)
     return out.getvalue().rstrip()
 
 
-def check(needs: list[Need], memory: float, host: float, config, layers) -> None:
+def check(
+    needs: list[Need], memory: float, host: float, config, layers: tuple[LayerSpec, ...]
+) -> None:
     """Refuses programs that cannot fit; a compiled one may be tried with memory.refuse=False.
 
     layers: of the spec, for the advice.
@@ -201,7 +197,7 @@ def check(needs: list[Need], memory: float, host: float, config, layers) -> None
         )
 
 
-def advice(config, layers, of_host: bool = False) -> str:
+def advice(config, layers: tuple[LayerSpec, ...], of_host: bool = False) -> str:
     """Settings that make room for a step, as the end of a message. of_host: room on the host."""
     listed = "; ".join(words(way) for way in ways(config, layers, of_host)[:3])
     return (
@@ -215,7 +211,7 @@ def in_memory(
 ) -> Iterator[None]:
     """A context in which a full device, or the full pinned memory of the host, becomes one line.
 
-    action: what runs in it. last_checkpoint: the step of the last checkpoint, None without one.
+    action: named in the message. last_checkpoint: returns its step, None without one.
 
     Raises:
       OutOfMemory: with the way out and the last checkpoint.
@@ -244,19 +240,19 @@ def in_memory(
         ) from error
 
 
-def ways(config, layers, of_host: bool = False) -> list[dict]:
+def ways(config, layers: tuple[LayerSpec, ...], of_host: bool = False) -> list[dict[str, Any]]:
     """Changes that each make room for a model of `layers` (`DecoderSpec.layers`) on the device, or
     on its host; the cheapest in time first.
     """
     m = config.memory
-    fewer = [
+    fewer: list[dict[str, Any]] = [
         {"memory.layers_per_residual": n}
         for n in (2, 4)
         if m.remat != "none" and n > m.layers_per_residual and share_residuals(layers, n)
     ]
     if of_host:
         return [*fewer, {"memory.offload": False}]
-    out = [{"memory.remat": "full"}] if m.remat != "full" else []
+    out: list[dict[str, Any]] = [{"memory.remat": "full"}] if m.remat != "full" else []
     if not m.tile or m.tile > 4096:
         out.append({"memory.tile": 4096})
     if not m.offload:

@@ -26,7 +26,7 @@ def longest_context(
     config, hf_config: dict, target: Target, options: Options
 ) -> tuple[str, list[StagePlan]]:
     """The longest last stage that fits, to within a sixteenth, as a sentence; and the plans tried,
-    at least one of which does not fit.
+    including one that does not fit.
     """
     last, mesh = stages(config.context)[-1], mesh_of(config.mesh, target.devices())
     # 2: rows are cut into balanced halves
@@ -47,8 +47,8 @@ def longest_context(
 def largest_batch(
     config, hf_config: dict, target: Target, options: Options
 ) -> tuple[str, list[StagePlan]]:
-    """The most `training.rows` that fit at the last stage, as a sentence; and the plans tried, at
-    least one of which does not fit.
+    """The most `training.rows` that fit at the last stage, as a sentence; and the plans tried,
+    including one that does not fit.
     """
     last, mesh = stages(config.context)[-1], mesh_of(config.mesh, target.devices())
 

@@ -97,7 +97,7 @@ def open_loader(
         packing=config.data.packing,
         overlong=config.data.overlong,
         seed=config.seed + stage.number,
-        mine=rows_of_share(rows, accumulate, mesh),
+        local_rows=rows_of_share(rows, accumulate, mesh),
         fields=fields,
     )
 

@@ -14,6 +14,7 @@ from lljax.config import Config
 from lljax.errors import ConfigError, ModelError
 from lljax.models import lora
 from lljax.models.declare import declared
+from lljax.models.decoder import Decoder
 from lljax.planning import fit
 from lljax.run.checkpoint import abstract
 from lljax.training.curriculum import Stage
@@ -22,7 +23,7 @@ from lljax.training.rule import finite
 
 
 def prepare_programs(
-    config: Config, hf_config: dict, mesh: Mesh, model: nnx.Module, curriculum: Sequence[Stage]
+    config: Config, hf_config: dict, mesh: Mesh, model: Decoder, curriculum: Sequence[Stage]
 ) -> Prepared:
     """Every step and evaluation of a run, not compiled yet; logs the layouts of their rows.
 
@@ -70,7 +71,7 @@ def compile_programs(
     fit.check(needs, memory, host, config, prepared.spec.layers)
 
 
-def count_parameters(model: nnx.Module, config: Config) -> dict[str, int]:
+def count_parameters(model: Decoder, config: Config) -> dict[str, int]:
     """The number of parameters, and of trainable ones.
 
     Raises:

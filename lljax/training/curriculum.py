@@ -22,17 +22,21 @@ class Stage:
 
 
 def stages(context, markers: tuple[int, ...] = ()) -> tuple[Stage, ...]:
-    """The stages of a (validated) `config.context`; `markers` are the token ids of its
-    `anchor_markers`.
-    """
+    """The stages of a validated `config.context`. markers: token ids of its `anchor_markers`."""
     starts = (0, *(until for until, _, _ in context.schedule))
     return tuple(
-        Stage(number, start, until, length, _pattern(context, kind, length, markers))
-        for number, (start, (until, length, kind)) in enumerate(zip(starts, context.schedule))
+        Stage(
+            number=number,
+            start=starts[number],
+            stop=until,
+            length=length,
+            pattern=_pattern(context, kind, length, markers),
+        )
+        for number, (until, length, kind) in enumerate(context.schedule)
     )
 
 
-def _pattern(context, kind: str, length: int, markers) -> AttentionPattern:
+def _pattern(context, kind: str, length: int, markers: tuple[int, ...]) -> AttentionPattern:
     if kind == "shifted":
         return AttentionPattern("shifted", group=group_size(context.group, length))
     if kind == "window":

@@ -1,13 +1,13 @@
 """Adam with moments of eight bits, blockwise: Dettmers et al. 2021, arXiv 2110.02861.
 
-A block is a stretch of the last axis with one float32 scale. A code is the paper's dynamic tree, in
-closed form: of its bits, the place of the highest one is the decimal exponent and the rest a linear
-fraction of that decade, so that values from the largest of a block down to 1e-6 (first moments) or
-1e-8 (second ones) of it keep a code. Arithmetic alone: a search in a table holds its bounds for
-every weight.
+A block is a range of the last axis with one float32 scale. A code is the paper's dynamic tree in
+closed form: the position of its highest set bit is the decimal exponent, and the remaining bits are
+a linear fraction of that decade. Values down to 1e-6 (first moments) or 1e-8 (second moments) of
+the largest value of a block keep a code. Computed by arithmetic: a search in a table would hold the
+table's bounds for every weight.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ BLOCK = 256
 
 
 class Moment(NamedTuple):
-    """Of an array or a tree of them. codes: int8 (signed) or uint8 of the same shape. scale:
-    float32, the same rank, one per block of the last axis.
+    """The moment of an array or of a tree of arrays.
+
+    codes: int8 (signed) or uint8 of the same shape.
+    scale: float32 of the same rank, one per block of the last axis.
     """
 
-    codes: optax.Params
-    scale: optax.Params
+    codes: Any
+    scale: Any
 
 
 class State(NamedTuple):
@@ -39,7 +41,7 @@ def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTra
 
     def update(updates, state, params=None):
         count = state.count + 1
-        each = jax.tree.map(
+        new = jax.tree.map(
             lambda g, m, ms, v, vs: adam(
                 g, Moment(m, ms), Moment(v, vs), count, b1=b1, b2=b2, eps=eps
             ),
@@ -48,14 +50,14 @@ def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTra
             *state.nu,
         )
         parts = jax.tree.structure((0, Moment(0, 0), Moment(0, 0)))
-        updates, mu, nu = jax.tree.transpose(jax.tree.structure(updates), parts, each)
+        updates, mu, nu = jax.tree.transpose(jax.tree.structure(updates), parts, new)
         return updates, State(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
 
 def adam(gradient, mu: Moment, nu: Moment, count, *, b1: float, b2: float, eps: float):
-    """(update, mu, nu) of an array at its count-th step, from 1."""
+    """(update, mu, nu) of an array at step `count`, from 1."""
     m = b1 * decode(*mu) + (1 - b1) * gradient
     v = b2 * decode(*nu) + (1 - b2) * gradient * gradient
     update = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
@@ -79,14 +81,13 @@ def block(size: int) -> int:
 def encode(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of float32 x [..., n]; uint8 for x >= 0.
 
-    A value above 0 never gets the code 0 of uint8: a second moment that vanished under a first one
-      that did not would make a step without bound. It becomes the smallest that there is, and the
-      step smaller than it should be.
+    A value above 0 never gets the code 0 of uint8: a second moment of 0 under a first moment that
+    is not 0 would make an unbounded step. It becomes the smallest code, and the step smaller than
+    it should be.
     """
     bits = _bits(dtype)
     parts = x.reshape(*x.shape[:-1], -1, block(x.shape[-1]))
-    # The largest value of a block is the middle of the last code's stretch, and so comes back as it
-    # was.
+    # The largest value of a block is the middle of the last code's interval, so it is exact.
     scale = jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / _value(jnp.int32(2**bits - 1), bits)
     share = jnp.abs(parts) / jnp.where(scale == 0, 1.0, scale)
     decade = jnp.clip(jnp.floor(jnp.log10(jnp.maximum(share, 1e-30))) + bits, 0, bits - 1)
@@ -101,14 +102,14 @@ def encode(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def decode(codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """float32 [..., n]."""
+    """float32 [..., n] of codes and scales."""
     parts = codes.astype(jnp.int32).reshape(*scale.shape, -1)
     value = jnp.sign(parts) * _value(jnp.abs(parts), _bits(codes.dtype)) * scale[..., None]
     return value.reshape(codes.shape)
 
 
 def _value(code, bits: int):
-    """Of a code from 0 (which is 0) to 2 ** bits - 1, as a share of the scale."""
+    """The value of a code from 0 (which means 0) to 2 ** bits - 1, as a share of the scale."""
     decade = 31 - jax.lax.clz(jnp.maximum(code, 1))
     levels = jnp.exp2(decade.astype(jnp.float32))
     return jnp.where(

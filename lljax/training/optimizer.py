@@ -19,7 +19,7 @@ from lljax.training.eight_bit import scale_by_adam_8bit
 from lljax.training.q_galore import q_galore
 from lljax.training.rule import Rule, by_optax, learning_rate
 
-# roles of what multiplies an activation: [in, out], or a stack of them
+# roles of leaves that multiply an activation: [in, out], or a stack of them
 MATRICES = ("kernel", "lora_a", "lora_b")
 
 
@@ -33,23 +33,23 @@ def make_rule(config, trainable: nnx.State) -> Rule:
 
 
 def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTransformation:
-    """Global-norm clipping (none where `optimizer.clip_norm` is 0), then for each group the
-    direction of `optimizer.name`, decoupled weight decay (Loshchilov & Hutter 2017, arXiv
-    1711.05101) and the learning rate.
+    """Global-norm clipping (none if `optimizer.clip_norm` is 0), then for each group the direction
+    of `optimizer.name`, decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101) and the
+    learning rate.
 
     groups: a pytree like the trainable state with the group of each leaf (`groups_of`).
     """
 
-    def of_group(group):
+    direction = OPTIMIZERS[optimizer.name].direction
+    assert direction is not None, f"{optimizer.name} is a rule, not an optax optimizer"
+
+    def of_group(group: str) -> optax.GradientTransformation:
         role, _, stacked = group.partition("/")
+        ratio = optimizer.learning_rate_ratio[role]
         return optax.chain(
-            OPTIMIZERS[optimizer.name].direction(
-                optimizer, role, per_layer if stacked else lambda x: x
-            ),
+            direction(optimizer, role, per_layer if stacked else lambda x: x),
             optax.add_decayed_weights(optimizer.weight_decay[role]),
-            optax.scale_by_learning_rate(
-                learning_rate(optimizer, steps, optimizer.learning_rate_ratio[role])
-            ),
+            optax.scale_by_learning_rate(learning_rate(optimizer, steps, ratio)),
         )
 
     present = sorted(set(jax.tree.leaves(groups)))
@@ -60,32 +60,30 @@ def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTr
 
 
 def groups_of(trainable: nnx.State) -> nnx.State:
-    """The group of each leaf, as a pytree like `trainable` (of Variables): its role, and "/L"
-    behind it where the leaf is a stack of L layers.
+    """The group of each leaf, as a pytree like `trainable` (of Variables): its role, followed by
+    "/L" if the leaf is a stack of L layers.
     """
 
     def group(variable):
         role = variable.get_metadata("role")
-        return (
-            f"{role}/{variable.get_value().shape[0]}"
-            if variable.get_metadata("axes")[0] == "layers"
-            else role
-        )
+        if variable.get_metadata("axes")[0] != "layers":
+            return role
+        return f"{role}/{variable.get_value().shape[0]}"
 
     return jax.tree.map(group, trainable, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`transformation` on each layer of leaves [L, ...] alone, one after the other. Scalars of its
-    state are those of all layers, arrays [L, ...].
+    """Applies `transformation` to each layer of leaves [L, ...] separately. Scalars of its state
+    are shared by all layers, arrays are [L, ...].
     """
 
     def init(params):
         like = jax.eval_shape(transformation.init, jax.tree.map(lambda x: x[0], params))
         stacked = jax.vmap(transformation.init)(params)
-        return jax.tree.map(lambda one, all: all if one.ndim else all[0], like, stacked)
+        return jax.tree.map(lambda layer, stack: stack if layer.ndim else stack[0], like, stacked)
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         L = len(jax.tree.leaves(updates)[0])
         spread = jax.tree.map(lambda x: x if x.ndim else jnp.broadcast_to(x, L), state)
         updates, new = jax.lax.map(lambda xs: transformation.update(*xs), (updates, spread, params))
@@ -94,35 +92,35 @@ def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTra
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(o, role, each):
+def _adamw(o, role: str, layered: Callable) -> optax.GradientTransformation:
     """Kingma & Ba 2014, arXiv 1412.6980."""
     return optax.scale_by_adam(b1=o.beta1, b2=o.beta2, eps=o.eps)
 
 
-def _adafactor(o, role, each):
+def _adafactor(o, role: str, layered: Callable) -> optax.GradientTransformation:
     """Shazeer & Stern 2018, arXiv 1804.04235: second moments of a matrix as a row and a column, no
-    first ones. Without its scaling by the size of the weight, so that a learning rate means what it
-    means elsewhere.
+    first moments. Without the scaling by the size of the weight, so that learning rates compare
+    with other optimizers.
     """
-    return each(
+    return layered(
         optax.chain(
             optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.clip_by_block_rms(1.0)
         )
     )
 
 
-def _lion(o, role, each):
+def _lion(o, role: str, layered: Callable) -> optax.GradientTransformation:
     """Chen et al. 2023, arXiv 2302.06675: the sign of a momentum."""
     return optax.scale_by_lion(b1=o.beta1, b2=o.beta2)
 
 
-def _muon(o, role, each):
+def _muon(o, role: str, layered: Callable) -> optax.GradientTransformation:
     """Jordan 2024, github.com/KellerJordan/Muon: the momentum of a matrix, made orthogonal; AdamW
     for the other leaves. An update has the root mean square 0.2 of AdamW's, as Liu et al. 2025,
     arXiv 2502.16982, eq. 4.
     """
     if role not in MATRICES:
-        return _adamw(o, role, each)
+        return _adamw(o, role, layered)
 
     def numbers(params):
         return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(-2, -1), params)
@@ -136,20 +134,20 @@ def _muon(o, role, each):
     )
 
 
-def _adamw8bit(o, role, each):
+def _adamw8bit(o, role: str, layered: Callable) -> optax.GradientTransformation:
     return scale_by_adam_8bit(b1=o.beta1, b2=o.beta2, eps=o.eps)
 
 
-def _galore(o, role, each):
-    """Zhao et al. 2024, arXiv 2403.03507: Adam in the leading subspace of the gradient of each
-    matrix, taken anew every so many steps; AdamW for the other leaves. The subspace is of the
-    longer axis, which leaves the shorter one to the moments.
+def _galore(o, role: str, layered: Callable) -> optax.GradientTransformation:
+    """Zhao et al. 2024, arXiv 2403.03507: Adam in the leading subspace of each matrix's gradient,
+    computed again every `galore.update_every` steps; AdamW for the other leaves. The subspace
+    reduces the longer axis, so that the moments keep the shorter one.
     """
     if role != "kernel":
-        return _adamw(o, role, each)
-    return each(
+        return _adamw(o, role, layered)
+    return layered(
         optax.contrib.scale_by_galore(
-            o.galore.rank, o.galore.update_every, o.galore.scale, _adamw(o, role, each)
+            o.galore.rank, o.galore.update_every, o.galore.scale, _adamw(o, role, layered)
         )
     )
 
@@ -158,8 +156,8 @@ def _galore(o, role, each):
 class Optimizer:
     """A row of OPTIMIZERS.
 
-    direction: (config.optimizer, role, per_layer or the identity) -> what comes before decay and
-      learning rate; None for an optimizer that is a rule of its own.
+    direction: (config.optimizer, role, per_layer or the identity) -> the transformation before
+      decay and learning rate; None for an optimizer with a rule of its own.
     reads: fields of config.optimizer that not every optimizer reads.
     train_type: the only `train_type` that it serves; None for all.
     rule: (config.optimizer, steps, groups, dtype) -> Rule, in place of `direction`.

@@ -1,5 +1,5 @@
-"""How the rows of a stage lie on the mesh: which context-parallel mode, in which order, and which
-process reads them.
+"""The layout of a stage's rows on the mesh: context-parallel mode, order of tokens, and the rows
+that each process reads.
 """
 
 import functools
@@ -8,6 +8,7 @@ from typing import cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lljax.attention.context_parallel import choose
 from lljax.attention.pattern import AttentionPattern
@@ -18,7 +19,7 @@ from lljax.parallel.sharding import Layout, batch_sharding, row_parts, zigzag
 
 
 def layout_of(
-    mesh,
+    mesh: Mesh,
     wanted: str,
     pattern: AttentionPattern,
     length: int,
@@ -30,9 +31,10 @@ def layout_of(
     """The layout of rows of `length` tokens under `pattern`, None on the one device of this
     process; and the reason for its mode.
 
-    wanted: `mesh.context_parallel`. memory: bytes of a device; gathered keys and values may take a
-      sixteenth of it: with their gradients and copies in the order of a kernel they exist some five
-      times.
+    wanted: `mesh.context_parallel`.
+    bytes_per: of a value of the keys.
+    memory: bytes of a device. Gathered keys and values may take a sixteenth of it: with their
+      gradients and copies in the order of a kernel they exist about five times.
 
     Raises:
       ConfigError: the rows, heads or experts do not spread over the mesh, or the wanted mode cannot
@@ -40,27 +42,7 @@ def layout_of(
     """
     if mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend():
         return None, "one device"
-    sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
-    if spec.N % tensor or spec.K % tensor:
-        raise ConfigError(
-            f"mesh.tensor={tensor} does not divide the {spec.N} query and {spec.K} key/value heads of the "
-            f"model: use {math.gcd(spec.N, spec.K, tensor)}"
-        )
-    if spec.moe and spec.moe.E % mesh.shape["expert"]:
-        raise ConfigError(
-            f"mesh.expert={mesh.shape['expert']} does not divide the {spec.moe.E} experts of a layer: use "
-            f"{math.gcd(spec.moe.E, mesh.shape['expert'])}"
-        )
-    if pattern.kind == "shifted" and tensor % 2 and tensor > 1:
-        raise ConfigError(
-            f"mesh.tensor={tensor} and a shifted stage: the two halves of the heads do not part; use an even one"
-        )
-    if length % (sequence * tensor):
-        multiple = math.lcm(sequence * tensor, 2)
-        raise ConfigError(
-            f"context.schedule: rows of {length} tokens do not spread over mesh.sequence={sequence} x "
-            f"mesh.tensor={tensor}: use a multiple such as {-(-length // multiple) * multiple}"
-        )
+    _check_spread(mesh, pattern, length, spec)
     windows = [
         min((w for w in (layer.window, pattern.window or None) if w), default=None)
         for layer in spec.layers
@@ -68,8 +50,8 @@ def layout_of(
     mode, balanced, reason = choose(
         wanted,
         T=length,
-        size=sequence,
-        tensor=tensor,
+        size=mesh.shape["sequence"],
+        tensor=mesh.shape["tensor"],
         N=spec.N,
         K=spec.K,
         H=spec.H,
@@ -81,43 +63,70 @@ def layout_of(
     return Layout(mesh, mode, balanced), reason
 
 
-@functools.lru_cache  # asked for at every step
-def row_share(mesh) -> tuple[int, int]:
-    """(share, shares): this process' devices hold the share-th of so many equal parts of the rows.
-    Processes along whose devices a row is cut have the same share and read the same rows.
+def _check_spread(mesh: Mesh, pattern: AttentionPattern, length: int, spec: DecoderSpec) -> None:
+    """Refuses heads, experts or tokens that do not divide evenly over the mesh."""
+    sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
+    if spec.N % tensor or spec.K % tensor:
+        raise ConfigError(
+            f"mesh.tensor={tensor} does not divide the {spec.N} query and {spec.K} key/value heads "
+            f"of the model: use {math.gcd(spec.N, spec.K, tensor)}"
+        )
+    if spec.moe and spec.moe.E % mesh.shape["expert"]:
+        raise ConfigError(
+            f"mesh.expert={mesh.shape['expert']} does not divide the {spec.moe.E} experts of a "
+            f"layer: use {math.gcd(spec.moe.E, mesh.shape['expert'])}"
+        )
+    if pattern.kind == "shifted" and tensor % 2 and tensor > 1:
+        raise ConfigError(
+            f"mesh.tensor={tensor} and a shifted stage: the two halves of the heads do not "
+            "separate; use an even number"
+        )
+    if length % (sequence * tensor):
+        multiple = math.lcm(sequence * tensor, 2)
+        raise ConfigError(
+            f"context.schedule: rows of {length} tokens do not spread over "
+            f"mesh.sequence={sequence} x mesh.tensor={tensor}: use a multiple such as "
+            f"{-(-length // multiple) * multiple}"
+        )
+
+
+@functools.lru_cache  # called at every step
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(share, shares): the devices of this process hold part `share` of `shares` equal parts of the
+    rows. Processes that hold different tokens of the same rows have the same share.
     """
     rows = row_parts(mesh)
-    at = np.arange(rows).reshape(rows, 1)
-    mine = (
-        np.vectorize(lambda device: device.process_index)(mesh.devices.reshape(rows, -1))
-        == jax.process_index()
-    )
-    held = np.unique(np.broadcast_to(at, mine.shape)[mine])
+    process = np.vectorize(lambda device: device.process_index)(mesh.devices.reshape(rows, -1))
+    held = np.flatnonzero((process == jax.process_index()).any(axis=1))
     return int(held[0]) // len(held), rows // len(held)
 
 
-def rows_of_share(rows: int, accumulate: int, mesh) -> np.ndarray:
-    """The numbers of the rows that this process holds, of `accumulate` times `rows`; `place` takes
-    them in this order.
+def rows_of_share(rows: int, accumulate: int, mesh: Mesh) -> np.ndarray:
+    """The numbers of the rows that this process holds, of `accumulate` times `rows`, in the order
+    that `place` takes them.
     """
     share, shares = row_share(mesh)
     return np.arange(accumulate * rows).reshape(accumulate, shares, -1)[:, share].reshape(-1)
 
 
-def check_rows(rows: int, mesh) -> None:
-    """Raises ConfigError where `rows` do not spread evenly over the mesh."""
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Refuses rows that do not spread evenly over the mesh.
+
+    Raises:
+      ConfigError: with the next multiple.
+    """
     devices = row_parts(mesh)
     if rows % devices:
         raise ConfigError(
-            f"training.rows={rows} (in YAML batch_size) do not spread evenly over the {devices} devices of "
-            f"mesh.data, mesh.fsdp and mesh.expert: use a multiple such as {-(-rows // devices) * devices}, "
-            "or spread the tokens of each row over all devices: mesh.fsdp=1 and mesh.sequence=-1 (in YAML "
-            "sequence_parallel: true)"
+            f"training.rows={rows} (in YAML batch_size) do not spread evenly over the {devices} "
+            "devices of mesh.data, mesh.fsdp and mesh.expert: use a multiple such as "
+            f"{-(-rows // devices) * devices}, or spread the tokens of each row over all devices: "
+            "mesh.fsdp=1 and mesh.sequence=-1 (in YAML sequence_parallel: true)"
         )
 
 
 def abstract_batch(
-    accumulate: int, rows: int, length: int, mesh, fields: tuple[Field, ...] = NEXT_TOKEN
+    accumulate: int, rows: int, length: int, mesh: Mesh, fields: tuple[Field, ...] = NEXT_TOKEN
 ) -> Batch:
     """The batches [A, B, T] that `place` makes, as `jax.ShapeDtypeStruct`s."""
     shape, sharding = (accumulate, rows, length), batch_sharding(mesh, 3)
@@ -128,7 +137,9 @@ def abstract_batch(
     return cast(Batch, arrays)
 
 
-def place(batch: dict[str, np.ndarray], accumulate: int, mesh, layout: Layout | None) -> Batch:
+def place(
+    batch: dict[str, np.ndarray], accumulate: int, mesh: Mesh, layout: Layout | None
+) -> Batch:
     """This process' rows, arrays [A * B_local, T], as its part of the global batch [A, B, T]; with
     `index`, the position of every token in its row.
     """

@@ -1,26 +1,29 @@
 """Model, layouts, training step and evaluation, built and compiled in one place, so that a plan
-compiles exactly what a run executes.
+compiles the programs that a run executes.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.build import placed_model
 from lljax.data.batch import Batch
 from lljax.errors import ConfigError
+from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
 from lljax.objectives.objective import Objective
 from lljax.parallel.sharding import Layout
 from lljax.training import curriculum
 from lljax.training.placement import abstract_batch, layout_of
-from lljax.training.state import TrainState, split
-from lljax.training.step import make_evaluate, make_step, step_settings
+from lljax.training.state import Split, TrainState, split
+from lljax.training.step import StepSettings, make_evaluate, make_step, step_settings
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,7 +50,11 @@ class Program:
     _compiled: jax.stages.Compiled | None = dataclasses.field(default=None, init=False, repr=False)
 
     def compile(self) -> jax.stages.Compiled:
-        """The compiled program; later calls return the same. Raises what the compiler raises."""
+        """The compiled program; later calls return the same.
+
+        Raises:
+          JaxRuntimeError: the compiler refuses the program.
+        """
         if self._compiled is None:
             self._compiled = self._lower().compile()
         return self._compiled
@@ -72,15 +79,15 @@ class Prepared:
 def prepare_step(
     config,
     hf_config: dict,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     *,
-    model: nnx.Module | None = None,
+    model: Decoder | None = None,
     memory: float = math.inf,
     stages: Sequence[curriculum.Stage] | None = None,
     evaluation_lengths: Sequence[int] = (),
 ) -> Prepared:
-    """Prepares the steps of `stages` and the evaluations on rows of `evaluation_lengths`; nothing is
-    compiled before `Program.compile`.
+    """Prepares the steps of `stages` and the evaluations on rows of `evaluation_lengths`. Nothing
+    is compiled before `Program.compile`.
 
     model: of this configuration, abstract or with values; None builds an abstract one.
     memory: bytes of a device, which choose the context-parallel mode.
@@ -90,28 +97,74 @@ def prepare_step(
       ConfigError: the objective refuses the model, or the configuration cannot be laid out on the
         mesh.
     """
-    if model is None:
-        model = placed_model(config, hf_config, mesh)
+    model = model or placed_model(config, hf_config, mesh)
+    if stages is None:
+        stages = curriculum.stages(config.context)
     settings = step_settings(config)
     if reason := settings.objective.refuses(config, model.spec):
         raise ConfigError(reason)
     parts = split(config, model, mesh)
-    state, frozen, rows = parts.state, parts.frozen, config.training.rows
-    step, evaluate = make_step(parts, settings), make_evaluate(parts.graphdef, settings)
+    programs = _Programs(
+        config=config, mesh=mesh, spec=model.spec, memory=memory, parts=parts, settings=settings
+    )
+    return Prepared(
+        spec=model.spec,
+        objective=settings.objective,
+        graphdef=parts.graphdef,
+        state=parts.state,
+        frozen=parts.frozen,
+        steps=programs.steps(stages),
+        evaluations=programs.evaluations(evaluation_lengths),
+    )
 
-    def program(label: str, pattern: AttentionPattern, length: int, *, trains: bool) -> Program:
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """Builds the programs of one run."""
+
+    config: Any
+    mesh: Mesh
+    spec: DecoderSpec
+    memory: float
+    parts: Split
+    settings: StepSettings
+
+    def steps(self, stages: Sequence[curriculum.Stage]) -> dict[int, Program]:
+        step, state = make_step(self.parts, self.settings), self.parts.state
+
+        def program(stage: curriculum.Stage) -> Program:
+            return self._program(stage.label, stage.pattern, stage.length, step, state)
+
+        return {stage.number: program(stage) for stage in stages}
+
+    def evaluations(self, lengths: Sequence[int]) -> dict[int, Program]:
+        evaluate = make_evaluate(self.parts.graphdef, self.settings)
+        trainable = self.parts.state.trainable
+
+        def program(length: int) -> Program:
+            return self._program(f"evaluation of {length:,}", FULL, length, evaluate, trainable)
+
+        return {length: program(length) for length in lengths}
+
+    def _program(
+        self, label: str, pattern: AttentionPattern, length: int, function: Any, first: Any
+    ) -> Program:
+        """function, first: the jitted function, and the first of its arguments."""
         layout, reason = layout_of(
-            mesh,
-            config.mesh.context_parallel,
+            self.mesh,
+            self.config.mesh.context_parallel,
             pattern,
             length,
-            model.spec,
-            bytes_per=jnp.dtype(config.model.dtype).itemsize,
-            memory=memory,
+            self.spec,
+            bytes_per=jnp.dtype(self.config.model.dtype).itemsize,
+            memory=self.memory,
         )
-        passes = config.training.accumulate if trains else 1
-        batch = abstract_batch(passes, rows, length, mesh, settings.objective.fields)
-        function, first = (step, state) if trains else (evaluate, state.trainable)
+        training, frozen = self.config.training, self.parts.frozen
+        trains = isinstance(first, TrainState)
+        passes = training.accumulate if trains else 1
+        batch = abstract_batch(
+            passes, training.rows, length, self.mesh, self.settings.objective.fields
+        )
         return Program(
             label=label,
             pattern=pattern,
@@ -122,19 +175,3 @@ def prepare_step(
             trains=trains,
             _lower=lambda: function.lower(first, frozen, batch, pattern, layout),
         )
-
-    return Prepared(
-        spec=model.spec,
-        objective=settings.objective,
-        graphdef=parts.graphdef,
-        state=state,
-        frozen=frozen,
-        steps={
-            stage.number: program(stage.label, stage.pattern, stage.length, trains=True)
-            for stage in (curriculum.stages(config.context) if stages is None else stages)
-        },
-        evaluations={
-            length: program(f"evaluation of {length:,}", FULL, length, trains=False)
-            for length in evaluation_lengths
-        },
-    )

@@ -1,15 +1,16 @@
-"""Q-GaLore, Zhang et al. 2024, arXiv 2407.08296: weights in int8, rounded at random; projections in
-int4, renewed less and less often where they agree; Adam of eight bits in the subspace.
+"""Q-GaLore, Zhang et al. 2024, arXiv 2407.08296: int8 weights with stochastic rounding, int4
+projections that are renewed less often while they agree, 8-bit Adam in the subspace.
 
-No gradient of a matrix ever exists: `Probed` tells it in the subspace. The subspace itself comes
-  from subspace iteration, which
-asks for nothing but products with the gradient G: from the present one, P, to an orthonormal basis
-  of G orth(G^T P), two backward passes more at a step that renews.
+The full gradient of a matrix never exists: `Probed` gives the gradient in the subspace. Subspaces
+come from subspace iteration, which needs only products with the gradient G: from the present basis
+P to an orthonormal basis of G orth(G^T P), with two more backward passes at a step that renews.
 """
 
 import dataclasses
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,19 @@ from lljax.models.probe import Probed
 from lljax.models.quantize import Quantised, dense, integers, quantise
 from lljax.training import eight_bit
 from lljax.training.eight_bit import Moment
-from lljax.training.rule import Rule, finite, learning_rate, select
+from lljax.training.rule import Rule, StepGradients, finite, learning_rate, select
 
 AGREE = 0.4  # cosine of two successive subspaces from which they agree
-PATIENCE = 5  # agreements in a row from which a subspace is kept twice as long
+PATIENCE = 5  # agreements in a row after which a subspace is kept twice as long
 PIECE = 1 << 24  # weights of an embedding that are float32 at one time
 
 
 class State(NamedTuple):
-    """mu, nu: moments in the subspaces, and of the leaves that are no matrices. projection: int4
-    [..., n, R] of every matrix.
-    due: int32, one a layer: the step that renews it. gap: steps from one renewal to the next.
-      agreed: renewals in a row that found what was there.
+    """mu, nu: moments, of matrices in their subspaces.
+
+    projection: int4 [..., n, R] of every matrix.
+    due: int32 per layer, the step that renews it. gap: steps between two renewals. agreed: renewals
+      in a row that agreed with the basis before.
     """
 
     count: jax.Array
@@ -42,140 +44,182 @@ class State(NamedTuple):
     agreed: nnx.State
 
 
-def q_galore(optimizer, steps: int, groups: nnx.State, dtype) -> Rule:
-    """The rule of `optimizer.name` "q_galore", for trainable leaves whose matrices are `Quantised`.
-    groups: as of `make_optimizer`. dtype: of the compute.
+class Leaf(NamedTuple):
+    """A trainable leaf at a step. g: its gradient, of a matrix in the subspace."""
 
-    What a step calls the norm of the gradient, and clips, is that of the gradient in the subspaces.
+    w: Any
+    g: jax.Array
+    mu: Moment
+    nu: Moment
+
+
+def q_galore(optimizer, steps: int, groups: nnx.State, dtype: jnp.dtype) -> Rule:
+    """The rule of `optimizer.name` "q_galore", for trainable leaves whose matrices are quantized.
+
+    groups: as of `lljax.training.optimizer.groups_of`. dtype: of the compute.
+
+    The norm that a step reports and clips is the norm of the gradient in the subspaces.
     """
-    o, roles = optimizer, jax.tree.map(lambda group: group.partition("/")[0], groups)
+    roles = jax.tree.map(lambda group: group.partition("/")[0], groups)
+    rule = _QGalore(optimizer=optimizer, steps=steps, roles=roles, dtype=dtype)
+    return Rule(rule.init, rule.gradients, rule.apply)
 
-    def over(f, trainable, *rest):
-        """f(leaf, role, ...) of every leaf, a matrix taken as one."""
-        return jax.tree.map(f, trainable, roles, *rest, is_leaf=_is_matrix)
 
-    def matrices(f, trainable, *rest):
+@dataclasses.dataclass(frozen=True)
+class _QGalore:
+    """optimizer: `config.optimizer`. roles: of every trainable leaf, a pytree like them."""
+
+    optimizer: Any
+    steps: int
+    roles: nnx.State
+    dtype: jnp.dtype
+
+    def over(self, f: Callable, trainable, *rest):
+        """f(leaf, role, ...) of every leaf; a quantized matrix is one leaf."""
+        return jax.tree.map(f, trainable, self.roles, *rest, is_leaf=_is_matrix)
+
+    def over_matrices(self, f: Callable, trainable, *rest):
         """f(matrix, whether its subspace is of the inputs, ...) of every matrix, None of other
         leaves.
         """
-        return over(
+        return self.over(
             lambda w, role, *xs: f(w, _of_inputs(w, role), *xs) if _is_matrix(w) else None,
             trainable,
             *rest,
         )
 
-    def probes(trainable, flipped=False):
-        """What the gradient is asked of: zeros beside the matrices, and the other leaves."""
-        return over(
+    def probes(self, trainable, flipped: bool = False):
+        """The leaves to differentiate: a zero probe for every matrix, the leaf itself otherwise.
+
+        flipped: probes in the other axis of every matrix.
+        """
+        rank = self.optimizer.galore.rank
+        return self.over(
             lambda w, role: (
-                jnp.zeros(_probe_shape(w, _of_inputs(w, role) != flipped, o.galore.rank), dtype)
+                jnp.zeros(_probe_shape(w, _of_inputs(w, role) != flipped, rank), self.dtype)
                 if _is_matrix(w)
                 else w
             ),
             trainable,
         )
 
-    def init(trainable):
+    def init(self, trainable) -> State:
+        rank, update_every = self.optimizer.galore.rank, self.optimizer.galore.update_every
+
         def number(value):
-            return matrices(lambda w, _: jnp.full(w.shape[:-2], value, jnp.int32), trainable)
+            return self.over_matrices(
+                lambda w, _: jnp.full(w.shape[:-2], value, jnp.int32), trainable
+            )
 
         def sketch(w, inputs):  # random, for the first step renews it
-            shape = (*w.shape[:-2], w.shape[-2 if inputs else -1], _rank(w, o.galore.rank))
+            shape = (*w.shape[:-2], w.shape[-2 if inputs else -1], _rank(w, rank))
             return _projection(jax.random.normal(jax.random.key(math.prod(shape)), shape))
 
-        like = probes(trainable)
+        like = self.probes(trainable)
         return State(
-            jnp.int32(0),
-            eight_bit.zeros(like, jnp.int8),
-            eight_bit.zeros(like, jnp.uint8),
-            matrices(sketch, trainable),
-            number(0),
-            number(o.galore.update_every),
-            number(0),
+            count=jnp.int32(0),
+            mu=eight_bit.zeros(like, jnp.int8),
+            nu=eight_bit.zeros(like, jnp.uint8),
+            projection=self.over_matrices(sketch, trainable),
+            due=number(0),
+            gap=number(update_every),
+            agreed=number(0),
         )
 
-    def gradients(gradient, trainable, state):
-        def of(projection, flipped=False):
-            def bind(x):
-                return over(
-                    lambda w, role, p, x: (
-                        Probed(w, p, x, _of_inputs(w, role) != flipped) if _is_matrix(w) else x
-                    ),
-                    trainable,
-                    projection,
-                    x,
-                )
+    def gradients(self, gradient: Callable, trainable, state: State):
+        """(loss, gradients, state): the gradients in the subspaces, which are renewed if due."""
+        due = [jnp.ravel(due) for due in jax.tree.leaves(state.due)]
+        is_due = jnp.any(jnp.concatenate(due) <= state.count)
+        renew = functools.partial(self._renew, gradient, trainable)
+        state = jax.lax.cond(is_due, renew, lambda state: state, state)
+        return *self._within(gradient, trainable, state.projection), state
 
-            return gradient(bind, probes(trainable, flipped))
+    def _within(self, gradient: Callable, trainable, projection, flipped: bool = False):
+        """(loss, gradients) in the subspaces of `projection`."""
 
-        def renewed(state):
-            _, inside = of(state.projection)
-            across = matrices(
-                lambda w, inputs, g: _basis(g, inputs).astype(dtype), trainable, inside
-            )
-            _, across = of(across, flipped=True)
-            each = matrices(
-                lambda w, inputs, g, *old: _renewed(_basis(g, not inputs), state.count, *old),
+        def bind(x):
+            return self.over(
+                lambda w, role, p, x: (
+                    Probed(w, p, x, _of_inputs(w, role) != flipped) if _is_matrix(w) else x
+                ),
                 trainable,
-                across,
-                *state[3:],
-            )
-            return State(
-                *state[:3],
-                *(matrices(lambda w, inputs, new, i=i: new[i], trainable, each) for i in range(4)),
+                projection,
+                x,
             )
 
-        is_due = jnp.any(
-            jnp.concatenate([jnp.ravel(due) for due in jax.tree.leaves(state.due)]) <= state.count
+        return gradient(bind, self.probes(trainable, flipped))
+
+    def _renew(self, gradient: Callable, trainable, state: State) -> State:
+        """The state with new projections of the layers that are due."""
+        _, inside = self._within(gradient, trainable, state.projection)
+        across = self.over_matrices(
+            lambda w, inputs, g: _basis(g, inputs).astype(self.dtype), trainable, inside
         )
-        state = jax.lax.cond(is_due, renewed, lambda state: state, state)
-        return *of(state.projection), state
+        _, across = self._within(gradient, trainable, across, flipped=True)
+        new = self.over_matrices(
+            lambda w, inputs, g, *old: _renewed(_basis(g, not inputs), state.count, *old),
+            trainable,
+            across,
+            *state[3:],
+        )
+        return State(
+            *state[:3],
+            *(
+                self.over_matrices(lambda w, inputs, new, i=i: new[i], trainable, new)
+                for i in range(4)
+            ),
+        )
 
-    def apply(trainable, before, state, grads, norm, ok, key):
-        count, clip = state.count + 1, jnp.minimum(1.0, (o.clip_norm or jnp.inf) / norm)
-        keys = iter(jax.random.split(key, len(jax.tree.leaves(grads))))
+    def apply(self, trainable, before: State, state: State, gradients: StepGradients):
+        clip = jnp.minimum(1.0, (self.optimizer.clip_norm or jnp.inf) / gradients.norm)
+        keys = iter(jax.random.split(gradients.key, len(jax.tree.leaves(gradients.values))))
 
-        def stepped(w, role, g, projection, mu, nu):
-            """A leaf, or some layers or rows of it, as float32, and its moments after the step."""
-            update, mu, nu = eight_bit.adam(
-                g.astype(jnp.float32) * clip, mu, nu, count, b1=o.beta1, b2=o.beta2, eps=o.eps
-            )
-            if projection is not None:
-                p = dense(projection)
-                update = o.galore.scale * (p @ update if _of_inputs(w, role) else update @ p.T)
-            w, rate = (
-                dense(w, jnp.float32),
-                learning_rate(o, steps, o.learning_rate_ratio[role])(state.count),
-            )
-            return w - rate * (update + o.weight_decay[role] * w), mu, nu
-
-        def one(w, role, g, projection, *codes):
-            moments = Moment(*codes[:2]), Moment(*codes[2:])
+        def update(w, role, g, projection, *codes):
+            leaf = Leaf(w, g, Moment(*codes[:2]), Moment(*codes[2:]))
+            step = functools.partial(self._step_leaf, state.count, clip, role)
             if _is_matrix(w):
-                return _by_pieces(stepped, w, role, g, projection, *moments, ok, next(keys))
-            new = stepped(w, role, g, None, *moments)
+                return _by_pieces(step, leaf, projection, gradients.ok, next(keys))
+            new = step(leaf, None)
             fine = finite(new)
-            return *select(ok & fine, new, (w, *moments)), fine
+            return *select(gradients.ok & fine, new, (leaf.w, leaf.mu, leaf.nu)), fine
 
-        each = over(one, trainable, grads, state.projection, *state.mu, *state.nu)
+        new = self.over(update, trainable, gradients.values, state.projection, *state.mu, *state.nu)
         trainable, mu, nu, fine = (
-            over(lambda w, role, new, i=i: new[i], trainable, each) for i in range(4)
+            self.over(lambda w, role, new, i=i: new[i], trainable, new) for i in range(4)
         )
         mu, nu = (
-            Moment(*(over(lambda w, role, x, i=i: x[i], trainable, moment) for i in range(2)))
+            Moment(*(self.over(lambda w, role, x, i=i: x[i], trainable, moment) for i in range(2)))
             for moment in (mu, nu)
         )
-        # A piece is applied or not before the next is computed: what is not finite stays out of it,
-        # though of such a step (which none of the settings that are let in takes) other pieces may
-        # be applied.
-        applied = ok & jnp.array(jax.tree.leaves(fine)).all()
-        return (
-            trainable,
-            State(select(applied, count, before.count), mu, nu, *select(ok, state[3:], before[3:])),
-            applied,
+        # A piece is applied or not before the next is computed, so that no value that is not finite
+        # enters it. Other pieces of such a step may be applied; no legal settings lead to one.
+        applied = gradients.ok & jnp.array(jax.tree.leaves(fine)).all()
+        new_state = State(
+            select(applied, state.count + 1, before.count),
+            mu,
+            nu,
+            *select(gradients.ok, state[3:], before[3:]),
         )
+        return trainable, new_state, applied
 
-    return Rule(init, gradients, apply)
+    def _step_leaf(self, count, clip, role: str, leaf: Leaf, projection):
+        """(w, mu, nu) after the step of a leaf, or of some of its layers or rows; w is float32."""
+        o = self.optimizer
+        update, mu, nu = eight_bit.adam(
+            leaf.g.astype(jnp.float32) * clip,
+            leaf.mu,
+            leaf.nu,
+            count + 1,
+            b1=o.beta1,
+            b2=o.beta2,
+            eps=o.eps,
+        )
+        if projection is not None:
+            p = dense(projection)
+            update = o.galore.scale * (p @ update if _of_inputs(leaf.w, role) else update @ p.T)
+        w = dense(leaf.w, jnp.float32)
+        rate = learning_rate(o, self.steps, o.learning_rate_ratio[role])(count)
+        return w - rate * (update + o.weight_decay[role] * w), mu, nu
 
 
 def _is_matrix(x) -> bool:
@@ -183,10 +227,9 @@ def _is_matrix(x) -> bool:
 
 
 def _of_inputs(w: Quantised, role: str) -> bool:
-    """Whether the subspace is one of the inputs: of the longer axis, which leaves the shorter one
-    to the moments. That of an
-    embedding or a head is of the residual: of tokens, it would not hold those that a renewal did
-      not see.
+    """Whether the subspace is of the inputs: it reduces the longer axis, so that the moments keep
+    the shorter one. In an embedding or a head it reduces the residual: a subspace of the tokens
+    would leave out tokens that a renewal did not see.
     """
     return role == "kernel" and w.shape[-2] >= w.shape[-1]
 
@@ -214,16 +257,15 @@ def _basis(g: jax.Array, inputs: bool) -> jax.Array:
 
 
 def _renewed(basis, count, projection: Quantised, due, gap, agreed):
-    """The projection, due, gap and agreed of a matrix [L, ...] after a renewal, for those of its
-    layers that are due.
+    """The projection, due, gap and agreed of a matrix [L, ...] after a renewal of the layers that
+    are due.
     """
     n, R = basis.shape[-2:]
-    old = dense(projection)
+    old = cast(jax.Array, dense(projection))
     shared = jnp.sum(jnp.einsum("...nR,...nS->...RS", old, basis) ** 2, axis=(-2, -1)) / jnp.sum(
         old**2, axis=(-2, -1)
     )
-    # The mean squared cosine of the angles between the two, of which two random subspaces have R /
-    # n.
+    # The mean squared cosine of the angles between the two; R / n for two random subspaces.
     now, agree = due <= count, shared - R / n >= AGREE**2 * (1 - R / n)
     new_agreed = jnp.where(agree, agreed + 1, 0)
     new_gap = jnp.where(new_agreed >= PATIENCE, 2 * gap, gap)
@@ -235,30 +277,32 @@ def _renewed(basis, count, projection: Quantised, due, gap, agreed):
     return projection, *select(now, (count + new_gap, new_gap, new_agreed), (due, gap, agreed))
 
 
-def _by_pieces(
-    f, w: Quantised, role: str, g, projection: Quantised, mu: Moment, nu: Moment, ok, key
-):
-    """f(w, role, g, projection, mu, nu) -> (w, mu, nu) of a layer (of an expert, or of some rows of
-    an embedding) at a time and in place, so that little of it is float32 at one time; what comes
-    back as w is rounded at random. A piece that would not be finite stays as it is. Returns (w, mu,
-    nu, whether all were).
+def _by_pieces(step: Callable, leaf: Leaf, projection: Quantised, ok, key):
+    """Steps a matrix by layers (or experts, or some rows of an embedding) and in place, so that
+    little of it is float32 at one time; weights are rounded stochastically. A piece that would not
+    be finite stays as it is.
+
+    step(leaf, projection) -> (w, mu, nu).
+
+    Returns: (w, mu, nu, whether all pieces were finite).
     """
+    w, g, mu, nu = leaf
     *layers, D, F = w.shape
-    like, state = (w, mu, nu), (w, g, mu, nu)
+    like = w, mu, nu
     if layers:
-        state, projection = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[len(layers) :]), (state, projection)
+        leaf, projection = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[len(layers) :]), (leaf, projection)
         )
     else:
         blocks, block, _ = w.codes.shape
         pieces = next(n for n in range(-(-D * F // PIECE), blocks + 1) if blocks % n == 0)
-        # The weight is filled up to whole blocks; so is what goes with its rows.
+        # The weight is padded to whole blocks, and with it everything that goes with its rows.
         g, mu, nu = jax.tree.map(
             lambda x: jnp.pad(x, ((0, blocks * block - D), (0, 0))), (g, mu, nu)
         )
         w = dataclasses.replace(w, rows=blocks // pieces * block)
-        state = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (w, g, mu, nu))
-    w, g, mu, nu = state
+        leaf = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), Leaf(w, g, mu, nu))
+    w, g, mu, nu = leaf
 
     def piece(i, carry):
         state, fine = carry
@@ -267,14 +311,14 @@ def _by_pieces(
             return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
         w, mu, nu = old = at(state)
-        new, mu, nu = f(w, role, at(g), at(projection) if layers else projection, mu, nu)
+        new, mu, nu = step(Leaf(w, at(g), mu, nu), at(projection) if layers else projection)
         here = finite((new, mu, nu))
-        new = select(
-            ok & here, (quantise(new, w.form, w.dtype, jax.random.fold_in(key, i)), mu, nu), old
+        new = quantise(new, w.form, w.dtype, jax.random.fold_in(key, i))
+        new = select(ok & here, (new, mu, nu), old)
+        state = jax.tree.map(
+            lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, i, axis=0), state, new
         )
-        return jax.tree.map(
-            lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, axis=0), state, new
-        ), fine & here
+        return state, fine & here
 
     (w, mu, nu), fine = jax.lax.fori_loop(0, len(w.codes), piece, ((w, mu, nu), jnp.bool_(True)))
     w = dataclasses.replace(w, rows=D)

@@ -1,15 +1,28 @@
-"""The update rule of a step, and what all rules share: the learning rate and the check of values
-that are not finite.
-"""
+"""The interface of an update rule, the rule of an optax optimizer, and the learning rate."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lljax.config import warmup_steps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepGradients:
+    """The gradients of a step, in float32, with their global norm.
+
+    ok: bool, whether to apply them. key: for random numbers.
+    """
+
+    values: Any
+    norm: jax.Array
+    ok: jax.Array
+    key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +32,9 @@ class Rule:
     init(trainable) -> state.
     gradients(gradient, trainable, state) -> (loss, gradients, state), where gradient(bind, x) ->
       (loss, its gradient by x) puts bind(x) in the place of the trainable leaves.
-    apply(trainable, before, state, gradients, norm, ok, key) -> (trainable, state, applied). With
-      ok = False, or if a new value is not finite, weights and state stay as they were.
-      before: the state before `gradients`. norm: of the gradients. key: of random numbers.
+    apply(trainable, before, state, gradients) -> (trainable, state, applied), where `before` is the
+      state before `gradients`. Weights and state stay as they were unless `gradients.ok` and every
+      new value is finite.
     """
 
     init: Callable
@@ -39,8 +52,9 @@ def by_optax(optimizer: optax.GradientTransformation) -> Rule:
         updates, state = optimizer.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state
 
-    def apply(trainable, before, state, grads, norm, ok, key):
-        ok &= finite(step(trainable, state, grads))
+    def apply(trainable, before, state, gradients: StepGradients):
+        grads = gradients.values
+        ok = gradients.ok & finite(step(trainable, state, grads))
         # Computed again behind the barrier: otherwise all new values wait for the last to be known
         # finite, beside the old ones.
         trainable, before, state, grads, ok = jax.lax.optimization_barrier(
@@ -57,7 +71,7 @@ def select(ok, new, old):
 
 
 def finite(tree) -> jax.Array:
-    """bool: whether every floating-point value of a pytree is finite."""
+    """bool, whether every floating-point value of a pytree is finite."""
     return jnp.array(
         [
             jnp.isfinite(x).all()

@@ -1,4 +1,4 @@
-"""The state of a training run, and a model split into what a step changes and what it does not."""
+"""The state of a training run, and the split of a model into state and frozen weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from lljax.models import lora
+from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import cut_alike, put, replicated
 from lljax.training.optimizer import make_rule
 from lljax.training.rule import Rule
@@ -51,7 +53,7 @@ class Split:
     rule: Rule
 
 
-def split(config, model: nnx.Module, mesh) -> Split:
+def split(config, model: Decoder, mesh: Mesh) -> Split:
     """Splits a model into the state before the first step and the frozen weights."""
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     rule = make_rule(config, trainable)
@@ -60,7 +62,7 @@ def split(config, model: nnx.Module, mesh) -> Split:
     return Split(graphdef=graphdef, state=state, frozen=frozen, rule=rule)
 
 
-def _first_state(trainable, rule: Rule, mesh, seed: int, history: int) -> TrainState:
+def _first_state(trainable, rule: Rule, mesh: Mesh, seed: int, history: int) -> TrainState:
     """Moments of the optimizer are laid out like their leaves; the rest is on every device."""
 
     def first(trainable):
@@ -85,7 +87,7 @@ def _first_state(trainable, rule: Rule, mesh, seed: int, history: int) -> TrainS
     )
 
 
-def _shardings(trainable, mesh) -> Callable:
+def _shardings(trainable, mesh: Mesh) -> Callable:
     """(path, array) -> sharding of a leaf of the state.
 
     The path of a moment ends in the path of its leaf. A moment is cut as its leaf is (the moment of

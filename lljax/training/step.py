@@ -20,6 +20,7 @@ from lljax.models.memory import Memory
 from lljax.objectives.objective import SUM, Metric, Objective, Pass, PassSettings
 from lljax.objectives.table import OBJECTIVES
 from lljax.parallel.sharding import Layout
+from lljax.training.rule import Rule, StepGradients
 from lljax.training.state import Split, TrainState
 
 # The metrics of every step, whatever its objective.
@@ -83,33 +84,41 @@ def make_step(parts: Split, settings: StepSettings) -> Callable:
     gradient that is not finite is never applied, nor an update that would leave a value that is
     not; nor is a spike if `settings.skip_spikes`. Metrics are scalars (`metrics_of`).
     """
-    objective, rule = settings.objective, parts.rule
     options = compiler_options(parts.state.step.sharding)
     if options:
         logging.info(
             "compiler options: %s", " ".join(f"{name}={value}" for name, value in options.items())
         )
-
-    @functools.partial(
-        jax.jit,
+    return jax.jit(
+        _Step(graphdef=parts.graphdef, rule=parts.rule, settings=settings).step,
         static_argnums=(3, 4),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, parts.state), None),
         compiler_options=options,
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    graphdef: nnx.GraphDef
+    rule: Rule
+    settings: StepSettings
+
     def step(
+        self,
         state: TrainState,
         frozen: nnx.State,
         batch: Batch,
         pattern: AttentionPattern,
         layout: Layout | None = None,
-    ):
-        def loss_of(trainable, frozen, micro, key):
-            model = nnx.merge(parts.graphdef, trainable, frozen)
-            return objective.loss(Pass(model, settings.forward, pattern, layout, key), micro)
-
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        objective, settings = self.settings.objective, self.settings
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         weight = jnp.maximum(objective.weight(batch), 1).astype(jnp.float32)
+
+        def loss_of(trainable, frozen, micro, key):
+            model = nnx.merge(self.graphdef, trainable, frozen)
+            return objective.loss(Pass(model, settings.forward, pattern, layout, key), micro)
 
         def gradient(bind, x):
             (loss, sums), grads = accumulate(
@@ -119,12 +128,15 @@ def make_step(parts: Split, settings: StepSettings) -> Callable:
                 lambda g: (g / weight).astype(g.dtype), grads
             )
 
-        (loss, sums), grads, optimizer = rule.gradients(gradient, state.trainable, state.optimizer)
+        (loss, sums), grads, optimizer = self.rule.gradients(
+            gradient, state.trainable, state.optimizer
+        )
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         alarm = _alarm(state, loss, norm, settings)
-        apply = alarm["finite"] & ~alarm["spike"] if settings.skip_spikes else alarm["finite"]
-        trainable, optimizer, applied = rule.apply(
-            state.trainable, state.optimizer, optimizer, grads, norm, apply, key
+        ok = alarm["finite"] & ~alarm["spike"] if settings.skip_spikes else alarm["finite"]
+        gradients = StepGradients(values=grads, norm=norm, ok=ok, key=key)
+        trainable, optimizer, applied = self.rule.apply(
+            state.trainable, state.optimizer, optimizer, gradients
         )
         new = TrainState(
             trainable=trainable,
@@ -141,17 +153,18 @@ def make_step(parts: Split, settings: StepSettings) -> Callable:
             "tokens": weight,
             "z": alarm["z"],
             "loss_z": alarm["loss_z"],
-            "nonfinite": ~alarm["finite"] | (apply & ~applied),
+            "nonfinite": ~alarm["finite"] | (ok & ~applied),
             "spike": alarm["spike"],
             "skipped": ~applied,
             "bad": new.bad,
         }
         return new, metrics | objective.report(sums, weight)
 
-    return step
 
-
-def _alarm(state: TrainState, loss, norm, settings: StepSettings) -> dict[str, jax.Array]:
+def _alarm(
+    state: TrainState, loss: jax.Array, norm: jax.Array, settings: StepSettings
+) -> dict[str, jax.Array]:
+    """Whether loss and gradient are finite, and whether they are a spike, with their deviations."""
     loss_z, z = robust_z(jnp.log(loss), state.losses), robust_z(jnp.log(norm), state.norms)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     spike = finite & (jnp.maximum(loss_z, z) > settings.spike_z)
@@ -159,10 +172,18 @@ def _alarm(state: TrainState, loss, norm, settings: StepSettings) -> dict[str, j
 
 
 def _pushed(history: jax.Array, value: jax.Array, applied: jax.Array) -> jax.Array:
+    """The history with the logarithm of `value` in front, if the step was applied."""
     return jnp.where(applied, jnp.roll(history, 1).at[0].set(jnp.log(value)), history)
 
 
-def accumulate(loss_of: Callable, trainable, frozen, batch: Batch, key, reduce: Callable):
+def accumulate(
+    loss_of: Callable,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    key: jax.Array,
+    reduce: Callable,
+):
     """((loss, sums), gradient) of loss_of(trainable, frozen, micro, key) -> (loss, sums), over the
     leading axis of the batch; loss and gradient are summed in float32, sums by `reduce`.
     """
@@ -194,8 +215,8 @@ def robust_z(x: jax.Array, history: jax.Array, least: int = LEAST_HISTORY) -> ja
 
 
 def make_evaluate(graphdef: nnx.GraphDef, settings: StepSettings) -> Callable:
-    """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (sums by name, weight), jitted:
-    the objective's evaluation of a batch [1, B, T] whose rows hold one document each.
+    """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (sums by name, weight),
+    jitted: the objective's evaluation of a batch [1, B, T] whose rows hold one document each.
     """
 
     @functools.partial(jax.jit, static_argnums=(3, 4))

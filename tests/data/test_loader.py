@@ -46,9 +46,9 @@ def trained_tokens(store) -> list[int]:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("mine", [None, [1]])
-def test_resuming_anywhere_gives_the_batches_that_would_have_come(store, packing, mine):
-    arguments = {"packing": packing, "mine": mine}
+@pytest.mark.parametrize("local_rows", [None, [1]])
+def test_resuming_anywhere_gives_the_batches_that_would_have_come(store, packing, local_rows):
+    arguments = {"packing": packing, "local_rows": local_rows}
     stream = loader(store, **arguments)
     epochs = 3 * len(Pieces(store, T, "split"))  # one piece a row: batches beyond the third epoch
     states, batches = [], []
@@ -77,7 +77,7 @@ def test_batches_have_the_shape_and_type_of_the_contract(store):
 def test_shares_of_a_batch_are_its_rows_and_leave_the_same_state(store, packing):
     whole, shares = (
         loader(store, rows=4, packing=packing),
-        [loader(store, rows=4, packing=packing, mine=m) for m in ([0, 2], [1, 3])],
+        [loader(store, rows=4, packing=packing, local_rows=m) for m in ([0, 2], [1, 3])],
     )
     for _ in range(20):
         batch, parts = next(whole), [next(share) for share in shares]

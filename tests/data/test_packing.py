@@ -91,7 +91,7 @@ def test_what_is_trained_and_what_is_left_out_is_counted(tmp_path, trained, over
             else []
         )
         expected += [(i, s) for s in starts if store.mask(i)[s + 1 : s + T + 1].any()]
-    assert list(zip(pieces.document.tolist(), pieces.start.tolist())) == expected
+    assert list(zip(pieces.document.tolist(), pieces.start.tolist(), strict=True)) == expected
     counts = pieces.counts()
     assert counts["documents"] == len({i for i, _ in expected}) and counts["pieces"] == len(
         expected

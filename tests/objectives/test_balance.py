@@ -79,7 +79,7 @@ def test_equals_transformers_in_value_and_in_the_gradient_of_a_factor(tmp_path):
         _, load = nnx.merge(graphdef, trainable, frozen)(
             jnp.asarray(families.TOKENS), positions=positions, counted=mask != 0
         )
-        return balance_of(load, mask.sum())
+        return load_balancing_loss(load, mask.sum())
 
     value, gradient = balance(trainable)
     assert value == pytest.approx(wanted.item(), rel=1e-6)
@@ -100,8 +100,8 @@ def test_equals_transformers_in_value_and_in_the_gradient_of_a_factor(tmp_path):
 def test_busiest_is_the_worst_expert_of_the_worst_layer():
     even, uneven = jnp.full(4, 6.0), jnp.asarray([3.0, 12.0, 9.0, 0.0])
     load = jnp.stack([jnp.stack([even, even]), jnp.stack([uneven, even])])
-    assert busiest_of(load) == 2 and busiest_of(load[:1]) == 1
-    assert balance_of(load[:1] / 6, 4) == 1
+    assert expert_load_max(load) == 2 and expert_load_max(load[:1]) == 1
+    assert load_balancing_loss(load[:1] / 6, 4) == 1
 
 
 # ---------------------------------------------------------------- however the model is run

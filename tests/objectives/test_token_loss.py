@@ -131,15 +131,14 @@ def test_capped_logits_of_a_head_that_is_spread_over_devices():
     """50 rows on 4 devices: the padding of the last slice is far beyond the cap."""
     hidden, head, targets = make(T=32)
     layout = Layout(make_mesh(sequence=4, devices=jax.devices()[:4]), "ring")
-    got, wanted = (
-        jax.jit(
-            jax.value_and_grad(
-                lambda h, w: cross_entropy(h, w, targets, chunk=8, softcap=2.0, layout=where),
-                (0, 1),
-            )
-        )(hidden, head)
-        for where in (layout, None)
-    )
+
+    def value_and_gradients(layout):
+        def loss(hidden, head):
+            return cross_entropy(hidden, head, targets, chunk=8, softcap=2.0, layout=layout)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
+
+    got, wanted = value_and_gradients(layout), value_and_gradients(None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
 
 

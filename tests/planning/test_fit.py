@@ -32,8 +32,8 @@ def need(**changes):
         (
             {},
             True,
-            r"does not fit: 64 full needs 3.00 GiB of a device's memory and there are 2.00: set memory.tile=4096; "
-            r"memory.offload=True; memory.layers_per_residual=2, .* memory.refuse=False",
+            r"does not fit: 64 full needs 3.00 GiB of a device's memory and there are 2.00: set "
+            r"memory.tile=4096; memory.offload=True; memory.layers_per_residual=2, .* memory.refuse=False",
         ),
         ({}, False, None),
         ({"peak": fit.GiB}, True, None),
@@ -42,8 +42,8 @@ def need(**changes):
             {"peak": fit.GiB, "host": 9 * fit.GiB},
             True,
             r"needs 9.00 GiB of host memory for residuals and a device can have "
-            r"4.00 \(on a GPU no more than XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB\): set memory.layers_per_residual=2; "
-            r"memory.layers_per_residual=4; memory.offload=False, or spread it",
+            r"4.00 \(on a GPU no more than XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB\): set "
+            r"memory.layers_per_residual=2; memory.layers_per_residual=4; memory.offload=False, or spread it",
         ),
     ],
 )
@@ -202,8 +202,8 @@ def test_advice_is_a_sentence_where_no_setting_is_left():
         ("weights", "reading the weights: .*: spread them .*; no checkpoint is there yet"),
         (
             "64 full",
-            "step 5, stage 64 full: .*: set memory.tile=4096; memory.offload=True; memory.layers_per_residual=2, or .*; "
-            "the last checkpoint is of step 3, and the settings of memory and mesh may change",
+            "step 5, stage 64 full: .*: set memory.tile=4096; memory.offload=True; "
+            "memory.layers_per_residual=2, or .*; the last checkpoint is of step 3, and the settings of memory and mesh may change",
         ),
         (
             "evaluation of 64",

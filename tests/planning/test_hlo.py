@@ -1,3 +1,5 @@
+# The text of compilers stands as they write it.
+# ruff: noqa: E501
 import functools
 
 import jax

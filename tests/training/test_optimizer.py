@@ -17,7 +17,7 @@ from lljax.interop.open import open_base
 from lljax.run.checkpoint import Checkpoints, abstract, describe
 from lljax.training.optimizer import OPTIMIZERS, make_optimizer
 from lljax.training.placement import layout_of, place
-from lljax.training.rule import by_optax
+from lljax.training.rule import StepGradients, by_optax
 from lljax.training.state import split
 from lljax.training.step import make_step, step_settings
 
@@ -140,7 +140,9 @@ def test_muon_makes_the_momentum_of_each_matrix_orthogonal_and_leaves_the_rest_t
     (got, _), (adamw, _) = ours("muon", steps=1), ours("adamw", steps=1)
     for name in ("norm", "embed", "head"):
         np.testing.assert_array_equal(got[name], adamw[name])
-    for before, after, gradient in zip(leaves(0)["kernel"], got["kernel"], leaves(1)["kernel"]):
+    for before, after, gradient in zip(
+        leaves(0)["kernel"], got["kernel"], leaves(1)["kernel"], strict=True
+    ):
         update = (before * (1 - RATE * DECAY) - after) / RATE
         x = gradient / np.linalg.norm(gradient)
         for _ in range(5):
@@ -237,7 +239,8 @@ def test_an_update_that_would_leave_a_value_that_is_not_finite_is_not_applied(na
     rule = by_optax(make_optimizer(optimizer_of(name, **changes), 4, GROUPS))
     params = jax.tree.map(jnp.asarray, leaves(0))
     state, grads = rule.init(params), params | {"embed": jnp.zeros_like(params["embed"])}
-    after = jax.jit(rule.apply)(params, state, state, grads, 1.0, True, jax.random.key(0))
+    gradients = StepGradients(values=grads, norm=1.0, ok=True, key=jax.random.key(0))
+    after = jax.jit(rule.apply)(params, state, state, gradients)
     assert not after[2] and describe(after[:2]) == describe((params, state))
 
 

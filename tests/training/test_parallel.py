@@ -147,7 +147,7 @@ def keep_gradients(*_):
     return Rule(
         init=lambda trainable: jax.tree.map(jnp.zeros_like, trainable),
         gradients=lambda gradient, trainable, state: (*gradient(lambda x: x, trainable), state),
-        apply=lambda trainable, before, state, gradients, norm, ok, key: (trainable, gradients, ok),
+        apply=lambda trainable, before, state, g: (trainable, g.values, g.ok),
     )
 
 

@@ -14,6 +14,7 @@ from lljax.models import quantize
 from lljax.models.probe import times
 from lljax.run.checkpoint import Checkpoints, abstract, describe
 from lljax.training.q_galore import q_galore
+from lljax.training.rule import StepGradients
 
 GROUPS = {"down": "kernel/2", "up": "kernel/2", "norm": "norm"}
 SHAPES = {"down": (2, 48, 32), "up": (2, 32, 48)}
@@ -83,9 +84,8 @@ def jitted(items, ok, seed):
     """The items after a step, its gradients and loss, and whether it was applied."""
     r = rule()
     loss, grads, state = r.gradients(gradient, items["weights"], items["state"])
-    weights, state, applied = r.apply(
-        items["weights"], items["state"], state, grads, jnp.float32(1), ok, jax.random.key(seed)
-    )
+    gradients = StepGradients(values=grads, norm=jnp.float32(1), ok=ok, key=jax.random.key(seed))
+    weights, state, applied = r.apply(items["weights"], items["state"], state, gradients)
     return {"weights": weights, "state": state}, grads, loss, applied
 
 
