@@ -83,8 +83,8 @@ def pack(
     packing: bool,
     fields: tuple[Field, ...] = NEXT_TOKEN,
 ) -> grain.IterDataset:
-    """Rows of T tokens, of several pieces each (first-fit) or of one piece, with the `fields`, segment
-    ids (0: padding) and positions.
+    """Rows of T tokens, of several pieces each (first-fit) or of one piece, with the `fields`,
+    segment ids (0: padding) and positions.
     """
     if not packing:
         return pieces.map(lambda piece: row_of(piece, T, fields))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def load_balancing_loss(load: Float[Array, "L 2 E"], tokens) -> Float[Array, ""]:
+def load_balancing_loss(load: Float[Array, "L 2 E"], tokens: Array) -> Float[Array, ""]:
     """The load-balancing loss E * sum_e f_e P_e, float32; k if experts share the `tokens` evenly.
 
     load: of each layer with experts, counted over `tokens` (lljax.models.decoder). Fedus et al.

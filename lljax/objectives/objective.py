@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lljax.attention.pattern import AttentionPattern
+from lljax.config import Config
 from lljax.data.batch import Batch, Field
 from lljax.models.decoder import Decoder
 from lljax.models.memory import Memory
@@ -42,14 +43,12 @@ class Metric:
     """A value that each step reports under `name`, a key of metrics.jsonl.
 
     title: of its chart.
-    reduction: from passes to step; of an evaluation's metrics MEAN, over all of its batches.
-    from_zero: whether the axis of the chart begins at zero.
+    reduction: from the passes to the step.
     """
 
     name: str
     title: str
     reduction: Reduction = MEAN
-    from_zero: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +135,11 @@ def _same(means: dict[str, float]) -> dict[str, float]:
     return means
 
 
-def _nothing(config: Any) -> Any:
+def _nothing(config: Config) -> Any:
     return None
 
 
-def _never(config: Any, spec: DecoderSpec) -> str | None:
+def _never(config: Config, spec: DecoderSpec) -> str | None:
     return None
 
 
@@ -155,8 +154,7 @@ class Objective:
       added over all passes first, so that accumulation changes nothing.
     evaluate: (pass, batch [B, T]) -> (sums of `scores`' arguments by name, weight).
     metrics: of a step. The metric `loss` comes first.
-    evaluation_metrics: of an evaluation, by the names that `scores` returns.
-    scores: means of the evaluation's sums -> recorded values.
+    scores: means of the evaluation's sums -> the values to record by name.
     options: config -> hashable settings that loss and evaluate read from `pass_.settings.options`.
     refuses: (config, spec) -> why the objective cannot train this model, or None.
     passes: of a step, for its FLOPs and memory traffic.
@@ -168,10 +166,9 @@ class Objective:
     weight: Callable[[Batch], Array]
     evaluate: Callable[[Pass, Batch], tuple[dict[str, Array], Array]]
     metrics: tuple[Metric, ...]
-    evaluation_metrics: tuple[Metric, ...]
     scores: Callable[[dict[str, float]], dict[str, float]] = _same
-    options: Callable[[Any], Any] = _nothing
-    refuses: Callable[[Any, DecoderSpec], str | None] = _never
+    options: Callable[[Config], Any] = _nothing
+    refuses: Callable[[Config, DecoderSpec], str | None] = _never
     passes: Passes = ONE_OF_EACH
 
     def reduce(self, sums: dict[str, Array]) -> dict[str, Array]:

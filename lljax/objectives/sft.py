@@ -1,12 +1,12 @@
 """Supervised fine-tuning: the cross-entropy of the next token, and the balance of experts."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lljax.config import Config
 from lljax.data.batch import IGNORED, NEXT_TOKEN, Batch
 from lljax.models.spec import DecoderSpec
 from lljax.objectives.balance import expert_load_max, load_balancing_loss
@@ -21,7 +21,7 @@ class Options:
     router_aux_loss_coef: float
 
 
-def read_options(config: Any) -> Options:
+def read_options(config: Config) -> Options:
     return Options(config.training.router_aux_loss_coef)
 
 
@@ -72,7 +72,7 @@ def scores(means: dict[str, float]) -> dict[str, float]:
     return {"loss": means["loss"], "perplexity": float(np.exp(means["loss"]))}
 
 
-def refuses(config: Any, spec: DecoderSpec) -> str | None:
+def refuses(config: Config, spec: DecoderSpec) -> str | None:
     coefficient = config.training.router_aux_loss_coef
     if coefficient and not spec.has_experts:
         return (
@@ -95,12 +95,7 @@ SFT = Objective(
             "expert_load_max",
             "Tokens of the busiest expert, in even shares",
             Reduction(lambda loads: loads.sum(0), lambda load, _: expert_load_max(load)),
-            from_zero=True,
         ),
-    ),
-    evaluation_metrics=(
-        Metric("loss", "Held-out loss"),
-        Metric("perplexity", "Held-out perplexity"),
     ),
     scores=scores,
     options=read_options,

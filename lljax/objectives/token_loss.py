@@ -5,7 +5,7 @@ chunk and one slice of the head exist at a time.
 import dataclasses
 import functools
 import operator
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -208,8 +208,8 @@ def _slice_statistics(logits: Array, t: Array, first: Array | int) -> tuple[Arra
 def _statistics(hidden: Parts, head: Parts, targets: Array, static: _Head) -> Statistics:
     """The log-sum-exp of the logits and the logit of the target, float32 [chunks, C] each."""
 
-    def of_slice(statistics, part, first):
-        def of_chunk(_, xs):
+    def of_slice(statistics: Statistics, part: Parts, first: Array | int):
+        def of_chunk(_: None, xs: Any):
             h, t, lse, of_target = xs
             more_lse, more = _slice_statistics(_logits(h, part, first, static), t, first)
             return None, (jnp.logaddexp(lse, more_lse), of_target + more)
@@ -238,10 +238,10 @@ def _gradients(
     """
     n = static.slices
 
-    def of_slice(carry, part, first):
+    def of_slice(carry: Any, part: Parts, first: Array | int):
         d_hidden, d_head, statistics, total = carry
 
-        def of_chunk(carry, xs):
+        def of_chunk(carry: Any, xs: Any):
             (d_head, total), (h, t, d_h, statistics, weight) = carry, xs
             logits = _logits(h, part, first, static)
             known = statistics or _slice_statistics(logits, t, first)
@@ -287,7 +287,7 @@ def _gradients(
     return total, (d_hidden, d_head)
 
 
-def _forward(hidden, head, targets, static: _Head):
+def _forward(hidden: Any, head: Any, targets: Any, static: _Head):
     trains = tuple(jnp.zeros(()) if w.perturbed else None for w in head)
     hidden, head, targets = jax.tree.map(lambda x: x.value, (hidden, head, targets))
     if not static.per_token:
@@ -298,7 +298,7 @@ def _forward(hidden, head, targets, static: _Head):
     return log_probs, (hidden, head, targets, trains, statistics)
 
 
-def _backward(static: _Head, saved, d_out):
+def _backward(static: _Head, saved: Any, d_out: Array):
     if not static.per_token:
         return *jax.tree.map(lambda d: d * d_out.astype(d.dtype), saved), None
     hidden, head, targets, trains, statistics = saved

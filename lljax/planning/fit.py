@@ -15,6 +15,7 @@ import rich.table
 from jax.sharding import Mesh
 from rich.console import Console
 
+from lljax.config import Config
 from lljax.errors import ConfigError, OutOfMemory
 from lljax.hardware.chips import GiB
 from lljax.hardware.host_memory import LIMIT, host_memory, pinned_limit, pool_sizes, usable
@@ -49,7 +50,7 @@ class Need:
         return self.compiled and self.peak <= memory and self.host <= host
 
 
-def evaluation_lengths(config, stages: Sequence[Stage]) -> list[int]:
+def evaluation_lengths(config: Config, stages: Sequence[Stage]) -> list[int]:
     """The lengths of the held-out rows that a run evaluates on in `stages`, in order: the length of
     every stage with a step that training.eval_every divides, and of the last stage, at the end.
     Empty without held-out documents.
@@ -107,7 +108,7 @@ def _refused(error: Exception) -> int:
     return int(float(size) * (GiB if unit == "G" else 2**20))
 
 
-def bytes_of(tree) -> int:
+def bytes_of(tree: Any) -> int:
     """Bytes of a pytree of arrays on one device."""
     return sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
@@ -168,7 +169,7 @@ def as_text(table: rich.table.Table) -> str:
 
 
 def check(
-    needs: list[Need], memory: float, host: float, config, layers: tuple[LayerSpec, ...]
+    needs: list[Need], memory: float, host: float, config: Config, layers: tuple[LayerSpec, ...]
 ) -> None:
     """Refuses programs that cannot fit; a compiled one may be tried with memory.refuse=False.
 
@@ -197,7 +198,7 @@ def check(
         )
 
 
-def advice(config, layers: tuple[LayerSpec, ...], of_host: bool = False) -> str:
+def advice(config: Config, layers: tuple[LayerSpec, ...], of_host: bool = False) -> str:
     """Settings that make room for a step, as the end of a message. of_host: room on the host."""
     listed = "; ".join(words(way) for way in ways(config, layers, of_host)[:3])
     return (
@@ -240,7 +241,9 @@ def in_memory(
         ) from error
 
 
-def ways(config, layers: tuple[LayerSpec, ...], of_host: bool = False) -> list[dict[str, Any]]:
+def ways(
+    config: Config, layers: tuple[LayerSpec, ...], of_host: bool = False
+) -> list[dict[str, Any]]:
     """Changes that each make room for a model of `layers` (`DecoderSpec.layers`) on the device, or
     on its host; the cheapest in time first.
     """

@@ -76,7 +76,7 @@ def cudnn_workspace(text: str) -> int:
         r"= \((\w+)\[([\d,]+)\]\S* \w+\[([\d,]+)\][^\n]*\"__cudnn\$fmhaSoftmaxBackward\"", text
     )
 
-    def size(dtype, q, k):  # [B, N, T, H], [B, K, S, H]
+    def size(dtype: str, q: str, k: str):  # [B, N, T, H], [B, K, S, H]
         (B, N, T, H), (_, K, S, _) = (map(int, x.split(",")) for x in (q, k))
         return 4 * B * N * T * (H + 1) + (2 * B * N * S * H * bits(dtype) // 8 if N > K else 0)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from lljax.build import mesh_of, placed_model
+from lljax.config import Config
 from lljax.hardware.host_memory import usable
 from lljax.hardware.targets import Target
 from lljax.objectives.objective import Passes
@@ -72,7 +73,7 @@ class StagePlan:
         return [self.need] if self.evaluation is None else [self.need, self.evaluation]
 
 
-def plan(config, hf_config: dict, target: Target, options: Options) -> list[StagePlan]:
+def plan(config: Config, hf_config: dict, target: Target, options: Options) -> list[StagePlan]:
     """The plan of every stage.
 
     Raises:
@@ -90,7 +91,13 @@ def plan(config, hf_config: dict, target: Target, options: Options) -> list[Stag
 
 
 def plan_stage(
-    config, hf_config: dict, target: Target, stage: Stage, options: Options, *, label: str = ""
+    config: Config,
+    hf_config: dict,
+    target: Target,
+    stage: Stage,
+    options: Options,
+    *,
+    label: str = "",
 ) -> StagePlan:
     """Compiles the step and the evaluation of one stage for the target.
 
@@ -116,7 +123,9 @@ def plan_stage(
     evaluation = None
     if evaluates and need.fits(*room):
         evaluation = fit.need_of(prepared.evaluations[stage.length], prepared)
-    passes = prepared.objective.passes
+    passes, device = prepared.objective.passes, target.device
+    read = _weight_reads(config, passes) * need.base * target.count
+    arithmetic = target.count * device.flops * options.efficiency
     counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"], passes=passes)
     return StagePlan(
         stage=stage,
@@ -129,13 +138,9 @@ def plan_stage(
         collectives=collectives,
         tokens=config.training.accumulate * config.training.rows * stage.length,
         bounds={
-            "arithmetic": counted.hardware
-            / (target.count * target.device.flops * options.efficiency),
-            "memory": _weight_reads(config, passes)
-            * need.base
-            * target.count
-            / target.device.bandwidth,
-            "network": sum(collectives.values()) / target.device.link,
+            "arithmetic": counted.hardware / arithmetic,
+            "memory": read / device.bandwidth,
+            "network": sum(collectives.values()) / device.link,
         },
         compile_seconds=seconds,
     )
@@ -157,7 +162,7 @@ def _compile_step(prepared: Prepared, stage: Stage, label: str) -> tuple[fit.Nee
     return need, hlo.collective_bytes(text)
 
 
-def _weight_reads(config, passes: Passes) -> int:
+def _weight_reads(config: Config, passes: Passes) -> int:
     """How often a step reads the weights: forward, and backward, before which rematerialization
     reads them once more.
     """

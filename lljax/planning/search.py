@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
 
 from lljax.build import mesh_of
-from lljax.config import get
+from lljax.config import Config, get
 from lljax.errors import ConfigError
 from lljax.hardware.targets import Target, counts, sized
 from lljax.models.spec import from_hf
@@ -23,7 +22,7 @@ MOST_TRIES = 10
 
 
 def longest_context(
-    config, hf_config: dict, target: Target, options: Options
+    config: Config, hf_config: dict, target: Target, options: Options
 ) -> tuple[str, list[StagePlan]]:
     """The longest last stage that fits, to within a sixteenth, as a sentence; and the plans tried,
     including one that does not fit.
@@ -45,7 +44,7 @@ def longest_context(
 
 
 def largest_batch(
-    config, hf_config: dict, target: Target, options: Options
+    config: Config, hf_config: dict, target: Target, options: Options
 ) -> tuple[str, list[StagePlan]]:
     """The most `training.rows` that fit at the last stage, as a sentence; and the plans tried,
     including one that does not fit.
@@ -64,7 +63,7 @@ def largest_batch(
 
 
 def fewest_devices(
-    config, hf_config: dict, target: Target, options: Options
+    config: Config, hf_config: dict, target: Target, options: Options
 ) -> tuple[str, list[StagePlan]]:
     """The fewest devices of the kind of `target` that the last stage fits on, as a sentence; and
     the plans tried, including the next smaller number.
@@ -143,7 +142,7 @@ class _Attempts:
     fitting: the changes that make it fit, as a user writes them. plans: of all changes.
     """
 
-    config: Any
+    config: Config
     hf_config: dict
     target: Target
     stage: Stage
@@ -176,7 +175,7 @@ class _Attempts:
 
 
 def room(
-    config, hf_config: dict, target: Target, worst: StagePlan, options: Options
+    config: Config, hf_config: dict, target: Target, worst: StagePlan, options: Options
 ) -> tuple[list[str], list[StagePlan]]:
     """At most three settings that make the stage with the largest need fit, the cheapest first, and
     all plans tried; at most MOST_TRIES compilations.

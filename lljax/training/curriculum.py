@@ -4,6 +4,7 @@ import dataclasses
 
 from lljax.attention.pattern import AttentionPattern
 from lljax.attention.shifted import group_size
+from lljax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Stage:
         return f"{self.length:,} {self.pattern.kind}"
 
 
-def stages(context, markers: tuple[int, ...] = ()) -> tuple[Stage, ...]:
+def stages(context: Config, markers: tuple[int, ...] = ()) -> tuple[Stage, ...]:
     """The stages of a validated `config.context`. markers: token ids of its `anchor_markers`."""
     starts = (0, *(until for until, _, _ in context.schedule))
     return tuple(
@@ -36,7 +37,7 @@ def stages(context, markers: tuple[int, ...] = ()) -> tuple[Stage, ...]:
     )
 
 
-def _pattern(context, kind: str, length: int, markers: tuple[int, ...]) -> AttentionPattern:
+def _pattern(context: Config, kind: str, length: int, markers: tuple[int, ...]) -> AttentionPattern:
     if kind == "shifted":
         return AttentionPattern("shifted", group=group_size(context.group, length))
     if kind == "window":

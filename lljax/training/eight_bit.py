@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 BLOCK = 256
 
@@ -36,10 +37,10 @@ class State(NamedTuple):
 def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """`optax.scale_by_adam` whose state takes two bytes a weight; its arithmetic is float32."""
 
-    def init(params):
+    def init(params: optax.Params):
         return State(jnp.int32(0), zeros(params, jnp.int8), zeros(params, jnp.uint8))
 
-    def update(updates, state, params=None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         count = state.count + 1
         new = jax.tree.map(
             lambda g, m, ms, v, vs: adam(
@@ -56,7 +57,16 @@ def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTra
     return optax.GradientTransformation(init, update)
 
 
-def adam(gradient, mu: Moment, nu: Moment, count, *, b1: float, b2: float, eps: float):
+def adam(
+    gradient: jax.Array,
+    mu: Moment,
+    nu: Moment,
+    count: jax.Array,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+):
     """(update, mu, nu) of an array at step `count`, from 1."""
     m = b1 * decode(*mu) + (1 - b1) * gradient
     v = b2 * decode(*nu) + (1 - b2) * gradient * gradient
@@ -64,7 +74,7 @@ def adam(gradient, mu: Moment, nu: Moment, count, *, b1: float, b2: float, eps: 
     return update, Moment(*encode(m, jnp.int8)), Moment(*encode(v, jnp.uint8))
 
 
-def zeros(params, dtype) -> Moment:
+def zeros(params: optax.Params, dtype: DTypeLike) -> Moment:
     return Moment(
         jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params),
         jax.tree.map(
@@ -78,7 +88,7 @@ def block(size: int) -> int:
     return next(n for n in range(min(BLOCK, size), 0, -1) if size % n == 0)
 
 
-def encode(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+def encode(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of float32 x [..., n]; uint8 for x >= 0.
 
     A value above 0 never gets the code 0 of uint8: a second moment of 0 under a first moment that
@@ -108,7 +118,7 @@ def decode(codes: jax.Array, scale: jax.Array) -> jax.Array:
     return value.reshape(codes.shape)
 
 
-def _value(code, bits: int):
+def _value(code: jax.Array, bits: int):
     """The value of a code from 0 (which means 0) to 2 ** bits - 1, as a share of the scale."""
     decade = 31 - jax.lax.clz(jnp.maximum(code, 1))
     levels = jnp.exp2(decade.astype(jnp.float32))
@@ -117,5 +127,5 @@ def _value(code, bits: int):
     )
 
 
-def _bits(dtype) -> int:
+def _bits(dtype: DTypeLike) -> int:
     return 8 if dtype == jnp.uint8 else 7

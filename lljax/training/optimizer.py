@@ -14,7 +14,7 @@ import optax
 import optax.contrib
 from flax import nnx
 
-from lljax.config import total_steps
+from lljax.config import Config, total_steps
 from lljax.training.eight_bit import scale_by_adam_8bit
 from lljax.training.q_galore import q_galore
 from lljax.training.rule import Rule, by_optax, learning_rate
@@ -23,7 +23,7 @@ from lljax.training.rule import Rule, by_optax, learning_rate
 MATRICES = ("kernel", "lora_a", "lora_b")
 
 
-def make_rule(config, trainable: nnx.State) -> Rule:
+def make_rule(config: Config, trainable: nnx.State) -> Rule:
     """The update rule of `config.optimizer` for trainable Variables."""
     steps, groups = total_steps(config), groups_of(trainable)
     row = OPTIMIZERS[config.optimizer.name]
@@ -32,7 +32,9 @@ def make_rule(config, trainable: nnx.State) -> Rule:
     return by_optax(make_optimizer(config.optimizer, steps, groups))
 
 
-def make_optimizer(optimizer, steps: int, groups: nnx.State) -> optax.GradientTransformation:
+def make_optimizer(
+    optimizer: Config, steps: int, groups: nnx.State
+) -> optax.GradientTransformation:
     """Global-norm clipping (none if `optimizer.clip_norm` is 0), then for each group the direction
     of `optimizer.name`, decoupled weight decay (Loshchilov & Hutter 2017, arXiv 1711.05101) and the
     learning rate.
@@ -64,7 +66,7 @@ def groups_of(trainable: nnx.State) -> nnx.State:
     "/L" if the leaf is a stack of L layers.
     """
 
-    def group(variable):
+    def group(variable: nnx.Variable):
         role = variable.get_metadata("role")
         if variable.get_metadata("axes")[0] != "layers":
             return role
@@ -78,12 +80,12 @@ def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTra
     are shared by all layers, arrays are [L, ...].
     """
 
-    def init(params):
+    def init(params: optax.Params):
         like = jax.eval_shape(transformation.init, jax.tree.map(lambda x: x[0], params))
         stacked = jax.vmap(transformation.init)(params)
         return jax.tree.map(lambda layer, stack: stack if layer.ndim else stack[0], like, stacked)
 
-    def update(updates, state, params=None):
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
         L = len(jax.tree.leaves(updates)[0])
         spread = jax.tree.map(lambda x: x if x.ndim else jnp.broadcast_to(x, L), state)
         updates, new = jax.lax.map(lambda xs: transformation.update(*xs), (updates, spread, params))
@@ -92,12 +94,12 @@ def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTra
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(o, role: str, layered: Callable) -> optax.GradientTransformation:
+def _adamw(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     """Kingma & Ba 2014, arXiv 1412.6980."""
     return optax.scale_by_adam(b1=o.beta1, b2=o.beta2, eps=o.eps)
 
 
-def _adafactor(o, role: str, layered: Callable) -> optax.GradientTransformation:
+def _adafactor(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     """Shazeer & Stern 2018, arXiv 1804.04235: second moments of a matrix as a row and a column, no
     first moments. Without the scaling by the size of the weight, so that learning rates compare
     with other optimizers.
@@ -109,12 +111,12 @@ def _adafactor(o, role: str, layered: Callable) -> optax.GradientTransformation:
     )
 
 
-def _lion(o, role: str, layered: Callable) -> optax.GradientTransformation:
+def _lion(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     """Chen et al. 2023, arXiv 2302.06675: the sign of a momentum."""
     return optax.scale_by_lion(b1=o.beta1, b2=o.beta2)
 
 
-def _muon(o, role: str, layered: Callable) -> optax.GradientTransformation:
+def _muon(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     """Jordan 2024, github.com/KellerJordan/Muon: the momentum of a matrix, made orthogonal; AdamW
     for the other leaves. An update has the root mean square 0.2 of AdamW's, as Liu et al. 2025,
     arXiv 2502.16982, eq. 4.
@@ -122,10 +124,10 @@ def _muon(o, role: str, layered: Callable) -> optax.GradientTransformation:
     if role not in MATRICES:
         return _adamw(o, role, layered)
 
-    def numbers(params):
+    def numbers(params: optax.Params):
         return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(-2, -1), params)
 
-    def like_adamw(updates, params):
+    def like_adamw(updates: optax.Updates, params: optax.Params | None):
         return jax.tree.map(lambda x: 0.2 * math.sqrt(max(x.shape[-2:])) * x, updates)
 
     return optax.chain(
@@ -134,11 +136,11 @@ def _muon(o, role: str, layered: Callable) -> optax.GradientTransformation:
     )
 
 
-def _adamw8bit(o, role: str, layered: Callable) -> optax.GradientTransformation:
+def _adamw8bit(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     return scale_by_adam_8bit(b1=o.beta1, b2=o.beta2, eps=o.eps)
 
 
-def _galore(o, role: str, layered: Callable) -> optax.GradientTransformation:
+def _galore(o: Config, role: str, layered: Callable) -> optax.GradientTransformation:
     """Zhao et al. 2024, arXiv 2403.03507: Adam in the leading subspace of each matrix's gradient,
     computed again every `galore.update_every` steps; AdamW for the other leaves. The subspace
     reduces the longer axis, so that the moments keep the shorter one.

@@ -148,13 +148,14 @@ def place(
     index = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     sharding = batch_sharding(mesh, 3)
 
-    def place_array(x):
+    def place_array(x: np.ndarray):
         x = x.reshape(accumulate, -1, x.shape[-1])
         if layout is not None and layout.zigzag:
             x = zigzag(x, mesh.shape["sequence"])
         first, shape = share * x.shape[1], (accumulate, shares * x.shape[1], x.shape[2])
 
-        def local(at):
+        def local(at: tuple[slice, ...] | None) -> np.ndarray:
+            assert at is not None, "an array has an index in every device"
             rows = slice((at[1].start or 0) - first, (at[1].stop or shape[1]) - first)
             return x[at[0], rows, at[2]]
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.build import placed_model
+from lljax.config import Config
 from lljax.data.batch import Batch
 from lljax.errors import ConfigError
 from lljax.models.decoder import Decoder
@@ -37,6 +38,7 @@ class Program:
     trains: True for a step, which is called with (state, frozen, batch) and returns (state,
       metrics). False for an evaluation, which is called with (trainable, frozen, batch) and returns
       (sums by name, weight).
+    lower: traces the function; no argument needs a value.
     """
 
     label: str
@@ -46,7 +48,7 @@ class Program:
     length: int
     batch: Batch
     trains: bool
-    _lower: Callable[[], jax.stages.Lowered] = dataclasses.field(repr=False)
+    lower: Callable[[], jax.stages.Lowered] = dataclasses.field(repr=False)
     _compiled: jax.stages.Compiled | None = dataclasses.field(default=None, init=False, repr=False)
 
     def compile(self) -> jax.stages.Compiled:
@@ -56,7 +58,7 @@ class Program:
           JaxRuntimeError: the compiler refuses the program.
         """
         if self._compiled is None:
-            self._compiled = self._lower().compile()
+            self._compiled = self.lower().compile()
         return self._compiled
 
 
@@ -77,7 +79,7 @@ class Prepared:
 
 
 def prepare_step(
-    config,
+    config: Config,
     hf_config: dict,
     mesh: Mesh,
     *,
@@ -122,7 +124,7 @@ def prepare_step(
 class _Programs:
     """Builds the programs of one run."""
 
-    config: Any
+    config: Config
     mesh: Mesh
     spec: DecoderSpec
     memory: float
@@ -173,5 +175,5 @@ class _Programs:
             length=length,
             batch=batch,
             trains=trains,
-            _lower=lambda: function.lower(first, frozen, batch, pattern, layout),
+            lower=lambda: function.lower(first, frozen, batch, pattern, layout),
         )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lljax.config import Config
 from lljax.models.probe import Probed
 from lljax.models.quantize import Quantised, dense, integers, quantise
 from lljax.training import eight_bit
@@ -53,7 +54,7 @@ class Leaf(NamedTuple):
     nu: Moment
 
 
-def q_galore(optimizer, steps: int, groups: nnx.State, dtype: jnp.dtype) -> Rule:
+def q_galore(optimizer: Config, steps: int, groups: nnx.State, dtype: jnp.dtype) -> Rule:
     """The rule of `optimizer.name` "q_galore", for trainable leaves whose matrices are quantized.
 
     groups: as of `lljax.training.optimizer.groups_of`. dtype: of the compute.
@@ -69,16 +70,16 @@ def q_galore(optimizer, steps: int, groups: nnx.State, dtype: jnp.dtype) -> Rule
 class _QGalore:
     """optimizer: `config.optimizer`. roles: of every trainable leaf, a pytree like them."""
 
-    optimizer: Any
+    optimizer: Config
     steps: int
     roles: nnx.State
     dtype: jnp.dtype
 
-    def over(self, f: Callable, trainable, *rest):
+    def over(self, f: Callable, trainable: nnx.State, *rest):
         """f(leaf, role, ...) of every leaf; a quantized matrix is one leaf."""
         return jax.tree.map(f, trainable, self.roles, *rest, is_leaf=_is_matrix)
 
-    def over_matrices(self, f: Callable, trainable, *rest):
+    def over_matrices(self, f: Callable, trainable: nnx.State, *rest):
         """f(matrix, whether its subspace is of the inputs, ...) of every matrix, None of other
         leaves.
         """
@@ -88,7 +89,7 @@ class _QGalore:
             *rest,
         )
 
-    def probes(self, trainable, flipped: bool = False):
+    def probes(self, trainable: nnx.State, flipped: bool = False):
         """The leaves to differentiate: a zero probe for every matrix, the leaf itself otherwise.
 
         flipped: probes in the other axis of every matrix.
@@ -103,15 +104,15 @@ class _QGalore:
             trainable,
         )
 
-    def init(self, trainable) -> State:
+    def init(self, trainable: nnx.State) -> State:
         rank, update_every = self.optimizer.galore.rank, self.optimizer.galore.update_every
 
-        def number(value):
+        def number(value: int):
             return self.over_matrices(
                 lambda w, _: jnp.full(w.shape[:-2], value, jnp.int32), trainable
             )
 
-        def sketch(w, inputs):  # random, for the first step renews it
+        def sketch(w: Quantised, inputs: bool):  # random, for the first step renews it
             shape = (*w.shape[:-2], w.shape[-2 if inputs else -1], _rank(w, rank))
             return _projection(jax.random.normal(jax.random.key(math.prod(shape)), shape))
 
@@ -126,7 +127,7 @@ class _QGalore:
             agreed=number(0),
         )
 
-    def gradients(self, gradient: Callable, trainable, state: State):
+    def gradients(self, gradient: Callable, trainable: nnx.State, state: State):
         """(loss, gradients, state): the gradients in the subspaces, which are renewed if due."""
         due = [jnp.ravel(due) for due in jax.tree.leaves(state.due)]
         is_due = jnp.any(jnp.concatenate(due) <= state.count)
@@ -134,10 +135,12 @@ class _QGalore:
         state = jax.lax.cond(is_due, renew, lambda state: state, state)
         return *self._within(gradient, trainable, state.projection), state
 
-    def _within(self, gradient: Callable, trainable, projection, flipped: bool = False):
+    def _within(
+        self, gradient: Callable, trainable: nnx.State, projection: nnx.State, flipped: bool = False
+    ):
         """(loss, gradients) in the subspaces of `projection`."""
 
-        def bind(x):
+        def bind(x: Any):
             return self.over(
                 lambda w, role, p, x: (
                     Probed(w, p, x, _of_inputs(w, role) != flipped) if _is_matrix(w) else x
@@ -149,7 +152,7 @@ class _QGalore:
 
         return gradient(bind, self.probes(trainable, flipped))
 
-    def _renew(self, gradient: Callable, trainable, state: State) -> State:
+    def _renew(self, gradient: Callable, trainable: nnx.State, state: State) -> State:
         """The state with new projections of the layers that are due."""
         _, inside = self._within(gradient, trainable, state.projection)
         across = self.over_matrices(
@@ -170,14 +173,14 @@ class _QGalore:
             ),
         )
 
-    def apply(self, trainable, before: State, state: State, gradients: StepGradients):
+    def apply(self, trainable: nnx.State, before: State, state: State, gradients: StepGradients):
         clip = jnp.minimum(1.0, (self.optimizer.clip_norm or jnp.inf) / gradients.norm)
         keys = iter(jax.random.split(gradients.key, len(jax.tree.leaves(gradients.values))))
 
-        def update(w, role, g, projection, *codes):
+        def update(w: Any, role: str, g: jax.Array, projection: Quantised | None, *codes):
             leaf = Leaf(w, g, Moment(*codes[:2]), Moment(*codes[2:]))
             step = functools.partial(self._step_leaf, state.count, clip, role)
-            if _is_matrix(w):
+            if projection is not None:
                 return _by_pieces(step, leaf, projection, gradients.ok, next(keys))
             new = step(leaf, None)
             fine = finite(new)
@@ -202,7 +205,9 @@ class _QGalore:
         )
         return trainable, new_state, applied
 
-    def _step_leaf(self, count, clip, role: str, leaf: Leaf, projection):
+    def _step_leaf(
+        self, count: jax.Array, clip: jax.Array, role: str, leaf: Leaf, projection: Quantised | None
+    ):
         """(w, mu, nu) after the step of a leaf, or of some of its layers or rows; w is float32."""
         o = self.optimizer
         update, mu, nu = eight_bit.adam(
@@ -215,14 +220,14 @@ class _QGalore:
             eps=o.eps,
         )
         if projection is not None:
-            p = dense(projection)
+            p = cast(jax.Array, dense(projection))
             update = o.galore.scale * (p @ update if _of_inputs(leaf.w, role) else update @ p.T)
         w = dense(leaf.w, jnp.float32)
         rate = learning_rate(o, self.steps, o.learning_rate_ratio[role])(count)
         return w - rate * (update + o.weight_decay[role] * w), mu, nu
 
 
-def _is_matrix(x) -> bool:
+def _is_matrix(x: Any) -> bool:
     return isinstance(x, Quantised)
 
 
@@ -256,7 +261,14 @@ def _basis(g: jax.Array, inputs: bool) -> jax.Array:
     return jnp.linalg.qr(jnp.swapaxes(g, -1, -2) if inputs else g)[0]
 
 
-def _renewed(basis, count, projection: Quantised, due, gap, agreed):
+def _renewed(
+    basis: jax.Array,
+    count: jax.Array,
+    projection: Quantised,
+    due: jax.Array,
+    gap: jax.Array,
+    agreed: jax.Array,
+):
     """The projection, due, gap and agreed of a matrix [L, ...] after a renewal of the layers that
     are due.
     """
@@ -277,7 +289,7 @@ def _renewed(basis, count, projection: Quantised, due, gap, agreed):
     return projection, *select(now, (count + new_gap, new_gap, new_agreed), (due, gap, agreed))
 
 
-def _by_pieces(step: Callable, leaf: Leaf, projection: Quantised, ok, key):
+def _by_pieces(step: Callable, leaf: Leaf, projection: Quantised, ok: jax.Array, key: jax.Array):
     """Steps a matrix by layers (or experts, or some rows of an embedding) and in place, so that
     little of it is float32 at one time; weights are rounded stochastically. A piece that would not
     be finite stays as it is.
@@ -304,10 +316,10 @@ def _by_pieces(step: Callable, leaf: Leaf, projection: Quantised, ok, key):
         leaf = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), Leaf(w, g, mu, nu))
     w, g, mu, nu = leaf
 
-    def piece(i, carry):
+    def piece(i: jax.Array, carry: Any):
         state, fine = carry
 
-        def at(tree):
+        def at(tree: Any):
             return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
         w, mu, nu = old = at(state)

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
-from lljax.config import warmup_steps
+from lljax.config import Config, warmup_steps
 
 
 @jax.tree_util.register_dataclass
@@ -45,14 +46,14 @@ class Rule:
 def by_optax(optimizer: optax.GradientTransformation) -> Rule:
     """The rule of an optax optimizer over the trainable leaves themselves."""
 
-    def gradients(gradient, trainable, state):
+    def gradients(gradient: Callable, trainable: nnx.State, state: Any):
         return *gradient(lambda x: x, trainable), state
 
-    def step(trainable, state, grads):
+    def step(trainable: nnx.State, state: Any, grads: Any):
         updates, state = optimizer.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state
 
-    def apply(trainable, before, state, gradients: StepGradients):
+    def apply(trainable: nnx.State, before: Any, state: Any, gradients: StepGradients):
         grads = gradients.values
         ok = gradients.ok & finite(step(trainable, state, grads))
         # Computed again behind the barrier: otherwise all new values wait for the last to be known
@@ -65,12 +66,12 @@ def by_optax(optimizer: optax.GradientTransformation) -> Rule:
     return Rule(optimizer.init, gradients, apply)
 
 
-def select(ok, new, old):
+def select(ok: jax.Array, new: Any, old: Any):
     """`new` if `ok`, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
 
 
-def finite(tree) -> jax.Array:
+def finite(tree: Any) -> jax.Array:
     """bool, whether every floating-point value of a pytree is finite."""
     return jnp.array(
         [
@@ -81,7 +82,7 @@ def finite(tree) -> jax.Array:
     ).all()
 
 
-def learning_rate(optimizer, steps: int, ratio: float = 1.0) -> optax.Schedule:
+def learning_rate(optimizer: Config, steps: int, ratio: float = 1.0) -> optax.Schedule:
     """Linear warm-up to `optimizer.learning_rate` * ratio, then linear | cosine to zero at `steps`,
     or constant.
     """

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from lljax.config import Config
 from lljax.models import lora
 from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import cut_alike, put, replicated
@@ -53,7 +54,7 @@ class Split:
     rule: Rule
 
 
-def split(config, model: Decoder, mesh: Mesh) -> Split:
+def split(config: Config, model: Decoder, mesh: Mesh) -> Split:
     """Splits a model into the state before the first step and the frozen weights."""
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
     rule = make_rule(config, trainable)
@@ -62,10 +63,12 @@ def split(config, model: Decoder, mesh: Mesh) -> Split:
     return Split(graphdef=graphdef, state=state, frozen=frozen, rule=rule)
 
 
-def _first_state(trainable, rule: Rule, mesh: Mesh, seed: int, history: int) -> TrainState:
+def _first_state(
+    trainable: nnx.State, rule: Rule, mesh: Mesh, seed: int, history: int
+) -> TrainState:
     """Moments of the optimizer are laid out like their leaves; the rest is on every device."""
 
-    def first(trainable):
+    def first(trainable: nnx.State):
         return TrainState(
             trainable=trainable,
             optimizer=rule.init(trainable),
@@ -87,7 +90,7 @@ def _first_state(trainable, rule: Rule, mesh: Mesh, seed: int, history: int) -> 
     )
 
 
-def _shardings(trainable, mesh: Mesh) -> Callable:
+def _shardings(trainable: nnx.State, mesh: Mesh) -> Callable:
     """(path, array) -> sharding of a leaf of the state.
 
     The path of a moment ends in the path of its leaf. A moment is cut as its leaf is (the moment of
@@ -100,7 +103,7 @@ def _shardings(trainable, mesh: Mesh) -> Callable:
     }
     leaves |= {name.removesuffix(".scale"): leaf for name, leaf in leaves.items()}
 
-    def sharding(path, x):
+    def sharding(path: Any, x: Any):
         path = jax.tree_util.keystr(path)
         leaf = next((leaf for name, leaf in leaves.items() if path.endswith(name)), None)
         if leaf is None or leaf.ndim != x.ndim:
@@ -113,7 +116,7 @@ def _shardings(trainable, mesh: Mesh) -> Callable:
 def without_history(state: TrainState) -> TrainState:
     """The state at the start of a stage: rows of another length have other losses and gradients."""
 
-    def nothing(x):
+    def nothing(x: jax.Array):
         return put(np.full(x.shape, np.nan, x.dtype), x.sharding)
 
     return dataclasses.replace(state, losses=nothing(state.losses), norms=nothing(state.norms))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import optax
 from flax import nnx
 
 from lljax.attention.pattern import AttentionPattern
-from lljax.config import LEAST_HISTORY
+from lljax.config import LEAST_HISTORY, Config
 from lljax.data.batch import Batch
 from lljax.hardware.compiler_flags import compiler_options
 from lljax.models.memory import Memory
@@ -26,7 +27,7 @@ from lljax.training.state import Split, TrainState
 # The metrics of every step, whatever its objective.
 STEP_METRICS = (
     Metric("grad_norm", "Gradient norm", SUM),
-    Metric("tokens", "Predicted tokens", SUM, from_zero=True),
+    Metric("tokens", "Predicted tokens", SUM),
     Metric("z", "Gradient norm, in deviations above its median", SUM),
     Metric("loss_z", "Loss, in deviations above its median", SUM),
     Metric("nonfinite", "Loss, gradient or update not finite", SUM),
@@ -46,7 +47,7 @@ class StepSettings:
     spike_z: float
 
 
-def step_settings(config) -> StepSettings:
+def step_settings(config: Config) -> StepSettings:
     memory, objective = config.memory, OBJECTIVES[config.objective.name]
     return StepSettings(
         objective=objective,
@@ -116,11 +117,11 @@ class _Step:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         weight = jnp.maximum(objective.weight(batch), 1).astype(jnp.float32)
 
-        def loss_of(trainable, frozen, micro, key):
+        def loss_of(trainable: nnx.State, frozen: nnx.State, micro: Batch, key: jax.Array):
             model = nnx.merge(self.graphdef, trainable, frozen)
             return objective.loss(Pass(model, settings.forward, pattern, layout, key), micro)
 
-        def gradient(bind, x):
+        def gradient(bind: Callable, x: Any):
             (loss, sums), grads = accumulate(
                 lambda x, *rest: loss_of(bind(x), *rest), x, frozen, batch, key, objective.reduce
             )
@@ -192,7 +193,7 @@ def accumulate(
     if A == 1:
         return value_and_grad(trainable, frozen, jax.tree.map(lambda x: x[0], batch), key)
 
-    def add(total, xs):
+    def add(total: Any, xs: Any):
         micro, key = xs
         (loss, sums), grads = value_and_grad(trainable, frozen, micro, key)
         return jax.tree.map(jnp.add, total, (loss, grads)), sums

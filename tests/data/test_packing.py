@@ -2,6 +2,7 @@ import grain
 import numpy as np
 import pytest
 
+from lljax.data.batch import NEXT_TOKEN, Field, dtypes
 from lljax.data.packing import IGNORED, Pieces, pack, row_of
 from lljax.data.tokens import TokenStore, _Writer
 
@@ -135,3 +136,22 @@ def test_a_row_of_an_empty_piece_is_padding_alone():
         and not row["segments"].any()
         and not row["positions"].any()
     )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_field_of_an_objective_follows_its_tokens(tmp_path, packing):
+    """Computed from tokens and targets of a piece, padded with its value, in its dtype."""
+    half = Field("half", np.float32, -1.0, lambda piece: piece["tokens"] / 2)
+    store = make_store(tmp_path)
+    pieces = grain.MapDataset.source(Pieces(store, T, "split")).to_iter_dataset()
+    plain = packed_rows(store, packing=packing)
+    rows = list(pack(pieces, T, packing=packing, fields=(*NEXT_TOKEN, half)))
+    assert len(rows) == len(plain)
+    for row, without in zip(rows, plain, strict=True):
+        assert {name: row[name].dtype for name in row} == {
+            name: dtype for name, dtype in dtypes((*NEXT_TOKEN, half)).items() if name != "index"
+        }
+        wanted = np.where(row["segments"] == 0, -1.0, row["tokens"] / 2)
+        np.testing.assert_array_equal(row["half"], wanted)
+        for name in without:
+            np.testing.assert_array_equal(row[name], without[name])

@@ -51,9 +51,8 @@ WEIGHTED = Objective(
     metrics=(
         Metric("loss", "Weighted loss"),
         Metric("squared", "Squared log-probability of a token"),
-        Metric("worst_token", "Loss of the worst token", MAX, from_zero=True),
+        Metric("worst_token", "Loss of the worst token", MAX),
     ),
-    evaluation_metrics=(Metric("weighted_loss", "Held-out weighted loss"),),
     options=lambda config: config.training.neftune_alpha,
     refuses=lambda config, spec: "experts have no weights" if spec.has_experts else None,
 )

@@ -33,7 +33,8 @@ def need(**changes):
             {},
             True,
             r"does not fit: 64 full needs 3.00 GiB of a device's memory and there are 2.00: set "
-            r"memory.tile=4096; memory.offload=True; memory.layers_per_residual=2, .* memory.refuse=False",
+            r"memory.tile=4096; memory.offload=True; memory.layers_per_residual=2, .* "
+            r"memory.refuse=False",
         ),
         ({}, False, None),
         ({"peak": fit.GiB}, True, None),
@@ -43,7 +44,8 @@ def need(**changes):
             True,
             r"needs 9.00 GiB of host memory for residuals and a device can have "
             r"4.00 \(on a GPU no more than XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB\): set "
-            r"memory.layers_per_residual=2; memory.layers_per_residual=4; memory.offload=False, or spread it",
+            r"memory.layers_per_residual=2; memory.layers_per_residual=4; "
+            r"memory.offload=False, or spread it",
         ),
     ],
 )
@@ -70,7 +72,7 @@ def refused_program(trains: bool) -> Program:
         length=64,
         batch={},
         trains=trains,
-        _lower=lower,
+        lower=lower,
     )
 
 
@@ -203,7 +205,8 @@ def test_advice_is_a_sentence_where_no_setting_is_left():
         (
             "64 full",
             "step 5, stage 64 full: .*: set memory.tile=4096; memory.offload=True; "
-            "memory.layers_per_residual=2, or .*; the last checkpoint is of step 3, and the settings of memory and mesh may change",
+            "memory.layers_per_residual=2, or .*; the last checkpoint is of step 3, and the "
+            "settings of memory and mesh may change",
         ),
         (
             "evaluation of 64",
