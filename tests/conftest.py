@@ -2,6 +2,7 @@
 and documents.
 """
 
+import functools
 import json
 import os
 import tempfile
@@ -32,14 +33,13 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lljax.build import mesh_of
 from lljax.config import default_config
 from lljax.interop import safetensors
 from lljax.interop.huggingface import tensors
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.initialise import initialise
-from lljax.run import loop
+from lljax.run.loop import train
 
 TINY = {
     "model_type": "llama",
@@ -58,7 +58,10 @@ TINY = {
     "eos_token_id": 0,
     "bos_token_id": None,
 }
-TEXT = "def add(first, second):\n    return first + second  # the sum of both\n\nclass Thing:\n    name = 'thing'\n"
+TEXT = (
+    "def add(first, second):\n    return first + second  # the sum of both\n\n"
+    "class Thing:\n    name = 'thing'\n"
+)
 
 
 def write_base(folder, seed=0, **changes):
@@ -120,10 +123,9 @@ def smollm2():
     return path
 
 
-@pytest.fixture
-def run_config(tiny, documents):
-    """A configuration that trains in seconds: two stages, shifted and full, on one of the eight
-    devices each row.
+def tiny_run_config(tiny: str, documents: str):
+    """A configuration that trains in seconds: two stages, shifted and full, a row on every one of
+    the eight devices.
     """
     c = default_config()
     c.model.path, c.model.dtype = tiny, "float32"
@@ -136,6 +138,11 @@ def run_config(tiny, documents):
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-    """Runs take one of the eight devices: for what has nothing to do with a mesh."""
-    monkeypatch.setattr(loop, "mesh_of", lambda mesh: mesh_of(mesh, jax.devices()[:1]))
+def run_config(tiny, documents):
+    return tiny_run_config(tiny, documents)
+
+
+@pytest.fixture
+def train_on_one_device():
+    """lljax.run.loop.train on one of the eight devices: for tests that need no mesh."""
+    return functools.partial(train, devices=jax.devices()[:1])

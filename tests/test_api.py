@@ -13,6 +13,7 @@ from lljax.errors import ConfigError
 from lljax.models import lora
 from lljax.models.decoder import Decoder
 from lljax.run import loop
+from lljax.training.rule import learning_rate
 
 POSITIONS = np.arange(12)[None]
 
@@ -175,7 +176,7 @@ def test_the_default_warm_up_fits_a_short_run(prepared, documents, tmp_path, mon
         loop, "train", lambda config, workdir, model, **_: seen.append(config) or model
     )
     lljax.train(prepared, data=documents, workdir=tmp_path, steps=20)
-    rate = loop.learning_rate(seen[0].optimizer, 20)
+    rate = learning_rate(seen[0].optimizer, 20)
     assert float(rate(0)) == pytest.approx(seen[0].optimizer.learning_rate)
 
 

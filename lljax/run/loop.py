@@ -1,679 +1,323 @@
-"""One run from its configuration to its last checkpoint, read from top to bottom."""
+"""One run of a process, from its configuration to its last checkpoint.
 
-import json
-import logging
-import math
-import sys
+`train` opens the folder, and a `Run` does the rest: read its methods from the top down.
+"""
+
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.progress import track
 
-from lljax.build import fill, mesh_of, move, open_run_base, placed_model, rope_unlike_the_adapters
-from lljax.config import get, total_steps, validate, with_absolute_paths
-from lljax.data.files import atomic_write
-from lljax.data.loader import eval_batches, make_loader
-from lljax.data.statistics import remarks, statistics
-from lljax.data.template import turn_ends
-from lljax.data.tokens import prepare
-from lljax.errors import ConfigError, ModelError, NumericAbort, Stopped, first_line
-from lljax.hardware.chips import of_kind
-from lljax.interop.huggingface import checksums
-from lljax.interop.open import special_tokens, tokenizer_fingerprint
-from lljax.models import lora
-from lljax.models.declare import declared
-from lljax.parallel.processes import first, first_then_others, from_all, wait
+from lljax.config import Config
+from lljax.errors import NumericAbort, Stopped
+from lljax.models.decoder import Decoder
+from lljax.parallel.processes import wait
 from lljax.parallel.sharding import Layout
-from lljax.planning import fit, flops
-from lljax.report.page import write_report
-from lljax.report.records import read_metrics
-from lljax.run.checkpoint import Checkpoints, abstract, check_identity, check_weights, lengthens
-from lljax.run.lock import Lock, locked
-from lljax.run.monitor import Monitor, Unread
-from lljax.run.profile import Tracer, waiting_for_data
+from lljax.planning import fit
+from lljax.run import alarms, inputs, workdirs
+from lljax.run.checkpoint import abstract
+from lljax.run.lock import locked
+from lljax.run.observer import Observer
+from lljax.run.profile import mark_data, mark_step
+from lljax.run.setup import Setup
 from lljax.run.signals import StopRequest
-from lljax.run.watchdog import Watchdog
-from lljax.training.curriculum import Stage, stages
-from lljax.training.placement import check_rows, place, row_share, rows_of_share
-from lljax.training.prepare import Prepared, prepare_step
-from lljax.training.rule import finite, learning_rate
-from lljax.training.state import from_items, split, to_items, without_history
-
-# What a resumed run must have in common with its beginning, so that it ends as if it had not been
-# interrupted.
-IDENTITY = (
-    "seed",
-    "train_type",
-    "model.init",
-    "model.dtype",
-    "model.matmul",
-    "model.quantize",
-    "context",
-    "lora",
-    "data.packing",
-    "data.overlong",
-    "optimizer",
-    "objective",
-    "training.rows",
-    "training.accumulate",
-    "training.neftune_alpha",
-    "training.router_aux_loss_coef",
-    "alarm.nonfinite",
-    "alarm.spike",
-    "alarm.spike_z",
-    "alarm.history",
-    "alarm.max_bad_steps",
-)
-# what the record of a rollback has of the step that led to it
-SPIKE = ("loss", "loss_z", "grad_norm", "z")
-FOLDERS = ("checkpoints", "data", "profile", "tensorboard")  # in a workdir, and files
-FILES = (
-    "lock",
-    "config.json",
-    "run.json",
-    "data_statistics.json",
-    "metrics.jsonl",
-    "bad_rows.jsonl",
-    "eval_predictions.jsonl",
-    "report.html",
-)
+from lljax.training.curriculum import Stage
+from lljax.training.placement import place
+from lljax.training.state import from_items, to_items, without_history
 
 
 def train(
-    config,
-    workdir,
+    config: Config,
+    workdir: str | Path,
     *,
-    model: nnx.Module | None = None,
+    model: Decoder | None = None,
     profile_steps: range | None = None,
     examiner: Callable | None = None,
-) -> nnx.Module:
-    """Runs `config` in `workdir`, or goes on with what was begun there; returns the trained model.
+    observers: Sequence[Observer] = (),
+    devices: Sequence[Any] | None = None,
+) -> Decoder:
+    """Runs `config` in `workdir`, or resumes the run there; returns the trained model.
 
-    model: a model of this configuration that is at hand (lljax.prepare_model); otherwise the base
-      is read.
+    model: a model of this configuration with its values (lljax.prepare_model); None reads the base.
       Its arrays are given away: use the model that is returned.
     profile_steps: steps to trace, see lljax.run.profile.
     examiner: lljax.evaluation.eval_hook.examiner, which `training.eval_tasks` needs.
+    observers: called after the default ones, see lljax.run.observer.
+    devices: to train on; None for all.
 
     Raises:
-      ConfigError, ModelError, DataError: what the user gave cannot be used; another run is going on
-        in `workdir`.
-      OutOfMemory: a device has too little, where the plan did not show it.
+      ConfigError, ModelError, DataError: something that the user gave cannot be used; or another
+        run is going on in `workdir`.
+      OutOfMemory: a device has too little memory, although the plan did not show it.
       NumericAbort: too many unusable gradients in a row; state saved.
       Stopped: SIGTERM, SIGHUP or Ctrl-C; state saved.
+      Exception: an observer failed; state saved.
     """
-    validate(config)
-    config = with_absolute_paths(config)
-    if profile_steps and profile_steps[-1] > total_steps(config):
-        raise ConfigError(
-            f"--profile_steps={profile_steps.start}:{profile_steps.stop}: the run ends after step "
-            f"{total_steps(config)}"
-        )
-    workdir = Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir}: it cannot be made ({error.strerror.lower()}): name another folder"
-        ) from None
-    with locked(workdir) as lock, StopRequest() as stop:
-        _check_kinds(workdir)
-        return _train(config, workdir, model, profile_steps, examiner, lock, stop)
-
-
-def _train(
-    config,
-    workdir: Path,
-    model,
-    profile_steps: range | None,
-    examiner,
-    lock: Lock,
-    stop: StopRequest,
-) -> nnx.Module:
-    # ---------------------------------------------------------------- base, tokenizer, documents
-    mesh = mesh_of(config.mesh)
-    if config.mesh.sequence == -1 and mesh.devices.size == 1:
-        logging.info(
-            "mesh.sequence=-1: there is one device, and nothing to spread the tokens of a row over"
-        )
-    check_rows(config.training.rows, mesh)
-    base = open_run_base(config)
-    tokenizer = base.tokenizer()
-    tokenizer_id = tokenizer_fingerprint(tokenizer)
-    examine = examiner(config, base, tokenizer, workdir) if config.training.eval_tasks else None
-    documents = first_then_others(
-        lambda: prepare(
-            config.data,
-            tokenizer,
-            base.config["vocab_size"],
-            workdir / "data",
-            tokenizer_fingerprint=tokenizer_id,
-            progress=_progress,
-        )
-    )
-    if documents.bad:
-        logging.warning(
-            "%d rows could not be used: %s lists them", documents.bad, workdir / "bad_rows.jsonl"
-        )
-    curriculum = stages(config.context, marker_ids(config.context.anchor_markers, tokenizer))
-    counted = statistics(documents, config.data.overlong, [stage.length for stage in curriculum])
-    for line in remarks(counted, config.data.overlong):
-        logging.warning("%s", line)
-    if counted["train"]["conversations"] and not turn_ends(tokenizer):
-        logging.warning(
-            "the chat template ends replies with no token: only the last reply of a conversation is trained to end"
-        )
-    if not all(from_all((workdir / "lock").is_file())):
-        raise ConfigError(
-            f"--workdir={workdir}: not every process sees what the first one writes there: name a folder on a "
-            "file system that they share"
-        )
-
-    # ---------------------------------------------------------------- model and optimizer, in
-    # outline
-    at_hand = model is not None
-    if at_hand:
-        move(model, mesh)
-    else:
-        model = placed_model(config, base.config, mesh)
-    prepared = prepare_step(
+    return Run(
         config,
-        base.config,
-        mesh,
+        Path(workdir),
         model=model,
-        memory=fit.capacity(mesh)[0],
-        stages=curriculum,
-        evaluation_lengths=fit.evaluation_lengths(config, curriculum),
-    )
-    spec = prepared.spec
-    if config.lora.adapter and (
-        remark := rope_unlike_the_adapters(spec, base, config.lora.adapter)
-    ):
-        logging.warning("%s", remark)
-    for stage in curriculum:
-        program = prepared.steps[stage.number]
-        if program.layout is not None:
-            logging.info(
-                "stage %s: context parallelism %s, %s",
-                stage.label,
-                program.layout.context_parallel,
-                program.reason,
-            )
-    rate = learning_rate(config.optimizer, total_steps(config))
-    sizes = [
-        (math.prod(variable.get_value().shape), lora.is_trainable(path, variable))
-        for path, variable in declared(model)
-    ]
-    counts = {
-        "parameters": sum(size for size, _ in sizes),
-        "trainable": sum(size for size, trains in sizes if trains),
-    }
-    if not counts["trainable"]:
-        raise ConfigError(
-            f"lora.targets={tuple(config.lora.targets)} and lora.also_train={tuple(config.lora.also_train)} "
-            "leave nothing to train: name modules, such as ('q_proj', 'v_proj')"
-        )
-    kind = mesh.devices.flat[0].device_kind
-    device = of_kind(kind)
-    arithmetic = [
-        flops.of_step(model, config, stage, parts=mesh.shape["sequence"]).model
-        for stage in curriculum
-    ]
-    logging.info(
-        "%s: %s parameters, %s trainable, on %d x %s",
-        config.model.path,
-        f"{counts['parameters']:,}",
-        f"{counts['trainable']:,}",
-        mesh.devices.size,
-        kind,
-    )
+        profile_steps=profile_steps,
+        examiner=examiner,
+        observers=observers,
+        devices=devices,
+    ).train()
 
-    # ---------------------------------------------------------------- resume
-    identity = {
-        "base": base.fingerprint(),
-        "tokenizer": tokenizer_id,
-        "data": documents.fingerprint,
-        "special_tokens": special_tokens(tokenizer),
-        **_flat({field: get(config, field) for field in IDENTITY}),
-    }
-    rolls_back = config.alarm.spike == "rollback"
-    if rolls_back:  # it says how far back
-        identity["checkpoint.every_steps"] = config.checkpoint.every_steps
-    checkpoints = Checkpoints(
-        workdir,
-        every_steps=config.checkpoint.every_steps,
-        rollback=rolls_back,
-        every_minutes=config.checkpoint.every_minutes,
-        keep=config.checkpoint.keep,
-    )
-    step, loader_state, state, rollbacks = 0, None, None, []
-    if begun := checkpoints.identity():
-        check_identity(begun, identity, checkpoints.newest())
-        with fit.in_memory(
-            "restoring the checkpoint", "spread it over more devices", checkpoints.newest
-        ):
-            step, items, loader_state = checkpoints.restore(
-                jax.tree.map(abstract, to_items(prepared.state))
-            )
-        state, rollbacks = from_items(items), loader_state["rollbacks"]
-        logging.info("resumed at step %d", step)
-        if lengthens(begun["context.schedule"], identity["context.schedule"]):
-            _say_what_changes(
-                config.optimizer, begun["context.schedule"][-1][0], total_steps(config)
-            )
-    # Not before it is known that this is the same run: export and evaluation go by these.
-    for name, content in (
-        ("config", json.loads(config.to_json_best_effort())),
-        ("run", counts | {"devices": mesh.devices.size, "device": kind}),
-        ("data_statistics", counted),
-    ):
-        _write_json(workdir / f"{name}.json", content)
 
-    # ---------------------------------------------------------------- plan, and then weights
-    over = step == total_steps(config) and _evaluated(workdir, step)
-    _compile(
-        prepared,
-        config,
-        mesh,
-        [stage for stage in curriculum if step < stage.stop],
-        []
-        if over
-        else fit.evaluation_lengths(config, [stage for stage in curriculum if step <= stage.stop]),
-    )
-    parts = prepared
-    if at_hand:
-        identity["weights"] = checksums(model, base)
-    else:
-        with fit.in_memory(
-            "reading the weights", "spread them over more devices", checkpoints.newest
-        ):
-            identity["weights"] = fill(model, config, base, mesh)
-            parts = split(config, model, mesh)
-    check_weights((begun or {}).get("weights", {}), identity["weights"])
-    if any(each != identity["weights"] for each in from_all(identity["weights"])):
-        raise ConfigError(
-            f"model.path={config.model.path!r} holds other weights for other processes of this run: copy one "
-            "folder to all of them"
-        )
-    graphdef, frozen, state = parts.graphdef, parts.frozen, state or parts.state
-    _check_finite(
-        state.trainable,
-        config.lora.adapter or config.model.path if step == 0 else f"the checkpoint of step {step}",
-    )
-    del model, parts  # a resumed run does not keep its first values
+class Run(Setup):
+    """A run in its workdir: `train()` takes it to its end."""
+
+    def train(self) -> Decoder:
+        workdirs.make(self.workdir)
+        with locked(self.workdir) as self.lock, StopRequest() as self.stop:
+            workdirs.check_kinds(self.workdir)
+            self.open()
+            self.prepare()
+            self.restore()
+            self.compile()
+            self.read_weights()
+            self.stop.defer(self.checkpoints.newest)
+            with self.observers.opened(self.info()):
+                self.take_steps()
+                self.finish()
+            self.checkpoints.close()
+            wait()
+        return nnx.merge(self.graphdef, self.state.trainable, self.frozen)
 
     # ---------------------------------------------------------------- steps
-    def save(wait=False):
-        lock.check()
-        checkpoints.save(step, to_items(state), loader_state, identity, wait=wait)
-        watchdog.alive(step)
-
-    def last_checkpoint():
-        checkpoints.settle()
-        return checkpoints.newest()
-
-    def leave_if_asked():  # after every step, evaluation batch and example
-        watchdog.alive(step)
-        if stop.agreed():
-            save(wait=True)
-            checkpoints.close()
-            raise Stopped(f"after step {step}, state saved: the same command goes on from there")
-
-    def roll_back(since, metrics):  # the batches that were read stay read
-        nonlocal step, state, rollbacks
-        like, state = jax.tree.map(abstract, to_items(state)), None
-        with fit.in_memory(
-            f"going back from step {step}", "spread it over more devices", last_checkpoint
-        ):
-            back, items = checkpoints.roll_back(like, since)
-        rollbacks = [
-            *rollbacks,
-            {"to": back, "from": step} | {name: metrics[name] for name in SPIKE},
-        ]
-        monitor.roll_back(back)
-        monitor.say(f"step {step}: back to step {back}, and on with the batches after this one's")
-        step, state = back, from_items(items)
-        watchdog.alive(step)
-
-    def evaluation(length):
-        program = prepared.evaluations[length]
-        with fit.in_memory(
-            f"evaluation of {length:,} tokens after step {step}",
-            "lower memory.loss_chunk, or spread it over more devices",
-            last_checkpoint,
-        ):
-            found = _evaluate(
-                program,
-                prepared.objective,
-                state.trainable,
-                frozen,
-                documents.valid,
-                config,
-                mesh,
-                leave_if_asked,
-            )
-            if examine:
-                found |= examine(
-                    nnx.merge(graphdef, state.trainable, frozen),
-                    step,
-                    Layout(mesh) if mesh.size > 1 else None,
-                    leave_if_asked,
-                )
-        if found:
-            monitor.evaluation(step, found)
-        else:
-            monitor.say(
-                f"step {step}: no held-out document has a token to predict: there is no perplexity"
-            )
-
-    def evaluate_if_due(length):
-        if (
-            config.training.eval_every
-            and step % config.training.eval_every == 0
-            and 0 < step < total_steps(config)
-            and not _evaluated(workdir, step)
-        ):
-            evaluation(length)
-
-    stop.defer(checkpoints.newest)
-    work = [(stage.stop, each) for stage, each in zip(curriculum, arithmetic)]
-    with (
-        Monitor(workdir, stages=work, step=step) as monitor,
-        Tracer(workdir, profile_steps, step=step) as tracer,
-        Watchdog(
-            60 * config.alarm.stall_minutes, step=step, last_checkpoint=checkpoints.newest
-        ) as watchdog,
-    ):
+    def take_steps(self) -> None:
         # A run may have been stopped between the save of a step and its evaluation.
-        evaluate_if_due(next(stage.length for stage in curriculum if step <= stage.stop))
-        for stage in curriculum:
-            if step >= stage.stop:
-                continue
-            program = prepared.steps[stage.number]
-            layout, run_step = program.layout, program.compile()
-            loader = _loader(documents.train, config, stage, mesh, prepared.objective)
-            if loader_state and loader_state["stage"] == stage.number:
-                loader.set_state(loader_state["state"])
-            batch = next(loader)
-            tokens = config.training.rows * config.training.accumulate * stage.length
-            while step < stage.stop:
-                loader_state = {
-                    "stage": stage.number,
-                    "state": loader.get_state(),
-                    "rollbacks": rollbacks,
-                }
-                if step == stage.start:
-                    state = without_history(state)
-                began, waited = time.monotonic(), 0.0
-                with (
-                    tracer.step(step + 1),
-                    fit.in_memory(
-                        f"step {step + 1}, stage {stage.label}",
-                        fit.advice(config, spec.layers),
-                        last_checkpoint,
-                    ),
-                ):
-                    placed = place(batch, config.training.accumulate, mesh, layout)
-                    state, metrics = run_step(state, frozen, placed)
-                    if step + 1 < stage.stop:
-                        asked = time.monotonic()
-                        with waiting_for_data():
-                            batch = next(loader)  # read while the device computes
-                        # A batch that was there before the device was done delayed nothing.
-                        waited = (time.monotonic() - asked) * metrics["loss"].is_ready()
-                    metrics = {
-                        name: value.item() for name, value in jax.device_get(metrics).items()
-                    }
-                seconds = time.monotonic() - began
-                speed = {
-                    "tokens_per_second": tokens / seconds,
-                    "seconds": seconds,
-                    "data_seconds": waited,
-                }
-                if device:
-                    speed["mfu"] = arithmetic[stage.number] / (
-                        seconds * mesh.devices.size * device.flops
-                    )
-                here = [rollback for rollback in rollbacks if rollback["to"] == step]
-                monitor.step(
-                    {
-                        "step": step + 1,
-                        "stage": stage.number,
-                        "length": stage.length,
-                        "attention": stage.pattern.kind,
-                        "learning_rate": float(rate(step)),
-                        **metrics,
-                        **speed,
-                    }
-                    | ({"rollbacks": here} if here else {})
+        self.evaluate_if_due(
+            next(stage.length for stage in self.curriculum if self.step <= stage.stop)
+        )
+        for stage in self.curriculum:
+            if self.step < stage.stop:
+                self.take_steps_of(stage)
+
+    def take_steps_of(self, stage: Stage) -> None:
+        self.loader = inputs.open_loader(
+            self.documents.train, self.config, stage, self.mesh, self.prepared.objective.fields
+        )
+        if self.loader_state.get("stage") == stage.number:
+            self.loader.set_state(self.loader_state["state"])
+        self.batch = next(self.loader)
+        while self.step < stage.stop:
+            self.take_step(stage)
+
+    def take_step(self, stage: Stage) -> None:
+        self.loader_state = {
+            "stage": stage.number,
+            "state": self.loader.get_state(),
+            "rollbacks": self.rollbacks,
+        }
+        if self.step == stage.start:
+            self.state = without_history(self.state)
+        self.observers.begin(self.step + 1)
+        metrics, speed = self.compute(stage)
+        self.observers.step(self.record(stage, metrics, speed))
+        if trouble := alarms.trouble(metrics):
+            self.observers.say(f"step {self.step}: {trouble}")
+            if self.handle_trouble(stage, metrics, trouble):
+                return
+        self.leave_if_asked()
+        self.save_if_due()
+        self.evaluate_if_due(stage.length)
+
+    def compute(self, stage: Stage) -> tuple[dict, dict]:
+        """Takes a step on the batch at hand, and reads the next batch while the device computes.
+
+        Returns: metrics and speed.
+        """
+        start, waited = time.monotonic(), 0.0
+        with (
+            mark_step(self.step + 1),
+            self.in_memory(
+                f"step {self.step + 1}, stage {stage.label}",
+                fit.advice(self.config, self.prepared.spec.layers),
+            ),
+        ):
+            metrics = self.update(stage)
+            if self.step + 1 < stage.stop:
+                waited = self.read_batch(metrics["loss"])
+            metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self.step += 1
+        seconds = time.monotonic() - start
+        tokens = self.config.training.rows * self.config.training.accumulate * stage.length
+        speed = {
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "data_seconds": waited,
+        }
+        if self.device:
+            peak = self.mesh.devices.size * self.device.flops
+            speed["mfu"] = self.flops[stage.number] / (seconds * peak)
+        return metrics, speed
+
+    def update(self, stage: Stage) -> dict[str, jax.Array]:
+        """Starts a step on the device: replaces the state and returns the metrics."""
+        program = self.prepared.steps[stage.number]
+        batch = place(self.batch, self.config.training.accumulate, self.mesh, program.layout)
+        self.state, metrics = program.compile()(self.state, self.frozen, batch)
+        return metrics
+
+    def read_batch(self, loss: Any) -> float:
+        """Reads the next batch; returns the seconds that the device waited for it.
+
+        A batch that is there before the device is done, and with it `loss`, delays nothing.
+        """
+        start = time.monotonic()
+        with mark_data():
+            self.batch = next(self.loader)
+        return (time.monotonic() - start) * loss.is_ready()
+
+    def record(self, stage: Stage, metrics: dict, speed: dict) -> dict:
+        """The line of metrics.jsonl for a step."""
+        rollbacks = [rollback for rollback in self.rollbacks if rollback["to"] == self.step - 1]
+        return {
+            "step": self.step,
+            "stage": stage.number,
+            "length": stage.length,
+            "attention": stage.pattern.kind,
+            "learning_rate": self.learning_rate(self.step - 1),
+            **metrics,
+            **speed,
+            **({"rollbacks": rollbacks} if rollbacks else {}),
+        }
+
+    # ---------------------------------------------------------------- after a step
+    def handle_trouble(self, stage: Stage, metrics: dict, trouble: str) -> bool:
+        """Rolls back after a bad step, or stops the run, as `config.alarm` says; returns whether it
+        rolled back.
+        """
+        alarm, target, again = self.config.alarm, None, 0
+        if self.rolls_back and metrics["spike"]:
+            target = self.checkpoints.rollback_target(stage.start)
+            again = sum(rollback["to"] == target for rollback in self.rollbacks)
+        exhausted = target is not None and again >= alarm.max_bad_steps
+        if target is not None and not exhausted:
+            if self.step == stage.stop:
+                self.batch = next(self.loader)
+            self.roll_back(stage.start, metrics)
+            return True
+        if exhausted or alarms.stops(metrics, alarm):
+            self.leave(
+                NumericAbort(
+                    f"step {self.step}: {trouble}; the state is saved in "
+                    f"{self.checkpoints.folder}: the same command goes on after it; a lower "
+                    "optimizer.learning_rate or other data take a new --workdir"
                 )
-                step += 1
-                tracer.done(step)
-                if trouble := _trouble(metrics):
-                    monitor.say(f"step {step}: {trouble}")
-                    point = (
-                        checkpoints.point(stage.start) if rolls_back and metrics["spike"] else None
-                    )
-                    often = (
-                        sum(each["to"] == point for each in rollbacks) >= config.alarm.max_bad_steps
-                    )
-                    if point is not None and not often:
-                        if step == stage.stop:
-                            batch = next(loader)
-                        roll_back(stage.start, metrics)
-                        continue
-                    if often or _stops(metrics, config.alarm):
-                        save(wait=True)
-                        checkpoints.close()
-                        raise NumericAbort(
-                            f"step {step}: {trouble}; the state is saved in {checkpoints.folder}: the same "
-                            "command goes on after it; a lower optimizer.learning_rate or other data take a "
-                            "new --workdir"
-                        )
-                leave_if_asked()
-                if checkpoints.due(step):
-                    save()
-                evaluate_if_due(stage.length)
-                if config.training.report_every and step % config.training.report_every == 0:
-                    _report(workdir)
+            )
+        return False
 
-        # ------------------------------------------------------------ the end
-        if len(documents.valid) and not _evaluated(workdir, step):
-            evaluation(curriculum[-1].length)
-        save(wait=True)
-    checkpoints.close()
-    _report(workdir)
-    wait()
-    return nnx.merge(graphdef, state.trainable, frozen)
+    def roll_back(self, since: int, metrics: dict) -> None:
+        """Restores an earlier checkpoint of the stage that began at `since`. The batches that were
+        read stay read.
+        """
+        like = jax.tree.map(abstract, to_items(self.state))
+        del self.state  # makes room for the restored one
+        with self.in_memory(f"going back from step {self.step}", "spread it over more devices"):
+            target, items = self.checkpoints.roll_back(like, since)
+        bad_step = {"to": target, "from": self.step}
+        bad_step |= {name: metrics[name] for name in alarms.SPIKE}
+        self.rollbacks = [*self.rollbacks, bad_step]
+        self.observers.rollback(target)
+        self.observers.say(
+            f"step {self.step}: back to step {target}, and on with the batches after this one's"
+        )
+        self.step, self.state = target, from_items(items)
+        self.observers.heartbeat(self.step)
 
+    def leave_if_asked(self) -> None:
+        """Saves and ends the run if a signal or a failed observer asks for it. Called after every
+        step, held-out batch and evaluation example.
+        """
+        self.observers.heartbeat(self.step)
+        self.stop.requested |= self.observers.failure is not None
+        if self.stop.agreed():
+            stopped = Stopped(
+                f"after step {self.step}, state saved: the same command goes on from there"
+            )
+            self.leave(self.observers.failure or stopped)
 
-def _compile(prepared: Prepared, config, mesh, remaining: list, lengths: list[int]) -> None:
-    """Compiles the steps of the `remaining` stages and the evaluations on rows of `lengths`. Logs
-    the memory that they need and refuses those that cannot fit.
-    """
-    needs = [fit.need_of(prepared.steps[stage.number], prepared) for stage in remaining]
-    evaluation_needs = [fit.need_of(prepared.evaluations[length], prepared) for length in lengths]
-    memory, host = fit.capacity(mesh)
-    needs = fit.with_pool(needs, mesh.devices.flat[0].platform, host) + evaluation_needs
-    if needs:  # none where the run is over
-        logging.info(
-            fit.as_text(
-                fit.table(
-                    needs,
-                    memory,
-                    host,
-                    f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}, "
-                    f"{memory / fit.GiB:.2f} GiB, and {host / fit.GiB:.2f} of the host",
+    def leave(self, error: Exception) -> NoReturn:
+        self.save(wait=True)
+        self.checkpoints.close()
+        raise error
+
+    def save_if_due(self) -> None:
+        if self.checkpoints.due(self.step):
+            self.save()
+
+    def save(self, wait: bool = False) -> None:
+        """Saves the state; `wait` returns when it is on disk."""
+        self.lock.check()
+        if self.checkpoints.save(
+            self.step, to_items(self.state), self.loader_state, self.identity, wait=wait
+        ):
+            self.observers.checkpoint(self.step)
+        self.observers.heartbeat(self.step)
+
+    # ---------------------------------------------------------------- evaluation and the end
+    def evaluate_if_due(self, length: int) -> None:
+        every = self.config.training.eval_every
+        if (
+            every
+            and self.step % every == 0
+            and 0 < self.step < self.total_steps
+            and not workdirs.is_evaluated(self.workdir, self.step)
+        ):
+            self.evaluate(length)
+
+    def evaluate(self, length: int) -> None:
+        """Evaluates on held-out rows of `length` tokens, and on `training.eval_tasks`."""
+        with self.in_memory(
+            f"evaluation of {length:,} tokens after step {self.step}",
+            "lower memory.loss_chunk, or spread it over more devices",
+        ):
+            values = self.held_out_scores(length)
+            if self.examine:
+                values |= self.examine(
+                    nnx.merge(self.graphdef, self.state.trainable, self.frozen),
+                    self.step,
+                    Layout(self.mesh) if self.mesh.size > 1 else None,
+                    self.leave_if_asked,
                 )
-            )
-        )
-    fit.check(needs, memory, host, config, prepared.spec.layers)
-
-
-def _trouble(metrics: dict) -> str:
-    """What is wrong with a step, or an empty text."""
-    if metrics["nonfinite"]:
-        what = (
-            "update"
-            if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-            else "gradient"
-        )
-        return f"the {what} is not finite; skipped ({metrics['bad']} in a row)"
-    if metrics["spike"]:
-        skipped = f"skipped ({metrics['bad']} in a row)" if metrics["skipped"] else "applied"
-        z, what, name = max(
-            (metrics["loss_z"], "loss", "loss"), (metrics["z"], "gradient norm", "grad_norm")
-        )
-        return f"{what} {metrics[name]:.3g} is {z:.1f} deviations above its median; {skipped}"
-    return ""
-
-
-def _stops(metrics: dict, alarm) -> bool:
-    return (
-        (metrics["nonfinite"] and alarm.nonfinite == "stop")
-        or (metrics["spike"] and alarm.spike == "stop")
-        or metrics["bad"] >= alarm.max_bad_steps
-    )
-
-
-def _evaluate(
-    program, objective, trainable, frozen, store, config, mesh, leave_if_asked
-) -> dict[str, float]:
-    """The objective's scores over held-out pieces, in full attention; empty if they have no token
-    to predict. A run that leaves evaluates when it resumes.
-    """
-    totals, count = {}, 0
-    share, shares = row_share(mesh)
-    for batch in eval_batches(
-        store,
-        length=program.length,
-        rows=config.training.rows,
-        limit=config.training.eval_rows,
-        fields=objective.fields,
-    ):
-        mine = {name: np.split(x, shares)[share] for name, x in batch.items()}
-        placed = place(mine, 1, mesh, program.layout)
-        sums, weight = program.compile()(trainable, frozen, placed)
-        totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
-        count += weight.item()
-        leave_if_asked()
-    if not count:
-        return {}
-    scores = objective.scores({name: total / count for name, total in totals.items()})
-    return {f"{name}@{program.length}": value for name, value in scores.items()}
-
-
-def _loader(store, config, stage: Stage, mesh, objective):
-    rows, accumulate = config.training.rows, config.training.accumulate
-    return make_loader(
-        store,
-        length=stage.length,
-        rows=rows * accumulate,
-        packing=config.data.packing,
-        overlong=config.data.overlong,
-        seed=config.seed + stage.number,
-        local_rows=rows_of_share(rows, accumulate, mesh),
-        fields=objective.fields,
-    )
-
-
-def marker_ids(markers, tokenizer) -> tuple[int, ...]:
-    """The token ids of `context.anchor_markers`.
-
-    Raises:
-      ConfigError: a marker is not exactly one token.
-    """
-    ids = []
-    for marker in markers:
-        tokens = tokenizer(marker, add_special_tokens=False)["input_ids"]
-        if len(tokens) != 1:
-            raise ConfigError(
-                f"context.anchor_markers: {marker!r} is {len(tokens)} tokens of this tokenizer and must "
-                "be one; use another marker"
-            )
-        ids += tokens
-    return tuple(ids)
-
-
-def _evaluated(workdir: Path, step: int) -> bool:
-    return from_all(
-        any(record["step"] == step and "eval" in record for record in read_metrics(workdir))
-    )[0]
-
-
-def _progress(items, title):
-    return track(items, description=title, transient=True, console=Console(file=Unread(sys.stdout)))
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        out |= (
-            _flat(value, f"{prefix}{key}.")
-            if hasattr(value, "items")
-            else {f"{prefix}{key}": value}
-        )
-    return out
-
-
-def _write_json(path: Path, content: dict) -> None:
-    if first():
-        atomic_write(path, json.dumps(content, indent=2))
-
-
-def _report(workdir: Path) -> None:
-    """Writes the report, which no run depends on."""
-    if first():
-        try:
-            write_report(workdir)
-        except Exception as error:
-            logging.warning(
-                "%s: the report could not be written (%s: %s); scripts/report.py tries again",
-                workdir,
-                type(error).__name__,
-                first_line(error),
+        if values:
+            self.observers.evaluation(self.step, values)
+        else:
+            self.observers.say(
+                f"step {self.step}: no held-out document has a token to predict: there is no "
+                "perplexity"
             )
 
+    def held_out_scores(self, length: int) -> dict[str, float]:
+        """The objective's scores over the held-out rows, in full attention, such as
+        {"loss@4096": 2.1}; empty if they have no token to predict.
 
-def _check_kinds(workdir: Path) -> None:
-    """Refuses a workdir in which a file stands where a run needs a folder, or the reverse."""
-    for names, right, what in ((FOLDERS, Path.is_dir, "folder"), (FILES, Path.is_file, "file")):
-        for path in (workdir / name for name in names):
-            if path.exists() and not right(path):
-                raise ConfigError(
-                    f"--workdir={workdir}: {path.name} is there and is no {what}, which a run needs: move it "
-                    "away, or name another folder"
-                )
+        A run that leaves meanwhile evaluates when it resumes.
+        """
+        program, objective = self.prepared.evaluations[length], self.prepared.objective
+        totals: dict[str, float] = {}
+        count = 0.0
+        for rows in inputs.held_out_batches(
+            self.documents.valid, self.config, length, self.mesh, objective.fields
+        ):
+            batch = place(rows, 1, self.mesh, program.layout)
+            sums, weight = program.compile()(self.state.trainable, self.frozen, batch)
+            totals = {name: totals.get(name, 0.0) + float(x) for name, x in sums.items()}
+            count += weight.item()
+            self.leave_if_asked()
+        if not count:
+            return {}
+        scores = objective.scores({name: total / count for name, total in totals.items()})
+        return {f"{name}@{length}": value for name, value in scores.items()}
 
-
-def _check_finite(trainable, source: str) -> None:
-    """Refuses to begin with a value that is not finite: no step would be good, and it would be
-    saved.
-    """
-    for path, fine in jax.tree_util.tree_leaves_with_path(
-        jax.jit(lambda tree: jax.tree.map(finite, tree))(trainable)
-    ):
-        if not fine:
-            raise ModelError(
-                f"{source}: {jax.tree_util.keystr(path)} holds values that are not finite: nothing could be "
-                "trained from there"
-            )
-
-
-def _say_what_changes(optimizer, old: int, new: int) -> None:
-    """What a longer schedule means for a run that was done."""
-    was, now = (float(learning_rate(optimizer, steps)(old)) for steps in (old, new))
-    logging.info(
-        "context.schedule ends at step %d, and not at %d: the learning rate (%s) goes on at %.3g, where it had come "
-        "to %.3g",
-        new,
-        old,
-        optimizer.schedule,
-        now,
-        was,
-    )
+    def finish(self) -> None:
+        if len(self.documents.valid) and not workdirs.is_evaluated(self.workdir, self.step):
+            self.evaluate(self.curriculum[-1].length)
+        self.save(wait=True)
+        if self.observers.failure:
+            raise self.observers.failure

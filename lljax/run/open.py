@@ -1,10 +1,13 @@
-"""The models that an evaluation sets side by side, each loaded when its turn comes."""
+"""The models that an evaluation compares: a base, the base with its RoPE stretched, the trained
+model. Each is loaded when its turn comes.
+"""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +22,19 @@ from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout
-from lljax.run.checkpoint import describe
+from lljax.run.checksums import describe
 from lljax.run.restore import adapted_base, read_config, restore_run
 
-BASE, STRETCHED, TRAINED = "base", "base, RoPE stretched", "trained"  # models, as scores call them
+# The names of the models in scores and tables.
+BASE, STRETCHED, TRAINED = "base", "base, RoPE stretched", "trained"
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """settings: what changes its answers beside its base, its spec and what trained."""
+    """A model to compare.
+
+    settings: everything that changes its answers besides the base, the spec and the trained leaves.
+    """
 
     name: str
     load: Callable[[], Decoder]
@@ -36,22 +43,24 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """base: what all of them stand on. extended: the spec of the last, which the others may lack
-    the length of. layout: where they lie, see lljax.build.answering.
+    """The models to compare, the trained one last.
+
+    base: of all of them. extended: the spec of the last model, which reads the most tokens.
+    dtype: of the computation. layout: of the last model, see lljax.build.answering.
     """
 
-    base: object
+    base: Any
     models: list[Candidate]
     extended: DecoderSpec
-    dtype: object
+    dtype: Any
     layout: Layout | None
 
-    def key(self, candidate: Candidate, model: Decoder, tokenizer) -> str:
-        """A name that tells what this model answers, through the tokenizer and its chat template,
-        from what any other does.
+    def key(self, candidate: Candidate, model: Decoder, tokenizer: Any) -> str:
+        """A name for the answers of `model` through the tokenizer and its chat template: another
+        model has another key.
 
-        The checksums of what is frozen are in it as well: other weights may have been written to
-          the folder of the base.
+        It covers the checksums of the frozen weights: other weights may have been written to the
+        folder of the base.
         """
         frozen = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[2])
         return model_key(
@@ -66,65 +75,75 @@ class Candidates:
         )
 
 
-def model_key(name: str, base, model: Decoder, *settings) -> str:
-    """The name with a digest of the base, by its headers and sizes; the spec, what trained, and the
+def model_key(name: str, base: Any, model: Decoder, *settings: Any) -> str:
+    """The name with a digest of the base (headers and sizes), the spec, the trained leaves and the
     settings.
     """
     trained = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1])
-    told = [base.path, base.fingerprint(), repr(model.spec), describe(trained), *settings]
-    return f"{name} {hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
+    content = [base.path, base.fingerprint(), repr(model.spec), describe(trained), *settings]
+    return f"{name} {hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
 
 
 def of_run(workdir: Path) -> Candidates:
-    """The base of a run (unless it began at random), the same under the RoPE of the run, and what
-    the run trained.
+    """The models of a run: its base (unless it began at random), the base under the RoPE of the
+    run, and the trained model.
 
     Raises:
-      ConfigError: the folder holds no run, or one without a checkpoint.
+      ConfigError: the folder holds no run, or a run without a checkpoint.
     """
     config = read_config(workdir)
-    # now, and not after the base's turn
+    # Checked now: the trained model is loaded last.
     if not any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*")):
         raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
     base = open_run_base(config)
     extended, dtype = extended_spec(base.config, config.context), jnp.dtype(config.model.dtype)
     settings = json.dumps(
-        [json.loads(config[part].to_json_best_effort()) for part in ("model", "lora")]
+        [json.loads(part.to_json_best_effort()) for part in (config.model, config.lora)]
     )
-    models = (
-        []
-        if config.model.init == "random"
-        else _bases(base, extended, dtype, settings, config.model.quantize, config.model.matmul)
-    )
+    models = []
+    if config.model.init != "random":
+        models = _bases(base, extended, dtype, settings, config.model.quantize, config.model.matmul)
     layout = answering(extended)
     trained = Candidate(TRAINED, lambda: restore_run(workdir, layout=layout)[1], settings)
-    return Candidates(base, [*models, trained], extended, dtype, layout)
+    return Candidates(
+        base=base, models=[*models, trained], extended=extended, dtype=dtype, layout=layout
+    )
 
 
 def of_base(path: str, adapter: Path | None) -> Candidates:
-    """A base; with an adapter in PEFT's format also the base under the adapter's RoPE, and the two
-    together.
+    """A base; with an adapter in PEFT's format also the base under the adapter's RoPE, and the base
+    with the adapter.
 
     They compute in bfloat16, on a CPU in float32.
     """
-    base, dtype = open_base(path), jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    base = open_base(path)
+    dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if not adapter:
         plain = spec_from_hf(base.config)
-        return Candidates(base, _bases(base, plain, dtype), plain, dtype, answering(plain))
+        models = _bases(base, plain, dtype)
+        return Candidates(
+            base=base, models=models, extended=plain, dtype=dtype, layout=answering(plain)
+        )
     base = under_adapter(base, adapter)
     settings, extended = repr(read_adapter_config(adapter)), adapted_spec(base, adapter)
     layout = answering(extended)
     trained = Candidate(TRAINED, lambda: adapted_base(base, adapter, dtype, layout), settings)
-    return Candidates(base, [*_bases(base, extended, dtype), trained], extended, dtype, layout)
+    models = [*_bases(base, extended, dtype), trained]
+    return Candidates(base=base, models=models, extended=extended, dtype=dtype, layout=layout)
 
 
-def _bases(base, extended: DecoderSpec, dtype, settings: str = "", *like) -> list[Candidate]:
-    """The base, and the base under the other spec if it is another. like: see `load_base`."""
+def _bases(
+    base: Any, extended: DecoderSpec, dtype: Any, settings: str = "", *weights: str
+) -> list[Candidate]:
+    """The base, and the base under `extended` if that is another spec.
+
+    weights: model.quantize and model.matmul, see `load_base`.
+    """
     specs = {BASE: spec_from_hf(base.config), STRETCHED: extended}
     return [
         Candidate(
             name,
-            lambda under=under: load_base(base, under, dtype, *like, layout=answering(under)),
+            lambda under=under: load_base(base, under, dtype, *weights, layout=answering(under)),
             settings,
         )
         for name, under in specs.items()

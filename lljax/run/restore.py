@@ -1,15 +1,15 @@
-"""What was trained, read back to export it, to evaluate it or to talk to it: a run, or an adapter
-on its base.
+"""Reads trained models back, to export, evaluate or generate: a run from its checkpoint, or a base
+with an adapter.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from lljax.build import abstract_model, adapted_spec, fill, open_run_base, places
-from lljax.config import default_config
+from lljax.config import Config, default_config
 from lljax.data.template import with_template
 from lljax.errors import ConfigError, first_line
 from lljax.interop.folder import read_json
@@ -19,58 +19,58 @@ from lljax.interop.peft import load_adapter, named, read_adapter_config, under_a
 from lljax.models import lora
 from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout, make_mesh
-from lljax.run.checkpoint import Checkpoints, abstract, check_identity, check_weights
+from lljax.run.checkpoint import Checkpoints, abstract
+from lljax.run.identity import check_identity, check_weights
 
 
-def restore_run(workdir, step: int | None = None, layout: Layout | None = None):
-    """Returns (config, model, base): the model with the values of its last checkpoint, or of that
-    of `step`.
+def restore_run(
+    workdir: str | Path, step: int | None = None, layout: Layout | None = None
+) -> tuple[Config, Decoder, Any]:
+    """Returns (config, model, base) of a run, with the values of its newest checkpoint.
 
-    It lies as `layout` says, by default on one device, whatever mesh it was trained on.
+    step: of the checkpoint, in place of the newest.
+    layout: of the model, whatever mesh it was trained on; None for one device.
 
     Raises:
-      ConfigError: the folder holds no run, or no such checkpoint; or the base, its tokenizer or its
-        weights are not those that the run was trained with.
+      ConfigError: the folder holds no run or no such checkpoint; or the base, its tokenizer or its
+        weights have changed since the run was started.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
     base = open_run_base(config)
+    none_yet = ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
     if not (workdir / "checkpoints").is_dir():
-        raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
+        raise none_yet
     checkpoints = Checkpoints(workdir, **config.checkpoint, read_only=True)
-    begun = checkpoints.identity()
-    if begun is None:
-        raise ConfigError(f"--workdir={workdir}: the run has no checkpoint yet")
+    saved = checkpoints.identity()
+    if saved is None:
+        raise none_yet
     tokenizer = base.tokenizer()
-    check_identity(
-        begun,
-        begun
-        | {
-            "base": base.fingerprint(),
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "special_tokens": special_tokens(tokenizer),
-        },
-    )
+    now = {
+        "base": base.fingerprint(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "special_tokens": special_tokens(tokenizer),
+    }
+    check_identity(saved, saved | now)
     model = abstract_model(config, base.config)
-    check_weights(
-        begun.get("weights", {}),
-        fill(
-            model,
-            config,
-            base,
-            layout.mesh if layout else make_mesh(devices=jax.local_devices()[:1]),
-        ),
-    )
+    mesh = layout.mesh if layout else make_mesh(devices=jax.local_devices()[:1])
+    check_weights(saved.get("weights", {}), fill(model, config, base, mesh))
     graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
-    _, items, _ = checkpoints.restore(
-        {"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}, step
-    )
+    like = {"trainable": jax.tree.map(abstract, nnx.as_pure(trainable))}
+    restored = checkpoints.restore(like, step)
+    if restored is None:
+        raise none_yet
     checkpoints.close()
+    _, items, _ = restored
     return config, nnx.merge(graphdef, items["trainable"], nnx.as_pure(frozen)), base
 
 
-def read_config(workdir: Path) -> ConfigDict:
-    """The configuration that a run was started with."""
+def read_config(workdir: Path) -> Config:
+    """The configuration that a run was started with.
+
+    Raises:
+      ConfigError: there is no config.json, or it is damaged.
+    """
     path = workdir / "config.json"
     if not path.is_file():
         raise ConfigError(f"--workdir={workdir}: no run was started there (no config.json)")
@@ -85,27 +85,24 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def trained_template(workdir: Path, base) -> str | None:
-    """The chat template that a run trained under for want of one in its base; None where it trained
-    no conversation.
+def trained_template(workdir: Path, base: Any) -> str | None:
+    """The chat template that a run trained under if its base has none; None if the base has a
+    template, or the run trained no conversation.
     """
     path = Path(workdir) / "data_statistics.json"
     statistics = read_json(path).get("train") if path.is_file() else None
     conversations = statistics.get("conversations", 1) if isinstance(statistics, dict) else 1
     tokenizer = base.tokenizer()
-    return (
-        with_template(tokenizer).chat_template
-        if conversations and tokenizer.chat_template is None
-        else None
-    )
+    if not conversations or tokenizer.chat_template is not None:
+        return None
+    return with_template(tokenizer).chat_template
 
 
-def adapted_base(base, adapter: Path, dtype, layout: Layout | None = None) -> Decoder:
-    """A base with an adapter in PEFT's format on it, under `adapted_spec`. layout: as `load_base`
-    takes it.
+def adapted_base(base: Any, adapter: Path, dtype: Any, layout: Layout | None = None) -> Decoder:
+    """A base with an adapter in PEFT's format, under `adapted_spec`. layout: see `load_base`.
 
     Raises:
-      ModelError: the adapter is none, or not of this base.
+      ModelError: the folder holds no adapter, or an adapter of another base.
     """
     base = under_adapter(base, adapter)
     model = Decoder(adapted_spec(base, adapter))

@@ -1,4 +1,4 @@
-"""A run in which nothing moves any more ends itself, and shows where each thread was."""
+"""Ends a run in which nothing moves any more, and shows where every thread hangs."""
 
 import faulthandler
 import os
@@ -6,57 +6,69 @@ import threading
 from collections.abc import Callable
 
 from lljax.errors import STDERR, Stalled, leave
+from lljax.run.observer import Observer, RunInfo
 
-TICKS = 20  # of silence
-LAST_WORDS = 10.0  # seconds to say them, where even that hangs
+TICKS = 20  # without a heartbeat
+LAST_WORDS = 10.0  # seconds for the message, in case that hangs too
 
 
-class Watchdog:
-    """A context that ends the process when `alive` was not called for `seconds`; 0: never.
+class Watchdog(Observer):
+    """Ends the process if no heartbeat came for `alarm.stall_minutes`; 0: never.
 
-    A thread of its own counts ticks of a monotonic clock: it does not need the main thread, which
-      may hang in C, and a process that was suspended has missed a tick, not more. (C code that
-      keeps Python's own lock stops it too; jax keeps it nowhere that it waits.) Each process of a
-      run has its own.
+    A thread counts ticks of a monotonic clock. It does not need the main thread, which may hang in
+    C, and a process that was suspended has missed one tick, not more. (C code that keeps Python's
+    lock stops the thread as well; jax releases the lock wherever it waits.) Every process of a run
+    has its own watchdog.
 
-    step: the last one that is done. last_checkpoint() -> the step of the newest checkpoint, or
-      None.
+    seconds: in place of alarm.stall_minutes. last_words: seconds after which the process ends even
+      if its message could not be written. wait: (seconds) -> whether the run is over, in place of
+      waiting that long for its end.
     """
 
-    def __init__(self, seconds: float, *, step: int, last_checkpoint: Callable[[], int | None]):
-        self._seconds, self._step, self._last_checkpoint = seconds, step, last_checkpoint
+    def __init__(
+        self,
+        seconds: float | None = None,
+        last_words: float = LAST_WORDS,
+        wait: Callable[[float], bool] | None = None,
+    ):
+        self._seconds, self._last_words = seconds, last_words
         self._heard, self._over = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._wait = wait or self._over.wait
+        self._thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
 
-    def __enter__(self):
+    def open(self, run: RunInfo) -> None:
+        self._step, self._last_checkpoint = run.step, run.last_checkpoint
+        if self._seconds is None:
+            self._seconds = 60.0 * run.config.alarm.stall_minutes
         if self._seconds:
             self._thread.start()
-        return self
 
-    def __exit__(self, *_):
-        self._over.set()
-
-    def alive(self, step: int) -> None:
-        """Says that something was finished: a step, a batch or an example of an evaluation, a
-        save.
-        """
+    def heartbeat(self, step: int) -> None:
         self._step = step
         self._heard.set()
 
-    def _watch(self) -> None:
+    def close(self, error: BaseException | None) -> None:
+        self._over.set()
+
+    def watch(self) -> None:
+        """The work of the thread: returns at the end of the run, or ends the process."""
+        assert self._seconds is not None, "open() sets it"
         silent = 0
         while silent < TICKS:
-            if self._over.wait(self._seconds / TICKS):
+            if self._wait(self._seconds / TICKS):
                 return
             silent = 0 if self._heard.is_set() else silent + 1
             self._heard.clear()
-        threading.Timer(LAST_WORDS, os._exit, [Stalled.exit_code]).start()
+        self.end(self._seconds / 60)
+
+    def end(self, minutes: float) -> None:
+        """Ends the process with the stacks of all threads and one line."""
+        threading.Timer(self._last_words, os._exit, [Stalled.exit_code]).start()
         faulthandler.dump_traceback(STDERR)
         leave(
             Stalled.exit_code,
-            (
-                f"{Stalled.__name__}: nothing was finished for {self._seconds / 60:g} minutes (alarm.stall_minutes) after step "
-                f"{self._step}, the lines above show where it hangs; the same command goes on after step "
-                f"{self._last_checkpoint() or 0}, the last that is saved; raise alarm.stall_minutes if it was merely slow"
-            ),
+            f"{Stalled.__name__}: nothing was finished for {minutes:g} minutes "
+            f"(alarm.stall_minutes) after step {self._step}, the lines above show where it hangs; "
+            f"the same command goes on after step {self._last_checkpoint() or 0}, the last that is "
+            "saved; raise alarm.stall_minutes if it was merely slow",
         )

@@ -10,7 +10,6 @@ from lljax.data.formats import BadRow, Document
 from lljax.data.template import encode
 from lljax.errors import DataError
 from lljax.interop.open import open_base, tokenizer_fingerprint
-from lljax.run import loop
 
 SECRET = "Zanzibar-7741"
 TALK = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": SECRET}]
@@ -89,12 +88,12 @@ def test_too_many_bad_rows_are_refused_and_listed_without_their_text(run_config,
 
 @pytest.mark.slow
 def test_a_run_leaves_the_text_nowhere_but_in_its_tokens(
-    run_config, one_device, tmp_path, caplog, capfd
+    run_config, train_on_one_device, tmp_path, caplog, capfd
 ):
     run_config.data.train, run_config.data.max_bad_fraction = (str(documents(tmp_path)),), 0.9
     run_config.training.eval_every, run_config.context.schedule = 1, ((2, 32, "full"),)
     with caplog.at_level(logging.DEBUG):
-        loop.train(run_config, tmp_path / "run")
+        train_on_one_device(run_config, tmp_path / "run")
     said = capfd.readouterr()
     assert SECRET not in caplog.text + said.out + said.err and "could not be used" in caplog.text
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]

@@ -1,6 +1,4 @@
-"""A run that nothing disturbs, and a table of what was broken and what held, which the suite ends
-with.
-"""
+"""An undisturbed run, and the table of faults that the suite ends with."""
 
 import collections
 from pathlib import Path
@@ -14,9 +12,7 @@ TABLE = Path(__file__).parents[2] / "runs" / "faults.md"
 
 
 class Whole:
-    """An uninterrupted run with all of its checkpoints. states: step -> what its checkpoint
-    holds.
-    """
+    """An uninterrupted run with all of its checkpoints. states: step -> the checkpoint."""
 
     def __init__(self, run: Run):
         self.run, self.records = run, run.records()
@@ -51,9 +47,9 @@ class Row:
     def __init__(self, fault: str, cases: int):
         self.fault, self.cases, self.held, self.broken = fault, cases, 0, []
 
-    def case(self, holds: bool, what: object = "") -> None:
+    def case(self, holds: bool, case: object = "") -> None:
         self.held += bool(holds)
-        self.broken += [] if holds else [what]
+        self.broken += [] if holds else [case]
 
     def done(self) -> None:
         assert not self.broken, f"{self.fault}: {self.broken[:5]}"
@@ -62,7 +58,7 @@ class Row:
 
 @pytest.fixture
 def tally(request):
-    """tally(fault, cases) -> a Row; what a test that fails has not come to counts as not held."""
+    """tally(fault, cases) -> a Row; cases that a failing test does not reach have not held."""
     rows = []
 
     def begin(fault, cases):

@@ -1,4 +1,4 @@
-"""One tiny run as real processes of scripts/train.py, and what it left, to compare bit for bit."""
+"""One tiny run as real processes of scripts/train.py; its files are compared bit for bit."""
 
 import functools
 import multiprocessing
@@ -6,24 +6,21 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
+from run.cases import bits, last_step, records, steps_saved, wait_for_step
 
 from lljax.build import placed_model
 from lljax.interop.open import open_base
 from lljax.parallel.sharding import make_mesh
-from lljax.report.records import read_metrics
 from lljax.run.checkpoint import Checkpoints, abstract
 from lljax.run.restore import read_config
 from lljax.training.state import split, to_items
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED_EVERY = 100, 5
-TIMES = ("seconds", "tokens_per_second", "data_seconds")
 ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 IMPORTED = [
     "lljax.run.loop",
@@ -36,9 +33,7 @@ IMPORTED = [
 
 
 class Left(NamedTuple):
-    """The newest checkpoint of a run. bits: the bytes of every leaf: what is trained, the
-    optimizer, the random key.
-    """
+    """The newest checkpoint of a run. bits: the bytes of every leaf."""
 
     step: int
     bits: list[bytes]
@@ -46,7 +41,7 @@ class Left(NamedTuple):
 
 
 class Run:
-    """A workdir, and how processes are started in it. `arguments`: those of scripts/train.py."""
+    """A workdir, and how processes are started in it. arguments: of scripts/train.py."""
 
     def __init__(self, workdir: Path, tiny: str, documents: str, *overrides: str):
         self.workdir, self.log = workdir, workdir.with_name(f"{workdir.name}.log")
@@ -96,26 +91,19 @@ class Run:
     def last_line(self) -> str:
         return (self.log.read_text().strip().splitlines() or [""])[-1]
 
-    # ---------------------------------------------------------------- what is there
+    # ---------------------------------------------------------------- files
     def records(self) -> list[dict]:
-        return [
-            {k: v for k, v in record.items() if k not in TIMES}
-            for record in read_metrics(self.workdir)
-        ]
+        return records(self.workdir)
 
     def last_record(self) -> int:
-        return max((record["step"] for record in read_metrics(self.workdir)), default=0)
+        return last_step(self.workdir)
 
     def steps(self) -> list[int]:
-        """Of which there is a checkpoint."""
-        return sorted(
-            int(path.name)
-            for path in (self.workdir / "checkpoints").glob("*")
-            if path.name.isdigit()
-        )
+        """The steps with a checkpoint."""
+        return steps_saved(self.workdir)
 
     def newest(self, step: int | None = None) -> Left | None:
-        """What a run would go on from: the newest sound checkpoint (or that of `step`)."""
+        """The newest sound checkpoint, from which a run resumes (or the checkpoint of `step`)."""
         if not self.steps():
             return None
         checkpoints = Checkpoints(
@@ -127,11 +115,7 @@ class Run:
 
     def wait_for_step(self, step: int, process, since: float) -> None:
         """Until a process that was started at `since` has recorded `step`, or is done."""
-        path = self.workdir / "metrics.jsonl"
-        while alive(process):
-            if path.exists() and path.stat().st_mtime > since and self.last_record() >= step:
-                return
-            time.sleep(0.005)
+        wait_for_step(self.workdir, step, lambda: alive(process), since)
 
 
 def _script(arguments, log) -> None:
@@ -149,12 +133,8 @@ def alive(process) -> bool:
     return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
 
 
-def bits(tree) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-
-
 def like(workdir: Path) -> dict:
-    """What to restore of a run."""
+    """The abstract items of a run's checkpoint."""
     return _like((workdir / "config.json").read_text(), workdir)
 
 

@@ -1,6 +1,4 @@
-"""Whatever becomes of a file of a checkpoint, it restores bit for bit or the run goes on from the
-one before.
-"""
+"""A checkpoint with a damaged file restores bit for bit, or the run resumes from the one before."""
 
 import os
 import shutil

@@ -26,7 +26,7 @@ from lljax.models.families import spec_from_hf
 
 pytestmark = pytest.mark.faults
 MUTATIONS, SECONDS, MEMORY = 1_000, 10, 1 << 30
-# What a wrong size, name or kind looks like in JSON.
+# Wrong sizes, names and kinds in JSON.
 VALUES = [
     b"0",
     b"-1",
@@ -48,7 +48,7 @@ VALUES = [
     b"[[[]]]",
     b'{"a": {}}',
 ]
-opened: list[str] | None = None  # while a file is read: what is opened
+opened: list[str] | None = None  # while a file is read: the files opened
 
 
 def audit(event, arguments):
@@ -110,7 +110,7 @@ def limits():
         signal.signal(signal.SIGALRM, before)
 
 
-# ---------------------------------------------------------------- what is read
+# ---------------------------------------------------------------- files
 class Target:
     """path: the file that is changed, before byte `until`. read(): everything that reads it."""
 
@@ -315,7 +315,7 @@ def test_changed_bytes_are_read_or_refused_in_one_line(tiny, tokenizer, tmp_path
     row, rng = tally(f"random bytes: {name}", MUTATIONS), np.random.default_rng(0)
     target = TARGETS[name](tmp_path, tokenizer if name == "JSONL" else tiny)
     whole = target.path.read_bytes()
-    target.read()  # what is imported late is imported now, and the file as it was is sound
+    target.read()  # imports happen now, and the unchanged file is sound
     refused = 0
     for number in range(MUTATIONS):
         target.path.write_bytes(mutated(whole, rng, target.until, "safetensors h" in name))

@@ -2,104 +2,87 @@
 many.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from run.cases import bits, steps_saved, trained_leaves
 
+from lljax.data.batch import Field
 from lljax.errors import NumericAbort
-from lljax.models import lora
-from lljax.parallel.sharding import make_mesh, replicated
+from lljax.objectives.objective import Loss
+from lljax.objectives.sft import SFT
+from lljax.objectives.table import OBJECTIVES
 from lljax.report.records import read_metrics
-from lljax.run import loop
-from lljax.run.checkpoint import Checkpoints
-from lljax.training import step
+from lljax.run.loop import Run
 
 pytestmark = pytest.mark.faults
-FAULTS = {"NaN gradient": jnp.nan, "Inf gradient": jnp.inf, "loss x 100": 100.0}
-CALM, STEPS = 24, 85  # a spike is one beside the steps before it, and they must be so many
+FAULTS = {"NaN gradient": np.nan, "Inf gradient": np.inf, "loss x 100": 100.0}
+CALM, STEPS = 24, 85  # a spike needs so many steps before it
 TOO_MANY = 4
 
 
-@pytest.fixture
-def inject(run_config, monkeypatch):
-    """inject({step: fault}) -> {step: (state before, state after)}, of the runs that follow: in the
-    compiled step, loss and gradients are multiplied by what the fault says.
+def multiplied(pass_, batch):
+    """The loss of SFT, and with it the gradient, times the factor of the batch."""
+    loss = SFT.loss(pass_, batch)
+    return Loss(loss.total * jnp.max(batch["factor"]), loss.sums)
+
+
+FACTOR = Field(
+    "factor",
+    dtype=np.float32,
+    padding=1.0,
+    derive=lambda piece: np.ones(len(piece["tokens"]), np.float32),
+)
+MULTIPLIED = dataclasses.replace(
+    SFT, name="multiplied", fields=(*SFT.fields, FACTOR), loss=multiplied
+)
+
+
+class Faulty(Run):
+    """A run whose loss is multiplied in some steps. faults: {step: name of the fault}. states:
+    {step: (leaves before, leaves after)}.
     """
+
+    faults: dict[int, str]
+    states: dict[int, tuple[list[bytes], list[bytes]]]
+
+    def update(self, stage):
+        number, before = len(self.states) + 1, leaves(self.state)
+        factor = FAULTS[self.faults[number]] if number in self.faults else 1.0
+        self.batch = self.batch | {"factor": np.full_like(self.batch["factor"], factor)}
+        metrics = super().update(stage)
+        self.states[number] = before, leaves(self.state)
+        return metrics
+
+
+@pytest.fixture
+def train(run_config, monkeypatch):
+    """train(config, workdir, {step: fault}, states) -> the model; `states` are added to."""
+    monkeypatch.setitem(OBJECTIVES, MULTIPLIED.name, MULTIPLIED)
+    run_config.objective.name = MULTIPLIED.name
     run_config.context.schedule, run_config.data.valid_fraction = ((STEPS, 32, "full"),), 0.0
-    run_config.alarm.spike, run_config.alarm.max_bad_steps, run_config.checkpoint.every_steps = (
-        "skip",
-        TOO_MANY,
-        STEPS,
-    )
-    place, abstract_batch, accumulate, compiled = (
-        loop.place,
-        loop.abstract_batch,
-        step.accumulate,
-        loop._compile,
-    )
-    faults, states = {}, {}
+    run_config.alarm.spike, run_config.alarm.max_bad_steps = "skip", TOO_MANY
+    run_config.checkpoint.every_steps = STEPS
 
-    def placed(batch, times, mesh, layout):
-        factor = FAULTS[faults[len(states) + 1]] if len(states) + 1 in faults else 1.0
-        return place(batch, times, mesh, layout) | {
-            "factor": jax.device_put(np.float32(factor), replicated(mesh))
-        }
+    def train(config, workdir, faults, states):
+        run = Faulty(config, workdir, devices=jax.devices()[:1])
+        run.faults, run.states = faults, states
+        return run.train()
 
-    def abstract_placed(times, rows, length, mesh):
-        factor = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
-        return abstract_batch(times, rows, length, mesh) | {"factor": factor}
-
-    def multiplied(loss_of, trainable, frozen, batch, key):
-        batch = dict(batch)
-        factor = batch.pop("factor")
-        (loss, more), grads = accumulate(loss_of, trainable, frozen, batch, key)
-        return (loss * factor, more), jax.tree.map(lambda g: g * factor, grads)
-
-    def watched(*arguments):
-        def watch(program):
-            def run(state, frozen, batch):
-                before = leaves(state)
-                after, metrics = program(state, frozen, batch)
-                states[len(states) + 1] = before, leaves(after)
-                return after, metrics
-
-            return run
-
-        programs, evaluations = compiled(*arguments)
-        return {number: watch(program) for number, program in programs.items()}, evaluations
-
-    for module, name, value in (
-        (loop, "place", placed),
-        (loop, "abstract_batch", abstract_placed),
-        (step, "accumulate", multiplied),
-        (loop, "_compile", watched),
-        (loop, "mesh_of", lambda mesh: make_mesh(devices=jax.devices()[:1])),
-    ):
-        monkeypatch.setattr(module, name, value)
-
-    def begin(chosen):
-        faults.clear()
-        faults.update(chosen)
-        return states
-
-    return begin
+    return train
 
 
 def leaves(state) -> list[bytes]:
-    """What a step that is skipped must leave as it is: all but how many there were."""
-    return [
-        np.asarray(x).tobytes()
-        for x in jax.tree.leaves(
-            (state.trainable, state.optimizer, state.key, state.losses, state.norms)
-        )
-    ]
+    """Everything that a skipped step must leave as it is: all but the number of steps."""
+    return bits((state.trainable, state.optimizer, state.key, state.losses, state.norms))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_that_is_no_use_changes_nothing_and_is_recorded(
-    run_config, tmp_path, tally, inject, accumulate
+    run_config, tmp_path, tally, train, accumulate
 ):
     run_config.training.accumulate = accumulate
     rng, names = np.random.default_rng(accumulate), list(FAULTS)
@@ -108,8 +91,8 @@ def test_a_step_that_is_no_use_changes_nothing_and_is_recorded(
         for i, number in enumerate(rng.permutation(np.arange(CALM, STEPS, 2))[:30])
     }
     rows = {name: tally(f"{name}, skipped", 10) for name in names}
-    states = inject(faults)
-    loop.train(run_config, tmp_path)
+    states = {}
+    train(run_config, tmp_path, faults, states)
     for record in (r for r in read_metrics(tmp_path) if "loss" in r):
         before, after = states[record["step"]]
         if name := faults.get(record["step"]):
@@ -124,27 +107,23 @@ def test_a_step_that_is_no_use_changes_nothing_and_is_recorded(
 @pytest.mark.parametrize("policy,steps", [("skip", TOO_MANY), ("stop", 1)])
 @pytest.mark.parametrize("name", FAULTS)
 def test_too_many_of_them_stop_a_run_that_goes_on_from_sound_numbers(
-    run_config, tmp_path, tally, inject, name, policy, steps
+    run_config, tmp_path, tally, train, name, policy, steps
 ):
     row = tally("too many of them: stopped with 70, state saved", 1)
     run_config.alarm.nonfinite = run_config.alarm.spike = policy
-    states = inject(dict.fromkeys(range(CALM, STEPS), name))
+    states = {}
     with pytest.raises(NumericAbort, match="state is saved") as stopped:
-        loop.train(run_config, tmp_path)
-    checkpoints = Checkpoints(tmp_path, every_steps=1, every_minutes=1, keep=1, read_only=True)
-    last = checkpoints.steps()[-1]
-    checkpoints.close()
-    # The same command goes on from there; that nothing goes wrong again is for the test to arrange.
-    inject({})
-    model = loop.train(run_config, tmp_path)
+        train(run_config, tmp_path, dict.fromkeys(range(CALM, STEPS), name), states)
+    last = steps_saved(tmp_path)[-1]
+    # The same command goes on from there, now without faults.
+    model = train(run_config, tmp_path, {}, states)
     kept = states[CALM][0] == states[CALM + steps - 1][1] == states[CALM + steps][0]
-    trained = jax.tree.leaves(nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1]))
     row.case(
         stopped.value.exit_code == 70
         and last == CALM + steps - 1
         and kept
         and len(states) == STEPS
-        and all(np.isfinite(x).all() for x in trained),
+        and all(np.isfinite(x).all() for x in trained_leaves(model)),
         (stopped.value, last, kept),
     )
     row.done()

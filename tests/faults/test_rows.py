@@ -18,7 +18,8 @@ GOOD, EACH = 10_000, 10
 # A template as the models' own are: it takes the roles that it knows.
 TEMPLATE = (
     "{% for message in messages %}{% if message.role not in ('system', 'user', 'assistant') %}"
-    "{{ raise_exception('unknown role ' + message.role) }}{% endif %}<{{ message.role }}>{{ message.content }}"
+    "{{ raise_exception('unknown role ' + message.role) }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 DEFECTS = {
@@ -33,7 +34,8 @@ DEFECTS = {
     "a role that the template refuses": b'{"messages": [{"role": "robot", "content": "a"}, '
     b'{"role": "assistant", "content": "b"}]}',
     "no reply": b'{"messages": [{"role": "user", "content": "a"}]}',
-    "a message without content": b'{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "b"}]}',
+    "a message without content": b'{"messages": [{"role": "user", "content": null}, '
+    b'{"role": "assistant", "content": "b"}]}',
     "half of a surrogate pair": b'{"text": "a\\ud83d"}',
     "nested too deeply": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "nested 900 deep": b'{"messages": [{"role": "assistant", "content": "a", "more": '
@@ -41,7 +43,8 @@ DEFECTS = {
     + b"]" * 900
     + b"}]}",
     "a pair of preferences": b'{"prompt": "a", "chosen": "b", "rejected": "c"}',
-    "a loss between off and on": b'{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}',
+    "a loss between off and on": b'{"messages": [{"role": "assistant", "content": "a", '
+    b'"weight": 0.5}]}',
 }
 
 
@@ -54,7 +57,7 @@ def rows(tmp_path):
     bad = np.repeat(list(DEFECTS), EACH)
     rng.shuffle(bad)
     lines = rng.choice(np.arange(1, GOOD + len(bad) + 1), len(bad), replace=False)
-    where, good = dict(zip(lines.tolist(), bad.tolist())), []
+    where, good = dict(zip(lines.tolist(), bad.tolist(), strict=True)), []
     with open(tmp_path / "rows.jsonl", "wb") as file:
         for line in range(1, GOOD + len(bad) + 1):
             if line in where:

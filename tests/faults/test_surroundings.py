@@ -1,4 +1,4 @@
-"""What happens around a run: its terminal goes, its log is not read, its disk fails for a second,
+"""Mishaps around a run: its terminal closes, nobody reads its log, its disk fails for a second,
 others touch its files.
 """
 
@@ -61,7 +61,7 @@ def begin(new_run):
 
 
 def leaves(run, process, number) -> bool:
-    """Whether, at this signal, it saves what it has recorded and is gone in time, with 75."""
+    """Whether the run, after this signal, saves every recorded step and ends in time with 75."""
     process.send_signal(number)
     try:
         return process.wait(LEAVES_IN) == 75 and max(run.steps()) == run.last_record()

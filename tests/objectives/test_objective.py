@@ -18,7 +18,6 @@ from lljax.models.initialise import initialise
 from lljax.objectives.table import OBJECTIVES
 from lljax.parallel.sharding import make_mesh
 from lljax.report.records import read_metrics
-from lljax.run import loop
 from lljax.training.placement import place
 from lljax.training.prepare import prepare_step
 from lljax.training.step import metrics_of
@@ -91,7 +90,7 @@ def test_the_table_decides_what_a_configuration_may_name(weighted):
 
 
 @pytest.fixture
-def config(run_config, one_device):
+def config(run_config):
     c = run_config
     c.objective.name, c.context.schedule = "weighted", ((3, 32, "full"),)
     c.training.rows, c.training.eval_rows, c.training.accumulate = 4, 4, 2
@@ -100,10 +99,10 @@ def config(run_config, one_device):
 
 
 def test_a_run_with_the_toy_is_planned_and_its_metrics_are_recorded_and_drawn(
-    weighted, config, tmp_path, caplog
+    weighted, config, train_on_one_device, tmp_path, caplog
 ):
     with caplog.at_level(logging.INFO):
-        loop.train(config, tmp_path)
+        train_on_one_device(config, tmp_path)
     assert "evaluation of 32" in caplog.text and "temporary" in caplog.text
     records = read_metrics(tmp_path)
     steps = [record for record in records if "loss" in record]
@@ -112,15 +111,15 @@ def test_a_run_with_the_toy_is_planned_and_its_metrics_are_recorded_and_drawn(
     assert "Loss of the worst token" in (tmp_path / "report.html").read_text()
     config.objective.name = "sft"
     with pytest.raises(ConfigError, match="objective.name"):
-        loop.train(config, tmp_path)
+        train_on_one_device(config, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_with_the_toy_resumes_bitwise(weighted, config, tmp_path):
-    loop.train(config, tmp_path / "whole")
+def test_a_run_with_the_toy_resumes_bitwise(weighted, config, train_on_one_device, tmp_path):
+    train_on_one_device(config, tmp_path / "whole")
     for stop in (2, 3):
         config.context.schedule = ((stop, 32, "full"),)
-        loop.train(config, tmp_path / "parts")
+        train_on_one_device(config, tmp_path / "parts")
     whole, parts = (
         [(r["loss"], r["squared"], r["worst_token"]) for r in read_metrics(folder) if "loss" in r]
         for folder in (tmp_path / "whole", tmp_path / "parts")

@@ -216,7 +216,7 @@ def test_advice_is_a_sentence_where_no_setting_is_left():
     ids=["weights", "step", "evaluation"],
 )
 def test_a_run_that_runs_out_of_memory_says_where_and_what_is_saved(
-    run_config, one_device, tmp_path, monkeypatch, failing, told
+    run_config, train_on_one_device, tmp_path, monkeypatch, failing, told
 ):
     compile_program = Program.compile
 
@@ -231,4 +231,4 @@ def test_a_run_that_runs_out_of_memory_says_where_and_what_is_saved(
         monkeypatch.setattr("lljax.build.load_weights", full)
     run_config.context.schedule = ((4, 32, "shifted"), (5, 64, "full"))
     with pytest.raises(OutOfMemory, match=told):
-        loop.train(run_config, tmp_path)
+        train_on_one_device(run_config, tmp_path)

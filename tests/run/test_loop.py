@@ -1,45 +1,40 @@
-"""The whole job on a tiny model: train, stop, resume, export; and what is refused on the way."""
+"""The whole job on a tiny model: train, stop, resume, export; and the refusals on the way."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_run_config
 from flax import nnx
+from run.cases import StopAfter, records, trained_leaves, wait_for_step
 
 import lljax
 from lljax.build import build_model, load_base, mesh_of
-from lljax.errors import ConfigError, DataError, ModelError, NumericAbort, Stopped
+from lljax.errors import ConfigError, DataError, NumericAbort, Stopped
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.open import open_base
-from lljax.models import lora
-from lljax.report.records import read_metrics
-from lljax.run import loop
+from lljax.run import loop, workdirs
 from lljax.run.restore import read_config, restore_run
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("seconds", "tokens_per_second", "data_seconds")
-
-
-def trained_leaves(model):
-    return jax.tree.leaves(nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1]))
-
-
-def records(workdir):
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(workdir)]
 
 
 def assert_same(a, b):
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, documents, tmp_path_factory):
+    """A run of `run_config` to its end: (model, workdir). For reading only."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return loop.train(tiny_run_config(tiny, documents), workdir), workdir
 
 
 @pytest.mark.parametrize(
@@ -51,38 +46,22 @@ def assert_same(a, b):
     ],
 )
 def test_stopped_and_resumed_is_bitwise_an_uninterrupted_run(
-    run_config, tmp_path, optimizer, stops
+    run_config, request, tmp_path, optimizer, stops
 ):
     if optimizer == "q_galore":
-        (
-            run_config.train_type,
-            run_config.optimizer.name,
-            run_config.optimizer.galore.update_every,
-        ) = "full", optimizer, 3
-    whole = loop.train(run_config, tmp_path / "whole")
-    assert [r["length"] for r in records(tmp_path / "whole") if "loss" in r] == [32] * 4 + [64] * 4
-
-    def stop_after(step):
-        """Raises the signal from inside the run, as soon as `step` is recorded."""
-        original = loop.Monitor.step
-
-        def step_and_stop(self, record):
-            original(self, record)
-            if record["step"] == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        return original, step_and_stop
+        run_config.train_type, run_config.optimizer.name = "full", optimizer
+        run_config.optimizer.galore.update_every = 3
+        whole, workdir = loop.train(run_config, tmp_path / "whole"), tmp_path / "whole"
+    else:
+        whole, workdir = request.getfixturevalue("finished")
+    assert [r["length"] for r in records(workdir) if "loss" in r] == [32] * 4 + [64] * 4
 
     for step in stops:
-        original, loop.Monitor.step = stop_after(step)
-        try:
-            with pytest.raises(Stopped, match=f"after step {step}, state saved"):
-                loop.train(run_config, tmp_path / "parts")
-        finally:
-            loop.Monitor.step = original
+        with pytest.raises(Stopped, match=f"after step {step}, state saved"):
+            loop.train(run_config, tmp_path / "parts", observers=[StopAfter(step)])
     parts = loop.train(run_config, tmp_path / "parts")
     assert_same(trained_leaves(whole), trained_leaves(parts))
-    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+    assert records(workdir) == records(tmp_path / "parts")
 
 
 def test_a_base_that_pissa_changed_is_the_same_when_the_run_goes_on(run_config, tmp_path):
@@ -111,19 +90,8 @@ def test_runs_of_other_first_factors_resume_bitwise_and_export(run_config, tmp_p
     run_config.lora.init, run_config.lora.dora, run_config.training.neftune_alpha = init, dora, 5.0
     run_config.lora.dropout = 0.1
     whole = loop.train(run_config, tmp_path / "whole")
-    original = loop.Monitor.step
-
-    def step_and_stop(self, record):
-        original(self, record)
-        if record["step"] == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    loop.Monitor.step = step_and_stop
-    try:
-        with pytest.raises(Stopped):
-            loop.train(run_config, tmp_path / "parts")
-    finally:
-        loop.Monitor.step = original
+    with pytest.raises(Stopped):
+        loop.train(run_config, tmp_path / "parts", observers=[StopAfter(5)])
     assert_same(trained_leaves(whole), trained_leaves(loop.train(run_config, tmp_path / "parts")))
 
     _, model, base = restore_run(tmp_path / "parts")
@@ -157,27 +125,27 @@ def test_accumulation_and_rows_are_the_same_step(run_config, tmp_path):
 
 
 def test_another_run_is_not_resumed_nor_one_on_another_base_opened(
-    run_config, one_device, tmp_path
+    run_config, train_on_one_device, tmp_path
 ):
     base, workdir = (
         Path(shutil.copytree(run_config.model.path, tmp_path / "base")),
         tmp_path / "run",
     )
     run_config.model.path, run_config.context.schedule = str(base), ((1, 32, "full"),)
-    loop.train(run_config, workdir)
+    train_on_one_device(run_config, workdir)
     for field, value in {"lora.rank": 8, "seed": 1, "data.valid_fraction": 0.3}.items():
         changed = run_config.copy_and_resolve_references()
         changed.update_from_flattened_dict({field: value})
         with pytest.raises(ConfigError, match="another " + field.removesuffix(".valid_fraction")):
-            loop.train(changed, workdir)
-    # what export goes by is still that of the weights
+            train_on_one_device(changed, workdir)
+    # export goes by this file: it still belongs to the weights
     assert read_config(workdir).lora.rank == run_config.lora.rank
 
     weights = base / "model.safetensors"
     flipped = bytearray(weights.read_bytes())
     flipped[-3] ^= 1  # of the same shapes, as a later version of the same model has them
     weights.write_bytes(flipped)
-    for opens in (lambda: restore_run(workdir), lambda: loop.train(run_config, workdir)):
+    for opens in (lambda: restore_run(workdir), lambda: train_on_one_device(run_config, workdir)):
         with pytest.raises(ConfigError, match="other weights than those this run was started with"):
             opens()
     tokenizer = json.loads((base / "tokenizer.json").read_text())
@@ -191,20 +159,20 @@ def test_another_run_is_not_resumed_nor_one_on_another_base_opened(
 
 
 def test_a_finished_run_goes_on_under_a_longer_schedule_and_says_what_changes(
-    run_config, one_device, tmp_path, caplog
+    run_config, train_on_one_device, tmp_path, caplog
 ):
     run_config.context.schedule, run_config.data.valid_fraction = ((2, 32, "full"),), 0.0
-    loop.train(run_config, tmp_path)
+    train_on_one_device(run_config, tmp_path)
     run_config.context.schedule = ((3, 32, "full"),)
     with caplog.at_level("INFO"):
-        loop.train(run_config, tmp_path)
+        train_on_one_device(run_config, tmp_path)
     assert "resumed at step 2" in caplog.text and "ends at step 3, and not at 2" in caplog.text
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3] and read_config(
         tmp_path
     ).context.schedule[-1][0] == 3
     run_config.context.schedule = ((2, 32, "full"),)
     with pytest.raises(ConfigError, match="another context.schedule"):
-        loop.train(run_config, tmp_path)
+        train_on_one_device(run_config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +182,7 @@ def test_a_finished_run_goes_on_under_a_longer_schedule_and_says_what_changes(
         ({"data.valid_fraction": 1e-9}, "holds none of the 40 documents out"),
     ],
 )
-def test_what_would_end_in_an_empty_success_is_refused_before_anything_is_computed(
+def test_a_run_without_effect_is_refused_before_anything_is_computed(
     run_config, tmp_path, changes, error
 ):
     run_config.update_from_flattened_dict(changes)
@@ -223,9 +191,9 @@ def test_what_would_end_in_an_empty_success_is_refused_before_anything_is_comput
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", [*loop.FILES, *loop.FOLDERS])
+@pytest.mark.parametrize("name", [*workdirs.FILES, *workdirs.FOLDERS])
 def test_a_file_where_a_folder_belongs_and_the_reverse_are_one_line(run_config, tmp_path, name):
-    (tmp_path / name).mkdir() if name in loop.FILES else (tmp_path / name).touch()
+    (tmp_path / name).mkdir() if name in workdirs.FILES else (tmp_path / name).touch()
     with pytest.raises(
         ConfigError, match=f"{tmp_path}: {name} is there and is no|is a directory"
     ) as refused:
@@ -233,48 +201,40 @@ def test_a_file_where_a_folder_belongs_and_the_reverse_are_one_line(run_config, 
     assert "\n" not in str(refused.value)
 
 
-def test_a_report_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
-    def fails(_):
-        raise FileNotFoundError(2, "No such file or directory", "report.html.tmp")
-
-    monkeypatch.setattr(loop, "write_report", fails)
-    loop._report(tmp_path)
-    assert "the report could not be written (FileNotFoundError" in caplog.text
+class NothingHeldOut(loop.Run):
+    def open(self):
+        super().open()
+        self.config.training.eval_rows = 0
 
 
-def test_a_held_out_text_without_a_token_to_predict_has_no_perplexity(
-    run_config, one_device, tmp_path, monkeypatch, capfd
-):
+def test_if_no_held_out_token_is_predicted_there_is_no_perplexity(run_config, tmp_path, capfd):
     run_config.context.schedule = ((1, 32, "full"),)
-    monkeypatch.setattr(loop, "eval_batches", lambda *_, **__: iter(()))
-    loop.train(run_config, tmp_path)
+    NothingHeldOut(run_config, tmp_path, devices=jax.devices()[:1]).train()
     assert (
         not [r for r in records(tmp_path) if "eval" in r]
         and "there is no perplexity" in capfd.readouterr().err
     )
 
 
-def test_a_value_that_is_not_finite_is_no_beginning():
-    with pytest.raises(ModelError, match=r"some/base: \['norm'\] holds values that are not finite"):
-        loop._check_finite({"norm": np.array([1.0, np.nan]), "embed": np.ones(3)}, "some/base")
-
-
-def test_a_nan_is_never_applied_and_stops_the_run_in_the_end(run_config, tmp_path):
+def test_a_nan_is_never_applied_and_stops_the_run_in_the_end(
+    run_config, train_on_one_device, tmp_path
+):
     run_config.optimizer.learning_rate = 1e30
     run_config.optimizer.clip_norm = 1e30
     run_config.alarm.max_bad_steps = 3
     with pytest.raises(NumericAbort, match="state is saved"):
-        loop.train(run_config, tmp_path)
+        train_on_one_device(run_config, tmp_path)
     _, model, _ = restore_run(tmp_path)
     assert all(np.isfinite(x).all() for x in trained_leaves(model))
 
 
-def test_exports_give_our_logits_in_pytorch(run_config, one_device, tmp_path):
+def test_exports_give_our_logits_in_pytorch(finished, tmp_path):
     import peft
     import transformers
 
-    model = loop.train(run_config, tmp_path / "run")
-    _, _, base = restore_run(tmp_path / "run")
+    trained, workdir = finished
+    _, model, base = restore_run(workdir)
+    assert_same(trained_leaves(trained), trained_leaves(model))
     tokens = np.random.default_rng(0).integers(0, 300, size=(2, 100))
     ours = np.asarray(
         model.logits(model(tokens, positions=np.broadcast_to(np.arange(100), (2, 100))))
@@ -301,10 +261,12 @@ def test_exports_give_our_logits_in_pytorch(run_config, one_device, tmp_path):
     compare(peft.PeftModel.from_pretrained(load(base.path, config=config), tmp_path / "peft"))
 
 
-def test_full_training_and_the_python_face(tiny, documents, run_config, tmp_path):
+def test_full_training_and_the_python_face(
+    tiny, documents, run_config, train_on_one_device, tmp_path
+):
     run_config.train_type = "full"
     run_config.context.schedule = ((2, 32, "full"),)
-    loop.train(run_config, tmp_path / "full")
+    train_on_one_device(run_config, tmp_path / "full")
     model, _ = lljax.prepare_model(tiny)
     model = lljax.prepare_model(
         model,
@@ -413,17 +375,7 @@ def test_a_terminated_run_saves_and_exits_with_75_within_ten_seconds(tiny, docum
         ),
         cwd=ROOT,
     )
-    wait_for_step(tmp_path / "run", 3, process)
+    wait_for_step(tmp_path / "run", 3, lambda: process.poll() is None)
     process.terminate()
     assert process.wait(timeout=10) == 75
     assert any(int(folder.name) >= 3 for folder in (tmp_path / "run" / "checkpoints").iterdir())
-
-
-def wait_for_step(workdir, step, process):
-    while (
-        not (workdir / "metrics.jsonl").exists()
-        or max((r["step"] for r in read_metrics(workdir)), default=0) < step
-    ):
-        if process.poll() is not None:  # it was done before it could be caught
-            return
-        time.sleep(0.02)

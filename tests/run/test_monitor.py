@@ -1,5 +1,6 @@
-"""metrics.jsonl is what an uninterrupted run would have written, whatever happened in between."""
+"""metrics.jsonl equals the file of an uninterrupted run, whatever happened in between."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -7,13 +8,12 @@ import os
 import struct
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
+from run.cases import run_info
 
 from lljax.report.records import read_metrics
-from lljax.run import monitor
-from lljax.run.monitor import Monitor
+from lljax.run.monitor import Monitor, TimeLeft
 
 
 def record(step, **changes):
@@ -38,11 +38,19 @@ def record(step, **changes):
 
 def run(workdir, steps, *, start=0, total=10, evaluations=()):
     workdir.mkdir(exist_ok=True)
-    with Monitor(workdir, stages=[(total, 1.0)], step=start) as monitor:
+    with opened(workdir, step=start, total=total) as monitor:
         for step in steps:
             monitor.step(record(step))
             if step in evaluations:
                 monitor.evaluation(step, {"loss@512": 2.0 + 1 / step, "perplexity@512": math.e})
+
+
+@contextlib.contextmanager
+def opened(workdir, monitor=None, **facts):
+    monitor = monitor or Monitor()
+    monitor.open(run_info(workdir, **facts))
+    yield monitor
+    monitor.close(None)
 
 
 def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path):
@@ -63,7 +71,7 @@ def test_a_run_that_begins_anew_keeps_nothing(tmp_path):
 
 
 def test_each_step_is_on_disk_when_the_call_returns(tmp_path):
-    with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
+    with opened(tmp_path, total=9) as monitor:
         for step in (1, 2, 3):
             monitor.step(record(step))
             assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
@@ -114,32 +122,18 @@ def test_a_log_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
         os.dup2(os.open(os.devnull, os.O_WRONLY), write)
 
 
-def test_without_room_for_tensorboard_there_is_a_warning_and_the_record(
-    tmp_path, monkeypatch, caplog
-):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(monitor.EventsWriter, "write_event", full)
-    run(tmp_path, range(1, 4))
-    assert len(read_metrics(tmp_path)) == 3 and caplog.text.count("tensorboard") == 1
-
-
-def test_the_time_left_is_that_of_the_stages_to_come(tmp_path, monkeypatch):
-    """By their FLOPs, and corrected by what was measured; and by what steps are not, such as
-    evaluations.
-    """
+def test_the_time_left_counts_the_stages_to_come():
+    """By their FLOPs, corrected by measured steps and by the time between steps."""
     now = [0.0]
-    monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    left = monitor._TimeLeft([(10, 1e12), (20, 4e12), (30, 8e12)])
-    told = []
+    left = TimeLeft([(10, 1e12), (20, 4e12), (30, 8e12)], lambda: now[0])
+    estimates = []
     for step in range(1, 21):
         # the first warms up; 5 where 4 was to be expected
         seconds = 9.0 if step == 1 else 1.0 if step <= 10 else 5.0
         now[0] += seconds
-        told.append(left.after(step, seconds))
-    assert told[2] == pytest.approx(7 + 40 + 80) and told[9] == pytest.approx(40 + 80)
-    assert told[10] == pytest.approx(9 * 5 + 100) and told[19] == pytest.approx(100)
+        estimates.append(left.after(step, seconds))
+    assert estimates[2] == pytest.approx(7 + 40 + 80) and estimates[9] == pytest.approx(40 + 80)
+    assert estimates[10] == pytest.approx(9 * 5 + 100) and estimates[19] == pytest.approx(100)
     now[0] += sum([9.0, *[1.0] * 9, *[5.0] * 10])  # as long again between the steps
     assert left.after(20, 5.0) == pytest.approx(2 * 100, rel=0.1)
 
@@ -147,11 +141,11 @@ def test_the_time_left_is_that_of_the_stages_to_come(tmp_path, monkeypatch):
 def test_a_rollback_leaves_the_file_of_a_run_that_never_went_further(tmp_path, capfd):
     run(tmp_path / "straight", range(1, 7))
     (tmp_path / "back").mkdir()
-    with Monitor(tmp_path / "back", stages=[(10, 1.0)], step=0) as monitor:
+    with opened(tmp_path / "back", total=10) as monitor:
         for step in (1, 2, 3, 4, 5):
             monitor.step(record(step))
-        monitor.roll_back(3)
-        monitor._said = -math.inf  # a line for the next step
+        monitor.rollback(3)
+        monitor._last_line = -math.inf  # a line for the next step
         for step in (4, 5, 6):
             monitor.step(record(step))
     assert (tmp_path / "back/metrics.jsonl").read_bytes() == (
@@ -160,29 +154,27 @@ def test_a_rollback_leaves_the_file_of_a_run_that_never_went_further(tmp_path, c
     assert "step 4/10" in capfd.readouterr().err
 
 
-def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_what_is_left(
+def test_a_wall_clock_that_jumps_changes_neither_the_speed_nor_the_time_left(
     tmp_path, monkeypatch, capfd
 ):
-    def told(workdir):
+    def lines(workdir):
         clock = itertools.count(0.0, 20.0)  # each look at it is 20 seconds later
-        monkeypatch.setattr(
-            monitor,
-            "time",
-            SimpleNamespace(monotonic=lambda: next(clock), time=lambda: time.time()),
-        )
-        run(workdir, range(1, 11))
+        workdir.mkdir()
+        with opened(workdir, Monitor(clock=lambda: next(clock))) as monitor:
+            for step in range(1, 11):
+                monitor.step(record(step))
         return capfd.readouterr().err
 
-    calm, wall, jumps = told(tmp_path / "calm"), time.time, itertools.cycle([86_400, 0, -86_400])
+    calm, wall, jumps = lines(tmp_path / "calm"), time.time, itertools.cycle([86_400, 0, -86_400])
     monkeypatch.setattr(time, "time", lambda: wall() + next(jumps))
-    assert told(tmp_path / "jumps") == calm and "left" in calm
+    assert lines(tmp_path / "jumps") == calm and "left" in calm
 
 
 def test_numbers_keep_every_bit_of_a_float32(tmp_path):
     values = [
         struct.unpack("f", struct.pack("f", x))[0] for x in (1 / 3, 1e-38, 3.4e38, 16777217.0)
     ]
-    with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
+    with opened(tmp_path, total=9) as monitor:
         for step, value in enumerate(values, 1):
             monitor.step(record(step, loss=value))
     assert [struct.pack("f", r["loss"]) for r in read_metrics(tmp_path)] == [
@@ -195,7 +187,7 @@ def test_what_is_not_finite_is_still_json(tmp_path, value):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    with Monitor(tmp_path, stages=[(9, 1.0)], step=0) as monitor:
+    with opened(tmp_path, total=9) as monitor:
         monitor.step(record(1, loss=value, grad_norm=value, nonfinite=True, skipped=True, bad=1))
         monitor.evaluation(1, {"loss@512": value})
     step, evaluation = (
@@ -205,61 +197,25 @@ def test_what_is_not_finite_is_still_json(tmp_path, value):
     assert str(float(step["loss"])) == str(value) == str(float(evaluation["eval"]["loss@512"]))
 
 
-def test_without_a_terminal_plain_lines_tell_step_stage_loss_speed_and_what_is_left(
-    tmp_path, capfd
-):
+def test_without_a_terminal_plain_lines_show_step_stage_loss_speed_and_time_left(tmp_path, capfd):
     run(tmp_path, range(1, 11), evaluations=(10,))
     text = capfd.readouterr().err
-    (
-        first,
-        *_,
-    ) = text.splitlines()
-    for told in ("step 1/10", "512 shifted", "loss 4.0000", "12,346 tokens/s", "left"):
-        assert told in first
+    first = text.splitlines()[0]
+    for part in ("step 1/10", "512 shifted", "loss 4.0000", "12,346 tokens/s", "left"):
+        assert part in first
     assert "step 10/10" in text and "loss@512" in text and "\x1b" not in text
     assert text.count("tokens/s") == 2  # not a line a step: these ten took no time
 
 
 def test_what_is_said_is_not_markup(tmp_path, capfd):
-    with Monitor(tmp_path, stages=[(2, 1.0)], step=0) as monitor:
+    with opened(tmp_path, total=2) as monitor:
         monitor.say("loss [bold]3[/bold] [/nothing]")
     assert "[bold]3[/bold] [/nothing]" in capfd.readouterr().err
 
 
-def test_tensorboard_shows_each_step_once_after_a_resume_and_a_rollback(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-    run(tmp_path, range(1, 9), evaluations=(4, 8))
-    time.sleep(1.1)  # an events file is named by its second
-    with Monitor(tmp_path, stages=[(10, 1.0)], step=6) as monitor:
-        for step in (7, 8, 9, "back", 8, 9, 10):
-            monitor.roll_back(7) if step == "back" else monitor.step(record(step))
-            if step == 8:
-                monitor.evaluation(8, {"loss@512": 2.125})
-    shown = {}
-    for file in sorted(
-        (tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns
-    ):
-        data, at = file.read_bytes(), 0
-        while at < len(data):  # length, its crc, the event, its crc
-            size = struct.unpack_from("<Q", data, at)[0]
-            event = Event.FromString(data[at + 12 : at + 12 + size])
-            at += 16 + size
-            if event.session_log.status == SessionLog.START:  # what TensorBoard does with a purge
-                shown = {key: value for key, value in shown.items() if key[1] < event.step}
-            for value in event.summary.value:
-                assert (value.tag, event.step) not in shown
-                shown[value.tag, event.step] = value.simple_value
-    assert [step for tag, step in shown if tag == "train/loss"] == list(range(1, 11))
-    assert [step for tag, step in shown if tag.startswith("eval/loss")] == [4, 8]
-    assert shown["train/loss", 4] == pytest.approx(3.25)
-
-
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     run(tmp_path, range(1, 3))
-    files = len(list((tmp_path / "tensorboard").iterdir()))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     monkeypatch.setattr("jax.process_index", lambda: 1)
     run(tmp_path, range(1, 5), evaluations=(4,))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    assert len(list((tmp_path / "tensorboard").iterdir())) == files

@@ -35,11 +35,11 @@ def adapted(tiny, tmp_path_factory):
 
 def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny, tokenizer):
     model, folder = adapted
-    found = of_base(tiny, folder)
-    assert [each.name for each in found.models] == ["base", "base, RoPE stretched", "trained"]
-    assert found.extended == model.spec and found.extended.max_length == 64
-    loaded = [each.load() for each in found.models]
-    assert [each.spec.max_length for each in loaded] == [32, 64, 64]
+    models = of_base(tiny, folder)
+    assert [model.name for model in models.models] == ["base", "base, RoPE stretched", "trained"]
+    assert models.extended == model.spec and models.extended.max_length == 64
+    loaded = [model.load() for model in models.models]
+    assert [model.spec.max_length for model in loaded] == [32, 64, 64]
     read = jax.jit(
         lambda model: model.logits(
             model(jnp.arange(40)[None] % 300, positions=jnp.arange(40)[None])
@@ -48,7 +48,7 @@ def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny, t
     np.testing.assert_allclose(read(loaded[2]), read(model), atol=1e-5)
     assert not np.allclose(read(loaded[1]), read(model), atol=1e-3)
 
-    key = lambda i: found.key(found.models[i], loaded[i], tokenizer)
+    key = lambda i: models.key(models.models[i], loaded[i], tokenizer)
     keys = {key(0), key(1), key(2)}
     assert len(keys) == 3 and key(2) in keys
     changed = next(factors.a for _, _, factors in lora.adaptable(loaded[2]) if factors is not None)
@@ -59,11 +59,11 @@ def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny, t
 @pytest.mark.parametrize("form", ["none", "int4"])
 def test_a_key_knows_the_weights_the_tokenizer_and_what_ends_a_turn(form, tiny, tmp_path):
     def key(chat_template=None):
-        found = of_base(str(tmp_path), None)
-        model = load_base(found.base, found.extended, found.dtype, form)
-        tokenizer = found.base.tokenizer()
+        models = of_base(str(tmp_path), None)
+        model = load_base(models.base, models.extended, models.dtype, form)
+        tokenizer = models.base.tokenizer()
         tokenizer.chat_template = chat_template
-        return found.key(found.models[0], model, tokenizer), found.base.fingerprint()
+        return models.key(models.models[0], model, tokenizer), models.base.fingerprint()
 
     shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     (first, headers), again = key(), key()
@@ -84,7 +84,7 @@ def test_a_key_knows_the_weights_the_tokenizer_and_what_ends_a_turn(form, tiny, 
 
 
 def test_a_base_alone_is_one_model(tiny):
-    found = of_base(tiny, None)
-    assert [each.name for each in found.models] == ["base"] and found.extended == spec_from_hf(
+    models = of_base(tiny, None)
+    assert [model.name for model in models.models] == ["base"] and models.extended == spec_from_hf(
         open_base(tiny).config
     )

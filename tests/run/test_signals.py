@@ -82,7 +82,7 @@ import ctypes, sys, time, types
 sys.modules["lljax.parallel.processes"] = types.SimpleNamespace(any_of=bool, is_script=lambda: True)
 from lljax import errors
 from lljax.run import signals
-with errors.exit_cleanly(), signals.StopRequest() as stop:
+with errors.exit_cleanly(), signals.StopRequest({arguments}) as stop:
     {before}
     print("ready", flush=True)
     while not stop.requested:
@@ -94,10 +94,12 @@ with errors.exit_cleanly(), signals.StopRequest() as stop:
 HANG = "ctypes.CDLL(None).sleep(60)"  # as in a step: the main thread comes to no bytecode
 
 
-def start(before="stop.defer(lambda: 7)", after="", **streams):
+def start(before="stop.defer(lambda: 7)", after="", arguments="", **streams):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN.format(before=before, after=after)], text=True, **streams
+        [sys.executable, "-c", RUN.format(before=before, after=after, arguments=arguments)],
+        text=True,
+        **streams,
     )
     if "print" not in before:
         assert process.stdout.readline() == "ready\n"
@@ -128,7 +130,7 @@ def test_a_process_with_nothing_to_save_leaves_with_75_and_one_line(number):
 
 
 def test_so_does_one_whose_main_thread_is_in_a_compiler():
-    process = start(before="signals.GRACE = 0.1; print('ready', flush=True); " + HANG)
+    process = start(before="print('ready', flush=True); " + HANG, arguments="grace=0.1")
     assert process.stdout.readline() == "ready\n"
     assert stopped(process, signal.SIGTERM) == (
         ["Stopped: SIGTERM before the first step: nothing to save"],
@@ -159,7 +161,10 @@ def test_where_nobody_reads_the_log_any_more_it_saves_and_leaves_with_75_too():
 
 
 def test_a_signal_to_a_forked_child_ends_that_and_is_none_to_the_run():
-    fork = "import multiprocessing; child = multiprocessing.get_context('fork').Process(target=time.sleep, args=[60]); "
+    fork = (
+        "import multiprocessing; fork = multiprocessing.get_context('fork'); "
+        "child = fork.Process(target=time.sleep, args=[60]); "
+    )
     ended = "child.start(); time.sleep(0.3); child.terminate(); child.join(); time.sleep(0.2); "
     ended += "stop.requested = child.exitcode == -15"
     process = start(before=f"stop.defer(lambda: 7); {fork}{ended}")

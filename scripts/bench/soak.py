@@ -1,20 +1,19 @@
-"""Whether a long run keeps its memory, its speed, its programs and its open files.
+"""Checks that a long run keeps its memory, its speed, its programs and its open files.
 
 python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
-python scripts/bench_soak.py --workdir=runs/soak
+python scripts/bench/soak.py --workdir=runs/soak
 
 Trains as configs/quickstart.py does, in three stages, with a checkpoint every 50 steps and a report
-every 200, and looks at its own process after every step. Prints a table in Markdown and draws
-soak.html into --workdir. Steps of another length or
-attention take another time, so a stage is compared with itself: the last fifth of its steps with
-  the second one (in the last of
-2,000 steps: 1,801 to 2,000 with 1,201 to 1,400). Compilations are counted after the first step of a
-  stage. On Linux. Exit
-code 1: a limit is exceeded.
+every 200; an observer reads the state of the process after every step. Prints a table in Markdown
+and draws soak.html into --workdir. Steps of another length or attention take another time, so a
+stage is compared with itself: the last fifth of its steps with the second fifth (of the last stage
+of 2,000 steps: 1,801 to 2,000 with 1,201 to 1,400). Compilations count after the first step of a
+stage. On Linux. Exit code 1: a limit is exceeded.
 """
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import os
 import runpy
@@ -30,9 +29,9 @@ from lljax.errors import ConfigError, exit_cleanly
 from lljax.report import charts
 from lljax.report.page import STYLE
 from lljax.run import loop
-from lljax.run.monitor import Monitor
+from lljax.run.observer import Observer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # (share of the steps, length, attention)
 STAGES = ((0.25, 512, "shifted"), (0.5, 1024, "shifted"), (1.0, 1024, "full"))
 # the limits: MB a stage grows by, and what its last steps take of its first
@@ -45,8 +44,10 @@ PAGE = """<!doctype html>
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """Of a process after a step. seconds: of the step; cpu: of all threads since the process began.
-    compiled: programs.
+    """The process after a step.
+
+    seconds: of the step. cpu: seconds of all threads since the process began. resident: MB.
+    compiled: programs so far.
     """
 
     stage: int
@@ -59,42 +60,36 @@ class Reading:
     compiled: int
 
 
-def watched(readings: list[Reading]) -> type:
-    """A Monitor that adds to `readings`."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: (
-            event.endswith("/backend_compile_duration") and compiled.append(seconds)
+class Readings(Observer):
+    """Takes a `Reading` after every step."""
+
+    def __init__(self):
+        self.readings: list[Reading] = []
+        self._compiled = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, seconds: float, **_) -> None:
+        self._compiled += event.endswith("/backend_compile_duration")
+
+    def step(self, record: dict) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.readings.append(
+            Reading(
+                stage=record["stage"],
+                step=record["step"],
+                seconds=record["seconds"],
+                cpu=time.process_time(),
+                resident=pages * os.sysconf("SC_PAGESIZE") / MB,
+                files=len(os.listdir("/proc/self/fd")),
+                threads=len(os.listdir("/proc/self/task")),
+                compiled=self._compiled,
+            )
         )
-    )
-
-    class Watched(Monitor):
-        def step(self, record):
-            super().step(record)
-            resident = (
-                int(Path("/proc/self/statm").read_text().split()[1])
-                * os.sysconf("SC_PAGESIZE")
-                / MB
-            )
-            readings.append(
-                Reading(
-                    record["stage"],
-                    record["step"],
-                    record["seconds"],
-                    time.process_time(),
-                    resident,
-                    len(os.listdir("/proc/self/fd")),
-                    len(os.listdir("/proc/self/task")),
-                    len(compiled),
-                )
-            )
-
-    return Watched
 
 
 def growth(readings: list[Reading]) -> dict[str, float]:
-    """What the last fifth of a stage has over its second fifth: medians, of which ratios for times
-    and differences for the rest; and the programs compiled after its first step.
+    """The last fifth of a stage compared with its second fifth, by medians: ratios for times,
+    differences for the rest; and the programs compiled after its first step.
     """
     n = len(readings)
     early, late = readings[n // 5 : 2 * n // 5], readings[n - n // 5 :]
@@ -103,7 +98,7 @@ def growth(readings: list[Reading]) -> dict[str, float]:
         return statistics.median(getattr(reading, name) for reading in some)
 
     def cpu(some):
-        return statistics.median(b.cpu - a.cpu for a, b in zip(some, some[1:]))
+        return statistics.median(b.cpu - a.cpu for a, b in itertools.pairwise(some))
 
     return {
         "seconds": middle(late, "seconds"),
@@ -133,8 +128,8 @@ def table(stages: dict[str, dict]) -> str:
     for name, of in stages.items():
         more = " | ".join(f"{of[f'more_{what}']:+.0f}" for what in ("resident", "files", "threads"))
         lines.append(
-            f"| {name} | {of['seconds']:.3f} | {of['slower']:.3f} | {of['cpu']:.3f} | {of['compiled']} | "
-            f"{of['resident']:,.0f} | {more} |"
+            f"| {name} | {of['seconds']:.3f} | {of['slower']:.3f} | {of['cpu']:.3f} "
+            f"| {of['compiled']} | {of['resident']:,.0f} | {more} |"
         )
     return "\n".join([*lines, f"| at most | | {SLOWER} | | 0 | | {GROWN} | 0 | 0 |"])
 
@@ -185,18 +180,19 @@ def main() -> None:
     )
     config.context.length = STAGES[-1][1]
     config.checkpoint.every_steps, config.training.report_every = 50, 200
-    readings = []
-    loop.Monitor = watched(readings)  # the loop has no hook for the sake of this
+    observer = Readings()
     with exit_cleanly():
         if given.steps < 100:
             raise ConfigError(
-                f"--steps={given.steps}: a fifth of a stage is too little to compare; give at least 100"
+                f"--steps={given.steps}: a fifth of a stage is too little to compare; give at "
+                "least 100"
             )
         if (given.workdir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"--workdir={given.workdir}: a run was started there; name a new folder"
             )
-        loop.train(config, given.workdir)
+        loop.train(config, given.workdir, observers=[observer])
+    readings = observer.readings
     stages = {
         f"{length:,} {kind}": growth([r for r in readings if r.stage == number])
         for number, (_, length, kind) in enumerate(STAGES)

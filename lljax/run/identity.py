@@ -1,0 +1,110 @@
+"""The identity of a run: settings and files that must stay the same, so that a resumed run ends as
+if it had not been interrupted.
+"""
+
+import json
+
+from lljax.config import Config, get
+from lljax.errors import ConfigError
+
+# The fields of a configuration that are part of the identity.
+IDENTITY = (
+    "seed",
+    "train_type",
+    "model.init",
+    "model.dtype",
+    "model.matmul",
+    "model.quantize",
+    "context",
+    "lora",
+    "data.packing",
+    "data.overlong",
+    "optimizer",
+    "objective",
+    "training.rows",
+    "training.accumulate",
+    "training.neftune_alpha",
+    "training.router_aux_loss_coef",
+    "alarm.nonfinite",
+    "alarm.spike",
+    "alarm.spike_z",
+    "alarm.history",
+    "alarm.max_bad_steps",
+)
+
+
+def identity_of(config: Config, **files) -> dict:
+    """The identity of a run of `config`. files: fingerprints, by name.
+
+    The interval of checkpoints counts in a run that rolls back: it says how far back.
+    """
+    identity = {**files, **_flat({field: get(config, field) for field in IDENTITY})}
+    if config.alarm.spike == "rollback":
+        identity["checkpoint.every_steps"] = config.checkpoint.every_steps
+    return identity
+
+
+def check_identity(saved: dict, now: dict, step: int | None = None) -> None:
+    """Refuses to resume a run under another base, tokenizer, data or setting. The weights of the
+    base have a check of their own, `check_weights`.
+
+    step: the newest checkpoint. If it is the last step of the saved schedule, the schedule may have
+      become longer.
+
+    Raises:
+      ConfigError: a field differs; the message names it with the old and the new value.
+    """
+    later = {"special_tokens"} - saved.keys()  # runs of earlier versions have none
+    # The tokens of the data depend on the tokenizer: name the cause before its consequence.
+    for field in sorted(
+        (saved.keys() | now.keys()) - {"weights"} - later,
+        key=lambda field: (field == "data", field),
+    ):
+        old, new = (json.loads(json.dumps(identity.get(field))) for identity in (saved, now))
+        longer = field == "context.schedule" and lengthens(old, new)
+        if old == new or longer and old[-1][0] == step:
+            continue
+        hint = f"; when step {old[-1][0]} is done it may be made longer" if longer else ""
+        raise ConfigError(
+            f"this run was started with another {field} ({str(old)[:60]}, now {str(new)[:60]}): "
+            f"restore it, or give a new --workdir{hint}"
+        )
+
+
+def lengthens(old, new) -> bool:
+    """Whether a schedule has the stages of an old one, the last longer or followed by others."""
+    old, new = ([list(stage) for stage in schedule] for schedule in (old, new))
+    last = len(old) - 1
+    return (
+        len(new) > last
+        and new[:last] == old[:last]
+        and new[last][1:] == old[last][1:]
+        and new[last][0] >= old[last][0]
+        and new[-1][0] > old[-1][0]
+    )
+
+
+def check_weights(saved: dict, now: dict) -> None:
+    """Refuses a base with other weights than the run was started with.
+
+    saved, now: {name: crc32}, as lljax.interop.huggingface.load_weights returns it. A name that
+      only one of them has does not count: another version may read more tensors, and runs of
+      earlier versions have no checksums.
+
+    Raises:
+      ConfigError: a tensor differs; the message names the first one.
+    """
+    for name in sorted(saved.keys() & now.keys()):
+        if saved[name] != now[name]:
+            raise ConfigError(
+                f"model.path holds other weights than those this run was started with ({name} "
+                "differs): put them back, or give a new --workdir"
+            )
+
+
+def _flat(tree, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if hasattr(value, "items") else {name: value}
+    return flat

@@ -1,0 +1,122 @@
+"""Inputs of a run besides its weights: documents, anchor markers, batches."""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import grain
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import track
+
+from lljax.config import Config
+from lljax.data.batch import Field
+from lljax.data.loader import eval_batches, make_loader
+from lljax.data.statistics import remarks, statistics
+from lljax.data.template import turn_ends
+from lljax.data.tokens import Documents, TokenStore, prepare
+from lljax.errors import ConfigError
+from lljax.parallel.processes import first_then_others
+from lljax.run.monitor import Unread
+from lljax.training.curriculum import Stage
+from lljax.training.placement import row_share, rows_of_share
+
+
+def read_documents(
+    config: Config, workdir: Path, tokenizer: Any, fingerprint: str, vocabulary: int
+) -> Documents:
+    """The tokens of the documents, from the cache in `workdir`/data or tokenized into it.
+
+    fingerprint: of the tokenizer. vocabulary: tokens of the model.
+
+    Raises:
+      DataError: a file cannot be read, or too many rows are unusable.
+    """
+    documents = first_then_others(
+        lambda: prepare(
+            config.data,
+            tokenizer,
+            vocabulary,
+            workdir / "data",
+            tokenizer_fingerprint=fingerprint,
+            progress=_progress,
+        )
+    )
+    if documents.bad:
+        logging.warning(
+            "%d rows could not be used: %s lists them", documents.bad, workdir / "bad_rows.jsonl"
+        )
+    return documents
+
+
+def count_documents(
+    documents: Documents, config: Config, curriculum: Iterable[Stage], tokenizer: Any
+) -> dict:
+    """The content of data_statistics.json; logs remarks on them for the user."""
+    counts = statistics(documents, config.data.overlong, [stage.length for stage in curriculum])
+    for line in remarks(counts, config.data.overlong):
+        logging.warning("%s", line)
+    if counts["train"]["conversations"] and not turn_ends(tokenizer):
+        logging.warning(
+            "the chat template ends replies with no token: only the last reply of a conversation "
+            "is trained to end"
+        )
+    return counts
+
+
+def marker_ids(markers: Iterable[str], tokenizer: Any) -> tuple[int, ...]:
+    """The token ids of `context.anchor_markers`.
+
+    Raises:
+      ConfigError: a marker is not exactly one token.
+    """
+    ids = []
+    for marker in markers:
+        tokens = tokenizer(marker, add_special_tokens=False)["input_ids"]
+        if len(tokens) != 1:
+            raise ConfigError(
+                f"context.anchor_markers: {marker!r} is {len(tokens)} tokens of this tokenizer and "
+                "must be one; use another marker"
+            )
+        ids += tokens
+    return tuple(ids)
+
+
+def open_loader(
+    store: TokenStore, config: Config, stage: Stage, mesh: Mesh, fields: tuple[Field, ...]
+) -> grain.DatasetIterator:
+    """The training batches of a stage: this process's rows of them."""
+    rows, accumulate = config.training.rows, config.training.accumulate
+    return make_loader(
+        store,
+        length=stage.length,
+        rows=rows * accumulate,
+        packing=config.data.packing,
+        overlong=config.data.overlong,
+        seed=config.seed + stage.number,
+        local_rows=rows_of_share(rows, accumulate, mesh),
+        fields=fields,
+    )
+
+
+def held_out_batches(
+    store: TokenStore, config: Config, length: int, mesh: Mesh, fields: tuple[Field, ...]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The held-out batches in rows of `length` tokens: this process's rows of them."""
+    share, shares = row_share(mesh)
+    for batch in eval_batches(
+        store,
+        length=length,
+        rows=config.training.rows,
+        limit=config.training.eval_rows,
+        fields=fields,
+    ):
+        yield {name: np.split(x, shares)[share] for name, x in batch.items()}
+
+
+def _progress(items: Iterator, title: str) -> Iterator:
+    console = Console(file=cast(TextIO, Unread(sys.stdout)))
+    return iter(track(items, description=title, transient=True, console=console))

@@ -1,0 +1,252 @@
+"""Everything before the first step of a run: inputs, programs, checkpoint, weights."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lljax.build import fill, mesh_of, move, open_run_base, placed_model, rope_unlike_the_adapters
+from lljax.config import Config, total_steps, validate, with_absolute_paths
+from lljax.errors import ConfigError
+from lljax.hardware.chips import of_kind
+from lljax.interop.huggingface import checksums
+from lljax.interop.open import special_tokens, tokenizer_fingerprint
+from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
+from lljax.parallel.processes import from_all
+from lljax.planning import fit, flops
+from lljax.run import inputs, workdirs
+from lljax.run.checkpoint import Checkpoints, abstract
+from lljax.run.identity import check_identity, check_weights, identity_of, lengthens
+from lljax.run.observer import Observer, RunInfo
+from lljax.run.observers import DEFAULT_OBSERVERS, Observers
+from lljax.run.programs import check_finite, compile_programs, count_parameters, prepare_programs
+from lljax.training.curriculum import stages
+from lljax.training.placement import check_rows
+from lljax.training.rule import learning_rate
+from lljax.training.state import TrainState, from_items, split, to_items
+from lljax.training.step import metrics_of
+
+
+class Setup:
+    """A run up to its first step: `open`, `prepare`, `restore`, `compile`, `read_weights`, in this
+    order. The arguments are the arguments of lljax.run.loop.train.
+
+    step: optimizer steps done.
+    state: after them.
+    loader_state: the position in the data after them, with the rollbacks so far; the same in every
+      process.
+    rollbacks: of the run so far, see Observer.step.
+    """
+
+    step: int
+    state: TrainState
+    loader_state: dict
+    rollbacks: list[dict]
+
+    default_observers: Sequence[type[Observer]] = DEFAULT_OBSERVERS
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        *,
+        model: Decoder | None = None,
+        profile_steps: range | None = None,
+        examiner: Callable | None = None,
+        observers: Sequence[Observer] = (),
+        devices: Sequence[Any] | None = None,
+    ):
+        validate(config)
+        self.config, self.workdir = with_absolute_paths(config), workdir
+        self.total_steps = total_steps(config)
+        if profile_steps and profile_steps[-1] > self.total_steps:
+            raise ConfigError(
+                f"--profile_steps={profile_steps.start}:{profile_steps.stop}: the run ends after "
+                f"step {self.total_steps}"
+            )
+        self.model, self.given_model = model, model is not None
+        self.profile_steps, self.examiner, self.devices = profile_steps, examiner, devices
+        self.observers = Observers(self.default_observers, observers)
+
+    def open(self) -> None:
+        """Opens the base, its tokenizer and the documents."""
+        config = self.config
+        self.mesh = mesh_of(config.mesh, self.devices)
+        if config.mesh.sequence == -1 and self.mesh.devices.size == 1:
+            logging.info(
+                "mesh.sequence=-1: there is one device, and nothing to spread the tokens of a row "
+                "over"
+            )
+        check_rows(config.training.rows, self.mesh)
+        self.base = open_run_base(config)
+        tokenizer = self.base.tokenizer()
+        self.fingerprints = {
+            "base": self.base.fingerprint(),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "special_tokens": special_tokens(tokenizer),
+        }
+        self.examine = None
+        if config.training.eval_tasks:
+            assert self.examiner is not None, "training.eval_tasks needs an examiner"
+            self.examine = self.examiner(config, self.base, tokenizer, self.workdir)
+        self.documents = inputs.read_documents(
+            config,
+            self.workdir,
+            tokenizer,
+            self.fingerprints["tokenizer"],
+            self.base.config["vocab_size"],
+        )
+        markers = inputs.marker_ids(config.context.anchor_markers, tokenizer)
+        self.curriculum = stages(config.context, markers)
+        self.statistics = inputs.count_documents(self.documents, config, self.curriculum, tokenizer)
+        workdirs.check_shared(self.workdir)
+
+    def prepare(self) -> None:
+        """Lays out the model, the step of every stage and the evaluations; no values yet."""
+        config, mesh = self.config, self.mesh
+        if self.model is None:
+            self.model = placed_model(config, self.base.config, mesh)
+        else:
+            move(self.model, mesh)
+        self.prepared = prepare_programs(
+            config, self.base.config, mesh, self.model, self.curriculum
+        )
+        if config.lora.adapter and (
+            remark := rope_unlike_the_adapters(self.prepared.spec, self.base, config.lora.adapter)
+        ):
+            logging.warning("%s", remark)
+        self.learning_rate = _learning_rate(config, self.total_steps)
+        self.counts = count_parameters(self.model, config)
+        self.device_kind = mesh.devices.flat[0].device_kind
+        self.device = of_kind(self.device_kind)
+        self.flops = [
+            flops.of_step(self.model, config, stage, parts=mesh.shape["sequence"]).model
+            for stage in self.curriculum
+        ]
+        logging.info(
+            "%s: %s parameters, %s trainable, on %d x %s",
+            config.model.path,
+            f"{self.counts['parameters']:,}",
+            f"{self.counts['trainable']:,}",
+            mesh.devices.size,
+            self.device_kind,
+        )
+
+    def restore(self) -> None:
+        """Restores the newest checkpoint, if it belongs to this run, and records the settings."""
+        config = self.config
+        self.identity = identity_of(config, **self.fingerprints, data=self.documents.fingerprint)
+        self.rolls_back = config.alarm.spike == "rollback"
+        self.checkpoints = Checkpoints(self.workdir, **config.checkpoint, rollback=self.rolls_back)
+        self.step, self.loader_state, self.rollbacks = 0, {}, []
+        self.restored: TrainState | None = None
+        self.saved = self.checkpoints.identity()
+        if self.saved is not None:
+            check_identity(self.saved, self.identity, self.checkpoints.newest())
+            like = jax.tree.map(abstract, to_items(self.prepared.state))
+            with self.in_memory("restoring the checkpoint", "spread it over more devices"):
+                restored = self.checkpoints.restore(like)
+            assert restored is not None, "there is a checkpoint: its identity was read"
+            self.step, items, self.loader_state = restored
+            self.restored, self.rollbacks = from_items(items), self.loader_state["rollbacks"]
+            logging.info("resumed at step %d", self.step)
+            if lengthens(self.saved["context.schedule"], self.identity["context.schedule"]):
+                self.log_longer_schedule(self.saved["context.schedule"][-1][0])
+        # Only now: export and evaluation go by these, and the folder may be another run's.
+        workdirs.write_json(self.workdir / "config.json", json.loads(config.to_json_best_effort()))
+        workdirs.write_json(self.workdir / "run.json", self.facts())
+        workdirs.write_json(self.workdir / "data_statistics.json", self.statistics)
+
+    def facts(self) -> dict:
+        """The content of run.json."""
+        return self.counts | {
+            "devices": self.mesh.devices.size,
+            "device": self.device_kind,
+            "base_length": spec_from_hf(self.base.config).max_length,
+            "metrics": {
+                metric.name: metric.title for metric in metrics_of(self.prepared.objective)
+            },
+        }
+
+    def log_longer_schedule(self, old_end: int) -> None:
+        """Logs the effect of a longer schedule on the learning rate of a finished run."""
+        logging.info(
+            "context.schedule ends at step %d, and not at %d: the learning rate (%s) goes on at "
+            "%.3g, where it had come to %.3g",
+            self.total_steps,
+            old_end,
+            self.config.optimizer.schedule,
+            self.learning_rate(old_end),
+            _learning_rate(self.config, old_end)(old_end),
+        )
+
+    def compile(self) -> None:
+        """Compiles the steps and evaluations that remain; refuses a run that does not fit."""
+        over = self.step == self.total_steps and workdirs.is_evaluated(self.workdir, self.step)
+        to_come = [stage for stage in self.curriculum if self.step <= stage.stop]
+        compile_programs(
+            self.prepared,
+            self.config,
+            self.mesh,
+            [stage for stage in self.curriculum if self.step < stage.stop],
+            [] if over else fit.evaluation_lengths(self.config, to_come),
+        )
+
+    def read_weights(self) -> None:
+        """Reads the base into the model; a resumed run keeps its restored state."""
+        config, model = self.config, self.model
+        assert model is not None, "prepare() builds it"
+        if self.given_model:
+            weights = checksums(model, self.base)
+            parts = split(config, model, self.mesh)
+        else:
+            with self.in_memory("reading the weights", "spread them over more devices"):
+                weights = fill(model, config, self.base, self.mesh)
+                parts = split(config, model, self.mesh)
+        self.identity["weights"] = weights
+        check_weights((self.saved or {}).get("weights", {}), weights)
+        if any(others != weights for others in from_all(weights)):
+            raise ConfigError(
+                f"model.path={config.model.path!r} holds other weights for other processes of "
+                "this run: copy one folder to all of them"
+            )
+        self.graphdef, self.frozen = parts.graphdef, parts.frozen
+        self.state = self.restored or parts.state
+        self.restored = self.model = None  # a resumed run does not keep its first values
+        source = config.lora.adapter or config.model.path
+        check_finite(
+            self.state.trainable,
+            f"the checkpoint of step {self.step}" if self.step else source,
+        )
+
+    def info(self) -> RunInfo:
+        return RunInfo(
+            workdir=self.workdir,
+            config=self.config,
+            step=self.step,
+            stages=tuple(
+                (stage.stop, work) for stage, work in zip(self.curriculum, self.flops, strict=True)
+            ),
+            last_checkpoint=self.checkpoints.newest,
+            profile_steps=self.profile_steps,
+        )
+
+    def in_memory(self, action: str, way_out: str) -> contextlib.AbstractContextManager:
+        """A context that turns a full memory into one line, see lljax.planning.fit."""
+
+        def last_checkpoint() -> int | None:
+            self.checkpoints.settle()
+            return self.checkpoints.newest()
+
+        return fit.in_memory(action, way_out, last_checkpoint)
+
+
+def _learning_rate(config: Config, steps: int) -> Callable[[int], float]:
+    """(step) -> the learning rate of step + 1 in a schedule of so many `steps`."""
+    schedule: Any = learning_rate(config.optimizer, steps)
+    return lambda step: float(schedule(step))
