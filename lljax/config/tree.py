@@ -25,6 +25,7 @@ from lljax.config.checks import (
     text,
     whole,
 )
+from lljax.config.shipped import shipped_asset
 from lljax.errors import ConfigError, short
 
 # A ConfigDict with the fields of default_config; type checkers know none of its attributes.
@@ -434,5 +435,5 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
 
 
 def _absolute(path: str) -> str:
-    there = os.path.expanduser(path)
+    there = os.path.expanduser(shipped_asset(path))
     return os.path.abspath(there) if path and os.path.exists(there) else path
