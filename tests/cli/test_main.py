@@ -54,7 +54,7 @@ def test_a_row_is_all_that_a_command_takes(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_begins_with_the_examples_of_the_command(name, capsys):
-    with pytest.raises(SystemExit, match="0|None") as ended:
+    with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert not ended.value.code
     assert f"\nlljax {name} " in capsys.readouterr().out

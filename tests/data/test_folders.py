@@ -1,11 +1,6 @@
 import fcntl
 import json
 import os
-import re
-import runpy
-import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
