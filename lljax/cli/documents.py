@@ -6,7 +6,7 @@ import itertools
 import json
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def read_bad_rows(listed: Path) -> list[BadRow]:
     return [BadRow(**json.loads(line)) for line in lines]
 
 
-def progress(rows: Iterable, title: str) -> Iterable:
+def progress(rows: Any, title: str) -> Any:
     return track(rows, title, transient=True, console=CONSOLE)
 
 

@@ -73,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
     """
     name, *arguments = argv or ["--help"]
     if name in HELP:
-        print(usage())
+        from lljax.config.flags import show  # imported here: a command starts sooner
+
+        show(usage())
         return
     with exit_cleanly():
         command = _command(name)

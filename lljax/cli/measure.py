@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lljax.cli.console import console
-from lljax.config import default_config
+from lljax.config import Config, default_config
 from lljax.data.template import with_template
 from lljax.data.tokens import FIELDS, TokenStore, prepare
 from lljax.errors import ConfigError, printable
@@ -55,15 +55,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise ConfigError(f"--out={out}: it is not a folder") from None
-    tokenizer = candidates.base.tokenizer()
-    store = held_out(arguments, candidates, tokenizer, out) if protocols else None
+    base: Any = candidates.base
+    tokenizer = base.tokenizer()
+    store = held_out(arguments, base, tokenizer, out) if protocols else None
     texts = read_held_out(protocols, lengths, store, arguments.documents)
     asking = Asking(
         tokenizer=with_template(tokenizer),
         samples=arguments.samples,
         seed=arguments.seed,
         chat=arguments.chat,
-        stop=end_tokens(candidates.base, tokenizer),
+        stop=end_tokens(base, tokenizer),
         rows=arguments.rows,
         cache_dtype="int8" if arguments.cache == "int8" else None,
     )
@@ -130,15 +131,14 @@ def read_tasks(arguments: argparse.Namespace) -> tuple[list[str], list[Task]]:
     return protocols, registry.find([name for name in names if name not in PROTOCOLS], sources)
 
 
-def held_out(
-    arguments: argparse.Namespace, candidates: Candidates, tokenizer: Any, out: Path
-) -> TokenStore:
+def held_out(arguments: argparse.Namespace, base: Any, tokenizer: Any, out: Path) -> TokenStore:
     """The tokens of --held_out, or else of the documents that the run holds out."""
     if not arguments.held_out and not arguments.workdir:
         raise ConfigError(
             "perplexity of a --model needs documents: name JSONL files with --held_out"
         )
-    data = read_config(arguments.workdir).data if arguments.workdir else default_config().data
+    config: Config = read_config(arguments.workdir) if arguments.workdir else default_config()
+    data = config.data
     if arguments.held_out:
         with data.unlocked():
             data.update(
@@ -152,7 +152,7 @@ def held_out(
     documents = prepare(
         data,
         tokenizer,
-        candidates.base.config["vocab_size"],
+        base.config["vocab_size"],
         (out if arguments.held_out else arguments.workdir) / "data",
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         progress=progress,
@@ -167,6 +167,7 @@ def read_held_out(
     """The token rows of each protocol at each length; empty if the length is too short for it."""
     texts = {}
     for protocol in protocols:
+        assert store is not None  # it is made if there are protocols
         for length in lengths:
             try:
                 texts[protocol, length] = perplexity.read(
@@ -288,7 +289,7 @@ def show(content: dict) -> None:
     CONSOLE.print(table)
 
 
-def progress(items: Collection, title: str) -> Iterable:
+def progress(items: Any, title: str) -> Any:
     """The items with a progress bar in a terminal, else under a line with the title."""
     if not CONSOLE.is_terminal:
         say(title)

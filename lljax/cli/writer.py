@@ -3,6 +3,7 @@
 import argparse
 import functools
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,11 +68,12 @@ class Writer:
             if arguments.workdir
             else of_base(arguments.model, arguments.adapter)
         )
-        self.tokenizer = with_template(self._candidates.base.tokenizer())
+        base: Any = self._candidates.base
+        self.tokenizer = with_template(base.tokenizer())
         self.longest = self._candidates.extended.max_length
         self.tokens = arguments.tokens or (REPLY if arguments.chat else CONTINUED)
         self._stop_strings = arguments.stop
-        self._stop = end_tokens(self._candidates.base, self.tokenizer)
+        self._stop = end_tokens(base, self.tokenizer)
         self._cache_dtype = None if arguments.cache == "full" else jnp.dtype(arguments.cache)
 
     @functools.cached_property
