@@ -1,62 +1,70 @@
-"""Times lljax's attention against itself and JAX's own, forward and backward, on the machine at
-hand.
+"""Attention, forward and backward, on this machine: seconds of shifted and full attention, and of
+JAX's own.
 
-python scripts/bench_attention.py --length=8192 --group=2048
+python scripts/bench/attention.py --length=8192 --group=2048
 
-Prints seconds a call and the ratios; each round runs all of them in turn, so that a busy machine
-slows them alike.
+Each round runs all of them in turn, so that a busy machine slows them alike.
 """
 
 import statistics
-import time
+from collections.abc import Callable
 
+import common
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 
 from lljax.attention import attend, attend_shifted, causal
 
-LENGTH = flags.DEFINE_integer("length", 8192, "Tokens of a row.")
-GROUP = flags.DEFINE_integer("group", 2048, "Tokens of a group of shifted attention.")
-HEADS = flags.DEFINE_integer("heads", 8, "Query heads; half as many key/value heads, of 64.")
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Counted calls of each.")
+HEAD, SCALE = 64, 0.125
+PAIRS = (("shifted", "full"), ("full", "jax.nn.dot_product_attention"))
 
 
-def main(_) -> None:
-    T, N = LENGTH.value, HEADS.value
-    q, k, v = (
-        jax.random.normal(key, (1, T, heads, 64))
-        for key, heads in zip(jax.random.split(jax.random.key(0), 3), (N, N // 2, N // 2))
-    )
-    mask = causal(1, T)
-    kinds = {
-        "shifted": lambda q, k, v: attend_shifted(q, k, v, mask, group=GROUP.value, scale=0.125),
-        "full": lambda q, k, v: attend(q, k, v, mask, scale=0.125),
+def kinds(length: int, group: int) -> dict[str, Callable]:
+    """The attention functions of q [1, T, N, H], k and v [1, T, K, H]."""
+    mask = causal(1, length)
+    return {
+        "shifted": lambda q, k, v: attend_shifted(q, k, v, mask, group=group, scale=SCALE),
+        "full": lambda q, k, v: attend(q, k, v, mask, scale=SCALE),
         "jax.nn.dot_product_attention": lambda q, k, v: jax.nn.dot_product_attention(
-            q, k, v, scale=0.125, is_causal=True
+            q, k, v, scale=SCALE, is_causal=True
         ),
     }
+
+
+def measure(length: int, group: int, heads: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the gradient of each kind, by round."""
+    shapes = [(1, length, n, HEAD) for n in (heads, heads // 2, heads // 2)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    qkv = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
     steps = {
         name: jax.jit(jax.grad(lambda *x, f=f: jnp.sum(f(*x) ** 2), (0, 1, 2)))
-        .lower(q, k, v)
+        .lower(*qkv)
         .compile()
-        for name, f in kinds.items()
+        for name, f in kinds(length, group).items()
     }
     seconds = {name: [] for name in steps}
-    for _ in range(ROUNDS.value):
+    for _ in range(rounds):
         for name, step in steps.items():
-            # not counted: it pays for the memory that the one before left behind
-            jax.block_until_ready(step(q, k, v))
-            began = time.monotonic()
-            jax.block_until_ready(step(q, k, v))
-            seconds[name].append(time.monotonic() - began)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, value in median.items():
-        print(f"{name}: {value:.2f} s")
-    for above, below in (("shifted", "full"), ("full", "jax.nn.dot_product_attention")):
-        ratio = statistics.median(a / b for a, b in zip(seconds[above], seconds[below]))
-        print(f"{above} / {below}: {ratio:.2f}")
+            common.timed(step, *qkv)  # not counted: it pays for memory that another step released
+            seconds[name].append(common.timed(step, *qkv)[1])
+    return seconds
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a row")
+    parser.add_argument("--group", type=int, default=2048, help="tokens of a group")
+    parser.add_argument(
+        "--heads", type=int, default=8, help=f"query heads of {HEAD}; half as many key/value heads"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="counted calls of each")
+    seconds = measure(**vars(parser.parse_args()))
+    for name, values in seconds.items():
+        print(f"{name}: {statistics.median(values):.2f} s")
+    for above, below in PAIRS:
+        ratios = (a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+        print(f"{above} / {below}: {statistics.median(ratios):.2f}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,7 +1,7 @@
 """What checkpoints, and metrics, alarms and report, cost of a run's time.
 
-python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
-python scripts/bench_overhead.py
+lljax data stdlib --out=data/stdlib.jsonl
+python scripts/bench/overhead.py
 
 One run as in configs/quickstart.py, on rows of one length, in blocks of 100 steps. Blocks with
 checkpoints, and blocks with metrics and a report, take turns with bare ones, so that a machine that
@@ -28,7 +28,7 @@ from lljax.errors import exit_cleanly
 from lljax.run import loop
 from lljax.training.step import robust_z
 
-QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.py"
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 BLOCK, EVERY = 100, 50  # steps of a block, steps to a checkpoint
 TURN = ("bare", "checkpoints", "bare", "metrics")  # kinds of blocks
 

@@ -1,21 +1,21 @@
-"""How far every family is from transformers and PEFT: the largest difference seen, in float32, on
-tiny random models.
+"""The largest difference of every family from transformers and PEFT, in float32, on tiny random
+models.
 
-python scripts/bench_parity.py
-python scripts/bench_parity.py --families=gemma3_text,phi3
+python scripts/bench/parity.py
+python scripts/bench/parity.py --families=gemma3_text,phi3
 
-Rows of 150 tokens on models of 64 positions. logits: against transformers'. gradient: of every LoRA
-factor, against PEFT's, in parts of the largest. round trip: tensors that do not return bitwise.
-PEFT: logits of the exported adapter. cache: logits of cached generation against those of whole
-rows. Needs torch and peft: pip install -e '.[test]'. The families are those of tests/families.py.
-Exits with 1 where a cell is above 1e-4.
+Rows of 150 tokens on models of 64 positions. logits: against transformers. gradient: of every LoRA
+factor against PEFT, relative to the largest. round trip: tensors that do not return bitwise. PEFT:
+logits of the exported adapter. cache: logits of cached generation against whole rows. Needs torch
+and peft: pip install -e '.[test]'. The families are in tests/families.py. Exit code 1: a cell is
+above 1e-4.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
+import common
 from rich.table import Table
 
 from lljax.cli.console import console
@@ -26,7 +26,7 @@ LIMIT = 1e-4
 
 def bench(names: list[str]) -> bool:
     """Prints the table; returns whether every cell is within the limit."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     try:
         from families import FAMILIES, measure
     except ImportError as error:
@@ -37,24 +37,21 @@ def bench(names: list[str]) -> bool:
     table, sound = None, True
     for name in names or FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(name, Path(folder) / "base")
-        table = table or Table("family", *found)
-        table.add_row(
-            name,
-            *(
-                str(value) if kind == "round trip" else f"{value:.1e}"
-                for kind, value in found.items()
-            ),
+            differences = measure(name, Path(folder) / "base")
+        table = table or Table("family", *differences)
+        cells = (
+            str(value) if kind == "round trip" else f"{value:.1e}"
+            for kind, value in differences.items()
         )
-        sound &= found["round trip"] == 0 and max(found.values()) <= LIMIT
-    console().print(table)
+        table.add_row(name, *cells)
+        sound &= differences["round trip"] == 0 and max(differences.values()) <= LIMIT
+    if table:
+        console().print(table)
     return sound
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--families", default="", help="comma-separated; by default all")
     arguments = parser.parse_args()
     with exit_cleanly():

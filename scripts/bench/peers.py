@@ -1,8 +1,8 @@
 """Speed and memory of a LoRA step beside transformers + peft, on this machine.
 
-python scripts/bench_peers.py --model=SmolLM2-135M-Instruct.Q4_1.gguf --length=2048
-python scripts/bench_peers.py --model=SmolLM2-135M-Instruct.Q4_1.gguf --length=8192
---attention=shifted
+python scripts/bench/peers.py --model=SmolLM2-135M-Instruct.Q4_1.gguf --length=2048
+python scripts/bench/peers.py --model=SmolLM2-135M-Instruct.Q4_1.gguf --length=8192 \\
+    --attention=shifted
 
 Both train rank-8 factors on q_proj and v_proj in float32 with AdamW, every layer recomputed in the
 backward pass, one row of the same tokens a step; the peer attends with sdpa over the whole row. One
@@ -13,68 +13,54 @@ process per system, in turns, so that a machine that slows down slows both. Need
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import common
 from rich.console import Console
-from rich.table import Table
 
 from lljax.config import default_config
 from lljax.errors import exit_cleanly
 
 RANK, ALPHA, TARGETS = 8, 16.0, ("q_proj", "v_proj")
+Step = Callable[[], float]  # takes one optimizer step and returns its loss
 
 
-def lljax_step(model: str, length: int, attention: str):
-    """A function that takes one optimizer step and returns its loss."""
+def lljax_step(model: str, length: int, attention: str) -> Step:
+    from lljax.training.prepare import prepare_step
+
     from lljax.build import build_model, mesh_of
     from lljax.interop.open import open_base
-    from lljax.training.curriculum import stages
     from lljax.training.placement import place
-    from lljax.training.step import take_apart
 
     c = default_config()
-    c.model.path, c.model.dtype = model, "float32"
-    c.context.rope.type, c.context.length, c.context.schedule = (
-        "keep",
-        length,
-        ((1, length, attention),),
-    )
+    c.model.path, c.model.dtype, c.context.rope.type = model, "float32", "keep"
+    c.context.length, c.context.schedule = length, ((1, length, attention),)
     c.lora.rank, c.lora.alpha, c.lora.targets, c.lora.also_train = RANK, ALPHA, TARGETS, ()
     c.optimizer.schedule, c.optimizer.warmup_steps, c.optimizer.beta2 = "constant", 0, 0.999
-    mesh = mesh_of(c.mesh)
-    base = open_base(c.model.path, c.model.revision)
-    parts = take_apart(c, build_model(c, base, mesh), mesh)
-    state = parts.state
-    pattern = stages(c.context, ())[0].pattern
-    tokens = row(length, base.config["vocab_size"])
-    batch = {
-        "tokens": tokens,
-        "targets": np.append(tokens[1:], -100),
-        "segments": np.ones(length),
-        "positions": np.arange(length),
-    }
-    batch = place({name: np.asarray(x, np.int32)[None] for name, x in batch.items()}, 1, mesh, None)
+    mesh, base = mesh_of(c.mesh), open_base(c.model.path, c.model.revision)
+    prepared = prepare_step(c, base.config, mesh, model=build_model(c, base, mesh))
+    program, state = prepared.steps[0], prepared.state
+    row = common.random_row(length, base.config["vocab_size"])
+    batch = place(row, 1, mesh, program.layout)
 
-    def take():
+    def take() -> float:
         nonlocal state
-        state, metrics = parts.step(state, parts.frozen, batch, pattern)
+        state, metrics = program.compile()(state, prepared.frozen, batch)
         return float(metrics["loss"])
 
     return take
 
 
-def peft_step(model: str, length: int, attention: str):
+def peft_step(model: str, length: int, attention: str) -> Step:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    del attention  # the peer knows full attention alone
+    del attention  # the peer has full attention alone
     path = Path(model)
-    source = (
+    source: dict[str, Any] = (
         {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         if path.suffix == ".gguf"
         else {"pretrained_model_name_or_path": model}
@@ -84,14 +70,15 @@ def peft_step(model: str, length: int, attention: str):
     )
     base.config.use_cache = False
     base.gradient_checkpointing_enable({"use_reentrant": False})
-    net = get_peft_model(
-        base,
-        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
-    ).train()
+    adapter = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM"
+    )
+    net = get_peft_model(base, adapter).train()
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-4)
-    tokens = torch.from_numpy(row(length, base.config.vocab_size))[None]
+    row = common.random_row(length, base.config.vocab_size)
+    tokens = torch.from_numpy(row["tokens"]).long()
 
-    def take():
+    def take() -> float:
         optimizer.zero_grad()
         loss = net(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -105,89 +92,56 @@ def peft_step(model: str, length: int, attention: str):
 SYSTEMS = {"lljax": lljax_step, "peft": peft_step}
 
 
-def row(length: int, vocabulary: int) -> np.ndarray:
-    """The same tokens for every system, int64 [length]."""
-    return np.random.default_rng(0).integers(0, vocabulary, length)
-
-
-def measure(system: str, model: str, length: int, attention: str, steps: int) -> dict:
-    """In a process of its own: loads, warms up with one step (compilation), then times `steps`."""
+def measure(system: str, model: str, length: int, attention: str, steps: int) -> dict[str, float]:
+    """Loads, warms up with one step (compilation), then times `steps`; in this process."""
     take = SYSTEMS[system](model, length, attention)
-    began = time.monotonic()
-    take()
-    warm_up = time.monotonic() - began
-    loading = peak_memory()
-    # forgets the peak of loading and compiling, which differ by file
-    Path("/proc/self/clear_refs").write_text("5")
+    loss, warm_up = common.timed(take)
+    loading = common.resident("VmHWM") / common.GB
+    common.forget_peak()  # of loading and compiling, which differ by file
     seconds = []
     for _ in range(steps):
-        began = time.monotonic()
-        loss = take()
-        seconds.append(time.monotonic() - began)
+        loss, took = common.timed(take)
+        seconds.append(took)
+    peak = common.resident("VmHWM") / common.GB
     return {
         "tokens_per_second": length / statistics.median(seconds),
-        "peak": peak_memory(),
-        "peak_with_loading": max(loading, peak_memory()),
+        "peak": peak,
+        "peak_with_loading": max(loading, peak),
         "warm_up": warm_up,
         "loss": loss,
     }
 
 
-def peak_memory() -> float:
-    """Largest resident set of this process, GB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-
-
 def compare(model: str, length: int, attention: str, steps: int, rounds: int) -> None:
+    """Measures the systems in turns and prints the medians side by side."""
     seen = {system: [] for system in SYSTEMS}
     console = Console()
+    flags = [f"--model={model}", f"--length={length}", f"--steps={steps}"]
     for number in range(rounds):
-        for system in SYSTEMS:
+        for system, runs in seen.items():
             with console.status(f"round {number + 1} of {rounds}: {system}"):
-                command = [
-                    sys.executable,
-                    __file__,
-                    f"--model={model}",
-                    f"--length={length}",
-                    f"--steps={steps}",
-                    f"--attention={attention}",
-                    f"--system={system}",
-                ]
-                done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{system}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-            seen[system].append(json.loads(done.stdout.splitlines()[-1]))
-            console.print(
-                f"{system}: "
-                + ", ".join(f"{name} {value:.4g}" for name, value in seen[system][-1].items())
-            )
+                flags_of = [*flags, f"--attention={attention}", f"--system={system}"]
+                runs.append(common.in_process(__file__, *flags_of))
+            values = ", ".join(f"{name} {value:.4g}" for name, value in runs[-1].items())
+            console.print(f"{system}: {values}")
     middle = {
         system: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         for system, runs in seen.items()
     }
-    table = Table("", "tokens/s", "peak GB, training", "peak GB, whole process")
-    for name, of in (("lljax, " + attention, "lljax"), ("transformers + peft, full", "peft")):
-        table.add_row(
-            name,
-            f"{middle[of]['tokens_per_second']:.1f}",
-            f"{middle[of]['peak']:.2f}",
-            f"{middle[of]['peak_with_loading']:.2f}",
-        )
-    table.add_row(
-        "ratio",
-        *(
-            f"{middle['lljax'][name] / middle['peft'][name]:.2f}"
-            for name in ("tokens_per_second", "peak", "peak_with_loading")
-        ),
+    table = common.table(
+        ("system", "tokens/s", "peak GB, training", "peak GB, whole process"), left=("system",)
     )
+    names, digits = ("tokens_per_second", "peak", "peak_with_loading"), (1, 2, 2)
+    for title, system in (("lljax, " + attention, "lljax"), ("transformers + peft, full", "peft")):
+        cells = (f"{middle[system][name]:.{n}f}" for name, n in zip(names, digits, strict=True))
+        table.add_row(title, *cells)
+    ratios = (f"{middle['lljax'][name] / middle['peft'][name]:.2f}" for name in names)
+    table.add_row("ratio", *ratios)
     console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def read_arguments() -> argparse.Namespace:
+    parser = common.parser(__doc__)
     parser.add_argument("--model", required=True, help="a GGUF file, a folder, or a hub id")
     parser.add_argument("--length", type=int, default=2048, help="tokens of the row")
     parser.add_argument("--attention", choices=("full", "shifted"), default="full", help="of lljax")
@@ -196,7 +150,11 @@ def main() -> None:
     parser.add_argument(
         "--system", choices=tuple(SYSTEMS), help="measure one, in this process, and print JSON"
     )
-    arguments = vars(parser.parse_args())
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = vars(read_arguments())
     with exit_cleanly():
         if system := arguments.pop("system"):
             arguments.pop("rounds")

@@ -1,7 +1,7 @@
 """Whether a long run keeps its memory, its speed, its programs and its open files.
 
-python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
-python scripts/bench_soak.py --workdir=runs/soak
+lljax data stdlib --out=data/stdlib.jsonl
+python scripts/bench/soak.py --workdir=runs/soak
 
 Trains as configs/quickstart.py does, in three stages, with a checkpoint every 50 steps and a report
 every 200, and looks at its own process after every step. Prints a table in Markdown and draws
@@ -32,7 +32,7 @@ from lljax.report.page import STYLE
 from lljax.run import loop
 from lljax.run.monitor import Monitor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # (share of the steps, length, attention)
 STAGES = ((0.25, 512, "shifted"), (0.5, 1024, "shifted"), (1.0, 1024, "full"))
 # the limits: MB a stage grows by, and what its last steps take of its first

@@ -1,17 +1,16 @@
-"""What steps of Llama-3.1-8B at length take of the device at hand and its host, beside what their
-program says; and time.
+"""Memory and time of steps of Llama-3.1-8B at length on this device, beside the plan.
 
-python scripts/bench_steps.py --row='h100-80g shifted 32k nf4'           # see capacity_rows.py; on
-such a device or another python scripts/bench_steps.py --row='h100-80g full 32k' --one_document   #
-rows that cuDNN serves python scripts/bench_steps.py --row='h100-80g shifted 288k' --one_document
---steps=1     # 72 GiB of residuals on the host
+python scripts/bench/steps.py --row='h100-80g shifted 32k nf4'    # a row of capacity_rows.py
+python scripts/bench/steps.py --row='h100-80g full 32k' --one_document    # cuDNN serves such rows
+python scripts/bench/steps.py --row='h100-80g shifted 288k' --one_document --steps=1
 
-Weights and tokens are random: a step takes as long over them. The peak is the allocator's, which is
-  never lower than what drawing the weights took. What does not fit is refused as train.py does,
-  before the weights are drawn.
+The last keeps 72 GiB of residuals on the host.
+
+Weights and tokens are random, on which a step takes as long. The peak is the allocator's, which is
+never lower than the peak of drawing the weights. A row that does not fit is refused as in training,
+before the weights are drawn.
 """
 
-import argparse
 import dataclasses
 import logging
 import math
@@ -19,16 +18,15 @@ import os
 import resource
 import statistics
 import threading
-import time
 
+import common
 import jax
 import jax.numpy as jnp
-import numpy as np
-from capacity_rows import LLAMA, ROWS, Row, config_of
-from rich.console import Console
+from capacity_rows import ROWS, Row, config_of
+from lljax.training.prepare import prepare_step
+from lljax.training.state import split
 
 from lljax.build import mesh_of, placed_model
-from lljax.data.packing import IGNORED
 from lljax.errors import ConfigError, exit_cleanly
 from lljax.hardware.chips import GiB, of_kind
 from lljax.hardware.compiler_flags import take_gpu_memory
@@ -38,13 +36,12 @@ from lljax.models.decoder import Decoder
 from lljax.models.initialise import initialise
 from lljax.planning import fit, flops
 from lljax.training.curriculum import stages
-from lljax.training.placement import abstract_batch, place
-from lljax.training.step import take_apart
+from lljax.training.placement import place
 
 
-def draw(model: Decoder, dtype) -> None:
-    """Random weights, a layer at a time: `initialise` draws a whole stack in float32 first, more
-    than some steps take.
+def draw(model: Decoder, dtype: jnp.dtype) -> None:
+    """Gives the model random weights, a layer at a time: `initialise` draws a whole stack in
+    float32 first, which is more memory than some steps need.
     """
     for _, variable in declared(model):
         value = variable.get_value()
@@ -61,7 +58,7 @@ def draw(model: Decoder, dtype) -> None:
     )
 
 
-def _random(leaf, key: int):
+def _random(leaf: jax.Array, key: int) -> jax.Array:
     def layer(key):
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             return jax.random.bits(key, leaf.shape[1:], jnp.uint8).astype(leaf.dtype)
@@ -74,8 +71,9 @@ def _random(leaf, key: int):
 
 
 class HostMemoryMonitor:
-    """A context. taken: the largest fall of the host's available memory since, in bytes, sampled
-    four times a second. The resident set of a process does not include all pinned memory.
+    """A context that samples the host's available memory four times a second.
+
+    taken: its largest fall, in bytes. The resident set of a process lacks some pinned memory.
     """
 
     def __enter__(self):
@@ -93,70 +91,110 @@ class HostMemoryMonitor:
         self._thread.join()
 
 
-def measure(row: Row, one_document: bool, steps: int, of_host: HostMemoryMonitor) -> str:
-    """What the row's steps took. The first step does not count for the time."""
-    device = jax.devices()[0]
-    chip = of_kind(device.device_kind)
-    if chip is None:
-        raise ConfigError(
-            f"--row={row.name}: it is for {row.device}, and of {device.device_kind} no figures are known"
-        )
-    config = config_of(row)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The steps of a row. Sizes in bytes, seconds of every step; the first does not count."""
+
+    need: fit.Need
+    host_room: float
+    drawing: int  # peak of the device while the weights are drawn
+    peak: int
+    host_before: int
+    host_taken: int
+    compiling: float
+    seconds: list[float]
+    loss: float
+
+
+def measure(row: Row, one_document: bool, steps: int) -> Measured:
+    """Compiles the step of a row, refuses it if it does not fit, and takes `steps` + 1 of them."""
+    device, config = jax.devices()[0], config_of(row)
     config.data.packing = not one_document
     mesh, stage = mesh_of(config.mesh, [device]), stages(config.context)[0]
-    model = placed_model(config, LLAMA, mesh)
-    T = stage.length
-    of_document = T if one_document else T // 2
-    counted = flops.of_step(model, config, dataclasses.replace(stage, length=of_document))
-    # s at the peak
-    hardware, useful = (
-        each * T / of_document / chip.flops for each in (counted.hardware, counted.model)
-    )
-    began = time.monotonic()
-    parts = take_apart(config, model, mesh)
-    need, program = fit.compile_step(
-        stage.label, parts, abstract_batch(1, 1, T, mesh), stage.pattern, None
-    )
-    compiling = time.monotonic() - began
-    memory, host = fit.capacity(mesh)
-    fit.check([need], memory, host, config, model.spec.layers)
-    draw(model, jnp.dtype(config.model.dtype))
-    parts = take_apart(config, model, mesh)
-    del model
-    drawing = device.memory_stats()["peak_bytes_in_use"]
-    tokens, places = np.random.default_rng(0).integers(0, LLAMA["vocab_size"], T), np.arange(T)
-    batch = {
-        "tokens": tokens,
-        "targets": np.append(tokens[1:], IGNORED),
-        "segments": 1 + places // of_document,
-        "positions": places % of_document,
-    }
-    batch = place({name: x.astype(np.int32)[None] for name, x in batch.items()}, 1, mesh, None)
-    state, seconds = parts.state, []
-    before = of_host.taken
-    for _ in range(steps + 1):
-        began = time.monotonic()
-        state, metrics = program(state, parts.frozen, batch)
-        loss = float(metrics["loss"])
-        seconds.append(time.monotonic() - began)
-    peak, took = device.memory_stats()["peak_bytes_in_use"], statistics.median(seconds[1:])
+    with HostMemoryMonitor() as host:
+        model = placed_model(config, common.LLAMA_3_8B, mesh)
+        prepared = prepare_step(config, common.LLAMA_3_8B, mesh, model=model)
+        program = prepared.steps[stage.number]
+        compiled, compiling = common.timed(program.compile)
+        need = fit.need_of(program, prepared)
+        memory, host_room = fit.capacity(mesh)
+        fit.check([need], memory, host_room, config, model.spec.layers)
+        draw(model, jnp.dtype(config.model.dtype))
+        parts = split(config, model, mesh)
+        del model
+        drawing = _peak(device)
+        documents = 1 if one_document else 2
+        tokens = common.random_row(stage.length, common.LLAMA_3_8B["vocab_size"], documents)
+        batch = place(tokens, 1, mesh, program.layout)
+        state, seconds, before, loss = parts.state, [], host.taken, math.nan
+        for _ in range(steps + 1):
+            (state, metrics), took = common.timed(compiled, state, parts.frozen, batch)
+            loss = float(metrics["loss"])
+            seconds.append(took)
     assert math.isfinite(loss)
+    return Measured(
+        need=need,
+        host_room=host_room,
+        drawing=drawing,
+        peak=_peak(device),
+        host_before=before,
+        host_taken=host.taken,
+        compiling=compiling,
+        seconds=seconds,
+        loss=loss,
+    )
+
+
+def _peak(device: jax.Device) -> int:
+    stats = device.memory_stats()
+    if not stats:
+        raise ConfigError(f"{device.device_kind}: the device does not report its memory")
+    return stats["peak_bytes_in_use"]
+
+
+def arithmetic(row: Row, one_document: bool) -> tuple[float, float]:
+    """Seconds of a step at the peak of this device, with and without recomputation.
+
+    Raises:
+      ConfigError: the peak of this device is not known.
+    """
+    kind = jax.devices()[0].device_kind
+    chip = of_kind(kind)
+    if chip is None:
+        raise ConfigError(
+            f"--row={row.name}: it is for {row.device}, and no figures of {kind} are known"
+        )
+    config = config_of(row)
+    stage = stages(config.context)[0]
+    model = placed_model(config, common.LLAMA_3_8B, mesh_of(config.mesh, jax.devices()[:1]))
+    documents = 1 if one_document else 2
+    # pairs are counted within a document
+    stage = dataclasses.replace(stage, length=stage.length // documents)
+    counted = flops.of_step(model, config, stage)
+    return counted.hardware * documents / chip.flops, counted.model * documents / chip.flops
+
+
+def text(row: Row, one_document: bool, m: Measured) -> str:
+    hardware, useful = arithmetic(row, one_document)
+    kind, took = jax.devices()[0].device_kind, statistics.median(m.seconds[1:])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    documents = "one document" if one_document else "two documents"
+    steps = ", ".join(f"{s:.2f}" for s in m.seconds)
     return (
-        f"{row.name}, {'one document' if one_document else 'two documents'} a row, on {device.device_kind}\n"
-        f"device: planned {need.peak / GiB:.2f} GiB, peak {peak / GiB:.2f} (drawing the weights {drawing / GiB:.2f})\n"
-        f"host: planned {need.host / GiB:.2f} GiB of {host / GiB:.2f} ({LIMIT}={os.environ.get(LIMIT)}), taken "
-        f"{of_host.taken / GiB:.2f} ({before / GiB:.2f} before the first step), resident {resident:.2f}\n"
-        f"time: {took:.2f} s a step ({', '.join(f'{s:.2f}' for s in seconds)}), {T / took:,.0f} tokens/s, "
+        f"{row.name}, {documents} a row, on {kind}\n"
+        f"device: planned {m.need.peak / GiB:.2f} GiB, peak {m.peak / GiB:.2f} "
+        f"(drawing the weights {m.drawing / GiB:.2f})\n"
+        f"host: planned {m.need.host / GiB:.2f} GiB of {m.host_room / GiB:.2f} "
+        f"({LIMIT}={os.environ.get(LIMIT)}), taken {m.host_taken / GiB:.2f} "
+        f"({m.host_before / GiB:.2f} before the first step), resident {resident:.2f}\n"
+        f"time: {took:.2f} s a step ({steps}), {row.length / took:,.0f} tokens/s, "
         f"{hardware / took:.1%} of the peak arithmetic, {useful / took:.1%} without "
-        f"what is computed again; compiled in {compiling:.0f} s; loss {loss:.3f}"
+        f"recomputation; compiled in {m.compiling:.0f} s; loss {m.loss:.3f}"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     rows = {row.name: row for row in ROWS}
     parser.add_argument(
         "--row", required=True, metavar="NAME", choices=rows, help="one of: " + "; ".join(rows)
@@ -164,14 +202,14 @@ def main() -> None:
     parser.add_argument(
         "--one_document", action="store_true", help="a row is one document, not two side by side"
     )
-    parser.add_argument("--steps", type=int, default=3, help="counted ones")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, force=True)
     take_gpu_memory()
+    row, one_document = rows[arguments.row], arguments.one_document
     with exit_cleanly():
-        with HostMemoryMonitor() as of_host:
-            text = measure(rows[arguments.row], arguments.one_document, arguments.steps, of_host)
-        Console(width=140).print(text, highlight=False)
+        arithmetic(row, one_document)  # refuses an unknown device before anything is compiled
+        common.show(text(row, one_document, measure(row, one_document, arguments.steps)))
 
 
 if __name__ == "__main__":
