@@ -13,20 +13,21 @@ import common
 import jax
 import jax.numpy as jnp
 
-from lljax.attention import attend, attend_shifted, causal
+from lljax.attention import AttentionOptions, attend, attend_shifted, causal
+from lljax.attention.pattern import Groups
 
-HEAD, SCALE = 64, 0.125
+HEAD, OPTIONS = 64, AttentionOptions(scale=0.125)
 PAIRS = (("shifted", "full"), ("full", "jax.nn.dot_product_attention"))
 
 
 def kinds(length: int, group: int) -> dict[str, Callable]:
     """The attention functions of q [1, T, N, H], k and v [1, T, K, H]."""
-    mask = causal(1, length)
+    mask, groups = causal(1, length), Groups(group, shift=group // 2)
     return {
-        "shifted": lambda q, k, v: attend_shifted(q, k, v, mask, group=group, scale=SCALE),
-        "full": lambda q, k, v: attend(q, k, v, mask, scale=SCALE),
+        "shifted": lambda q, k, v: attend_shifted(q, k, v, mask, groups, OPTIONS),
+        "full": lambda q, k, v: attend(q, k, v, mask, OPTIONS),
         "jax.nn.dot_product_attention": lambda q, k, v: jax.nn.dot_product_attention(
-            q, k, v, scale=SCALE, is_causal=True
+            q, k, v, scale=OPTIONS.scale, is_causal=True
         ),
     }
 

@@ -146,18 +146,18 @@ class Finding:
         documents in the same order and start from the same factors.
         """
         a, b = (results.values(name, self.measure) for name in (self.better, self.worse))
-        decimals = 1 if self.measure is RETRIEVED else 2
+        higher_is_better = self.measure is RETRIEVED
+        decimals = 1 if higher_is_better else 2
+        seeds = [seed for seed in a if seed in b]
         verdict, p = "not measured", math.nan
-        if len(pairs := [(a[seed], b[seed]) for seed in a if seed in b]) > 1:
-            p = ttest_rel(*zip(*pairs, strict=True)).pvalue  # NaN if all are the same
-            gain = statistics.fmean(y - x for x, y in pairs) * (
-                -1 if self.measure is RETRIEVED else 1
-            )
-            verdict = (
-                ("holds" if gain > 0 else "the opposite holds")
-                if p < 0.05
-                else "no difference seen"
-            )
+        if len(seeds) > 1:
+            first, second = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+            p = ttest_rel(first, second).pvalue  # NaN if all are the same
+            gain = statistics.fmean(y - x for x, y in zip(first, second, strict=True))
+            holds = (gain < 0) if higher_is_better else (gain > 0)
+            verdict = "no difference seen"
+            if p < 0.05:
+                verdict = "holds" if holds else "the opposite holds"
         return [
             self.claim,
             verdict,

@@ -23,7 +23,7 @@ from rich.console import Console
 from lljax.config import default_config
 from lljax.errors import exit_cleanly
 
-RANK, ALPHA, TARGETS = 8, 16.0, ("q_proj", "v_proj")
+RANK, ALPHA, TARGETS = 8, 16, ("q_proj", "v_proj")
 Step = Callable[[], float]  # takes one optimizer step and returns its loss
 
 
@@ -37,7 +37,7 @@ def lljax_step(model: str, length: int, attention: str) -> Step:
     c = default_config()
     c.model.path, c.model.dtype, c.context.rope.type = model, "float32", "keep"
     c.context.length, c.context.schedule = length, ((1, length, attention),)
-    c.lora.rank, c.lora.alpha, c.lora.targets, c.lora.also_train = RANK, ALPHA, TARGETS, ()
+    c.lora.rank, c.lora.alpha, c.lora.targets, c.lora.also_train = RANK, float(ALPHA), TARGETS, ()
     c.optimizer.schedule, c.optimizer.warmup_steps, c.optimizer.beta2 = "constant", 0, 0.999
     mesh, base = mesh_of(c.mesh), open_base(c.model.path, c.model.revision)
     prepared = prepare_step(c, base.config, mesh, model=build_model(c, base, mesh))
@@ -115,7 +115,7 @@ def measure(system: str, model: str, length: int, attention: str, steps: int) ->
 def compare(model: str, length: int, attention: str, steps: int, rounds: int) -> None:
     """Measures the systems in turns and prints the medians side by side."""
     seen = {system: [] for system in SYSTEMS}
-    console = Console()
+    console = Console(width=120)
     flags = [f"--model={model}", f"--length={length}", f"--steps={steps}"]
     for number in range(rounds):
         for system, runs in seen.items():

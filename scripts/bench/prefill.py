@@ -72,7 +72,9 @@ def compiled_memory(model: Decoder, length: int, dtype: jnp.dtype) -> tuple[int,
         layout=None,
     ).compile()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    return held, program.memory_analysis().temp_size_in_bytes
+    memory = program.memory_analysis()
+    assert memory is not None  # a CPU reports it
+    return held, memory.temp_size_in_bytes
 
 
 def compare(model: str, lengths: list[int]) -> None:

@@ -18,6 +18,7 @@ import os
 import resource
 import statistics
 import threading
+from typing import Any
 
 import common
 import jax
@@ -145,7 +146,7 @@ def measure(row: Row, one_document: bool, steps: int) -> Measured:
     )
 
 
-def _peak(device: jax.Device) -> int:
+def _peak(device: Any) -> int:
     stats = device.memory_stats()
     if not stats:
         raise ConfigError(f"{device.device_kind}: the device does not report its memory")
