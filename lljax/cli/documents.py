@@ -1,4 +1,4 @@
-"""Training documents as files: the subcommands of `lljax data`, once their flags are read."""
+"""The work of `lljax data`: training documents in files."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""Measuring models side by side: what `lljax evaluate` does once its flags are read."""
+"""The work of `lljax evaluate`: models measured side by side."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Plan a run before a machine is rented: whether it fits, how long it takes, what stops it.
+"""Plan a run before a machine is rented: whether it fits, how long it takes, its bottleneck.
 
 lljax plan --config=configs/qwen_32k.py --device=h100-80g:8
 lljax plan --config=configs/qwen_32k.py --device=v5e-8 --search=context
@@ -68,7 +68,7 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_float(
         "host_gb",
         None,
-        "Host memory of a device, GB; by default that of a typical node.",
+        "Host memory of a device, GB; by default of a typical node.",
         flag_values=values,
     )
     flags.DEFINE_float(

@@ -1,4 +1,4 @@
-"""The tables and advice of `lljax plan`, once its flags are read."""
+"""The work of `lljax plan`: its tables and advice."""
 
 import math
 
@@ -115,7 +115,7 @@ def advise(
     settings, tried = search.room(config, hf_config, target, worst, options)
     if tried:
         needs = [need for p in tried for need in p.needs]
-        CONSOLE.print(fit.table(needs, *options.room(target), "what was tried"))
+        CONSOLE.print(fit.table(needs, *options.room(target), "tried"))
     held, memory = search.held(worst), target.device.memory
     if held > options.room(target)[0]:
         CONSOLE.print(

@@ -1,4 +1,4 @@
-"""What a command sets in its process before jax and other slow libraries are imported."""
+"""Set-up of a process before jax and other slow libraries are imported."""
 
 import contextlib
 import os

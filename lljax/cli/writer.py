@@ -1,4 +1,4 @@
-"""Writing text token by token: what `lljax generate` does once its flags are read."""
+"""The work of `lljax generate`: text written token by token."""
 
 import argparse
 import functools

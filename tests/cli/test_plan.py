@@ -15,7 +15,7 @@ CONFIG = """from lljax.config import default_config
 def get_config():
     c = default_config()
     c.model.path, c.model.dtype = {tiny!r}, "float32"
-    c.context.length, c.context.rope.type = 64, "keep"
+    c.context.length = 64
     c.context.schedule = ((4, 32, "shifted"), (6, 64, "full"))
     c.lora.rank = 2
     return c
@@ -36,7 +36,9 @@ def plan(tiny, tmp_path, monkeypatch, capsys):
             main([f"--config={tmp_path / 'config.py'}", "--device=l4", *flags])
         except SystemExit as ended:
             code = int(ended.code or 0)
-        return code, capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert not printed.err
+        return code, printed.out
 
     return plan
 
