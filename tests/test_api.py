@@ -153,7 +153,7 @@ def test_a_config_as_peft_writes_it_is_read(base):
         ({"steps": 0}, "steps=0"),
         ({"length": 1.5}, "length=1.5"),
         ({"data": 3}, r"data.train\[0\]=3"),
-        ({"lora__rank": 8}, "lora.rank is settled by prepare_model"),
+        ({"lora__rank": 8}, "lora.rank is set by prepare_model"),
         ({"optimizer__lr": 1e-4}, "did you mean 'optimizer.learning_rate'"),
         ({"optimizer__eps": 0.0}, "optimizer.eps=0.0 is not a number above 0"),
         ({"optimizer__warmup_steps": 9}, "warmup_steps=9.*ends at step 4"),

@@ -18,7 +18,7 @@ def test_a_script_beside_the_clone_imports_the_package_and_not_the_folder(tmp_pa
     clone, site = tmp_path / "lljax", tmp_path / "site"
     (clone / "lljax").mkdir(parents=True)
     (clone / "lljax" / "__init__.py").write_text("prepare_model = None\n")
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)
     build = f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)

@@ -1,5 +1,5 @@
-"""The whole job on a real pretrained model: SmolLM2-135M-Instruct learns from the standard library,
-and leaves for torch.
+"""The whole job on a pretrained model: SmolLM2-135M-Instruct learns from the standard library and
+is exported to torch.
 """
 
 import json
@@ -24,18 +24,18 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_smollm2_trains_and_its_exports_give_our_logits_past_the_original_length(smollm2, tmp_path):
-    def script(name, *arguments):
+    def command(*arguments):
         environment = os.environ | {"XLA_FLAGS": ""}  # one device
         subprocess.run(
-            [sys.executable, f"scripts/{name}.py", *arguments],
+            [sys.executable, "-c", "from lljax.cli.main import run; run()", *arguments],
             cwd=ROOT,
             check=True,
             env=environment,
         )
 
     run, data = tmp_path / "run", tmp_path / "stdlib.jsonl"
-    script("prepare_data", "stdlib", f"--out={data}")
-    script(
+    command("data", "stdlib", f"--out={data}")
+    command(
         "train",
         "--config=configs/smollm2_16k.py",
         f"--workdir={run}",
@@ -47,7 +47,7 @@ def test_smollm2_trains_and_its_exports_give_our_logits_past_the_original_length
     )
     losses = [record["loss"] for record in read_metrics(run)]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    script("export", f"--workdir={run}", "--format=peft")
+    command("export", f"--workdir={run}", "--format=peft")
 
     _, model, base = restore_run(run)
     # a GGUF base is exported in float16 otherwise

@@ -6,7 +6,6 @@ from lljax.config.rules import validate
 from lljax.config.tree import (
     FIELDS,
     LEAST_HISTORY,
-    READS,
     default_config,
     identity,
     with_absolute_paths,
@@ -18,7 +17,6 @@ __all__ = [
     "CHECKS",
     "FIELDS",
     "LEAST_HISTORY",
-    "READS",
     "Config",
     "Field",
     "default_config",

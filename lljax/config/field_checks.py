@@ -6,18 +6,19 @@ from typing import Any
 from lljax.config.checks import TOKENS, number, one_of, whole
 from lljax.errors import ConfigError, short
 
-_STEP, _LENGTH, _ATTENTION = whole(1), whole(2, TOKENS), one_of("full", "shifted", "window")
+_STEP, _LENGTH = whole(1), whole(2, TOKENS)
+ATTENTION = one_of(owner="lljax.attention.pattern:KINDS")  # of a stage
 
 
 def stage(field: str, value: Any) -> None:
     """A check: a stage of `context.schedule`, (until_step, length, attention)."""
     if not isinstance(value, (tuple, list)) or len(value) != 3:
-        kinds = " | ".join(map(repr, _ATTENTION.all()))
+        kinds = " | ".join(map(repr, ATTENTION.all()))
         raise ConfigError(f"{field}={short(value)}: a stage is (until_step, length, {kinds})")
     until, length, attention = value
     _STEP(f"{field}: until_step", until)
     _LENGTH(f"{field}: length", length)
-    _ATTENTION(f"{field}: attention", attention)
+    ATTENTION(f"{field}: attention", attention)
 
 
 def rope_factor(field: str, value: Any) -> None:

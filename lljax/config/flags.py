@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from lljax.config import yaml as yaml_config
 from lljax.config.access import Config
 from lljax.config.field_names import unknown_field
+from lljax.config.shipped import CONFIGS, shipped_config
 from lljax.config.tree import FIELDS
 from lljax.errors import ConfigError, LljaxError, first_line, short
 
@@ -25,31 +26,38 @@ HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 YAML = (".yaml", ".yml")
 
 
-def config_flag() -> flags.FlagHolder:
-    """Defines --config, the file of a run, and --config.FIELD=VALUE for every field of it."""
-    defined = config_flags.DEFINE_config_file(
-        "config", None, "A Python file with get_config(), see configs/, or a YAML file."
+def config_flag(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines --config, the file of a run, and --config.FIELD=VALUE for every field of it.
+
+    values: the flags of a command. argv: the command line that they will be read from.
+    """
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "A Python file with get_config(), a YAML file, or a name from configs/.",
+        flag_values=values,
+        sys_argv=list(argv),
     )
-    flags.FLAGS["config"].parser = _ConfigFile()
-    return defined
+    values["config"].parser = _ConfigFile()
 
 
-def read_flags(argv: Sequence[str], doc: str, *required: str) -> None:
-    """Parses the command line. With --help, prints the help of the script and exits.
+def read_flags(values: flags.FlagValues, argv: Sequence[str], doc: str, *required: str) -> None:
+    """Parses the command line into `values`. With --help, prints the help of the command and exits.
 
-    doc: the docstring of the script, with its examples. required: flags that must be given.
+    argv: the command, then its arguments. doc: the docstring of the command, with its examples.
+      required: flags that must be given.
 
     Raises:
       ConfigError: an unknown flag or field, a value of the wrong type, a missing flag, or a config
         file that cannot be used.
     """
     if any(argument in HELP for argument in argv[1:]):
-        show(help_text(doc))
+        show(help_text(values, doc))
         sys.exit()
     if unknown := [field for field, _ in _overrides(argv) if field not in FIELDS]:
         raise ConfigError(unknown_field(unknown[0]))
     try:
-        left = flags.FLAGS(argv)[1:]
+        left = values(argv)[1:]
     except LljaxError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -63,8 +71,8 @@ def read_flags(argv: Sequence[str], doc: str, *required: str) -> None:
         hint = f"did you mean --config={left[0]}?" if is_config else "see --help"
         raise ConfigError(f"{short(left[0])} belongs to no flag: {hint}")
     for name in required:
-        if flags.FLAGS[name].value in (None, ""):
-            raise ConfigError(f"--{name} is missing: {flags.FLAGS[name].help}")
+        if values[name].value in (None, ""):
+            raise ConfigError(f"--{name} is missing: {values[name].help}")
 
 
 def show(text: str) -> None:
@@ -75,14 +83,9 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def help_text(doc: str) -> str:
-    """The help of a script: its docstring, its flags, and the fields of a configuration."""
-    defined = [
-        flag
-        for module in (__name__, sys.argv[0])
-        for flag in flags.FLAGS.get_flags_for_module(module)
-    ]
-    rows = [(f"--{flag.name}", " ".join(flag.help.split())) for flag in defined]
+def help_text(values: flags.FlagValues, doc: str) -> str:
+    """The help of a command: its docstring, its flags, and the fields of a configuration."""
+    rows = [(f"--{name}", " ".join(values[name].help.split())) for name in values]
     return "\n".join(
         [
             doc.strip(),
@@ -115,12 +118,14 @@ class _ConfigFile(flags.ArgumentParser):
 def load_config(named: str) -> Config:
     """Loads FILE.py, FILE.py:ARGUMENT (get_config takes the argument), or a YAML file.
 
+    A file that comes with the package may be named alone: `quickstart` is configs/quickstart.py.
+
     Raises:
       ConfigError: no such file (names the nearest), or it fails (names the line).
     """
     name, _, argument = named.partition(":") if ".py:" in named else (named, "", "")
-    path = Path(name)
-    if not os.path.isfile(name):  # False also where the name is too long to be one
+    path = shipped_config(name)
+    if not os.path.isfile(path):  # False also where the name is too long to be one
         raise ConfigError(f"--config={name[:300]}: there is no such file{_nearest_file(path)}")
     if path.suffix in YAML:
         return yaml_config.read(name)
@@ -176,9 +181,8 @@ def _failed(path: Path, error: Exception) -> str:
 
 def _nearest_file(path: Path) -> str:
     """A hint: the file beside `path`, or in configs/, whose name is most like it."""
-    shipped = Path(yaml_config.__file__).parents[2] / "configs"
     by_stem = {}
-    for folder in (path.parent, Path("configs"), shipped):
+    for folder in (path.parent, Path("configs"), CONFIGS):
         for file in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
             if file.suffix in (".py", *YAML):
                 by_stem.setdefault(file.stem, file)

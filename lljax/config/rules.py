@@ -5,7 +5,7 @@ import dataclasses
 from lljax.config.access import Config, flat, get, total_steps
 from lljax.config.checks import INT32
 from lljax.config.field import EMPTY, GIVEN, Conditions, differs, equals, hold
-from lljax.config.tree import ADAPTER_ROLES, FIELDS, READS, ROLES
+from lljax.config.tree import ADAPTER_ROLES, FIELDS, OPTIMIZERS, ROLES
 from lljax.errors import ConfigError, short
 
 
@@ -111,10 +111,6 @@ CONFLICTS = (
         {"context.rope.factor": differs("auto"), "context.rope.type": equals("keep")},
         "a kept RoPE takes no factor: set context.rope.factor='auto' or another type",
     ),
-    Conflict(
-        {"optimizer.name": equals("galore", "q_galore"), "train_type": LORA},
-        "it is for training every weight: set train_type='full', or optimizer.name='adamw'",
-    ),
 )
 
 
@@ -210,9 +206,17 @@ def _something_trains(config: Config) -> None:
         )
 
 
-def _the_optimizer_reads_its_fields(config: Config) -> None:
+def _the_optimizer_serves(config: Config) -> None:
+    """The optimizer trains this `train_type`, and reads the fields that are set."""
     name = config.optimizer.name
-    for field in sorted(set().union(*READS.values()) - set(READS[name])):
+    table = OPTIMIZERS.table()
+    if table[name].train_type not in (None, config.train_type):
+        raise ConfigError(
+            f"optimizer.name={name!r} and train_type={config.train_type!r}: it is for one way of "
+            f"training: set train_type={table[name].train_type!r}, or optimizer.name='adamw'"
+        )
+    optional = {field for row in table.values() for field in row.reads}
+    for field in sorted(optional - set(table[name].reads)):
         value, default = get(config.optimizer, field), FIELDS[f"optimizer.{field}"].default
         if value != default:
             raise ConfigError(
@@ -237,6 +241,6 @@ RULES = (
     _tasks_fit_the_context,
     _warmup_ends,
     _something_trains,
-    _the_optimizer_reads_its_fields,
+    _the_optimizer_serves,
     _tokens_are_counted_in_int32,
 )

@@ -22,22 +22,14 @@ from lljax.config.checks import (
     text,
     whole,
 )
-from lljax.config.field import Field, equals, hold
+from lljax.config.field import Field, differs, equals, hold
 from lljax.config.field_checks import lora_init, rope_factor, stage
+from lljax.config.shipped import shipped_asset
 
 LEAST_HISTORY = 20  # values from which a median is reliable
 ADAPTER_ROLES = ("lora_a", "lora_b", "lora_magnitude")
 WHOLE_ROLES = ("embed", "norm", "head")  # may train whole beside an adapter
 ROLES = (*ADAPTER_ROLES, *WHOLE_ROLES, "kernel", "bias", "router")
-READS = {  # the fields of `optimizer` that only some read, by name of the optimizer
-    "adamw": ("beta1", "beta2", "eps"),
-    "adafactor": (),
-    "lion": ("beta1", "beta2"),
-    "muon": ("beta1", "beta2", "eps"),
-    "adamw8bit": ("beta1", "beta2", "eps"),
-    "galore": ("beta1", "beta2", "eps", "galore.rank", "galore.update_every", "galore.scale"),
-    "q_galore": ("beta1", "beta2", "eps", "galore.rank", "galore.update_every", "galore.scale"),
-}
 EVAL_FILES = {  # the files that tasks of training.eval_tasks read
     "haystack": "text to hide needles in, instead of Python's reference",
     "squad": "SQuAD 2.0, dev, for ruler/qa_1",
@@ -48,6 +40,7 @@ EVAL_FILES = {  # the files that tasks of training.eval_tasks read
     "zeroscrolls": "folder of ZeroSCROLLS",
 }
 
+OPTIMIZERS = one_of(owner="lljax.training.optimizer:OPTIMIZERS")
 _RANK, _ALPHA = whole(1, 65_536), above_zero(1e6)
 _FILES = several(required(path(), "name a file or a folder"))
 _DEVICES = any_of(whole(-1, -1), whole(1, why="devices, or -1 for all that the others leave"))
@@ -98,6 +91,8 @@ _ROWS = (
           check=whole(1, TOKENS), identity=True, other_names="sliding_window"),
     Field("context.anchors", 64, "window: first tokens of a document, seen by all later ones",
           check=whole(0, TOKENS), identity=True),
+    Field("context.implementation", "auto", "of attention; auto is the first that serves",
+          check=one_of("auto", owner="lljax.attention.attend:IMPLEMENTATIONS"), identity=False),
     Field("context.anchor_markers", (), "window: strings of one token each that are anchors too",
           check=several(text()), identity=True),
 
@@ -149,8 +144,9 @@ _ROWS = (
           "a longer row is unreadable: tokenizers take 260 bytes of memory a character",
           check=whole(1024), identity=False),
 
-    Field("optimizer.name", "adamw", "galore and q_galore need train_type=full",
-          check=one_of(*READS), identity=True, other_names="optim"),
+    Field("optimizer.name", "adamw",
+          "adafactor, lion, muon, adamw8bit; galore and q_galore, which need train_type=full",
+          check=OPTIMIZERS, identity=True, other_names="optim"),
     Field("optimizer.learning_rate", 2e-4,
           "after warm-up; lion takes a third to a tenth of the others' rate",
           check=above_zero(), identity=True, yaml="learning_rate", other_names="lr"),
@@ -180,6 +176,10 @@ _ROWS = (
             check=number(0, 1e4), identity=True) for role in ROLES),
     *(Field(f"optimizer.weight_decay.{role}", 0.0, "decoupled weight decay",
             check=number(0, 1e4), identity=True) for role in ROLES),
+
+    Field("objective.name", "sft", "the loss that is minimized",
+          check=one_of(owner="lljax.objectives.table:OBJECTIVES"),
+          identity={"objective.name": differs("sft")}),
 
     Field("training.rows", 1, "rows of a forward pass, over all devices",
           check=whole(1), identity=True, yaml="batch_size",
@@ -258,8 +258,8 @@ _ROWS = (
           check=_DEVICES, identity=False, other_names="sequence_parallel sequence_parallel_size"),
     Field("mesh.tensor", 1, "devices that share heads, MLP and vocabulary",
           check=_DEVICES, identity=False, other_names="tensor_parallel_size"),
-    Field("mesh.context_parallel", "auto", "how attention crosses devices, if sequence > 1",
-          check=one_of("auto", "allgather", "ulysses", "ring", "halo"), identity=False),
+    Field("mesh.context_parallel", "auto", "allgather, ulysses, ring or halo, if sequence > 1",
+          check=one_of("auto", owner="lljax.attention.context_parallel:MODES"), identity=False),
     Field("mesh.peer_timeout", 100.0,
           "seconds without a sign of life after which a process counts as lost",
           check=number(10, 86_400, (
@@ -310,5 +310,5 @@ def _absolute(paths: Any) -> Any:
     """`paths`, a path or several, with the existing ones made absolute."""
     if not isinstance(paths, str):
         return tuple(map(_absolute, paths))
-    expanded = os.path.expanduser(paths)
+    expanded = os.path.expanduser(shipped_asset(paths))
     return os.path.abspath(expanded) if paths and os.path.exists(expanded) else paths

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lljax.config.access import Config, get
+from lljax.config.field_checks import ATTENTION
 from lljax.config.field_names import also_called
 from lljax.config.tree import FIELDS, default_config
 from lljax.errors import ConfigError, first_line, short
@@ -27,13 +28,7 @@ OTHER_NAMES = {  # ... by the config field that they set
     "context.schedule": "scheduler.total_steps",
     "mesh.sequence": "sequence_parallel",
 }
-ATTENTION = {
-    "shifted_sparse": "shifted",
-    "s2": "shifted",
-    "shifted": "shifted",
-    "window": "window",
-    "full": "full",
-}
+OTHER_KINDS = {"shifted_sparse": "shifted", "s2": "shifted"}  # of attention
 # Names of kernels choose nothing: lljax takes the best kernel for the device and the mask.
 # fmt: off
 KERNELS = (
@@ -186,8 +181,8 @@ def _attention(path: str, given: dict, train_type: str, stages: int) -> list[str
             )
         earlier = "shifted" if train_type == "longlora" else "full"
         return [earlier] * (stages - 1) + ["full"]
-    _choose(path, "attention_impl", named, (*ATTENTION, *KERNELS))
-    return [ATTENTION[named]] * stages
+    _choose(path, "attention_impl", named, (*OTHER_KINDS, *ATTENTION.all(), *KERNELS))
+    return [OTHER_KINDS.get(named, named)] * stages
 
 
 def _plain(name: str) -> str:

@@ -68,11 +68,13 @@ def noise(n: int) -> list[str]:
 @functools.lru_cache
 def words(kind: str) -> tuple[str, ...]:
     """The nouns, adjectives or verbs (`noun` ...) of wonderwords, whose lists RULER draws from."""
-    text = (
-        importlib.resources.files("wonderwords.assets")
-        .joinpath(f"{kind}list.txt")
-        .read_text(encoding="utf-8")
-    )
+    try:
+        folder = importlib.resources.files("wonderwords.assets")
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "the words of RULER's haystacks are missing: pip install 'lljax[ruler]'"
+        ) from None
+    text = folder.joinpath(f"{kind}list.txt").read_text(encoding="utf-8")
     return tuple(sorted({line.strip() for line in text.splitlines()} - {""}))
 
 

@@ -4,44 +4,13 @@ if it had not been interrupted.
 
 import json
 
-from lljax.config import Config, get
+from lljax.config import Config, identity
 from lljax.errors import ConfigError
-
-# The fields of a configuration that are part of the identity.
-IDENTITY = (
-    "seed",
-    "train_type",
-    "model.init",
-    "model.dtype",
-    "model.matmul",
-    "model.quantize",
-    "context",
-    "lora",
-    "data.packing",
-    "data.overlong",
-    "optimizer",
-    "objective",
-    "training.rows",
-    "training.accumulate",
-    "training.neftune_alpha",
-    "training.router_aux_loss_coef",
-    "alarm.nonfinite",
-    "alarm.spike",
-    "alarm.spike_z",
-    "alarm.history",
-    "alarm.max_bad_steps",
-)
 
 
 def identity_of(config: Config, **files) -> dict:
-    """The identity of a run of `config`. files: fingerprints, by name.
-
-    The interval of checkpoints counts in a run that rolls back: it says how far back.
-    """
-    identity = {**files, **_flat({field: get(config, field) for field in IDENTITY})}
-    if config.alarm.spike == "rollback":
-        identity["checkpoint.every_steps"] = config.checkpoint.every_steps
-    return identity
+    """The identity of a run of `config`. files: fingerprints, by name."""
+    return {**files, **identity(config)}
 
 
 def check_identity(saved: dict, now: dict, step: int | None = None) -> None:
@@ -100,11 +69,3 @@ def check_weights(saved: dict, now: dict) -> None:
                 f"model.path holds other weights than those this run was started with ({name} "
                 "differs): put them back, or give a new --workdir"
             )
-
-
-def _flat(tree, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if hasattr(value, "items") else {name: value}
-    return flat

@@ -1,6 +1,6 @@
 """Measures the share of a run's time that checkpoints take, and metrics, alarms and report.
 
-python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
+lljax data stdlib --out=data/stdlib.jsonl
 python scripts/bench/overhead.py
 
 One run as in configs/quickstart.py, on rows of one length, in blocks of 100 steps. Blocks with

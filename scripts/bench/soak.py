@@ -1,6 +1,6 @@
 """Checks that a long run keeps its memory, its speed, its programs and its open files.
 
-python scripts/prepare_data.py stdlib --out=data/stdlib.jsonl
+lljax data stdlib --out=data/stdlib.jsonl
 python scripts/bench/soak.py --workdir=runs/soak
 
 Trains as configs/quickstart.py does, in three stages, with a checkpoint every 50 steps and a report

@@ -4,10 +4,7 @@ from rich.table import Table
 
 from lljax.cli.console import console
 
-LONG = (
-    "a cell of many words that is wider than eighty columns, which rich takes for the width of a pipe "
-    * 2
-)
+LONG = "a cell wider than eighty columns, which rich takes for the width of a pipe, " * 2
 
 
 def test_a_table_in_a_pipe_is_whole_and_columns_bound_it(capsys, monkeypatch):

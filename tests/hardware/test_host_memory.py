@@ -170,10 +170,10 @@ def test_training_sets_the_limit_before_jax_starts_unless_the_user_set_it(tmp_pa
         "    c.model.path, c.data.train = 'a model', ('documents.jsonl',)\n    return c\n"
     )
     code = f"""if True:
-        import os, sys
-        sys.path.insert(0, "scripts")
-        import train
+        import os
         from jax._src import xla_bridge
+        from lljax.cli import train
+        from lljax.hardware.compiler_flags import take_gpu_memory
         from lljax.run import loop
 
         def show(*_, **__):
@@ -184,10 +184,10 @@ def test_training_sets_the_limit_before_jax_starts_unless_the_user_set_it(tmp_pa
                 os.environ.pop(name, None)
             os.environ.update(given)
             if given:
-                train.take_gpu_memory()
+                take_gpu_memory()
                 show()
         loop.train = show
-        train.main(["train.py", "--config={config}", "--workdir=."])
+        train.main(["--config={config}", "--workdir=."])
     """
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

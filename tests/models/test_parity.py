@@ -78,7 +78,7 @@ def test_kinds_that_depend_on_the_length_below_the_original(tmp_path, family, ki
 
 @pytest.mark.parametrize("family", TABLE)
 def test_the_parity_table(tmp_path, family):
-    """What scripts/bench_parity.py prints: logits, gradients of factors, weights returned, adapters
+    """What scripts/bench/parity.py prints: logits, gradients of factors, weights returned, adapters
     in PEFT, the cache.
     """
     found = measure(family, tmp_path)

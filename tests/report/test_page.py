@@ -6,14 +6,12 @@ import json
 import math
 import random
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 
 import pytest
 
 from lljax.report.page import write_report
-from scripts import report
 
 SCHEDULE = [[10, 8192, "shifted"], [20, 16384, "shifted"], [40, 32768, "full"]]
 VOID = {"meta", "br", "hr", "img", "rect", "path", "circle", "line", "polyline"}
@@ -259,28 +257,6 @@ def test_a_rollback_is_counted_and_marked_where_the_run_went_on(tmp_path):
 def test_a_long_run_still_gives_a_small_page(tmp_path):
     page(tmp_path, [record(40) | {"step": s, "loss": 3.0 + math.sin(s)} for s in range(1, 30_001)])
     assert (tmp_path / "report.html").stat().st_size < 500_000
-
-
-def test_the_script_writes_it_and_says_in_a_line_why_it_cannot(tmp_path, monkeypatch, capsys):
-    def script(workdir):
-        monkeypatch.setattr(sys, "argv", ["report.py", f"--workdir={workdir}"])
-        try:
-            report.main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    page(tmp_path / "run", [record(1)])
-    assert script(tmp_path / "run") == (0, f"{tmp_path / 'run' / 'report.html'}\n", "")
-    (tmp_path / "run" / "report.html").unlink()
-    (tmp_path / "run" / "report.html").mkdir()
-    for workdir, told in (
-        (tmp_path, "no run was started there"),
-        (tmp_path / "run", "report.html cannot be written"),
-    ):
-        code, _, errors = script(workdir)
-        assert code == 2 and told in errors and errors.count("\n") == 1
 
 
 def evaluated(**changes):

@@ -344,7 +344,7 @@ dtype: float32
     assert done.returncode == 0, done.stderr
     assert (
         "'a run/report.html'" in done.stdout
-        and "scripts/export.py --workdir='a run'" in done.stdout
+        and "lljax export --workdir='a run'" in done.stdout
     )
     assert (tmp_path / "a run" / "report.html").exists()
     # found from any folder

@@ -1,8 +1,7 @@
-"""What quantising a base costs, and what training over it wins back: perplexity of held-out text,
-and losses side by side.
+"""The cost of a quantized base in perplexity, and the losses of training over it.
 
-python scripts/bench_quantize.py --model=models/smollm2.gguf --data=data/stdlib.jsonl
-python scripts/bench_quantize.py --model=models/smollm2.gguf --data=data/stdlib.jsonl --steps=20
+python scripts/bench/quantize.py --model=models/smollm2.gguf --data=data/stdlib.jsonl
+python scripts/bench/quantize.py --model=models/smollm2.gguf --data=data/stdlib.jsonl --steps=20
 
 Everything is computed in float32. With --steps the same LoRA is trained over the dense and the nf4
 base, on the same rows.
@@ -12,19 +11,21 @@ import argparse
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import common
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from lljax.build import load_base
-from lljax.config import default_config
+from lljax.config import Config, default_config
 from lljax.data.tokens import prepare
 from lljax.errors import DataError, exit_cleanly
 from lljax.evaluation.perplexity import perplexity, windows
 from lljax.interop.open import open_base, tokenizer_fingerprint
 from lljax.models.declare import declared
+from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.quantize import FORMS, Quantised
 from lljax.report.records import read_metrics
@@ -33,7 +34,7 @@ from lljax.run import loop
 CONSOLE = Console(width=120)
 
 
-def config_of(arguments):
+def config_of(arguments: argparse.Namespace) -> Config:
     c = default_config()
     c.model.path, c.model.dtype = arguments.model, "float32"
     c.data.train, c.data.valid_fraction, c.data.loss_on = (arguments.data,), 0.1, "everything"
@@ -45,8 +46,8 @@ def config_of(arguments):
     return c
 
 
-def bits(model) -> float:
-    """Of a weight of the quantised kernels, scales included."""
+def bits(model: Decoder) -> float:
+    """Bits a weight of the quantized kernels, scales included; 32 if there are none."""
     held = [v.get_value() for _, v in declared(model) if isinstance(v.get_value(), Quantised)]
     stored = sum(
         x.nbytes
@@ -57,17 +58,19 @@ def bits(model) -> float:
     return 8 * stored / sum(np.prod(value.shape) for value in held) if held else 32.0
 
 
-def quality(config, base, texts) -> None:
-    table = Table(
-        title=f"{config.model.path}, {len(texts)} held-out texts of {config.context.length:,} tokens"
+def quality(config: Config, base: Any, texts: np.ndarray) -> None:
+    """Prints the perplexity of `texts` under every form of quantization."""
+    length = config.context.length
+    table = common.table(
+        ("kernels", "bits a weight", "perplexity", "against none"),
+        left=("kernels",),
+        title=f"{config.model.path}, {len(texts)} held-out texts of {length:,} tokens",
     )
-    for column in ("kernels", "bits a weight", "perplexity", "against none"):
-        table.add_column(column, justify="left" if column == "kernels" else "right")
     first = None
     for format, matmul in (*((format, "default") for format in ("none", *FORMS)), ("none", "fp8")):
         with CONSOLE.status(format):
             model = load_base(base, spec_from_hf(base.config), jnp.float32, format, matmul)
-            value = perplexity(model, texts, config.context.length)
+            value = perplexity(model, texts, length)
         first = first or value
         kernels = format if matmul == "default" else f"{format}, products in {matmul}"
         table.add_row(
@@ -76,7 +79,8 @@ def quality(config, base, texts) -> None:
     CONSOLE.print(table)
 
 
-def training(config) -> None:
+def training(config: Config) -> None:
+    """Prints the losses of the same LoRA over the dense and the nf4 base, side by side."""
     losses, held_out = {}, {}
     for format in ("none", "nf4"):
         config.model.quantize = format
@@ -91,27 +95,48 @@ def training(config) -> None:
             for name, value in record["eval"].items()
             if name.startswith("perplexity")
         )
-    table = Table(
-        "step",
-        *losses,
+    table = common.table(
+        ("step", *losses),
+        left=("step",),
         title="loss of a LoRA of rank 16 on every linear layer, over the dense and the nf4 base",
     )
     every = max(1, config.context.schedule[-1][0] // 10)
     for i in range(0, len(losses["none"]), every):
         table.add_row(
-            str(i + 1), *(f"{np.mean(each[i : i + every]):.4f}" for each in losses.values())
+            str(i + 1), *(f"{np.mean(loss[i : i + every]):.4f}" for loss in losses.values())
         )
     table.add_row("held-out perplexity", *(f"{value:.3f}" for value in held_out.values()))
     CONSOLE.print(table)
 
 
+def held_out_texts(config: Config, base: Any) -> np.ndarray:
+    """Windows of the held-out documents, int32 [n, length].
+
+    Raises:
+      DataError: no held-out document is long enough.
+    """
+    tokenizer, length = base.tokenizer(), config.context.length
+    with tempfile.TemporaryDirectory() as workdir:
+        held_out = prepare(
+            config.data,
+            tokenizer,
+            base.config["vocab_size"],
+            Path(workdir),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        ).valid
+        texts = windows(held_out, length, config.training.eval_rows)
+    if not len(texts):
+        raise DataError(
+            f"{config.data.train[0]}: no held-out document has more than {length} tokens"
+        )
+    return texts
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument(
-        "--data", required=True, help="JSONL of real text; a tenth of its documents is held out"
+        "--data", required=True, help="JSONL of text; a tenth of its documents is held out"
     )
     parser.add_argument("--length", type=int, default=1024, help="tokens a text")
     parser.add_argument("--documents", type=int, default=8, help="held-out texts, at most")
@@ -122,20 +147,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, force=True)
     with exit_cleanly():
         config, base = config_of(arguments), open_base(arguments.model)
-        tokenizer = base.tokenizer()
-        with tempfile.TemporaryDirectory() as workdir:
-            held_out = prepare(
-                config.data,
-                tokenizer,
-                base.config["vocab_size"],
-                Path(workdir),
-                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            ).valid
-            texts = windows(held_out, arguments.length, arguments.documents)
-        if not len(texts):
-            raise DataError(
-                f"{arguments.data}: no held-out document has more than {arguments.length} tokens"
-            )
+        texts = held_out_texts(config, base)
         if arguments.steps:
             training(config)
         else:

@@ -1,13 +1,13 @@
-"""The script, from a run to its report, and again."""
+"""`lljax evaluate`, from a run to its report, and again."""
 
 import csv
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+from lljax.cli.evaluate import main
+from lljax.cli.measure import submit
 from lljax.evaluation import batched_generation as asking
 from lljax.evaluation import perplexity, zeroscrolls
 from lljax.evaluation.results import Predictions, Score
@@ -15,20 +15,11 @@ from lljax.evaluation.task import Example
 from lljax.generation.generate import Completion
 from lljax.report.page import write_report
 from lljax.run import loop
-from scripts import evaluate as script
 
 
-def evaluate(*flags):
-    done = subprocess.run(
-        [sys.executable, "scripts/evaluate.py", *flags], capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr.strip().splitlines()
-
-
-def test_flags_that_do_not_go_together_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--workdir=runs/x", "--adapter=y"])
+def test_flags_that_do_not_go_together_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
-        script.main()
+        main(["--workdir=runs/x", "--adapter=y"])
     assert (
         capsys.readouterr().err
         == "ConfigError: --adapter and --workdir: a run has its own; use --model with --adapter\n"
@@ -36,27 +27,23 @@ def test_flags_that_do_not_go_together_are_refused(monkeypatch, capsys):
 
 
 @pytest.fixture
-def command(tiny, documents, tmp_path, monkeypatch):
-    """Runs the script on a copy of the base, and returns the rows of its tables: (task, model) and
+def command(tiny, documents, tmp_path):
+    """Runs the command on a copy of the base, and returns the rows of its tables: (task, model) and
     a cell a length.
     """
     shutil.copytree(tiny, tmp_path / "base")
 
     def run(*flags):
-        monkeypatch.setattr(
-            sys,
-            "argv",
+        main(
             [
-                "evaluate.py",
                 f"--model={tmp_path / 'base'}",
                 f"--out={tmp_path / 'out'}",
                 f"--held_out={documents}",
                 "--documents=3",
                 "--samples=1",
                 *flags,
-            ],
+            ]
         )
-        script.main()
         made = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tables"]
         return {tuple(row[:2]): row[2:] for table in made for row in table["rows"]}
 
@@ -168,9 +155,9 @@ def test_a_submission_holds_the_examples_of_this_command_and_all_of_them(tmp_pat
             for example in questions(3):
                 if made.find(key, score.task, 4096, example) is None:
                     made.add(key, score.task, 4096, example, "new")
-        script.submit(tmp_path, "base", key, scores, 3, made)
+        submit(tmp_path, "base", key, scores, 3, made)
         assert not path.exists() and "4096.csv is not written" in capsys.readouterr().out
-        script.submit(
+        submit(
             tmp_path,
             "base",
             key,
@@ -178,10 +165,10 @@ def test_a_submission_holds_the_examples_of_this_command_and_all_of_them(tmp_pat
             None,
             made,
         )
-        script.submit(tmp_path, "base", key, scores[1:], None, made)
+        submit(tmp_path, "base", key, scores[1:], None, made)
         # one is too short, or was not asked for
         assert not path.exists() and not capsys.readouterr().out
-        script.submit(tmp_path, "base", key, scores, 4, made)
+        submit(tmp_path, "base", key, scores, 4, made)
     with open(path, newline="") as file:
         rows = list(csv.reader(file))[1:]
     assert [row[1:] for row in rows[:3]] == [["0", "old"], ["1", "old"], ["2", "new"]] and len(
@@ -190,7 +177,7 @@ def test_a_submission_holds_the_examples_of_this_command_and_all_of_them(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_is_evaluated_and_nothing_is_asked_twice(run_config, tmp_path):
+def test_a_run_is_evaluated_and_nothing_is_asked_twice(run_config, tmp_path, capsys):
     loop.train(run_config, tmp_path / "run")
     flags = [
         f"--workdir={tmp_path / 'run'}",
@@ -201,9 +188,8 @@ def test_a_run_is_evaluated_and_nothing_is_asked_twice(run_config, tmp_path):
         f"--out={tmp_path / 'out'}",
         "--documents=3",
     ]
-    code, said, errors = evaluate(*flags)
-    assert code == 0, errors
-    assert said.count("– passkey/tokens: task, key and question take") == 1
+    main(flags)
+    assert capsys.readouterr().out.count("– passkey/tokens: task, key and question take") == 1
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     models = ["base", "base, RoPE stretched", "trained"]
     assert [row[:2] for row in found["tables"][0]["rows"]] == [
@@ -218,11 +204,8 @@ def test_a_run_is_evaluated_and_nothing_is_asked_twice(run_config, tmp_path):
     )
     lines = (tmp_path / "out" / "predictions.jsonl").read_text()
     assert lines.count("\n") == 3 * (2 + 1 + 11)
-    assert (
-        evaluate(*flags)[0] == 0 and (tmp_path / "out" / "predictions.jsonl").read_text() == lines
-    )
+    main(flags)
+    assert (tmp_path / "out" / "predictions.jsonl").read_text() == lines
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found
-    code, _, errors = evaluate(*flags, "--tasks=needle", "--lengths=512")
-    assert code == 0 and json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found, (
-        errors
-    )
+    main([*flags, "--tasks=needle", "--lengths=512"])
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found

@@ -1,35 +1,24 @@
-"""Runs of Llama-3.1-8B at length: what `bench_capacity.py` plans and `bench_steps.py` steps
-through.
+"""Runs of Llama-3.1-8B at length, which capacity.py plans and steps.py steps through.
 
-One row of tokens a step, AdamW in float32 or, where a row says so, eight bits. LoRA of rank 64 on
-q, k, v and o over a frozen bfloat16 base; over a quantised one, of rank 32 on every linear layer.
+One row of tokens a step, AdamW in float32 or, if a row says so, in eight bits. LoRA of rank 64 on
+q, k, v and o over a frozen bfloat16 base; over a quantized base, of rank 32 on every linear layer.
 """
 
 import dataclasses
 
-from lljax.config import default_config, validate
+import common
+
+from lljax.config import Config, validate
 
 K, M = 1024, 1024**2
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": False,
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """attention: of the stage; shifted in groups of 8,192. each: memory.layers_per_residual. find:
-    look for the longest row that fits, from `length` on. base: model.quantize, or "trained":
+    """One run.
+
+    attention: of the stage; shifted in groups of 8,192. each: memory.layers_per_residual. find:
+    search for the longest row that fits, from `length` on. base: model.quantize, or "trained":
     train_type="full". tile: memory.tile, and four times memory.loss_chunk. optimizer: its name.
     """
 
@@ -44,9 +33,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.device} {self.attention} {self.length // K}k" + (
-            f" {self.base}" if self.base != "none" else ""
-        )
+        base = f" {self.base}" if self.base != "none" else ""
+        return f"{self.device} {self.attention} {self.length // K}k{base}"
 
 
 ROWS = (
@@ -72,14 +60,10 @@ ROWS = (
 )
 
 
-def config_of(row: Row):
-    c = default_config()
-    c.model.path, c.data.train = "-", ("-",)  # neither is read
-    c.context.length, c.context.schedule, c.context.group = (
-        row.length,
-        ((1, row.length, row.attention),),
-        8192,
-    )
+def config_of(row: Row) -> Config:
+    """The configuration of a row, validated."""
+    c = common.plan_config(row.length, row.attention)
+    c.context.group = 8192
     c.lora.rank, c.lora.alpha, c.lora.also_train = 64, 128.0, ()
     if row.base == "trained":
         c.train_type = "full"

@@ -1,0 +1,260 @@
+"""The work of `lljax data`: training documents in files."""
+
+import argparse
+import contextlib
+import itertools
+import json
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from lljax.cli.console import console
+from lljax.config import default_config
+from lljax.data import folders, formats
+from lljax.data.formats import BadRow, Document
+from lljax.data.loader import rows_per_epoch
+from lljax.data.statistics import remarks, statistics, unread_keys
+from lljax.data.template import encode, with_template
+from lljax.data.tokens import Documents, count_unread, prepare
+from lljax.errors import ConfigError, DataError, printable
+from lljax.interop.open import open_base, tokenizer_fingerprint
+
+CONSOLE = console()
+STDLIB_EXCLUDE = (
+    "site-packages/*",
+    "*/tests/*",
+    "test/*",
+    "*/test/*",
+    "idlelib/idle_test/*",
+    "lib2to3/*",
+    "pydoc_data/*",
+    "config-*/*",
+    "encodings/*",
+)
+LIMITS = (512, 2048, 8192, 32_768, 131_072)
+MIN_TOKENS = 24  # of a span that `show` shows
+
+
+def say(line: str) -> None:
+    CONSOLE.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------- make
+def folder(arguments: argparse.Namespace) -> None:
+    """JSONL from the text files of a folder."""
+    _make(arguments.folder, arguments, arguments.include or ["*"], arguments.exclude)
+
+
+def stdlib(arguments: argparse.Namespace) -> None:
+    """JSONL from the standard library of this Python."""
+    exclude = () if arguments.with_tests else STDLIB_EXCLUDE
+    _make(
+        Path(sysconfig.get_path("stdlib")),
+        arguments,
+        ("*.py",),
+        (*exclude, "site-packages/*", "*/bad_coding*"),
+    )
+
+
+def _make(
+    folder: Path, arguments: argparse.Namespace, include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    if not folder.is_dir():
+        raise DataError(f"{printable(str(folder))}: there is no such folder")
+    skipped = []
+    texts = folders.documents(
+        folder,
+        include,
+        exclude,
+        repository=arguments.repository,
+        out=arguments.out,
+        follow_links=arguments.follow_links,
+        skipped=skipped,
+    )
+    rows, characters = folders.write_jsonl(texts, arguments.out)
+    if rows == 0:
+        raise DataError(
+            f"{printable(str(folder))}: no text file matches "
+            f"--include={printable(','.join(include))}"
+        )
+    say(
+        f"{printable(str(arguments.out))}: {rows:,} documents, {characters:,} characters; "
+        f"{len(skipped):,} files skipped (empty, too large, no UTF-8 text, or links out of the "
+        "folder: --follow_links)"
+    )
+
+
+# ---------------------------------------------------------------- check and measure
+@contextlib.contextmanager
+def prepared(arguments: argparse.Namespace) -> Iterator[tuple[Documents, list[BadRow]]]:
+    """The documents of `arguments.files`, tokenized as in a run, and the rows it cannot use."""
+    base = open_base(arguments.model)
+    tokenizer, data = base.tokenizer(), default_config().data
+    data.train, data.loss_on = tuple(map(str, arguments.files)), arguments.loss_on
+    data.max_row_bytes, data.max_bad_fraction = arguments.max_row_bytes, 1.0
+    with tempfile.TemporaryDirectory() as run:
+        listed = Path(run) / "bad_rows.jsonl"
+        try:
+            documents = prepare(
+                data,
+                tokenizer,
+                base.config["vocab_size"],
+                Path(run) / "data",
+                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+                progress=progress,
+                fields={},
+            )
+        except DataError:  # no row is usable
+            for row in read_bad_rows(listed):
+                say(str(row))
+            raise
+        yield documents, read_bad_rows(listed)
+
+
+def read_bad_rows(listed: Path) -> list[BadRow]:
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    return [BadRow(**json.loads(line)) for line in lines]
+
+
+def progress(rows: Any, title: str) -> Any:
+    return track(rows, title, transient=True, console=CONSOLE)
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    """Lists the rows that a run cannot use.
+
+    Raises:
+      DataError: there are more than --max_bad_fraction of them, or no rows.
+    """
+    if arguments.model:
+        with prepared(arguments) as (documents, bad):
+            rows, unread = documents.counts["train"]["rows"], documents.counts["train"]["unread"]
+        unchecked = ""
+    else:
+        rows, bad, unread = _read(arguments)
+        unchecked = "; not checked without --model: what the chat template refuses or does not show"
+    for row in bad:
+        say(str(row))
+    for line in unread_keys(unread):
+        say(line)
+    say(f"{rows:,} rows, {rows - len(bad):,} good, {len(bad):,} bad{unchecked}")
+    if rows == 0:
+        raise DataError("no rows")
+    if len(bad) > arguments.max_bad_fraction * rows:
+        raise DataError(
+            f"{len(bad)} of {rows} rows are bad, more than "
+            f"--max_bad_fraction={arguments.max_bad_fraction}"
+        )
+
+
+def _read(arguments: argparse.Namespace) -> tuple[int, list[BadRow], dict]:
+    """The number of rows, the bad ones, and the keys that nothing reads, without a tokenizer."""
+    rows, bad, unread = 0, [], {}
+    for row in formats.read(arguments.files, max_row_bytes=arguments.max_row_bytes):
+        rows += 1
+        if isinstance(row, BadRow):
+            bad.append(row)
+        else:
+            count_unread(row, unread, template=None)
+    return rows, bad, unread
+
+
+def stats(arguments: argparse.Namespace) -> None:
+    """Counts documents and tokens, and the rows and steps of an epoch."""
+    with prepared(arguments) as (documents, bad):
+        store, length, overlong = documents.train, arguments.length, arguments.overlong
+        counted = statistics(documents, overlong, [length])
+        epoch = rows_per_epoch(
+            store, length=length, packing=not arguments.no_packing, overlong=overlong
+        )
+    train, lengths = counted["train"], store.lengths
+    table = Table("measure", "value")
+    table.columns[1].justify = "right"
+    measures = {
+        "documents": len(lengths),
+        "conversations among them": train["conversations"],
+        "unusable rows": len(bad),
+        "tokens": lengths.sum(),
+        "trained tokens": train["trained_tokens"],
+        "mean": lengths.mean(),
+        "median": np.median(lengths),
+        "90%": np.quantile(lengths, 0.9),
+        "99%": np.quantile(lengths, 0.99),
+        "longest": lengths.max(),
+        f"rows of {length:,} tokens an epoch": epoch,
+        f"steps an epoch, {arguments.rows:,} rows each": -(-epoch // arguments.rows),
+    }
+    for name, value in measures.items():
+        table.add_row(name, f"{value:,.0f}")
+    for limit in LIMITS:
+        table.add_row(
+            f"share of tokens in documents above {limit:,}",
+            f"{lengths[lengths > limit].sum() / lengths.sum():.1%}",
+        )
+    CONSOLE.print(table)
+    for line in remarks(counted, overlong):
+        say(line)
+
+
+# ---------------------------------------------------------------- show
+def show(arguments: argparse.Namespace) -> None:
+    """Shows the tokens of a row, trained ones in green and in [brackets]."""
+    row = _usable_row(arguments)
+    tokenizer = with_template(open_base(arguments.model).tokenizer())
+    try:
+        tokens, mask = encode(row, tokenizer, arguments.loss_on)
+    except ValueError as error:
+        raise DataError(f"{printable(row.where)}: {error}") from None
+    edges = np.flatnonzero(np.diff(mask.astype(int))) + 1
+    spans = list(zip(np.split(tokens, edges), mask[[0, *edges]], strict=True))
+    trained_spans = sum(trained for _, trained in spans)
+    say(
+        f"{printable(row.where)}: {len(tokens):,} tokens, {mask.sum():,} trained (green, in "
+        f"[brackets]) in {trained_spans:,} spans"
+    )
+    CONSOLE.print(_spans_text(spans, len(tokens), arguments.tokens, tokenizer))
+
+
+def _usable_row(arguments: argparse.Namespace) -> Document:
+    rows = (
+        row
+        for row in formats.read(arguments.files, max_row_bytes=arguments.max_row_bytes)
+        if isinstance(row, Document)
+    )
+    row = next(itertools.islice(rows, arguments.row, None), None) if arguments.row >= 0 else None
+    if row is None:
+        raise ConfigError(f"--row={arguments.row}: there is no such row; they are counted from 0")
+    return row
+
+
+def _spans_text(
+    spans: list[tuple[np.ndarray, bool]], tokens: int, limit: int, tokenizer: Any
+) -> Text:
+    """The spans, of `tokens` tokens in all, shortened to about `limit` tokens."""
+    a_span = tokens if tokens <= limit else max(MIN_TOKENS, limit // len(spans))
+    shown = spans[: max(1, limit // a_span)] if a_span < tokens else spans
+    text = Text()
+    for part, trained in shown:
+        decoded = excerpt(part, a_span, tokenizer)
+        text.append(f"[{decoded}]" if trained else decoded, style="green" if trained else "dim")
+    if len(shown) < len(spans):
+        text.append(
+            f" \u2026 {len(spans) - len(shown):,} further spans: raise --tokens \u2026",
+            style="bold",
+        )
+    return text
+
+
+def excerpt(tokens: np.ndarray, limit: int, tokenizer: Any) -> str:
+    """The text of the tokens, without terminal codes; of more than `limit`, the first and last."""
+    parts = [tokens] if len(tokens) <= limit else [tokens[: limit // 2], tokens[-(limit // 2) :]]
+    lines = (tokenizer.decode(part).expandtabs(4).split("\n") for part in parts)
+    texts = ("\n".join(map(printable, part)) for part in lines)
+    return f" \u2026 {len(tokens) - limit // 2 * 2:,} tokens \u2026 ".join(texts)

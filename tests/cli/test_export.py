@@ -1,0 +1,61 @@
+"""`lljax export`: what it writes, prints and refuses."""
+
+import json
+
+import pytest
+
+from lljax.cli.export import main
+from lljax.run import loop
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, tiny, documents):
+    """A run of two steps with a checkpoint at each."""
+    from lljax.config import default_config
+
+    c = default_config()
+    c.model.path, c.model.dtype = tiny, "float32"
+    c.context.length, c.context.schedule = 32, ((2, 32, "full"),)
+    c.lora.rank, c.lora.also_train, c.context.rope.type = 2, (), "keep"
+    c.data.train, c.training.rows, c.checkpoint.every_steps = (documents,), 8, 1
+    c.optimizer.warmup_steps = 0
+    folder = tmp_path_factory.mktemp("exported") / "run"
+    loop.train(c, folder)
+    return folder
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit, match="2"):
+        main(flags)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_the_adapter_goes_into_the_run_by_default(workdir, capsys):
+    main([f"--workdir={workdir}"])
+    out = workdir / "export" / "peft"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out} is written. To load it:\n") and "PeftModel" in printed
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
+    assert "--overwrite" in refused(capsys, f"--workdir={workdir}")
+    main([f"--workdir={workdir}", "--overwrite"])
+
+
+def test_format_folder_dtype_and_step_are_taken(workdir, tmp_path, capsys):
+    flags = [f"--workdir={workdir}", "--format=merged", "--dtype=bfloat16"]
+    written = []
+    for step in (1, 2):
+        out = tmp_path / f"step-{step}"
+        main([*flags, f"--step={step}", f"--out={out}"])
+        assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+        written.append((out / "model.safetensors").read_bytes())
+    assert written[0] != written[1]
+    assert "3" in refused(capsys, *flags, "--step=3", f"--out={tmp_path / 'none'}")
+
+
+def test_wrong_values_are_refused_before_the_run_is_read(tmp_path, capsys):
+    flags = f"--workdir={tmp_path}"
+    assert "is none of peft, merged, split" in refused(capsys, flags, "--format=gguf")
+    assert "--dtype='int8' is none of float32" in refused(capsys, flags, "--dtype=int8")
+    assert "no run was started" in refused(capsys, flags)
