@@ -6,8 +6,6 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from jax.profiler import ProfileData
-
 STEP, DATA = "train", "data"  # names of the loop's own marks in a trace
 
 # A collective by the compiler's name, by that of the JAX primitive it came from, or by that of the
@@ -56,6 +54,8 @@ class Breakdown:
 
 def breakdown(path: Path) -> Breakdown | None:
     """Reads a trace (an XSpace protocol buffer); None where it has no whole step."""
+    from jax.profiler import ProfileData
+
     steps, reading, work, waits = {}, [], defaultdict(list), defaultdict(list)
     for plane in ProfileData.from_file(str(path)).planes:
         for line in plane.lines:
