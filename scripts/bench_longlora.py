@@ -40,9 +40,10 @@ from lljax.evaluation.results import Predictions, markdown
 from lljax.evaluation.task import Sources, Task
 from lljax.interop.open import end_tokens, open_base, tokenizer_fingerprint
 from lljax.models import spec
-from lljax.report import spread
+from lljax.report.charts import spread
+from lljax.report.drawing import png
+from lljax.report.numbers import short_length
 from lljax.report.page import write_report
-from lljax.report.words import short_length
 from lljax.run import loop
 
 CONSOLE = Console(width=140)
@@ -406,7 +407,7 @@ def write(out: Path) -> None:
             for name in results.names()
             if name != BASES["keep"]
         }
-        (out / file).write_bytes(spread.png(title, values))
+        (out / file).write_bytes(png(spread(title, values)))
         images.append({"file": file, "title": title})
     (out / "evaluation.json").write_text(
         json.dumps({"tables": made, "images": images, "scores": []}, indent=2)

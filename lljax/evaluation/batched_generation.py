@@ -13,7 +13,7 @@ from lljax.evaluation.task import Example, Task, TooShort, group_scores
 from lljax.generation.generate import generate
 from lljax.generation.prompt import chat_tokens, text_tokens
 from lljax.parallel.sharding import Layout
-from lljax.report.words import short_length
+from lljax.report.numbers import short_length
 
 
 @dataclasses.dataclass(frozen=True)

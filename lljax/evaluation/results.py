@@ -18,7 +18,7 @@ from lljax.evaluation import needle
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.ruler import SHORTEST, TASKS, THRESHOLD, effective_length
 from lljax.evaluation.task import Example
-from lljax.report.words import short_length
+from lljax.report.numbers import short_length
 from lljax.run.open import BASE, STRETCHED, TRAINED
 
 # their authors report the mean of their tasks

@@ -11,15 +11,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_axes(figure: "Figure", title: str, *, top: float = TOP, left: float = LEFT) -> "Axes":
+def new_axes(
+    figure: "Figure",
+    title: str,
+    *,
+    top: float = TOP,
+    left: float = LEFT,
+    bottom: float = BOTTOM,
+) -> "Axes":
     """Axes with the margins of every chart, horizontal grid lines and a title at the left."""
     width, height = (72 * inches for inches in figure.get_size_inches())
     axes = figure.add_axes(
         (
             left / width,
-            BOTTOM / height,
+            bottom / height,
             (width - left - RIGHT) / width,
-            (height - top - BOTTOM) / height,
+            (height - top - bottom) / height,
         )
     )
     axes.spines[:].set_visible(False)
@@ -65,14 +72,17 @@ def value_axis(
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=whole, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick_label(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value)))
     axes.set_ylim(low, high)
 
 
-def _tick_label(value: float) -> str:
+def tick_label(value: float) -> str:
     if 1e4 <= abs(value) < 1e15 or abs(value) >= 1e3 and value == int(value) and abs(value) < 1e4:
         return compact(value)
-    return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:g}".replace("e+", "e")
 
 
 def step_axis(axes: "Axes") -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TITLE_ONLY = 26  # top margin of a chart without labels above the plot
 
 
-def bar_chart(title: str, edges: Sequence[float], counts: Sequence[int], axis: str) -> "Figure":
+def bar_chart(title: str, edges: Sequence[int], counts: Sequence[int], axis: str) -> "Figure":
     """A histogram with bars of equal width whatever their edges: powers of two stay readable."""
     figure = new_figure()
     axes = new_axes(figure, title, top=TITLE_ONLY)
@@ -39,8 +39,8 @@ def share_bar(title: str, parts: Mapping[str, float]) -> "Figure":
     from matplotlib.patches import Rectangle
 
     height, total, start = 34, sum(parts.values()), 0.0
-    figure = new_figure(height=TITLE_ONLY + height + BOTTOM)
-    axes = new_axes(figure, title, top=TITLE_ONLY)
+    figure = new_figure(height=TITLE_ONLY + height + 6)
+    axes = new_axes(figure, title, top=TITLE_ONLY, bottom=6)
     axes.set_axis_off()
     axes.set_xlim(0, total)
     axes.set_ylim(0, 1)
@@ -99,7 +99,7 @@ def length_chart(
         color = COLORS[f"series{number % len(SERIES)}"]
         width, dashes, ring = SERIES[number % len(SERIES)]
         axes.plot(values, color=color, linewidth=width, linestyle=dashes, alpha=0.8)
-        for i in np.flatnonzero(np.isfinite(values)):
+        for i in np.flatnonzero(np.isfinite(values)).tolist():
             (point,) = axes.plot(
                 [i], [values[i]], "o", markersize=ring, color=color, fillstyle="none", clip_on=False
             )

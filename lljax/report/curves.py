@@ -51,7 +51,7 @@ MOST_CURVES, MOST_MARKS = 24, 200
 
 @dataclass(frozen=True)
 class Steps:
-    """The records of all steps and what their curves share."""
+    """The records of all steps, and the stages and marks that their curves share."""
 
     records: list[dict]
     x: np.ndarray

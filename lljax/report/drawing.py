@@ -40,7 +40,7 @@ COLORS = {  # CSS variable: value in the light theme
     "series4": "#3d9fd6",
     "series5": "#6b6b6b",
 }
-SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "lljax"}
+SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "lljax"}
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _SETTINGS_LOCK = threading.Lock()  # matplotlib's settings belong to the process
 

@@ -10,7 +10,7 @@ from lljax.report.records import read_metrics
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What `workdir` holds: {} for a file that is missing or damaged.
+    """The contents of `workdir`; {} for a file that is missing or damaged.
 
     run: facts of run.json; among them "metrics", {name of a metric: its title}, and "base_length",
       the tokens the base model was made for. steps and evaluations: records of metrics.jsonl.

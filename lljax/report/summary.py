@@ -1,4 +1,4 @@
-"""The top of the page: what training changed, and the run in numbers."""
+"""The top of the page: the effect of training, and the run in numbers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ MOST_FINDINGS = 8
 
 
 def finding(files: RunFiles) -> Section:
-    """What training changed: the context, then perplexity and retrieval at the longest length.
+    """The effect of training: the context, then perplexity and retrieval at the longest length.
 
     Scores come from evaluation.json, which compares with the base model; without it, from the
     evaluations during training, first against last.
