@@ -169,9 +169,9 @@ def train(
             raise ConfigError(f"lljax.train: {field} is settled by prepare_model: give it there")
         settings[field] = value
     c = _configuration(settings, "lljax.train")
-    from lljax.evaluation.eval_hook import examiner
+    from lljax.evaluation.eval_hook import make_eval_hook
 
-    trained = loop.train(c, workdir, model=model, examiner=examiner)
+    trained = loop.train(c, workdir, model=model, examiner=make_eval_hook)
     trained.workdir = str(workdir)
     return trained
 

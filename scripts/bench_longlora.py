@@ -35,8 +35,9 @@ from lljax.config import default_config
 from lljax.data.tokens import prepare
 from lljax.errors import ConfigError, exit_cleanly
 from lljax.evaluation import perplexity, registry
-from lljax.evaluation.batched_generation import Asking, answer
-from lljax.evaluation.results import Predictions, markdown
+from lljax.evaluation.batched_generation import EvalModel, EvalSettings, score_tasks
+from lljax.evaluation.predictions import Predictions
+from lljax.evaluation.tables import markdown
 from lljax.evaluation.task import Sources, Task
 from lljax.interop.open import end_tokens, open_base, tokenizer_fingerprint
 from lljax.models import spec
@@ -193,15 +194,13 @@ class Ruler:
                 n: perplexity.measure("perplexity", model, self.texts[n], n) for n in run.lengths
             }
         }
-        asking = Asking(self.tokenizer, SAMPLES, stop=self.stop, rows=SAMPLES)
+        settings = EvalSettings(self.tokenizer, SAMPLES, stop=self.stop, rows=SAMPLES)
         with Predictions(self.out / f"predictions-{seed}.jsonl") as made:
-            for score in answer(
-                model,
-                run.name,
-                run.name,
+            for score in score_tasks(
+                EvalModel(model, run.name, key=run.name),
                 self.tasks if run.retrieves else (),
                 run.lengths,
-                asking,
+                settings,
                 made,
             ):
                 found.setdefault(score.task, {})[score.length] = score.score

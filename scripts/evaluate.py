@@ -27,9 +27,11 @@ from lljax.data.template import with_template
 from lljax.data.tokens import FIELDS, TokenStore, prepare
 from lljax.errors import ConfigError, Stopped, exit_cleanly, printable
 from lljax.evaluation import perplexity, registry, results, zeroscrolls
-from lljax.evaluation.batched_generation import Asking, answer, too_short
+from lljax.evaluation.batched_generation import EvalModel, EvalSettings, score_tasks, too_short
+from lljax.evaluation.predictions import Predictions
 from lljax.evaluation.protocols import PROTOCOLS
-from lljax.evaluation.results import Predictions, Score
+from lljax.evaluation.scores import Score
+from lljax.evaluation.tables import tables
 from lljax.evaluation.task import Example, Sources, TooShort, refuse_beyond
 from lljax.hardware.compiler_flags import take_gpu_memory
 from lljax.interop.open import end_tokens, tokenizer_fingerprint
@@ -76,7 +78,7 @@ def evaluate(arguments) -> None:
         lengths,
         held_out(arguments, candidates, tokenizer, out) if protocols else None,
     )
-    asking = Asking(
+    settings = EvalSettings(
         with_template(tokenizer),
         arguments.samples,
         arguments.seed,
@@ -85,7 +87,7 @@ def evaluate(arguments) -> None:
         arguments.rows,
         "int8" if arguments.cache == "int8" else None,
     )
-    reasons = too_short(progress(tasks, "first examples") if tasks else (), lengths, asking)
+    reasons = too_short(progress(tasks, "first examples") if tasks else (), lengths, settings)
     for reason in dict.fromkeys(reasons.values()):
         say(f"– {reason}")
     # no perplexity depends on it
@@ -95,20 +97,17 @@ def evaluate(arguments) -> None:
         for candidate in candidates.models:
             model, name = candidate.load(), candidate.name + how
             key = keys[candidate.name] = keys[name] = candidates.key(
-                candidate, model, asking.tokenizer
+                candidate, model, settings.tokenizer
             )
             where = {"dtype": candidates.dtype, "layout": candidates.layout}
             scores += perplexities(model, candidate.name, key, texts, made, **where)
-            found = [
-                *answer(
-                    model, name, key + how, tasks, lengths, asking, made, progress=progress, **where
-                )
-            ]
+            evaluated = EvalModel(model, name, key + how, **where)
+            found = [*score_tasks(evaluated, tasks, lengths, settings, made, progress=progress)]
             submit(out, name, key + how, found, arguments.samples, made)
             scores += found
             del model  # before the next is read
     scores = results.write(out, scores, keys)
-    for table in results.tables(scores):
+    for table in tables(scores):
         show(table)
     say(f"Report: {write_report(out)}")
 

@@ -38,7 +38,7 @@ def main(argv) -> None:
 
 def train() -> None:
     # Imported here: it takes seconds, and errors on the command line come first.
-    from lljax.evaluation.eval_hook import examiner
+    from lljax.evaluation.eval_hook import make_eval_hook
     from lljax.parallel import processes as distributed
     from lljax.run import loop
     from lljax.run.profile import read_steps
@@ -53,7 +53,7 @@ def train() -> None:
         loop.train(
             CONFIG.value,
             WORKDIR.value,
-            examiner=examiner,
+            examiner=make_eval_hook,
             profile_steps=read_steps(PROFILE_STEPS.value),
         )
         if distributed.first():

@@ -30,33 +30,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Curves:
-    """Scores by length: one line for each model; None where a model has no score.
-
-    log: a logarithmic axis of scores; otherwise the axis covers at least 0 to 100.
-    """
-
-    title: str
-    log: bool
-    lengths: list[int]
-    lines: dict[str, list[float | None]]
-
-
-@dataclass(frozen=True)
-class Heatmap:
-    """Scores from 0 to 100, `values[row][length]`; None where there is no score.
-
-    samples: examples behind each cell of a length; 0 if unknown.
-    """
-
-    title: str
-    lengths: list[int]
-    rows: list[str]
-    values: list[list[float | None]]
-    samples: list[int]
-
-
-@dataclass(frozen=True)
 class Key:
     """An entry of a figure's legend. `swatch` is a CSS class of the page, "" for text alone."""
 

@@ -63,7 +63,7 @@ def during_training(evaluations: list[dict]) -> Table | None:
 
 
 def chart(row: dict[str, Any]) -> Figure | None:
-    """A chart of evaluation.json, as `lljax.evaluation.tables.charts` writes it."""
+    """A chart of evaluation.json, as `lljax.evaluation.results.charts` writes it."""
     return CHARTS[row["kind"]](row)
 
 

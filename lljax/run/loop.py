@@ -112,7 +112,7 @@ def train(
       is read.
       Its arrays are given away: use the model that is returned.
     profile_steps: steps to trace, see lljax.run.profile.
-    examiner: lljax.evaluation.eval_hook.examiner, which `training.eval_tasks` needs.
+    examiner: lljax.evaluation.eval_hook.make_eval_hook, which `training.eval_tasks` needs.
 
     Raises:
       ConfigError, ModelError, DataError: what the user gave cannot be used; another run is going on

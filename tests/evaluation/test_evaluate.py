@@ -10,7 +10,8 @@ import pytest
 
 from lljax.evaluation import batched_generation as asking
 from lljax.evaluation import perplexity, zeroscrolls
-from lljax.evaluation.results import Predictions, Score
+from lljax.evaluation.predictions import Predictions
+from lljax.evaluation.scores import Score
 from lljax.evaluation.task import Example
 from lljax.generation.generate import Completion
 from lljax.report.page import write_report

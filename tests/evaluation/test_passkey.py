@@ -3,7 +3,7 @@ import pytest
 
 from lljax.errors import ConfigError
 from lljax.evaluation import passkey
-from lljax.evaluation.sizes import Counter
+from lljax.evaluation.fitting import TokenCounter
 
 GARBAGE = " ".join(
     ["The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."]
@@ -51,7 +51,7 @@ def test_longlora_wants_every_token_and_landmark_the_first_number(tiny_512):
 
 @pytest.mark.parametrize("length", [128, 512, 4096])
 def test_in_tokens_the_text_fills_the_length_and_the_key_lies_anywhere(length, tiny_512):
-    counter, task = Counter(tiny_512), passkey.tasks()["passkey/tokens"]
+    counter, task = TokenCounter(tiny_512), passkey.tasks()["passkey/tokens"]
     made = list(task.examples(tiny_512, length, 20, 0))
     places = []
     for example in made:
