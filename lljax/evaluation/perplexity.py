@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lljax.data.packing import IGNORED
-from lljax.data.tokens import TokenStore
+from lljax.data.token_store import TokenStore
 from lljax.errors import DataError
 from lljax.evaluation.protocols import STRIDE
 from lljax.evaluation.task import TooShort

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from lljax.data.packing import IGNORED, Pieces, pack, row_of
-from lljax.data.tokens import TokenStore, _Writer
+from lljax.data.token_store import TokenStore, TokenWriter
 
 T = 16
 # around every multiple of T
@@ -14,7 +14,7 @@ def make_store(folder, lengths=LENGTHS, trained=0.7, seed=0) -> TokenStore:
     """Documents of tokens 1, 2, 3 ... all different, so that a token says which document it is
     of.
     """
-    rng, writer, first = np.random.default_rng(seed), _Writer(folder / "store"), 1
+    rng, writer, first = np.random.default_rng(seed), TokenWriter(folder / "store"), 1
     for n in lengths:
         writer.add(np.arange(first, first + n, dtype=np.uint32), rng.random(n) < trained)
         first += n
@@ -91,7 +91,7 @@ def test_what_is_trained_and_what_is_left_out_is_counted(tmp_path, trained, over
             else []
         )
         expected += [(i, s) for s in starts if store.mask(i)[s + 1 : s + T + 1].any()]
-    assert list(zip(pieces.document.tolist(), pieces.start.tolist())) == expected
+    assert list(zip(pieces.document.tolist(), pieces.start.tolist(), strict=True)) == expected
     counts = pieces.counts()
     assert counts["documents"] == len({i for i, _ in expected}) and counts["pieces"] == len(
         expected

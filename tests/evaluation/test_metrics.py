@@ -1,6 +1,7 @@
 import random
 import string
 import sys
+from itertools import pairwise
 
 import jieba
 import pytest
@@ -225,7 +226,7 @@ def test_the_rouges_of_scrolls_equal_plain_ones_on_random_pairs():
         common = longest(p, a)
         expected = (
             bag_f1(p, a),
-            bag_f1(list(zip(p, p[1:])), list(zip(a, a[1:]))),
+            bag_f1(list(pairwise(p)), list(pairwise(a))),
             2 * common / (len(p) + len(a)) if common else 0.0,
         )
         assert scrolls_rouge(prediction, answer) == pytest.approx(expected, abs=1e-12)

@@ -21,9 +21,10 @@ def test_the_text_is_longloras_to_the_letter(length, tiny_512):
         before = np.random.randint(0, garbage)
         key = np.random.randint(1, 50_000)
         assert example.text == (
-            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
-            f"about the important information there.\n{GARBAGE[:before]}\nThe pass key is {key}. Remember it. {key} is the "
-            f"pass key.\n{GARBAGE[: garbage - before]}\nWhat is the pass key? The pass key is"
+            "There is an important info hidden inside a lot of irrelevant text. Find it and "
+            "memorize them. I will quiz you about the important information there.\n"
+            f"{GARBAGE[:before]}\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+            f"{GARBAGE[: garbage - before]}\nWhat is the pass key? The pass key is"
         )
         assert example.answers == (str(key),)
 

@@ -24,7 +24,8 @@ from lljax.evaluation.task import Example
 assert not {"jax", "torch"} & set(sys.modules)
 made = Predictions(Path(sys.argv[1]))
 for i in range(10**9):
-    made.add("base", "needle", 512, Example(str(i), "What is it?", ("answer",), 8), "a prediction of some length " * 20)
+    example = Example(str(i), "What is it?", ("answer",), 8)
+    made.add("base", "needle", 512, example, "a prediction of some length " * 20)
     print(i, flush=True)
 """
 

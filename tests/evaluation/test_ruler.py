@@ -228,7 +228,8 @@ def test_questions_on_squad_and_hotpotqa_come_with_their_documents(tmp_path, tin
             r"paragraphs\[0\]: 'context' is a int, not a text",
         ),
         (
-            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}',
+            '{"data": [{"paragraphs": [{"context": "c", '
+            '"qas": [{"question": "q", "answers": []}]}]}]}',
             "'answers' is not a list",
         ),
     ],
