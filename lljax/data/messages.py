@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 # The name of a field or role; anything else in its place may be a user's text.
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
@@ -66,7 +66,7 @@ def _turn(i: int, message: Any) -> dict:
         message = renamed | {k: v for k, v in message.items() if k not in ("from", "value")}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"message {i} has no role")
-    role: str = ROLES.get(message["role"], message["role"])
+    role = cast(str, ROLES.get(message["role"], message["role"]))
     content = message.get("content")
     calls = message.get("tool_calls")
     named = f" ({role})" if NAME.fullmatch(role) else ""

@@ -30,7 +30,7 @@ FOREIGN = {  # advice to convert other files to JSONL, by suffix
     ".xz": "unxz it",
     ".bz2": "bunzip2 it",
 }
-TEXTS = "scripts/prepare_data.py folder makes one of a folder of texts"
+TEXTS = "`lljax data folder` makes one of a folder of texts"
 
 
 # ---------------------------------------------------------------- files
@@ -61,8 +61,8 @@ def files(paths: Iterable[str | Path], *, field: str = "") -> list[Path]:
             result += inside
         elif not is_file:
             raise DataError(
-                f"{shown}: there is no such file; {TEXTS}, and scripts/prepare_data.py "
-                "stdlib one of Python's library"
+                f"{shown}: there is no such file; {TEXTS}, and "
+                "`lljax data stdlib` one of Python's library"
             )
         elif not path.name.endswith(LINES + ARRAYS):
             advice = FOREIGN.get(path.suffix, TEXTS)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with lljax models (pip install 'lljax[lm-eval]'): importing this module
+"""lm-evaluation-harness with lljax models (pip install -e '.[lm-eval]'): importing this module
 registers the model "lljax".
 
 python -m lljax.evaluation.harness run --model=lljax --model_args=workdir=runs/quickstart

@@ -45,7 +45,7 @@ def segmented(text: str) -> list[str]:
     except ImportError:
         raise ConfigError(
             "the Chinese tasks of LongBench are scored by words that jieba finds: pip install "
-            "'lljax[zh]', or leave them out of --tasks"
+            "jieba, or leave them out of --tasks"
         ) from None
     jieba.setLogLevel("ERROR")  # otherwise it reports its dictionary on stderr
     return list(jieba.cut(text, cut_all=False))

@@ -355,7 +355,7 @@ def test_files_of_which_no_row_is_usable_are_refused_though_others_are(tmp_path,
 def test_a_missing_file_is_named_with_its_field(tmp_path, run, field, name):
     file, missing = write(tmp_path / "a.jsonl", texts(3)), str(tmp_path / "none.jsonl")
     with pytest.raises(
-        DataError, match=f"^{field}: {missing}: there is no such file; scripts/prepare_data.py"
+        DataError, match=f"^{field}: {missing}: there is no such file; `lljax data folder`"
     ):
         run(
             *((missing,) if name == "train" else (file,)),

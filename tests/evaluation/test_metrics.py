@@ -273,7 +273,7 @@ def test_the_rouge_score_of_zeroscrolls_is_the_geometric_mean_of_means_of_the_be
 
 def test_without_jieba_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[zh\]'"):
+    with pytest.raises(ConfigError, match="pip install jieba"):
         metrics.qa_f1_zh("你好", "你好")
 
 

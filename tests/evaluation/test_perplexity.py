@@ -100,7 +100,7 @@ def test_new_tokens_are_counted_once_and_are_the_same_at_every_length(model, los
         np.testing.assert_allclose(
             window_perplexity(model, texts, stride), np.exp(np.mean(losses)), rtol=1e-4
         )
-    with pytest.raises(TooShort, match="nothing before them"):
+    with pytest.raises(TooShort, match="have no context"):
         new_token_windows(data, 4, 32, 9, stride)
 
 
