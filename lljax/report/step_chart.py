@@ -184,17 +184,26 @@ def _add_readings(axes: "Axes", readings: Mapping[str, Line], bands: Sequence[Ba
     """Invisible strips over the plot whose titles give the values at their middle."""
     if not readings:
         return
+    from matplotlib.patches import Rectangle
+
     steps = next(iter(readings.values())).x
     chosen = np.unique(
         np.linspace(0, len(steps) - 1, min(READINGS, len(steps))).round().astype(int)
     )
     middles = steps[chosen]
     low, high = axes.get_xlim()
+    look: dict[str, Any] = {
+        "transform": axes.get_xaxis_transform(),
+        "facecolor": "none",
+        "linewidth": 0,
+        "zorder": 10,
+        "clip_on": False,
+    }
     edges = [low, *((middles[1:] + middles[:-1]) / 2), high]
     for i, left, right in zip(chosen, edges[:-1], edges[1:], strict=True):
         stage = [f"{b.first} {b.second}" for b in bands if b.start <= steps[i] <= b.stop][-1:]
         values = (f"{name} {line.y[i]:.4g}" for name, line in readings.items())
-        strip = axes.axvspan(left, right, facecolor="none", linewidth=0, zorder=10, clip_on=False)
+        strip = axes.add_artist(Rectangle((left, 0), right - left, 1, **look))
         describe(strip, "strip", ", ".join([f"step {steps[i]:,.0f}", *stage, *values]))
 
 
