@@ -70,11 +70,13 @@ def noise(n: int) -> list[str]:
 @functools.lru_cache
 def words(kind: str) -> tuple[str, ...]:
     """The nouns, adjectives or verbs (kind "noun" ...) of wonderwords, RULER's word lists."""
-    text = (
-        importlib.resources.files("wonderwords.assets")
-        .joinpath(f"{kind}list.txt")
-        .read_text(encoding="utf-8")
-    )
+    try:
+        folder = importlib.resources.files("wonderwords.assets")
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "the words of RULER's haystacks are missing: pip install wonderwords"
+        ) from None
+    text = folder.joinpath(f"{kind}list.txt").read_text(encoding="utf-8")
     return tuple(sorted({line.strip() for line in text.splitlines()} - {""}))
 
 

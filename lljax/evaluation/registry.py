@@ -29,16 +29,16 @@ def _longbench(even: bool) -> Family:
     """LongBench, or LongBench-E (`even`), whose tasks end in _e."""
 
     def tasks(sources: Sources) -> Tasks:
-        found = longbench.tasks(sources.longbench, sources.longbench_config)
-        return {name: task for name, task in found.items() if name.endswith("_e") == even}
+        both = longbench.tasks(sources.longbench, sources.longbench_config)
+        return {name: task for name, task in both.items() if name.endswith("_e") == even}
 
     return Family(tasks)
 
 
 def _zeroscrolls(family: str) -> Family:
     def tasks(sources: Sources) -> Tasks:
-        found = zeroscrolls.tasks(sources.zeroscrolls)
-        return {name: task for name, task in found.items() if name.startswith(f"{family}/")}
+        both = zeroscrolls.tasks(sources.zeroscrolls)
+        return {name: task for name, task in both.items() if name.startswith(f"{family}/")}
 
     return Family(tasks)
 
@@ -77,7 +77,7 @@ def find(names: Sequence[str], sources: Sources, field: str = "--tasks") -> list
     """
     by_family = {name: family.tasks(sources) for name, family in FAMILIES.items()}
     tasks = {name: task for family in by_family.values() for name, task in family.items()}
-    found: Tasks = {}
+    chosen: Tasks = {}
     for name in names:
         if name in FAMILIES:
             members = FAMILIES[name].members(by_family[name], sources)
@@ -92,8 +92,8 @@ def find(names: Sequence[str], sources: Sources, field: str = "--tasks") -> list
                 f"--longbench={sources.longbench}: the folder holds none of its files, such as "
                 f"{'qasper_e' if name == 'longbench_e' else 'qasper'}.jsonl"
             )
-        found |= {member: tasks[member] for member in members}
-    return list(found.values())
+        chosen |= {member: tasks[member] for member in members}
+    return list(chosen.values())
 
 
 def _known(name: str, tasks: Tasks) -> list[str]:

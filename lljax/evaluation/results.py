@@ -138,17 +138,17 @@ def write(folder: Path, scores: Sequence[Score], keys: Mapping[str, str]) -> lis
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores, keys = _merged(folder / "evaluation.json", scores, keys)
-    made = tables(scores)
+    all_tables = tables(scores)
     content = {
         "finding": finding(scores),
-        "tables": made,
+        "tables": all_tables,
         "charts": charts(scores),
         "keys": keys,
         "scores": [*map(_plain, scores)],
         "means": [*map(_plain, family_means(scores))],
     }
     atomic_write(folder / "evaluation.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    atomic_write(folder / "evaluation.md", "\n".join(map(markdown, made)))
+    atomic_write(folder / "evaluation.md", "\n".join(map(markdown, all_tables)))
     return scores
 
 

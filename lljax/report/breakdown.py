@@ -12,7 +12,8 @@ STEP, DATA = "train", "data"  # names of the loop's annotations in a trace
 # A collective's name: the compiler's, its JAX primitive's or its NCCL kernel's.
 COLLECTIVE = re.compile(
     r"%?(ragged-)?(all[-_](gather|reduce|to[-_]all)|reduce[-_]scatter|"
-    r"collective[-_](permute|broadcast)|async-collective-(start|done)|psum|pmax|pmin|ppermute|nccl)",
+    r"collective[-_](permute|broadcast)|async-collective-(start|done)|"
+    r"psum|pmax|pmin|ppermute|nccl)",
     re.IGNORECASE,
 )
 

@@ -98,9 +98,9 @@ class Section:
         are ignored.
         """
         for item in items if isinstance(items, list) else ():
-            made = self.guarded(source, make, item)
-            if made is not None:
-                target.append(made)
+            part = self.guarded(source, make, item)
+            if part is not None:
+                target.append(part)
 
     def __bool__(self) -> bool:
         return any(value for name, value in vars(self).items() if name != "title")

@@ -50,7 +50,7 @@ def _add_breakdown(section: Section, profile: dict[str, Any]) -> None:
     steps = f"step {breakdown.steps[0]:,}"
     if len(breakdown.steps) > 1:
         steps = f"steps {breakdown.steps[0]:,} to {breakdown.steps[-1]:,}"
-    shown = parts | {"collectives behind computing": breakdown.hidden}
+    shown = parts | {"overlapped collectives": breakdown.hidden}
     table = Table(
         columns=["", "seconds a step", "%"],
         rows=[

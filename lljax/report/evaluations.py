@@ -19,19 +19,19 @@ LARGEST_IMAGE = 1 << 24  # bytes
 
 
 def evaluation(files: RunFiles) -> Section:
-    section, found = Section("Evaluation"), files.evaluation
-    section.extend(section.tables, "evaluation.json", table_of, found.get("tables"))
+    section, content = Section("Evaluation"), files.evaluation
+    section.extend(section.tables, "evaluation.json", table_of, content.get("tables"))
     tables = (
         section.guarded("lm-eval's results", lm_eval_table, files.workdir),
         section.guarded("metrics.jsonl", during_training, files.evaluations),
     )
     section.tables += filter(None, tables)
-    section.extend(section.figures, "evaluation.json", chart, found.get("charts"))
+    section.extend(section.figures, "evaluation.json", chart, content.get("charts"))
     section.extend(
         section.images,
         "evaluation.json",
         lambda row: image(files.workdir, row),
-        found.get("images"),
+        content.get("images"),
     )
     return section
 

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -14,7 +13,6 @@ from html.parser import HTMLParser
 import pytest
 
 from lljax.report.page import write_report
-from scripts import report
 
 SCHEDULE = [[10, 8192, "shifted"], [20, 16384, "shifted"], [40, 32768, "full"]]
 VOID = {"meta", "br", "hr", "img", "rect", "path", "circle", "line", "polyline"}
@@ -265,28 +263,6 @@ def test_a_long_run_still_gives_a_small_page_in_seconds(tmp_path):
     text = write_report(tmp_path).read_text()
     assert time.process_time() - start < 10  # about 2 on an idle machine
     assert len(text) < 500_000 and "Only 200 of the marked steps are drawn" in text
-
-
-def test_the_script_writes_it_and_says_in_a_line_why_it_cannot(tmp_path, monkeypatch, capsys):
-    def script(workdir):
-        monkeypatch.setattr(sys, "argv", ["report.py", f"--workdir={workdir}"])
-        try:
-            report.main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    page(tmp_path / "run", [record(1)])
-    assert script(tmp_path / "run") == (0, f"{tmp_path / 'run' / 'report.html'}\n", "")
-    (tmp_path / "run" / "report.html").unlink()
-    (tmp_path / "run" / "report.html").mkdir()
-    for workdir, told in (
-        (tmp_path, "no run was started there"),
-        (tmp_path / "run", "report.html cannot be written"),
-    ):
-        code, _, errors = script(workdir)
-        assert code == 2 and told in errors and errors.count("\n") == 1
 
 
 def evaluated(**changes):
@@ -575,6 +551,6 @@ def test_a_trace_shows_as_a_bar_of_parts_that_make_up_the_step(tmp_path):
         "8 devices",
         "A step of 2.0 s",
         "waiting for data",
-        "collectives behind computing",
+        "overlapped collectives",
     ):
         assert told in text, told
