@@ -17,6 +17,7 @@ def new_axes(
     *,
     top: float = TOP,
     left: float = LEFT,
+    right: float = RIGHT,
     bottom: float = BOTTOM,
 ) -> "Axes":
     """Axes with the margins of every chart, horizontal grid lines and a title at the left."""
@@ -25,7 +26,7 @@ def new_axes(
         (
             left / width,
             bottom / height,
-            (width - left - RIGHT) / width,
+            (width - left - right) / width,
             (height - top - bottom) / height,
         )
     )

@@ -170,7 +170,7 @@ def spread(title: str, values: Mapping[str, Sequence[float]]) -> "Figure":
     rows = {name: some for name, some in values.items() if some}
     left = 30 + 6.5 * max(map(len, rows))
     figure = new_figure(left + 450, TITLE_ONLY + 20 * len(rows) + BOTTOM)
-    axes = new_axes(figure, title, top=TITLE_ONLY, left=left)
+    axes = new_axes(figure, title, top=TITLE_ONLY, left=left, right=50)
     axes.grid(visible=False)
     axes.grid(axis="x", color=COLORS["line"], linewidth=1)
     axes.set_ylim(len(rows) - 0.5, -0.5)

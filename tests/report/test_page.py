@@ -1,6 +1,4 @@
-"""The page says what the run did, needs nothing but itself, and survives whatever a run leaves
-behind.
-"""
+"""The page shows the run, needs no other file, and survives damaged ones."""
 
 import json
 import math
@@ -83,7 +81,7 @@ def coordinates(text):
     ]
 
 
-def test_a_whole_run_is_told(tmp_path):
+def test_the_page_shows_a_whole_run(tmp_path):
     table = {
         "columns": ["model", "512"],
         "rows": [["base", 18.2], ["adapter", "16.44"]],
@@ -154,7 +152,7 @@ def test_light_and_dark_and_a_phone(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["config", "eval", "table", "device", "finding", "charts"])
-def test_what_a_user_wrote_is_text_and_not_markup(tmp_path, where):
+def test_text_of_a_user_is_never_markup(tmp_path, where):
     evil = "<script>alert(1)</script>\"'&"
     config = {"model": {"path": evil if where == "config" else "base"}, "data": {"train": [evil]}}
     tables = (
@@ -217,7 +215,7 @@ def test_what_a_user_wrote_is_text_and_not_markup(tmp_path, where):
     ],
     ids=["none", "one", "two", "all nan", "inf", "zero", "huge", "resumed", "nan evaluation"],
 )
-def test_whatever_a_run_leaves_gives_a_sane_page(tmp_path, records):
+def test_any_run_gives_a_page_without_odd_coordinates(tmp_path, records):
     text = page(tmp_path, records)
     assert all(math.isfinite(number) for number in coordinates(text))
 
@@ -238,7 +236,7 @@ def test_a_step_that_was_not_finite_is_marked_among_the_alarms(tmp_path):
     assert marks(page(tmp_path / "calm", calm)) == 0 and marks(page(tmp_path / "bad", bad)) == 1
 
 
-def test_a_rollback_is_counted_and_marked_where_the_run_went_on(tmp_path):
+def test_a_rollback_is_counted_and_marked_at_the_next_step(tmp_path):
     back = {"to": 4, "from": 8, "loss": 90.0, "loss_z": 70.0, "grad_norm": 3.0, "z": 1.0}
     text = page(
         tmp_path, [record(s) for s in range(1, 5)] + [record(5, rollbacks=[back])] + [record(6)]
@@ -296,7 +294,7 @@ def evaluated(**changes):
     } | changes
 
 
-def test_the_finding_comes_first_from_an_evaluation_or_else_from_those_while_training(tmp_path):
+def test_the_finding_comes_first_from_an_evaluation_or_from_evaluations_during_training(tmp_path):
     records = [
         record(1),
         *(
@@ -354,7 +352,7 @@ def test_held_out_perplexity_has_a_curve_for_each_length(tmp_path):
     assert '<i class="series1"></i>1,024 tokens' in text
 
 
-def test_charts_are_drawn_in_the_colours_of_the_page_and_every_value_has_its_column_beside_it(
+def test_charts_have_the_colors_of_the_page_and_every_cell_its_column(
     tmp_path,
 ):
     lines = {name: [50.0, 60.0] for name in ("one", "two", "three")}
@@ -383,7 +381,7 @@ def test_charts_are_drawn_in_the_colours_of_the_page_and_every_value_has_its_col
     )
 
 
-def test_what_the_lm_evaluation_harness_left_in_the_folder_is_told_and_the_newest_of_it(tmp_path):
+def test_the_page_shows_the_newest_results_of_the_lm_evaluation_harness(tmp_path):
     def left(name, accuracy, **more):
         path = tmp_path / "run" / "lm_eval" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -488,7 +486,7 @@ def test_files_that_hold_anything_give_a_page_of_the_rest(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"[" * 100_000, b"5", b"1" * 5000, b"{}", b'{"tables": 1e999}']
 )
-def test_a_damaged_evaluation_is_passed_over_and_the_rest_is_told(tmp_path, content, caplog):
+def test_a_damaged_evaluation_costs_its_part_of_the_page(tmp_path, content, caplog):
     page(tmp_path, [record(1)])
     (tmp_path / "evaluation.json").write_bytes(content)
     assert "trained tokens" in write_report(tmp_path).read_text()
@@ -520,7 +518,7 @@ def test_a_picture_that_is_a_link_or_no_png_is_not_shown(tmp_path):
 def test_two_may_write_the_report_at_the_same_time(tmp_path):
     page(tmp_path, [record(s) for s in range(1, 41)])
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: write_report(tmp_path), range(12)))
+        list(pool.map(lambda _: write_report(tmp_path), range(8)))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         "metrics.jsonl",
