@@ -69,9 +69,11 @@ def value_axis(
 
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
         axes.yaxis.set_minor_locator(NullLocator())
-    else:
+    if log and high / low > 20:
+        factors = (1, 2, 5) if high / low < 300 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=factors, numticks=8))
+    else:  # within little more than a decade, 1, 2 and 5 would be too few ticks
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=whole, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value)))
     axes.set_ylim(low, high)

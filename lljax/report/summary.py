@@ -82,12 +82,13 @@ def _during_training(evaluations: list[dict]) -> list[Fact]:
         ]
         (first, before), (last, after) = values[0], values[-1]
         label = "Held-out perplexity" if name == "perplexity" else name
+        since = f"step {first:,} to " if last > first else ""
         facts.append(
             Fact(
                 label=f"{label} at {longest[name]:,} tokens",
                 value=four_figures(after),
                 before=four_figures(before) if last > first else None,
-                note=f"step {first:,} to step {last:,}, during training",
+                note=f"{since}step {last:,}, during training",
             )
         )
     return facts

@@ -66,6 +66,18 @@ def test_a_running_median_ignores_spikes_and_does_not_cross_stages():
 
 
 @pytest.mark.parametrize(
+    "low,high", [(0.7, 1.2), (3.0, 40.0), (1, 290), (1, 400), (1e-6, 1e6), (17.0, 17.01)]
+)
+def test_a_logarithmic_axis_has_enough_ticks(low, high):
+    steps = np.arange(1.0, 50)
+    line = Line(steps, np.geomspace(low, high, len(steps)), "raw")
+    axes = step_chart.line_chart("t", [line], log=True).axes[0]
+    bottom, top = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
+    assert 3 <= len(ticks) <= 10
+
+
+@pytest.mark.parametrize(
     "y,log,at", [(0.5, False, 0.5), (np.nan, False, "top"), (-1.0, True, "top")]
 )
 def test_a_mark_stands_at_its_value_or_at_the_upper_edge(y, log, at):

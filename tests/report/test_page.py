@@ -311,6 +311,7 @@ def test_the_finding_comes_first_from_an_evaluation_or_from_evaluations_during_t
     assert not finding(page(tmp_path / "c", [record(1)]))
     single = finding(page(tmp_path / "d", [record(1), records[-1]]))
     assert "<b>20.50</b>" in single and "<span>" not in single
+    assert '<dd class="note">step 40, during training</dd>' in single
 
 
 def finding(text):
