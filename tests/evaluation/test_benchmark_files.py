@@ -135,7 +135,7 @@ def test_a_row_of_longbench_that_is_not_in_its_schema_is_named(change, reason, b
         examples(longbench.tasks(bench, None)["longbench/hotpotqa"], tokenizer)
 
 
-def test_what_longbench_lacks_is_said_in_one_line(bench, tokenizer, tmp_path):
+def test_a_missing_file_of_longbench_is_one_line(bench, tokenizer, tmp_path):
     task = lambda folder, config=None: longbench.tasks(folder, config)["longbench/trec"]
     with pytest.raises(ConfigError, match="name their folder with --longbench"):
         examples(task(None), tokenizer)
