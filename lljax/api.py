@@ -102,7 +102,9 @@ def train(
       ConfigError: a model without adapters, an unknown field or an illegal value; and the errors
         of lljax.run.loop.train.
     """
-    from lljax.evaluation.eval_hook import examiner  # imported here: slow, and only needed to train
+    from lljax.evaluation.eval_hook import (
+        make_eval_hook,  # imported here: slow, and only needed to train
+    )
 
     settings = _settings(model)
     if "lora.rank" not in settings:
@@ -126,7 +128,7 @@ def train(
         **_dotted(fields),
     }
     c = _configuration(settings, "lljax.train")
-    trained: Any = loop.train(c, workdir, model=model, examiner=examiner)
+    trained: Any = loop.train(c, workdir, model=model, examiner=make_eval_hook)
     trained.workdir = str(workdir)
     return trained
 

@@ -15,12 +15,20 @@ from rich.table import Table
 from lljax.cli.console import console
 from lljax.config import Config, default_config
 from lljax.data.template import with_template
-from lljax.data.tokens import FIELDS, TokenStore, prepare
+from lljax.data.token_store import TokenStore
+from lljax.data.tokens import FIELDS, prepare
 from lljax.errors import ConfigError, printable
 from lljax.evaluation import perplexity, registry, results, zeroscrolls
-from lljax.evaluation.batched_generation import Asking, answer, too_short
+from lljax.evaluation.batched_generation import (
+    EvalModel,
+    EvalSettings,
+    score_tasks,
+    too_short,
+)
+from lljax.evaluation.predictions import Predictions
 from lljax.evaluation.protocols import PROTOCOLS
-from lljax.evaluation.results import Predictions, Score
+from lljax.evaluation.scores import Score
+from lljax.evaluation.tables import tables
 from lljax.evaluation.task import Example, Sources, Task, TooShort, refuse_beyond
 from lljax.interop.open import end_tokens, tokenizer_fingerprint
 from lljax.models.decoder import Decoder
@@ -59,7 +67,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     tokenizer = base.tokenizer()
     store = held_out(arguments, base, tokenizer, out) if protocols else None
     texts = read_held_out(protocols, lengths, store, arguments.documents)
-    asking = Asking(
+    settings = EvalSettings(
         tokenizer=with_template(tokenizer),
         samples=arguments.samples,
         seed=arguments.seed,
@@ -68,12 +76,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         rows=arguments.rows,
         cache_dtype="int8" if arguments.cache == "int8" else None,
     )
-    reasons = too_short(progress(tasks, "first examples") if tasks else (), lengths, asking)
+    reasons = too_short(progress(tasks, "first examples") if tasks else (), lengths, settings)
     for reason in dict.fromkeys(reasons.values()):
         say(f"– {reason}")
-    scores, keys = measure(candidates, texts, tasks, lengths, asking, out)
+    scores, keys = measure(candidates, texts, tasks, lengths, settings, out)
     scores = results.write(out, scores, keys)
-    for table in results.tables(scores):
+    for table in tables(scores):
         show(table)
     say(f"Report: {write_report(out)}")
 
@@ -83,7 +91,7 @@ def measure(
     texts: dict,
     tasks: list[Task],
     lengths: list[int],
-    asking: Asking,
+    settings: EvalSettings,
     out: Path,
 ) -> tuple[list[Score], dict[str, str]]:
     """The scores of every model, and the key of each by the name that scores have.
@@ -91,29 +99,20 @@ def measure(
     The models are loaded one after the other.
     """
     # no perplexity depends on it
-    how = ", chat" * asking.chat + ", int8 cache" * (asking.cache_dtype is not None)
+    how = ", chat" * settings.chat + ", int8 cache" * (settings.cache_dtype is not None)
     where: dict[str, Any] = {"dtype": candidates.dtype, "layout": candidates.layout}
     scores, keys = [], {}
     with Predictions(out / "predictions.jsonl") as predictions:
         for candidate in candidates.models:
             model, name = candidate.load(), candidate.name + how
-            key = candidates.key(candidate, model, asking.tokenizer)
+            key = candidates.key(candidate, model, settings.tokenizer)
             keys[candidate.name] = keys[name] = key
             scores += perplexities(model, candidate.name, key, texts, predictions, **where)
+            evaluated = EvalModel(model, name, key + how, **where)
             answered = list(
-                answer(
-                    model,
-                    name,
-                    key + how,
-                    tasks,
-                    lengths,
-                    asking,
-                    predictions,
-                    progress=progress,
-                    **where,
-                )
+                score_tasks(evaluated, tasks, lengths, settings, predictions, progress=progress)
             )
-            submit(out, name, key + how, answered, asking.samples, predictions)
+            submit(out, name, key + how, answered, settings.samples, predictions)
             scores += answered
             del model  # before the next is read
     return scores, keys
@@ -282,7 +281,7 @@ def say(text: str) -> None:
 
 
 def show(content: dict) -> None:
-    """Prints a table of lljax.evaluation.results."""
+    """Prints a table of lljax.evaluation.tables."""
     table = Table(*content["columns"], caption=content["caption"])
     for row in content["rows"]:
         table.add_row(*row)

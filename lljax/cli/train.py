@@ -42,7 +42,7 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
 def train(config: Config, workdir: str, profile_steps: str | None = None) -> None:
     """Trains as one process of the run and prints the next commands."""
     # Imported here: it takes seconds, and errors on the command line come first.
-    from lljax.evaluation.eval_hook import examiner
+    from lljax.evaluation.eval_hook import make_eval_hook
     from lljax.hardware.compiler_flags import take_gpu_memory
     from lljax.parallel import processes
     from lljax.run import loop
@@ -55,7 +55,7 @@ def train(config: Config, workdir: str, profile_steps: str | None = None) -> Non
     with processes.to_the_end(), processes.session(), exit_cleanly():
         processes.start(config.mesh.peer_timeout)
         take_gpu_memory()  # needs the number of processes on this host
-        loop.train(config, workdir, examiner=examiner, profile_steps=read_steps(profile_steps))
+        loop.train(config, workdir, examiner=make_eval_hook, profile_steps=read_steps(profile_steps))
         if processes.first():
             show(next_commands(workdir, config.data))
 

@@ -143,4 +143,4 @@ def converse(writer: Writer, chat: Chat) -> None:
                 f"before a reply: its oldest {chat.left_out} messages are left out)",
                 file=sys.stderr,
             )
-        chat.heard(writer.write(prompt))
+        chat.add_reply(writer.write(prompt))

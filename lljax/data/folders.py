@@ -1,25 +1,24 @@
-"""A folder of text files (a code repository, papers as text) into JSONL documents with file
-markers.
-"""
+"""Converts a folder of text files (a code repository, papers) to JSONL documents."""
 
 import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from lljax.errors import ConfigError, printable
 
-MARKER = "### file: {path}\n"  # what stands before each file in a document
-MAX_FILE = 4 << 20  # bytes; a larger file is data, not text that somebody wrote
+MARKER = "### file: {path}\n"  # precedes each file in a document
+MAX_FILE = 4 << 20  # bytes; larger files are data rather than written text
 
 
 def text_files(
     folder: Path,
-    include,
-    exclude,
+    include: Sequence[str],
+    exclude: Sequence[str],
     *,
     out: Path | None = None,
     follow_links: bool = False,
@@ -27,12 +26,11 @@ def text_files(
 ) -> Iterator[tuple[str, str]]:
     """(path inside the folder, text) of the UTF-8 text files, in sorted order.
 
-    include, exclude: shell patterns on the path or the file name; hidden files and folders are left
-      out.
-    out: the file that is being written, which is left out. follow_links: also what links lead to
-      outside the folder.
-    skipped: takes the names of files that match and are no text (or links that dangle, lead outside
-      or to hidden files, or above MAX_FILE).
+    include, exclude: shell patterns for the path or the file name; hidden files and folders are
+      always left out.
+    out: the output file, which is left out. follow_links: also follow links out of the folder.
+    skipped: receives the names of matching files that are not text or exceed MAX_FILE, and of links
+      that are broken, or lead outside or to hidden files.
     """
     skipped, root = [] if skipped is None else skipped, os.path.realpath(folder)
     for path in sorted(_walk(folder)):
@@ -57,7 +55,7 @@ def _is_inside(target: str, root: str) -> bool:
 
 
 def _text(path: Path) -> str:
-    """What a file holds; "" where its content or its name is not UTF-8, or it cannot be read."""
+    """The text of a file; "" if its content or name is not UTF-8, or it cannot be read."""
     try:
         str(path).encode("utf-8")
         return (
@@ -78,13 +76,18 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def documents(
-    folder: Path, include=("*",), exclude=(), *, repository: bool = False, **how
+    folder: Path,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    *,
+    repository: bool = False,
+    **filters: Any,
 ) -> Iterator[str]:
-    """One document per file; or, with `repository`, one per folder of files, each file behind its
-    marker. how: as for `text_files`.
+    """One document for each file, or with `repository` one for each folder of files; a MARKER
+    precedes every file. filters: the keyword arguments of `text_files`.
     """
     together: dict[str, list[str]] = {}
-    for name, text in text_files(folder, include, exclude, **how):
+    for name, text in text_files(folder, include, exclude, **filters):
         marked = MARKER.format(path=printable(name)) + text.rstrip("\n") + "\n"
         if repository:
             together.setdefault(str(Path(name).parent), []).append(marked)
@@ -93,13 +96,13 @@ def documents(
     yield from ("\n".join(parts) for parts in together.values())
 
 
-def write_jsonl(texts, out: Path) -> tuple[int, int]:
-    """Writes {"text": ...} rows; returns how many and how many characters.
+def write_jsonl(texts: Iterable[str], out: Path) -> tuple[int, int]:
+    """Writes {"text": ...} rows; returns the numbers of rows and of characters.
 
-    `out` appears, or is replaced, when complete, and not where there are no rows.
+    `out` appears, or is replaced, when it is complete; without rows it is not written.
 
     Raises:
-      ConfigError: nothing can be written there.
+      ConfigError: `out` cannot be written.
     """
     unfinished, rows, characters = out.with_name(f".{out.name}.tmp"), 0, 0
     try:
@@ -112,10 +115,11 @@ def write_jsonl(texts, out: Path) -> tuple[int, int]:
         raise ConfigError(f"--out={printable(str(out))}: another process is writing it") from None
     except OSError as error:
         raise ConfigError(
-            f"--out={printable(str(out))}: it cannot be written ({error.strerror.lower()})"
+            f"--out={printable(str(out))}: it cannot be written "
+            f"({(error.strerror or str(error)).lower()})"
         ) from None
     with file:
-        file.truncate(0)  # what a process that was killed has left
+        file.truncate(0)  # a killed process may have left rows
         try:
             for text in texts:
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")

@@ -1,18 +1,19 @@
-"""Marks in place of the texts of a conversation.
+"""Placeholders ("marks") for the texts of a conversation.
 
-Templates trim contents, escape them, and look for tags in them. A mark is a word of letters and
-digits, which survives that; white space around a text and the tags in it stay where they are.
+Templates trim contents, escape them, and search them for tags. A mark is a word of letters and
+digits, which stays intact; the white space around a text and the tags in it stay in place.
 """
 
 import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from lljax.data.formats import THOUGHTS
+from lljax.data.messages import THOUGHTS
 
-# What templates look for in a content: <think>, [THINK], <seed:think>, <tool_response>, /no_think.
+# Tags that templates search for: <think>, [THINK], <seed:think>, <tool_response>, /no_think.
 TAG = re.compile(
     r"([<\[◁]/?[\w:|]{0,20}(?:think|tool)\w{0,20}[>\]▷]"
     r"|/(?:no_?)?think\b|detailed thinking (?:on|off))",
@@ -23,10 +24,10 @@ ENDS_THOUGHT = re.compile(r"[<\[◁]/[\w:|]{0,20}think\w{0,20}[>\]▷]", re.IGNO
 
 @dataclasses.dataclass(eq=False)
 class Mark:
-    """One hidden text.
+    """A hidden text.
 
-    message: its index, -1 for tools. kind: content, thought, call, arguments (of a call, as text)
-    or tool. space: the white space behind it. shown: the template shows it.
+    message: index of its message, -1 for tools. kind: content, thought, call, arguments (of a call,
+    as text) or tool. space: the white space after it. shown: the template shows it.
     """
 
     message: int
@@ -36,7 +37,7 @@ class Mark:
     shown: bool = False
 
     def as_shown(self) -> Iterator[str]:
-        """The text as templates write it: as it is, or as JSON, once or twice."""
+        """The spellings of templates: the text itself, and as JSON, encoded once or twice."""
         yield self.text
         once = json.dumps(self.text, ensure_ascii=False)[1:-1]
         yield once
@@ -45,7 +46,7 @@ class Mark:
 
 
 class Marker:
-    """Hides texts behind marks that `text` does not hold, and finds the marks in a rendering."""
+    """Replaces texts by marks that do not occur in `text`, and finds the marks in a rendering."""
 
     def __init__(self, text: str):
         stems = (f"Mq{k}x" for k in itertools.count())
@@ -54,7 +55,7 @@ class Marker:
 
     # ---------------------------------------------------------------- hiding
     def message(self, i: int, message: dict) -> dict:
-        """Message i with its content, thought and calls of tools hidden."""
+        """Message i with its content, thought and tool calls hidden."""
         hidden = dict(message)
         thoughts = [name for name in THOUGHTS if isinstance(message.get(name), str)]
         if thoughts:
@@ -65,19 +66,14 @@ class Marker:
         return with_functions(hidden, lambda function: self._function(i, function))
 
     def tool(self, tool: dict) -> dict:
-        """The description of a tool with its name hidden."""
-        named = {"tool_calls": [tool]}
-        return with_functions(
-            named,
-            lambda function: (
-                function
-                | (
-                    {"name": self._hide(-1, "tool", function["name"])}
-                    if isinstance(function.get("name"), str)
-                    else {}
-                )
-            ),
-        )["tool_calls"][0]
+        """A tool's description with the name hidden."""
+
+        def hide_name(function: dict) -> dict:
+            if not isinstance(function.get("name"), str):
+                return function
+            return function | {"name": self._hide(-1, "tool", function["name"])}
+
+        return with_functions({"tool_calls": [tool]}, hide_name)["tool_calls"][0]
 
     def _hide(self, message: int, kind: str, text: str) -> str:
         core = text.strip()
@@ -88,7 +84,7 @@ class Marker:
         return f"{before}{self.stem}{len(self.marks) - 1}z{space}"
 
     def _content(self, i: int, message: dict) -> str:
-        parts, thought = TAG.split(message["content"]), 0  # tags have the odd places
+        parts, thought = TAG.split(message["content"]), 0  # tags have odd indices
         if message["role"] == "assistant":
             ends = [n for n, part in enumerate(parts) if n % 2 and ENDS_THOUGHT.fullmatch(part)]
             thought = max(ends, default=0)
@@ -106,7 +102,8 @@ class Marker:
             hidden["arguments"] = self._leaves(i, arguments)
         return function | hidden
 
-    def _leaves(self, i: int, value):
+    def _leaves(self, i: int, value: Any) -> Any:
+        """A JSON value with all strings hidden."""
         if isinstance(value, dict):
             return {key: self._leaves(i, item) for key, item in value.items()}
         if isinstance(value, list):
@@ -115,34 +112,34 @@ class Marker:
 
     # ---------------------------------------------------------------- finding
     def split(self, rendering: str) -> tuple[list[str], list[Mark]]:
-        """What stands before, between and behind the marks; and the marks."""
+        """The text before, between and after the marks, and the marks."""
         parts = re.split(self.stem + r"(\d+)z", rendering)
         return parts[::2], [self.marks[int(number)] for number in parts[1::2]]
 
-    def behind(self, rendering: str) -> str:
-        """What stands behind all marks. One that stood before is its text there, and no mark."""
+    def after_marks(self, rendering: str) -> str:
+        """The text after the first occurrence of every mark; repeated marks become their text."""
         between, marks = self.split(rendering)
         first = {mark: n for n, mark in reversed(list(enumerate(marks)))}
         last = max(first.values(), default=-1)
-        repeated = zip(marks[last + 1 :], between[last + 2 :])
+        repeated = zip(marks[last + 1 :], between[last + 2 :], strict=True)
         return between[last + 1] + "".join(mark.text + then for mark, then in repeated)
 
 
-def with_functions(message: dict, change) -> dict:
-    """The message with `change` made to the function of every call of a tool.
+def with_functions(message: dict, change: Callable[[dict], dict]) -> dict:
+    """The message with `change` applied to the function of every tool call.
 
     Raises:
-      ValueError: its tool_calls is no list of calls.
+      ValueError: tool_calls is not a list of calls.
     """
     calls = message.get("tool_calls")
     if not calls:
         return message
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise ValueError("tool_calls is no list of calls")
+        raise ValueError("tool_calls is not a list of calls")
     nested = [isinstance(call.get("function"), dict) for call in calls]
     return message | {
         "tool_calls": [
             call | {"function": change(call["function"])} if inner else change(call)
-            for call, inner in zip(calls, nested)
+            for call, inner in zip(calls, nested, strict=True)
         ]
     }

@@ -1,8 +1,8 @@
-"""Chat templates, run in a process of their own: in bounded time and memory, whatever they do.
+"""Renders chat templates in a separate process, in bounded time and memory.
 
-A template comes with a model and is a program of other people: it may loop without end, write
-gigabytes, raise, or end its process. The process is started at the first rendering, serves all that
-follow, and ends with this one.
+A template comes with a model and is third-party code: it may loop forever, write gigabytes, raise,
+or end its process. The process starts at the first rendering, serves all later ones, and ends with
+the parent.
 """
 
 import atexit
@@ -16,19 +16,19 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from lljax.errors import ModelError, first_line
 
 START_SECONDS = 120  # for the process to start
-SECONDS, SECONDS_A_MESSAGE = 10, 0.02  # for the renderings of one call; Qwen3's takes 0.0002
-MEMORY = 2 << 30  # bytes that the process may take for them
-LONGEST = 1 << 22  # characters of one rendering, of a short conversation
-ADVICE = "mend chat_template, or remove it to use lljax's own"
+SECONDS, SECONDS_A_MESSAGE = 10, 0.02  # for all renderings of a call; Qwen3's needs 0.0002
+MEMORY = 2 << 30  # bytes for the renderings
+LONGEST = 1 << 22  # characters of the rendering of a short conversation
+ADVICE = "fix chat_template, or remove it to use lljax's own"
 
 
 class TemplateError(ValueError):
-    """What a template raised. kind: its class. The message may hold text of the conversation."""
+    """An exception of a template; `kind` is its class. The message may hold a user's text."""
 
     def __init__(self, message: str, kind: str):
         super().__init__(message)
@@ -43,22 +43,22 @@ class Job(NamedTuple):
 
 
 class Rendering(NamedTuple):
-    """text, and where its {% generation %} blocks are, if return_assistant_tokens_mask is set."""
+    """spans: of {% generation %} blocks, if return_assistant_tokens_mask is set."""
 
     text: str
     spans: list[list[int]]
 
 
-def render(tokenizer, jobs: Sequence[Job]) -> list[Rendering | TemplateError]:
-    """Renders by the chat template of a tokenizer; one that raised stands there as an error.
+def render(tokenizer: Any, jobs: Sequence[Job]) -> list[Rendering | TemplateError]:
+    """Renders `jobs` with the chat template of a tokenizer; a TemplateError for each that raised.
 
     Raises:
-      ModelError: the template does not end, or takes more memory than is granted.
+      ModelError: the template does not end, or exceeds its memory.
     """
     tools = next((job.options["tools"] for job in jobs if job.options.get("tools")), None)
     try:
         template = tokenizer.get_chat_template(None, tools)
-    except ValueError as error:  # several by name, and none for this
+    except ValueError as error:  # several templates by name, none of them for this
         raise ModelError(f"chat_template: {first_line(error)}") from None
     request = {
         "template": template,
@@ -66,26 +66,26 @@ def render(tokenizer, jobs: Sequence[Job]) -> list[Rendering | TemplateError]:
         "jobs": [{"messages": list(job.messages), "options": job.options} for job in jobs],
     }
     seconds = SECONDS + SECONDS_A_MESSAGE * sum(len(job.messages) for job in jobs)
-    found = []
+    results: list[Rendering | TemplateError] = []
     for reply in _PROCESS.ask(json.dumps(request, default=str).encode(), seconds):
         if reply.get("kind") == "MemoryError":
             raise ModelError(
-                "the model's chat template writes far more than it is given, or takes "
+                "the model's chat template writes far more than its input, or takes "
                 f"more than {MEMORY >> 30} GiB: {ADVICE}"
             )
-        found.append(
+        results.append(
             TemplateError(reply["error"], reply["kind"]) if "kind" in reply else Rendering(**reply)
         )
-    return found
+    return results
 
 
-def chat_text(tokenizer, messages: Sequence[dict], **options) -> str:
-    """A conversation as text, with the beginning of the reply that is to come.
+def chat_text(tokenizer: Any, messages: Sequence[dict], **options: Any) -> str:
+    """A conversation as text, with the generation prompt of the next reply.
 
-    options: as of a Job, such as add_generation_prompt=False.
+    options: see `Job`, such as add_generation_prompt=False.
 
     Raises:
-      ModelError: the template refuses it, or as `render`.
+      ModelError: the template refuses the conversation, or as `render`.
     """
     (rendered,) = render(tokenizer, [Job(messages, {"add_generation_prompt": True} | options)])
     if isinstance(rendered, TemplateError):
@@ -97,19 +97,20 @@ def chat_text(tokenizer, messages: Sequence[dict], **options) -> str:
 
 
 class _Process:
-    """The process, started where there is none that serves."""
+    """The process, started on demand."""
 
     def __init__(self):
-        self._popen, self._lock = None, threading.Lock()
+        self._popen: Any = None
+        self._lock = threading.Lock()
 
     def ask(self, request: bytes, seconds: float) -> list[dict]:
-        """Raises ModelError where the answer does not come."""
+        """The answer to `request`. Raises ModelError if there is none in time."""
         with self._lock:
             try:
                 if self._popen is None:
                     self._start()
                 return json.loads(self._exchange(request, seconds))
-            except BaseException:  # of an interrupt too: the next would read its answer
+            except BaseException:  # interrupts too: the next call would read this answer
                 self.stop()
                 raise
 
@@ -124,7 +125,7 @@ class _Process:
             self._popen = None
 
     def _start(self) -> None:
-        # In a session of its own: signals to the group are for the run, which may go on rendering.
+        # A new session: signals to the process group are for the run, which may go on rendering.
         script = Path(__file__).with_name("render_process.py")
         try:
             self._popen = subprocess.Popen(
@@ -164,7 +165,7 @@ class _Process:
             size -= len(part)
         return b"".join(parts)
 
-    def _wait(self, pipe, event: int, until: float, seconds: float) -> None:
+    def _wait(self, pipe: Any, event: int, until: float, seconds: float) -> None:
         poll = select.poll()
         poll.register(pipe, event)
         if not poll.poll(1000 * max(0.0, until - time.monotonic())):
@@ -172,11 +173,11 @@ class _Process:
                 f"the model's chat template has not ended within {seconds:.0f} seconds: {ADVICE}"
             )
 
-    def _gone(self):
+    def _gone(self) -> NoReturn:
         code = self._popen.wait()
         raise ModelError(
-            f"the process of the model's chat template ended (exit {code}), for want "
-            f"of memory or by what the template does: {ADVICE}"
+            f"the process of the model's chat template ended (exit {code}): it ran out of "
+            f"memory, or the template ended it: {ADVICE}"
         )
 
 

@@ -1,7 +1,7 @@
-"""The process that runs chat templates. Started by lljax/data/render.py.
+"""The process that runs chat templates, started by lljax/data/render.py.
 
-Reads requests from stdin and answers on stdout, each 8 bytes of length and then JSON; ends with its
-input. Imports nothing of lljax.
+Reads requests from stdin and answers on stdout; both are 8 bytes of length, then JSON. Ends with
+its input. Imports nothing of lljax.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import sys
 
 
 def bound_memory(room: int) -> None:
-    """Lets this process take `room` more bytes than it has now."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # not every system has these
+    """Limits this process to `room` bytes more than it has now."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on every system
         import resource
 
         with open("/proc/self/statm") as file:
@@ -21,7 +21,7 @@ def bound_memory(room: int) -> None:
 
 
 def answer(request: dict, job: dict, longest: int) -> dict:
-    """A rendering {text, spans}, or {error, kind} of what the template raised."""
+    """{text, spans} of a rendering, or {error, kind} of an exception."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
@@ -35,14 +35,14 @@ def answer(request: dict, job: dict, longest: int) -> dict:
         return {"text": texts[0], "spans": spans[0] if spans else []}
     except MemoryError:
         return {"error": "", "kind": "MemoryError"}
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # a template may raise any class
         return {"error": str(error)[:1000], "kind": type(error).__name__}
 
 
 def main() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints does not print between the answers
-    import transformers.utils.chat_template_utils  # noqa: F401  slow, and not within the bound
+    os.dup2(2, 1)  # prints do not mix with the answers
+    import transformers.utils.chat_template_utils  # noqa: F401  slow, and not part of the limit
 
     bound_memory(int(sys.argv[1]))
     while header := requests.read(8):

@@ -1,4 +1,4 @@
-"""Files of rows: which there are, and their rows one after another, whatever their size."""
+"""Finds files of rows and reads them row by row, whatever their size."""
 
 import codecs
 import gzip
@@ -8,8 +8,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lljax.errors import DataError, first_line, printable
 
@@ -20,7 +21,7 @@ CHUNK = 1 << 20  # bytes read at a time
 DATASETS = (
     "the datasets library converts it: load_dataset({!r}, data_files=FILE)['train'].to_json(OUT)"
 )
-FOREIGN = {  # how other files become JSONL, by suffix
+FOREIGN = {  # advice to convert other files to JSONL, by suffix
     ".parquet": DATASETS.format("parquet"),
     ".arrow": DATASETS.format("arrow"),
     ".csv": DATASETS.format("csv"),
@@ -29,45 +30,46 @@ FOREIGN = {  # how other files become JSONL, by suffix
     ".xz": "unxz it",
     ".bz2": "bunzip2 it",
 }
-TEXTS = "scripts/prepare_data.py folder makes one of a folder of texts"
+TEXTS = "`lljax data folder` makes one of a folder of texts"
 
 
 # ---------------------------------------------------------------- files
-def files(paths, *, field: str = "") -> list[Path]:
-    """The files of rows that `paths` name: files, and folders of JSONL, in sorted order.
+def files(paths: Iterable[str | Path], *, field: str = "") -> list[Path]:
+    """The files of rows of `paths`, which are files or folders of JSONL; folders in sorted order.
 
-    A folder's .json files are not read: they are settings as often as rows. field: what an error
-    says named the paths.
+    A folder's .json files are not read: they are often settings. field: the name of the setting
+    that holds the paths, for errors.
 
     Raises:
-      DataError: a path is missing or no file of rows, or a folder holds none.
+      DataError: a path is missing or not a file of rows, or a folder holds none.
     """
-    found, named = [], f"{field}: " if field else ""
-    for path in map(Path, map(os.path.expanduser, paths)):
-        shown = named + printable(str(path))
+    result, prefix = [], f"{field}: " if field else ""
+    for path in (Path(os.path.expanduser(path)) for path in paths):
+        shown = prefix + printable(str(path))
         try:
             is_folder, is_file = path.is_dir(), path.is_file()
             inside = _inside(path) if is_folder else []
-        except OSError as error:  # a name that is too long
-            raise DataError(f"{shown[:120]}: {os.strerror(error.errno).lower()}") from None
+        except OSError as error:  # the name is too long
+            reason = os.strerror(error.errno or 0).lower()
+            raise DataError(f"{shown[:120]}: {reason}") from None
         if is_folder:
             if not inside:
                 raise DataError(
                     f"{shown}: the folder holds no {' or '.join(LINES)} file; a .json "
                     "file is read if it is named itself"
                 )
-            found += inside
+            result += inside
         elif not is_file:
             raise DataError(
-                f"{shown}: there is no such file; {TEXTS}, and scripts/prepare_data.py "
-                "stdlib one of Python's library"
+                f"{shown}: there is no such file; {TEXTS}, and "
+                "`lljax data stdlib` one of Python's library"
             )
         elif not path.name.endswith(LINES + ARRAYS):
             advice = FOREIGN.get(path.suffix, TEXTS)
             raise DataError(f"{shown}: not a {', '.join(LINES + ARRAYS)} file; {advice}")
         else:
-            found.append(path)
-    return found
+            result.append(path)
+    return result
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -75,16 +77,16 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def sha256(file: Path) -> str:
-    """Of the bytes of a file.
+    """The SHA-256 of a file's bytes, in hexadecimal.
 
     Raises:
-      DataError: it cannot be read.
+      DataError: the file cannot be read.
     """
     try:
         with open(file, "rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        reason = os.strerror(error.errno).lower()
+        reason = os.strerror(error.errno or 0).lower()
         raise DataError(f"{printable(str(file))}: it cannot be read ({reason})") from None
 
 
@@ -94,14 +96,14 @@ def rows(
 ) -> Iterator[tuple[int, object]]:
     """(number, row) of one file, without loading it whole.
 
-    A row is bytes of JSON with the number of its line, or a decoded value of an array with its
-    number there; or a ValueError that says why it was passed over.
-    expected: the sha256 that the file had before.
+    A row is the bytes of a line, numbered by line, or a decoded item of a JSON array, numbered by
+    item, or a ValueError with the reason why it is unreadable.
+    expected: the SHA-256 that the file must have.
 
     Raises:
-      DataError: the file cannot be read to its end, or is not the one that was expected; a .gz file
-        is damaged, which its checksum shows at its end, when rows that are not as they were have
-        been taken for sound; an array is not JSON.
+      DataError: the file cannot be read to its end, or has another SHA-256; an array is not JSON; a
+        .gz file is damaged (its checksum is at the end: damaged rows may have been yielded by
+        then).
     """
     shown, number = printable(str(file)), 0
     try:
@@ -111,7 +113,7 @@ def rows(
             as_array = file.name.endswith(ARRAYS) and begins == b"["
             for number, row in (_array if as_array else _lines)(opened, max_row_bytes):
                 yield number, row
-            while whole.read(CHUNK):  # what may stand behind the end of a .gz
+            while whole.read(CHUNK):  # bytes after the end of a .gz
                 pass
     except EOFError:
         raise DataError(
@@ -132,7 +134,7 @@ def rows(
 
 
 class _Hashed(io.RawIOBase):
-    """The bytes of a file; `digest` is the SHA-256 of those that were read."""
+    """The bytes of a file; `digest` is the SHA-256 of the bytes read so far."""
 
     def __init__(self, file: Path):
         self._file, self.digest = open(file, "rb", buffering=0), hashlib.sha256()
@@ -140,7 +142,7 @@ class _Hashed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         count = self._file.readinto(buffer)
         self.digest.update(memoryview(buffer)[:count])
         return count
@@ -151,13 +153,13 @@ class _Hashed(io.RawIOBase):
 
 
 class _TooLong(ValueError):
-    """A row above data.max_row_bytes."""
+    """A row is longer than data.max_row_bytes."""
 
     def __init__(self, limit: int):
         super().__init__(f"the row is longer than data.max_row_bytes={limit}")
 
 
-def _lines(opened, limit: int) -> Iterator[tuple[int, bytes | ValueError]]:
+def _lines(opened: Any, limit: int) -> Iterator[tuple[int, bytes | ValueError]]:
     number = 0
     while line := opened.readline(limit + 1):
         number += 1
@@ -171,10 +173,10 @@ def _lines(opened, limit: int) -> Iterator[tuple[int, bytes | ValueError]]:
 
 # ---------------------------------------------------------------- arrays
 class _NotAnArray(ValueError):
-    """Why an array cannot be read on."""
+    """A file is not a JSON array of rows; the message says where it ends."""
 
 
-def _array(opened, limit: int) -> Iterator[tuple[int, object]]:
+def _array(opened: Any, limit: int) -> Iterator[tuple[int, object]]:
     text, number, decode = _Text(opened), 0, json.JSONDecoder().raw_decode
     try:
         text.take("[")
@@ -183,7 +185,7 @@ def _array(opened, limit: int) -> Iterator[tuple[int, object]]:
                 row, end = decode(text.read, text.at)
             except RecursionError:
                 raise _NotAnArray(f"row {number + 1} is nested too deeply") from None
-            except ValueError as error:  # or the rest of the row has not been read yet
+            except ValueError as error:  # damaged, or the rest of the row was not read yet
                 if len(text.read) - text.at > limit:
                     raise _NotAnArray(
                         f"row {number + 1} is longer than data.max_row_bytes={limit}, or not JSON"
@@ -206,29 +208,31 @@ def _array(opened, limit: int) -> Iterator[tuple[int, object]]:
 
 
 class _Text:
-    """The text of a file that is read on as it is needed: `read`, done with up to `at`."""
+    """The text of a file, read as needed. `read` is the buffer, consumed up to `at`."""
 
     SPACE = re.compile(r"[ \t\n\r]*")
 
-    def __init__(self, opened):
+    def __init__(self, opened: Any):
         self.read, self.at = "", 0
         self._opened, self._decoder = opened, codecs.getincrementaldecoder("utf-8-sig")()
 
     def more(self) -> bool:
-        """Reads on; False at the end. Doubles what is held: a long row is not parsed too often."""
+        """Reads more; False at the end. Doubles the buffer, so that a long row is parsed rarely."""
         new = self._opened.read(max(CHUNK, len(self.read) - self.at))
         self.read, self.at = self.read[self.at :] + self._decoder.decode(new, final=not new), 0
         return bool(new)
 
     def next(self) -> str:
-        """The next character that is no space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
-            self.at = self.SPACE.match(self.read, self.at).end()
+            space = self.SPACE.match(self.read, self.at)
+            assert space is not None, "the pattern also matches nothing"
+            self.at = space.end()
             if self.at < len(self.read) or not self.more():
                 return self.read[self.at : self.at + 1]
 
     def take(self, sign: str) -> bool:
-        """Whether `sign` is next; moves behind it."""
-        found = self.next() == sign
-        self.at += found
-        return found
+        """Consumes `sign` if it is next; says whether it was."""
+        is_next = self.next() == sign
+        self.at += is_next
+        return is_next

@@ -1,32 +1,35 @@
-"""What the documents of a run come to: numbers for the report, and what to say before it trains."""
+"""Statistics of a run's documents for the report, and remarks before training."""
+
+from collections.abc import Iterable
+from typing import Any
 
 from lljax.data.packing import Pieces
 from lljax.data.tokens import Documents
 from lljax.errors import printable
 
-FEW = 0.02  # a share of trained tokens below this is worth a word
+FEW = 0.02  # a share of trained tokens below this is remarked
 SHOWN = 10  # files whose unread keys are logged
 
 
-def statistics(documents: Documents, overlong: str, lengths) -> dict:
+def statistics(documents: Documents, overlong: str, lengths: Iterable[int]) -> dict[str, Any]:
     """data_statistics.json: `TokenStore.statistics` and `Documents.counts` of "train" and "valid".
 
-    "train" has `at` too: `Pieces.counts`, what of it is trained in rows of each of `lengths`.
+    "train" also has "at": for each of `lengths`, the `Pieces.counts` in rows of that length.
     """
-    found = {
+    result: dict[str, Any] = {
         part: store.statistics() | documents.counts[part]
         for part, store in (("train", documents.train), ("valid", documents.valid))
     }
-    found["train"]["at"] = [
+    result["train"]["at"] = [
         {"length": length} | Pieces(documents.train, length, overlong).counts()
         for length in sorted(set(lengths))
     ]
-    return found
+    return result
 
 
-def remarks(found: dict, overlong: str) -> list[str]:
-    """Lines on what of the documents is not used, from `statistics`."""
-    train, lines = found["train"], []
+def remarks(result: dict[str, Any], overlong: str) -> list[str]:
+    """Remarks on unused documents, tokens and keys, from the result of `statistics`."""
+    train, lines = result["train"], []
     for at in train["at"]:
         of = f"of {train['documents']:,} documents"
         if at["dropped"]:
@@ -51,11 +54,11 @@ def remarks(found: dict, overlong: str) -> list[str]:
             f"only {share:.2%} of the tokens are trained: the rest are prompts, which "
             "data.loss_on='everything' trains too"
         )
-    return lines + [line for part in found.values() for line in unread_keys(part["unread"])]
+    return lines + [line for part in result.values() for line in unread_keys(part["unread"])]
 
 
 def unread_keys(unread: dict[str, dict[str, int]]) -> list[str]:
-    """A line for each of the first files with keys that no reader knows."""
+    """A line for each of the first SHOWN files with keys that no parser reads."""
     having = {file: keys for file, keys in unread.items() if keys}
     lines = [
         f"{printable(file)}: keys that nothing reads: "

@@ -1,159 +1,170 @@
-"""A model answers the examples of tasks, and is scored."""
+"""Answers the examples of tasks with a model, in batches, and scores them."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from lljax.evaluation.results import Predictions, Score
+from lljax.evaluation.predictions import Predictions
+from lljax.evaluation.scores import Score
 from lljax.evaluation.task import Example, Task, TooShort, group_scores
 from lljax.generation.generate import generate
 from lljax.generation.prompt import chat_tokens, text_tokens
+from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout
-from lljax.report.words import short_length
+from lljax.report.numbers import short_length
+
+Progress = Callable[[Iterable, str], Iterable]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asking:
-    """How models are asked, greedily.
+class EvalSettings:
+    """How models are asked, with greedy decoding.
 
-    samples, seed: as `Task.examples` takes them. chat: through the chat template, but for examples
-      that say no. stop: tokens that end an answer. rows: examples side by side. cache_dtype: as
-      `generate` takes it.
+    samples, seed: see `Task.examples`. chat: through the chat template, unless an example excludes
+      it. stop: tokens that end an answer. rows: examples in a batch. cache_dtype: see `generate`.
     """
 
-    tokenizer: object
+    tokenizer: Any
     samples: int | None = None
     seed: int = 0
     chat: bool = False
     stop: frozenset[int] = frozenset()
     rows: int = 4
-    cache_dtype: object = None
+    cache_dtype: Any = None
 
     def examples(self, task: Task, length: int) -> Iterator[Example]:
-        """Those of a task whose questions, template included, fit `length`."""
-        room = len(self.tokens(Example("", "a", (), 0))) - 1 if self.chat else 0
+        """The examples of a task whose prompts, chat template included, fit `length`."""
+        template = Example(id="", prompt="a", answers=(), tokens=0)
+        room = len(self.tokens(template)) - 1 if self.chat else 0
         return task.examples(self.tokenizer, length - room, self.samples, self.seed)
 
     def tokens(self, example: Example) -> list[int]:
-        """What the model reads."""
+        """The prompt's tokens."""
         if self.chat and example.chat:
-            return chat_tokens(
-                self.tokenizer, [{"role": "user", "content": example.prompt}], example.answer_prefix
-            )
+            messages = [{"role": "user", "content": example.prompt}]
+            return chat_tokens(self.tokenizer, messages, example.answer_prefix)
         return text_tokens(self.tokenizer, example.text)
 
 
-def too_short(
-    tasks: Sequence[Task], lengths: Sequence[int], asking: Asking
-) -> dict[tuple[str, int], str]:
-    """Makes the first example of every task and length, so that mistakes show before a model is
-    loaded.
+@dataclasses.dataclass(frozen=True)
+class EvalModel:
+    """A model under evaluation.
 
-    Returns by task and length why there can be none. Raises what `Task.examples` does.
+    name: in the scores. key: its identity in `Predictions`. dtype, layout: see `generate`.
+    """
+
+    model: Decoder
+    name: str
+    key: str
+    dtype: Any = jnp.float32
+    layout: Layout | None = None
+
+
+def too_short(
+    tasks: Iterable[Task], lengths: Sequence[int], settings: EvalSettings
+) -> dict[tuple[str, int], str]:
+    """The reason, by task and length, why a task does not fit a length.
+
+    Makes the first example of every task and length, so that mistakes show before a model is
+    loaded. Raises the errors of `Task.examples`, except TooShort.
     """
     reasons = {}
     for task in tasks:
         for length in lengths:
             try:
-                next(asking.examples(task, length), None)
+                next(settings.examples(task, length), None)
             except TooShort as error:
                 reasons[task.name, length] = str(error)
     return reasons
 
 
-def answer(
-    model: nnx.Module,
-    name: str,
-    key: str,
+def score_tasks(
+    evaluated: EvalModel,
     tasks: Sequence[Task],
     lengths: Sequence[int],
-    asking: Asking,
-    made: Predictions,
+    settings: EvalSettings,
+    predictions: Predictions,
     *,
-    dtype=jnp.float32,
-    layout: Layout | None = None,
-    progress: Callable[[Iterable, str], Iterable] = lambda items, title: items,
+    progress: Progress = lambda items, title: items,
 ) -> Iterator[Score]:
-    """The score of every task at every length; NaN where the length is too short for it.
+    """The score of every task at every length; NaN if the length is too short for the task.
 
-    name: of the model in the scores. key: in `made`, where what it answered before is found, and
-      the rest is added.
-    layout: as `generate` takes it. progress(iterable, title) may wrap the iteration over examples.
+    Answers that `predictions` holds are not generated again; new ones are added to it.
+    progress(iterable, title) may wrap the iteration over examples.
     """
     for task in tasks:
         for length in lengths:
-            source = progress(
-                asking.examples(task, length), f"{name}: {task.name} at {short_length(length)}"
-            )
+            title = f"{evaluated.name}: {task.name} at {short_length(length)}"
+            source = progress(settings.examples(task, length), title)
             try:
-                examples, texts = _answers(
-                    model,
-                    (key, task.name, length),
-                    source,
-                    asking,
-                    made,
-                    dtype=dtype,
-                    layout=layout,
-                )
+                answered = _Answers(evaluated, task.name, length, settings, predictions)
+                answered.answer(source)
             except TooShort:
-                yield Score(name, task.name, length, math.nan, 0)
+                yield Score(evaluated.name, task.name, length, math.nan, 0)
                 continue
+            examples = answered.examples
+            texts = [answered.texts[example.id] for example in examples]
             yield Score(
-                name,
-                task.name,
-                length,
-                task.score(texts, examples),
-                len(examples),
-                group_scores(task, texts, examples),
+                model=evaluated.name,
+                task=task.name,
+                length=length,
+                score=task.score(texts, examples),
+                samples=len(examples),
+                groups=group_scores(task, texts, examples),
             )
 
 
-def _answers(
-    model,
-    place: tuple[str, str, int],
-    source: Iterable[Example],
-    asking: Asking,
-    made: Predictions,
-    **how,
-):
-    """The examples, without their prompts, and what the model answered. place: of the answers in
-    `made`.
-    how: for `generate`.
-    """
-    examples, texts, waiting = [], {}, []
+class _Answers:
+    """The examples of a task at a length, without their prompts, and the answers by their id."""
 
-    def ask():
-        prompts = [np.asarray(asking.tokens(example), np.int32) for example in waiting]
-        done = generate(
-            model,
-            prompts,
-            tokens=max(example.tokens for example in waiting),
-            stop=asking.stop,
-            rows=asking.rows,
-            cache_dtype=asking.cache_dtype,
-            **how,
+    def __init__(
+        self,
+        evaluated: EvalModel,
+        task: str,
+        length: int,
+        settings: EvalSettings,
+        predictions: Predictions,
+    ):
+        self.evaluated, self.settings, self.predictions = evaluated, settings, predictions
+        self.place = evaluated.key, task, length
+        self.examples: list[Example] = []
+        self.texts: dict[str, str] = {}
+
+    def answer(self, source: Iterable[Example]) -> None:
+        waiting: list[Example] = []
+        for example in source:
+            # Scores do not need the prompt, and it is long.
+            self.examples.append(dataclasses.replace(example, prompt=""))
+            known = self.predictions.find(*self.place, example)
+            if known is None:
+                waiting.append(example)
+            else:
+                self.texts[example.id] = known
+            if len(waiting) == self.settings.rows:
+                self._generate(waiting)
+                waiting = []
+        if waiting:
+            self._generate(waiting)
+
+    def _generate(self, batch: Sequence[Example]) -> None:
+        settings = self.settings
+        completions = generate(
+            self.evaluated.model,
+            [np.asarray(settings.tokens(example), np.int32) for example in batch],
+            tokens=max(example.tokens for example in batch),
+            stop=settings.stop,
+            rows=settings.rows,
+            cache_dtype=settings.cache_dtype,
+            dtype=self.evaluated.dtype,
+            layout=self.evaluated.layout,
         )
-        for example, completion in zip(waiting, done):
-            texts[example.id] = asking.tokenizer.decode(
+        for example, completion in zip(batch, completions, strict=True):
+            text = settings.tokenizer.decode(
                 completion.tokens[: example.tokens], skip_special_tokens=True
             )
-            made.add(*place, example, texts[example.id])
-        waiting.clear()
-
-    for example in source:
-        # scores do not need it, and it is long
-        examples.append(dataclasses.replace(example, prompt=""))
-        known = made.find(*place, example)
-        if known is None:
-            waiting.append(example)
-        else:
-            texts[example.id] = known
-        if len(waiting) == asking.rows:
-            ask()
-    if waiting:
-        ask()
-    return examples, [texts[example.id] for example in examples]
+            self.texts[example.id] = text
+            self.predictions.add(*self.place, example, text)

@@ -1,113 +1,144 @@
-"""Tasks that a run puts to its model while it trains: `training.eval_tasks`."""
+"""Evaluation on tasks during training: `training.eval_tasks`."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.progress import track
 
+from lljax.config.tree import Config
 from lljax.data.tokens import prepare
 from lljax.errors import ConfigError
 from lljax.evaluation import perplexity, registry
-from lljax.evaluation.batched_generation import Asking, answer, too_short
+from lljax.evaluation.batched_generation import (
+    EvalModel,
+    EvalSettings,
+    score_tasks,
+    too_short,
+)
+from lljax.evaluation.predictions import Predictions
 from lljax.evaluation.protocols import PROTOCOLS
-from lljax.evaluation.results import Predictions
-from lljax.evaluation.task import Sources, refuse_beyond
+from lljax.evaluation.task import Sources, Task, refuse_beyond
 from lljax.interop.open import end_tokens, tokenizer_fingerprint
+from lljax.models.decoder import Decoder
+from lljax.parallel.sharding import Layout
 from lljax.run.open import model_key
 
+FIELD = "training.eval_tasks"
 
-def examiner(config, base, tokenizer, workdir: Path) -> Callable:
-    """examine(model, step, layout, look) -> {"task@length": score}, as `lljax.run.loop.train` calls
-    it.
 
-    look() is called before every example, and may leave: the answers so far are in
-    `workdir`/eval_predictions.jsonl.
+@dataclasses.dataclass(frozen=True)
+class EvalHook:
+    """Called by the training loop: hook(model, step, layout, look) -> {"task@length": score}.
 
-    Raises:
-      ConfigError: an unknown task, one whose file is not named in `training.eval_files`, or a
-        length too short for it or far beyond what the model is trained to read.
-      DataError: a file, or what is held out, is not what the task needs.
+    tasks: the tasks of each name in `training.eval_tasks`, and its length. texts: held-out tokens
+      by (protocol of perplexity, length).
     """
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"training.eval_tasks={tuple(config.training.eval_tasks)}: a run of several processes cannot answer "
-            "tasks; evaluate its checkpoints with scripts/evaluate.py"
-        )
-    for _, length in config.training.eval_tasks:
-        refuse_beyond(length, config.context.length, "training.eval_tasks")
-    asking = Asking(
-        tokenizer, config.training.eval_rows, config.seed, stop=end_tokens(base, tokenizer)
-    )
-    sources = Sources(
-        **{field: Path(path) for field, path in config.training.eval_files.items() if path}
-    )
-    pairs = [
-        (registry.find([name], sources, "training.eval_tasks"), length)
-        for name, length in config.training.eval_tasks
-        if name not in PROTOCOLS
-    ]
-    for tasks, length in pairs:
-        try:
-            reasons = too_short(tasks, [length], asking)
-        except ConfigError as error:
-            raise ConfigError(
-                f"training.eval_tasks: {error} (a run has training.eval_files for such flags)"
-            ) from None
-        for reason in reasons.values():
-            raise ConfigError(f"training.eval_tasks: {reason}")
-    texts = _held_out(config, base, tokenizer, workdir)
-    dtype = jnp.dtype(config.model.dtype)
 
-    def examine(model, step: int, layout, look: Callable[[], None]) -> dict[str, float]:
-        def looking(items, title):
+    config: Config
+    base: Any
+    settings: EvalSettings
+    tasks: tuple[tuple[list[Task], int], ...]
+    texts: dict[tuple[str, int], np.ndarray]
+    predictions: Path
+
+    def __call__(
+        self, model: Decoder, step: int, layout: Layout | None, look: Callable[[], None]
+    ) -> dict[str, float]:
+        """look() is called before every example, and may raise to stop: the answers so far are in
+        `predictions`.
+        """
+
+        def looking(items: Iterable, title: str) -> Iterator:
             for item in items:
                 look()
                 yield item
 
-        key = model_key(
-            f"step {step}",
-            base,
-            model,
-            config.model.to_json_best_effort(),
-            config.lora.to_json_best_effort(),
-        )
-        found = {
+        config, dtype = self.config, jnp.dtype(self.config.model.dtype)
+        scores = {
             f"{name}@{length}": perplexity.measure(
                 name, model, looking(windows, name), length, dtype=dtype, layout=layout
             )
-            for (name, length), windows in texts.items()
+            for (name, length), windows in self.texts.items()
         }
-        with Predictions(workdir / "eval_predictions.jsonl") as made:
-            return found | {
-                f"{score.task}@{score.length}": score.score
-                for tasks, length in pairs
-                for score in answer(
-                    model,
-                    f"step {step}",
-                    key,
-                    tasks,
-                    [length],
-                    asking,
-                    made,
-                    layout=layout,
-                    dtype=dtype,
-                    progress=looking,
-                )
-            }
-
-    return examine
+        settings = config.model.to_json_best_effort(), config.lora.to_json_best_effort()
+        key = model_key(f"step {step}", self.base, model, *settings)
+        evaluated = EvalModel(model=model, name=f"step {step}", key=key, dtype=dtype, layout=layout)
+        with Predictions(self.predictions) as predictions:
+            for tasks, length in self.tasks:
+                for score in score_tasks(
+                    evaluated, tasks, [length], self.settings, predictions, progress=looking
+                ):
+                    scores[f"{score.task}@{score.length}"] = score.score
+        return scores
 
 
-def _held_out(config, base, tokenizer, workdir: Path) -> dict:
-    """What the protocols of perplexity among the tasks read, by (protocol, length)."""
-    asked = [pair for pair in config.training.eval_tasks if pair[0] in PROTOCOLS]
-    if not asked:
-        return {}
-    if any(name == "perplexity" for name, _ in asked):
+def make_eval_hook(config: Config, base: Any, tokenizer: Any, workdir: Path) -> EvalHook:
+    """The hook of a run; its answers are kept in `workdir`/eval_predictions.jsonl.
+
+    Raises:
+      ConfigError: an unknown task, a task whose file is not named in `training.eval_files`, or a
+        length that is too short for a task or far beyond the length the model is trained for.
+      DataError: a benchmark's file or the held-out documents do not serve the task.
+    """
+    pairs = tuple(config.training.eval_tasks)
+    if jax.process_count() > 1:
         raise ConfigError(
-            "training.eval_tasks: 'perplexity' is what a run reports anyway: leave it out, or name "
+            f"{FIELD}={pairs}: a run of several processes cannot answer tasks; evaluate its "
+            "checkpoints with `lljax evaluate`"
+        )
+    for _, length in pairs:
+        refuse_beyond(length, config.context.length, FIELD)
+    settings = EvalSettings(
+        tokenizer=tokenizer,
+        samples=config.training.eval_rows,
+        seed=config.seed,
+        stop=end_tokens(base, tokenizer),
+    )
+    files = config.training.eval_files
+    sources = Sources(**{field: Path(path) for field, path in files.items() if path})
+    tasks = tuple(
+        (registry.find([name], sources, FIELD), length)
+        for name, length in pairs
+        if name not in PROTOCOLS
+    )
+    for members, length in tasks:
+        _check_fit(members, length, settings)
+    return EvalHook(
+        config=config,
+        base=base,
+        settings=settings,
+        tasks=tasks,
+        texts=_held_out(config, base, tokenizer, workdir),
+        predictions=workdir / "eval_predictions.jsonl",
+    )
+
+
+def _check_fit(tasks: list[Task], length: int, settings: EvalSettings) -> None:
+    try:
+        reasons = too_short(tasks, [length], settings)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{FIELD}: {error} (a run has training.eval_files for such flags)"
+        ) from None
+    for reason in reasons.values():
+        raise ConfigError(f"{FIELD}: {reason}")
+
+
+def _held_out(
+    config: Config, base: Any, tokenizer: Any, workdir: Path
+) -> dict[tuple[str, int], np.ndarray]:
+    """The held-out tokens of each (protocol of perplexity, length) of `training.eval_tasks`."""
+    pairs = [pair for pair in config.training.eval_tasks if pair[0] in PROTOCOLS]
+    if not pairs:
+        return {}
+    if any(name == "perplexity" for name, _ in pairs):
+        raise ConfigError(
+            f"{FIELD}: a run reports 'perplexity' anyway: leave it out, or name "
             "perplexity/longlora or perplexity/new_tokens"
         )
     store = prepare(
@@ -116,15 +147,15 @@ def _held_out(config, base, tokenizer, workdir: Path) -> dict:
         base.config["vocab_size"],
         workdir / "data",
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        progress=lambda items, title: track(items, title, transient=True),
+        progress=lambda items, title: iter(track(items, title, transient=True)),
     ).valid
     return {
         (name, length): perplexity.read(
             name,
             store,
             length,
-            max(n for other, n in asked if other == name),
+            max(n for other, n in pairs if other == name),
             config.training.eval_rows,
         )
-        for name, length in asked
+        for name, length in pairs
     }

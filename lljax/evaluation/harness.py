@@ -1,11 +1,12 @@
-"""lm-evaluation-harness over lljax (pip install -e '.[lm-eval]'): importing this registers the
-model "lljax" with it.
+"""lm-evaluation-harness with lljax models (pip install -e '.[lm-eval]'): importing this module
+registers the model "lljax".
 
 python -m lljax.evaluation.harness run --model=lljax --model_args=workdir=runs/quickstart
 --tasks=...
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lm_eval.__main__ import cli_evaluate
@@ -29,19 +30,21 @@ SAMPLING = {
     "top_p": "top_p",
     "min_p": "min_p",
     "repetition_penalty": "repetition",
-}  # the harness's name of it, and ours
-OTHERS = {"until", "max_gen_toks", "do_sample"}
+}  # the harness's name: our name
+OTHER_SETTINGS = {"until", "max_gen_toks", "do_sample"}
 
 
 @register_model("lljax")
 class LljaxLM(TemplateLM):
-    """model_args: workdir, a run; or path, a base, and adapter, the folder of one in PEFT's format.
-    max_length: of what is read, by default what the model was made for. batch_size: texts side by
-    side. max_gen_toks: where a task says nothing.
+    """model_args: workdir of a run; or path of a base model and adapter, a folder in PEFT's format.
+
+    max_length: tokens the model reads, by default its own context. batch_size: texts in a batch.
+    max_gen_toks: new tokens if a task does not say.
     """
 
     def __init__(
         self,
+        *,
         path: str = "",
         adapter: str = "",
         workdir: str = "",
@@ -54,14 +57,17 @@ class LljaxLM(TemplateLM):
         super().__init__()
         if bool(path) == bool(workdir):
             raise ConfigError(
-                "model_args of lljax: name either path=BASE (with adapter=FOLDER or without) or workdir=RUN"
+                "model_args of lljax: name either path=BASE (optionally with adapter=FOLDER) or "
+                "workdir=RUN"
             )
-        found = (
+        candidates = (
             of_run(Path(workdir)) if workdir else of_base(path, Path(adapter) if adapter else None)
         )
-        self.model, self.dtype, self.layout = found.models[-1].load(), found.dtype, found.layout
-        self.tokenizer = with_template(found.base.tokenizer())
-        self.stop = end_tokens(found.base, self.tokenizer)
+        self.model = candidates.models[-1].load()
+        self.dtype, self.layout = candidates.dtype, candidates.layout
+        base: Any = candidates.base
+        self.tokenizer = with_template(base.tokenizer())
+        self.stop = end_tokens(base, self.tokenizer)
         self.max_length, self.max_gen_toks = (
             int(max_length) or self.model.spec.max_length,
             int(max_gen_toks),
@@ -77,7 +83,7 @@ class LljaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context is read after."""
+        """The token before a text without context."""
         return self.tokenizer.bos_token_id if adds_bos(self.tokenizer) else self.eot_token_id
 
     @property
@@ -95,9 +101,7 @@ class LljaxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        """bos comes first where the tokenizer wants it, and once where a chat template has written
-        it.
-        """
+        """Adds bos if the tokenizer does, unless a chat template has already written it."""
         ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
         if add_special_tokens is not False and adds_bos(self.tokenizer) and ids[:1] != [bos]:
@@ -107,7 +111,7 @@ class LljaxLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests, disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
-        """The end of what is longer than `max_length` is read."""
+        """Truncates contexts from the left to `max_length`."""
         pairs = []
         for _, context, continuation in requests:
             over = max(len(context) + len(continuation) - self.max_length - 1, 0)
@@ -117,13 +121,13 @@ class LljaxLM(TemplateLM):
                     f"{self.max_length}: raise max_length in model_args"
                 )
             pairs.append((context[over:], continuation))
-        found = log_likelihoods(
+        results = log_likelihoods(
             self.model, pairs, rows=self.rows, dtype=self.dtype, layout=self.layout
         )
-        for (texts, *_), result in zip(requests, found):
+        for (texts, *_), result in zip(requests, results, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
-        return found
+        return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         pieces, owner = [], []
@@ -135,23 +139,21 @@ class LljaxLM(TemplateLM):
                 pieces.append((None, *make_disjoint_window(window)))
                 owner.append(i)
         sums = [0.0] * len(requests)
-        for i, (value, _) in zip(owner, self._loglikelihood_tokens(pieces)):
+        for i, (value, _) in zip(owner, self._loglikelihood_tokens(pieces), strict=True):
             sums[i] += value
-        for request, value in zip(requests, sums):
+        for request, value in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return sums
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Requests with the same settings go side by side. The end of a context that is too long is
-        read.
-        """
+        """Batches requests with the same settings; truncates contexts from the left."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
         texts: dict[int, str] = {}
         for members in groups.values():
             settings = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
-            if unknown := sorted(settings.keys() - OTHERS - SAMPLING.keys()):
+            if unknown := sorted(settings.keys() - OTHER_SETTINGS - SAMPLING.keys()):
                 raise ConfigError(f"generation settings of the task: {unknown[0]} is not supported")
             sampling = Sampling(
                 **{
@@ -163,12 +165,13 @@ class LljaxLM(TemplateLM):
             tokens = settings["max_gen_toks"]
             if tokens >= self.max_length:
                 raise ConfigError(
-                    f"max_gen_toks={tokens} leaves nothing to read of {self.max_length} tokens: raise max_length "
-                    "in model_args"
+                    f"max_gen_toks={tokens} leaves no room for a prompt in "
+                    f"{self.max_length} tokens: "
+                    "raise max_length in model_args"
                 )
             read = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in members]
             prompts = [np.asarray(ids[tokens - self.max_length :], np.int32) for ids in read]
-            done = generate(
+            completions = generate(
                 self.model,
                 prompts,
                 tokens=tokens,
@@ -180,8 +183,8 @@ class LljaxLM(TemplateLM):
                 dtype=self.dtype,
                 layout=self.layout,
             )
-            for i, completion in zip(members, done):
-                texts[i] = completion.text
+            for i, completion in zip(members, completions, strict=True):
+                texts[i] = completion.text or ""
                 self.cache_hook.add_partial("generate_until", requests[i].args, completion.text)
         return [texts[i] for i in range(len(requests))]
 

@@ -1,20 +1,21 @@
-"""LongBench (Bai et al. 2023, arXiv 2308.14508) and LongBench-E, from the files and prompts of its
-authors.
+"""LongBench (Bai et al. 2023, arXiv 2308.14508) and LongBench-E, from the authors' files.
 
-The folder holds NAME.jsonl, or NAME_e.jsonl for LongBench-E, as in LongBench's data.zip. The
-prompts and the number of new tokens are those of its config/dataset2prompt.json and
-dataset2maxlen.json. Decoding is greedy there. samsum's generation ends at a line end there; here it
-does not, and the first line is scored alike.
+The folder holds NAME.jsonl, or NAME_e.jsonl for LongBench-E, as in LongBench's data.zip. Prompts
+and numbers of new tokens come from its config/dataset2prompt.json and dataset2maxlen.json. Decoding
+is greedy, as in LongBench. There, samsum's generation stops at a line end; here it does not, and
+the first line is scored, which gives the same score.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lljax.errors import ConfigError, DataError
 from lljax.evaluation import metrics
-from lljax.evaluation.records import checked, read_json, read_rows, texts
-from lljax.evaluation.sizes import Counter, cut_middle
+from lljax.evaluation.benchmark_files import checked, read_json, read_rows, texts
+from lljax.evaluation.fitting import TokenCounter, cut_middle
 from lljax.evaluation.task import Example, Task, TooShort, mean
 
 METRICS = {
@@ -40,9 +41,9 @@ METRICS = {
     "lcc": metrics.code_similarity,
     "repobench-p": metrics.code_similarity,
 }
-FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}  # of the prediction is scored, no more
-NO_CHAT = FIRST_LINE | {"lcc", "repobench-p"}  # asked without a chat template
-EVEN = (
+FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}  # only the first line is scored
+NO_CHAT = FIRST_LINE | {"lcc", "repobench-p"}  # prompted without a chat template
+EVEN = (  # the tasks of LongBench-E
     "qasper",
     "multifieldqa_en",
     "hotpotqa",
@@ -56,7 +57,7 @@ EVEN = (
     "passage_retrieval_en",
     "lcc",
     "repobench-p",
-)  # those of LongBench-E
+)
 FIELDS = {
     "input": str,
     "context": str,
@@ -68,17 +69,25 @@ FIELDS = {
 CONFIG = ("dataset2prompt.json", "dataset2maxlen.json")
 
 
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """folder: of the data. config: of LongBench's two JSON files of prompts and lengths."""
+
+    folder: Path | None
+    config: Path | None
+
+
 def tasks(folder: Path | None, config: Path | None) -> dict[str, Task]:
-    """longbench/NAME and longbench/NAME_e, for what is there of `folder`; all of them where none is
-    named.
+    """longbench/NAME and longbench/NAME_e, for the files in `folder`; all of them if it is None.
 
     config: the folder with LongBench's two JSON files; by default `folder` itself.
     """
+    files = Files(folder, config or folder)
     names = [*METRICS, *(f"{name}_e" for name in EVEN)]
     return {
         f"longbench/{name}": Task(
             f"longbench/{name}",
-            functools.partial(_examples, name, folder, config or folder),
+            functools.partial(_examples, name, files),
             mean(functools.partial(grade, name.removesuffix("_e"))),
         )
         for name in names
@@ -87,7 +96,7 @@ def tasks(folder: Path | None, config: Path | None) -> dict[str, Task]:
 
 
 def grade(name: str, prediction: str, example: Example) -> float:
-    """The best over the answers of the task's metric."""
+    """The task's metric, the best over the answers."""
     if name in FIRST_LINE:
         prediction = prediction.lstrip("\n").split("\n")[0]
     more: Sequence = (example.classes,) if METRICS[name] is metrics.classification else ()
@@ -95,26 +104,21 @@ def grade(name: str, prediction: str, example: Example) -> float:
 
 
 def _examples(
-    name: str,
-    folder: Path | None,
-    config: Path | None,
-    tokenizer,
-    length: int,
-    samples: int | None,
-    seed: int,
+    name: str, files: Files, tokenizer: Any, length: int, samples: int | None, seed: int
 ) -> Iterator[Example]:
-    if folder is None:
+    folder, config = files.folder, files.config
+    if folder is None or config is None:
         raise ConfigError("LongBench is read from its files: name their folder with --longbench")
     if not folder.is_dir():
         raise DataError(f"--longbench={folder}: there is no such folder")
-    task, counter = name.removesuffix("_e"), Counter(tokenizer)
+    task, counter = name.removesuffix("_e"), TokenCounter(tokenizer)
     prompts, lengths = (_config(config / file) for file in CONFIG)
     prompt = checked(prompts, str(config / CONFIG[0]), {task: str})[task]
     tokens = checked(lengths, str(config / CONFIG[1]), {task: int})[task]
     if length < 2 * tokens:
         raise TooShort(
-            f"longbench/{name}: {tokens} tokens are written, too many for a length of {length}: ask for longer "
-            "ones with --lengths"
+            f"longbench/{name}: {tokens} new tokens are too many for a length of {length}: use "
+            "longer --lengths"
         )
     path = folder / f"{name}.jsonl"
     for i, row in enumerate(read_rows(path, FIELDS)[:samples], 1):
@@ -134,10 +138,10 @@ def _examples(
         if METRICS[task] is metrics.retrieval and not all(map(metrics.PARAGRAPH.search, answers)):
             raise DataError(f"{where}: 'answers' name no paragraph, such as 'Paragraph 3'")
         yield Example(
-            row["_id"],
-            cut_middle(counter, text, length - tokens),
-            answers,
-            tokens,
+            id=row["_id"],
+            prompt=cut_middle(counter, text, length - tokens),
+            answers=answers,
+            tokens=tokens,
             chat=task not in NO_CHAT,
             classes=classes,
             groups=(bucket(row["length"]),) if name.endswith("_e") else (),
@@ -145,14 +149,14 @@ def _examples(
 
 
 def bucket(words: int) -> str:
-    """LongBench-E's group of a text of so many words (Chinese: characters)."""
+    """LongBench-E's group of a text of `words` words (Chinese: characters)."""
     return "0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"
 
 
 def _config(path: Path) -> dict:
     if not path.is_file():
         raise DataError(
-            f"{path}: there is no such file; it is in the folder config/ of LongBench's repository, which "
-            "--longbench_config names"
+            f"{path}: there is no such file; it is in the folder config/ of LongBench's "
+            "repository: name that folder with --longbench_config"
         )
     return read_json(path)

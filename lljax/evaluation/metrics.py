@@ -1,4 +1,4 @@
-"""The grades of LongBench, RULER and needles: of one prediction, from 0 to 1.
+"""Grades of a prediction, from 0 to 1: LongBench, RULER and needles.
 
 LongBench: github.com/THUDM/LongBench, LongBench/metrics.py. RULER: github.com/NVIDIA/RULER,
   scripts/eval.
@@ -23,7 +23,7 @@ DROPPED = str.maketrans("", "", string.punctuation)
 DROPPED_CHINESE = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Lower case, without punctuation, articles and surplus space."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(DROPPED)).split())
 
@@ -35,7 +35,7 @@ def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
 
 
 def qa_f1(prediction: str, answer: str) -> float:
-    return f1(normalised(prediction).split(), normalised(answer).split())
+    return f1(normalized(prediction).split(), normalized(answer).split())
 
 
 def segmented(text: str) -> list[str]:
@@ -44,10 +44,10 @@ def segmented(text: str) -> list[str]:
         import jieba
     except ImportError:
         raise ConfigError(
-            "the Chinese tasks of LongBench are scored by words that jieba finds: pip install -e '.[zh]', or "
-            "leave them out of --tasks"
+            "the Chinese tasks of LongBench are scored by words that jieba finds: pip install "
+            "jieba, or leave them out of --tasks"
         ) from None
-    jieba.setLogLevel("ERROR")  # it announces its dictionary on stderr
+    jieba.setLogLevel("ERROR")  # otherwise it reports its dictionary on stderr
     return list(jieba.cut(text, cut_all=False))
 
 
@@ -56,7 +56,7 @@ def qa_f1_zh(prediction: str, answer: str) -> float:
         ["".join(word.lower().translate(DROPPED_CHINESE).split()) for word in segmented(text)]
         for text in (prediction, answer)
     ]
-    return f1(*([token for token in found if token] for found in tokens))
+    return f1(*([token for token in of_text if token] for of_text in tokens))
 
 
 def rouge_l_zh(prediction: str, answer: str) -> float:
@@ -66,10 +66,8 @@ def rouge_l_zh(prediction: str, answer: str) -> float:
 def classification(prediction: str, answer: str, classes: Sequence[str]) -> float:
     """1 / the number of classes that the prediction names, if the answer is among them.
 
-    A class whose name is part of the answer's is not counted, but for one whose neighbour in the
-    list has just been
-    dropped: LongBench removes from the list that it walks through, and its scores are compared
-      with.
+    A class whose name is part of the answer's name is not counted. As in LongBench, which removes
+    items from the list while iterating over it, the class after a removed one is not checked.
     """
     named = [name for name in classes if name in prediction]
     i = 0
@@ -91,20 +89,22 @@ def count(prediction: str, answer: str) -> float:
 
 
 def retrieval(prediction: str, answer: str) -> float:
-    """The same for an answer such as "Paragraph 12", or "段落12"."""
-    return _share_of_numbers(prediction, PARAGRAPH.search(answer)[1])
+    """`count` for an answer such as "Paragraph 12" or "段落12"."""
+    paragraph = PARAGRAPH.search(answer)
+    assert paragraph is not None, "checked when the file was read"
+    return _share_of_numbers(prediction, paragraph[1])
 
 
 def first_number(prediction: str, example: Example) -> float:
-    """Whether the first number in the prediction is the answer: needles and Landmark's passkey."""
-    found = re.search(r"\d+", prediction)
-    return float(found is not None and found[0] == example.answers[0])
+    """1 if the first number in the prediction is the answer: needles and Landmark's passkey."""
+    match = re.search(r"\d+", prediction)
+    return float(match is not None and match[0] == example.answers[0])
 
 
 def code_similarity(prediction: str, answer: str) -> float:
-    """Likeness of the first line that is no comment or fence, in whole hundredths.
+    """Similarity of the first line that is neither a comment nor a fence, rounded to 1/100.
 
-    fuzzywuzzy's ratio as LongBench installs it: over difflib, without python-Levenshtein.
+    fuzzywuzzy's ratio as LongBench installs it: with difflib, without python-Levenshtein.
     """
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not ("`" in line or "#" in line or "//" in line)), "")
@@ -112,19 +112,19 @@ def code_similarity(prediction: str, answer: str) -> float:
 
 
 def printable(prediction: str) -> str:
-    """RULER's clean-up: control characters become line ends."""
+    """RULER's cleanup: control characters become line ends."""
     return re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip()
 
 
 def matches_all(prediction: str, answers: Sequence[str]) -> float:
-    """RULER's string_match_all: the share of the answers that the prediction holds, in any case of
-    letters.
+    """RULER's string_match_all: the share of the answers that the prediction contains, ignoring
+    case.
     """
     text = printable(prediction).lower()
     return sum(answer.lower() in text for answer in answers) / len(answers)
 
 
 def matches_part(prediction: str, answers: Sequence[str]) -> float:
-    """RULER's string_match_part: whether the prediction holds one of the answers."""
+    """RULER's string_match_part: 1 if the prediction contains an answer."""
     text = printable(prediction).lower()
     return float(any(answer.lower() in text for answer in answers))

@@ -3,17 +3,20 @@
 import functools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from lljax.data.packing import IGNORED
-from lljax.data.tokens import TokenStore
+from lljax.data.token_store import TokenStore
 from lljax.errors import DataError
 from lljax.evaluation.protocols import STRIDE
 from lljax.evaluation.task import TooShort
+from lljax.models.decoder import Decoder
 from lljax.objectives.token_loss import loss_of
 from lljax.parallel.sharding import Layout, row_parts
 
@@ -21,52 +24,61 @@ CHUNK = 1024  # tokens whose logits exist at one time
 
 
 def read(protocol: str, store: TokenStore, length: int, longest: int, limit: int) -> np.ndarray:
-    """What a protocol reads of held-out documents at `length`, the longest being `longest`: int32
-    [n, tokens], n <= `limit`.
+    """The held-out tokens that a protocol evaluates at `length`, int32 [n, tokens], n <= `limit`.
+
+    longest: the longest length of the comparison.
 
     Raises:
-      DataError: there are none, or they are too short. TooShort: the length is.
+      DataError: no document is held out, or all are too short.
+      TooShort: the length is too short for the protocol.
     """
     if not len(store.lengths):
         raise DataError(
-            f"{protocol}: no document is held out: name JSONL files with --held_out (or, for a run to come, with "
-            "data.valid, or a share of its documents with data.valid_fraction)"
+            f"{protocol}: no document is held out: name JSONL files with --held_out (for a new "
+            "run: with data.valid, or a share of its documents with data.valid_fraction)"
         )
     if protocol == "perplexity":
-        found = windows(store, longest, limit)
+        pieces = windows(store, longest, limit)
     elif protocol == "perplexity/longlora":
-        found = longlora_windows(store.stream, length, limit)
+        pieces = longlora_windows(store.stream, length, limit)
     else:
-        found = new_token_windows(store.stream, length, longest, limit)
-    if not len(found):
-        what = (
-            f"document has more than {longest} tokens"
+        pieces = new_token_windows(store.stream, length, longest, limit)
+    if not len(pieces):
+        reason = (
+            f"no held-out document has more than {longest} tokens"
             if protocol == "perplexity"
-            else f"window of {longest} tokens is in the {len(store.stream)} of the held-out documents"
+            else f"no held-out window of {longest} tokens is in the {len(store.stream)} tokens of "
+            "the documents"
         )
         raise DataError(
-            f"{protocol}: no held-out {what}: shorten --lengths, or hold more out (data.valid_fraction, "
+            f"{protocol}: {reason}: shorten --lengths, or hold more out (data.valid_fraction, "
             "--held_out)"
         )
-    return found
+    return pieces
 
 
 def measure(
-    protocol: str, model: nnx.Module, texts: Iterable[np.ndarray], length: int, **how
+    protocol: str,
+    model: Decoder,
+    texts: Iterable[np.ndarray],
+    length: int,
+    *,
+    dtype: Any = jnp.float32,
+    layout: Layout | None = None,
 ) -> float:
-    """The perplexity of what `read` gave for `length`. Attention is full. how: dtype, layout (None
-    for one device).
+    """The perplexity of the tokens that `read` gave for `length`, in full attention.
+
+    layout: None for one device.
     """
     if protocol == "perplexity":
-        return perplexity(model, texts, length, **how)
-    return window_perplexity(
-        model, texts, length - 1 if protocol == "perplexity/longlora" else STRIDE, **how
-    )
+        return perplexity(model, texts, length, dtype=dtype, layout=layout)
+    counted = length - 1 if protocol == "perplexity/longlora" else STRIDE
+    return window_perplexity(model, texts, counted, dtype=dtype, layout=layout)
 
 
 def predicted(protocol: str, pieces: np.ndarray) -> np.ndarray | None:
-    """What `read` gave, as far as a protocol predicts it at every length of one command; None where
-    each length has texts of its own.
+    """The tokens that a protocol predicts at every length of a comparison; None if each length
+    predicts different tokens.
     """
     return {"perplexity": pieces, "perplexity/new_tokens": pieces[:, -STRIDE:]}.get(protocol)
 
@@ -86,8 +98,8 @@ def windows(store: TokenStore, longest: int, limit: int) -> np.ndarray:
 def longlora_windows(
     stream: np.ndarray, length: int, limit: int, stride: int = STRIDE
 ) -> np.ndarray:
-    """LongLoRA's windows of a stream of tokens, without the last as there, int32 [n, length];
-    `limit` of them, spread.
+    """LongLoRA's windows of a stream of tokens, int32 [n, length]: without the last, as in its
+    code, and thinned evenly to `limit`.
     """
     return _cut(stream, range(0, len(stream) - length, stride)[:-1], length, limit)
 
@@ -95,16 +107,16 @@ def longlora_windows(
 def new_token_windows(
     stream: np.ndarray, length: int, longest: int, limit: int, stride: int = STRIDE
 ) -> np.ndarray:
-    """Windows that end where those of `longest` tokens do, int32 [n, length]."""
+    """Windows with the same ends as windows of `longest` tokens, int32 [n, length]."""
     if length <= stride:
         raise TooShort(
-            f"perplexity/new_tokens: the last {stride} tokens of {length} have nothing before them: ask for longer "
-            "ones with --lengths"
+            f"perplexity/new_tokens: the last {stride} tokens of {length} have no context: use "
+            "longer --lengths"
         )
     return _cut(stream, range(longest - length, len(stream) - length + 1, stride), length, limit)
 
 
-def _cut(stream, starts: range, length: int, limit: int) -> np.ndarray:
+def _cut(stream: np.ndarray, starts: range, length: int, limit: int) -> np.ndarray:
     chosen = np.linspace(0, len(starts) - 1, min(limit, len(starts))).astype(int)
     return np.array([stream[starts[i] : starts[i] + length] for i in chosen], np.int32).reshape(
         -1, length
@@ -112,18 +124,17 @@ def _cut(stream, starts: range, length: int, limit: int) -> np.ndarray:
 
 
 def perplexity(
-    model: nnx.Module,
+    model: Decoder,
     texts: Iterable[np.ndarray],
     length: int,
     *,
-    dtype=jnp.float32,
+    dtype: Any = jnp.float32,
     layout: Layout | None = None,
 ) -> float:
-    """Perplexity of `texts` [documents, longest + 1] read in consecutive windows of `length`
-    tokens.
+    """Perplexity of `texts` [documents, longest + 1] in consecutive windows of `length` tokens.
 
-    Every length predicts the same tokens, from at most `length` of context: what changes with the
-    length is what the model can see. Attention is full.
+    Every length predicts the same tokens, each from at most `length` tokens of context. Attention
+    is full.
     """
     graphdef, state = nnx.split(model)
     total, count = 0.0, 0
@@ -136,15 +147,15 @@ def perplexity(
 
 
 def window_perplexity(
-    model: nnx.Module,
+    model: Decoder,
     texts: Iterable[np.ndarray],
     counted: int,
     *,
-    dtype=jnp.float32,
+    dtype: Any = jnp.float32,
     layout: Layout | None = None,
 ) -> float:
-    """Perplexity of the last `counted` tokens of each of `texts` [length], each given those before
-    it.
+    """Perplexity of the last `counted` tokens of each of `texts` [length]; the tokens before them
+    are context.
     """
     graphdef, state = nnx.split(model)
     losses = []
@@ -156,12 +167,20 @@ def window_perplexity(
 
 
 def _exp(loss: float) -> float:
-    """Infinite where a float64 has no room for it."""
+    """exp(loss); infinite if float64 cannot hold it."""
     return math.exp(loss) if loss < 709 else math.inf * loss
 
 
-def _summed(graphdef, state, inputs, targets, dtype, layout) -> float:
-    # rows that make up the number that the mesh divides
+def _summed(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    inputs: Int[np.ndarray, "B T"],
+    targets: Int[np.ndarray, "B T"],
+    dtype: Any,
+    layout: Layout | None,
+) -> float:
+    """The summed loss of the targets that are not IGNORED."""
+    # Pads to a number of rows that the mesh divides.
     more = -len(inputs) % row_parts(layout.mesh) if layout else 0
     inputs, targets = (
         np.pad(x, ((0, more), (0, 0)), constant_values=fill)
@@ -171,7 +190,14 @@ def _summed(graphdef, state, inputs, targets, dtype, layout) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _loss(graphdef, state, inputs, targets, dtype, layout):
+def _loss(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    dtype: Any,
+    layout: Layout | None,
+) -> Float[Array, ""]:
     model = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
     hidden = model(inputs, positions=positions, dtype=dtype, layout=layout)

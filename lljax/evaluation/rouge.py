@@ -1,6 +1,4 @@
-"""Two ROUGEs: the one LongBench scores with, and the one SCROLLS does. Both are F-measures from 0
-to 1.
-"""
+"""ROUGE as LongBench computes it, and as SCROLLS does: F-measures from 0 to 1."""
 
 import re
 from collections import Counter
@@ -8,12 +6,12 @@ from collections.abc import Sequence
 
 
 def rouge_l(prediction: str, answer: str) -> float:
-    """ROUGE-L as the package `rouge` 1.0.1 counts it, which LongBench uses.
+    """ROUGE-L of the package `rouge` 1.0.1, which LongBench uses.
 
-    Sentences end at every full stop. Words are counted once each: those in a longest common
-    subsequence of any sentence of the answer with any of the prediction, over the different words
-    of either text. An empty text scores 0. (The package recurses, and LongBench gives 0 where a
-    sentence is too long for Python's stack; here it has its true score.)
+    A sentence ends at every period. Counts the distinct words in a longest common subsequence of
+    any sentence of the answer with any sentence of the prediction, over the distinct words of
+    either text. An empty text scores 0. (The package recurses, so that LongBench gives 0 to a
+    sentence too long for Python's stack; here it gets its true score.)
     """
     predicted, wanted = (
         [" ".join(part.split()).split(" ") for part in text.split(".") if part]
@@ -28,24 +26,22 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 
 def _common_words(x: Sequence[str], y: Sequence[str]) -> list[str]:
-    """One longest common subsequence: of several, the one found from the end by shortening y
-    first.
-    """
+    """A longest common subsequence: the one found from the end when y is shortened first."""
     table = _lengths(x, y)
-    i, j, found = len(x), len(y), []
+    i, j, words = len(x), len(y), []
     while i and j:
         if x[i - 1] == y[j - 1]:
             i, j = i - 1, j - 1
-            found.append(x[i])
+            words.append(x[i])
         elif table[i - 1][j] > table[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found
+    return words
 
 
 def _lengths(x: Sequence[str], y: Sequence[str]) -> list[list[int]]:
-    """[i][j]: the length of a longest common subsequence of x[:i] and y[:j]."""
+    """table[i][j]: the length of a longest common subsequence of x[:i] and y[:j]."""
     table = [[0] * (len(y) + 1)]
     for word in x:
         above, row = table[-1], [0]
@@ -56,10 +52,10 @@ def _lengths(x: Sequence[str], y: Sequence[str]) -> list[list[int]]:
 
 
 def scrolls_rouge(prediction: str, answer: str) -> tuple[float, float, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L as the package `rouge_score` counts them without stemming."""
+    """ROUGE-1, ROUGE-2 and ROUGE-L of the package `rouge_score` without stemming."""
     predicted, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, answer))
     grams = [
-        Counter(zip(*(words[i:] for i in range(n))))
+        Counter(zip(*(words[i:] for i in range(n)), strict=False))
         for n in (1, 2)
         for words in (predicted, wanted)
     ]

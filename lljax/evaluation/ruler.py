@@ -1,11 +1,10 @@
-"""RULER: needles, variable chains and word counts, made on the spot for the run's own tokenizer and
-length.
+"""RULER: needles, variable chains and word counts, generated for the tokenizer and the length.
 
 Hsieh et al. 2024, arXiv 2404.06654; github.com/NVIDIA/RULER. Prompts, counts, word lists and scores
-are RULER's. Where it hides needles in essays that may not be handed on, other text stands in, and
-the task's name ends in _local: such scores compare with each other only. qa_1 (SQuAD) and qa_2
-(HotpotQA) are made from the data sets' own files. Below 4,096 tokens, where RULER ends, a haystack
-of needles is filled up with sentences of the noise.
+are RULER's. RULER's essays may not be redistributed: tasks that hide needles in other prose end in
+_local, and their scores compare with each other only. qa_1 (SQuAD) and qa_2 (HotpotQA) are made
+from the files of the data sets. Below 4,096 tokens, RULER's shortest length, haystacks of needles
+are filled with sentences of noise.
 """
 
 import dataclasses
@@ -15,83 +14,86 @@ import math
 import random
 import string
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lljax.errors import ConfigError
 from lljax.evaluation import haystack
+from lljax.evaluation.fitting import TokenCounter, largest
 from lljax.evaluation.metrics import matches_all, matches_part
 from lljax.evaluation.ruler_qa import Questions, hotpotqa, squad
-from lljax.evaluation.sizes import Counter, largest
 from lljax.evaluation.task import Example, Sources, Task, TooShort, mean
 
 THRESHOLD = 85.6  # Llama2-7B's mean over all thirteen at 4,096 tokens
-SAMPLES = 500  # of a task at a length
+SAMPLES = 500  # for a task and length
 SHORTEST = 4_096  # tokens; RULER's own lengths start here
-SHOT = 500  # tokens of vt's worked example
-HOPS = 4  # of vt's chain
-DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent: where needles may lie in prose
-COMMON = 10  # words that cwe asks for
+SHOT = 500  # tokens of vt's one-shot example
+HOPS = 4  # in vt's chain
+DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent: possible places of needles in prose
+COMMON = 10  # words in the answer of cwe
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 ONE = (
-    "A special magic {single} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
-    "{single} afterwards.\n{context}\nWhat is the special magic {single} for {query} mentioned in the provided text?",
+    "A special magic {single} is hidden within the following text. Make sure to memorize "
+    "it. I will quiz you about the {single} afterwards.\n{context}\nWhat is the special "
+    "magic {single} for {query} mentioned in the provided text?",
     " The special magic {single} for {query} mentioned in the provided text is",
 )
 SEVERAL = (
-    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
-    "the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided "
-    "text?",
+    "Some special magic {kind} are hidden within the following text. Make sure to "
+    "memorize it. I will quiz you about the {kind} afterwards.\n{context}\nWhat are all "
+    "the special magic {kind} for {query} mentioned in the provided text?",
     " The special magic {kind} for {query} mentioned in the provided text are",
 )
 CHAIN = (
-    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find "
-    "all variables that are assigned the value {value} in the text above.",
-    " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assigned the value "
-    "{value}, they are: ",
+    "Memorize and track the chain(s) of variable assignment hidden in the following "
+    "text.\n\n{context}\nQuestion: Find all variables that are assigned the value "
+    "{value} in the text above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, {n} "
+    "variables are assigned the value {value}, they are: ",
 )
 LIST = (
-    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear "
-    "most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
+    "Below is a numbered list of words. In these words, some appear more often than "
+    "others. Memorize the ones that appear most often.\n{context}\nQuestion: What are "
+    "the 10 most common words in the above list?",
     " Answer: The top 10 words that appear most often in the list are:",
 )
 CODED = (
-    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
-    "coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three "
-    "most frequently appeared words in the above coded text?",
+    "Read the following coded text and track the frequency of each coded word. Find the "
+    "three most frequently appeared coded words. {context}\nQuestion: Do not provide any "
+    "explanation. Please ignore the dots '....'. What are the three most frequently "
+    "appeared words in the above coded text?",
     " Answer: According to the coded text above, the three most frequently appeared words are:",
 )
 DOCUMENTS = (
-    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
-    "The following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give "
-    "me the answer and do not output any other words.\n\nQuestion: {query}",
+    "Answer the question based on the given documents. Only give me the answer and do "
+    "not output any other words.\n\nThe following are given documents.\n\n{context}\n\n"
+    "Answer the question based on the given documents. Only give me the answer and do "
+    "not output any other words.\n\nQuestion: {query}",
     " Answer:",
 )
 
-Made = tuple[str, str, list[str]]  # prompt, answer prefix, answers
+Sample = tuple[str, str, list[str]]  # prompt, answer prefix, answers
 
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """make(rng, index, n): the sample with a haystack of n units, of which it needs at least
-    `least`.
-    """
+    """make(rng, index, n): a sample whose haystack has n >= `least` units. At most `samples`."""
 
-    make: Callable[[random.Random, int, int], Made]
+    make: Callable[[random.Random, int, int], Sample]
     least: int
-    samples: int = SAMPLES  # how many there can be
+    samples: int = SAMPLES
 
 
 @dataclasses.dataclass(frozen=True)
 class Needles:
-    """Needles of `keys` (words | uuids) and `values` (numbers | uuids) in a haystack of noise,
-    prose or other needles.
+    """k keys with v values each, in a haystack; the question is about q of the keys.
 
-    k keys with v values each; q of the keys are asked for.
+    haystack: noise | prose | needles. keys: words | uuids. values: numbers | uuids.
     """
 
-    where: str
+    haystack: str
     keys: str
     values: str
     k: int = 1
@@ -99,22 +101,22 @@ class Needles:
     q: int = 1
 
 
-def needles(kind: Needles, text: Path | None, counter: Counter, length: int) -> Maker:
+def hidden_needles(kind: Needles, text: Path | None, counter: TokenCounter, length: int) -> Maker:
     template, prefix = ONE if kind.q * kind.v == 1 else SEVERAL
     line = NEEDLE.format(
         kind=kind.values,
         key=_names(kind.keys, random.Random(0), 1)[0],
         value=_values(kind.values, random.Random(0), 1)[0],
     )
-    # How many sentences of noise fill the place of one needle.
+    # Sentences of noise that have the tokens of one needle.
     per = (
         max(1, len(haystack.NOISE) * counter(line) // counter(haystack.noise(5)[0]))
         if length < SHORTEST
         else 1
     )
 
-    def make(rng, index, n):
-        others = n // per if kind.where == "needles" else 0
+    def make(rng: random.Random, index: int, n: int) -> Sample:
+        others = n // per if kind.haystack == "needles" else 0
         names = _names(kind.keys, rng, kind.k + others)
         values = _values(kind.values, rng, kind.k * kind.v + others)
         hidden = [
@@ -122,14 +124,14 @@ def needles(kind: Needles, text: Path | None, counter: Counter, length: int) -> 
             for i in range(kind.k * kind.v)
         ]
         rng.shuffle(hidden)
-        if kind.where == "prose":
+        if kind.haystack == "prose":
             context = _hide_in_prose(haystack.first_words(haystack.prose(text), n), hidden, rng)
-        elif kind.where == "noise":
+        elif kind.haystack == "noise":
             context = "\n".join(_inserted(haystack.noise(n), hidden, rng))
         else:
             lines = [
                 NEEDLE.format(kind=kind.values, key=key, value=value)
-                for key, value in zip(names[kind.k :], values[kind.k * kind.v :])
+                for key, value in zip(names[kind.k :], values[kind.k * kind.v :], strict=True)
             ]
             context = "\n".join(_inserted(lines, hidden, rng) + haystack.noise(n % per))
         asked = rng.sample(range(kind.k), kind.q)
@@ -144,15 +146,15 @@ def needles(kind: Needles, text: Path | None, counter: Counter, length: int) -> 
 
     hidden = kind.k * kind.v
     return Maker(
-        make, {"noise": len(haystack.NOISE) * hidden, "needles": 2 * per, "prose": 1}[kind.where]
+        make, {"noise": len(haystack.NOISE) * hidden, "needles": 2 * per, "prose": 1}[kind.haystack]
     )
 
 
-def _names(kind: str, rng, n: int) -> list[str]:
+def _names(kind: str, rng: random.Random, n: int) -> list[str]:
     return haystack.compounds(rng, n) if kind == "words" else _uuids(rng, n)
 
 
-def _values(kind: str, rng, n: int) -> list[str]:
+def _values(kind: str, rng: random.Random, n: int) -> list[str]:
     return (
         [str(value) for value in rng.sample(range(10**6, 10**7), n)]
         if kind == "numbers"
@@ -160,21 +162,21 @@ def _values(kind: str, rng, n: int) -> list[str]:
     )
 
 
-def _uuids(rng, n: int) -> list[str]:
+def _uuids(rng: random.Random, n: int) -> list[str]:
     return [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(n)]
 
 
-def _inserted(lines: list[str], hidden: list[str], rng) -> list[str]:
-    """`lines` with each of `hidden`, in their order, before a line of its own."""
-    before = dict(zip(sorted(rng.sample(range(len(lines)), len(hidden))), hidden))
-    return [
-        text
-        for i, line in enumerate(lines)
-        for text in ([before[i], line] if i in before else [line])
-    ]
+def _inserted(lines: list[str], hidden: list[str], rng: random.Random) -> list[str]:
+    """Inserts `hidden`, in their order, before distinct random lines."""
+    places = sorted(rng.sample(range(len(lines)), len(hidden)))
+    before = dict(zip(places, hidden, strict=True))
+    result = []
+    for i, line in enumerate(lines):
+        result += [before[i], line] if i in before else [line]
+    return result
 
 
-def _hide_in_prose(text: str, hidden: list[str], rng) -> str:
+def _hide_in_prose(text: str, hidden: list[str], rng: random.Random) -> str:
     parts = haystack.sentences(text)
     places = [
         0,
@@ -187,8 +189,8 @@ def _hide_in_prose(text: str, hidden: list[str], rng) -> str:
     )
 
 
-def variable_tracking(counter: Counter, length: int) -> Maker:
-    def chain(rng, n, letters):
+def variable_tracking(counter: TokenCounter, length: int) -> Maker:
+    def chain(rng: random.Random, n: int, letters: int) -> Sample:
         names = set()
         while len(names) < HOPS + 1:
             names.add("".join(rng.choices(string.ascii_uppercase, k=letters)))
@@ -216,31 +218,31 @@ def variable_tracking(counter: Counter, length: int) -> Maker:
         or least
     )
 
-    def make(rng, index, n):
-        asked, begun, names = chain(rng, shot, 3)
+    def make(rng: random.Random, index: int, n: int) -> Sample:
+        shown, shown_prefix, names = chain(rng, shot, 3)
         prompt, prefix, answers = chain(rng, n, 5)
-        return f"{asked}{begun} {' '.join(names)}\n\n{prompt}", prefix, answers
+        return f"{shown}{shown_prefix} {' '.join(names)}\n\n{prompt}", prefix, answers
 
     return Maker(make, least)
 
 
 def common_words(length: int) -> Maker:
-    # How many words the example has and how often its common and other words stand there; then how
-    # often those asked for.
+    # Words of the example, the counts of its common and its other words, and the counts of the
+    # question's.
     size, *often = (20, 3, 1, 6, 1) if length < SHORTEST else (40, 10, 3, 30, 3)
 
-    def numbered(words):
+    def numbered(words: list[str]) -> str:
         return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
-    def listed(rng, n, common, uncommon):
+    def listed(rng: random.Random, n: int, common: int, uncommon: int) -> tuple[str, list[str]]:
         known = haystack.all_words()
         drawn = rng.sample(known, min(n, len(known)))
-        drawn += haystack.compounds(rng, n - len(drawn))  # RULER changes to another list there
+        drawn += haystack.compounds(rng, n - len(drawn))  # there RULER switches to another list
         words = drawn[:COMMON] * common + drawn[COMMON:] * uncommon
         rng.shuffle(words)
         return LIST[0].format(context=numbered(words)), drawn[:COMMON]
 
-    def make(rng, index, n):
+    def make(rng: random.Random, index: int, n: int) -> Sample:
         example, shown = listed(rng, size, *often[:2])
         prompt, answers = listed(rng, n, *often[2:])
         return f"{example}{LIST[1]} {numbered(shown)}\n{prompt}", LIST[1], answers
@@ -249,12 +251,12 @@ def common_words(length: int) -> Maker:
 
 
 def frequent_words(length: int) -> Maker:
-    """n words, the one of rank k about n / (zeta(2) k^2) times; the first is dots, and the next
-    three are asked for.
+    """n words; the word of rank k appears about n / (zeta(2) k^2) times. The first is "...", and
+    the next three are the answer.
     """
     ranks = (length - TASKS["fwe"].tokens) // 50
 
-    def make(rng, index, n):
+    def make(rng: random.Random, index: int, n: int) -> Sample:
         coded = set()
         while len(coded) < ranks:
             coded.add("".join(rng.choices(string.ascii_lowercase, k=6)))
@@ -267,11 +269,11 @@ def frequent_words(length: int) -> Maker:
         rng.shuffle(words)
         return CODED[0].format(context=" ".join(words)), CODED[1], coded[1:4]
 
-    return Maker(make, 100)  # from here on the third stands there more often than the fourth
+    return Maker(make, 100)  # enough that the third word appears more often than the fourth
 
 
 def questions(data: Questions) -> Maker:
-    def make(rng, index, n):
+    def make(rng: random.Random, index: int, n: int) -> Sample:
         question = data.questions[index]
         chosen = [
             *question.documents,
@@ -302,29 +304,28 @@ def questions(data: Questions) -> Maker:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A task of RULER: prepare(sources, counter, length) -> Maker, the new tokens, and the
-    grade.
-    """
+    """A task of RULER. prepare(sources, counter, length) -> Maker. tokens: new ones."""
 
-    prepare: Callable[[Sources, Counter, int], Maker]
+    prepare: Callable[[Sources, TokenCounter, int], Maker]
     tokens: int
-    grade: Callable = matches_all
+    grade: Callable[[str, Sequence[str]], float] = matches_all
 
 
-def _hidden(where, keys, values, **counts) -> Kind:
-    kind = Needles(where, keys, values, **counts)
+def _needles(haystack: str, keys: str, values: str, **counts: int) -> Kind:
+    kind = Needles(haystack, keys, values, **counts)
     return Kind(
-        lambda sources, counter, length: needles(kind, sources.haystack, counter, length), 128
+        lambda sources, counter, length: hidden_needles(kind, sources.haystack, counter, length),
+        128,
     )
 
 
-def _asked(read, field: str) -> Kind:
-    def prepare(sources, counter, length):
+def _qa(read: Callable[[Path], Questions], field: str) -> Kind:
+    def prepare(sources: Sources, counter: TokenCounter, length: int) -> Maker:
         path = getattr(sources, field)
         if path is None:
             raise ConfigError(
-                f"RULER's questions on {field} are made from its file: name it with --{field}, or leave qa_1 "
-                "and qa_2 out of --tasks"
+                f"RULER's questions on {field} are made from its file: name it with --{field}, or "
+                "leave qa_1 and qa_2 out of --tasks"
             )
         return questions(read(path))
 
@@ -332,19 +333,19 @@ def _asked(read, field: str) -> Kind:
 
 
 TASKS = {
-    "niah_single_1": _hidden("noise", "words", "numbers"),
-    "niah_single_2_local": _hidden("prose", "words", "numbers"),
-    "niah_single_3_local": _hidden("prose", "words", "uuids"),
-    "niah_multikey_1_local": _hidden("prose", "words", "numbers", k=4),
-    "niah_multikey_2": _hidden("needles", "words", "numbers"),
-    "niah_multikey_3": _hidden("needles", "uuids", "uuids"),
-    "niah_multivalue_local": _hidden("prose", "words", "numbers", v=4),
-    "niah_multiquery_local": _hidden("prose", "words", "numbers", k=4, q=4),
+    "niah_single_1": _needles("noise", "words", "numbers"),
+    "niah_single_2_local": _needles("prose", "words", "numbers"),
+    "niah_single_3_local": _needles("prose", "words", "uuids"),
+    "niah_multikey_1_local": _needles("prose", "words", "numbers", k=4),
+    "niah_multikey_2": _needles("needles", "words", "numbers"),
+    "niah_multikey_3": _needles("needles", "uuids", "uuids"),
+    "niah_multivalue_local": _needles("prose", "words", "numbers", v=4),
+    "niah_multiquery_local": _needles("prose", "words", "numbers", k=4, q=4),
     "vt": Kind(lambda sources, counter, length: variable_tracking(counter, length), 30),
     "cwe": Kind(lambda sources, counter, length: common_words(length), 120),
     "fwe": Kind(lambda sources, counter, length: frequent_words(length), 50),
-    "qa_1": _asked(squad, "squad"),
-    "qa_2": _asked(hotpotqa, "hotpotqa"),
+    "qa_1": _qa(squad, "squad"),
+    "qa_2": _qa(hotpotqa, "hotpotqa"),
 }
 
 
@@ -361,32 +362,39 @@ def tasks(sources: Sources) -> dict[str, Task]:
 
 
 def _examples(
-    name: str, sources: Sources, tokenizer, length: int, samples: int | None, seed: int
+    name: str, sources: Sources, tokenizer: Any, length: int, samples: int | None, seed: int
 ) -> Iterator[Example]:
-    kind, counter = TASKS[name], Counter(tokenizer)
+    kind, counter = TASKS[name], TokenCounter(tokenizer)
     if length <= kind.tokens:
         raise TooShort(
-            f"ruler/{name}: {kind.tokens} tokens are written, which leaves nothing to read of {length}: ask for "
-            "longer ones with --lengths"
+            f"ruler/{name}: {kind.tokens} new tokens leave no room for a prompt in {length}: use "
+            "longer --lengths"
         )
     maker = kind.prepare(sources, counter, length)
     n = maker.least
     for index in range(min(maker.samples, SAMPLES if samples is None else samples)):
-        made = lambda n: maker.make(random.Random(f"{seed} {name} {length} {index}"), index, n)
-        size = lambda n: counter("".join(made(n)[:2])) + kind.tokens
+
+        def make(n: int, index=index) -> Sample:
+            return maker.make(random.Random(f"{seed} {name} {length} {index}"), index, n)
+
+        size = lambda n, make=make: counter("".join(make(n)[:2])) + kind.tokens
         n = largest(size, length, least=maker.least, guess=n)
         if n is None:
             raise TooShort(
-                f"ruler/{name}: what it always holds takes {size(maker.least)} of {length} tokens: ask for "
-                "longer ones with --lengths, or leave it out of --tasks"
+                f"ruler/{name}: its fixed parts take {size(maker.least)} of {length} tokens: use "
+                "longer --lengths, or leave it out of --tasks"
             )
-        prompt, prefix, answers = made(n)
-        yield Example(str(index), prompt, tuple(answers), kind.tokens, prefix)
+        prompt, prefix, answers = make(n)
+        yield Example(
+            id=str(index),
+            prompt=prompt,
+            answers=tuple(answers),
+            tokens=kind.tokens,
+            answer_prefix=prefix,
+        )
 
 
 def effective_length(scores: dict[int, float], threshold: float = THRESHOLD) -> int | None:
-    """The longest length at which, as at every shorter one, the mean score of the tasks is above
-    `threshold`.
-    """
+    """The longest length up to which all mean scores exceed `threshold`, None if there is none."""
     reached = list(itertools.takewhile(lambda length: scores[length] > threshold, sorted(scores)))
     return reached[-1] if reached else None

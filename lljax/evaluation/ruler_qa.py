@@ -1,6 +1,4 @@
-"""SQuAD and HotpotQA, in the files they are published as, as the questions and documents that
-RULER's qa tasks draw from.
-"""
+"""Reads SQuAD and HotpotQA files as the questions and documents of RULER's qa tasks."""
 
 import dataclasses
 import functools
@@ -8,13 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lljax.errors import DataError
-from lljax.evaluation.records import checked, read_json, texts
+from lljax.evaluation.benchmark_files import checked, read_json, texts
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """documents: indices of those that hold the answer. related: of those of the same article,
-    taken first as company.
+    """documents: indices of the documents with the answer. related: indices of other documents of
+    the same article, the first choice of distractors.
     """
 
     text: str
@@ -31,7 +29,7 @@ class Questions:
 
 @functools.lru_cache(maxsize=1)
 def squad(path: Path) -> Questions:
-    """SQuAD 1.1 or 2.0: the questions that have an answer."""
+    """The questions with an answer of SQuAD 1.1 or 2.0."""
     data = checked(read_json(path), str(path), {"data": list})["data"]
     articles = []
     for i, article in enumerate(data):
@@ -44,12 +42,14 @@ def squad(path: Path) -> Questions:
                 )
             ]
         )
-    documents, at = _numbered(paragraph["context"] for article in articles for paragraph in article)
+    documents, index = _numbered(
+        paragraph["context"] for article in articles for paragraph in article
+    )
     questions = []
     for i, article in enumerate(articles):
-        together = {at[paragraph["context"]] for paragraph in article}
+        together = {index[paragraph["context"]] for paragraph in article}
         for paragraph in article:
-            own = at[paragraph["context"]]
+            document = index[paragraph["context"]]
             for qa in paragraph["qas"]:
                 where = f"{path}: a question of data[{i}]"
                 if checked(qa, where, {"question": str, "answers": list}).get("is_impossible"):
@@ -59,18 +59,18 @@ def squad(path: Path) -> Questions:
                 ]
                 questions.append(
                     Question(
-                        qa["question"],
-                        texts(answers, where, "answers"),
-                        (own,),
-                        tuple(sorted(together - {own})),
+                        text=qa["question"],
+                        answers=texts(answers, where, "answers"),
+                        documents=(document,),
+                        related=tuple(sorted(together - {document})),
                     )
                 )
-    return _some(path, documents, questions)
+    return _nonempty(path, documents, questions)
 
 
 @functools.lru_cache(maxsize=1)
 def hotpotqa(path: Path) -> Questions:
-    """HotpotQA's distractor or fullwiki file: the ten paragraphs of a question belong to it."""
+    """The questions of HotpotQA's distractor or fullwiki file, with their ten paragraphs each."""
     rows = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path}: not a list of questions, as HotpotQA's files are")
@@ -86,23 +86,24 @@ def hotpotqa(path: Path) -> Questions:
             raise DataError(
                 f"{where}: 'context' is not a list of [title, [sentence, ...]]"
             ) from None
-    documents, at = _numbered(text for context in contexts for text in context)
-    return _some(
+    documents, index = _numbered(text for context in contexts for text in context)
+    return _nonempty(
         path,
         documents,
         [
-            Question(row["question"], (row["answer"],), tuple(at[text] for text in context))
-            for row, context in zip(rows, contexts)
+            Question(row["question"], (row["answer"],), tuple(index[text] for text in context))
+            for row, context in zip(rows, contexts, strict=True)
         ],
     )
 
 
-def _numbered(found: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    documents = tuple(sorted(set(found)))
+def _numbered(texts: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The distinct texts in order, and the index of each."""
+    documents = tuple(sorted(set(texts)))
     return documents, {text: i for i, text in enumerate(documents)}
 
 
-def _some(path: Path, documents, questions) -> Questions:
+def _nonempty(path: Path, documents: tuple[str, ...], questions: list[Question]) -> Questions:
     if not questions:
         raise DataError(f"{path}: no question with an answer")
     return Questions(documents, tuple(questions))

@@ -1,33 +1,31 @@
-"""What a task of a benchmark is: examples that a model answers, and a score from 0 to 100 of its
-answers.
-"""
+"""A task of a benchmark: examples for a model to answer, and a score of its answers."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lljax.errors import ConfigError
 
-FAR = 16  # times what a model reads: how it fails beyond can be measured, up to here
+FAR = 16  # longest length to evaluate, as a multiple of the model's context
 
 
 class TooShort(ConfigError):
-    """What a task always holds does not fit the length: the other tasks and lengths may go on."""
+    """The fixed parts of a task do not fit the length; other tasks and lengths may."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One question.
 
-    id: tells it from the others of its task and length, in every run the same. prompt: what a user
-      would say.
-    answer_prefix: how the answer begins: a base reads it after the prompt, a chat model as the
-      start of its reply.
-    answers: what is right. tokens: new ones, at most. chat: whether a chat model is asked through
-      its template.
-    groups: names under which it is scored apart as well. classes: what a classification chooses
-      from.
+    id: unique within task and length, and the same in every run. prompt: the user's message.
+    answer_prefix: the beginning of the answer: a base model reads it after the prompt, a chat model
+      as the start of its reply.
+    answers: the correct ones. tokens: new tokens, at most. chat: a chat model is asked through its
+      template.
+    groups: names of subsets that are scored separately too. classes: the choices of a
+      classification.
     """
 
     id: str
@@ -41,36 +39,34 @@ class Example:
 
     @property
     def text(self) -> str:
-        """What a base reads."""
+        """The prompt of a base model."""
         return self.prompt + self.answer_prefix
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """examples(tokenizer, length, samples, seed): generated ones, or the first `samples` of a file
-    (None: all of it).
+    """A named source of examples and their score.
 
-    `length` holds bos, prompt, answer prefix and new tokens, in tokens. A chat template comes on
-    top: who uses one asks for that much less. score(predictions, examples): 0 to 100, NaN where
-    nothing can be scored.
-
-    Raises, at the first example: TooShort. ConfigError: a file is not named. DataError: it is not
-      what it should be.
+    examples(tokenizer, length, samples, seed): generated examples, or the first `samples` of a file
+      (None: all). bos, prompt, answer prefix and new tokens fit `length`; the caller subtracts the
+      tokens of a chat template. Raises at the first example: TooShort; ConfigError if a file is not
+      named; DataError if a file is damaged.
+    score(predictions, examples): 0 to 100, NaN if nothing can be scored.
     """
 
     name: str
-    examples: Callable[[object, int, int | None, int], Iterator[Example]]
+    examples: Callable[[Any, int, int | None, int], Iterator[Example]]
     score: Callable[[Sequence[str], Sequence[Example]], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The files that the user names, each by the flag of its field.
+    """The files of the benchmarks, each named by the flag of its field.
 
-    haystack: a text to hide needles in, for Python's own reference. squad, hotpotqa: of RULER's
-      qa_1 and qa_2. longbench,
-    zeroscrolls: folders. longbench_config: the folder of LongBench's prompts, where it is another.
-      longbench2: its file.
+    haystack: a text to hide needles in, instead of Python's language reference.
+    squad, hotpotqa: files of RULER's qa_1 and qa_2.
+    longbench, zeroscrolls: folders. longbench_config: the folder of LongBench's prompts if it is
+      another. longbench2: its file.
     """
 
     haystack: Path | None = None
@@ -82,22 +78,21 @@ class Sources:
     zeroscrolls: Path | None = None
 
 
-def refuse_beyond(length: int, reads: int, field: str) -> None:
-    """Raises ConfigError where `length` is far beyond the `reads` tokens that the model reads;
-    `field` named it.
-    """
-    if length > FAR * reads:
+def refuse_beyond(length: int, context: int, field: str) -> None:
+    """Raises ConfigError if `length`, a value of `field`, exceeds FAR times the model's context."""
+    if length > FAR * context:
         raise ConfigError(
-            f"{field}: {length:,} tokens are more than {FAR} times the {reads:,} that the model reads"
+            f"{field}: {length:,} tokens are more than {FAR} times the model's context of "
+            f"{context:,}"
         )
 
 
 def mean(
     grade: Callable[[str, Example], float],
 ) -> Callable[[Sequence[str], Sequence[Example]], float]:
-    """A score that is the mean over examples of a grade from 0 to 1."""
+    """A score: the mean over examples of a grade from 0 to 1, in percent."""
 
-    def score(predictions, examples):
+    def score(predictions: Sequence[str], examples: Sequence[Example]) -> float:
         grades = [
             grade(prediction, example)
             for prediction, example in zip(predictions, examples, strict=True)
@@ -110,7 +105,7 @@ def mean(
 def group_scores(
     task: Task, predictions: Sequence[str], examples: Sequence[Example]
 ) -> dict[str, float]:
-    """The score of each group's examples, in the order in which groups appear."""
+    """The score of each group of examples, in the order of appearance."""
     members: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
         for group in example.groups:

@@ -1,9 +1,9 @@
 """ZeroSCROLLS (Shaham et al. 2023, arXiv 2305.14196), from its files: FOLDER/NAME/validation.jsonl
 and test.jsonl.
 
-The answers of the test split are not public: zeroscrolls_test/NAME only collects predictions, which
-  `write_submission` makes into the file that the leaderboard takes. The metrics are those that the
-  authors keep beside the data.
+The answers of the test split are not public: zeroscrolls_test/NAME only collects predictions, and
+`write_submission` writes them in the leaderboard's format. The metrics are the authors' own, which
+are published beside the data.
 """
 
 import csv
@@ -11,17 +11,18 @@ import functools
 import io
 import itertools
 import math
-import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from lljax.data.files import atomic_write
 from lljax.errors import ConfigError, DataError
-from lljax.evaluation.metrics import f1, normalised
-from lljax.evaluation.records import read_rows
+from lljax.evaluation.benchmark_files import read_rows
+from lljax.evaluation.fitting import TokenCounter, cut_end
+from lljax.evaluation.metrics import f1, normalized
 from lljax.evaluation.rouge import scrolls_rouge
-from lljax.evaluation.sizes import Counter, cut_end
 from lljax.evaluation.task import Example, Task, TooShort, mean
 
 FIELDS = {
@@ -31,7 +32,7 @@ FIELDS = {
     "query_start_index": int,
     "truncation_seperator": str,
 }
-# What unidecode makes of signs and letters that NFKD does not take apart into ASCII.
+# unidecode's spelling of signs and letters that NFKD does not decompose into ASCII.
 ASCII = str.maketrans(
     {
         **dict.fromkeys("‘’‛′´", "'"),
@@ -86,28 +87,32 @@ ASCII = str.maketrans(
 
 
 def rouge(predictions: Sequence[str], examples: Sequence[Example]) -> float:
-    """The geometric mean of ROUGE-1, 2 and L, each the mean over examples of the best over
-    answers.
+    """The geometric mean of ROUGE-1, 2 and L; each is the best over answers, averaged over
+    examples.
     """
     if not examples:
         return math.nan
     best = [
         [
             max(column)
-            for column in zip(*(scrolls_rouge(prediction, answer) for answer in example.answers))
+            for column in zip(
+                *(scrolls_rouge(prediction, answer) for answer in example.answers), strict=True
+            )
         ]
         for prediction, example in zip(predictions, examples, strict=True)
     ]
-    return 100 * math.prod(sum(column) / len(best) for column in zip(*best)) ** (1 / 3)
+    return 100 * math.prod(sum(column) / len(best) for column in zip(*best, strict=True)) ** (1 / 3)
 
 
 def folded_f1(prediction: str, answer: str) -> float:
-    """The F1 of words in ASCII. The authors put what is normalised through unidecode, so that a
-    typographic apostrophe comes back as one of ASCII and tells words apart. Other scripts, which
-    unidecode spells in Latin letters, are dropped here.
+    """The F1 of words in ASCII.
+
+    As in the authors' code, which applies unidecode after normalization, a typographic apostrophe
+    becomes an ASCII apostrophe that stays in the word. Other scripts, which unidecode transcribes
+    to Latin letters, are dropped here.
     """
     fold = lambda text: (
-        unicodedata.normalize("NFKD", normalised(text).translate(ASCII))
+        unicodedata.normalize("NFKD", normalized(text).translate(ASCII))
         .encode("ascii", "ignore")
         .decode()
     )
@@ -115,38 +120,39 @@ def folded_f1(prediction: str, answer: str) -> float:
 
 
 def same_letter(prediction: str, answer: str) -> float:
-    found, wanted = (re.search(r"\b[A-D]\b", text) for text in (prediction, answer))
-    return float(found is not None and wanted is not None and found[0] == wanted[0])
+    predicted, wanted = (re.search(r"\b[A-D]\b", text) for text in (prediction, answer))
+    return float(predicted is not None and wanted is not None and predicted[0] == wanted[0])
 
 
 def exponential_similarity(prediction: str, answer: str) -> float:
-    """Halved for every ten points between two percentages."""
-    found, wanted = (re.search(r"(\d+\.?\d*)%", text) for text in (prediction, answer))
-    return 0.5 ** (abs(float(found[1]) - float(wanted[1])) / 10) if found and wanted else 0.0
+    """0.5 ** (difference of two percentages / 10 points)."""
+    predicted, wanted = (re.search(r"(\d+\.?\d*)%", text) for text in (prediction, answer))
+    if not predicted or not wanted:
+        return 0.0
+    return 0.5 ** (abs(float(predicted[1]) - float(wanted[1])) / 10)
 
 
 def concordance(prediction: str, answer: str) -> float:
-    """The share of pairs in the right order of two lists of the same numbers; 0 where they are not
-    the same.
-    """
-    found, wanted = (
+    """The share of pairs in the right order; 0 if the two lists do not hold the same numbers."""
+    predicted, wanted = (
         [int(word) for word in re.sub(r"[^0-9\s,]", "", text).replace(",", " ").split()]
         for text in (prediction, answer)
     )
-    if sorted(found) != sorted(wanted) or len(wanted) < 2:
+    if sorted(predicted) != sorted(wanted) or len(wanted) < 2:
         return 0.0
-    place = {number: i for i, number in enumerate(found)}
+    place = {number: i for i, number in enumerate(predicted)}
     pairs = list(itertools.combinations(wanted, 2))
     return sum(place[a] < place[b] for a, b in pairs) / len(pairs)
 
 
-def _best(metric):
+def _best(metric: Callable[[str, str], float]) -> Callable[..., float]:
+    """The mean over examples of the best over answers."""
     return mean(
         lambda prediction, example: max(metric(prediction, answer) for answer in example.answers)
     )
 
 
-TASKS = {  # name: new tokens, score
+TASKS = {  # name: (new tokens, score)
     "gov_report": (1024, rouge),
     "summ_screen_fd": (512, rouge),
     "qmsum": (512, rouge),
@@ -161,53 +167,59 @@ TASKS = {  # name: new tokens, score
 
 
 def tasks(folder: Path | None) -> dict[str, Task]:
-    """zeroscrolls/NAME, scored, and zeroscrolls_test/NAME, whose score is NaN."""
-    found = {}
+    """zeroscrolls/NAME, and zeroscrolls_test/NAME, whose score is NaN."""
+    result = {}
     for family, split in (("zeroscrolls", "validation"), ("zeroscrolls_test", "test")):
         for name, (_, score) in TASKS.items():
-            found[f"{family}/{name}"] = Task(
+            result[f"{family}/{name}"] = Task(
                 f"{family}/{name}",
-                functools.partial(_examples, name, split, folder),
+                functools.partial(_examples, folder, (name, split)),
                 score if split == "validation" else lambda predictions, examples: math.nan,
             )
-    return found
+    return result
 
 
 def _examples(
-    name: str,
-    split: str,
     folder: Path | None,
-    tokenizer,
+    part: tuple[str, str],
+    tokenizer: Any,
     length: int,
     samples: int | None,
     seed: int,
 ) -> Iterator[Example]:
+    """The examples of `part`, a (task, split), truncated to `length`."""
+    name, split = part
     if folder is None:
         raise ConfigError(
             "ZeroSCROLLS is read from its files: name their folder with --zeroscrolls"
         )
-    path, tokens, counter = folder / name / f"{split}.jsonl", TASKS[name][0], Counter(tokenizer)
+    path, tokens, counter = (
+        folder / name / f"{split}.jsonl",
+        TASKS[name][0],
+        TokenCounter(tokenizer),
+    )
     rows: dict[str, dict] = {}
-    answers: dict[str, list[str]] = {}  # an example with several answers has a row for each
+    answers: dict[str, list[str]] = {}  # one row for each answer of an example
     for i, row in enumerate(read_rows(path, FIELDS), 1):
         if split == "validation" and not isinstance(row["output"], str):
             raise DataError(
-                f"{path}: row {i}: 'output' is not a text, and the validation split is scored against it"
+                f"{path}: row {i}: 'output' is not a text, and the validation split is scored "
+                "against it"
             )
         rows.setdefault(row["id"], row)
         answers.setdefault(row["id"], []).append(row["output"] if split == "validation" else "")
     for key, row in itertools.islice(rows.items(), samples):
         yield Example(
-            key,
-            _cut(counter, row, length - tokens, f"zeroscrolls/{name}"),
-            tuple(answers[key]),
-            tokens,
+            id=key,
+            prompt=_cut(counter, row, length - tokens, f"zeroscrolls/{name}"),
+            answers=tuple(answers[key]),
+            tokens=tokens,
         )
 
 
-def _cut(counter: Counter, row: dict, budget: int, name: str) -> str:
-    """The input; where it is too long, its document cut at the end, the separator, and the
-    query.
+def _cut(counter: TokenCounter, row: dict, budget: int, name: str) -> str:
+    """The input; if it is too long, its document is truncated at the end, then come the separator
+    and the query.
     """
     if counter(row["input"]) <= budget:
         return row["input"]
@@ -219,21 +231,21 @@ def _cut(counter: Counter, row: dict, budget: int, name: str) -> str:
     room = budget - counter(rest)
     while room > 0:
         text = cut_end(counter, document, room) + rest
-        over = counter(text) - budget  # where the parts meet they may tokenise into more
+        over = counter(text) - budget  # the joined text may have more tokens than its parts
         if over <= 0:
             return text
         room -= over
     raise TooShort(
-        f"{name}: the query alone takes {counter(rest)} tokens, and {budget} are left for what is read: ask for "
-        "longer ones with --lengths"
+        f"{name}: the query alone takes {counter(rest)} tokens, and {budget} are left for the "
+        "prompt: use longer --lengths"
     )
 
 
 def write_submission(path: Path, predictions: Mapping[str, Mapping[str, str]]) -> None:
-    """The leaderboard's CSV, from the predictions of each task by the id of the example.
+    """Writes the leaderboard's CSV. predictions: {task: {id of an example: prediction}}.
 
     Raises:
-      ConfigError: a task is missing; the leaderboard takes all ten only.
+      ConfigError: a task is missing; the leaderboard only takes all ten.
     """
     missing = [name for name in TASKS if not predictions.get(name)]
     if missing:
@@ -247,6 +259,4 @@ def write_submission(path: Path, predictions: Mapping[str, Mapping[str, str]]) -
     writer.writerows(
         (name, key, prediction) for name in TASKS for key, prediction in predictions[name].items()
     )
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
-    os.replace(unfinished, path)
+    atomic_write(path, text.getvalue())

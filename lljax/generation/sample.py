@@ -1,23 +1,26 @@
-"""Which token comes next."""
+"""Samples the next token."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lljax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token. Of the others are kept: the `top_k` likeliest (0:
-    all); of these the smallest set with probability `top_p` among them; those at least `min_p`
-    times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
-    repetition: logits of tokens that were read or written are divided by it where positive,
-      multiplied where negative (Keskar et al. 2019, arXiv 1909.05858, section 4.1).
+    """How the next token is chosen. temperature 0 takes the most likely token.
+
+    Otherwise the filters apply in this order: the `top_k` most likely tokens (0: all); the smallest
+      set of them with probability `top_p`; tokens at least `min_p` times as likely as the most
+      likely (Nguyen et al. 2024, arXiv 2407.01082).
+    repetition: divides positive logits of tokens in the prompt or the output, and multiplies
+      negative ones (Keskar et al. 2019, arXiv 1909.05858, section 4.1).
 
     Raises:
-      ConfigError: a value outside its range.
+      ConfigError: a value is out of range.
     """
 
     temperature: float = 0.0
@@ -43,18 +46,22 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def choose(
-    logits: jax.Array, keys: jax.Array, seen: jax.Array | None, sampling: Sampling
-) -> jax.Array:
-    """int32 [B] of logits [B, V]. keys [B]: of each row. seen: bool [B, V], tokens of the row;
-    needed for `repetition`.
+def sample_token(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, "B"],
+    seen: Bool[Array, "B V"] | None,
+    sampling: Sampling,
+) -> Int[Array, "B"]:
+    """The next token of every row, int32.
+
+    seen: the tokens in the row's prompt and output; required for `repetition`.
     """
     if sampling.repetition != 1:
-        logits = jnp.where(
-            seen,
-            jnp.where(logits > 0, logits / sampling.repetition, logits * sampling.repetition),
-            logits,
+        assert seen is not None, "repetition needs the tokens that were seen"
+        penalized = jnp.where(
+            logits > 0, logits / sampling.repetition, logits * sampling.repetition
         )
+        logits = jnp.where(seen, penalized, logits)
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-logits, axis=-1)
@@ -64,5 +71,5 @@ def choose(
     probability = jax.nn.softmax(ranked, axis=-1)
     kept = jnp.cumsum(probability, axis=-1) - probability < sampling.top_p
     kept &= probability >= sampling.min_p * probability[:, :1]
-    at = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, ranked, -jnp.inf))
-    return jnp.take_along_axis(order, at[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    rank = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, ranked, -jnp.inf))
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -5,21 +5,19 @@ import dataclasses
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from jax.profiler import ProfileData
+STEP, DATA = "train", "data"  # names of the loop's annotations in a trace
 
-STEP, DATA = "train", "data"  # names of the loop's own marks in a trace
-
-# A collective by the compiler's name, by that of the JAX primitive it came from, or by that of the
-# NCCL kernel.
+# A collective's name: the compiler's, its JAX primitive's or its NCCL kernel's.
 COLLECTIVE = re.compile(
-    r"%?(ragged-)?(all[-_](gather|reduce|to[-_]all)|reduce[-_]scatter|collective[-_](permute|broadcast)|"
-    r"async-collective-(start|done)|psum|pmax|pmin|ppermute|nccl)",
+    r"%?(ragged-)?(all[-_](gather|reduce|to[-_]all)|reduce[-_]scatter|"
+    r"collective[-_](permute|broadcast)|async-collective-(start|done)|"
+    r"psum|pmax|pmin|ppermute|nccl)",
     re.IGNORECASE,
 )
 
-
-# What holds other operations, or moves data beside them.
+# Operations that contain others, or move data beside them.
 NO_WORK = re.compile(r"%?(while|conditional|call|tuple|copy-(start|done)|Memcpy\w*|Memset)\b")
 
 
@@ -28,11 +26,11 @@ Interval = tuple[float, float]  # start and stop, ns
 
 @dataclasses.dataclass(frozen=True)
 class Breakdown:
-    """Seconds of a step, of the average of `steps` and devices.
+    """Seconds of a step, averaged over `steps` and devices.
 
-    computing: something is computed. collectives: devices wait for each other and nothing is
-      computed. data: the device is idle and the host reads the next batch. hidden: collectives
-      behind which something is computed, part of `computing`.
+    computing: an operation computes. collectives: devices wait for each other and none computes.
+    data: the device is idle and the host reads the next batch. hidden: collectives overlapped with
+    computing, part of `computing`.
     """
 
     steps: list[int]
@@ -44,7 +42,7 @@ class Breakdown:
     hidden: float
 
     def parts(self) -> dict[str, float]:
-        """What makes up `seconds`, by name."""
+        """The parts that add up to `seconds`, by name."""
         rest = max(self.seconds - self.computing - self.collectives - self.data, 0.0)
         return {
             "computing": self.computing,
@@ -55,7 +53,9 @@ class Breakdown:
 
 
 def breakdown(path: Path) -> Breakdown | None:
-    """Reads a trace (an XSpace protocol buffer); None where it has no whole step."""
+    """Reads a trace (an XSpace protocol buffer); None if it has no whole step."""
+    from jax.profiler import ProfileData
+
     steps, reading, work, waits = {}, [], defaultdict(list), defaultdict(list)
     for plane in ProfileData.from_file(str(path)).planes:
         for line in plane.lines:
@@ -77,10 +77,12 @@ def breakdown(path: Path) -> Breakdown | None:
     )
 
 
-def divide(steps: dict[int, Interval], reading: list[Interval], devices: dict) -> Breakdown | None:
-    """Divides each step among its parts. devices: each one's (work, waits) as `merged`
-    intervals.
-    """
+def divide(
+    steps: dict[int, Interval],
+    reading: list[Interval],
+    devices: dict[Any, tuple[list[Interval], list[Interval]]],
+) -> Breakdown | None:
+    """Divides each step into its parts. devices: (work, waits) of each, as `merged` intervals."""
     if not steps or not devices:
         return None
     sums = defaultdict(float)
@@ -93,9 +95,11 @@ def divide(steps: dict[int, Interval], reading: list[Interval], devices: dict) -
             sums["collectives"] += _length(busy, step) - computing
             sums["hidden"] += computing + waiting - _length(busy, step)
             sums["data"] += _length(merged(busy + reading), step) - _length(busy, step)
-    each = 1e-9 / (len(steps) * len(devices))
+    seconds = 1e-9 / (len(steps) * len(devices))  # ns of all to s of one
     return Breakdown(
-        sorted(steps), len(devices), **{name: each * total for name, total in sums.items()}
+        steps=sorted(steps),
+        devices=len(devices),
+        **{name: seconds * total for name, total in sums.items()},
     )
 
 
@@ -111,7 +115,7 @@ def merged(intervals: list[Interval]) -> list[Interval]:
 
 
 def _length(intervals: list[Interval], within: Interval) -> float:
-    """Of disjoint intervals in order, the part within another."""
+    """The length of the part of disjoint intervals in order that lies within another."""
     first = max(bisect.bisect(intervals, within[:1]) - 1, 0)
     total = 0.0
     for start, stop in intervals[first:]:
@@ -121,9 +125,11 @@ def _length(intervals: list[Interval], within: Interval) -> float:
     return total
 
 
-def _operation(plane: str, line: str, event) -> tuple | None:
-    """(device, name) of an event that is an operation of a device. TPUs have a line of them, GPUs
-    one for each stream; on CPUs they lie among what else the threads do, and say so.
+def _operation(plane: str, line: str, event: Any) -> tuple[Any, str] | None:
+    """(device, name) of an event that is a device's operation, otherwise None.
+
+    A TPU has one line of operations, a GPU one for each stream; a CPU's are among the other events
+    of its threads and carry the statistic "hlo_op".
     """
     if plane.startswith("/device:TPU") and line == "XLA Ops":
         return plane, event.name
@@ -136,5 +142,5 @@ def _operation(plane: str, line: str, event) -> tuple | None:
     return None
 
 
-def _interval(event) -> Interval:
+def _interval(event: Any) -> Interval:
     return event.start_ns, event.start_ns + event.duration_ns

@@ -43,8 +43,8 @@ from lljax.config import Config
 from lljax.data.tokens import prepare
 from lljax.errors import ConfigError, exit_cleanly
 from lljax.evaluation import perplexity, registry
-from lljax.evaluation.batched_generation import Asking, answer
-from lljax.evaluation.results import Predictions
+from lljax.evaluation.batched_generation import EvalModel, EvalSettings, score_tasks
+from lljax.evaluation.predictions import Predictions
 from lljax.evaluation.task import Example, Sources, Task
 from lljax.interop.open import end_tokens, open_base, tokenizer_fingerprint
 from lljax.models.families import spec_from_hf
@@ -85,10 +85,11 @@ class Measurement:
                 n: perplexity.measure("perplexity", model, self.texts[n], n) for n in run.lengths
             }
         }
-        asking = Asking(self.tokenizer, SAMPLES, stop=self.stop, rows=SAMPLES)
+        settings = EvalSettings(self.tokenizer, SAMPLES, stop=self.stop, rows=SAMPLES)
         with Predictions(self.out / f"predictions-{seed}.jsonl") as made:
             tasks = self.tasks if run.retrieves else ()
-            for score in answer(model, run.name, run.name, tasks, run.lengths, asking, made):
+            evaluated = EvalModel(model, run.name, key=run.name)
+            for score in score_tasks(evaluated, tasks, run.lengths, settings, made):
                 found.setdefault(score.task, {})[score.length] = score.score
         return found
 

@@ -12,10 +12,11 @@ from longlora_runs import ATTENTION, BASES, LENGTHS, MAIN, SAMPLES, TASKS, TRAIN
 from rich.console import Console
 from scipy.stats import ttest_rel
 
-from lljax.evaluation.results import markdown
-from lljax.report import spread
-from lljax.report.page import write_report
-from lljax.report.words import short_length
+from lljax.evaluation.tables import markdown
+from lljax.report import write_report
+from lljax.report.charts import spread
+from lljax.report.drawing import png
+from lljax.report.numbers import short_length
 
 CONSOLE = Console(width=140)
 
@@ -223,7 +224,7 @@ def write(out: Path) -> None:
             for name in results.names()
             if name != BASES["keep"]
         }
-        (out / file).write_bytes(spread.png(title, values))
+        (out / file).write_bytes(png(spread(title, values)))
         images.append({"file": file, "title": title})
     (out / "evaluation.json").write_text(
         json.dumps({"tables": made, "images": images, "scores": []}, indent=2)

@@ -26,8 +26,11 @@ import jax
 import numpy as np
 
 from lljax.errors import ConfigError, exit_cleanly
-from lljax.report import charts
-from lljax.report.page import STYLE
+from lljax.report.content import Figure, Section
+from lljax.report.drawing import svg
+from lljax.report.numbers import short_length
+from lljax.report.page import write_page
+from lljax.report.step_chart import Band, Line, line_chart, smoothed
 from lljax.run import loop
 from lljax.run.observer import Observer
 
@@ -36,10 +39,6 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ((0.25, 512, "shifted"), (0.5, 1024, "shifted"), (1.0, 1024, "full"))
 # the limits: MB a stage grows by, and what its last steps take of its first
 MB, GROWN, SLOWER = 2**20, 50, 1.05
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>
-<main><section><h2>{title}</h2><div class="charts">{charts}</div></section></main></html>
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,26 +143,24 @@ def exceeded(of: dict) -> bool:
     )
 
 
-def picture(readings: list[Reading], title: str) -> str:
+def curves(readings: list[Reading]) -> list[Figure]:
+    """Resident memory and seconds of every step, with the stages shaded."""
     x, stage = np.array([r.step for r in readings]), np.array([r.stage for r in readings])
     edges = [0, *np.flatnonzero(np.diff(stage)) + 1, len(x) - 1]
     bands = [
-        charts.Band(x[start], x[stop], f"{length:,}", attention, charts.short_length(length))
-        for start, stop, (_, length, attention) in zip(edges, edges[1:], STAGES)
+        Band(x[start], x[stop], f"{length:,}", attention, short_length(length))
+        for start, stop, (_, length, attention) in zip(edges, edges[1:], STAGES, strict=False)
     ]
-    drawn = []
-    for name, values in (
+    figures = []
+    for title, values in (
         ("Resident memory, MB", [r.resident for r in readings]),
         ("Seconds a step", [r.seconds for r in readings]),
     ):
         y = np.array(values)
-        lines = [charts.Line(x, y, "raw"), charts.Line(x, charts.smoothed(y, 51, stage), "smooth")]
-        drawn.append(charts.line_chart(name, lines, bands=bands, from_zero=True))
-    return PAGE.format(
-        title=title,
-        style=STYLE.read_text(),
-        charts="".join(f"<figure>{each}</figure>" for each in drawn),
-    )
+        lines = [Line(x, y, "raw"), Line(x, smoothed(y, 51, stage), "smooth")]
+        figure = line_chart(title, lines, bands=bands, from_zero=True)
+        figures += [Figure(svg(figure, title))] if figure else []
+    return figures
 
 
 def main() -> None:
@@ -199,7 +196,8 @@ def main() -> None:
     }
     print(table(stages))
     path = given.workdir / "soak.html"
-    path.write_text(picture(readings, f"{given.steps:,} steps of {config.model.path}"))
+    title = f"{given.steps:,} steps of {config.model.path}"
+    write_page(path, title, [Section("Curves", figures=curves(readings))], finding=False)
     print(path)
     sys.exit(any(exceeded(of) for of in stages.values()))
 

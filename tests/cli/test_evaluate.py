@@ -10,7 +10,8 @@ from lljax.cli.evaluate import main
 from lljax.cli.measure import submit
 from lljax.evaluation import batched_generation as asking
 from lljax.evaluation import perplexity, zeroscrolls
-from lljax.evaluation.results import Predictions, Score
+from lljax.evaluation.predictions import Predictions
+from lljax.evaluation.scores import Score
 from lljax.evaluation.task import Example
 from lljax.generation.generate import Completion
 from lljax.report.page import write_report
@@ -96,7 +97,7 @@ def test_mistakes_and_odd_files_are_one_line(command, tmp_path, capsys):
     for flags, told in (
         (["--tasks=pasky"], "known here: passkey, needle, ruler"),
         (["--tasks=pasky"], "perplexity/new_tokens"),
-        (["--lengths=1000000000000"], "more than 16 times the 32 that the model reads"),
+        (["--lengths=1000000000000"], "more than 16 times the model's context of 32"),
         (["--tasks=needle", "--lengths=512", "--haystack=/dev/zero"], "not a regular file"),
         ([f"--out={tmp_path / 'file' / 'below'}"], "file/below: not a directory"),
         ([f"--out={tmp_path / 'file'}"], "--out="),

@@ -53,7 +53,7 @@ def check(tokenizer, kind: Kind, seeds, least: float, may_say=()) -> None:
         replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         assert len(found) == len(replies), seed
         wanted = np.zeros(len(tokens), bool)
-        for i, (start, stop) in zip(replies, found):
+        for i, (start, stop) in zip(replies, found, strict=True):
             inside = np.array([start <= a < b <= stop for a, b in out["offset_mapping"]])
             if i not in untrained:
                 wanted |= inside

@@ -5,7 +5,7 @@ import pytest
 
 from lljax.data.loader import eval_batches, make_loader, rows_per_epoch
 from lljax.data.packing import IGNORED, Pieces
-from lljax.data.tokens import TokenStore, _Writer
+from lljax.data.token_store import TokenStore, TokenWriter
 from lljax.errors import DataError
 
 T = 32
@@ -14,7 +14,7 @@ T = 32
 @pytest.fixture
 def store(tmp_path) -> TokenStore:
     """Documents of tokens 1, 2, 3 ... all different, some longer than two rows."""
-    rng, writer, first = np.random.default_rng(1), _Writer(tmp_path / "store"), 1
+    rng, writer, first = np.random.default_rng(1), TokenWriter(tmp_path / "store"), 1
     for n in rng.integers(1, 100, 29):
         writer.add(np.arange(first, first + n, dtype=np.uint32), rng.random(n) < 0.7)
         first += n
@@ -109,7 +109,7 @@ def test_rows_per_epoch_are_those_that_hold_every_trained_token_once(store, pack
 
 
 def test_no_piece_is_refused(tmp_path):
-    writer = _Writer(tmp_path / "long")
+    writer = TokenWriter(tmp_path / "long")
     writer.add(np.arange(9, dtype=np.uint32), np.ones(9, bool))
     writer.close()
     with pytest.raises(DataError, match=r"no piece of at most 2 tokens \(data\.overlong='drop'\)"):

@@ -4,7 +4,7 @@ import pytest
 
 from lljax.data.batch import NEXT_TOKEN, Field, dtypes
 from lljax.data.packing import IGNORED, Pieces, pack, row_of
-from lljax.data.tokens import TokenStore, _Writer
+from lljax.data.token_store import TokenStore, TokenWriter
 
 T = 16
 # around every multiple of T
@@ -15,7 +15,7 @@ def make_store(folder, lengths=LENGTHS, trained=0.7, seed=0) -> TokenStore:
     """Documents of tokens 1, 2, 3 ... all different, so that a token says which document it is
     of.
     """
-    rng, writer, first = np.random.default_rng(seed), _Writer(folder / "store"), 1
+    rng, writer, first = np.random.default_rng(seed), TokenWriter(folder / "store"), 1
     for n in lengths:
         writer.add(np.arange(first, first + n, dtype=np.uint32), rng.random(n) < trained)
         first += n

@@ -69,10 +69,10 @@ def test_a_folder_named_as_a_file_of_rows_is_not_read_as_one(tmp_path):
 @pytest.mark.parametrize(
     "name,advice",
     [
-        ("none.jsonl", "no such file; scripts/prepare_data.py folder"),
+        ("none.jsonl", "no such file; `lljax data folder`"),
         (".", "holds no .jsonl"),
         ("rows.csv", "load_dataset"),
-        ("rows.txt", "scripts/prepare_data.py folder makes one"),
+        ("rows.txt", "`lljax data folder` makes one"),
         ("\x1b[31m\nINFO.jsonl", "x1b.31m.nINFO.jsonl: there is no"),
         ("x" * 5000, "too long"),
     ],

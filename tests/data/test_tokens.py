@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lljax.config import default_config
-from lljax.data import clock, sources, tokens
+from lljax.data import sources, template_date, tokens
 from lljax.data.formats import Document
 from lljax.data.tokens import ABANDONED, LOCK, prepare, share
 from lljax.errors import DataError, ModelError
@@ -203,14 +203,14 @@ def test_the_date_in_a_template_is_that_of_the_first_reading_of_the_run(
         [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
     )
 
-    class Clock(clock.datetime):
+    class Clock(template_date.datetime):
         day = 3
 
         @classmethod
         def now(cls):
             return cls(2024, 2, cls.day)
 
-    monkeypatch.setattr(clock, "datetime", Clock)
+    monkeypatch.setattr(template_date, "datetime", Clock)
     monkeypatch.setattr(tokenizer, "chat_template", DATED)
     first = run(file)
     assert tokenizer.decode(first.train.tokens(0)).startswith("03 Feb 2024 a")
@@ -355,7 +355,7 @@ def test_files_of_which_no_row_is_usable_are_refused_though_others_are(tmp_path,
 def test_a_missing_file_is_named_with_its_field(tmp_path, run, field, name):
     file, missing = write(tmp_path / "a.jsonl", texts(3)), str(tmp_path / "none.jsonl")
     with pytest.raises(
-        DataError, match=f"^{field}: {missing}: there is no such file; scripts/prepare_data.py"
+        DataError, match=f"^{field}: {missing}: there is no such file; `lljax data folder`"
     ):
         run(
             *((missing,) if name == "train" else (file,)),

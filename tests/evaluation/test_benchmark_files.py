@@ -10,7 +10,7 @@ import pytest
 
 from lljax.errors import ConfigError, DataError, LljaxError
 from lljax.evaluation import longbench, longbench2, zeroscrolls
-from lljax.evaluation.sizes import Counter
+from lljax.evaluation.fitting import TokenCounter
 from lljax.evaluation.task import group_scores
 
 LONG = " ".join(f"word{i}" for i in range(900))
@@ -59,7 +59,7 @@ def test_longbench_is_asked_with_its_own_prompt_and_scored_by_the_best_answer(be
     assert made[1].prompt.startswith("Read.\n\nword0 word1") and made[1].prompt.endswith(
         "Question: Who?\nAnswer:"
     )
-    assert 360 <= Counter(tokenizer)(made[1].prompt) <= 368
+    assert 360 <= TokenCounter(tokenizer)(made[1].prompt) <= 368
     assert task.score(["A dog!", "the cat", "bird"], made) == pytest.approx(200 / 3)
     assert [example.id for example in examples(task, tokenizer, samples=2)] == ["1", "2"]
     assert list(longbench.tasks(bench, None)) == ["longbench/hotpotqa"]
@@ -135,7 +135,7 @@ def test_a_row_of_longbench_that_is_not_in_its_schema_is_named(change, reason, b
         examples(longbench.tasks(bench, None)["longbench/hotpotqa"], tokenizer)
 
 
-def test_what_longbench_lacks_is_said_in_one_line(bench, tokenizer, tmp_path):
+def test_a_missing_file_of_longbench_is_one_line(bench, tokenizer, tmp_path):
     task = lambda folder, config=None: longbench.tasks(folder, config)["longbench/trec"]
     with pytest.raises(ConfigError, match="name their folder with --longbench"):
         examples(task(None), tokenizer)
@@ -151,7 +151,7 @@ def test_what_longbench_lacks_is_said_in_one_line(bench, tokenizer, tmp_path):
         examples(task(bench), tokenizer)
     with pytest.raises(DataError, match="--longbench_config"):
         examples(task(bench, tmp_path / "elsewhere"), tokenizer)
-    with pytest.raises(ConfigError, match="32 tokens are written"):
+    with pytest.raises(ConfigError, match="32 new tokens are too many"):
         examples(task(bench), tokenizer, length=60)
     (bench / "trec.jsonl").write_text('{"input": \n')
     with pytest.raises(DataError, match="trec.jsonl:1: not JSON"):
@@ -233,7 +233,7 @@ def test_longbench_v2_is_asked_and_its_letter_found(tmp_path, tokenizer):
         "<text>\nA $Q$ text.\n</text>" in made[0].prompt
         and "question: Which?\nChoices:\n(A) a\n(B) b" in made[0].prompt
     )
-    assert Counter(tokenizer)(made[1].prompt) <= 700 - 128 and made[1].prompt.endswith(
+    assert TokenCounter(tokenizer)(made[1].prompt) <= 700 - 128 and made[1].prompt.endswith(
         '(insert answer here)".'
     )
     predictions = ["**The correct answer is (B)**", "The correct answer is D.", "It is (B)"]
@@ -294,7 +294,7 @@ def test_zeroscrolls_cuts_the_document_and_keeps_the_query(tmp_path, tokenizer):
     assert made[1].prompt.startswith("word0 word1") and made[1].prompt.endswith(
         "cut]\n\nQuestion:\nWho?\n\nAnswer:\n"
     )
-    assert 365 <= Counter(tokenizer)(made[1].prompt) <= 372
+    assert 365 <= TokenCounter(tokenizer)(made[1].prompt) <= 372
     assert task.score(["dog", "cat"], made) == 100
     with pytest.raises(ConfigError, match="the query alone takes"):
         examples(task, tokenizer, length=140)

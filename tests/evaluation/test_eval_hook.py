@@ -5,7 +5,7 @@ import pytest
 from lljax.build import load_base, move
 from lljax.errors import ConfigError, Stopped
 from lljax.evaluation import batched_generation as module
-from lljax.evaluation.eval_hook import examiner
+from lljax.evaluation.eval_hook import make_eval_hook
 from lljax.generation.generate import Completion
 from lljax.interop.open import open_base
 from lljax.models.families import spec_from_hf
@@ -36,7 +36,7 @@ def test_a_run_that_was_stopped_among_its_examples_goes_on_from_there(
 
     monkeypatch.setattr(module, "generate", right)
     run_config.training.eval_tasks, run_config.training.eval_rows = TASKS, 6
-    examine = examiner(run_config, base, tokenizer, tmp_path)
+    hook = make_eval_hook(run_config, base, tokenizer, tmp_path)
     model, looks = load_base(base, spec_from_hf(base.config), "float32"), []
 
     def look():
@@ -45,14 +45,14 @@ def test_a_run_that_was_stopped_among_its_examples_goes_on_from_there(
             raise Stopped("now")
 
     with pytest.raises(Stopped):
-        examine(model, 3, None, look)
+        hook(model, 3, None, look)
     assert len(asked) == 4  # a batch of them
-    assert examine(model, 3, None, look) == {
+    assert hook(model, 3, None, look) == {
         "passkey/tokens@512": 100.0,
         "passkey/tokens@600": 100.0,
     }
     assert len(asked) == 12
-    examine(model, 4, None, look)
+    hook(model, 4, None, look)
     assert len(asked) == 24
 
 
@@ -65,11 +65,11 @@ def test_mistakes_come_before_the_run(run_config, base, tokenizer, tmp_path):
             "training.eval_tasks: 1,000,000,000,000 tokens are more than 16 times",
         ),
         ((("longbench2", 512),), "name it with --longbench2 .*training.eval_files"),
-        ((("perplexity", 64),), "'perplexity' is what a run reports anyway"),
+        ((("perplexity", 64),), "a run reports 'perplexity' anyway"),
     ):
         run_config.training.eval_tasks = tasks
         with pytest.raises(ConfigError, match=message):
-            examiner(run_config, base, tokenizer, tmp_path)
+            make_eval_hook(run_config, base, tokenizer, tmp_path)
 
 
 def test_benchmark_files_and_the_protocols_of_perplexity_are_asked_for_within_a_run(
@@ -102,15 +102,15 @@ def test_benchmark_files_and_the_protocols_of_perplexity_are_asked_for_within_a_
         2,
     )
     run_config.data.valid_fraction = 0.5
-    examine, looks = examiner(run_config, base, base.tokenizer(), tmp_path), []
+    hook, looks = make_eval_hook(run_config, base, base.tokenizer(), tmp_path), []
     whole, meshed = (load_base(base, spec_from_hf(base.config), "float32") for _ in range(2))
-    found = examine(whole, 3, None, lambda: looks.append(1))
+    found = hook(whole, 3, None, lambda: looks.append(1))
     assert (
         list(found) == ["perplexity/longlora@32", "perplexity/new_tokens@300", "longbench2@900"]
         and len(looks) == 5
     )
     move(meshed, mesh := make_mesh(fsdp=2, data=2, tensor=2))
-    assert examine(meshed, 4, Layout(mesh), lambda: None) == pytest.approx(found)
+    assert hook(meshed, 4, Layout(mesh), lambda: None) == pytest.approx(found)
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_a_run_records_what_its_tasks_say(run_config, tmp_path):
         run_config.training.eval_rows,
         run_config.training.eval_every,
     ) = TASKS[:1], 2, 4
-    loop.train(run_config, tmp_path, examiner=examiner)
+    loop.train(run_config, tmp_path, examiner=make_eval_hook)
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     told = {each["step"]: each["eval"] for each in told if "eval" in each}
     assert sorted(told) == [4, 8] and all("passkey/tokens@512" in each for each in told.values())

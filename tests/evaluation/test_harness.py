@@ -45,7 +45,7 @@ def test_a_rolling_likelihood_predicts_every_token_once(lm):
     assert total == pytest.approx(sum(value for value, _ in by_hand), rel=1e-5)
 
 
-def test_generation_stops_where_it_should(lm):
+def test_generation_stops_at_stop_strings_and_limits(lm):
     greedy = {"until": [], "max_gen_toks": 8, "do_sample": False, "temperature": 0.7}
     whole, other = lm.generate_until(requests((TEXT, greedy), ("class", greedy)))
     ids = lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"][-16:]
@@ -62,7 +62,7 @@ def test_generation_stops_where_it_should(lm):
         lm.generate_until(requests(("class", {"num_beams": 4})))
 
 
-def test_what_is_named_is_one_model(tiny):
+def test_exactly_one_model_is_named(tiny):
     from lljax.evaluation.harness import LljaxLM
 
     with pytest.raises(ConfigError, match="either path=BASE"):

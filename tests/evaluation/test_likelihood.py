@@ -51,7 +51,7 @@ def test_likelihoods_are_those_of_each_pair_read_alone(rope, monkeypatch):
         )
     pairs.append((context, continuation))
     found = log_likelihoods(model, pairs, rows=4)
-    for (context, continuation), (value, _) in zip(pairs, found):
+    for (context, continuation), (value, _) in zip(pairs, found, strict=True):
         each = logs(np.append(context, continuation[:-1]).astype(int))
         np.testing.assert_allclose(
             value,

@@ -1,6 +1,7 @@
 import random
 import string
 import sys
+from itertools import pairwise
 
 import jieba
 import pytest
@@ -225,7 +226,7 @@ def test_the_rouges_of_scrolls_equal_plain_ones_on_random_pairs():
         common = longest(p, a)
         expected = (
             bag_f1(p, a),
-            bag_f1(list(zip(p, p[1:])), list(zip(a, a[1:]))),
+            bag_f1(list(pairwise(p)), list(pairwise(a))),
             2 * common / (len(p) + len(a)) if common else 0.0,
         )
         assert scrolls_rouge(prediction, answer) == pytest.approx(expected, abs=1e-12)
@@ -272,7 +273,7 @@ def test_the_rouge_score_of_zeroscrolls_is_the_geometric_mean_of_means_of_the_be
 
 def test_without_jieba_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[zh\]'"):
+    with pytest.raises(ConfigError, match="pip install jieba"):
         metrics.qa_f1_zh("你好", "你好")
 
 

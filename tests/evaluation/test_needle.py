@@ -3,13 +3,13 @@ import pytest
 
 from lljax.errors import ConfigError
 from lljax.evaluation import needle
-from lljax.evaluation.sizes import Counter
+from lljax.evaluation.fitting import TokenCounter
 from lljax.evaluation.task import group_scores
 
 
 @pytest.mark.parametrize("length", [512, 4096])
 def test_the_needle_lies_at_its_depth_between_sentences(length, tiny_512):
-    counter, task = Counter(tiny_512), needle.task()
+    counter, task = TokenCounter(tiny_512), needle.task()
     made = list(task.examples(tiny_512, length, 2, 0))
     assert [example.groups for example in made] == [
         (needle.group(depth),) for depth in needle.DEPTHS for _ in range(2)

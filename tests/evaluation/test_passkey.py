@@ -3,7 +3,7 @@ import pytest
 
 from lljax.errors import ConfigError
 from lljax.evaluation import passkey
-from lljax.evaluation.sizes import Counter
+from lljax.evaluation.fitting import TokenCounter
 
 GARBAGE = " ".join(
     ["The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."]
@@ -21,9 +21,10 @@ def test_the_text_is_longloras_to_the_letter(length, tiny_512):
         before = np.random.randint(0, garbage)
         key = np.random.randint(1, 50_000)
         assert example.text == (
-            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
-            f"about the important information there.\n{GARBAGE[:before]}\nThe pass key is {key}. Remember it. {key} is the "
-            f"pass key.\n{GARBAGE[: garbage - before]}\nWhat is the pass key? The pass key is"
+            "There is an important info hidden inside a lot of irrelevant text. Find it and "
+            "memorize them. I will quiz you about the important information there.\n"
+            f"{GARBAGE[:before]}\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+            f"{GARBAGE[: garbage - before]}\nWhat is the pass key? The pass key is"
         )
         assert example.answers == (str(key),)
 
@@ -51,7 +52,7 @@ def test_longlora_wants_every_token_and_landmark_the_first_number(tiny_512):
 
 @pytest.mark.parametrize("length", [128, 512, 4096])
 def test_in_tokens_the_text_fills_the_length_and_the_key_lies_anywhere(length, tiny_512):
-    counter, task = Counter(tiny_512), passkey.tasks()["passkey/tokens"]
+    counter, task = TokenCounter(tiny_512), passkey.tasks()["passkey/tokens"]
     made = list(task.examples(tiny_512, length, 20, 0))
     places = []
     for example in made:

@@ -100,7 +100,7 @@ def test_new_tokens_are_counted_once_and_are_the_same_at_every_length(model, los
         np.testing.assert_allclose(
             window_perplexity(model, texts, stride), np.exp(np.mean(losses)), rtol=1e-4
         )
-    with pytest.raises(TooShort, match="nothing before them"):
+    with pytest.raises(TooShort, match="have no context"):
         new_token_windows(data, 4, 32, 9, stride)
 
 
@@ -109,7 +109,7 @@ def test_tokens_have_32_bits():
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_where_nothing_is_held_out_that_is_the_reason_and_not_the_length(protocol):
+def test_without_held_out_documents_that_is_the_reason(protocol):
     nothing = types.SimpleNamespace(lengths=np.zeros(0, int), stream=np.zeros(0, np.uint32))
     with pytest.raises(
         DataError, match="no document is held out: name JSONL files with --held_out"
@@ -117,7 +117,7 @@ def test_where_nothing_is_held_out_that_is_the_reason_and_not_the_length(protoco
         read(protocol, nothing, 512, 4096, 8)
 
 
-def test_what_is_predicted_at_every_length_of_a_command_tells_its_texts_from_those_of_others():
+def test_the_predicted_tokens_identify_the_texts_of_a_comparison():
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 30, 900).astype(np.uint32) for _ in range(3)]
     store = types.SimpleNamespace(

@@ -1,149 +1,13 @@
+"""The finding, the charts, and the files of an evaluation."""
+
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
-from lljax.errors import ConfigError, DataError
-from lljax.evaluation import needle, registry, results, ruler
-from lljax.evaluation.results import Predictions, Score
-from lljax.evaluation.task import Example, Sources
+from lljax.evaluation import needle, results
+from lljax.evaluation.scores import Score
 from lljax.report.page import write_report
-
-# The package's own __init__ is left out: it would import jax, which none of this needs.
-WRITER = """
-import sys
-import types
-from pathlib import Path
-
-sys.modules["lljax"] = types.ModuleType("lljax")
-sys.modules["lljax"].__path__ = ["lljax"]
-from lljax.evaluation import registry
-from lljax.evaluation.results import Predictions
-from lljax.evaluation.task import Example
-
-assert not {"jax", "torch"} & set(sys.modules)
-made = Predictions(Path(sys.argv[1]))
-for i in range(10**9):
-    made.add("base", "needle", 512, Example(str(i), "What is it?", ("answer",), 8), "a prediction of some length " * 20)
-    print(i, flush=True)
-"""
-
-
-def example(i, prompt="What is it?"):
-    return Example(str(i), prompt, ("answer",), 8)
-
-
-def test_predictions_are_found_again_by_model_task_length_and_question(tmp_path):
-    path = tmp_path / "new" / "predictions.jsonl"
-    with Predictions(path) as made:
-        assert made.find("base", "vt", 512, example(1)) is None
-        made.add("base", "vt", 512, example(1), "one\n\u2028two")
-        assert made.find("base", "vt", 512, example(1)) == "one\n\u2028two"
-    with Predictions(path) as made:
-        assert made.find("base", "vt", 512, example(1)) == "one\n\u2028two"
-        for other in (
-            ("adapter", "vt", 512, example(1)),
-            ("base", "cwe", 512, example(1)),
-            ("base", "vt", 1024, example(1)),
-            ("base", "vt", 512, example(2)),
-            ("base", "vt", 512, example(1, "another")),
-        ):
-            assert made.find(*other) is None
-        made.add("base", "vt", 512, example(1), "again")
-    with Predictions(path) as made:
-        assert made.find("base", "vt", 512, example(1)) == "again"
-        made.find("base", "vt", 1024, example(1))
-        made.add("base", "vt", 512, example(3), "three")
-        assert (
-            made.of("base", "vt", 512) == {"1": "again", "3": "three"}
-            and made.of("base", "vt", 1024) == {}
-        )
-    with Predictions(path) as made:
-        made.find("base", "vt", 512, example(3))
-        made.find("base", "vt", 512, example(1, "a question of another file"))
-        assert made.of("base", "vt", 512) == {"3": "three"}  # no more than this command asks
-    assert path.read_text().count("\n") == 3 and "What is" not in path.read_text()
-
-
-def test_a_file_torn_at_any_byte_keeps_its_whole_lines_and_goes_on(tmp_path):
-    path = tmp_path / "predictions.jsonl"
-    with Predictions(path) as made:
-        for i in range(3):
-            made.add("base", "vt", 512, example(i), f"prediction {i}")
-    whole = path.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in {*range(0, len(whole), 7), *ends, *(end - 1 for end in ends)}:
-        path.write_bytes(whole[:cut])
-        kept = sum(end <= cut for end in ends)
-        with Predictions(path) as made:
-            assert [made.find("base", "vt", 512, example(i)) is not None for i in range(3)] == [
-                i < kept for i in range(3)
-            ]
-            made.add("base", "vt", 512, example(9), "new")
-        with Predictions(path) as made:
-            assert made.find("base", "vt", 512, example(9)) == "new"
-    path.write_bytes(whole + b"\0" * 40)  # as a file system may leave it
-    with Predictions(path) as made:
-        made.add("base", "vt", 512, example(9), "new")
-    assert path.read_bytes().startswith(whole) and path.read_bytes().count(b"\n") == 4
-
-
-def test_damaged_lines_are_passed_over_said_and_asked_again(tmp_path, caplog):
-    path = tmp_path / "predictions.jsonl"
-    with Predictions(path) as made:
-        for i in range(2):
-            made.add("base", "vt", 512, example(i), "kept")
-    first, last = path.read_bytes().splitlines(keepends=True)
-    for bad in (
-        b"{\n",
-        b"[]\n",
-        b"5\n",
-        b"\xff\xfe\n",
-        b'{"model": "base"}\n',
-        b"[" * 100_000 + b"\n",
-        b"1" * 5000 + b"\n",
-        last.replace(b'"base"', b'["base"]'),
-        last.replace(b'"kept"', b"5"),
-        last[:40] + b"\n",
-    ):
-        caplog.clear()
-        path.write_bytes(first + bad + last)
-        with Predictions(path) as made:
-            assert [made.find("base", "vt", 512, example(i)) for i in range(3)] == [
-                "kept",
-                "kept",
-                None,
-            ]
-            made.add("base", "vt", 512, example(2), "again")
-        assert "predictions.jsonl:2: 1 damaged lines" in caplog.text
-        with Predictions(path) as made:
-            assert made.find("base", "vt", 512, example(2)) == "again"
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    (tmp_path / "device").symlink_to("/dev/zero")
-    (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "device", tmp_path / "file" / "below"):
-        with pytest.raises(DataError, match="predictions"):
-            Predictions(path)
-
-
-def test_what_was_added_outlives_a_kill(tmp_path):
-    path = tmp_path / "predictions.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if int(line) >= 20:
-            break
-    process.kill()
-    told = int((process.stdout.read().split() or [line])[-1])
-    process.wait()
-    with Predictions(path) as made:
-        assert all(made.find("base", "needle", 512, example(i)) for i in range(told + 1))
-
 
 SCORES = [
     Score(model, task, length, value, 10)
@@ -203,56 +67,7 @@ def test_the_tables_have_rows_of_models_columns_of_lengths_and_the_means_of_fami
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md"]
 
 
-def test_the_number_of_examples_is_said_in_the_cells_where_it_is_not_the_same_and_else_below():
-    made = lambda *told: results.tables(
-        [Score(model, task, length, 50.0, n) for model, task, length, n in told]
-    )[-1]
-    alike = made(("base", "needle", 512, 11), ("trained", "needle", 1024, 11))
-    assert "length in tokens, 11 examples each." in alike["caption"] and alike["rows"][0] == [
-        "needle",
-        "base",
-        "50.0",
-        "–",
-    ]
-    unlike = made(
-        ("base", "needle", 512, 11),
-        ("base", "needle", 1024, 55),
-        ("trained", "needle", 1024, 55),
-        ("base", "longbench2", 512, 9),
-    )
-    assert unlike["rows"] == [
-        ["needle", "base", "50.0 (n=11)", "50.0 (n=55)"],
-        ["needle", "trained", "–", "50.0 (n=55)"],
-        ["longbench2", "base", "50.0", "–"],
-    ]
-    assert "; 9 examples of longbench2." in unlike["caption"]
-    read = made(("base", "perplexity", 512, 5), ("base", "perplexity", 1024, 8))
-    assert read["rows"] == [["perplexity", "base", "50.00 (n=5)", "50.00 (n=8)"]]
-    assert "perplexity: 5 to 8 documents" in read["caption"]
-
-
-def test_perplexities_of_other_texts_have_rows_and_curves_of_their_own():
-    scores = [
-        Score(model, "perplexity", length, 20.0, n, texts=texts)
-        for model in ("base", "trained")
-        for length, n, texts in ((512, 8, "a"), (1024, 8, "a"), (4096, 5, "b"))
-    ]
-    (made,) = results.tables(scores)
-    assert made["rows"] == [
-        ["perplexity, 8 documents to 1k", "base", "20.00", "20.00", "–"],
-        ["perplexity, 8 documents to 1k", "trained", "20.00", "20.00", "–"],
-        ["perplexity, 5 documents to 4k", "base", "–", "–", "20.00"],
-        ["perplexity, 5 documents to 4k", "trained", "–", "–", "20.00"],
-    ]
-    assert (
-        "perplexity, 5 documents to 4k: 5 documents, every length predicts the same tokens."
-        in made["caption"]
-    )
-    assert list(results.drawn_by_length(scores)) == ["perplexity, 8 documents to 1k"]
-    assert results.tables(scores[:2])[0]["rows"] == [["perplexity", "base", "20.00", "20.00"]]
-
-
-def test_the_finding_is_what_was_trained_against_the_base_at_the_longest_length():
+def test_the_finding_compares_trained_and_base_at_the_longest_length():
     told = [
         ("base", "perplexity", 512, 20.0),
         ("base", "perplexity", 4096, 111.211),
@@ -288,7 +103,7 @@ def test_the_finding_is_what_was_trained_against_the_base_at_the_longest_length(
     assert results.finding([Score("base", "perplexity", 512, 20.0, 5)]) == []
 
 
-def test_a_heatmap_says_of_how_many_examples_each_cell_is():
+def test_a_heatmap_has_the_number_of_examples_behind_each_cell():
     groups = {needle.group(depth): 100.0 for depth in needle.DEPTHS}
     *_, chart = results.charts(
         [Score("base", "needle", length, 100.0, n, groups) for length, n in ((4096, 11), (512, 33))]
@@ -300,7 +115,7 @@ def test_a_heatmap_says_of_how_many_examples_each_cell_is():
     )
 
 
-def test_drawn_by_length_are_tasks_with_two_of_them_and_means_in_place_of_a_familys_tasks():
+def test_curves_are_of_tasks_with_two_lengths_and_of_means_instead_of_a_familys_tasks():
     told = [
         ("base", "perplexity", 512, 20.0),
         ("base", "perplexity", 1024, math.nan),
@@ -310,102 +125,18 @@ def test_drawn_by_length_are_tasks_with_two_of_them_and_means_in_place_of_a_fami
         ("base", "longbench/qmsum", 8192, 1),
     ]
     scores = [*SCORES, *(Score(*each, 10) for each in told)]
-    assert results.drawn_by_length(scores) == {
+    assert results.scores_by_length(scores) == {
         "perplexity": {"base": {512: 20.0}, "trained": {1024: 19.0}},
         "passkey/tokens": {"base": {512: 90.0, 1024: 80.0}},
         "ruler, mean of 2": {"base": {4096: 95.0, 8192: 15.0}, "adapter": {4096: 90.0}},
     }
     alone = [score for score in SCORES if score.task == "ruler/vt"]
-    assert results.drawn_by_length(alone) == {
+    assert results.scores_by_length(alone) == {
         "ruler/vt": {"base": {4096: 90.0, 8192: 10.0}, "adapter": {4096: 90.0, 8192: 88.0}}
     }
 
 
-def thirteen(model, by_length):
-    return [
-        Score(model, f"ruler/{task}", length, value, 10)
-        for task in ruler.TASKS
-        for length, value in by_length.items()
-    ]
-
-
-def test_a_task_that_is_too_long_for_a_short_length_counts_at_the_others():
-    short = [
-        Score("base", f"ruler/{task}", 512, math.nan if i == 2 else 90.0, 10)
-        for i, task in enumerate(ruler.TASKS)
-    ]
-    long = [
-        Score("base", f"ruler/{task}", 4096, 0.0 if i == 2 else 91.0, 10)
-        for i, task in enumerate(ruler.TASKS)
-    ]
-    assert [(s.task, s.length, round(s.score, 6)) for s in results.family_means(short + long)] == [
-        ("ruler, mean of 12", 512, 90.0),
-        ("ruler, mean of 13", 4096, 84.0),
-    ]
-
-
-def test_an_effective_length_is_that_of_all_thirteen_tasks_from_4096_tokens_up():
-    told = lambda scores: results.tables(scores)[0]["caption"].partition("above 85.6: ")[2]
-    of_all = thirteen("base", {1024: 10.0, 4096: 90.0, 8192: 85.7, 16384: 85.0}) + thirteen(
-        "trained", {4096: 85.0, 8192: 99.0}
-    )
-    assert told(of_all) == "base 8k, trained none."
-    assert (
-        told([score for score in of_all if (score.task, score.model) != ("ruler/qa_1", "base")])
-        == "trained none."
-    )
-    assert told([score for score in of_all if score.task != "ruler/qa_1"]) == ""
-    assert told(thirteen("base", {1024: 99.0, 2048: 99.0})) == ""
-    assert (
-        told([score for score in of_all if (score.task, score.length) != ("ruler/vt", 8192)])
-        == "base 4k, trained none."
-    )
-
-
-def test_longbench_e_is_a_family_of_its_own():
-    scores = [
-        Score("base", f"longbench/{task}", 4096, value, 10)
-        for task, value in (
-            ("qasper", 10.0),
-            ("qasper_e", 20.0),
-            ("trec", 30.0),
-            ("trec_e", 60.0),
-            ("lsht", 50.0),
-        )
-    ]
-    assert [(score.task, score.score) for score in results.family_means(scores)] == [
-        ("longbench, mean of 3", 30.0),
-        ("longbench_e, mean of 2", 40.0),
-    ]
-
-
-def test_the_groups_of_longbench_have_rows_and_the_depths_of_needles_have_none():
-    (made,) = results.tables(
-        [
-            Score("base", "longbench2", 4096, 30.0, 9, {"hard": 20.0, "short": 30.0, "easy": 40.0}),
-            Score("base", "longbench2", 8192, 31.0, 9, {"hard": 21.0, "long": math.nan}),
-            Score("base", "longbench/trec_e", 4096, 50.0, 9, {"8k+": 10.0, "0-4k": 90.0}),
-            Score("base", "longbench/lcc_e", 4096, 70.0, 9, {"8k+": 70.0}),
-            Score("base", "needle", 4096, 60.0, 9, {"0%": 50.0, "100%": 70.0}),
-        ]
-    )
-    assert made["rows"] == [
-        ["longbench2", "base", "30.0", "31.0"],
-        ["longbench2, easy", "base", "40.0", "–"],
-        ["longbench2, hard", "base", "20.0", "21.0"],
-        ["longbench2, short", "base", "30.0", "–"],
-        ["longbench2, long", "base", "–", "–"],
-        ["longbench/trec_e", "base", "50.0", "–"],
-        ["longbench/trec_e, 0-4k", "base", "90.0", "–"],
-        ["longbench/trec_e, 8k+", "base", "10.0", "–"],
-        ["longbench/lcc_e", "base", "70.0", "–"],
-        ["longbench/lcc_e, 8k+", "base", "70.0", "–"],
-        ["needle", "base", "60.0", "–"],
-        ["longbench_e, mean of 2", "base", "60.0", "–"],
-    ]
-
-
-def test_an_evaluation_keeps_what_earlier_ones_found_of_the_same_models(tmp_path):
+def test_an_evaluation_keeps_earlier_scores_of_the_same_models(tmp_path):
     read = lambda: {
         (row["model"], row["task"], row["length"]): row["score"]
         for row in json.loads((tmp_path / "evaluation.json").read_text())["scores"]
@@ -510,7 +241,7 @@ GOOD = {
     ],
     ids=str,
 )
-def test_an_odd_evaluation_json_is_passed_over(tmp_path, broken):
+def test_an_odd_evaluation_json_is_ignored(tmp_path, broken):
     (tmp_path / "evaluation.json").write_text(
         broken if isinstance(broken, str) else json.dumps(broken)
     )
@@ -553,38 +284,3 @@ def test_the_report_of_an_evaluation_draws_its_charts(tmp_path):
         and "n=3" in page
         and "No step" not in page
     )
-
-
-def test_names_of_tasks_are_families_or_single_tasks(tmp_path):
-    names = lambda *asked, **sources: [
-        task.name for task in registry.find(asked, Sources(**sources))
-    ]
-    assert names("passkey", "needle") == ["passkey/longlora", "passkey/tokens", "needle"]
-    assert len(names("ruler")) == 11 and names("ruler/vt", "ruler/vt") == ["ruler/vt"]
-    assert len(names("ruler", squad=tmp_path / "squad.json")) == 12
-    assert (
-        len(names("zeroscrolls")) == len(names("zeroscrolls_test")) == 10
-        and len(names("longbench")) == 21
-    )
-    assert names("longbench2", "passkey/landmark", "ruler/qa_1") == [
-        "longbench2",
-        "passkey/landmark",
-        "ruler/qa_1",
-    ]
-    (tmp_path / "qasper.jsonl").touch()
-    assert names("longbench", longbench=tmp_path) == ["longbench/qasper"]
-    with pytest.raises(DataError, match="holds none of its files, such as qasper_e.jsonl"):
-        names("longbench_e", longbench=tmp_path)
-    with pytest.raises(
-        ConfigError, match="no task 'ruler/niah'; known here: ruler/niah_single_1, "
-    ):
-        names("ruler/niah")
-    with pytest.raises(
-        ConfigError, match="no task 'rulr'; known here: passkey, needle, .*, perplexity, "
-    ):
-        names("rulr")
-    with pytest.raises(
-        ConfigError,
-        match="no task 'perplexity/new'; known here: perplexity, .*, perplexity/new_tokens$",
-    ):
-        names("perplexity/new")

@@ -7,7 +7,7 @@ import pytest
 
 from lljax.errors import ConfigError, DataError
 from lljax.evaluation import haystack, ruler
-from lljax.evaluation.sizes import Counter
+from lljax.evaluation.fitting import TokenCounter
 from lljax.evaluation.task import Sources
 from lljax.interop.open import open_base
 
@@ -29,7 +29,7 @@ def examples(name, tokenizer, length, samples=2, seed=42, sources=None):
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_prompt_and_answer_fill_the_length_and_a_perfect_answerer_scores_all(name, tiny_512):
-    counter = Counter(tiny_512)
+    counter = TokenCounter(tiny_512)
     for length in (512, 1024, 2048, 4096):
         if length == 512 and name in ("vt", "cwe"):
             continue
@@ -47,7 +47,7 @@ def test_prompt_and_answer_fill_the_length_and_a_perfect_answerer_scores_all(nam
 @pytest.mark.parametrize("name", GENERATED)
 def test_lengths_of_rulers_own_with_a_real_tokenizer(name, smollm2):
     tokenizer = open_base(str(smollm2)).tokenizer()
-    counter = Counter(tokenizer)
+    counter = TokenCounter(tokenizer)
     for length in (4096, 8192, 16_384, 32_768, 65_536, 131_072):
         for example in examples(name, tokenizer, length, samples=3)[1]:
             assert 0.95 * length <= counter(example.text) + example.tokens <= length
@@ -198,7 +198,7 @@ def test_questions_on_squad_and_hotpotqa_come_with_their_documents(tmp_path, tin
         )
     )
     sources = Sources(squad=squad, hotpotqa=hotpotqa)
-    counter = Counter(tiny_512)
+    counter = TokenCounter(tiny_512)
     for name, number in (("qa_1", 24), ("qa_2", 9)):
         task, made = examples(name, tiny_512, 2048, samples=None, sources=sources)
         assert len(made) == number
@@ -228,7 +228,8 @@ def test_questions_on_squad_and_hotpotqa_come_with_their_documents(tmp_path, tin
             r"paragraphs\[0\]: 'context' is a int, not a text",
         ),
         (
-            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}',
+            '{"data": [{"paragraphs": [{"context": "c", '
+            '"qas": [{"question": "q", "answers": []}]}]}]}',
             "'answers' is not a list",
         ),
     ],

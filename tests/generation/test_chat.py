@@ -16,7 +16,7 @@ def chatting(tokenizer, monkeypatch):
 def test_a_reply_is_asked_for_after_all_that_was_said(chatting):
     chat = Chat(chatting, 500, system="Be brief.")
     chat.ask("one?")
-    chat.heard("1.")
+    chat.add_reply("1.")
     shown = chatting.decode(chat.ask("two?"))
     places = [shown.index(text) for text in ("Be brief.", "one?", "1.", "two?")]
     assert places == sorted(places) and shown.endswith("### Assistant:\n") and chat.left_out == 0
@@ -27,7 +27,7 @@ def test_what_no_longer_fits_is_left_out_oldest_first_and_the_system_stays(chatt
     for i in range(12):
         tokens = chat.ask(f"question {i}?")
         assert len(tokens) <= 200
-        chat.heard(f"answer {i}.")
+        chat.add_reply(f"answer {i}.")
     shown = chatting.decode(tokens)
     assert (
         "Be brief." in shown

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lljax.errors import ConfigError
-from lljax.generation.sample import Sampling, choose
+from lljax.generation.sample import Sampling, sample_token
 
 LOGITS = jnp.log(jnp.asarray([[0.05, 0.5, 0.15, 0.3], [0.4, 0.3, 0.2, 0.1]]))
 
@@ -13,7 +13,7 @@ def drawn(seen=None, **settings):
     """The tokens that each row ever gets."""
     sampling = Sampling(**{"temperature": 1.0} | settings)
     keys = jax.random.split(jax.random.key(0), (200, 2))
-    tokens = jax.vmap(lambda keys: choose(LOGITS, keys, seen, sampling))(keys)
+    tokens = jax.vmap(lambda keys: sample_token(LOGITS, keys, seen, sampling))(keys)
     return [set(np.unique(row).tolist()) for row in tokens.T]
 
 
@@ -36,7 +36,7 @@ def test_what_is_kept(settings, kept):
 
 def test_frequencies_are_the_probabilities():
     keys = jax.random.split(jax.random.key(1), 20_000)
-    tokens = choose(jnp.tile(LOGITS[:1], (20_000, 1)), keys, None, Sampling(temperature=1.0))
+    tokens = sample_token(jnp.tile(LOGITS[:1], (20_000, 1)), keys, None, Sampling(temperature=1.0))
     np.testing.assert_allclose(
         np.bincount(tokens, minlength=4) / 20_000, jnp.exp(LOGITS[0]), atol=0.015
     )
@@ -45,7 +45,9 @@ def test_frequencies_are_the_probabilities():
 def test_repetition_lowers_what_was_seen_whatever_its_sign():
     seen = jnp.asarray([[False, True, False, False]] * 2)
     assert drawn(seen, temperature=0.0, repetition=3.0)[0] == {3}
-    up = choose(LOGITS + 5, jax.random.split(jax.random.key(0), 2), seen, Sampling(repetition=1.5))
+    up = sample_token(
+        LOGITS + 5, jax.random.split(jax.random.key(0), 2), seen, Sampling(repetition=1.5)
+    )
     assert up.tolist() == [3, 0]
 
 

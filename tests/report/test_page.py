@@ -1,11 +1,10 @@
-"""The page says what the run did, needs nothing but itself, and survives whatever a run leaves
-behind.
-"""
+"""The page shows the run, needs no other file, and survives damaged ones."""
 
 import json
 import math
 import random
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 
@@ -82,7 +81,7 @@ def coordinates(text):
     ]
 
 
-def test_a_whole_run_is_told(tmp_path):
+def test_the_page_shows_a_whole_run(tmp_path):
     table = {
         "columns": ["model", "512"],
         "rows": [["base", 18.2], ["adapter", "16.44"]],
@@ -118,10 +117,10 @@ def test_a_whole_run_is_told(tmp_path):
         "7,872",
         "152",
         "130,211",
-        "export.py",
+        "lljax export --workdir=",
         "--format=peft",
-        "evaluate.py",
-        "generate.py",
+        "lljax evaluate --workdir=",
+        "lljax generate --workdir=",
         "vllm",
         "schedule",
     ):
@@ -140,25 +139,20 @@ def test_every_stage_is_labelled_with_its_length_and_attention(tmp_path):
 
 def test_nothing_is_fetched_from_anywhere(tmp_path):
     text = page(tmp_path, [record(1)])
-    assert not re.search(
-        r"(?:src|href)\s*=|@import|url\(|https?://", text.replace("http://www.w3.org/2000/svg", "")
-    )
+    assert not re.search(r"src\s*=|href\s*=\s*(?!\"#)|@import|url\((?!#)|https?://", text)
 
 
-def test_where_the_peak_is_not_known_there_is_no_utilisation(tmp_path):
-    assert "utilisation" not in page(tmp_path, [record(s) for s in range(1, 6)])
+def test_there_is_no_utilization_if_the_peak_is_unknown(tmp_path):
+    assert "Model FLOPs utilization" not in page(tmp_path, [record(s) for s in range(1, 6)])
 
 
 def test_light_and_dark_and_a_phone(tmp_path):
     text = page(tmp_path, [record(1)])
-    assert (
-        "prefers-color-scheme: dark" in text.replace(":dark", ": dark")
-        and 'name="viewport"' in text
-    )
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
 
 
 @pytest.mark.parametrize("where", ["config", "eval", "table", "device", "finding", "charts"])
-def test_what_a_user_wrote_is_text_and_not_markup(tmp_path, where):
+def test_text_of_a_user_is_never_markup(tmp_path, where):
     evil = "<script>alert(1)</script>\"'&"
     config = {"model": {"path": evil if where == "config" else "base"}, "data": {"train": [evil]}}
     tables = (
@@ -221,7 +215,7 @@ def test_what_a_user_wrote_is_text_and_not_markup(tmp_path, where):
     ],
     ids=["none", "one", "two", "all nan", "inf", "zero", "huge", "resumed", "nan evaluation"],
 )
-def test_whatever_a_run_leaves_gives_a_sane_page(tmp_path, records):
+def test_any_run_gives_a_page_without_odd_coordinates(tmp_path, records):
     text = page(tmp_path, records)
     assert all(math.isfinite(number) for number in coordinates(text))
 
@@ -235,14 +229,14 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
 
 def test_a_step_that_was_not_finite_is_marked_among_the_alarms(tmp_path):
     def marks(text):
-        return len(re.findall(r'class="(?:mark|skipped|warned)[^"]*"', text))
+        return len(re.findall(r'<g class="(?:skipped|warned)"', text))
 
     calm = [record(s) for s in range(1, 11)]
     bad = calm[:4] + [record(5, grad_norm="inf", nonfinite=True, skipped=True)] + calm[5:]
     assert marks(page(tmp_path / "calm", calm)) == 0 and marks(page(tmp_path / "bad", bad)) == 1
 
 
-def test_a_rollback_is_counted_and_marked_where_the_run_went_on(tmp_path):
+def test_a_rollback_is_counted_and_marked_at_the_next_step(tmp_path):
     back = {"to": 4, "from": 8, "loss": 90.0, "loss_z": 70.0, "grad_norm": 3.0, "z": 1.0}
     text = page(
         tmp_path, [record(s) for s in range(1, 5)] + [record(5, rollbacks=[back])] + [record(6)]
@@ -250,13 +244,23 @@ def test_a_rollback_is_counted_and_marked_where_the_run_went_on(tmp_path):
     assert (
         "1 rolled back" in text
         and "back to step 4 from step 8: loss 90" in text
-        and text.count('<circle class="back"') == 1
+        and text.count('<g class="back"') == 1
     )
 
 
-def test_a_long_run_still_gives_a_small_page(tmp_path):
-    page(tmp_path, [record(40) | {"step": s, "loss": 3.0 + math.sin(s)} for s in range(1, 30_001)])
-    assert (tmp_path / "report.html").stat().st_size < 500_000
+def test_a_long_run_still_gives_a_small_page_in_seconds(tmp_path):
+    page(tmp_path, [record(1)])
+    every_alarm = [
+        record(40, spike=True, rollbacks=[{"to": 1, "from": 2, "loss": 1.0, "grad_norm": 1.0}])
+        | {"step": s, "loss": 3.0 + math.sin(s)}
+        for s in range(1, 100_001)
+    ]
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in every_alarm)
+    start = time.process_time()
+    text = write_report(tmp_path).read_text()
+    assert time.process_time() - start < 10  # about 2 on an idle machine
+    assert len(text) < 500_000 and "Only 200 of the marked steps are drawn" in text
 
 
 def evaluated(**changes):
@@ -290,7 +294,7 @@ def evaluated(**changes):
     } | changes
 
 
-def test_the_finding_comes_first_from_an_evaluation_or_else_from_those_while_training(tmp_path):
+def test_the_finding_comes_first_from_an_evaluation_or_from_evaluations_during_training(tmp_path):
     records = [
         record(1),
         *(
@@ -299,22 +303,57 @@ def test_the_finding_comes_first_from_an_evaluation_or_else_from_those_while_tra
         ),
     ]
     text = page(tmp_path / "a", records, evaluation=evaluated())
-    assert 0 < text.index("111.21 <span>&#8594;</span> <b>18.90</b>") < text.index("<dt>steps</dt>")
-    assert "base &#8594; trained, n=5" in text and "step 10 to" not in text
+    assert 0 < text.index("111.21 <span>→</span> <b>18.90</b>") < text.index("<dt>steps</dt>")
+    assert "base → trained, n=5" in text and "step 10 to" not in text
     text = page(tmp_path / "b", records)
-    assert "30.00 <span>&#8594;</span> <b>20.50</b>" in text and "at 4,096 tokens" in text
-    assert "step 10 to step 40, while training" in text
-    assert "class='facts finding'" not in page(tmp_path / "c", [record(1)])
-    assert "<b>20.50</b>" in page(
-        tmp_path / "d", [record(1), records[-1]]
-    ) and "<span>" not in "".join(
-        re.findall(
-            "<dl class='facts finding'>.*?</dl>", (tmp_path / "d" / "report.html").read_text()
-        )
-    )
+    assert "30.00 <span>→</span> <b>20.50</b>" in text and "at 4,096 tokens" in text
+    assert "step 10 to step 40, during training" in text
+    assert not finding(page(tmp_path / "c", [record(1)]))
+    single = finding(page(tmp_path / "d", [record(1), records[-1]]))
+    assert "<b>20.50</b>" in single and "<span>" not in single
+    assert '<dd class="note">step 40, during training</dd>' in single
 
 
-def test_charts_are_drawn_in_the_colours_of_the_page_and_every_value_has_its_column_beside_it(
+def finding(text):
+    return "".join(re.findall('<section class="finding">.*?</section>', text, re.S))
+
+
+def test_the_finding_has_the_context_before_and_after_and_the_retrieval(tmp_path):
+    evaluations = [
+        {"step": step, "eval": {"needle@32768": score, "loss@32768": 2.0, "perplexity@8192": 9.0}}
+        for step, score in ((10, 12.0), (40, 96.0))
+    ]
+    text = finding(page(tmp_path, [record(1), *evaluations], run={"base_length": 8192}))
+    assert "8,192 <span>→</span> <b>32,768</b>" in text
+    assert "needle at 32,768 tokens" in text and "12.00 <span>→</span> <b>96.00</b>" in text
+    assert "loss" not in text
+
+
+def test_a_metric_of_any_objective_has_a_curve_under_its_title(tmp_path):
+    records = [record(s, reward=s / 9, margin=1.0) for s in range(1, 9)]
+    titles = {"loss": "Loss per answer", "reward": "Mean reward <"}
+    text = page(tmp_path, records, run={"metrics": titles})
+    names = re.findall(r'aria-label="([^"]*)"', text)
+    assert names == [
+        "Loss per answer",
+        "Gradient norm",
+        "Learning rate",
+        "Tokens per second",
+        "Mean reward &lt;",
+        "margin",
+    ]
+
+
+def test_held_out_perplexity_has_a_curve_for_each_length(tmp_path):
+    evaluations = [
+        {"step": s, "eval": {"perplexity@512": 9.0 - s, "perplexity@1024": 8.0 - s}} for s in (1, 2)
+    ]
+    text = page(tmp_path, [record(1), record(2), *evaluations])
+    assert 'aria-label="Held-out perplexity"' in text
+    assert '<i class="series1"></i>1,024 tokens' in text
+
+
+def test_charts_have_the_colors_of_the_page_and_every_cell_its_column(
     tmp_path,
 ):
     lines = {name: [50.0, 60.0] for name in ("one", "two", "three")}
@@ -334,18 +373,16 @@ def test_charts_are_drawn_in_the_colours_of_the_page_and_every_value_has_its_col
             ]
         ),
     )
-    looks = [re.findall(rf'class="series{i}(?: ring)?"[^>]*', text) for i in range(3)]
-    # a line and two rings, of unlike sizes where they lie on each other
-    assert all(len(each) == 3 for each in looks)
-    assert len({re.search(r'r="([\d.]+)"', each[1])[1] for each in looks}) == 3
-    assert all(f"<i class='series{i}'></i>{name}" in text for i, name in enumerate(lines))
-    assert "n=3" in text and not re.search(r'(?:fill|stroke)="', text)
+    assert all(text.count(f'<g class="series{i}"><title>') == 2 for i in range(3))
+    assert all(f'<i class="series{i}"></i>{name}' in text for i, name in enumerate(lines))
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.S))
+    assert "n=3" in drawn and "var(--series2)" in drawn and not re.search("#[0-9a-f]{6}", drawn)
     assert (
-        "<td data-column='task'>vt</td><td class='number' data-column='512'>90.0 (n=5)</td>" in text
+        '<td data-column="task">vt</td><td class="number" data-column="512">90.0 (n=5)</td>' in text
     )
 
 
-def test_what_the_lm_evaluation_harness_left_in_the_folder_is_told_and_the_newest_of_it(tmp_path):
+def test_the_page_shows_the_newest_results_of_the_lm_evaluation_harness(tmp_path):
     def left(name, accuracy, **more):
         path = tmp_path / "run" / "lm_eval" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -373,11 +410,11 @@ def test_what_the_lm_evaluation_harness_left_in_the_folder_is_told_and_the_newes
     left("sub/results_2026-01-01T10.json", 0.125)
     left("results_2026-01-03T10.json", 0.5, config=[], results=5)
     text = page(tmp_path / "run", [record(1)])
-    cells = re.findall(r"<tr>(<td data-column='task'>arc_easy.*?)</tr>", text)
+    cells = re.findall(r'<tr>(<td data-column="task">arc_easy.*?)</tr>', text)
     told = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in cells]
     assert told == [
         ["arc_easy", "workdir=runs/x", "5", "acc", "0.3750", "0.04000", "50"],
-        ["arc_easy", "workdir=runs/x", "5", "acc_norm", "0.2500", "&#8211;", "50"],
+        ["arc_easy", "workdir=runs/x", "5", "acc_norm", "0.2500", "–", "50"],
     ]
 
 
@@ -450,7 +487,7 @@ def test_files_that_hold_anything_give_a_page_of_the_rest(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"[" * 100_000, b"5", b"1" * 5000, b"{}", b'{"tables": 1e999}']
 )
-def test_a_damaged_evaluation_is_passed_over_and_the_rest_is_told(tmp_path, content, caplog):
+def test_a_damaged_evaluation_costs_its_part_of_the_page(tmp_path, content, caplog):
     page(tmp_path, [record(1)])
     (tmp_path / "evaluation.json").write_bytes(content)
     assert "trained tokens" in write_report(tmp_path).read_text()
@@ -482,7 +519,7 @@ def test_a_picture_that_is_a_link_or_no_png_is_not_shown(tmp_path):
 def test_two_may_write_the_report_at_the_same_time(tmp_path):
     page(tmp_path, [record(s) for s in range(1, 41)])
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: write_report(tmp_path), range(40)))
+        list(pool.map(lambda _: write_report(tmp_path), range(8)))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         "metrics.jsonl",
@@ -501,19 +538,18 @@ def test_a_trace_shows_as_a_bar_of_parts_that_make_up_the_step(tmp_path):
         "hidden": 0.3,
     }
     text = page(tmp_path, [record(1)], profile=profile)
-    widths = [
-        float(w) for w in re.findall(r'class="part\d" x="[\d.]+" y="26" width="([\d.]+)"', text)
+    shares = re.findall(r'<g class="part\d"><title>([^<]*)</title>', text)
+    assert shares == [
+        "computing: 60.0%",
+        "collectives: 25.0%",
+        "waiting for data: 5.0%",
+        "rest: 10.0%",
     ]
-    assert (
-        len(widths) == 4
-        and sum(widths) == pytest.approx(480, abs=0.3)
-        and widths[0] == pytest.approx(288, abs=0.1)
-    )
     for told in (
         "steps 20 to 22",
         "8 devices",
         "A step of 2.0 s",
         "waiting for data",
-        "collectives behind computing",
+        "overlapped collectives",
     ):
         assert told in text, told

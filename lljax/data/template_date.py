@@ -1,10 +1,9 @@
-"""The date in a chat template: the same for all documents of a run, also when it resumes another
-day.
-"""
+"""The date in a chat template: the same for all documents of a run, even if it resumes later."""
 
 import copy
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from lljax.data.files import atomic_write
 from lljax.errors import DataError, printable
@@ -13,19 +12,19 @@ LETTERS = "aAwdbBmyYHIMSfjUWpZzcxXGuVeDFTRCklsnrt"
 DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in LETTERS]
 
 
-def dated(tokenizer, cache: Path):
-    """The tokenizer that the documents kept in `cache` are encoded with.
+def dated(tokenizer: Any, cache: Path) -> Any:
+    """The tokenizer that encodes the documents in `cache`.
 
-    If its chat template asks for the date (`strftime_now`), a copy whose template is always told
-    the moment at which the first of them were encoded, which `cache`/clock keeps.
+    If its chat template uses the date (`strftime_now`), a copy whose template always gets the time
+    of the first encoding, which `cache`/clock stores.
 
     Raises:
-      DataError: `cache`/clock is no date and time.
+      DataError: `cache`/clock is not a date and time.
     """
     if "strftime_now" not in str(tokenizer.chat_template):
         return tokenizer
     fixed, now = copy.copy(tokenizer), _moment(cache / "clock")
-    if isinstance(tokenizer.chat_template, dict):  # several, by name
+    if isinstance(tokenizer.chat_template, dict):  # several templates by name
         fixed.chat_template = {
             name: stopped(text, now) for name, text in tokenizer.chat_template.items()
         }
@@ -35,9 +34,9 @@ def dated(tokenizer, cache: Path):
 
 
 def stopped(template: str, now: datetime) -> str:
-    """The template with a `strftime_now` of its own, which formats `now`.
+    """The template with a macro `strftime_now` that formats `now`.
 
-    A macro, because transformers passes no function into a template.
+    transformers passes no functions into a template, hence a macro.
     """
     values = {directive: now.strftime(directive) for directive in DIRECTIVES}
     replaced = "".join(f"|replace({name!r},{value!r})" for name, value in values.items())
@@ -49,16 +48,16 @@ def stopped(template: str, now: datetime) -> str:
     )
 
 
-def _moment(kept: Path) -> datetime:
+def _moment(path: Path) -> datetime:
     try:
-        return datetime.fromisoformat(kept.read_text(encoding="ascii"))
+        return datetime.fromisoformat(path.read_text(encoding="ascii"))
     except FileNotFoundError:
         now = datetime.now().replace(microsecond=0)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(kept, now.isoformat())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, now.isoformat())
         return now
     except ValueError:
         raise DataError(
-            f"{printable(str(kept))}: not the date and time that the documents were "
+            f"{printable(str(path))}: not the date and time that the documents were "
             "encoded at: write it as 2026-01-31T12:00:00, or use a new --workdir"
         ) from None

@@ -2,7 +2,7 @@ from datetime import datetime
 
 import pytest
 
-from lljax.data.clock import DIRECTIVES, dated, stopped
+from lljax.data.template_date import DIRECTIVES, dated, stopped
 
 NOW = datetime(2024, 2, 3, 14, 5, 6)
 

@@ -1,36 +1,41 @@
-"""What ends a turn under a tokenizer's chat template: seen once, in renderings of short talks."""
+"""The end-of-turn tokens of a chat template, found once by rendering short conversations."""
 
 import dataclasses
+import os
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
-from lljax.data.conversation import spellings
 from lljax.data.render import Job, TemplateError, render
+from lljax.data.spellings import spellings
 
 ASKED, SAID, THOUGHT, FIRST, SECOND, NEXT = (f"probe{n}x" for n in range(6))
 USER = {"role": "user", "content": ASKED}
 REPLY = {"role": "assistant", "content": SAID}
-# Who speaks after a reply, and after one that calls tools.
+# The roles after a reply, by whether it calls tools.
 FOLLOWERS = {False: ("user", "system", "developer"), True: ("tool",)}
 _SEEN = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """ends: the tokens that end a reply, by their text. last: the one for a last reply behind which
-    the template writes none, by whether it calls tools. thoughts: the template shows what a last
-    reply has in its field for thoughts."""
+    """ends: the end-of-turn tokens, {text: id}. last: the token to add after a last reply that the
+    template does not end, by whether the reply calls tools. thoughts: the template shows the
+    thought of a last reply.
+    """
 
     ends: dict[str, int]
     last: dict[bool, int | None]
     thoughts: bool
 
 
-def turns(tokenizer) -> Turns:
-    """What ends a turn: the token that stands behind a reply whether it is the last or not
-    (<|im_end|>); else the one behind the last alone (<|return|> of gpt-oss), and the marker of the
-    next turn where nothing stands between (<|user|> of GLM-4.5). A token that also stands inside
-    replies, between a thought and its answer or between two calls, ends none.
+def turns(tokenizer: Any) -> Turns:
+    """The end-of-turn tokens of the tokenizer's chat template.
+
+    A token after every reply, last or not, ends a turn (<|im_end|>). Without one, the token after
+    the last reply does (gpt-oss's <|return|>), and the marker of the next turn if it directly
+    follows a reply (GLM-4.5's <|user|>). Tokens that also appear inside replies, between a thought
+    and its answer or between two calls, do not.
 
     Raises:
       ModelError: as `render`.
@@ -41,10 +46,10 @@ def turns(tokenizer) -> Turns:
     return _SEEN[tokenizer][1]
 
 
-def _turns(tokenizer) -> Turns:
+def _turns(tokenizer: Any) -> Turns:
     special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     special -= {tokenizer.bos_token_id} - {tokenizer.eos_token_id}
-    # Gemma has tokens of line breaks.
+    # Gemma has tokens that are line breaks.
     special = {i for i in special if tokenizer.decode([i]).strip()}
     thought = _rendered(tokenizer, [USER, REPLY | {"reasoning_content": THOUGHT}], (THOUGHT, SAID))
     calls = _rendered(tokenizer, [USER, _calling(FIRST, SECOND)], (FIRST, SECOND))
@@ -52,7 +57,7 @@ def _turns(tokenizer) -> Turns:
         *_between(tokenizer, thought, THOUGHT, SAID),
         *_between(tokenizer, calls, FIRST, SECOND),
     }
-    found: dict[bool, list[int]] = {False: [], True: []}
+    ids: dict[bool, list[int]] = {False: [], True: []}
     for reply, word in ((REPLY, SAID), (_calling(FIRST), FIRST), (_calling(FIRST, SECOND), SECOND)):
         calls = "tool_calls" in reply
         last = _between(tokenizer, _rendered(tokenizer, [USER, reply], (word,)), word)
@@ -63,25 +68,24 @@ def _turns(tokenizer) -> Turns:
             then = _rendered(tokenizer, [USER, reply, follower], (word, NEXT))
             if then is not None:
                 middle = _between(tokenizer, then, word, NEXT)
-                found[calls] += _ends(tokenizer, last, middle, special)
+                ids[calls] += _ends(tokenizer, last, middle, special)
     return Turns(
-        {tokenizer.convert_ids_to_tokens(i): i for i in found[False] + found[True]},
-        {calls: next(iter(ids), None) for calls, ids in found.items()},
-        thought is not None,
+        ends={tokenizer.convert_ids_to_tokens(i): i for i in ids[False] + ids[True]},
+        last={calls: next(iter(some), None) for calls, some in ids.items()},
+        thoughts=thought is not None,
     )
 
 
-def _ends(tokenizer, last: list[int], middle: list[int], special: set[int]) -> list[int]:
-    """What ends a reply that has the tokens `last` behind it when it is the last, and `middle` when
-    another turn follows."""
-    n = next(
-        (n for n, (a, b) in enumerate(zip(last, middle)) if a != b), min(len(last), len(middle))
-    )
+def _ends(tokenizer: Any, last: list[int], middle: list[int], special: set[int]) -> list[int]:
+    """The tokens that end a reply, from the tokens after it if it is the `last` turn, and if
+    another turn follows (`middle`).
+    """
+    n = len(os.path.commonprefix((tuple(last), tuple(middle))))
     if both := [i for i in last[:n] if i in special]:
         return [tokenizer.eos_token_id] if tokenizer.eos_token_id in both else both[-1:]
-    at_last = [i for i in last if i in special][-1:]
+    after_last: list[int] = [i for i in last if i in special][-1:]
     marker = next((i for i in middle[n:] if tokenizer.decode([i]).strip()), None)
-    return at_last + [marker] * (marker in special)
+    return after_last + ([marker] if marker is not None and marker in special else [])
 
 
 def _calling(*names: str) -> dict:
@@ -95,23 +99,22 @@ def _calling(*names: str) -> dict:
     }
 
 
-def _rendered(tokenizer, messages: Sequence[dict], words: Sequence[str]) -> str | None:
-    """The talk rendered, if the template takes it in some spelling and shows the words in order."""
+def _rendered(tokenizer: Any, messages: Sequence[dict], words: Sequence[str]) -> str | None:
+    """The rendering of the first spelling that the template takes with all `words` in order."""
     for spelled in spellings(messages):
-        (one,) = render(tokenizer, [Job(spelled)])
-        if not isinstance(one, TemplateError):
-            at = [one.text.find(word) for word in words]
-            if -1 not in at and at == sorted(at):
-                return one.text
+        (rendering,) = render(tokenizer, [Job(spelled)])
+        if not isinstance(rendering, TemplateError):
+            places = [rendering.text.find(word) for word in words]
+            if -1 not in places and places == sorted(places):
+                return rendering.text
     return None
 
 
-def _between(tokenizer, text: str | None, word: str, then: str | None = None) -> list[int]:
-    """The tokens behind a word, and before another."""
+def _between(tokenizer: Any, text: str | None, word: str, then: str | None = None) -> list[int]:
+    """The tokens after `word`, and before the word `then`."""
     if text is None:
         return []
     start, stop = text.index(word) + len(word), text.index(then) if then else len(text)
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [
-        i for i, (a, b) in zip(out["input_ids"], out["offset_mapping"]) if start <= a < b <= stop
-    ]
+    pairs = zip(out["input_ids"], out["offset_mapping"], strict=True)
+    return [i for i, (a, b) in pairs if start <= a < b <= stop]

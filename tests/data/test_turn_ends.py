@@ -2,7 +2,7 @@ import pytest
 from data.templates import KINDS, byte_tokenizer, of_kind
 
 from lljax.data.template import turn_ends
-from lljax.data.turns import turns
+from lljax.data.turn_ends import turns
 
 
 @pytest.mark.parametrize("name", KINDS)

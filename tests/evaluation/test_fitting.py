@@ -1,6 +1,6 @@
 import pytest
 
-from lljax.evaluation.sizes import FILLED, Counter, cut_end, cut_middle, largest
+from lljax.evaluation.fitting import FILLED, TokenCounter, cut_end, cut_middle, largest
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_nothing_fits():
 
 
 def test_the_middle_goes_and_both_ends_stay(tokenizer):
-    counter = Counter(tokenizer)
+    counter = TokenCounter(tokenizer)
     text = "first " + "def add name thing " * 100 + " last"
     cut = cut_middle(counter, text, 50)
     assert cut.startswith("first def") and cut.endswith(" last") and 46 <= counter(cut) <= 50
@@ -50,7 +50,7 @@ def test_the_middle_goes_and_both_ends_stay(tokenizer):
 
 
 def test_the_end_goes(tokenizer):
-    counter = Counter(tokenizer)
+    counter = TokenCounter(tokenizer)
     text = "first " + "def add name thing " * 100
     assert text.startswith(cut_end(counter, text, 20)) and counter(cut_end(counter, text, 20)) == 20
     assert cut_end(counter, "short", 50) == "short" and cut_end(counter, text, 0) == ""

@@ -1,10 +1,9 @@
-"""Benchmark files in the schema they were published in. What does not hold to it is named by file,
-line and field.
-"""
+"""Reads benchmark files in their published schema; errors name file, line and field."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lljax.errors import DataError
 
@@ -17,21 +16,22 @@ TYPES = {
 }
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-      DataError: there is none, or it is not JSON.
+      DataError: the file is missing or is not JSON.
     """
     return _parsed(_text(path), str(path))
 
 
 def read_rows(path: Path, fields: Mapping[str, type | None]) -> list[dict]:
-    """The rows of a JSONL file, or of a JSON file that is a list of objects, each with `fields` of
-    these types.
+    """The rows of a JSONL file, or of a JSON file with a list of objects.
 
-    A type of None takes what is there. Raises DataError as `read_json`, and where a row lacks a
-    field.
+    fields: {name: type}; None allows any type.
+
+    Raises:
+      DataError: as `read_json`; or a row lacks a field, or a field has another type.
     """
     if path.suffix == ".json":
         rows = read_json(path)
@@ -40,14 +40,14 @@ def read_rows(path: Path, fields: Mapping[str, type | None]) -> list[dict]:
         numbered = enumerate(rows, 1)
     else:
         numbered = _lines(path)
-    found = [checked(row, f"{path}:{number}", fields) for number, row in numbered]
-    if not found:
+    checked_rows = [checked(row, f"{path}:{number}", fields) for number, row in numbered]
+    if not checked_rows:
         raise DataError(f"{path}: the file has no rows")
-    return found
+    return checked_rows
 
 
-def _lines(path: Path):
-    # splitlines() would also split inside texts
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    # splitlines() would also split inside strings.
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             yield number, _parsed(line, f"{path}:{number}")
@@ -59,17 +59,17 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror.lower() if path.exists() else 'there is no such file'}"
-        ) from None
+        reason = (error.strerror or "unreadable").lower()
+        reason = reason if path.exists() else "there is no such file"
+        raise DataError(f"{path}: {reason}") from None
     except UnicodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error})") from None
 
 
-def _parsed(text: str, where: str):
+def _parsed(text: str, where: str) -> Any:
     try:
         value = json.loads(text)
-        if "\\u" in text:  # a half of a surrogate pair has no place in UTF-8, nor in a tokenizer
+        if "\\u" in text:  # neither UTF-8 nor a tokenizer has half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
@@ -78,11 +78,11 @@ def _parsed(text: str, where: str):
         raise DataError(f"{where}: not JSON ({error})") from None
 
 
-def checked(row, where: str, fields: Mapping[str, type | None]) -> dict:
+def checked(row: Any, where: str, fields: Mapping[str, type | None]) -> dict:
     """`row`, if it is an object with these fields.
 
     Raises:
-      DataError: it is not, or one is missing or of another type.
+      DataError: it is not an object, or a field is missing or has another type.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: not a JSON object but a {type(row).__name__}")
@@ -96,11 +96,11 @@ def checked(row, where: str, fields: Mapping[str, type | None]) -> dict:
     return row
 
 
-def texts(value, where: str, field: str) -> tuple[str, ...]:
-    """A list of texts that is not empty.
+def texts(value: Any, where: str, field: str) -> tuple[str, ...]:
+    """A nonempty list of texts as a tuple.
 
     Raises:
-      DataError: it is something else.
+      DataError: `value` is anything else.
     """
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise DataError(f"{where}: {field!r} is not a list of texts, or is empty")
