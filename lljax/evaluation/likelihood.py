@@ -84,7 +84,7 @@ def _score(
     length: int,
     dtype: Any,
     layout: Layout | None,
-) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """The summed log-probability of the real targets, and whether all are greedy choices.
 
     length: at which RoPE is evaluated.

@@ -247,11 +247,11 @@ def read_chunk(
 @functools.partial(jax.jit, static_argnums=4)
 def _sample(
     logits: Float[Array, "B V"],
-    keys: Key[Array, "B"],
+    keys: Key[Array, " B"],
     i: int,
     seen: Bool[Array, "B V"] | None,
     sampling: Sampling,
-) -> tuple[Int[Array, "B"], Bool[Array, "B V"] | None]:
+) -> tuple[Int[Array, " B"], Bool[Array, "B V"] | None]:
     """The i-th new token of every row, and `seen` with it."""
     step_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
     token = sample_token(logits, step_keys, seen, sampling)

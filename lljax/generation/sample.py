@@ -48,10 +48,10 @@ GREEDY = Sampling()
 
 def sample_token(
     logits: Float[Array, "B V"],
-    keys: Key[Array, "B"],
+    keys: Key[Array, " B"],
     seen: Bool[Array, "B V"] | None,
     sampling: Sampling,
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """The next token of every row, int32.
 
     seen: the tokens in the row's prompt and output; required for `repetition`.
