@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lljax.build import attach_adapters, load_base, stretched
-from lljax.config import CHECKS, Config, default_config, validate
-from lljax.config.checks import TOKENS, one_of, required, several, text, whole
+from lljax.config import FIELDS, Config, default_config, validate
+from lljax.config.checks import TOKENS, Several, one_of, required, text, whole
 from lljax.config.checks import path as is_path
 from lljax.config.field_names import unknown_field
 from lljax.data.template import with_template
@@ -21,7 +21,7 @@ from lljax.generation.generate import generate as continue_prompts
 from lljax.generation.prompt import chat_tokens, text_tokens
 from lljax.generation.sample import Sampling
 from lljax.hardware.host_memory import set_pinned_limit
-from lljax.interop.adapter_init import StartedBase, starts_from_base
+from lljax.interop.adapter_init import ResidualBase, starts_from_base
 from lljax.interop.export import FORMATS
 from lljax.interop.huggingface import load_weights
 from lljax.interop.lora_config import config_fields, read_lora_config
@@ -29,7 +29,7 @@ from lljax.interop.open import end_tokens, open_base
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.models.quantize import FORMS
 from lljax.models.spec import DecoderSpec
 from lljax.run import loop
@@ -71,7 +71,7 @@ def prepare_model(
     one_of("none", *FORMS)("prepare_model: quantize", quantize)
     set_pinned_limit()
     path = os.fspath(model)
-    CHECKS["model.path"]("prepare_model: path", path)
+    FIELDS["model.path"]("prepare_model: path", path)
     base = open_base(path)
     decoder: Any = load_base(base, spec_from_hf(base.config), jnp.dtype(dtype), quantize)
     decoder.settings = (("model.path", path), ("model.dtype", dtype), ("model.quantize", quantize))
@@ -182,7 +182,7 @@ def generate(
     """
     base, tokenizer = _base(model, "lljax.generate"), with_template(tokenizer)
     whole(1, TOKENS)("lljax.generate: tokens", tokens)
-    several(text())("lljax.generate: stop", stop)
+    Several(text())("lljax.generate: stop", stop)
     names = [field.name for field in dataclasses.fields(Sampling)]
     if unknown := [name for name in sampling if name not in names]:
         raise ConfigError(
@@ -241,7 +241,7 @@ def _dotted(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `train` by their dotted names."""
     dotted = {name.replace("__", "."): value for name, value in fields.items()}
     for field in dotted:
-        if field not in CHECKS:
+        if field not in FIELDS:
             raise ConfigError(f"lljax.train: {unknown_field(field)}")
         if field.startswith(PREPARED):
             raise ConfigError(f"lljax.train: {field} is set by prepare_model: give it there")
@@ -252,7 +252,7 @@ def _configuration(settings: Mapping[str, Any], caller: str) -> Config:
     """The default configuration with these fields, each of which is checked."""
     c = default_config()
     for field, value in settings.items():
-        CHECKS[field](f"{caller}: {field}", value)
+        FIELDS[field](f"{caller}: {field}", value)
     c.update_from_flattened_dict(settings)
     return c
 
@@ -311,10 +311,10 @@ def _target_length(spec: DecoderSpec, lora: dict[str, Any]) -> tuple[int, float 
 def _initialize(model: Decoder, config: Config) -> None:
     """Gives new adapters their values, and trained weights of the base float32."""
     if starts_from_base(model):  # PiSSA, OLoRA, LoftQ: the kernels are reduced by the factors
-        started = StartedBase(open_base(config.model.path), model)
+        started = ResidualBase(open_base(config.model.path), model)
         load_weights(model, started, dtype=jnp.dtype(config.model.dtype))
         started.give_factors()
     for _, variable in declared(model):
         if variable.get_metadata("role") in config.lora.also_train:
             variable.set_value(variable.get_value().astype(jnp.float32))
-    initialise(model, seed=0)
+    initialize(model, seed=0)

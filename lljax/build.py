@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from lljax.config import Config
 from lljax.errors import ConfigError, ModelError
-from lljax.interop.adapter_init import StartedBase, starts_from_base
+from lljax.interop.adapter_init import ResidualBase, starts_from_base
 from lljax.interop.base import Base
 from lljax.interop.folder import read_json
 from lljax.interop.huggingface import load_weights
@@ -25,9 +25,9 @@ from lljax.interop.open import open_base, open_config
 from lljax.interop.peft import load_adapter, under_adapter, unties_head
 from lljax.models import fp8, lora, quantize, rope
 from lljax.models.declare import declared, dtype_of
-from lljax.models.decoder import Decoder, share_residuals
+from lljax.models.decoder import Decoder, can_share_residuals
 from lljax.models.families import FAMILIES, family_of, rope_fields, spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.models.linear import Linear
 from lljax.models.rope import RopeSpec
 from lljax.models.spec import DecoderSpec, repeats
@@ -71,7 +71,7 @@ def adapted_spec(base: Base, adapter: Path) -> DecoderSpec:
         raise ModelError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
 
 
-def rope_unlike_the_adapters(spec: DecoderSpec, base: Base, adapter: str) -> str:
+def rope_change_warning(spec: DecoderSpec, base: Base, adapter: str) -> str:
     """A warning if a run continues an adapter under another RoPE than it was trained under; else
     an empty text.
     """
@@ -187,7 +187,7 @@ def abstract_model(config: Config, hf_config: dict) -> Decoder:
         _quantize(
             model,
             ("kernel", "embed", "head"),
-            lambda rows: quantize.integers(8, rows),
+            lambda rows: quantize.integer_form(8, rows),
             dtype,
             trainable=True,
         )
@@ -197,10 +197,10 @@ def abstract_model(config: Config, hf_config: dict) -> Decoder:
 
 def _check_residuals(spec: DecoderSpec, layers: int) -> None:
     """Refuses a number of layers per residual that does not divide the layers."""
-    if share_residuals(spec.layers, layers):
+    if can_share_residuals(spec.layers, layers):
         return
     shape = " + ".join(f"{times} x {len(pattern)}" for _, pattern, times in repeats(spec.layers))
-    usable = [n for n in range(1, spec.L + 1) if share_residuals(spec.layers, n)]
+    usable = [n for n in range(1, spec.L + 1) if can_share_residuals(spec.layers, n)]
     raise ConfigError(
         f"memory.layers_per_residual={layers} does not divide the {spec.L} layers of the model, "
         f"which come as {shape} (times x pattern): use one of {', '.join(map(str, usable))}"
@@ -247,7 +247,7 @@ def _quantize(
         metadata = variable.get_metadata()
         if metadata.get("role") in roles and metadata.get("trainable", False) == trainable:
             shape = variable.get_value().shape
-            variable.set_value(quantize.abstract(shape, form_for(shape[-2]), dtype))
+            variable.set_value(quantize.abstract_quantized(shape, form_for(shape[-2]), dtype))
 
 
 def placed_model(config: Config, hf_config: dict, mesh: Mesh) -> Decoder:
@@ -259,7 +259,7 @@ def placed_model(config: Config, hf_config: dict, mesh: Mesh) -> Decoder:
     model = abstract_model(config, hf_config)
     for _, variable in declared(model):
         value = variable.get_value()
-        if not isinstance(value, quantize.Quantised):
+        if not isinstance(value, quantize.Quantized):
             dtype = dtype_of(variable, jnp.dtype(config.model.dtype))
             value = jax.ShapeDtypeStruct(value.shape, dtype)
         variable.set_value(
@@ -289,7 +289,7 @@ def fill(model: Decoder, config: Config, base: Base, mesh: Mesh) -> dict[str, in
         return _sharding(variable, mesh)
 
     if starts_from_base(model):
-        residual = StartedBase(base, model)
+        residual = ResidualBase(base, model)
         sums = load_weights(model, residual, dtype=dtype, shardings=shardings)
         residual.give_factors(shardings)
     elif config.model.init == "pretrained":
@@ -297,7 +297,7 @@ def fill(model: Decoder, config: Config, base: Base, mesh: Mesh) -> dict[str, in
     if config.lora.adapter:
         load_adapter(model, config.lora.adapter, shardings=shardings)
     deviation = base.config.get("initializer_range", 0.02)
-    initialise(model, config.seed, deviation=deviation, dtype=dtype, shardings=shardings)
+    initialize(model, config.seed, deviation=deviation, dtype=dtype, shardings=shardings)
     return sums
 
 
@@ -317,11 +317,11 @@ def load_base(
     _set_matmul(model, matmul)
     if form := form_of(quantize, base.config):
         _quantize(model, ("kernel",), lambda rows: form, dtype)
-    load_weights(model, base, dtype=dtype, shardings=places(layout))
+    load_weights(model, base, dtype=dtype, shardings=sharding_of(layout))
     return model
 
 
-def answering(spec: DecoderSpec) -> sharding.Layout | None:
+def generation_layout(spec: DecoderSpec) -> sharding.Layout | None:
     """The layout of a model that generates and does not train: its heads on as many of this
     process's devices as divide them; None for one device.
     """
@@ -332,7 +332,7 @@ def answering(spec: DecoderSpec) -> sharding.Layout | None:
     return sharding.Layout(sharding.make_mesh(tensor=parts, devices=devices[:parts]))
 
 
-def places(layout: sharding.Layout | None) -> Callable | None:
+def sharding_of(layout: sharding.Layout | None) -> Callable | None:
     """The sharding of a Variable's value under a layout, as a function; None for no layout."""
     return layout and (lambda variable: _sharding(variable, layout.mesh))
 

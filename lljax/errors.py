@@ -93,7 +93,7 @@ _SHORT = _Short()
 
 # How Python, Rust and numpy report a full disk, or that a quota or the limit of a file's size is
 # reached.
-FULL = re.compile(
+DISK_FULL = re.compile(
     "|".join(
         [
             *(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
@@ -125,7 +125,7 @@ def exit_cleanly() -> Iterator[None]:
         if type(error).__name__ == "PanicException":
             _say(f"ModelError: the tokenizer fails on a text ({printable(text)[:200]})")
             sys.exit(ModelError.exit_code)
-        if not isinstance(error, Exception) or not FULL.search(text):
+        if not isinstance(error, Exception) or not DISK_FULL.search(text):
             raise
         _say(f"DiskError: {printable(text)}: make room and give the same command again")
         sys.exit(LljaxError.exit_code)
@@ -138,16 +138,16 @@ def _say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
 
 
-def say(line: str) -> None:
+def print_now(line: str) -> None:
     """Writes a line to stderr from any thread, at once; ignored if the reader is gone."""
     start = SHOW_CURSOR if os.isatty(STDERR) else ""
     with contextlib.suppress(OSError):
         os.write(STDERR, f"{start}{line}\n".encode(errors="backslashreplace"))
 
 
-def leave(code: int, line: str) -> NoReturn:
+def exit_now(code: int, line: str) -> NoReturn:
     """Prints `line` and ends the process from any thread, whatever the other threads wait for."""
-    say(line)
+    print_now(line)
     os._exit(code)
 
 

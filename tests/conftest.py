@@ -38,7 +38,7 @@ from lljax.interop import safetensors
 from lljax.interop.huggingface import tensors
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.run.loop import train
 
 TINY = {
@@ -69,7 +69,7 @@ def write_base(folder, seed=0, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     hf_config = TINY | changes
     model = Decoder(spec_from_hf(hf_config))
-    initialise(model, seed, deviation=0.2)
+    initialize(model, seed, deviation=0.2)
     arrays = dict(tensors(model))
     safetensors.write(
         folder / "model.safetensors", safetensors.layout(arrays.items()), lambda name: arrays[name]

@@ -14,7 +14,7 @@ import transformers
 from families import FAMILIES, SIZES, jit, torch_logits, write_torch
 from flax import nnx
 
-from lljax.build import rope_unlike_the_adapters, stretched
+from lljax.build import rope_change_warning, stretched
 from lljax.errors import ConfigError
 from lljax.interop.huggingface import load_weights
 from lljax.interop.open import open_base
@@ -326,8 +326,8 @@ def test_an_adapter_that_goes_on_under_another_rope_is_said(tiny, tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]})
     )
-    assert not rope_unlike_the_adapters(yarn, base, str(tmp_path))  # nothing is known of its RoPE
+    assert not rope_change_warning(yarn, base, str(tmp_path))  # nothing is known of its RoPE
     (tmp_path / "rope.json").write_text(json.dumps(rope_to_hf(linear)))
-    assert not rope_unlike_the_adapters(linear, base, str(tmp_path))
-    remark = rope_unlike_the_adapters(yarn, base, str(tmp_path))
+    assert not rope_change_warning(linear, base, str(tmp_path))
+    remark = rope_change_warning(yarn, base, str(tmp_path))
     assert re.search("trained under linear x4 over 32 tokens .* under yarn x4", remark)

@@ -22,7 +22,7 @@ from lljax.attention.blocks import (
     round_up,
 )
 from lljax.attention.mask import Index, Mask, block, pad, visible
-from lljax.attention.softcap import capped, through_cap
+from lljax.attention.softcap import apply_softcap, softcap_gradient
 
 # exp(MASKED - FLOOR) is 0, so a query that is masked throughout a block adds nothing
 MASKED, FLOOR = -1e30, -1e20
@@ -150,7 +150,7 @@ def _scores(
     """Scores of query block i (q) and key block j, R = N / K, in float32 as the softmax needs."""
     k = _slice(call.k, j, call.bk)
     scores = jnp.einsum("BKQRH,BKSH->BKQRS", q, k, preferred_element_type=jnp.float32)
-    scores = capped(scores, call.softcap)
+    scores = apply_softcap(scores, call.softcap)
     return jnp.where(call.mask_of(i, j), scores, MASKED) if masked else scores
 
 
@@ -218,7 +218,7 @@ def _backward(
             weights = jnp.exp(scores - lsei[..., None])
             d_weights = einsum("BKQRH,BKSH->BKQRS", doi, vj)
             d_scores = weights * (d_weights - deltai[..., None])
-            d_scores = through_cap(d_scores, scores, call.softcap).astype(q.dtype)
+            d_scores = softcap_gradient(d_scores, scores, call.softcap).astype(q.dtype)
             dqi += einsum("BKQRS,BKSH->BKQRH", d_scores, kj)
             dk = _add_at(dk, j, bk, einsum("BKHQR,BKQRS->BKHS", qti, d_scores))
             dv = _add_at(dv, j, bk, einsum("BKHQR,BKQRS->BKHS", doti, weights.astype(q.dtype)))

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from lljax.attention.blocks import any_visible, token_visible
 from lljax.attention.blockwise import FLOOR, MASKED
 from lljax.attention.mask import Index
-from lljax.attention.softcap import capped, through_cap
+from lljax.attention.softcap import apply_softcap, softcap_gradient
 
 LOG2_E = math.log2(math.e)  # the GPU has an instruction for powers of two only
 
@@ -35,10 +35,10 @@ class Scores:
 
     def from_products(self, products: jax.Array) -> jax.Array:
         """Scores in base 2, soft-capped."""
-        return capped(products * (self.scale * LOG2_E), self._cap)
+        return apply_softcap(products * (self.scale * LOG2_E), self._cap)
 
     def uncapped_gradient(self, gradient: jax.Array, scores: jax.Array) -> jax.Array:
-        return through_cap(gradient, scores, self._cap)
+        return softcap_gradient(gradient, scores, self._cap)
 
     @property
     def _cap(self) -> float | None:

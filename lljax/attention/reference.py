@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from lljax.attention.mask import Mask, visible
 from lljax.attention.options import AttentionOptions
-from lljax.attention.softcap import capped
+from lljax.attention.softcap import apply_softcap
 
 
 def attend(
@@ -22,7 +22,7 @@ def attend(
     see, sinks = visible(mask)[:, None], options.sinks
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(see, capped(scores * options.scale, options.softcap), -1e30)
+    scores = jnp.where(see, apply_softcap(scores * options.scale, options.softcap), -1e30)
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
         scores = jnp.concatenate([scores, sinks], axis=-1)

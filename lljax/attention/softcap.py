@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 
-def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+def apply_softcap(scores: jax.Array, softcap: float | None) -> jax.Array:
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def through_cap(gradient: jax.Array, scores: jax.Array, softcap: float | None) -> jax.Array:
+def softcap_gradient(gradient: jax.Array, scores: jax.Array, softcap: float | None) -> jax.Array:
     """The gradient of the uncapped scores, from `gradient` of the capped `scores`; 0 for scores
     that a mask replaced by a number far beyond the cap.
     """

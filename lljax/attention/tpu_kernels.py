@@ -24,7 +24,7 @@ from lljax.attention.blocks import (
 )
 from lljax.attention.blockwise import FLOOR, MASKED
 from lljax.attention.mask import NEVER, Mask
-from lljax.attention.softcap import capped, through_cap
+from lljax.attention.softcap import apply_softcap, softcap_gradient
 
 LANES = 128
 
@@ -178,7 +178,7 @@ def backward_queries(
             scores = _scores(call, q, k, q_rows, k_rows, masked=masked)
             weights = jnp.exp(scores - _column(lse[0]))
             d_scores = weights * (_dot(d_out, v, 1, 1) - _column(delta[0]))
-            d_scores = through_cap(d_scores, scores, call.softcap)
+            d_scores = softcap_gradient(d_scores, scores, call.softcap)
             acc[...] += _dot(d_scores.astype(k.dtype), k, 1, 0)
 
         visits.visit(table, b, i, step, update)
@@ -218,14 +218,14 @@ def backward_keys(
             dv_acc[...] = jnp.zeros_like(dv_acc)
 
         def update(masked: bool):
-            scores = capped(_dot(k, q, 1, 1), call.softcap)
+            scores = apply_softcap(_dot(k, q, 1, 1), call.softcap)
             if masked:
                 see = token_visible(_rows(q_rows, call.q_names), _columns(k_rows, call.k_names))
                 scores = jnp.where(see, scores, MASKED)
             weights = jnp.exp(scores - lse[...])
             dv_acc[...] += _dot(weights.astype(d_out.dtype), d_out, 1, 0)
             d_scores = weights * (_dot(v, d_out, 1, 1) - delta[...])
-            d_scores = through_cap(d_scores, scores, call.softcap)
+            d_scores = softcap_gradient(d_scores, scores, call.softcap)
             dk_acc[...] += _dot(d_scores.astype(q.dtype), q, 1, 0)
 
         visits.visit(table, b, j, step, update)
@@ -251,7 +251,7 @@ def backward_keys(
 
 def _scores(call: Call, q, k, q_rows, k_rows, *, masked: bool) -> jax.Array:
     """Scores [queries, keys] of a pair of blocks."""
-    scores = capped(_dot(q, k, 1, 1), call.softcap)
+    scores = apply_softcap(_dot(q, k, 1, 1), call.softcap)
     if not masked:
         return scores
     see = token_visible(_columns(q_rows, call.q_names), _rows(k_rows, call.k_names))

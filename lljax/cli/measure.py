@@ -33,7 +33,7 @@ from lljax.evaluation.task import Example, Sources, Task, TooShort, refuse_beyon
 from lljax.interop.open import end_tokens, tokenizer_fingerprint
 from lljax.models.decoder import Decoder
 from lljax.report.page import write_report
-from lljax.run.open import Candidates, of_base, of_run
+from lljax.run.open import ComparedModels, open_base_models, open_run_models
 from lljax.run.restore import read_config
 
 CONSOLE = console()
@@ -49,9 +49,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """
     protocols, tasks = read_tasks(arguments)
     candidates = (
-        of_run(arguments.workdir)
+        open_run_models(arguments.workdir)
         if arguments.workdir
-        else of_base(arguments.model, arguments.adapter)
+        else open_base_models(arguments.model, arguments.adapter)
     )
     spec = candidates.extended
     lengths = read_lengths(arguments.lengths) or doublings(
@@ -87,7 +87,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def measure(
-    candidates: Candidates,
+    candidates: ComparedModels,
     texts: dict,
     tasks: list[Task],
     lengths: list[int],

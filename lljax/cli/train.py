@@ -55,8 +55,10 @@ def train(config: Config, workdir: str, profile_steps: str | None = None) -> Non
     with processes.to_the_end(), processes.session(), exit_cleanly():
         processes.start(config.mesh.peer_timeout)
         take_gpu_memory()  # needs the number of processes on this host
-        loop.train(config, workdir, examiner=make_eval_hook, profile_steps=read_steps(profile_steps))
-        if processes.first():
+        loop.train(
+            config, workdir, examiner=make_eval_hook, profile_steps=read_steps(profile_steps)
+        )
+        if processes.is_first():
             show(next_commands(workdir, config.data))
 
 

@@ -18,7 +18,7 @@ from lljax.generation.prompt import text_tokens
 from lljax.generation.sample import Sampling
 from lljax.interop.open import end_tokens
 from lljax.models.decoder import Decoder
-from lljax.run.open import of_base, of_run
+from lljax.run.open import open_base_models, open_run_models
 
 
 def write(arguments: argparse.Namespace, text: str | None) -> None:
@@ -64,9 +64,9 @@ class Writer:
             seed=arguments.seed,
         )
         self._candidates = (
-            of_run(arguments.workdir)
+            open_run_models(arguments.workdir)
             if arguments.workdir
-            else of_base(arguments.model, arguments.adapter)
+            else open_base_models(arguments.model, arguments.adapter)
         )
         base: Any = self._candidates.base
         self.tokenizer = with_template(base.tokenizer())

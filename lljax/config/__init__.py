@@ -11,10 +11,7 @@ from lljax.config.tree import (
     with_absolute_paths,
 )
 
-CHECKS = FIELDS
-
 __all__ = [
-    "CHECKS",
     "FIELDS",
     "LEAST_HISTORY",
     "Config",

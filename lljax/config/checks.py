@@ -79,7 +79,7 @@ def one_of(*words: str, owner: str = "") -> Choices:
 
 
 @dataclasses.dataclass(frozen=True)
-class several:
+class Several:
     """A check: a tuple (or list) of values that each pass `item`."""
 
     item: Check

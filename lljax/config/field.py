@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lljax.config.access import Config, get
-from lljax.config.checks import Check, Choices, Condition, Value, several
+from lljax.config.checks import Check, Choices, Condition, Several, Value
 
 Conditions = Mapping[str, Condition]  # by the field that each is about
 
@@ -61,7 +61,7 @@ class Field:
     @property
     def choices(self) -> Choices | None:
         """The words it takes, or its items take."""
-        check = self.check.item if isinstance(self.check, several) else self.check
+        check = self.check.item if isinstance(self.check, Several) else self.check
         return check if isinstance(check, Choices) else None
 
     @property

@@ -9,6 +9,7 @@ from lljax.config.access import Config, get
 from lljax.config.checks import (
     BELOW_ONE,
     TOKENS,
+    Several,
     above_zero,
     any_of,
     flag,
@@ -17,7 +18,6 @@ from lljax.config.checks import (
     pair,
     path,
     required,
-    several,
     share,
     text,
     whole,
@@ -42,7 +42,7 @@ EVAL_FILES = {  # the files that tasks of training.eval_tasks read
 
 OPTIMIZERS = one_of(owner="lljax.training.optimizer:OPTIMIZERS")
 _RANK, _ALPHA = whole(1, 65_536), above_zero(1e6)
-_FILES = several(required(path(), "name a file or a folder"))
+_FILES = Several(required(path(), "name a file or a folder"))
 _DEVICES = any_of(whole(-1, -1), whole(1, why="devices, or -1 for all that the others leave"))
 
 # fmt: off
@@ -73,7 +73,7 @@ _ROWS = (
           other_names="max_length max_seq_length max_seq_len seq_len cutoff_len context_length"),
     Field("context.schedule", ((1000, 8192, "full"),),
           "stages: (until_step, length, full | shifted | window)",
-          check=required(several(stage), "give stages such as ((1000, 8192, 'shifted'),)"),
+          check=required(Several(stage), "give stages such as ((1000, 8192, 'shifted'),)"),
           identity=True, other_names=(
               "steps max_steps total_steps epochs num_epochs num_train_epochs attention")),
     Field("context.rope.type", "yarn",
@@ -94,7 +94,7 @@ _ROWS = (
     Field("context.implementation", "auto", "of attention; auto is the first that serves",
           check=one_of("auto", owner="lljax.attention.attend:IMPLEMENTATIONS"), identity=False),
     Field("context.anchor_markers", (), "window: strings of one token each that are anchors too",
-          check=several(text()), identity=True),
+          check=Several(text()), identity=True),
 
     Field("lora.rank", 8, "columns of A, rows of B",
           check=_RANK, identity=True, yaml="lora_rank", other_names="r lora_r lora_rank"),
@@ -104,9 +104,9 @@ _ROWS = (
           check=share(), identity=True, yaml="lora_dropout", other_names="lora_dropout"),
     Field("lora.rank_pattern", (),
           "ranks of single modules: ((name or regular expression, rank), ...), first match",
-          check=several(pair(text(), _RANK, ("q_proj", 16))), identity=True),
+          check=Several(pair(text(), _RANK, ("q_proj", 16))), identity=True),
     Field("lora.alpha_pattern", (), "alphas of single modules, in the same form",
-          check=several(pair(text(), _ALPHA, ("q_proj", 32.0))), identity=True),
+          check=Several(pair(text(), _ALPHA, ("q_proj", 32.0))), identity=True),
     Field("lora.rslora", False, "scale by alpha / sqrt(rank) instead of alpha / rank",
           check=flag(), identity=True, other_names="use_rslora"),
     Field("lora.dora", False, "DoRA (arXiv 2402.09353): train a magnitude for every output too",
@@ -115,10 +115,10 @@ _ROWS = (
           "default (no change at first) | pissa | pissa_niter_N (N iterations) | olora | loftq",
           check=lora_init, identity=True, other_names="init_lora_weights"),
     Field("lora.targets", ("q_proj", "k_proj", "v_proj", "o_proj"),
-          "short names or regular expressions", check=several(text()), identity=True,
+          "short names or regular expressions", check=Several(text()), identity=True,
           yaml="target_modules", other_names="target_modules lora_target"),
     Field("lora.also_train", ("embed", "norm"), "roles trained whole beside the adapter",
-          check=several(one_of(*WHOLE_ROLES)), identity=True,
+          check=Several(one_of(*WHOLE_ROLES)), identity=True,
           other_names="modules_to_save"),
     Field("lora.adapter", "", "folder of a PEFT adapter to continue from",
           check=path(), identity=True, path=True),
@@ -199,7 +199,7 @@ _ROWS = (
           check=whole(1), identity=False),
     Field("training.eval_tasks", (),
           "tasks of an evaluation: ((name as in `lljax evaluate --tasks`, tokens), ...)",
-          check=several(pair(text(), whole(1, TOKENS), ("passkey/tokens", 4096))),
+          check=Several(pair(text(), whole(1, TOKENS), ("passkey/tokens", 4096))),
           identity=False),
     *(Field(f"training.eval_files.{name}", "", comment,
             check=path(), identity=False, path=True) for name, comment in EVAL_FILES.items()),

@@ -22,7 +22,7 @@ from lljax.evaluation.likelihood import log_likelihoods
 from lljax.generation.generate import generate
 from lljax.generation.sample import Sampling
 from lljax.interop.open import end_tokens, tokenizer_fingerprint
-from lljax.run.open import of_base, of_run
+from lljax.run.open import open_base_models, open_run_models
 
 SAMPLING = {
     "temperature": "temperature",
@@ -61,7 +61,9 @@ class LljaxLM(TemplateLM):
                 "workdir=RUN"
             )
         candidates = (
-            of_run(Path(workdir)) if workdir else of_base(path, Path(adapter) if adapter else None)
+            open_run_models(Path(workdir))
+            if workdir
+            else open_base_models(path, Path(adapter) if adapter else None)
         )
         self.model = candidates.models[-1].load()
         self.dtype, self.layout = candidates.dtype, candidates.layout

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lljax.generation.detokenize import Detokenizer
 from lljax.generation.sample import GREEDY, Sampling, sample_token
-from lljax.models.cache import Cache, empty_cache, longer, repeated
+from lljax.models.cache import Cache, empty_cache, grow, repeat_rows
 from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout, row_parts
 
@@ -93,7 +93,7 @@ def stream(
     cache_dtype: Any = None,
     layout: Layout | None = None,
     first: int = 0,
-) -> Iterator[Int[np.ndarray, "B"]]:
+) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields, up to `tokens` times, the next token of each of `prompts`, int32. See `generate`.
 
     first: the number of the first prompt, for the random numbers.
@@ -148,7 +148,7 @@ class _Reader:
         slots = _round_up(shared + width + tokens, CHUNK)
         if shared:
             cache = self._read_prefix(prompts[0][:shared], unit)
-            cache = longer(repeated(cache, B // unit), slots)
+            cache = grow(repeat_rows(cache, B // unit), slots)
         else:
             cache = empty_cache(self.model.spec, B, slots, self.cache_dtype)
         padded, positions, segments = (np.zeros((B, width), np.int32) for _ in range(3))

@@ -10,7 +10,7 @@ from pathlib import Path
 from jax._src import xla_bridge  # jax has no public function that tells whether it has started
 
 from lljax.hardware.chips import GiB
-from lljax.parallel.processes import processes_here
+from lljax.parallel.processes import processes_on_host
 
 LIMIT, PREALLOCATE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE"
 FIRST_REGION = 2 * 2**20
@@ -99,7 +99,7 @@ def set_pinned_limit() -> None:
     """
     if LIMIT in os.environ or _preallocated() or xla_bridge.backends_are_initialized():
         return
-    share = usable(host_memory()) / gpus_in_use(processes_here())
+    share = usable(host_memory()) / gpus_in_use(processes_on_host())
     # transfers to the device are staged in such a pool too
     os.environ[LIMIT] = str(max(int(share / GiB), 2))
 

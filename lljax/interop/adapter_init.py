@@ -15,7 +15,7 @@ from lljax.interop.huggingface import hf_names, hf_part
 from lljax.models.adapter_init import first_factors
 from lljax.models.linear import Linear
 from lljax.models.lora import Lora, linear_layers
-from lljax.models.quantize import Form, Quantised, dequantise, quantise
+from lljax.models.quantize import Form, Quantized, dequantize, quantize
 from lljax.parallel.sharding import put
 
 Factors = tuple[np.ndarray, np.ndarray]  # A [R, in] and B [out, R]
@@ -43,7 +43,7 @@ def owns_kernel(lora: Lora | None) -> bool:
     return lora is not None and lora.init == "loftq"
 
 
-class StartedBase(BaseView):
+class ResidualBase(BaseView):
     """The base model of a PiSSA or LoftQ run: its weights minus the initial adapter, W - B A.
 
     A tensor is computed when it is read, and has the same values every time.
@@ -80,7 +80,7 @@ class StartedBase(BaseView):
 
     def _first_values(self, name: str, weight: np.ndarray, linear: Linear) -> FirstValues:
         lora, kernel = _lora(linear), linear.kernel.get_value()
-        quantized = functools.partial(_quantized, kernel) if isinstance(kernel, Quantised) else None
+        quantized = functools.partial(_quantized, kernel) if isinstance(kernel, Quantized) else None
         pairs = first_factors(
             weight,
             init=lora.init,
@@ -88,7 +88,7 @@ class StartedBase(BaseView):
             scale=lora.scale,
             seed=lora.seed,
             name=name,
-            quantised=quantized,
+            quantized=quantized,
         )
         return FirstValues(*pairs)
 
@@ -107,7 +107,7 @@ class StartedBase(BaseView):
             weight[part] -= _lora(linear).scale * (b @ a)
         return weight
 
-    def stored(self, name: str, form: Form) -> Quantised | None:
+    def stored(self, name: str, form: Form) -> Quantized | None:
         """None for a kernel that differs from the base's."""
         return None if name in self._linears else self._base.stored(name, form)
 
@@ -127,11 +127,11 @@ def _lora(linear: Linear) -> Lora:
     return linear.lora
 
 
-def _quantized(kernel: Quantised, weight: np.ndarray) -> np.ndarray:
+def _quantized(kernel: Quantized, weight: np.ndarray) -> np.ndarray:
     """The float32 value of a weight [out, in] once it is quantized as `kernel` is."""
     return np.asarray(_there_and_back(weight.T, kernel.form, kernel.dtype)).T
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _there_and_back(weight: jax.Array, form: Form, dtype: Any) -> jax.Array:
-    return dequantise(quantise(weight.astype(dtype), form, dtype), jnp.float32)
+    return dequantize(quantize(weight.astype(dtype), form, dtype), jnp.float32)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lljax.models.quantize import Form, Quantised
+from lljax.models.quantize import Form, Quantized
 
 
 class Base(Protocol):
@@ -37,7 +37,7 @@ class Base(Protocol):
 
     def read(self, name: str) -> np.ndarray: ...
 
-    def stored(self, name: str, form: Form) -> Quantised | None:
+    def stored(self, name: str, form: Form) -> Quantized | None:
         """A kernel as it is stored; None if it is not quantized in that form."""
         ...
 
@@ -82,7 +82,7 @@ class BaseView(Base):
     def read(self, name: str) -> np.ndarray:
         return self._base.read(name)
 
-    def stored(self, name: str, form: Form) -> Quantised | None:
+    def stored(self, name: str, form: Form) -> Quantized | None:
         return self._base.stored(name, form)
 
     def checksum(self, name: str, before: int = 0) -> int:

@@ -12,7 +12,7 @@ from lljax.errors import ConfigError, printable
 from lljax.interop.adapter_init import owns_kernel
 from lljax.interop.base import Base
 from lljax.interop.export_files import TEMPLATE_FILE
-from lljax.interop.export_folder import complete
+from lljax.interop.export_folder import write_folder
 from lljax.interop.export_weights import write_model
 from lljax.interop.peft import write_adapter
 from lljax.interop.usage import QUIET, adapter_usage, beyond_plain_lora, lora_options, serve_command
@@ -63,7 +63,7 @@ def export_peft(
         return config
 
     _check(model, base, out)
-    config = complete(out, "peft", write, overwrite)
+    config = write_folder(out, "peft", write, overwrite)
     return adapter_usage(model, base, out, config, chat_template)
 
 
@@ -97,7 +97,7 @@ def export_merged(
             max_shard_bytes=max_shard_bytes,
         )
 
-    rounded = complete(out, "merged", write, overwrite)
+    rounded = write_folder(out, "merged", write, overwrite)
     return (
         "import transformers\n"
         f"model = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
@@ -146,7 +146,7 @@ def export_split(
             model, folder / "adapter", base_name=name, base=base, whole_modules=False
         )
 
-    rounded, config = complete(out, "split", write, overwrite)
+    rounded, config = write_folder(out, "split", write, overwrite)
     command = serve_command(model.spec, out / "base", lora_options(out / "adapter", config))
     return (
         f"{command}\n"

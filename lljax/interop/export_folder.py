@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from lljax.errors import FULL, ConfigError, Stopped, printable
+from lljax.errors import DISK_FULL, ConfigError, Stopped, printable
 
 RECORD = "lljax_export.json"  # {"format": ..., "files": [...]}
 
@@ -56,7 +56,7 @@ def check_out(out: Path, overwrite: bool = False) -> None:
         )
 
 
-def complete(
+def write_folder(
     out: Path, format: str, write: Callable[[Path], Result], overwrite: bool = False
 ) -> Result:
     """Runs `write(folder)` on a folder that becomes `out` when it is complete; returns its result.
@@ -77,7 +77,7 @@ def complete(
         check_out(out, overwrite)  # an earlier export may have come back
         unfinished.mkdir()
     except OSError as error:
-        if FULL.search(str(error)):  # has a line of its own, see lljax.errors.exit_cleanly
+        if DISK_FULL.search(str(error)):  # has a line of its own, see lljax.errors.exit_cleanly
             raise
         raise _no_folder(out, error) from None
     try:

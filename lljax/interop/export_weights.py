@@ -10,10 +10,10 @@ from flax import nnx
 
 from lljax.errors import ConfigError
 from lljax.interop import safetensors
-from lljax.interop.adapter_init import StartedBase, owns_kernel, starts_from_base
+from lljax.interop.adapter_init import ResidualBase, owns_kernel, starts_from_base
 from lljax.interop.base import Base
 from lljax.interop.export_files import write_files
-from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, joined, parts_of
+from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, join_parts, parts_of
 from lljax.models.decoder import Decoder
 from lljax.models.lora import Lora, adaptable
 
@@ -97,12 +97,12 @@ def _tensors(model: Decoder, base: Base, unchanged: set[str], merge: bool) -> Te
                 updates.setdefault(name, []).append(Update(weight, lora, i))
             if owns_kernel(lora):
                 replaced.setdefault(name, []).append(Update(weight, lora, i))
-    started = StartedBase(base, model) if starts_from_base(model) else base
+    started = ResidualBase(base, model) if starts_from_base(model) else base
     sources: dict[str, Callable[[], np.ndarray]] = {}
     copied = set()
     for name, parts in parts_of(model).items():
         if name not in unchanged:
-            sources[name] = lambda parts=parts: joined(parts)
+            sources[name] = lambda parts=parts: join_parts(parts)
         elif name in replaced:  # with or without their factors
             sources[name] = lambda name=name: _merged(
                 _with_kernels(base.read(name), replaced[name]), updates.get(name, [])

@@ -14,7 +14,7 @@ from lljax.interop.base import Base
 from lljax.interop.tokenizer import open_tokenizer
 from lljax.interop.tokenizer_bounds import check
 from lljax.models.families import FAMILIES
-from lljax.models.quantize import Form, Quantised
+from lljax.models.quantize import Form, Quantized
 
 
 class FolderBase(Base):
@@ -33,7 +33,7 @@ class FolderBase(Base):
 
     @property
     def tensors(self) -> safetensors.Folder:
-        if self._tensors is None:  # opened late: a random initialisation needs none
+        if self._tensors is None:  # opened late: a random initialization needs none
             self._tensors = safetensors.Folder(self.folder)
         return self._tensors
 
@@ -53,7 +53,7 @@ class FolderBase(Base):
     def read(self, name: str) -> np.ndarray:
         return self.tensors.read(self.prefix + name)
 
-    def stored(self, name: str, form: Form) -> Quantised | None:
+    def stored(self, name: str, form: Form) -> Quantized | None:
         return None
 
     def checksum(self, name: str, before: int = 0) -> int:

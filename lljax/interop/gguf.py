@@ -23,7 +23,7 @@ from lljax.interop.folder import crc32
 from lljax.models import rope
 from lljax.models.families import FAMILIES
 from lljax.models.families.family import Family, GgufFormat
-from lljax.models.quantize import Form, Quantised
+from lljax.models.quantize import Form, Quantized
 from lljax.models.rope.kinds import RopeSpec, base_frequencies, llama3_frequencies
 from lljax.models.values import NUMBER, Value, check, whole
 
@@ -160,7 +160,7 @@ class GgufBase(Base):
                 array = array - 1
             return array
 
-    def stored(self, name: str, form: Form) -> Quantised | None:
+    def stored(self, name: str, form: Form) -> Quantized | None:
         return None  # no format of GGUF blocks is one of ours
 
     def checksum(self, name: str, before: int = 0) -> int:

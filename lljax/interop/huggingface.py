@@ -15,8 +15,8 @@ from flax import nnx
 
 from lljax.errors import ModelError
 from lljax.interop.base import Base
-from lljax.models.declare import LoraWeight, Weight, declared, dtype_of, hf_names, stacked
-from lljax.models.quantize import Quantised, dequantise, quantise
+from lljax.models.declare import LoraWeight, Weight, declared, dtype_of, hf_names, stacked_axes
+from lljax.models.quantize import Quantized, dequantize, quantize
 from lljax.parallel.sharding import put
 
 # buffers that old checkpoints still carry
@@ -87,10 +87,10 @@ def _check_tensor(base: Base, available: set[str], name: str, shape: tuple[int, 
 
 
 def _read(base: Base, name: str, variable: nnx.Variable, dtype: Any) -> Any:
-    """A tensor as one layer of a Variable holds it: an array, or a Quantised as it is stored."""
+    """A tensor as one layer of a Variable holds it: an array, or a Quantized as it is stored."""
     outline, part = variable.get_value(), hf_part(variable)
     whole = part == ...  # a part of a fused tensor is quantized anew
-    stored = base.stored(name, outline.form) if whole and isinstance(outline, Quantised) else None
+    stored = base.stored(name, outline.form) if whole and isinstance(outline, Quantized) else None
     if stored is not None:
         return dataclasses.replace(stored, dtype=outline.dtype)
     array = base.read(name)[part]
@@ -103,13 +103,13 @@ def _value(
 ) -> Any:
     """The value of a Variable, from the tensors that `read` returns."""
     outline = variable.get_value()
-    if axes := stacked(variable):
+    if axes := stacked_axes(variable):
         value = jax.jit(functools.partial(_zeros, outline, dtype), out_shardings=sharding)()
         for i, name in enumerate(names):
             value = _set_part(value, read(name), np.unravel_index(i, outline.shape[:axes]))
         return value
-    if isinstance(outline, Quantised):
-        quantizes = functools.partial(quantise, form=outline.form, dtype=outline.dtype)
+    if isinstance(outline, Quantized):
+        quantizes = functools.partial(quantize, form=outline.form, dtype=outline.dtype)
         return jax.jit(quantizes, out_shardings=sharding)(read(names[0]))
     return put(read(names[0]), sharding)
 
@@ -130,21 +130,21 @@ def checksums(model: nnx.Module, base: Base) -> dict[str, int]:
 
 def _zeros(outline: Any, dtype: Any) -> Any:
     return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype if isinstance(outline, Quantised) else dtype), outline
+        lambda x: jnp.zeros(x.shape, x.dtype if isinstance(outline, Quantized) else dtype), outline
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_part(whole: Any, part: Any, index: Any) -> Any:
-    if isinstance(whole, Quantised) and not isinstance(part, Quantised):
-        part = quantise(part, whole.form, whole.dtype)
+    if isinstance(whole, Quantized) and not isinstance(part, Quantized):
+        part = quantize(part, whole.form, whole.dtype)
     return jax.tree.map(lambda x, y: x.at[index].set(y), whole, part)
 
 
 def tensors(model: nnx.Module, kind: type = Weight) -> Iterator[tuple[str, np.ndarray]]:
     """(HF name, array in HF orientation) of every Variable of `kind`, one tensor at a time."""
     for name, parts in parts_of(model, kind).items():
-        yield name, joined(parts)
+        yield name, join_parts(parts)
 
 
 Part = tuple[nnx.Variable, int]  # a Variable, and the index of a tensor in `hf_names`
@@ -160,7 +160,7 @@ def parts_of(model: nnx.Module, kind: type = Weight) -> dict[str, list[Part]]:
     return parts
 
 
-def joined(parts: list[Part]) -> np.ndarray:
+def join_parts(parts: list[Part]) -> np.ndarray:
     """One HF tensor from its parts, see `parts_of`."""
     first = hf_value(*parts[0])
     if len(parts) == 1:
@@ -183,16 +183,16 @@ def hf_part(variable: nnx.Variable) -> Any:
 def hf_value(variable: nnx.Variable, i: int = 0) -> np.ndarray:
     """Its values in the i-th of its HF tensors (`hf_names`), in HF orientation, on the host."""
     value = variable.get_value()
-    if axes := stacked(variable):
+    if axes := stacked_axes(variable):
         index = np.unravel_index(i, value.shape[:axes])
         value = jax.tree.map(lambda x: x[index], value)
-    array = np.asarray(dequantise(value, value.dtype) if isinstance(value, Quantised) else value)
+    array = np.asarray(dequantize(value, value.dtype) if isinstance(value, Quantized) else value)
     return np.swapaxes(array, -1, -2) if variable.get_metadata("transpose") else array
 
 
 def hf_shape(variable: nnx.Variable) -> tuple[int, ...]:
     """The shape of every one of its HF tensors."""
-    *rest, outputs = variable.get_value().shape[stacked(variable) :]
+    *rest, outputs = variable.get_value().shape[stacked_axes(variable) :]
     *_, outputs = variable.get_metadata().get("part", (outputs,))
     return (
         (*rest[:-1], outputs, rest[-1]) if variable.get_metadata("transpose") else (*rest, outputs)

@@ -6,7 +6,7 @@ import numpy as np
 
 from lljax.interop.base import Base, BaseView
 from lljax.models.families import is_tied
-from lljax.models.quantize import Form, Quantised
+from lljax.models.quantize import Form, Quantized
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 4096  # of the tables, compared at a time
@@ -39,7 +39,7 @@ class OwnHead(BaseView):
     def read(self, name: str) -> np.ndarray:
         return self._base.read(self._name(name))
 
-    def stored(self, name: str, form: Form) -> Quantised | None:
+    def stored(self, name: str, form: Form) -> Quantized | None:
         return self._base.stored(self._name(name), form)
 
     def checksum(self, name: str, before: int = 0) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from lljax.errors import ModelError
 from lljax.interop.folder import FolderBase, crc32
 from lljax.interop.layouts import Kernel, layout_of
-from lljax.models.quantize import Form, Quantised
+from lljax.models.quantize import Form, Quantized
 
 
 class QuantizedFolder(FolderBase):
@@ -58,7 +58,7 @@ class QuantizedFolder(FolderBase):
         """A quantized kernel in a type in which every product is exact or rounded once."""
         return self._layout.dense(self._kernel(name)) if name in self.stems else super().read(name)
 
-    def stored(self, name: str, form: Form) -> Quantised | None:
+    def stored(self, name: str, form: Form) -> Quantized | None:
         return self._layout.stored(self._kernel(name), form) if name in self.stems else None
 
     def checksum(self, name: str, before: int = 0) -> int:

@@ -26,13 +26,13 @@ def first_factors(
     scale: float,
     seed: int,
     name: str,
-    quantised: Callable[[np.ndarray], np.ndarray] | None = None,
+    quantized: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[Factors, Factors]:
     """Two pairs (A, B), float32. The run starts with the first pair; the base keeps weight - scale
     * B @ A of the second. They differ for LoftQ alone.
 
     A function of the arguments alone, computed on the host: a run that resumes gets the same.
-    `seed` and `name` choose the random vectors. quantised: the value of a weight [out, in] after
+    `seed` and `name` choose the random vectors. quantized: the value of a weight [out, in] after
     quantization, for LoftQ.
     """
     weight = weight.astype(np.float32)
@@ -40,7 +40,7 @@ def first_factors(
     if init != "loftq":
         factors = _of_weight(weight, init, rank, scale, rng)
         return factors, factors
-    assert quantised is not None, "LoftQ needs the quantization of the base"
+    assert quantized is not None, "LoftQ needs the quantization of the base"
     factors = (
         np.zeros((rank, weight.shape[1]), np.float32),
         np.zeros((weight.shape[0], rank), np.float32),
@@ -48,7 +48,7 @@ def first_factors(
     removed = factors
     for _ in range(LOFTQ_ROUNDS):
         a, b = removed = factors
-        error = weight - quantised(weight - scale * (b @ a))
+        error = weight - quantized(weight - scale * (b @ a))
         factors = _balanced(*_leading(error, rank, 4, rng), rank, scale)
     return factors, removed
 

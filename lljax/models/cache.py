@@ -84,7 +84,7 @@ def write_states(cache: Cache, updates: tuple[State, ...], start: Int[Array, ""]
     return dataclasses.replace(cache, states=states)
 
 
-def repeated(cache: Cache, rows: int) -> Cache:
+def repeat_rows(cache: Cache, rows: int) -> Cache:
     """The cache of one row for `rows` rows with the same beginning."""
 
     def along(axis):
@@ -98,7 +98,7 @@ def repeated(cache: Cache, rows: int) -> Cache:
     )
 
 
-def longer(cache: Cache, slots: int) -> Cache:
+def grow(cache: Cache, slots: int) -> Cache:
     """The cache with room for `slots` tokens."""
 
     def pad(x):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Int
 from lljax.attention.mask import Mask
 from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.models.memory import EVERYTHING, Memory
-from lljax.models.rope import Place
+from lljax.models.rope import Positions
 from lljax.parallel.sharding import Layout
 
 
@@ -26,7 +26,7 @@ class LayerContext:
     counted: tokens whose routing is counted (lljax.models.router); None to count nothing.
     """
 
-    place: Place
+    place: Positions
     mask: Mask
     pattern: AttentionPattern = FULL
     layout: Layout | None = None

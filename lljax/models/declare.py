@@ -100,7 +100,7 @@ def hf_names(variable: nnx.Variable) -> list[str]:
     first, step = variable.get_metadata().get("layers", (0, 1))
     ranges = {
         "layer": range(first, first + shape[0] * step, step),
-        "expert": range(shape[stacked(variable) - 1]),
+        "expert": range(shape[stacked_axes(variable) - 1]),
     }
     varying = [kind for kind in ranges if f"{{{kind}}}" in name]
     return [
@@ -109,6 +109,6 @@ def hf_names(variable: nnx.Variable) -> list[str]:
     ]
 
 
-def stacked(variable: nnx.Variable) -> int:
+def stacked_axes(variable: nnx.Variable) -> int:
     """How many of its leading axes, of layers and of experts, count HF tensors."""
     return sum(kind in variable.get_metadata("hf") for kind in ("{layer}", "{expert}"))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lljax.attention import Mask
 from lljax.attention.mask import chunked
 from lljax.attention.pattern import FULL, AttentionPattern
-from lljax.attention.softcap import capped
+from lljax.attention.softcap import apply_softcap
 from lljax.models import rope
 from lljax.models.cache import Cache, extend, write_states
 from lljax.models.context import LayerContext
@@ -26,14 +26,14 @@ from lljax.models.linear import RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
 from lljax.models.mixers.mixer import State
 from lljax.models.probe import lookup_rows
-from lljax.models.quantize import dense, dequantised
+from lljax.models.quantize import dense, dequantized
 from lljax.models.spec import DecoderSpec, LayerSpec, repeats
 from lljax.parallel.sharded_embedding import lookup
-from lljax.parallel.sharding import Layout, constrain_activations, gathered
+from lljax.parallel.sharding import Layout, constrain_activations, gather_for_compute
 
 
 class Decoder(nnx.Module):
-    """A causal language model, abstract until initialized (lljax.models.initialise) or loaded
+    """A causal language model, abstract until initialized (lljax.models.initialize) or loaded
     (lljax.interop).
     """
 
@@ -63,7 +63,7 @@ class Decoder(nnx.Module):
 
     @property
     def head(self):
-        """The output matrix [V, D], an array or lljax.models.probe.Probed; the embedding itself if
+        """The output matrix [V, D], an array or lljax.models.probe.ProbedWeight; the embedding itself if
         the two are tied.
         """
         return dense(self._head_weight.get_value())
@@ -140,7 +140,7 @@ class Decoder(nnx.Module):
         logits, update = wide(hidden, self.head.astype(hidden.dtype)), self.head_update(hidden)
         if update is not None:
             logits += wide(update[0], update[1].astype(hidden.dtype))
-        return capped(logits, self.spec.logit_softcap)
+        return apply_softcap(logits, self.spec.logit_softcap)
 
     def head_update(
         self, hidden: Float[Array, "... D"], dropout_key: jax.Array | None = None
@@ -190,17 +190,17 @@ class Decoder(nnx.Module):
 
     def _places(
         self, positions: Int[Array, "B T"], rope_length: int | jax.Array | None
-    ) -> dict[int | None, rope.Place]:
+    ) -> dict[int | None, rope.Positions]:
         """The places of the tokens for each value of `LayerSpec.rope`."""
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
-        places: dict[int | None, rope.Place] = {
-            i: rope.Place(
+        places: dict[int | None, rope.Positions] = {
+            i: rope.Positions(
                 rope.rotation(positions, rope.frequencies(kind, self.spec.rotary, length))
             )
             for i, kind in enumerate(self.spec.ropes)
         }
         temperature = self.spec.temperature and rope.temperature(positions, *self.spec.temperature)
-        return places | {None: rope.Place(None, temperature)}
+        return places | {None: rope.Positions(None, temperature)}
 
     def _mask(
         self,
@@ -254,7 +254,7 @@ def _scanned(graphdef: nnx.GraphDef, context: LayerContext) -> Callable:
 
     def layer(x, xs):
         weights, key, state = xs
-        weights = dequantised(gathered(weights, context.layout), x.dtype)
+        weights = dequantized(gather_for_compute(weights, context.layout), x.dtype)
         x, update, load = nnx.merge(graphdef, weights)(x, context.replace(dropout_key=key), state)
         return constrain_activations(x, context.layout), (update, load)
 
@@ -289,7 +289,7 @@ def neftune_noise(x: Float[Array, "B T D"], alpha: float, key: jax.Array) -> Flo
     return x + jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
 
 
-def share_residuals(layers: tuple[LayerSpec, ...], layers_per_residual: int) -> bool:
+def can_share_residuals(layers: tuple[LayerSpec, ...], layers_per_residual: int) -> bool:
     """Whether one residual per `layers_per_residual` layers can be kept, see `repeats`."""
     return all(
         groups_layers(layers_per_residual, len(places), times)

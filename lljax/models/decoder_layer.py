@@ -15,7 +15,7 @@ from lljax.models.memory import fold_tiles, is_tiled, map_tiles, scan_tiles
 from lljax.models.mixers import MIXERS
 from lljax.models.mixers.mixer import Carry, Operands, State
 from lljax.models.moe import MoE
-from lljax.models.rope import Place
+from lljax.models.rope import Positions
 from lljax.models.router import Load, no_load
 from lljax.models.spec import DecoderSpec, LayerSpec
 from lljax.parallel.sharding import Layout
@@ -72,7 +72,9 @@ class DecoderLayer(nnx.Module):
         """Products of one token with the weights of all the layers of a stack."""
         return self.self_attn.token_flops() + self.mlp.token_flops()
 
-    def _project(self, xs: tuple[Float[Array, "B T D"], Place], key: jax.Array | None) -> Operands:
+    def _project(
+        self, xs: tuple[Float[Array, "B T D"], Positions], key: jax.Array | None
+    ) -> Operands:
         """Operands of the mixer. Norms and RoPE compute in float32: a tile at a time."""
         x, place = xs
         return self.self_attn.project(self.input_layernorm(x), place, key)

@@ -8,7 +8,7 @@ import math
 from flax import nnx
 
 from lljax.models.declare import declared
-from lljax.models.quantize import Quantised
+from lljax.models.quantize import Quantized
 
 MULTIPLIED = ("kernel", "lora_a", "lora_b", "router")  # roles of the matrices that tokens multiply
 
@@ -72,5 +72,5 @@ def weight_flops(variable: nnx.Variable) -> TokenFlops:
     value = variable.get_value()
     size = 2.0 * math.prod(value.shape)
     trains = variable.get_metadata().get("trainable", False)
-    with_gradient = trains and not isinstance(value, Quantised)
+    with_gradient = trains and not isinstance(value, Quantized)
     return TokenFlops(forward=size, backward=size * (2 if with_gradient else 1))

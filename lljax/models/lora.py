@@ -17,7 +17,7 @@ from lljax.models.declare import declared, hf_names
 from lljax.models.linear import Linear
 from lljax.models.lora_layers import Lora, LoraSettings, TableLora, column_norms
 from lljax.models.patterns import matching
-from lljax.models.quantize import Quantised, dequantise
+from lljax.models.quantize import Quantized, dequantize
 
 FACTORS = ("lora_a", "lora_b", "lora_magnitude")
 TABLES = {"embed_tokens": "embed", "lm_head": "head"}  # matrices beside linear layers: their role
@@ -75,8 +75,8 @@ def attach(
     def settings_of(name: str, weight: nnx.Variable) -> LoraSettings:
         return dataclasses.replace(
             settings,
-            rank=of_pattern(rank_pattern, name, weight, "rank_pattern", rank),
-            alpha=float(of_pattern(alpha_pattern, name, weight, "alpha_pattern", alpha)),
+            rank=pattern_value(rank_pattern, name, weight, "rank_pattern", rank),
+            alpha=float(pattern_value(alpha_pattern, name, weight, "alpha_pattern", alpha)),
         )
 
     for name, linear in linear_layers(model):
@@ -94,7 +94,7 @@ def _check_patterns(
 ) -> None:
     for pattern, _ in pairs:
         if all(
-            of_pattern([(pattern, True)], name, weight, field, None) is None
+            pattern_value([(pattern, True)], name, weight, field, None) is None
             for name, weight in adapted
         ):
             raise ConfigError(
@@ -173,8 +173,8 @@ def start_magnitudes(
 
         def norms(layer, scale=adapter.scale):
             kernel, a, b = layer
-            if isinstance(kernel, Quantised):
-                kernel = dequantise(kernel, kernel.dtype)
+            if isinstance(kernel, Quantized):
+                kernel = dequantize(kernel, kernel.dtype)
             return column_norms(kernel, a.astype(kernel.dtype), b.astype(kernel.dtype), scale)
 
         make = jax.jit(
@@ -264,7 +264,7 @@ def _full_names(name: str, weight: nnx.Variable) -> list[str]:
     return [f"model.layers.{first + i * step}.{name}" for i in range(weight.get_value().shape[0])]
 
 
-def of_pattern(
+def pattern_value(
     pairs: Iterable[tuple[str, Any]],
     name: str,
     weight: nnx.Variable,

@@ -24,7 +24,7 @@ from lljax.models.linear import MLP, Linear
 from lljax.models.probe import multiply
 from lljax.models.router import Load, Router, load_of
 from lljax.models.spec import DecoderSpec, MoESpec
-from lljax.parallel.sharding import ROWS, TOKENS, Layout, each, weight_spec
+from lljax.parallel.sharding import ROWS, TOKENS, Layout, map_arrays, weight_spec
 
 CUT = PartitionSpec(ROWS, TOKENS)
 
@@ -245,7 +245,7 @@ def _weight_specs(weights: nnx.State, mesh: Mesh) -> Any:
         # The metadata of a stacked layer begins with an axis that the value of one layer lacks.
         axes = variable.get_metadata("axes")[-len(value.shape) :]
         return variable.replace(
-            each(lambda x, axes: weight_spec(mesh, axes, x.shape, stored=False), value, axes)
+            map_arrays(lambda x, axes: weight_spec(mesh, axes, x.shape, stored=False), value, axes)
         )
 
     return jax.tree.map(cut, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from lljax.models.quantize import dense
 from lljax.parallel.sharded_embedding import lookup
-from lljax.parallel.sharding import Layout, each
+from lljax.parallel.sharding import Layout, map_arrays
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probed:
+class ProbedWeight:
     """The value of a weight W [..., in, out] whose gradient G is wanted in a subspace: W plus a
     product that is zero.
 
@@ -47,33 +47,33 @@ class Probed:
             else (self.probe, jnp.swapaxes(self.projection, -1, -2))
         )
 
-    def dense(self, dtype: Any) -> "Probed":
-        return Probed(
+    def dense(self, dtype: Any) -> "ProbedWeight":
+        return ProbedWeight(
             base=dense(self.base, dtype),
             projection=dense(self.projection, dtype),
             probe=self.probe.astype(dtype),
             inputs=self.inputs,
         )
 
-    def each(self, f: Callable, axes: tuple) -> "Probed":
-        """See `Quantised.each`."""
+    def each(self, f: Callable, axes: tuple) -> "ProbedWeight":
+        """See `Quantized.each`."""
         *lead, inputs, outputs = axes
         projected, probed = (
             ((inputs, None), (None, outputs)) if self.inputs else ((outputs, None), (inputs, None))
         )
-        return Probed(
-            base=each(f, self.base, axes),
-            projection=each(f, self.projection, (*lead, *projected)),
+        return ProbedWeight(
+            base=map_arrays(f, self.base, axes),
+            projection=map_arrays(f, self.projection, (*lead, *projected)),
             probe=f(self.probe, (*lead, *probed)),
             inputs=self.inputs,
         )
 
 
 def multiply(
-    x: Float[Array, "... in"], weight: jax.Array | Probed, dot: Callable = jnp.matmul
+    x: Float[Array, "... in"], weight: jax.Array | ProbedWeight, dot: Callable = jnp.matmul
 ) -> Float[Array, "... out"]:
     """x by a dense weight [in, out], in the dtype of x. dot: the product."""
-    if not isinstance(weight, Probed):
+    if not isinstance(weight, ProbedWeight):
         return dot(x, weight.astype(x.dtype))
     left, right = weight.factors
     return dot(x, weight.base.astype(x.dtype)) + dot(
@@ -82,12 +82,12 @@ def multiply(
 
 
 def lookup_rows(
-    table: jax.Array | Probed, tokens: Int[Array, "B T"], *, dtype: Any, layout: Layout | None
+    table: jax.Array | ProbedWeight, tokens: Int[Array, "B T"], *, dtype: Any, layout: Layout | None
 ) -> Float[Array, "B T D"]:
     """The rows of a dense table [V, D], see `lljax.parallel.sharded_embedding.lookup`. The gradient
     of a probe is summed over all occurrences of a token, in float32.
     """
-    if not isinstance(table, Probed):
+    if not isinstance(table, ProbedWeight):
         return lookup(table, tokens, dtype=dtype, layout=layout)
     left, right = table.factors
     return lookup(table.base, tokens, dtype=dtype, layout=layout) + lookup(
@@ -95,13 +95,13 @@ def lookup_rows(
     ) @ right.astype(dtype)
 
 
-def side_by_side(
-    x: Float[Array, "... D"], table: jax.Array | Probed
+def product_terms(
+    x: Float[Array, "... D"], table: jax.Array | ProbedWeight
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Arrays [..., D'] and tables [V, D'] whose products sum to the product of x and a dense table
     [V, D].
     """
-    if not isinstance(table, Probed):
+    if not isinstance(table, ProbedWeight):
         return (x,), (table,)
     left, right = table.factors
     return (x, x @ right.T.astype(x.dtype)), (table.base, left)

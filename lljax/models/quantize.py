@@ -5,7 +5,7 @@ in turn (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3; the tables an
 bitsandbytes'); int4 and int8, (code - zero) * scale; fp8, e4m3 * scale.
 
 A `Weight` holds a quantized kernel in place of the dense one. It becomes dense a layer at a time,
-inside the scan over layers (`dequantised`). `model.quantize` selects the format of frozen kernels;
+inside the scan over layers (`dequantized`). `model.quantize` selects the format of frozen kernels;
 lljax.training.q_galore trains kernels in int8.
 """
 
@@ -88,7 +88,7 @@ FORMS = {
 }
 
 
-def integers(bits: int, rows: int) -> Form:
+def integer_form(bits: int, rows: int) -> Form:
     """The form of a trained matrix with `rows` inputs: Zhang et al. 2024, arXiv 2407.08296, in
     blocks of 256.
     """
@@ -97,7 +97,7 @@ def integers(bits: int, rows: int) -> Form:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """A kernel [..., in, out] with any leading axes, its inputs padded to whole blocks.
 
     codes: [..., blocks, block, out] float8_e4m3fn, or uint8; in four bits [..., blocks, block / 2,
@@ -122,11 +122,11 @@ class Quantised:
         return (*self.codes.shape[:-3], self.rows, self.codes.shape[-1])
 
     def dense(self, dtype: Any) -> jax.Array:
-        return dequantise(self, dtype)
+        return dequantize(self, dtype)
 
-    def each(self, f: Callable, axes: tuple) -> "Quantised":
+    def each(self, f: Callable, axes: tuple) -> "Quantized":
         """Replaces each array by f(array, its logical axes), given the axes of the dense kernel
-        (lljax.parallel.sharding.each).
+        (lljax.parallel.sharding.map_arrays).
         """
         *lead, inputs, outputs = axes
         axes_of = {
@@ -145,9 +145,9 @@ class Quantised:
         )
 
 
-def quantise(
+def quantize(
     kernel: Float[Array, "... I O"], form: Form, dtype: Any, key: jax.Array | None = None
-) -> Quantised:
+) -> Quantized:
     """A dense kernel in `form`; `dtype` is its dtype when it is dense again.
 
     Rounds to the nearest code; int4 and int8 with a key stochastically, so that the mean is the
@@ -181,7 +181,7 @@ def quantise(
         codes = pack(codes)
     if form.format == "nf4-double":
         scale, outer, offset = _quantize_scales(scale)
-    return Quantised(
+    return Quantized(
         codes=codes,
         scale=scale,
         zero=zero,
@@ -193,7 +193,7 @@ def quantise(
     )
 
 
-def dequantise(value: Quantised, dtype: Any) -> Float[Array, "... I O"]:
+def dequantize(value: Quantized, dtype: Any) -> Float[Array, "... I O"]:
     """The dense kernel; products are float32, as in bitsandbytes, and rounded once."""
     form, codes = value.form, value.codes
     if form.bits == 4:
@@ -217,7 +217,7 @@ def dense(value: Any, dtype: Any = None) -> Any:
     return value.dense(dtype or value.dtype) if hasattr(value, "dense") else value
 
 
-def dequantised(variables: Any, dtype: Any) -> Any:
+def dequantized(variables: Any, dtype: Any) -> Any:
     """A tree of Variables with its quantized values dense."""
     return jax.tree.map(
         lambda variable: variable.replace(dense(variable.get_value(), dtype)),
@@ -226,10 +226,10 @@ def dequantised(variables: Any, dtype: Any) -> Any:
     )
 
 
-def abstract(shape: tuple[int, ...], form: Form, dtype: Any) -> Quantised:
+def abstract_quantized(shape: tuple[int, ...], form: Form, dtype: Any) -> Quantized:
     """A quantized kernel of this shape, of `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(
-        functools.partial(quantise, form=form, dtype=dtype),
+        functools.partial(quantize, form=form, dtype=dtype),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
 
@@ -248,7 +248,7 @@ def unpack(codes: UInt8[Array, "... half out"]) -> UInt8[Array, "... block out"]
 
 
 def _quantize_scales(scale: Float[Array, "... blocks out"]) -> tuple[jax.Array, ...]:
-    """(codes, outer, offset) of scales [..., blocks, out], see `Quantised`; bitsandbytes
+    """(codes, outer, offset) of scales [..., blocks, out], see `Quantized`; bitsandbytes
     `quantize_4bit`.
     """
     *lead, blocks, out = scale.shape
@@ -264,7 +264,7 @@ def _quantize_scales(scale: Float[Array, "... blocks out"]) -> tuple[jax.Array, 
     return jnp.swapaxes(codes, -1, -2), outer, offset
 
 
-def _scales(value: Quantised) -> Float[Array, "... blocks out"]:
+def _scales(value: Quantized) -> Float[Array, "... blocks out"]:
     """float32."""
     if value.outer is None or value.offset is None:
         return value.scale

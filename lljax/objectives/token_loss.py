@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lljax.attention.softcap import capped, through_cap
+from lljax.attention.softcap import apply_softcap, softcap_gradient
 from lljax.data.batch import IGNORED
 from lljax.models.decoder import Decoder
-from lljax.models.probe import Probed, side_by_side
-from lljax.parallel.sharded_embedding import around, passed_on, slices, spread
+from lljax.models.probe import ProbedWeight, product_terms
+from lljax.parallel.sharded_embedding import fold_slices, pad_rows, send_next, slice_count
 from lljax.parallel.sharding import ROWS, TOKENS, VOCABULARY, Layout
 
 Update = tuple[Float[Array, "B T R"], Float[Array, "V R"]]
@@ -26,7 +26,7 @@ Statistics = tuple[Float[Array, "chunks C"], Float[Array, "chunks C"]]
 
 def cross_entropy(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"] | Probed,
+    head: Float[Array, "V D"] | ProbedWeight,
     targets: Int[Array, "B T"],
     *,
     chunk: int,
@@ -47,13 +47,13 @@ def cross_entropy(
     update: arrays whose product is added to the logits before the cap (LoRA on the head); the sum
       of the two heads is never formed.
     """
-    static = _Head(V=head.shape[0], slices=1, softcap=softcap, chunk=chunk, per_token=False)
+    static = _Head(V=head.shape[0], slice_count=1, softcap=softcap, chunk=chunk, per_token=False)
     return _over_devices(hidden, head, targets, static, layout, update)
 
 
 def token_log_probs(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"] | Probed,
+    head: Float[Array, "V D"] | ProbedWeight,
     targets: Int[Array, "B T"],
     *,
     chunk: int,
@@ -66,7 +66,7 @@ def token_log_probs(
     Arguments as of `cross_entropy`. The gradient computes the logits again, a chunk at a time,
     because the weight of a token is not known before the backward pass.
     """
-    static = _Head(V=head.shape[0], slices=1, softcap=softcap, chunk=chunk, per_token=True)
+    static = _Head(V=head.shape[0], slice_count=1, softcap=softcap, chunk=chunk, per_token=True)
     return _over_devices(hidden, head, targets, static, layout, update)
 
 
@@ -126,19 +126,19 @@ class _Head:
 
 def _over_devices(
     hidden: Array,
-    head: Array | Probed,
+    head: Array | ProbedWeight,
     targets: Array,
     static: _Head,
     layout: Layout | None,
     update: Update | None,
 ) -> Array:
-    hidden_parts, head_parts = side_by_side(hidden, head)
+    hidden_parts, head_parts = product_terms(hidden, head)
     if update is not None:
         hidden_parts, head_parts = (*hidden_parts, update[0]), (*head_parts, update[1])
     if layout is None:
         return _in_chunks(hidden_parts, head_parts, targets, static)
     mesh = layout.mesh
-    static = dataclasses.replace(static, slices=slices(mesh))
+    static = dataclasses.replace(static, slices=slice_count(mesh))
     # The tensor axis cuts the tokens of the loss, as it cuts the heads of attention.
     tokens = PartitionSpec(ROWS, (TOKENS, "tensor"))
 
@@ -153,7 +153,7 @@ def _over_devices(
         out = _in_chunks(hidden, head, targets, static)
         return out if static.per_token else jax.lax.psum(out, mesh.axis_names)
 
-    return local(hidden_parts, spread(head_parts, mesh), targets)
+    return local(hidden_parts, pad_rows(head_parts, mesh), targets)
 
 
 def _in_chunks(hidden: Parts, head: Parts, targets: Array, static: _Head) -> Array:
@@ -192,7 +192,7 @@ def _logits(h: Parts, part: Parts, first: Array | int, static: _Head) -> Array:
     products = [_wide("CD,VD->CV", x, w.astype(x.dtype)) for x, w in zip(h, part, strict=True)]
     logits = functools.reduce(operator.add, products)
     rows = first + jnp.arange(len(part[0]))
-    return jnp.where(rows < static.V, capped(logits, static.softcap), -jnp.inf)
+    return jnp.where(rows < static.V, apply_softcap(logits, static.softcap), -jnp.inf)
 
 
 def _slice_statistics(logits: Array, t: Array, first: Array | int) -> tuple[Array, Array]:
@@ -217,7 +217,7 @@ def _statistics(hidden: Parts, head: Parts, targets: Array, static: _Head) -> St
         return jax.lax.scan(of_chunk, None, (hidden, targets, *statistics))[1]
 
     nothing = jnp.full(targets.shape, -jnp.inf), jnp.zeros(targets.shape, jnp.float32)
-    return around(of_slice, nothing, head, static.slices)
+    return fold_slices(of_slice, nothing, head, static.slices)
 
 
 def _gradients(
@@ -251,7 +251,7 @@ def _gradients(
             )
             if weight is not None:
                 d_logits *= weight[:, None]
-            d_logits = through_cap(d_logits, logits, static.softcap).astype(h[0].dtype)
+            d_logits = softcap_gradient(d_logits, logits, static.softcap).astype(h[0].dtype)
             more = tuple(
                 _wide("CV,VD->CD", d_logits, w.astype(x.dtype)).astype(x.dtype)
                 for x, w in zip(h, part, strict=True)
@@ -267,7 +267,7 @@ def _gradients(
         (d_head, total), d_hidden = jax.lax.scan(
             of_chunk, (d_head, total), (hidden, targets, d_hidden, statistics, weights)
         )
-        return d_hidden, passed_on(d_head, n), statistics, total
+        return d_hidden, send_next(d_head, n), statistics, total
 
     # The sum is carried: collected chunk by chunk and summed afterwards, XLA on a GPU holds a third
     # of `hidden` more.
@@ -282,7 +282,7 @@ def _gradients(
             statistics = _statistics(hidden, head, targets, static)
         total = _loss(targets, *statistics)
     carry = d_hidden, d_head, statistics, total
-    d_hidden, d_head, _, total = around(of_slice, carry, head, n)
+    d_hidden, d_head, _, total = fold_slices(of_slice, carry, head, n)
     d_head = tuple(d if d is None else d.astype(w.dtype) for d, w in zip(d_head, head, strict=True))
     return total, (d_hidden, d_head)
 

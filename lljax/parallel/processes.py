@@ -223,7 +223,7 @@ def _end_on_abort(code: int | None = None) -> None:
 
 
 # ---------------------------------------------------------------- agreement and turns
-def first() -> bool:
+def is_first() -> bool:
     """Whether this is process 0, which writes the files that are written once."""
     return jax.process_index() == 0
 
@@ -239,7 +239,7 @@ def from_all(value) -> list:
 
 
 @functools.lru_cache
-def processes_here() -> int:
+def processes_on_host() -> int:
     """The number of processes of the run on this host. Every process must call this, even before
     jax has started.
     """
@@ -262,15 +262,15 @@ def any_of(flag: bool) -> bool:
 
 def first_then_others(work: Callable[[], Any]) -> Any:
     """`work()` in process 0, then in the others, which find its files on a shared file system."""
-    if not first():
-        wait()
+    if not is_first():
+        barrier()
     result = work()
-    if first():
-        wait()
+    if is_first():
+        barrier()
     return result
 
 
-def wait() -> None:
+def barrier() -> None:
     """Waits until every process calls it. Not a collective: on CPUs that gives up after 30
     seconds.
     """

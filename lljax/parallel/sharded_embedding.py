@@ -19,17 +19,17 @@ from lljax.parallel.sharding import ROWS, TOKENS, VOCABULARY, Layout
 CHUNK = 8192  # tokens whose float32 gradients exist at one time
 
 
-def slices(mesh: Mesh) -> int:
+def slice_count(mesh: Mesh) -> int:
     """The number of slices of a table."""
     return mesh.shape["tensor"] * mesh.shape[TOKENS]
 
 
-def spread(table, mesh: Mesh):
+def pad_rows(table, mesh: Mesh):
     """`table`, or a tuple of tables, padded with rows of zeros to slices of equal size."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % slices(mesh)), (0, 0))), table)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % slice_count(mesh)), (0, 0))), table)
 
 
-def around(f: Callable, carry, table, n: int) -> Any:
+def fold_slices(f: Callable, carry, table, n: int) -> Any:
     """Inside shard_map: carry = f(carry, slice, its first row) for each of the n slices of a table,
     or of a tuple of tables; every device begins with the slice that it holds.
     """
@@ -37,7 +37,7 @@ def around(f: Callable, carry, table, n: int) -> Any:
 
     def body(carry, step):
         carry, part = carry
-        following = passed_on(part, n)  # under way while this slice is computed with
+        following = send_next(part, n)  # under way while this slice is computed with
         return (f(carry, part, _first_row(step, n, rows)), following), None
 
     if n > 1:
@@ -45,7 +45,7 @@ def around(f: Callable, carry, table, n: int) -> Any:
     return f(carry, table, _first_row(n - 1, n, rows))
 
 
-def passed_on(x, n: int):
+def send_next(x, n: int):
     """Sends the arrays `x` to the next of n devices, and returns the arrays received."""
     return x if n == 1 else jax.lax.ppermute(x, VOCABULARY, [(i, (i + 1) % n) for i in range(n)])
 
@@ -60,14 +60,14 @@ def lookup(
     """table[tokens] in `dtype`."""
     if layout is None:
         return _lookup(table, tokens, dtype, 1)
-    n = slices(layout.mesh)
+    n = slice_count(layout.mesh)
     return jax.shard_map(
         lambda table, tokens: _lookup(table, tokens, dtype, n),
         mesh=layout.mesh,
         check_vma=False,
         in_specs=(PartitionSpec(VOCABULARY), PartitionSpec(ROWS, TOKENS)),
         out_specs=PartitionSpec(ROWS, TOKENS),
-    )(spread(table, layout.mesh), tokens)
+    )(pad_rows(table, layout.mesh), tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -78,7 +78,7 @@ def _lookup(table: jax.Array, tokens: jax.Array, dtype: jax.typing.DTypeLike, n:
         rows = jnp.take(part, tokens - first, axis=0, mode="clip").astype(dtype)
         return jnp.where(_inside(tokens, first, len(part))[..., None], rows, x)
 
-    return around(add_rows, jnp.zeros((*tokens.shape, table.shape[1]), dtype), table, n)
+    return fold_slices(add_rows, jnp.zeros((*tokens.shape, table.shape[1]), dtype), table, n)
 
 
 def _forward(table: jax.Array, tokens: jax.Array, dtype: jax.typing.DTypeLike, n: int):
@@ -105,7 +105,7 @@ def _backward(dtype: jax.typing.DTypeLike, n: int, saved, d_x: jax.Array):
             at = jnp.where(_inside(tokens, first, rows), tokens - first, rows)
             return d_part.at[at].add(d_x.astype(d_part.dtype), mode="drop"), None
 
-        return passed_on(jax.lax.scan(add_chunk, d_part, (tokens, d_x))[0], n), None
+        return send_next(jax.lax.scan(add_chunk, d_part, (tokens, d_x))[0], n), None
 
     return jax.lax.scan(add_slice, jnp.zeros_like(table), jnp.arange(n))[0], None
 

@@ -122,7 +122,7 @@ def weight_spec(
     return PartitionSpec(*spec)
 
 
-def cut_alike(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def sharding_for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """`sharding` for an array of another shape and the same rank: cut along the axes that still
     divide.
     """
@@ -142,7 +142,7 @@ def value_sharding(mesh: Mesh, axes: tuple, value, *, stored: bool = True) -> An
     """The sharding of the value of a Variable in storage, or in computation; a tree of shardings
     for a quantized one.
     """
-    return each(
+    return map_arrays(
         lambda array, axes: NamedSharding(
             mesh, weight_spec(mesh, axes, array.shape, stored=stored)
         ),
@@ -151,14 +151,14 @@ def value_sharding(mesh: Mesh, axes: tuple, value, *, stored: bool = True) -> An
     )
 
 
-def each(f: Callable, value, axes: tuple) -> Any:
+def map_arrays(f: Callable, value, axes: tuple) -> Any:
     """f(array, its logical axes) of a value, or a tree of it for a value that is made of several
     arrays (`lljax.models.quantize`, `lljax.models.probe`).
     """
     return value.each(f, axes) if hasattr(value, "each") else f(value, axes)
 
 
-def gathered(variables, layout: Layout | None):
+def gather_for_compute(variables, layout: Layout | None):
     """The Variables of one layer of a stack, sharded for computation. Their values no longer have
     the leading axis of their metadata.
     """

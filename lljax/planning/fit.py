@@ -19,9 +19,9 @@ from lljax.config import Config
 from lljax.errors import ConfigError, OutOfMemory
 from lljax.hardware.chips import GiB
 from lljax.hardware.host_memory import LIMIT, host_memory, pinned_limit, pool_sizes, usable
-from lljax.models.decoder import share_residuals
+from lljax.models.decoder import can_share_residuals
 from lljax.models.spec import LayerSpec
-from lljax.parallel.processes import from_all, processes_here
+from lljax.parallel.processes import from_all, processes_on_host
 from lljax.training.curriculum import Stage
 from lljax.training.prepare import Prepared, Program
 
@@ -121,7 +121,7 @@ def capacity(mesh: Mesh) -> tuple[float, float]:
     which must call this.
     """
     here = mesh.local_devices
-    share = host_memory() / (processes_here() * len(here))
+    share = host_memory() / (processes_on_host() * len(here))
     memory = (here[0].memory_stats() or {}).get("bytes_limit", share)
     host = {"gpu": min(share, pinned_limit()), "cpu": share}.get(here[0].platform, usable(share))
     memories, hosts = zip(*from_all([memory, host]), strict=True)
@@ -251,7 +251,7 @@ def ways(
     fewer: list[dict[str, Any]] = [
         {"memory.layers_per_residual": n}
         for n in (2, 4)
-        if m.remat != "none" and n > m.layers_per_residual and share_residuals(layers, n)
+        if m.remat != "none" and n > m.layers_per_residual and can_share_residuals(layers, n)
     ]
     if of_host:
         return [*fewer, {"memory.offload": False}]

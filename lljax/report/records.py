@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 
-def _finite(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """`value` for JSON, which has no NaN: a number that is not finite becomes its name."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: json_safe(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

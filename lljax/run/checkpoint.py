@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as managers
 
 from lljax.errors import ConfigError, LljaxError, first_line, printable
-from lljax.parallel.processes import any_of, first, from_all
+from lljax.parallel.processes import any_of, from_all, is_first
 from lljax.run.checksums import checksum, describe
 
 LOOKS = 100  # tries of a reader while the run deletes the checkpoints that it has listed
@@ -57,7 +57,7 @@ class Checkpoints:
         self._last_save = clock()
 
     def _open(self) -> ocp.CheckpointManager:
-        if not self._read_only and first():
+        if not self._read_only and is_first():
             # left unfinished by a killed process; Orbax would delete them in a thread, later
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -287,7 +287,7 @@ class Checkpoints:
                 sound,
                 "" if self._read_only else f"; the damaged one is kept as {aside}",
             )
-            if not self._read_only and first():
+            if not self._read_only and is_first():
                 (self.folder / str(step)).rename(aside)
         if damaged and not self._read_only:
             from_all(None)  # nobody looks before all are moved

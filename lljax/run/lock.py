@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lljax.errors import ConfigError, printable
-from lljax.parallel.processes import first, from_all
+from lljax.parallel.processes import from_all, is_first
 
 # errors of a file system without locks
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
@@ -74,7 +74,7 @@ class Lock:
         Raises:
           ConfigError: another run has the folder; raised in every process of this run.
         """
-        refusal = "" if not first() or self._is_there() else self.take()
+        refusal = "" if not is_first() or self._is_there() else self.take()
         if refusal := from_all(refusal)[0]:
             raise ConfigError(
                 f"--workdir={self.path.parent}: its file lock was deleted or replaced while this "
@@ -105,7 +105,7 @@ def locked(workdir: Path) -> Iterator[Lock]:
     """
     lock = Lock(workdir)
     try:
-        if refusal := from_all(lock.take() if first() else "")[0]:
+        if refusal := from_all(lock.take() if is_first() else "")[0]:
             raise ConfigError(f"--workdir={workdir}: {refusal}")
         yield lock
     finally:

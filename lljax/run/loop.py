@@ -14,7 +14,7 @@ from flax import nnx
 from lljax.config import Config
 from lljax.errors import NumericAbort, Stopped
 from lljax.models.decoder import Decoder
-from lljax.parallel.processes import wait
+from lljax.parallel.processes import barrier
 from lljax.parallel.sharding import Layout
 from lljax.planning import fit
 from lljax.run import alarms, inputs, workdirs
@@ -84,7 +84,7 @@ class Run(Setup):
                 self.take_steps()
                 self.finish()
             self.checkpoints.close()
-            wait()
+            barrier()
         return nnx.merge(self.graphdef, self.state.trainable, self.frozen)
 
     # ---------------------------------------------------------------- steps

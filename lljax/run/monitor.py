@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lljax.data.files import atomic_write
-from lljax.parallel.processes import first
-from lljax.report.records import _finite, read_metrics
+from lljax.parallel.processes import is_first
+from lljax.report.records import json_safe, read_metrics
 from lljax.run.observer import Observer, RunInfo
 
 # shown if the record has them
@@ -44,7 +44,7 @@ class Monitor(Observer):
     def open(self, run: RunInfo) -> None:
         self._path = Path(run.workdir) / "metrics.jsonl"
         self._file = self._open_file(run.step)
-        self._output = cast(TextIO, Unread(sys.stderr if first() else None))
+        self._output = cast(TextIO, Unread(sys.stderr if is_first() else None))
         self._console = Console(file=self._output)
         self._bar = Progress(
             TextColumn("{task.fields[stage]}"),
@@ -94,7 +94,7 @@ class Monitor(Observer):
 
     def rollback(self, step: int) -> None:
         """Drops the records of steps after `step`."""
-        if first():
+        if is_first():
             self._file.close()
             self._file = self._open_file(step)
 
@@ -106,12 +106,12 @@ class Monitor(Observer):
         self._file.close()
 
     def _open_file(self, step: int) -> TextIO:
-        if first():
+        if is_first():
             _truncate(self._path, step)
-        return open(self._path if first() else os.devnull, "a", buffering=1, encoding="utf-8")
+        return open(self._path if is_first() else os.devnull, "a", buffering=1, encoding="utf-8")
 
     def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(json.dumps(json_safe(record)) + "\n")
 
 
 class Unread:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lljax.build import adapted_spec, answering, extended_spec, load_base, open_run_base
+from lljax.build import adapted_spec, extended_spec, generation_layout, load_base, open_run_base
 from lljax.errors import ConfigError
 from lljax.interop.open import end_tokens, open_base, tokenizer_fingerprint
 from lljax.interop.peft import read_adapter_config, under_adapter
@@ -23,14 +23,14 @@ from lljax.models.families import spec_from_hf
 from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout
 from lljax.run.checksums import describe
-from lljax.run.restore import adapted_base, read_config, restore_run
+from lljax.run.restore import load_adapted_base, read_config, restore_run
 
 # The names of the models in scores and tables.
 BASE, STRETCHED, TRAINED = "base", "base, RoPE stretched", "trained"
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class NamedModel:
     """A model to compare.
 
     settings: everything that changes its answers besides the base, the spec and the trained leaves.
@@ -42,20 +42,20 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidates:
+class ComparedModels:
     """The models to compare, the trained one last.
 
     base: of all of them. extended: the spec of the last model, which reads the most tokens.
-    dtype: of the computation. layout: of the last model, see lljax.build.answering.
+    dtype: of the computation. layout: of the last model, see lljax.build.generation_layout.
     """
 
     base: Any
-    models: list[Candidate]
+    models: list[NamedModel]
     extended: DecoderSpec
     dtype: Any
     layout: Layout | None
 
-    def key(self, candidate: Candidate, model: Decoder, tokenizer: Any) -> str:
+    def key(self, candidate: NamedModel, model: Decoder, tokenizer: Any) -> str:
         """A name for the answers of `model` through the tokenizer and its chat template: another
         model has another key.
 
@@ -84,7 +84,7 @@ def model_key(name: str, base: Any, model: Decoder, *settings: Any) -> str:
     return f"{name} {hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
 
 
-def of_run(workdir: Path) -> Candidates:
+def open_run_models(workdir: Path) -> ComparedModels:
     """The models of a run: its base (unless it began at random), the base under the RoPE of the
     run, and the trained model.
 
@@ -103,14 +103,14 @@ def of_run(workdir: Path) -> Candidates:
     models = []
     if config.model.init != "random":
         models = _bases(base, extended, dtype, settings, config.model.quantize, config.model.matmul)
-    layout = answering(extended)
-    trained = Candidate(TRAINED, lambda: restore_run(workdir, layout=layout)[1], settings)
-    return Candidates(
+    layout = generation_layout(extended)
+    trained = NamedModel(TRAINED, lambda: restore_run(workdir, layout=layout)[1], settings)
+    return ComparedModels(
         base=base, models=[*models, trained], extended=extended, dtype=dtype, layout=layout
     )
 
 
-def of_base(path: str, adapter: Path | None) -> Candidates:
+def open_base_models(path: str, adapter: Path | None) -> ComparedModels:
     """A base; with an adapter in PEFT's format also the base under the adapter's RoPE, and the base
     with the adapter.
 
@@ -121,29 +121,31 @@ def of_base(path: str, adapter: Path | None) -> Candidates:
     if not adapter:
         plain = spec_from_hf(base.config)
         models = _bases(base, plain, dtype)
-        return Candidates(
-            base=base, models=models, extended=plain, dtype=dtype, layout=answering(plain)
+        return ComparedModels(
+            base=base, models=models, extended=plain, dtype=dtype, layout=generation_layout(plain)
         )
     base = under_adapter(base, adapter)
     settings, extended = repr(read_adapter_config(adapter)), adapted_spec(base, adapter)
-    layout = answering(extended)
-    trained = Candidate(TRAINED, lambda: adapted_base(base, adapter, dtype, layout), settings)
+    layout = generation_layout(extended)
+    trained = NamedModel(TRAINED, lambda: load_adapted_base(base, adapter, dtype, layout), settings)
     models = [*_bases(base, extended, dtype), trained]
-    return Candidates(base=base, models=models, extended=extended, dtype=dtype, layout=layout)
+    return ComparedModels(base=base, models=models, extended=extended, dtype=dtype, layout=layout)
 
 
 def _bases(
     base: Any, extended: DecoderSpec, dtype: Any, settings: str = "", *weights: str
-) -> list[Candidate]:
+) -> list[NamedModel]:
     """The base, and the base under `extended` if that is another spec.
 
     weights: model.quantize and model.matmul, see `load_base`.
     """
     specs = {BASE: spec_from_hf(base.config), STRETCHED: extended}
     return [
-        Candidate(
+        NamedModel(
             name,
-            lambda under=under: load_base(base, under, dtype, *weights, layout=answering(under)),
+            lambda under=under: load_base(
+                base, under, dtype, *weights, layout=generation_layout(under)
+            ),
             settings,
         )
         for name, under in specs.items()

@@ -10,7 +10,7 @@ import jax
 from jax.profiler import ProfileOptions, StepTraceAnnotation, TraceAnnotation
 
 from lljax.errors import ConfigError
-from lljax.parallel.processes import first
+from lljax.parallel.processes import is_first
 from lljax.report.breakdown import DATA, STEP, breakdown
 from lljax.run.observer import Observer, RunInfo
 
@@ -48,7 +48,7 @@ class Tracer(Observer):
                 run.step,
             )
         self._folder = Path(run.workdir) / "profile"
-        self._steps = steps if steps and first() else range(0)
+        self._steps = steps if steps and is_first() else range(0)
         self._tracing = False
 
     def begin(self, step: int) -> None:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from lljax.errors import first_line
-from lljax.parallel.processes import first
+from lljax.parallel.processes import is_first
 from lljax.report.page import write_report
 from lljax.run.observer import Observer, RunInfo
 
@@ -35,7 +35,7 @@ class ReportWriter(Observer):
 
 
 def _write(workdir: Path) -> None:
-    if first():
+    if is_first():
         try:
             write_report(workdir)
         except Exception as error:

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lljax.build import abstract_model, adapted_spec, fill, open_run_base, places
+from lljax.build import abstract_model, adapted_spec, fill, open_run_base, sharding_of
 from lljax.config import Config, default_config
 from lljax.data.template import with_template
 from lljax.errors import ConfigError, first_line
 from lljax.interop.folder import read_json
 from lljax.interop.huggingface import load_weights
 from lljax.interop.open import special_tokens, tokenizer_fingerprint
-from lljax.interop.peft import load_adapter, named, read_adapter_config, under_adapter
+from lljax.interop.peft import adapter_errors, load_adapter, read_adapter_config, under_adapter
 from lljax.models import lora
 from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout, make_mesh
@@ -98,7 +98,9 @@ def trained_template(workdir: Path, base: Any) -> str | None:
     return with_template(tokenizer).chat_template
 
 
-def adapted_base(base: Any, adapter: Path, dtype: Any, layout: Layout | None = None) -> Decoder:
+def load_adapted_base(
+    base: Any, adapter: Path, dtype: Any, layout: Layout | None = None
+) -> Decoder:
     """A base with an adapter in PEFT's format, under `adapted_spec`. layout: see `load_base`.
 
     Raises:
@@ -106,8 +108,8 @@ def adapted_base(base: Any, adapter: Path, dtype: Any, layout: Layout | None = N
     """
     base = under_adapter(base, adapter)
     model = Decoder(adapted_spec(base, adapter))
-    with named(adapter):
+    with adapter_errors(adapter):
         read_adapter_config(adapter).attach(model)
-    load_weights(model, base, dtype=dtype, shardings=places(layout))
-    load_adapter(model, adapter, shardings=places(layout))
+    load_weights(model, base, dtype=dtype, shardings=sharding_of(layout))
+    load_adapter(model, adapter, shardings=sharding_of(layout))
     return model

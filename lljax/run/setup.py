@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lljax.build import fill, mesh_of, move, open_run_base, placed_model, rope_unlike_the_adapters
+from lljax.build import fill, mesh_of, move, open_run_base, placed_model, rope_change_warning
 from lljax.config import Config, total_steps, validate, with_absolute_paths
 from lljax.errors import ConfigError
 from lljax.hardware.chips import of_kind
@@ -117,7 +117,7 @@ class Setup:
             config, self.base.config, mesh, self.model, self.curriculum
         )
         if config.lora.adapter and (
-            remark := rope_unlike_the_adapters(self.prepared.spec, self.base, config.lora.adapter)
+            remark := rope_change_warning(self.prepared.spec, self.base, config.lora.adapter)
         ):
             logging.warning("%s", remark)
         self.learning_rate = _learning_rate(config, self.total_steps)

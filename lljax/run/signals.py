@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from lljax.errors import Stopped, leave, say
+from lljax.errors import Stopped, exit_now, print_now
 from lljax.parallel.processes import any_of, is_script
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -119,12 +119,12 @@ class StopRequest:
     def _acknowledge(self, number: signal.Signals, again: bool) -> None:
         if not self._deferred:
             if not self._over.wait(self._grace) and not self._deferred and is_script():
-                leave(
+                exit_now(
                     Stopped.exit_code,
                     f"Stopped: {number.name} before the first step: nothing to save",
                 )
         elif again and number == signal.SIGINT and is_script():
-            leave(
+            exit_now(
                 Stopped.exit_code,
                 "Stopped: by a second Ctrl-C, without saving: the same command goes on after step "
                 f"{self._last_checkpoint() or 0}, the last that is saved",
@@ -133,4 +133,4 @@ class StopRequest:
             hint = (
                 "; a second Ctrl-C stops it now, without saving" if number == signal.SIGINT else ""
             )
-            say(f"{number.name}: the run saves and stops after this step{hint}")
+            print_now(f"{number.name}: the run saves and stops after this step{hint}")

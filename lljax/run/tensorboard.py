@@ -14,7 +14,7 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from lljax.errors import first_line
-from lljax.parallel.processes import first
+from lljax.parallel.processes import is_first
 from lljax.run.observer import Observer, RunInfo
 
 # Protobuf fills these modules when they are imported: type checkers see nothing in them.
@@ -42,7 +42,7 @@ class TensorBoard(Observer):
         self._flushed = -math.inf
 
     def open(self, run: RunInfo) -> None:
-        if not first():
+        if not is_first():
             return
         folder = Path(run.workdir) / "tensorboard"
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"

@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from lljax.errors import STDERR, Stalled, leave
+from lljax.errors import STDERR, Stalled, exit_now
 from lljax.run.observer import Observer, RunInfo
 
 TICKS = 20  # without a heartbeat
@@ -65,7 +65,7 @@ class Watchdog(Observer):
         """Ends the process with the stacks of all threads and one line."""
         threading.Timer(self._last_words, os._exit, [Stalled.exit_code]).start()
         faulthandler.dump_traceback(STDERR)
-        leave(
+        exit_now(
             Stalled.exit_code,
             f"{Stalled.__name__}: nothing was finished for {minutes:g} minutes "
             f"(alarm.stall_minutes) after step {self._step}, the lines above show where it hangs; "

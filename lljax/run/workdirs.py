@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lljax.data.files import atomic_write
 from lljax.errors import ConfigError
-from lljax.parallel.processes import first, from_all
+from lljax.parallel.processes import from_all, is_first
 from lljax.report.records import read_metrics
 
 FOLDERS = ("checkpoints", "data", "profile", "tensorboard")
@@ -54,7 +54,7 @@ def check_shared(workdir: Path) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Written by the first process."""
-    if first():
+    if is_first():
         atomic_write(path, json.dumps(content, indent=2))
 
 

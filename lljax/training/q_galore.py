@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lljax.config import Config
-from lljax.models.probe import Probed
-from lljax.models.quantize import Quantised, dense, integers, quantise
+from lljax.models.probe import ProbedWeight
+from lljax.models.quantize import Quantized, dense, integer_form, quantize
 from lljax.training import eight_bit
 from lljax.training.eight_bit import Moment
 from lljax.training.rule import Rule, StepGradients, finite, learning_rate, select
@@ -112,7 +112,7 @@ class _QGalore:
                 lambda w, _: jnp.full(w.shape[:-2], value, jnp.int32), trainable
             )
 
-        def sketch(w: Quantised, inputs: bool):  # random, for the first step renews it
+        def sketch(w: Quantized, inputs: bool):  # random, for the first step renews it
             shape = (*w.shape[:-2], w.shape[-2 if inputs else -1], _rank(w, rank))
             return _projection(jax.random.normal(jax.random.key(math.prod(shape)), shape))
 
@@ -143,7 +143,7 @@ class _QGalore:
         def bind(x: Any):
             return self.over(
                 lambda w, role, p, x: (
-                    Probed(w, p, x, _of_inputs(w, role) != flipped) if _is_matrix(w) else x
+                    ProbedWeight(w, p, x, _of_inputs(w, role) != flipped) if _is_matrix(w) else x
                 ),
                 trainable,
                 projection,
@@ -177,7 +177,7 @@ class _QGalore:
         clip = jnp.minimum(1.0, (self.optimizer.clip_norm or jnp.inf) / gradients.norm)
         keys = iter(jax.random.split(gradients.key, len(jax.tree.leaves(gradients.values))))
 
-        def update(w: Any, role: str, g: jax.Array, projection: Quantised | None, *codes):
+        def update(w: Any, role: str, g: jax.Array, projection: Quantized | None, *codes):
             leaf = Leaf(w, g, Moment(*codes[:2]), Moment(*codes[2:]))
             step = functools.partial(self._step_leaf, state.count, clip, role)
             if projection is not None:
@@ -206,7 +206,7 @@ class _QGalore:
         return trainable, new_state, applied
 
     def _step_leaf(
-        self, count: jax.Array, clip: jax.Array, role: str, leaf: Leaf, projection: Quantised | None
+        self, count: jax.Array, clip: jax.Array, role: str, leaf: Leaf, projection: Quantized | None
     ):
         """(w, mu, nu) after the step of a leaf, or of some of its layers or rows; w is float32."""
         o = self.optimizer
@@ -228,10 +228,10 @@ class _QGalore:
 
 
 def _is_matrix(x: Any) -> bool:
-    return isinstance(x, Quantised)
+    return isinstance(x, Quantized)
 
 
-def _of_inputs(w: Quantised, role: str) -> bool:
+def _of_inputs(w: Quantized, role: str) -> bool:
     """Whether the subspace is of the inputs: it reduces the longer axis, so that the moments keep
     the shorter one. In an embedding or a head it reduces the residual: a subspace of the tokens
     would leave out tokens that a renewal did not see.
@@ -239,18 +239,18 @@ def _of_inputs(w: Quantised, role: str) -> bool:
     return role == "kernel" and w.shape[-2] >= w.shape[-1]
 
 
-def _rank(w: Quantised, wanted: int) -> int:
+def _rank(w: Quantized, wanted: int) -> int:
     return min(wanted, *w.shape[-2:])
 
 
-def _probe_shape(w: Quantised, inputs: bool, wanted: int) -> tuple[int, ...]:
+def _probe_shape(w: Quantized, inputs: bool, wanted: int) -> tuple[int, ...]:
     *layers, D, F = w.shape
     R = _rank(w, wanted)
     return (*layers, R, F) if inputs else (*layers, D, R)
 
 
-def _projection(basis: jax.Array) -> Quantised:
-    return quantise(basis, integers(4, basis.shape[-2]), jnp.float32)
+def _projection(basis: jax.Array) -> Quantized:
+    return quantize(basis, integer_form(4, basis.shape[-2]), jnp.float32)
 
 
 def _basis(g: jax.Array, inputs: bool) -> jax.Array:
@@ -264,7 +264,7 @@ def _basis(g: jax.Array, inputs: bool) -> jax.Array:
 def _renewed(
     basis: jax.Array,
     count: jax.Array,
-    projection: Quantised,
+    projection: Quantized,
     due: jax.Array,
     gap: jax.Array,
     agreed: jax.Array,
@@ -289,7 +289,7 @@ def _renewed(
     return projection, *select(now, (count + new_gap, new_gap, new_agreed), (due, gap, agreed))
 
 
-def _by_pieces(step: Callable, leaf: Leaf, projection: Quantised, ok: jax.Array, key: jax.Array):
+def _by_pieces(step: Callable, leaf: Leaf, projection: Quantized, ok: jax.Array, key: jax.Array):
     """Steps a matrix by layers (or experts, or some rows of an embedding) and in place, so that
     little of it is float32 at one time; weights are rounded stochastically. A piece that would not
     be finite stays as it is.
@@ -325,7 +325,7 @@ def _by_pieces(step: Callable, leaf: Leaf, projection: Quantised, ok: jax.Array,
         w, mu, nu = old = at(state)
         new, mu, nu = step(Leaf(w, at(g), mu, nu), at(projection) if layers else projection)
         here = finite((new, mu, nu))
-        new = quantise(new, w.form, w.dtype, jax.random.fold_in(key, i))
+        new = quantize(new, w.form, w.dtype, jax.random.fold_in(key, i))
         new = select(ok & here, (new, mu, nu), old)
         state = jax.tree.map(
             lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, i, axis=0), state, new

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lljax.config import Config
 from lljax.models import lora
 from lljax.models.decoder import Decoder
-from lljax.parallel.sharding import cut_alike, put, replicated
+from lljax.parallel.sharding import put, replicated, sharding_for_shape
 from lljax.training.optimizer import make_rule
 from lljax.training.rule import Rule
 
@@ -108,7 +108,9 @@ def _shardings(trainable: nnx.State, mesh: Mesh) -> Callable:
         leaf = next((leaf for name, leaf in leaves.items() if path.endswith(name)), None)
         if leaf is None or leaf.ndim != x.ndim:
             return replicated(mesh)
-        return leaf.sharding if leaf.shape == x.shape else cut_alike(leaf.sharding, x.shape)
+        return (
+            leaf.sharding if leaf.shape == x.shape else sharding_for_shape(leaf.sharding, x.shape)
+        )
 
     return sharding
 

@@ -27,7 +27,7 @@ from lljax.interop.open import open_base, tokenizer_fingerprint
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.quantize import FORMS, Quantised
+from lljax.models.quantize import FORMS, Quantized
 from lljax.report.records import read_metrics
 from lljax.run import loop
 
@@ -48,7 +48,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
 
 def bits(model: Decoder) -> float:
     """Bits a weight of the quantized kernels, scales included; 32 if there are none."""
-    held = [v.get_value() for _, v in declared(model) if isinstance(v.get_value(), Quantised)]
+    held = [v.get_value() for _, v in declared(model) if isinstance(v.get_value(), Quantized)]
     stored = sum(
         x.nbytes
         for value in held

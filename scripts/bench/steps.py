@@ -32,7 +32,7 @@ from lljax.hardware.compiler_flags import take_gpu_memory
 from lljax.hardware.host_memory import LIMIT, available_memory
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.planning import fit, flops
 from lljax.training.curriculum import stages
 from lljax.training.placement import place
@@ -41,7 +41,7 @@ from lljax.training.state import split
 
 
 def draw(model: Decoder, dtype: jnp.dtype) -> None:
-    """Gives the model random weights, a layer at a time: `initialise` draws a whole stack in
+    """Gives the model random weights, a layer at a time: `initialize` draws a whole stack in
     float32 first, which is more memory than some steps need.
     """
     for _, variable in declared(model):
@@ -51,7 +51,7 @@ def draw(model: Decoder, dtype: jnp.dtype) -> None:
             variable.set_value(
                 tree.unflatten(_random(leaf, key) for key, leaf in enumerate(leaves))
             )
-    initialise(
+    initialize(
         model,
         0,
         dtype=dtype,

@@ -71,7 +71,7 @@ def test_never_sees_the_future(N, K):
     np.testing.assert_array_equal(run(q, k, v)[:, : T - 20], run(*changed)[:, : T - 20])
 
 
-def test_shifted_heads_connect_neighbouring_groups():
+def test_shifted_heads_connect_neighboring_groups():
     """The purpose of the shift: a group reads the second half of the group before it."""
     q, k, v = make(64, 4, 2)
     changed = v.at[:, 30].add(1.0)  # the last tokens of group [0, 32), read by [16, 48)

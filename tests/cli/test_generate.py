@@ -48,7 +48,7 @@ def test_what_is_shown_is_what_is_decoded_and_fits_what_the_model_reads(tiny, mo
         int(word)
         for word in counted.strip("()\n").removesuffix(" tokens").replace(",", "").split(" + ")
     )
-    assert written > 0 and read + written <= writer.of_base(tiny, None).extended.max_length
+    assert written > 0 and read + written <= writer.open_base_models(tiny, None).extended.max_length
 
 
 def test_what_the_terminal_cannot_show_is_escaped_and_a_stop_string_ends_the_text(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lljax.config.checks import Value, any_of, number, one_of, pair, required, several, whole
+from lljax.config.checks import Several, Value, any_of, number, one_of, pair, required, whole
 from lljax.errors import ConfigError
 
 TABLE = {"b": 1, "c": 2}
@@ -37,8 +37,8 @@ def test_a_word_needs_no_import_of_the_owner():
 
 
 def test_an_item_is_refused_by_its_place():
-    assert refusal(several(whole(1)), (1, 0)).startswith("name[1]=0 is not a whole number from 1")
-    assert refusal(several(whole(1)), 3) == "name=3 is not a tuple, such as ('a', 'b')"
+    assert refusal(Several(whole(1)), (1, 0)).startswith("name[1]=0 is not a whole number from 1")
+    assert refusal(Several(whole(1)), 3) == "name=3 is not a tuple, such as ('a', 'b')"
     check = pair(one_of("a"), whole(1), ("a", 4))
     assert refusal(check, ("a", 0)).startswith("name[1]=0")
     assert refusal(check, ("a",)) == "name=('a',) is not a pair such as ('a', 4)"

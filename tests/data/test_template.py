@@ -177,7 +177,7 @@ def test_of_prompt_and_completion_the_completion_is_trained():
     assert tokenizer.decode(tokens) == "<b>abcd<e>" and tokenizer.decode(tokens[mask]) == "cd<e>"
 
 
-def test_a_completion_is_tokenised_together_with_its_prompt():
+def test_a_completion_is_tokenized_together_with_its_prompt():
     # puts a space before each text, as SentencePiece does
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")

@@ -7,7 +7,7 @@ from lljax.evaluation import likelihood
 from lljax.evaluation.likelihood import log_likelihoods
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 
 HF = {
     "model_type": "llama",
@@ -25,7 +25,7 @@ def test_likelihoods_are_those_of_each_pair_read_alone(rope, monkeypatch):
     monkeypatch.setattr(likelihood, "MULTIPLE", 64)
     monkeypatch.setattr(likelihood, "CHUNK", 8)
     model = Decoder(spec_from_hf(HF | {"rope_scaling": rope}))
-    initialise(model, 0, deviation=0.5)
+    initialize(model, 0, deviation=0.5)
     rng = np.random.default_rng(0)
     pairs = [
         (rng.integers(0, 30, n), rng.integers(0, 30, m))

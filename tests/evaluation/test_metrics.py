@@ -183,7 +183,7 @@ def test_counts_and_retrieval_are_the_share_of_numbers_that_are_right():
 def test_classification_shares_one_among_the_classes_named_and_drops_parts_of_the_answers_name():
     def walked(prediction, answer, classes):
         named = [name for name in classes if name in prediction]
-        for name in named:  # LongBench's own walk, which skips the neighbour of what it drops
+        for name in named:  # LongBench's own walk, which skips the neighbor of what it drops
             if name in answer and name != answer:
                 named.remove(name)
         return 1 / len(named) if answer in named else 0.0

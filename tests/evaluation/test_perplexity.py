@@ -20,7 +20,7 @@ from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.task import TooShort
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def model():
             }
         )
     )
-    initialise(made, 0, deviation=0.5)
+    initialize(made, 0, deviation=0.5)
     return made
 
 

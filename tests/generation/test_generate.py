@@ -13,7 +13,7 @@ from lljax.generation.sample import Sampling
 from lljax.models.cache import empty_cache
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.parallel.sharding import Layout, make_mesh
 
 HF = {
@@ -34,7 +34,7 @@ PROMPTS = [RNG.integers(0, 61, n) for n in (37, 5, 21, 16)]
 @functools.cache
 def build(**changes):
     made = Decoder(spec_from_hf(HF | changes))
-    initialise(made, 0, deviation=0.3)
+    initialize(made, 0, deviation=0.3)
     return made
 
 
@@ -54,7 +54,7 @@ def local():
             }
         )
     )
-    initialise(made, 0, deviation=0.3)
+    initialize(made, 0, deviation=0.3)
     return made
 
 
@@ -80,7 +80,7 @@ def test_cached_greedy_decoding_equals_reading_everything_again():
             }
         )
     )
-    initialise(made, 0, deviation=0.3)
+    initialize(made, 0, deviation=0.3)
     row = list(PROMPTS[0])
     read = nnx.jit(
         lambda model, row: model.logits(

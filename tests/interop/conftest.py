@@ -14,14 +14,14 @@ import transformers
 from families import FAMILIES, our_logits, torch_logits, write_torch
 from flax import nnx
 
-from lljax.interop.adapter_init import StartedBase, starts_from_base
+from lljax.interop.adapter_init import ResidualBase, starts_from_base
 from lljax.interop.huggingface import load_weights
 from lljax.interop.open import open_base
-from lljax.models import lora, quantize, rope
+from lljax.models import lora, rope
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 
 
 class Trained(NamedTuple):
@@ -54,7 +54,7 @@ def train(
     targets=("q_proj", "v_proj", "down_proj"),
     rank=4,
     dtype=jnp.float32,
-    quantise=None,
+    quantize=None,
     **variant,
 ) -> Trained:
     """The base, and its model at 160 tokens with whatever trains moved at random."""
@@ -65,15 +65,17 @@ def train(
     )
     model = Decoder(dataclasses.replace(spec, rope=stretched, max_length=160))
     lora.attach(model, rank=rank, alpha=8.0, targets=targets, also_train=also_train, **variant)
-    for _, linear in lora.linear_layers(model) if quantise else ():
+    for _, linear in lora.linear_layers(model) if quantize else ():
         linear.kernel.set_value(
-            quantize.abstract(linear.kernel.get_value().shape, quantize.FORMS[quantise], dtype)
+            quantize.abstract_quantized(
+                linear.kernel.get_value().shape, quantize.FORMS[quantize], dtype
+            )
         )
-    started = StartedBase(base, model) if starts_from_base(model) else base
+    started = ResidualBase(base, model) if starts_from_base(model) else base
     load_weights(model, started, dtype=dtype)
     if started is not base:
         started.give_factors()
-    initialise(model, 0)
+    initialize(model, 0)
     rng = np.random.default_rng(0)
     for _, variable in declared(model):
         if variable.get_metadata("trainable"):

@@ -10,7 +10,7 @@ import transformers
 from flax import nnx
 
 from lljax.errors import ConfigError
-from lljax.interop.adapter_init import StartedBase
+from lljax.interop.adapter_init import ResidualBase
 from lljax.interop.export import export_merged, export_peft, export_split
 from lljax.interop.huggingface import hf_names, hf_value
 from lljax.interop.peft import PREFIX
@@ -161,7 +161,7 @@ def test_loftq_is_split_or_merged_with_its_own_kernels(
         also_train=(),
         targets=ALL,
         init="loftq",
-        quantise="nf4",
+        quantize="nf4",
     )
     with pytest.raises(ConfigError, match="--format=peft.*use --format=split"):
         export_peft(model, base, tmp_path / "peft")
@@ -188,7 +188,7 @@ def test_factors_and_what_the_kernel_keeps_start_as_in_peft(hf_folder, trained, 
         init_lora_weights=init,
         use_rslora=True,
     )
-    started, layers = StartedBase(base, model), 0
+    started, layers = ResidualBase(base, model), 0
     for name, module in peft.get_peft_model(load(base), config).base_model.model.named_modules():
         if hasattr(module, "lora_A"):
             a, b = started.factors(f"{name}.weight")

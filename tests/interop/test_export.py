@@ -18,7 +18,7 @@ from lljax.interop.open import open_base
 from lljax.models import lora
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 
 
 def close(a, b):
@@ -40,7 +40,7 @@ def full(base):
     """A model of random weights, every one trainable."""
     model = Decoder(spec_from_hf(base.config))
     lora.mark_trainable(model)
-    initialise(model, 1, deviation=0.3)
+    initialize(model, 1, deviation=0.3)
     return model
 
 

@@ -23,7 +23,7 @@ from lljax.interop.open import open_base
 from lljax.interop.tokenizer import PROBES
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 
 CODE = {
     "configuration_tiny.py": "from .shared_tiny import X\n",
@@ -328,8 +328,8 @@ FP8 = {
 }
 
 
-def write_published(folder, tokenizer: Path, config: dict, quantise: bool):
-    """A folder as on the hub, around a real tokenizer; kernels in FP8 where `quantise`."""
+def write_published(folder, tokenizer: Path, config: dict, quantize: bool):
+    """A folder as on the hub, around a real tokenizer; kernels in FP8 where `quantize`."""
     folder.mkdir()
     for file in tokenizer.iterdir():
         shutil.copy(file, folder)
@@ -338,13 +338,13 @@ def write_published(folder, tokenizer: Path, config: dict, quantise: bool):
     config = SIZES | config
     if config["model_type"] == "deepseek_v3":
         del config["head_dim"]
-    written = config | ({"quantization_config": FP8} if quantise else {})
+    written = config | ({"quantization_config": FP8} if quantize else {})
     (folder / "config.json").write_text(json.dumps(written, indent=2))
     model = Decoder(spec_from_hf(config))
-    initialise(model, 0, deviation=0.2)
+    initialize(model, 0, deviation=0.2)
     arrays = {}
     for name, array in tensors(model):
-        if quantise and name.endswith("_proj.weight"):
+        if quantize and name.endswith("_proj.weight"):
             scale = np.abs(array).max() / 400
             blocks = [-(-side // 128) for side in array.shape]
             arrays[name + "_scale_inv"] = np.full(blocks, scale, np.float32)

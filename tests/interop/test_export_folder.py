@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lljax.errors import ConfigError, Stopped
-from lljax.interop.export_folder import check_out, complete
+from lljax.interop.export_folder import check_out, write_folder
 
 
 def write(folder):
@@ -23,7 +23,7 @@ def test_the_folder_appears_whole_with_a_record_of_its_files(tmp_path):
         assert not (tmp_path / "out").exists()
         return write(folder)
 
-    assert complete(tmp_path / "out", "split", looks) == "result"
+    assert write_folder(tmp_path / "out", "split", looks) == "result"
     record = json.loads((tmp_path / "out" / "lljax_export.json").read_text())
     assert record == {"format": "split", "files": ["base/config.json", "weights"]}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -31,10 +31,10 @@ def test_the_folder_appears_whole_with_a_record_of_its_files(tmp_path):
 
 # ---------------------------------------------------------------- what is there already
 def test_an_export_is_replaced_where_it_is_asked_for(tmp_path):
-    complete(tmp_path / "out", "split", write)
+    write_folder(tmp_path / "out", "split", write)
     with pytest.raises(ConfigError, match="holds an earlier export: --overwrite replaces it"):
-        complete(tmp_path / "out", "peft", write)
-    complete(
+        write_folder(tmp_path / "out", "peft", write)
+    write_folder(
         tmp_path / "out",
         "peft",
         lambda folder: (folder / "adapter").write_text("a"),
@@ -45,25 +45,25 @@ def test_an_export_is_replaced_where_it_is_asked_for(tmp_path):
 
 
 def test_an_export_stays_where_its_successor_fails(tmp_path):
-    complete(tmp_path / "out", "split", write)
+    write_folder(tmp_path / "out", "split", write)
 
     def fail(folder):
         write(folder)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        complete(tmp_path / "out", "split", fail, overwrite=True)
+        write_folder(tmp_path / "out", "split", fail, overwrite=True)
     assert (tmp_path / "out" / "weights").read_text() == "w" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_of_two_exports_at_once_the_first_stays(tmp_path):
     def while_another_ends(folder):
-        complete(tmp_path / "another", "peft", write)
+        write_folder(tmp_path / "another", "peft", write)
         (tmp_path / "another").rename(tmp_path / "out")
         (folder / "late").write_text("x")
 
     with pytest.raises(ConfigError, match="holds an earlier export"):
-        complete(tmp_path / "out", "merged", while_another_ends)
+        write_folder(tmp_path / "out", "merged", while_another_ends)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "late").exists()
 
@@ -84,14 +84,14 @@ def test_nothing_but_an_export_is_replaced(tmp_path, content):
         (out / name).write_text(text)
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="a folder that is not empty, and no export") as error:
-            complete(out, "peft", write, overwrite)
+            write_folder(out, "peft", write, overwrite)
         assert "\n" not in str(error.value)
     assert {path.name: path.read_text() for path in out.iterdir()} == content
 
 
 @pytest.mark.parametrize("mine", ["notes.md", "base/notes.md", "link"])
 def test_an_export_with_something_of_the_users_is_not_replaced(tmp_path, mine):
-    complete(tmp_path / "out", "split", write)
+    write_folder(tmp_path / "out", "split", write)
     if mine == "link":
         (tmp_path / "out" / mine).symlink_to(tmp_path)
     else:
@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, out, line):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
     with pytest.raises(ConfigError, match=line) as error:
-        complete(Path(out), "peft", write)
+        write_folder(Path(out), "peft", write)
     assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -133,15 +133,15 @@ def test_what_killed_exports_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     (tmp_path / "out").mkdir()
-    complete(tmp_path / "out", "split", write)
+    write_folder(tmp_path / "out", "split", write)
     assert {path.name for path in tmp_path.iterdir()} == {"out", *kept}
 
 
 def test_an_export_that_was_set_aside_when_the_process_died_comes_back(tmp_path):
-    complete(tmp_path / "out", "split", write)
+    write_folder(tmp_path / "out", "split", write)
     (tmp_path / "out").rename(tmp_path / f".out.{dead()}.old")
     with pytest.raises(ConfigError, match="holds an earlier export"):
-        complete(tmp_path / "out", "peft", write)
+        write_folder(tmp_path / "out", "peft", write)
     assert (tmp_path / "out" / "weights").read_text() == "w"
 
 
@@ -158,12 +158,12 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number):
             pytest.fail("the signal was swallowed")
 
     with pytest.raises(Stopped, match=f"{number.name} during the export"):
-        complete(tmp_path / "out", "merged", told)
+        write_folder(tmp_path / "out", "merged", told)
     assert not list(tmp_path.iterdir()) and signal.getsignal(number) is before
 
 
 def test_another_thread_exports_too(tmp_path):
-    thread = threading.Thread(target=complete, args=(tmp_path / "out", "split", write))
+    thread = threading.Thread(target=write_folder, args=(tmp_path / "out", "split", write))
     thread.start()
     thread.join()
     assert (tmp_path / "out" / "weights").exists()

@@ -21,7 +21,7 @@ from lljax.models.families import spec_from_hf
 from lljax.models.rope import RopeSpec, frequencies
 from lljax.models.rope.kinds import base_frequencies
 
-N, K, H, D, F, V, L = 8, 2, 8, 64, 96, 320, 2  # rows of 32 n: the block of quantised types
+N, K, H, D, F, V, L = 8, 2, 8, 64, 96, 320, 2  # rows of 32 n: the block of quantized types
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 WORDS = [*BYTES, "ab", "abc", "Ġa", "<s>", "</s>"]
 
@@ -178,7 +178,7 @@ def test_tensors_have_hf_names_and_only_llamas_queries_and_keys_are_permuted(
     "kind,tolerance",
     [("F16", 1e-3), ("BF16", 4e-3), ("Q8_0", 8e-3), ("Q5_0", 0.08), ("Q4_1", 0.08)],
 )
-def test_quantised_tensors_come_back_within_their_precision(tmp_path, kind, tolerance):
+def test_quantized_tensors_come_back_within_their_precision(tmp_path, kind, tolerance):
     written = write(tmp_path / "m.gguf", "qwen2", kind=gguf.GGMLQuantizationType[kind])
     base, _ = read_all(tmp_path / "m.gguf")
     for ours, theirs in (
@@ -387,7 +387,7 @@ def test_any_text_comes_back(pre):
 
 
 def test_qwen_composes_accents_first():
-    """Its tokenizer.json normalises to NFC."""
+    """Its tokenizer.json normalizes to NFC."""
     tokenizer = byte_level("qwen2")
     assert tokenizer("e\u0301")["input_ids"] == tokenizer("\u00e9")["input_ids"]
 

@@ -112,15 +112,15 @@ def test_left_over_tensors_are_named_unless_they_are_harmless(hf_folder, caplog)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_a_quantised_base_is_refused_instead_of_read_without_its_scales(hf_folder, dtype):
+def test_a_quantized_base_is_refused_instead_of_read_without_its_scales(hf_folder, dtype):
     folder = hf_folder()
 
-    def quantise(weights):
+    def quantize(weights):
         for name in [name for name in weights if "_proj" in name]:
             weights[name] = (weights[name] * 100).to(dtype)
             weights[name + "_scale_inv"] = torch.full((1, 1), 0.01)
 
-    change(folder, quantise)
+    change(folder, quantize)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})

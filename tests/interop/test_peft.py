@@ -29,9 +29,9 @@ from lljax.models import lora, patterns
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.parallel import sharding
-from lljax.run.restore import adapted_base
+from lljax.run.restore import load_adapted_base
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -181,7 +181,7 @@ def test_an_adapter_that_parts_a_tied_head_from_its_embedding(hf_folder, tmp_pat
     folder = hf_folder(tied=True)
     theirs = torch_adapter(folder, tmp_path / "adapter", **PARTED[case])
     base = under_adapter(open_base(str(folder)), tmp_path / "adapter")
-    model = adapted_base(base, tmp_path / "adapter", jnp.float32)
+    model = load_adapted_base(base, tmp_path / "adapter", jnp.float32)
     wanted = logits(theirs)
     np.testing.assert_allclose(logits(model), wanted, atol=1e-4, rtol=1e-4)
 
@@ -258,7 +258,7 @@ def test_factors_that_a_tied_head_and_its_embedding_share_are_refused(hf_folder,
         ModelError,
         match="ensure_weight_tying with 'embed_tokens' in target_modules is not supported",
     ):
-        adapted_base(open_base(str(base)), tmp_path / "adapter", jnp.float32)
+        load_adapted_base(open_base(str(base)), tmp_path / "adapter", jnp.float32)
 
 
 def test_a_tied_model_has_no_place_for_an_adapter_that_parts_its_head(hf_folder, tmp_path):
@@ -422,9 +422,9 @@ def test_what_changes_the_mathematics_is_refused_by_name(config_folder, fields):
         read_adapter_config(config_folder)
 
 
-@pytest.mark.parametrize("initialisation", [True, False, "gaussian", None])
-def test_initialisations_that_leave_the_base_alone_are_taken(config_folder, initialisation):
-    edit(config_folder, init_lora_weights=initialisation)
+@pytest.mark.parametrize("initialization", [True, False, "gaussian", None])
+def test_initializations_that_leave_the_base_alone_are_taken(config_folder, initialization):
+    edit(config_folder, init_lora_weights=initialization)
     read_adapter_config(config_folder)
 
 
@@ -478,7 +478,7 @@ def test_a_pattern_of_an_adapter_that_cannot_be_is_one_line(adapter, monkeypatch
     edit(folder, **fields)
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     with pytest.raises(ModelError, match=line) as refusal:
-        adapted_base(open_base(str(base)), folder, jnp.float32)
+        load_adapted_base(open_base(str(base)), folder, jnp.float32)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
 
 
@@ -533,5 +533,5 @@ def test_what_the_adapter_does_not_hold_starts_from_the_base(hf_folder, trained,
     write_adapter(model, tmp_path, base_name=base.path)
     model = attached(base.path, read_adapter_config(tmp_path), also_train=("embed",))
     load_adapter(model, tmp_path)
-    initialise(model, 0)
+    initialize(model, 0)
     np.testing.assert_array_equal(model.embed.get_value(), base.read("model.embed_tokens.weight"))

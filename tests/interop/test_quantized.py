@@ -1,4 +1,4 @@
-"""Bases that are quantised on disk, written here by their formats' definitions, against the values
+"""Bases that are quantized on disk, written here by their formats' definitions, against the values
 those define.
 """
 
@@ -20,7 +20,7 @@ from lljax.interop.layouts import form_of
 from lljax.interop.open import open_base
 from lljax.models.declare import declared
 from lljax.models.families import spec_from_hf
-from lljax.models.quantize import DYNAMIC, NF4, Quantised, dequantise
+from lljax.models.quantize import DYNAMIC, NF4, Quantized, dequantize
 
 RNG = np.random.default_rng(0)
 F16, BF16, E4M3 = np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -209,8 +209,8 @@ KINDS = {  # name: (writer, quantization_config, the format that holds it)
 
 
 @pytest.fixture
-def quantised(hf_folder):
-    """make(kind) -> (a folder whose kernels are quantised, {name: the kernel that each stands
+def quantized(hf_folder):
+    """make(kind) -> (a folder whose kernels are quantized, {name: the kernel that each stands
     for}).
     """
 
@@ -259,8 +259,8 @@ def assert_equal_bits(got, wanted):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_are_what_the_format_defines_dense_and_as_they_are_stored(quantised, kind):
-    folder, dense = quantised(kind)
+def test_kernels_are_what_the_format_defines_dense_and_as_they_are_stored(quantized, kind):
+    folder, dense = quantized(kind)
     base = open_base(str(folder))
     plain = {name for name in base.names() if name not in dense}
     assert set(dense) <= set(base.names()) and all(
@@ -274,10 +274,10 @@ def test_kernels_are_what_the_format_defines_dense_and_as_they_are_stored(quanti
     held = 0
     for _, variable in declared(model):
         value = variable.get_value()
-        if isinstance(value, Quantised):
+        if isinstance(value, Quantized):
             held += 1
             assert value.form == form_of(format, base.config)
-            for i, kernel in enumerate(np.asarray(dequantise(value, jnp.float32))):
+            for i, kernel in enumerate(np.asarray(dequantize(value, jnp.float32))):
                 wanted = dense[variable.get_metadata("hf").format(layer=i)].T
                 if format == "nf4-double":  # the compiler may round a product and a sum once
                     np.testing.assert_allclose(kernel, wanted, rtol=3e-6, atol=1e-6)
@@ -323,8 +323,8 @@ def test_experts_in_mxfp4_are_what_transformers_makes_of_them(hf_folder):
     np.testing.assert_array_equal(experts.up_proj.kernel[0], both[..., 1::2])
 
 
-def test_another_format_quantises_anew_and_none_is_dense(quantised):
-    folder, dense = quantised("gptq")
+def test_another_format_quantizes_anew_and_none_is_dense(quantized):
+    folder, dense = quantized("gptq")
     base = open_base(str(folder))
     values = {
         format: load_base(base, spec_from_hf(base.config), jnp.float32, format)
@@ -336,13 +336,13 @@ def test_another_format_quantises_anew_and_none_is_dense(quantised):
     assert_equal_bits(values["none"][0], wanted)
     assert (
         0
-        < np.abs(dequantise(values["int8"], jnp.float32)[0] - wanted).max()
+        < np.abs(dequantize(values["int8"], jnp.float32)[0] - wanted).max()
         < np.abs(wanted).max() / 127
     )
 
 
-def test_merging_into_a_quantised_base_writes_a_dense_one(quantised, trained, logits, tmp_path):
-    folder, _ = quantised("W4A16")
+def test_merging_into_a_quantized_base_writes_a_dense_one(quantized, trained, logits, tmp_path):
+    folder, _ = quantized("W4A16")
     base, model = trained(folder, also_train=())
     export_merged(model, base, tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -397,15 +397,15 @@ def test_merging_into_a_quantised_base_writes_a_dense_one(quantised, trained, lo
         ),
     ],
 )
-def test_what_cannot_be_read_is_one_line(quantised, kind, changes, line):
+def test_what_cannot_be_read_is_one_line(quantized, kind, changes, line):
     with pytest.raises(ModelError, match=line) as error:
-        base = open_base(str(quantised(kind, **dict(changes))[0]))
+        base = open_base(str(quantized(kind, **dict(changes))[0]))
         load_base(base, spec_from_hf(base.config), jnp.float32, KINDS[kind][2])
     assert "\n" not in str(error.value)
 
 
-def test_a_head_beside_a_tied_embedding_is_the_head_of_a_quantised_base_too(quantised):
-    folder, _ = quantised("gptq")
+def test_a_head_beside_a_tied_embedding_is_the_head_of_a_quantized_base_too(quantized):
+    folder, _ = quantized("gptq")
     file = safetensors.File(folder / "model.safetensors")
     tensors = {name: np.array(file.read(name)) for name in file.entries}
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1

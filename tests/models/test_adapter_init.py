@@ -15,7 +15,7 @@ def coarse(weight):
 
 def factors(init, rank=4, scale=2.0, seed=0, name="q", weight=WEIGHT):
     return first_factors(
-        weight, init=init, rank=rank, scale=scale, seed=seed, name=name, quantised=coarse
+        weight, init=init, rank=rank, scale=scale, seed=seed, name=name, quantized=coarse
     )
 
 
@@ -47,7 +47,7 @@ def test_the_random_vectors_follow_the_seed_and_the_name():
         assert np.any(factors("pissa_niter_1", weight=weight, **other)[0][0] != first)
 
 
-def test_loftq_is_closer_to_the_weight_than_quantising_is():
+def test_loftq_is_closer_to_the_weight_than_quantizing_is():
     weight = RNG.normal(size=(30, 20)).astype(np.float32)
     (a, b), (taken_a, taken_b) = factors("loftq", rank=8, weight=weight)
 

@@ -12,7 +12,7 @@ from lljax.attention.pattern import AttentionPattern
 from lljax.models.cache import empty_cache
 from lljax.models.decoder import Decoder, neftune_noise
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.models.memory import Memory
 from lljax.models.spec import repeats
 
@@ -48,7 +48,7 @@ def build(N=6, K=2, **changes):
     model = Decoder(
         spec_from_hf(BASE | {"num_attention_heads": N, "num_key_value_heads": K} | changes)
     )
-    initialise(model, 0, deviation=0.2)
+    initialize(model, 0, deviation=0.2)
     return model
 
 
@@ -98,7 +98,7 @@ def test_packed_documents_are_as_if_alone(pattern, changes):
     np.testing.assert_allclose(packed[:, 40:67], run(model, b, pattern), atol=2e-5)
 
 
-def test_a_packed_neighbour_is_invisible_to_shifted_attention():
+def test_a_packed_neighbor_is_invisible_to_shifted_attention():
     model, tokens = build(), row(64)
     segments = jnp.asarray([[1] * 30 + [2] * 34])
     other = tokens.at[:, :30].set(0)

@@ -11,7 +11,7 @@ from lljax.models import lora, patterns
 from lljax.models.declare import LoraWeight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.models.lora_layers import column_norms
 
 CONFIG = {
@@ -34,7 +34,7 @@ def attached(**arguments):
 
 def build(**arguments):
     model = attached(**arguments)
-    initialise(model, 0, deviation=0.2)
+    initialize(model, 0, deviation=0.2)
     return model
 
 
@@ -174,7 +174,7 @@ def test_a_tied_model_has_no_head_to_train():
 
 def test_a_new_adapter_changes_nothing():
     plain = Decoder(spec_from_hf(CONFIG))
-    initialise(plain, 0, deviation=0.2)
+    initialize(plain, 0, deviation=0.2)
     np.testing.assert_array_equal(run(build()), run(plain))
 
 
@@ -183,7 +183,7 @@ def test_the_update_is_scale_times_a_times_b(rslora, scale):
     model = build(rslora=rslora, targets=("all-linear",))
     randomise(model)
     merged = Decoder(spec_from_hf(CONFIG))
-    initialise(merged, 0, deviation=0.2)
+    initialize(merged, 0, deviation=0.2)
     for (_, ours), (_, theirs) in zip(
         lora.linear_layers(model), lora.linear_layers(merged), strict=True
     ):

@@ -19,11 +19,11 @@ from lljax.errors import ConfigError
 from lljax.interop import safetensors
 from lljax.interop.huggingface import tensors
 from lljax.models import lora
-from lljax.models.cache import empty_cache, longer, repeated
+from lljax.models.cache import empty_cache, grow, repeat_rows
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.flops import RowFlops, token_flops
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.models.linear import Linear
 from lljax.models.memory import Memory
 from lljax.models.mixers import MIXERS
@@ -140,7 +140,7 @@ def model_of(layers=LAYERS, **adapters):
     model = Decoder(hybrid(spec_from_hf(HF), layers))
     if adapters:
         lora.attach(model, rank=4, alpha=8, **adapters)
-    initialise(model, 0, deviation=0.2)
+    initialize(model, 0, deviation=0.2)
     return model
 
 
@@ -186,7 +186,7 @@ def test_it_decodes_through_the_cache_as_in_a_whole_row():
     padded, places = (jnp.pad(x[:1, :8], ((0, 0), (1, 0))) for x in (tokens, positions))
     segments = jnp.asarray([[0] + [1] * 8])
     _, cache = run(padded, places, segments, empty_cache(model.spec, 1, 9))
-    cache, parts = longer(repeated(cache, 2), 20), []
+    cache, parts = grow(repeat_rows(cache, 2), 20), []
     for start in (8, 12):
         piece = slice(start, start + 4)
         logits, cache = run(tokens[:, piece], positions[:, piece], jnp.ones((2, 4), int), cache)
@@ -236,7 +236,7 @@ def write_base(like, folder):
     """The tokenizer and the config.json of another base beside the weights of a hybrid."""
     shutil.copytree(like, folder)
     model = Decoder(hybrid(spec_from_hf(json.loads((folder / "config.json").read_text()))))
-    initialise(model, 0, deviation=0.2)
+    initialize(model, 0, deviation=0.2)
     arrays = dict(tensors(model))
     header = safetensors.layout(arrays.items())
     safetensors.write(folder / "model.safetensors", header, lambda name: arrays[name])

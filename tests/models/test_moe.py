@@ -21,7 +21,7 @@ from lljax.parallel.sharding import Layout, batch_sharding, make_mesh
 B, T, D = 2, 60, 12
 ROUTERS = {
     "softmax": {},
-    "softmax, normalised": {"normalize": True, "shared": 6, "shared_gate": True},
+    "softmax, normalized": {"normalize": True, "shared": 6, "shared_gate": True},
     "sigmoid, corrected, groups, scaled": {
         "score": "sigmoid",
         "normalize": True,

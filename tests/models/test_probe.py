@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lljax.models.grouped import grouped_dot
-from lljax.models.probe import Probed, lookup_rows, multiply
-from lljax.models.quantize import dense, integers, quantise
+from lljax.models.probe import ProbedWeight, lookup_rows, multiply
+from lljax.models.quantize import dense, integer_form, quantize
 from lljax.objectives.token_loss import cross_entropy
 from lljax.parallel.sharding import Layout, make_mesh
 
@@ -44,15 +44,15 @@ def test_a_probe_tells_the_gradient_in_its_subspace(inputs, layout):
 
     @jax.jit
     def both():
-        base = quantise(jax.random.normal(KEY, (6, 10)), integers(8, 6), jnp.float32)
+        base = quantize(jax.random.normal(KEY, (6, 10)), integer_form(8, 6), jnp.float32)
         n = 6 if inputs else 10
-        projection = quantise(jax.random.normal(KEY, (n, 4)), integers(4, n), jnp.float32)
+        projection = quantize(jax.random.normal(KEY, (n, 4)), integer_form(4, n), jnp.float32)
         zero = jnp.zeros((4, 10) if inputs else (6, 4))
         return dense(projection), [
             (
                 jax.value_and_grad(f)(dense(base)),
                 jax.value_and_grad(
-                    lambda z, f=f: f(Probed(base, projection, z, inputs).dense(jnp.float32))
+                    lambda z, f=f: f(ProbedWeight(base, projection, z, inputs).dense(jnp.float32))
                 )(zero),
             )
             for f in (kernel, experts, embedding, head)

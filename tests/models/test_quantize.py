@@ -17,11 +17,11 @@ from lljax.models.quantize import (
     FORMS,
     NF4,
     Form,
-    Quantised,
-    abstract,
-    dequantise,
-    integers,
-    quantise,
+    Quantized,
+    abstract_quantized,
+    dequantize,
+    integer_form,
+    quantize,
 )
 from lljax.objectives.token_loss import cross_entropy
 from lljax.parallel.sharding import make_mesh
@@ -34,8 +34,8 @@ from lljax.training.placement import layout_of
 from lljax.training.prepare import prepare_step
 
 FORMATS = list(FORMS)
-encode = functools.partial(jax.jit, static_argnums=(1, 2))(quantise)
-decode = functools.partial(jax.jit, static_argnums=1)(dequantise)
+encode = functools.partial(jax.jit, static_argnums=(1, 2))(quantize)
+decode = functools.partial(jax.jit, static_argnums=1)(dequantize)
 
 
 def kernel(*shape):
@@ -90,7 +90,7 @@ def test_leading_axes_are_so_many_kernels_and_rows_need_not_fill_a_block(format)
         one = decode(encode(w[i, j], FORMS[format], jnp.bfloat16), jnp.float32)
         np.testing.assert_allclose(whole[i, j], one, rtol=1e-6, atol=1e-7)
     assert np.abs(whole - w).max() < {"int8": 0.03, "fp8": 0.15}.get(format, 0.6)
-    outline = abstract(w.shape, FORMS[format], jnp.bfloat16)
+    outline = abstract_quantized(w.shape, FORMS[format], jnp.bfloat16)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), outline) == jax.tree.map(
         lambda x: (x.shape, x.dtype), value
     )
@@ -105,9 +105,9 @@ def test_a_kernel_of_zeros_stays_zero_and_a_zero_point_is_kept():
 
 def test_rounding_at_random_is_right_on_average():
     w = kernel(256, 4)
-    value = encode(w, integers(8, 256), jnp.float32)  # one block an output
+    value = encode(w, integer_form(8, 256), jnp.float32)  # one block an output
     many = jax.jit(
-        jax.vmap(lambda key: dequantise(quantise(w, value.form, jnp.float32, key), jnp.float32))
+        jax.vmap(lambda key: dequantize(quantize(w, value.form, jnp.float32, key), jnp.float32))
     )(jax.random.split(jax.random.key(0), 2000))
     assert (jnp.abs(many - w) <= 1.001 * value.scale).all()
     # five deviations of the mean of 2,000
@@ -174,7 +174,7 @@ def test_codes_and_scales_are_cut_alike_over_the_devices_that_divide_them(run_co
     assert down.scale.sharding.shard_shape(down.scale.shape) == (2, 8, 128)
 
 
-def test_only_frozen_kernels_are_quantised_and_count_as_the_dense_ones_do(run_config):
+def test_only_frozen_kernels_are_quantized_and_count_as_the_dense_ones_do(run_config):
     base = open_base(run_config.model.path)
     dense = abstract_model(run_config, base.config)
     run_config.model.quantize = "nf4"
@@ -182,7 +182,7 @@ def test_only_frozen_kernels_are_quantised_and_count_as_the_dense_ones_do(run_co
     roles = {
         variable.get_metadata("role")
         for _, variable in declared(model)
-        if isinstance(variable.get_value(), Quantised)
+        if isinstance(variable.get_value(), Quantized)
     }
     assert roles == {"kernel"}
     stage = stages(run_config.context)[0]
@@ -221,7 +221,7 @@ def test_lora_over_an_nf4_base_learns(run_config, tmp_path):
     model = loop.train(run_config, tmp_path)
     losses = [record["loss"] for record in read_metrics(tmp_path) if "loss" in record]
     assert losses[-1] < losses[0] - 0.5
-    assert isinstance(model.layers[0].mlp.up_proj.kernel.get_value(), Quantised)
+    assert isinstance(model.layers[0].mlp.up_proj.kernel.get_value(), Quantized)
 
 
 @pytest.mark.parametrize(

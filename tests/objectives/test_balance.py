@@ -252,7 +252,7 @@ def test_a_model_without_experts_has_nothing_to_balance():
 
 
 @pytest.mark.slow
-def test_the_step_reports_it_and_minimises_it_where_it_is_told_to(one_device):
+def test_the_step_reports_it_and_minimizes_it_where_it_is_told_to(one_device):
     load, balance, gradients = one_device(FULL, 4)
     batch = place(rows(4), 2, ONE, None)
     tokens = (rows(4)["targets"] != -100).sum()

@@ -14,7 +14,7 @@ from lljax.data.batch import IGNORED
 from lljax.errors import ConfigError
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.objectives.table import OBJECTIVES
 from lljax.parallel.sharding import make_mesh
 from lljax.report.records import read_metrics
@@ -56,7 +56,7 @@ def batch_of(rows):
 
 def test_a_step_of_the_toy_reports_weighted_means_and_its_own_metrics(weighted):
     model = Decoder(spec_from_hf(TINY))
-    initialise(model, 0, deviation=0.2)
+    initialize(model, 0, deviation=0.2)
     batch = batch_of(6)
     logits = model.logits(
         model(jnp.asarray(batch["tokens"]), positions=jnp.asarray(batch["positions"]))

@@ -330,7 +330,7 @@ def test_half_an_environment_is_refused_in_one_line(environment, variables, show
 
 
 def test_alone_every_agreement_is_with_oneself():
-    assert distributed.first() and distributed.from_all({"a": 1}) == [{"a": 1}]
+    assert distributed.is_first() and distributed.from_all({"a": 1}) == [{"a": 1}]
     assert distributed.any_of(True) and not distributed.any_of(False)
     assert distributed.first_then_others(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError), distributed.session():

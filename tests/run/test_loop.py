@@ -342,10 +342,7 @@ dtype: float32
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        "'a run/report.html'" in done.stdout
-        and "lljax export --workdir='a run'" in done.stdout
-    )
+    assert "'a run/report.html'" in done.stdout and "lljax export --workdir='a run'" in done.stdout
     assert (tmp_path / "a run" / "report.html").exists()
     # found from any folder
     assert read_config(tmp_path / "a run").model.path == str(tmp_path / "base")

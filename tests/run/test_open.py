@@ -13,8 +13,8 @@ from lljax.interop.peft import write_adapter
 from lljax.models import lora
 from lljax.models.decoder import Decoder
 from lljax.models.families import rope_to_hf, spec_from_hf
-from lljax.models.initialise import initialise
-from lljax.run.open import of_base
+from lljax.models.initialize import initialize
+from lljax.run.open import open_base_models
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def adapted(tiny, tmp_path_factory):
     model = Decoder(stretched(spec_from_hf(base.config), type="linear", factor="auto", length=64))
     lora.attach(model, rank=2, alpha=4.0, targets=("q_proj",), also_train=("norm",))
     load_weights(model, base, dtype=jnp.float32)
-    initialise(model, 0, deviation=0.02, dtype=jnp.float32)
+    initialize(model, 0, deviation=0.02, dtype=jnp.float32)
     for _, _, factors in lora.adaptable(model):
         if factors is not None:
             factors.b.set_value(jnp.full_like(factors.b.get_value(), 0.1))
@@ -35,7 +35,7 @@ def adapted(tiny, tmp_path_factory):
 
 def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny, tokenizer):
     model, folder = adapted
-    models = of_base(tiny, folder)
+    models = open_base_models(tiny, folder)
     assert [model.name for model in models.models] == ["base", "base, RoPE stretched", "trained"]
     assert models.extended == model.spec and models.extended.max_length == 64
     loaded = [model.load() for model in models.models]
@@ -59,7 +59,7 @@ def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny, t
 @pytest.mark.parametrize("form", ["none", "int4"])
 def test_a_key_knows_the_weights_the_tokenizer_and_what_ends_a_turn(form, tiny, tmp_path):
     def key(chat_template=None):
-        models = of_base(str(tmp_path), None)
+        models = open_base_models(str(tmp_path), None)
         model = load_base(models.base, models.extended, models.dtype, form)
         tokenizer = models.base.tokenizer()
         tokenizer.chat_template = chat_template
@@ -84,7 +84,7 @@ def test_a_key_knows_the_weights_the_tokenizer_and_what_ends_a_turn(form, tiny, 
 
 
 def test_a_base_alone_is_one_model(tiny):
-    models = of_base(tiny, None)
+    models = open_base_models(tiny, None)
     assert [model.name for model in models.models] == ["base"] and models.extended == spec_from_hf(
         open_base(tiny).config
     )

@@ -39,7 +39,7 @@ def test_a_second_moment_never_becomes_zero():
     x = jnp.array([1.0, 1e-12, 1e-30, 0.0])
     codes, scale = encode(x, jnp.uint8)
     assert codes.tolist()[1:] == [1, 1, 0] and decode(codes, scale)[1] > 1e-9
-    # A weight whose gradient is a billionth of its neighbour's moves less than it would, not
+    # A weight whose gradient is a billionth of its neighbor's moves less than it would, not
     # without bound.
     adam = scale_by_adam_8bit(b1=0.9, b2=0.95, eps=1e-8)
     grads = {"w": jnp.array([1.0, 1e-9])}

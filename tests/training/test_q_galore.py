@@ -25,8 +25,8 @@ dense = jax.jit(quantize.dense)
 
 
 @jax.jit
-def quantise(x):
-    return quantize.quantise(x, quantize.integers(8, x.shape[-2]), jnp.float32)
+def quantize(x):
+    return quantize.quantize(x, quantize.integer_form(8, x.shape[-2]), jnp.float32)
 
 
 def rule(**changes):
@@ -51,7 +51,7 @@ def targets():
     """
     rng = np.random.default_rng(0)
     weights = {
-        name: quantise(jnp.asarray(rng.normal(size=shape), jnp.float32))
+        name: quantize(jnp.asarray(rng.normal(size=shape), jnp.float32))
         for name, shape in SHAPES.items()
     }
     far = {
@@ -163,7 +163,7 @@ def test_a_restored_state_goes_on_bitwise(tmp_path):
 
 def test_the_state_is_small():
     shapes = {"down": (2, 4096, 2048), "up": (2, 2048, 4096)}
-    weights = {name: quantise(jnp.zeros(shape)) for name, shape in shapes.items()} | {
+    weights = {name: quantize(jnp.zeros(shape)) for name, shape in shapes.items()} | {
         "norm": jnp.ones(8)
     }
     state = jax.eval_shape(rule(rank=128).init, weights)

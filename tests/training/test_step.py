@@ -10,7 +10,7 @@ from lljax.build import mesh_of
 from lljax.config import default_config
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.initialise import initialise
+from lljax.models.initialize import initialize
 from lljax.parallel.sharding import make_mesh
 from lljax.planning import fit
 from lljax.training.placement import place
@@ -30,7 +30,7 @@ def config_of(length=T, **memory):
 
 def test_an_evaluation_is_the_mean_loss_of_the_dense_model_whatever_the_tile():
     model = Decoder(spec_from_hf(TINY | {"intermediate_size": 1024}))
-    initialise(model, 0, deviation=0.2)
+    initialize(model, 0, deviation=0.2)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 300, (1, T)).astype(np.int32)
     targets = np.where(rng.random((1, T)) < 0.3, -100, np.roll(tokens, -1, axis=1))

@@ -9,7 +9,7 @@ import numpy as np
 from lljax.errors import ModelError
 from lljax.interop.layouts.kernel import Kernel, Shape
 from lljax.interop.layouts.packing import quantized_of_groups
-from lljax.models.quantize import DYNAMIC, FORMS, NF4, OUTER, Form, Quantised
+from lljax.models.quantize import DYNAMIC, FORMS, NF4, OUTER, Form, Quantized
 
 STATE = ".weight.quant_state.bitsandbytes__nf4"
 
@@ -90,7 +90,7 @@ class BitsAndBytes:
         scales = np.repeat(self._scales(kernel, state), state["blocksize"])[: codes.size]
         return (NF4[codes].reshape(-1) * scales).reshape(codes.shape)
 
-    def stored(self, kernel: Kernel, form: Form) -> Quantised | None:
+    def stored(self, kernel: Kernel, form: Form) -> Quantized | None:
         state = self._state(kernel)
         (out, rows), block = state["shape"], state["blocksize"]
         if form.format not in ("nf4", "nf4-double") or form.block != block or rows % block:

@@ -8,7 +8,7 @@ import numpy as np
 from lljax.errors import ModelError
 from lljax.interop.layouts.kernel import FLOATS, Kernel, Shape
 from lljax.interop.layouts.packing import quantized_of_groups, unpack
-from lljax.models.quantize import Form, Quantised, dequantise
+from lljax.models.quantize import Form, Quantized, dequantize
 
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the order of eight outputs in AWQ's nibbles
 # Codes [in, out], scales [groups, out] and zeros [groups, out] or None.
@@ -27,9 +27,9 @@ class Grouped:
     def dense(self, kernel: Kernel) -> np.ndarray:
         """float32 [out, in]."""
         value = quantized_of_groups(*self.groups(kernel), self.form)
-        return np.asarray(dequantise(value, np.float32)).T
+        return np.asarray(dequantize(value, np.float32)).T
 
-    def stored(self, kernel: Kernel, form: Form) -> Quantised | None:
+    def stored(self, kernel: Kernel, form: Form) -> Quantized | None:
         return quantized_of_groups(*self.groups(kernel), form) if form == self.form else None
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lljax.errors import ModelError
 from lljax.interop import safetensors
-from lljax.models.quantize import Form, Quantised
+from lljax.models.quantize import Form, Quantized
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 Shape = tuple[int, ...]
@@ -77,6 +77,6 @@ class Layout(Protocol):
         """The values of the kernel, in HF orientation."""
         ...
 
-    def stored(self, kernel: Kernel, form: Form) -> Quantised | None:
+    def stored(self, kernel: Kernel, form: Form) -> Quantized | None:
         """The kernel as it is stored; None if it is not in that form."""
         ...

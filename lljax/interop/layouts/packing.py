@@ -1,10 +1,10 @@
-"""Codes of integers, packed in words on disk and in `Quantised` values in memory."""
+"""Codes of integers, packed in words on disk and in `Quantized` values in memory."""
 
 from typing import Any
 
 import numpy as np
 
-from lljax.models.quantize import Form, Quantised, pack
+from lljax.models.quantize import Form, Quantized, pack
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
@@ -23,8 +23,8 @@ def quantized_of_groups(
     *,
     outer: np.ndarray | None = None,
     offset: np.float32 | None = None,
-) -> Quantised:
-    """Codes [in, out] with scales and zeros [groups, out] as a `Quantised` of numpy arrays.
+) -> Quantized:
+    """Codes [in, out] with scales and zeros [groups, out] as a `Quantized` of numpy arrays.
 
     A single group is repeated over all blocks. outer, offset: of scales that are quantized, too.
     """
@@ -43,7 +43,7 @@ def quantized_of_groups(
         outer=outer,
         offset=offset,
     )
-    return Quantised(
+    return Quantized(
         **arrays,
         form=form,
         rows=rows,

@@ -1,6 +1,6 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
 
-from lljax.interop.peft.config import AdapterConfig, named, read_adapter_config
+from lljax.interop.peft.config import AdapterConfig, adapter_errors, read_adapter_config
 from lljax.interop.peft.read import load_adapter, under_adapter, unties_head
 from lljax.interop.peft.tensors import PREFIX, WEIGHTS
 from lljax.interop.peft.write import write_adapter
@@ -10,7 +10,7 @@ __all__ = [
     "WEIGHTS",
     "AdapterConfig",
     "load_adapter",
-    "named",
+    "adapter_errors",
     "read_adapter_config",
     "under_adapter",
     "unties_head",

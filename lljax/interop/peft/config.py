@@ -116,7 +116,7 @@ def _roles(path: Path, modules: list[str] | tuple) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def named(folder: Path | str) -> Iterator[None]:
+def adapter_errors(folder: Path | str) -> Iterator[None]:
     """Turns a ConfigError about settings of an adapter into a ModelError that names its file."""
     try:
         yield

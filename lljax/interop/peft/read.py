@@ -11,12 +11,17 @@ from lljax.interop import safetensors
 from lljax.interop.base import Base
 from lljax.interop.huggingface import hf_names, hf_shape
 from lljax.interop.own_head import EMBED, HEAD, OwnHead
-from lljax.interop.peft.config import MERGE_FIRST, AdapterConfig, named, read_adapter_config
+from lljax.interop.peft.config import (
+    MERGE_FIRST,
+    AdapterConfig,
+    adapter_errors,
+    read_adapter_config,
+)
 from lljax.interop.peft.tensors import PREFIX, WEIGHTS, hf_module
 from lljax.models.declare import Weight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import is_tied
-from lljax.models.lora import TABLES, adaptable, matched_tables, of_pattern
+from lljax.models.lora import TABLES, adaptable, matched_tables, pattern_value
 from lljax.parallel.sharding import put
 
 # Tables of the base that PEFT writes beside the factors of one of them.
@@ -40,7 +45,7 @@ def unties_head(hf_config: dict, folder: Path | str) -> bool:
     settings = read_adapter_config(folder)
     if not is_tied(hf_config):
         return False
-    with named(folder):
+    with adapter_errors(folder):
         adapted = matched_tables(settings.targets)
     if not adapted and not {"embed", "head"} & set(settings.also_train):
         return False
@@ -109,7 +114,7 @@ def _check_settings(model: Decoder, config: AdapterConfig, folder: Path | str) -
                 f"{folder}: {name} is a part of {hf_module(name, weight)}, whose one pair of "
                 f"factors does not split into its parts; {MERGE_FIRST}"
             )
-        alpha = of_pattern(config.alpha_pattern, name, weight, "alpha_pattern", config.alpha)
+        alpha = pattern_value(config.alpha_pattern, name, weight, "alpha_pattern", config.alpha)
         adapter = (alpha, config.rslora, config.dora)
         if (lora.alpha, lora.rslora, lora.magnitude is not None) != adapter:
             raise ModelError(

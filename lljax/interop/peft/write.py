@@ -12,7 +12,7 @@ from flax import nnx
 
 from lljax.errors import ConfigError
 from lljax.interop import safetensors
-from lljax.interop.adapter_init import StartedBase, owns_kernel, starts_from_base
+from lljax.interop.adapter_init import ResidualBase, owns_kernel, starts_from_base
 from lljax.interop.base import Base
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value
 from lljax.interop.own_head import EMBED, HEAD
@@ -134,7 +134,7 @@ def _factors(model: Decoder, base: Base | None) -> tuple[dict[str, np.ndarray], 
     started = None
     if starts_from_base(model):
         assert base is not None, "factors that started from the base need it"
-        started = StartedBase(base, model)
+        started = ResidualBase(base, model)
     modules: dict[str, list[Adapted]] = {}
     for _, weight, lora in adaptable(model):
         if lora is None:
@@ -158,7 +158,7 @@ def _factors(model: Decoder, base: Base | None) -> tuple[dict[str, np.ndarray], 
 
 
 def _pair(
-    name: str, adapted: Adapted, started: StartedBase | None
+    name: str, adapted: Adapted, started: ResidualBase | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """A [R, in] and B [out, R] of one layer, on the original base."""
     weight, lora, i = adapted

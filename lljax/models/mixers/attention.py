@@ -17,7 +17,7 @@ from lljax.models.flops import RowFlops, TokenFlops, token_flops
 from lljax.models.linear import Linear, RMSNorm, named_or_fused, rms_normalize
 from lljax.models.mixers.kv_state import KVState
 from lljax.models.mixers.visible_pairs import visible_pairs
-from lljax.models.rope import Place, rotate
+from lljax.models.rope import Positions, rotate
 from lljax.models.spec import DecoderSpec, LayerSpec
 
 Heads = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
@@ -74,14 +74,16 @@ class Attention(nnx.Module):
         return (deinterleave(q), deinterleave(k), v) if self.interleaved else (q, k, v)
 
     def project(
-        self, x: Float[Array, "B T D"], place: Place, dropout_key: jax.Array | None = None
+        self, x: Float[Array, "B T D"], place: Positions, dropout_key: jax.Array | None = None
     ) -> Heads:
         q, k, v = self.heads(x, dropout_key)
         if place.temperature is not None:
             q = (q * place.temperature[:, :, None, None]).astype(q.dtype)
         return self._rotated(q, place), self._rotated(k, place), v
 
-    def _rotated(self, x: Float[Array, "B T heads H"], place: Place) -> Float[Array, "B T heads H"]:
+    def _rotated(
+        self, x: Float[Array, "B T heads H"], place: Positions
+    ) -> Float[Array, "B T heads H"]:
         if place.rotation is None:
             return x
         x = rotate(x, place.rotation)

@@ -10,7 +10,7 @@ from jaxtyping import PyTree as Tree
 from lljax.attention.pattern import AttentionPattern
 from lljax.models.context import LayerContext
 from lljax.models.flops import RowFlops, TokenFlops
-from lljax.models.rope import Place
+from lljax.models.rope import Positions
 from lljax.models.spec import DecoderSpec, LayerSpec
 
 Operands = Tree[Float[Array, "B T ..."]]  # from `project` to `mix`
@@ -59,7 +59,7 @@ class Mixer(Protocol):
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str) -> None: ...
 
     def project(
-        self, x: Float[Array, "B T D"], place: Place, dropout_key: jax.Array | None
+        self, x: Float[Array, "B T D"], place: Positions, dropout_key: jax.Array | None
     ) -> Operands:
         """The operands of `mix`, of normalized tokens x at their places."""
         ...

@@ -13,7 +13,7 @@ from lljax.models.rope.kinds import Frequencies
 Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # sine and cosine
 
 
-class Place(NamedTuple):
+class Positions(NamedTuple):
     """The positions of a batch, as one layer uses them.
 
     A layer with RoPE rotates queries and keys; a layer without it may scale its queries.

@@ -11,10 +11,10 @@ from flax import nnx
 
 from lljax.models import lora
 from lljax.models.declare import declared, dtype_of
-from lljax.models.quantize import Form, Quantised, quantise
+from lljax.models.quantize import Form, Quantized, quantize
 
 
-def initialise(
+def initialize(
     model: nnx.Module,
     seed: int,
     *,
@@ -36,7 +36,7 @@ def initialise(
         ):
             continue
         form, wanted = None, dtype_of(variable, dtype)
-        if isinstance(shape, Quantised):
+        if isinstance(shape, Quantized):
             form, wanted = shape.form, shape.dtype
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(_name(variable).encode()))
         draw = jax.jit(
@@ -69,7 +69,7 @@ def _draw(
 ):
     """At module level, so that Variables of the same shape share a compilation."""
     x = INITS[init](key, shape, deviation)
-    return quantise(x, form, dtype) if form else x.astype(dtype)
+    return quantize(x, form, dtype) if form else x.astype(dtype)
 
 
 def _he_uniform(key: jax.Array, shape: tuple[int, ...], deviation: float) -> jax.Array:
