@@ -1,42 +1,28 @@
-"""What a field of somebody else's JSON may hold, said in tables; a wrong value is one line."""
+"""Checks of fields in JSON files from elsewhere (config.json, adapter_config.json), as tables."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping
 
+from lljax.config.checks import Condition, Value, one_of, whole
 from lljax.errors import ModelError, short
 
+__all__ = ["FLAG", "LARGEST", "NOT_NEGATIVE", "NUMBER", "OBJECT", "SHARE", "WORD", "Value", "check"]
+__all__ += ["dict_of", "list_of", "one_of", "optional", "whole"]
+
 LARGEST = 1e18  # of a number: beyond any real one, and no float overflows
-MOST = 2**31 - 1  # of a count
 
 
-class Value(NamedTuple):
-    holds: Callable[[object], bool]
-    wanted: str
-
-
-def whole(least: int, most: int = MOST) -> Value:
-    return Value(
-        lambda x: type(x) is int and least <= x <= most,
-        f"a whole number from {least:,} to {most:,}",
-    )
-
-
-def one_of(*words: str) -> Value:
-    return Value(lambda x: type(x) is str and x in words, f"one of {', '.join(words)}")
-
-
-def optional(value: Value) -> Value:
+def optional(value: Condition) -> Value:
     return Value(lambda x: x is None or value.holds(x), f"{value.wanted} or null")
 
 
-def list_of(value: Value) -> Value:
+def list_of(value: Condition) -> Value:
     return Value(
         lambda x: type(x) is list and all(map(value.holds, x)),
         f"a list with {value.wanted} in every place",
     )
 
 
-def dict_of(value: Value) -> Value:
+def dict_of(value: Condition) -> Value:
     return Value(
         lambda x: type(x) is dict and all(map(value.holds, x.values())),
         f"an object with {value.wanted} in every place",
@@ -52,11 +38,11 @@ WORD = Value(lambda x: type(x) is str, "a word")
 OBJECT = Value(lambda x: type(x) is dict, "an object")
 
 
-def check(given: dict, table: dict[str, Value], where: str = "config.json") -> None:
-    """Compares the fields of `table` that are given with what they may hold.
+def check(given: dict, table: Mapping[str, Condition], where: str = "config.json") -> None:
+    """Checks the fields of `table` that are given; where: their file, for the error.
 
     Raises:
-      ModelError: the first that does not hold what is wanted.
+      ModelError: a value is illegal; the first one.
     """
     for name, value in table.items():
         if name in given and not value.holds(given[name]):
