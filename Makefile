@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM = false
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
-.venv/lint: .venv/run
+.venv/lint: .venv/test
 	$(BIN)/pip install --quiet --editable '.[lint]'
 	touch $@
 

@@ -135,7 +135,7 @@ def reach(mask: Mask, S: int) -> int:
 # ---------------------------------------------------------------- anchors
 def anchors_first(
     k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], Mask, Int[Array, "*blocks"]]:
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], Mask, Int[Array, "B S"]]:
     """Moves the anchors to the front of the keys, so that they fill few blocks.
 
     A marker in every paragraph would otherwise keep every block active. The result of attention
@@ -150,7 +150,7 @@ def anchors_first(
     return k, v, moved, _inverse_order(mask.anchors)
 
 
-def _inverse_order(anchors: Bool[Array, "B S"]) -> Int[Array, "*blocks"]:
+def _inverse_order(anchors: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     """The inverse of the order of `anchors_first`. Counted: a sort takes a TPU compiler seconds."""
     before = jnp.cumsum(anchors, axis=1, dtype=jnp.int32)
     others = before[:, -1:] + jnp.arange(anchors.shape[1], dtype=jnp.int32) - before
@@ -158,7 +158,7 @@ def _inverse_order(anchors: Bool[Array, "B S"]) -> Int[Array, "*blocks"]:
 
 
 def in_row_order(
-    x: Float[Array, "B S K H"], places: Int[Array, "*blocks"] | None
+    x: Float[Array, "B S K H"], places: Int[Array, "B S"] | None
 ) -> Float[Array, "B S K H"]:
     """Gradients of keys after `anchors_first`, in the order of the row; as they are if `places` is
     None.

@@ -5,6 +5,9 @@ python -m lljax.evaluation.harness run --model=lljax --model_args=workdir=runs/q
 --tasks=...
 """
 
+# lm_eval is an extra, which a type checker need not have.
+# pyright: reportMissingImports=false
+
 from pathlib import Path
 from typing import Any
 

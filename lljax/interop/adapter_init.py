@@ -15,6 +15,7 @@ from lljax.interop.huggingface import hf_names, hf_part
 from lljax.models.adapter_init import first_factors
 from lljax.models.linear import Linear
 from lljax.models.lora import Lora, linear_layers
+from lljax.models.lora_layers import TableLora
 from lljax.models.quantize import Form, Quantized, dequantize, quantize
 from lljax.parallel.sharding import put
 
@@ -38,7 +39,7 @@ def starts_from_base(model: nnx.Module) -> bool:
     )
 
 
-def owns_kernel(lora: Lora | None) -> bool:
+def owns_kernel(lora: Lora | TableLora | None) -> bool:
     """Whether the kernel below an adapter exists in the run alone: LoftQ's, which it quantized."""
     return lora is not None and lora.init == "loftq"
 

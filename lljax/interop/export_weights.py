@@ -16,13 +16,14 @@ from lljax.interop.export_files import write_files
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, join_parts, parts_of
 from lljax.models.decoder import Decoder
 from lljax.models.lora import Lora, adaptable
+from lljax.models.lora_layers import TableLora
 
 
 class Update(NamedTuple):
     """An adapter of one part of a HF tensor."""
 
     kernel: nnx.Variable
-    lora: Lora
+    lora: Lora | TableLora
     index: int  # of the tensor among the kernel's
 
 

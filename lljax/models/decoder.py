@@ -63,8 +63,8 @@ class Decoder(nnx.Module):
 
     @property
     def head(self):
-        """The output matrix [V, D], an array or lljax.models.probe.ProbedWeight; the embedding itself if
-        the two are tied.
+        """The output matrix [V, D], an array or lljax.models.probe.ProbedWeight; the embedding
+        itself if the two are tied.
         """
         return dense(self._head_weight.get_value())
 

@@ -47,7 +47,7 @@ def cross_entropy(
     update: arrays whose product is added to the logits before the cap (LoRA on the head); the sum
       of the two heads is never formed.
     """
-    static = _Head(V=head.shape[0], slice_count=1, softcap=softcap, chunk=chunk, per_token=False)
+    static = _Head(V=head.shape[0], slices=1, softcap=softcap, chunk=chunk, per_token=False)
     return _over_devices(hidden, head, targets, static, layout, update)
 
 
@@ -66,7 +66,7 @@ def token_log_probs(
     Arguments as of `cross_entropy`. The gradient computes the logits again, a chunk at a time,
     because the weight of a token is not known before the backward pass.
     """
-    static = _Head(V=head.shape[0], slice_count=1, softcap=softcap, chunk=chunk, per_token=True)
+    static = _Head(V=head.shape[0], slices=1, softcap=softcap, chunk=chunk, per_token=True)
     return _over_devices(hidden, head, targets, static, layout, update)
 
 

@@ -67,7 +67,7 @@ class Readings(Observer):
         self._compiled = 0
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
-    def _count(self, event: str, seconds: float, **_) -> None:
+    def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
         self._compiled += event.endswith("/backend_compile_duration")
 
     def step(self, record: dict) -> None:
@@ -148,7 +148,7 @@ def curves(readings: list[Reading]) -> list[Figure]:
     x, stage = np.array([r.step for r in readings]), np.array([r.stage for r in readings])
     edges = [0, *np.flatnonzero(np.diff(stage)) + 1, len(x) - 1]
     bands = [
-        Band(x[start], x[stop], f"{length:,}", attention, short_length(length))
+        Band(float(x[start]), float(x[stop]), f"{length:,}", attention, short_length(length))
         for start, stop, (_, length, attention) in zip(edges, edges[1:], STAGES, strict=False)
     ]
     figures = []

@@ -1,6 +1,6 @@
 """Codes of integers, packed in words on disk and in `Quantized` values in memory."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def quantized_of_groups(
         return np.ascontiguousarray(np.broadcast_to(x, (blocks, out)), dtype)
 
     arrays: dict[str, Any] = dict(  # of numpy: they go to a device later
-        codes=np.ascontiguousarray(pack(codes) if form.bits == 4 else codes),
+        codes=np.ascontiguousarray(pack(cast(Any, codes)) if form.bits == 4 else codes),
         scale=broadcast(scale, np.float32 if outer is None else np.uint8),
         zero=None if zero is None else broadcast(zero, np.int16),
         outer=outer,

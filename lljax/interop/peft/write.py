@@ -21,6 +21,7 @@ from lljax.models.declare import Weight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import FAMILIES
 from lljax.models.lora import Lora, adaptable
+from lljax.models.lora_layers import TableLora
 
 Scale = tuple[int, float]  # rank and alpha
 
@@ -29,7 +30,7 @@ class Adapted(NamedTuple):
     """A weight with an adapter, and the index of one of its HF tensors."""
 
     weight: nnx.Variable
-    lora: Lora
+    lora: Lora | TableLora
     index: int
 
 
