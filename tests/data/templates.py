@@ -96,7 +96,9 @@ LLAMA = Kind(
     {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
     {%- if loop.first and tools %}{{- tools | tojson + '\n\n' }}{%- endif %}
     {%- if m.tool_calls %}
-        {%- if m.tool_calls | length > 1 or m.content %}{{- raise_exception('one call') }}{%- endif %}
+        {%- if m.tool_calls | length > 1 or m.content -%}
+            {{- raise_exception('one call') }}
+        {%- endif %}
         {%- set call = m.tool_calls[0].function %}
         {{- '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + '}' }}
     {%- else %}
@@ -230,7 +232,8 @@ HARMONY = Kind(
             {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}
         {%- endif %}
         {%- set ns.name = m.tool_calls[0].function.name %}
-        {{- '<|start|>assistant to=functions.' + ns.name + '<|channel|>commentary json<|message|>' }}
+        {{- '<|start|>assistant to=functions.' + ns.name }}
+        {{- '<|channel|>commentary json<|message|>' }}
         {{- m.tool_calls[0].function.arguments | tojson + '<|call|>' }}
     {%- elif m.role == 'assistant' and loop.last and not add_generation_prompt %}
         {%- if m.thinking %}

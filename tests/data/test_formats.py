@@ -272,7 +272,8 @@ REPLY = b'{"role": "assistant", "content": "b"}'
         (b'{"messages": []}', "'messages'"),
         (b'{"messages": {}}', "'messages'"),
         (
-            b'{"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"function": "f"}]}]}',
+            b'{"messages": [{"role": "assistant", "content": "a", '
+            b'"tool_calls": [{"function": "f"}]}]}',
             "the name of a function",
         ),
         (

@@ -52,7 +52,8 @@ def test_renders_as_transformers_does():
             "writes far more|ended within",
         ),
         (
-            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
+            "{% set n.x = n.x ~ n.x %}{% endfor %}",
             "writes far more",
         ),
     ],

@@ -35,7 +35,8 @@ def test_documents_cut_off_before_their_reply_are_counted_at_each_length_and_sai
         for at in found["train"]["at"]
     ] == [(16, 1, 20, 1), (1024, 21, 0, 21)]
     assert lines == [
-        "20 of 21 documents have no trained token within the first 16 (data.overlong='truncate'): they are "
+        "20 of 21 documents have no trained token within the first 16 "
+        "(data.overlong='truncate'): they are "
         "left out; use 'split', or longer rows"
     ]
 

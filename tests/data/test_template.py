@@ -8,18 +8,22 @@ from lljax.data.formats import Document
 from lljax.data.template import adds_bos, encode
 
 CHATML = (
-    "{% if messages[0].role != 'system' %}{{ '<s>system\\nHelp.<e>\\n' }}{% endif %}{% for m in messages %}"
+    "{% if messages[0].role != 'system' %}{{ '<s>system\\nHelp.<e>\\n' }}{% endif %}"
+    "{% for m in messages %}"
     "{{ '<s>' + m.role + '\\n' + m.content + '<e>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
 )
 MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A:' }}{%- generation -%}{{ m.content + '<e>' }}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A:' }}"
+    "{%- generation -%}{{ m.content + '<e>' }}"
     "{%- endgeneration -%}{% else %}{{ 'U:' + m.content + '<e>' }}{% endif %}{% endfor %}"
 )
 # Thoughts are shown in the last reply alone, as in Qwen3.
 FORGETFUL = (
-    "{% for m in messages %}{{ '<s>' + m.role + '\\n' }}{% if m.role == 'assistant' and loop.last %}"
-    "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}{{ m.content + '<e>\\n' }}"
+    "{% for m in messages %}{{ '<s>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}"
+    "{% endif %}{{ m.content + '<e>\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
 )
@@ -41,7 +45,8 @@ SPLITTING = FORGETFUL.replace(
 )
 ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '[' + m.content + ']' }}{% endfor %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '[' + m.content + ']' }}{% endfor %}"
 )
 TALK = [
     {"role": "user", "content": "yes or no?"},
@@ -277,7 +282,8 @@ def test_the_plain_template_shows_tools_calls_thoughts_and_roles():
         Document("f:1", messages=tuple(talk), tools=({"name": "look"},)), tokenizer, "assistant"
     )
     assert tokenizer.decode(tokens) == (
-        '### Tools:\n[{"name": "look"}]\n\n### User:\nq\n### Assistant:\n{"name": "look", "arguments": {"q": "x"}}<e>'
+        '### Tools:\n[{"name": "look"}]\n\n### User:\nq\n'
+        '### Assistant:\n{"name": "look", "arguments": {"q": "x"}}<e>'
         "\n### Tool:\n42\n### Assistant:\n<think>\nhm\n</think>\n\ndone<e>\n"
     )
     assert tokenizer.decode(tokens[mask]) == (
@@ -297,7 +303,8 @@ def test_the_plain_template_shows_tools_calls_thoughts_and_roles():
 )
 def test_what_a_template_does_not_show_is_refused(message, tools, reason):
     template = (
-        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ '<s>' + m.role + ':' + m.content + '<e>' }}"
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
+        "{{ '<s>' + m.role + ':' + m.content + '<e>' }}"
         "{% endif %}{% endfor %}"
     )
     with pytest.raises(ValueError, match=f"does not show {reason}"):

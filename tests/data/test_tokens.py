@@ -192,7 +192,10 @@ def test_a_file_in_the_place_of_a_folder_is_named_in_one_line(tmp_path, run, nam
     assert "\n" not in str(error.value)
 
 
-DATED = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+DATED = (
+    "{{ strftime_now('%d %b %Y') }} "
+    "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+)
 
 
 def test_the_date_in_a_template_is_that_of_the_first_reading_of_the_run(
