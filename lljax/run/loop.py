@@ -44,7 +44,7 @@ def train(
     model: a model of this configuration with its values (lljax.prepare_model); None reads the base.
       Its arrays are given away: use the model that is returned.
     profile_steps: steps to trace, see lljax.run.profile.
-    examiner: lljax.evaluation.eval_hook.examiner, which `training.eval_tasks` needs.
+    examiner: lljax.evaluation.eval_hook.make_eval_hook, which `training.eval_tasks` needs.
     observers: called after the default ones, see lljax.run.observer.
     devices: to train on; None for all.
 
