@@ -4,6 +4,7 @@ and documents.
 
 import functools
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -135,6 +136,14 @@ def tiny_run_config(tiny: str, documents: str):
     c.training.rows, c.training.eval_rows = 8, 8
     c.checkpoint.every_steps = 3
     return c
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """Commands that run in this process set the level of the log."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture

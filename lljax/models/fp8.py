@@ -35,7 +35,7 @@ def check(kinds: Iterable[str]) -> None:
 
 
 @jax.custom_vjp
-def fp8_dot(x: Float[Array, "... in"], kernel: Float[Array, "in out"]) -> Float[Array, "... out"]:
+def fp8_dot(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Array, "... O"]:
     """x @ kernel, in the dtype of x. The kernel is frozen: it gets no gradient."""
     return _dot(x, kernel, contracted=0)
 

@@ -79,8 +79,8 @@ class Linear(nnx.Module):
         self.dot: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
 
     def __call__(
-        self, x: Float[Array, "... in"], dropout_key: jax.Array | None = None
-    ) -> Float[Array, "... out"]:
+        self, x: Float[Array, "... I"], dropout_key: jax.Array | None = None
+    ) -> Float[Array, "... O"]:
         kernel = self.kernel.get_value()
         y = multiply(x, kernel, self.dot)
         if self.lora is not None:

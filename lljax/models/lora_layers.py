@@ -98,12 +98,12 @@ class Lora(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "... in"],
-        y: Float[Array, "... out"],
+        x: Float[Array, "... I"],
+        y: Float[Array, "... O"],
         kernel: jax.Array,
         dropout_key: jax.Array | None,
         dot: Callable = jnp.matmul,
-    ) -> Float[Array, "... out"]:
+    ) -> Float[Array, "... O"]:
         """The output of the adapted kernel. y: dot(x, kernel). No dropout without a key."""
         dropped = _dropped(x, self.dropout, self.salt, dropout_key)
         a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
@@ -201,7 +201,7 @@ def column_norms(
     a: Float[Array, "... I R"],
     b: Float[Array, "... R O"],
     scale: float,
-) -> Float[Array, "... out"]:
+) -> Float[Array, "... O"]:
     """The norms, over the inputs, of kernel + scale * a @ b, float32.
 
     The square is expanded, so that no second array of the size of the kernel exists.

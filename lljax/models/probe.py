@@ -70,8 +70,8 @@ class ProbedWeight:
 
 
 def multiply(
-    x: Float[Array, "... in"], weight: jax.Array | ProbedWeight, dot: Callable = jnp.matmul
-) -> Float[Array, "... out"]:
+    x: Float[Array, "... I"], weight: jax.Array | ProbedWeight, dot: Callable = jnp.matmul
+) -> Float[Array, "... O"]:
     """x by a dense weight [in, out], in the dtype of x. dot: the product."""
     if not isinstance(weight, ProbedWeight):
         return dot(x, weight.astype(x.dtype))

@@ -22,6 +22,7 @@ from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.initialize import initialize
+from lljax.models.quantize import FORMS, abstract_quantized
 
 
 class Trained(NamedTuple):
@@ -67,9 +68,7 @@ def train(
     lora.attach(model, rank=rank, alpha=8.0, targets=targets, also_train=also_train, **variant)
     for _, linear in lora.linear_layers(model) if quantize else ():
         linear.kernel.set_value(
-            quantize.abstract_quantized(
-                linear.kernel.get_value().shape, quantize.FORMS[quantize], dtype
-            )
+            abstract_quantized(linear.kernel.get_value().shape, FORMS[quantize], dtype)
         )
     started = ResidualBase(base, model) if starts_from_base(model) else base
     load_weights(model, started, dtype=dtype)

@@ -27,7 +27,6 @@ from lljax.models.families.family import Family, WholeModel, count, local_layers
 from lljax.models.spec import LayerSpec
 from lljax.models.values import whole
 from lljax.planning import plan
-from lljax.run import loop
 from lljax.run.restore import restore_run
 
 
@@ -58,7 +57,7 @@ def toy(monkeypatch):
 
 
 def test_a_family_from_outside_trains_plans_exports_and_is_read_back(
-    toy, one_device, run_config, tmp_path, monkeypatch
+    toy, train_on_one_device, run_config, tmp_path, monkeypatch
 ):
     c = run_config
     c.model.path = write_base(tmp_path / "base", model_type="toy", architectures=None)
@@ -70,7 +69,7 @@ def test_a_family_from_outside_trains_plans_exports_and_is_read_back(
     )
     assert planned.fits
 
-    loop.train(c, tmp_path / "run")
+    train_on_one_device(c, tmp_path / "run")
     _, model, base = restore_run(tmp_path / "run")
     assert model.spec.family == "toy" and [layer.window for layer in model.spec.layers] == [
         None,

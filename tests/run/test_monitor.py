@@ -106,7 +106,7 @@ def test_a_damaged_line_is_passed_over_with_a_warning_and_those_after_it_stay(
     lines[1] = damage
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 3, 4]
-    assert "1 damaged lines are passed over (line 2)" in caplog.text
+    assert "skipped 1 damaged lines (the first is line 2)" in caplog.text
     run(tmp_path, range(5, 6), start=4)
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 3, 4, 5]
 

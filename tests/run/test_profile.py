@@ -1,5 +1,6 @@
 """The breakdown of a traced step, for intervals made by hand and for a real run."""
 
+import dataclasses
 import json
 import os
 import time
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from run.cases import run_info
 
 from lljax.errors import ConfigError
-from lljax.hardware.chips import DEVICES, KINDS
+from lljax.hardware.chips import DEVICES
 from lljax.parallel.sharding import make_mesh, replicated
 from lljax.report.breakdown import COLLECTIVE, NO_WORK, divide, merged
 from lljax.report.records import read_metrics
@@ -111,7 +112,7 @@ def test_a_trace_of_a_program_with_collectives_is_read(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_traced_timed_and_told(run_config, tmp_path, caplog, monkeypatch):
-    monkeypatch.setitem(KINDS, "cpu", "l4")
+    monkeypatch.setitem(DEVICES, "l4", dataclasses.replace(DEVICES["l4"], kinds=("cpu",)))
     run_config.context.schedule, run_config.data.valid_fraction = ((3, 32, "full"),), 0.0
     with caplog.at_level("INFO"):
         loop.train(run_config, tmp_path, profile_steps=range(2, 4))

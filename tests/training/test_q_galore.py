@@ -11,7 +11,7 @@ import pytest
 
 from lljax.config import default_config
 from lljax.models import quantize
-from lljax.models.probe import times
+from lljax.models.probe import multiply
 from lljax.run.checkpoint import Checkpoints, abstract, describe
 from lljax.training.q_galore import q_galore
 from lljax.training.rule import StepGradients
@@ -25,7 +25,7 @@ dense = jax.jit(quantize.dense)
 
 
 @jax.jit
-def quantize(x):
+def int8(x):
     return quantize.quantize(x, quantize.integer_form(8, x.shape[-2]), jnp.float32)
 
 
@@ -51,7 +51,7 @@ def targets():
     """
     rng = np.random.default_rng(0)
     weights = {
-        name: quantize(jnp.asarray(rng.normal(size=shape), jnp.float32))
+        name: int8(jnp.asarray(rng.normal(size=shape), jnp.float32))
         for name, shape in SHAPES.items()
     }
     far = {
@@ -68,7 +68,10 @@ def gradient(bind, x):
         leaves = bind(x)
         distance = sum(
             jnp.sum(
-                (jax.vmap(times, in_axes=(None, 0))(jnp.eye(t.shape[1]), dense(leaves[name])) - t)
+                (
+                    jax.vmap(multiply, in_axes=(None, 0))(jnp.eye(t.shape[1]), dense(leaves[name]))
+                    - t
+                )
                 ** 2
             )
             / 2
@@ -163,7 +166,7 @@ def test_a_restored_state_goes_on_bitwise(tmp_path):
 
 def test_the_state_is_small():
     shapes = {"down": (2, 4096, 2048), "up": (2, 2048, 4096)}
-    weights = {name: quantize(jnp.zeros(shape)) for name, shape in shapes.items()} | {
+    weights = {name: int8(jnp.zeros(shape)) for name, shape in shapes.items()} | {
         "norm": jnp.ones(8)
     }
     state = jax.eval_shape(rule(rank=128).init, weights)
