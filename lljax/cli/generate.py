@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     with exit_cleanly():
         check(arguments)
+        arguments.tokens = arguments.tokens or (REPLY if arguments.chat else CONTINUED)
         text = prompt_text(arguments)
         try:
             # Imported here: --help and wrong flags need no jax.

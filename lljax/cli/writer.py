@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lljax.cli.generate import CONTINUED, REPLY
 from lljax.data.template import with_template
 from lljax.errors import ConfigError
 from lljax.generation.chat import Chat, TooLong
@@ -71,7 +70,7 @@ class Writer:
         base: Any = self._candidates.base
         self.tokenizer = with_template(base.tokenizer())
         self.longest = self._candidates.extended.max_length
-        self.tokens = arguments.tokens or (REPLY if arguments.chat else CONTINUED)
+        self.tokens = arguments.tokens
         self._stop_strings = arguments.stop
         self._stop = end_tokens(base, self.tokenizer)
         self._cache_dtype = None if arguments.cache == "full" else jnp.dtype(arguments.cache)
