@@ -197,7 +197,7 @@ class Run(Setup):
         if self.rolls_back and metrics["spike"]:
             target = self.checkpoints.rollback_target(stage.start)
             earlier_rollbacks = sum(rollback["to"] == target for rollback in self.rollbacks)
-        exhausted = target is not None and earlier_rollbacks >= alarm.max_rollbacks
+        exhausted = target is not None and earlier_rollbacks >= alarm.max_bad_steps
         if target is not None and not exhausted:
             if self.step == stage.stop:
                 self.batch = next(self.loader)
