@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def usage() -> str:
-    """The help of `lljax`: all commands, a line each."""
+    """The help of `lljax`: all commands, one per line."""
     width = max(map(len, COMMANDS)) + 2
     return "\n".join(
         [

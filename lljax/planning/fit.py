@@ -143,7 +143,7 @@ def table(needs: list[Need], memory: float, host: float, title: str) -> rich.tab
 
     memory, host: bytes of a device and of the host that a program may use.
     """
-    out = rich.table.Table(title=f"{title}; GiB a device")
+    out = rich.table.Table(title=f"{title}; GiB per device")
     for column in ("stage", "parallel"):
         out.add_column(column)
     for column in ("base", "trained", "optimizer", "temporary", "peak", "host", "of the device"):

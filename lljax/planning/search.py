@@ -37,7 +37,7 @@ def longest_context(
         changed.context.schedule = ((last.stop, length, last.pattern.kind),)
         return plan_stage(changed, hf_config, target, stages(changed.context)[0], options)
 
-    best, plans = _largest(plan_of, last.length, unit, 1 / 16, "tokens a row")
+    best, plans = _largest(plan_of, last.length, unit, 1 / 16, "tokens per row")
     shorter = [f"{p.stage.length:,}" for p in plans if not p.fits and p.stage.length < best]
     but = f", though {' and '.join(shorter)} did not fit" if shorter else ""
     return f"The longest context that fits, of those tried, is {best:,} tokens{but}", plans
