@@ -28,9 +28,9 @@ class Checkpoints:
     """The checkpoints of a run, in `workdir`/checkpoints: every `every_steps` steps or
     `every_minutes` minutes, the newest `keep` of them.
 
-    rollback: for a run that rolls back, see `rollback_target`; also keeps the newest target.
-    read_only: for a reader of a run that may still be going; nothing is cleaned up, moved or
-      written.
+    rollback: whether the run rolls back, see `rollback_target`; True also keeps the newest target.
+    read_only: whether only a reader of a run, which may still be going, opens them; then nothing is
+      cleaned up, moved or written.
     """
 
     def __init__(
