@@ -128,7 +128,7 @@ def train(
         **_dotted(fields),
     }
     c = _configuration(settings, "lljax.train")
-    trained: Any = loop.train(c, Path(workdir), model=model, examiner=make_eval_hook)
+    trained: Any = loop.train(c, Path(workdir), model=model, make_eval_hook=make_eval_hook)
     trained.workdir = str(workdir)
     return trained
 

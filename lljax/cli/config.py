@@ -14,7 +14,7 @@ from lljax.config.flags import show
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the table of config fields, a line each, or as a JSON list of objects."""
+    """Prints the table of config fields, one per line, or as a JSON list of objects."""
     parser = argparse.ArgumentParser(
         prog="lljax config",
         description=__doc__,

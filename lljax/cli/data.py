@@ -65,12 +65,12 @@ def _add_validate(command: argparse.ArgumentParser) -> None:
 
 def _add_stats(command: argparse.ArgumentParser) -> None:
     _add_files(command)
-    command.add_argument("--length", type=positive, default=8192, help="tokens a row")
+    command.add_argument("--length", type=positive, default=8192, help="tokens per row")
     command.add_argument(
         "--rows",
         type=positive,
         default=1,
-        help="rows a step: training.rows x training.accumulate",
+        help="rows per step: training.rows x training.accumulate",
     )
     command.add_argument(
         "--overlong",

@@ -17,19 +17,20 @@ class Command:
     """One command.
 
     module: imported when the command runs; its `main(argv)` takes the arguments after the name.
-    help: one line. before: sets up the process, before the module is imported.
+    help: one line.
+    setup: sets up the process before the module is imported.
     """
 
     module: str
     help: str
-    before: Callable[[], None] | None = None
+    setup: Callable[[], None] | None = None
 
 
 COMMANDS = {
     "train": Command(
         module="lljax.cli.train",
         help="train from a config file; the same command again resumes",
-        before=leave_on_signals,
+        setup=leave_on_signals,
     ),
     "evaluate": Command(
         module="lljax.cli.evaluate", help="measure perplexity and retrieval by length"
@@ -41,7 +42,7 @@ COMMANDS = {
     "plan": Command(
         module="lljax.cli.plan",
         help="compile a run for devices that are not here: does it fit, how long does it take",
-        before=compile_without_devices,
+        setup=compile_without_devices,
     ),
     "data": Command(
         module="lljax.cli.data", help="make, check, measure and show training documents"
@@ -54,14 +55,15 @@ COMMANDS = {
 
 
 def run(*argv: str) -> None:
-    """Runs a command as this process: the entry point of `lljax` and of scripts/.
+    """The entry point of the process `lljax` and of scripts/: sets up the process for the command,
+    then runs it. From Python, call `main`.
 
     argv: the command and its arguments, by default from sys.argv.
     """
     arguments = argv or tuple(sys.argv[1:])
     command = COMMANDS.get(arguments[0]) if arguments else None
-    if command and command.before:
-        command.before()
+    if command and command.setup:
+        command.setup()
     main(arguments)
 
 
@@ -83,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def usage() -> str:
-    """The help of `lljax`: all commands, a line each."""
+    """The help of `lljax`: all commands, one per line."""
     width = max(map(len, COMMANDS)) + 2
     return "\n".join(
         [

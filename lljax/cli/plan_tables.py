@@ -26,7 +26,7 @@ def plan_run(
 ) -> bool:
     """Prints the plan of a run on `device`, and advice if it does not fit; returns whether it does.
 
-    efficiency: share of the peak arithmetic. host_memory: bytes a device. searched: a function of
+    efficiency: share of the peak arithmetic. host_memory: bytes per device. searched: a function of
       lljax.planning.search, whose answer is printed in place of the schedule's time.
 
     Raises:
@@ -83,7 +83,7 @@ def time_table(plans: list[StagePlan], options: Options) -> Table:
         "stage",
         "model PFLOP",
         "hardware PFLOP",
-        "received GB a device",
+        "received GB per device",
         "bound by",
         "seconds",
         "tokens/s",

@@ -56,7 +56,7 @@ def train(config: Config, workdir: str, profile_steps: str | None = None) -> Non
         processes.start(config.mesh.peer_timeout)
         take_gpu_memory()  # needs the number of processes on this host
         loop.train(
-            config, workdir, examiner=make_eval_hook, profile_steps=read_steps(profile_steps)
+            config, workdir, make_eval_hook=make_eval_hook, profile_steps=read_steps(profile_steps)
         )
         if processes.is_first():
             show(next_commands(workdir, config.data))

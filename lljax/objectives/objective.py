@@ -42,8 +42,8 @@ MAX = Reduction(lambda values: values.max(0), lambda largest, _: largest)
 class Metric:
     """A value that each step reports under `name`, a key of metrics.jsonl.
 
-    title: of its chart.
-    reduction: from the passes to the step.
+    title: the title of its chart.
+    reduction: how the values of the passes become the value of the step.
     """
 
     name: str
@@ -56,7 +56,7 @@ class PassSettings:
     """The static settings of a forward pass, with the names of their config fields.
 
     packed: rows may hold several documents.
-    options: of the objective, as `Objective.options` reads them from the configuration.
+    options: the objective's options, as `Objective.options` reads them from the configuration.
     """
 
     memory: Memory
@@ -71,7 +71,8 @@ class PassSettings:
 class Pass:
     """The model and the circumstances of one forward pass, as an objective receives them.
 
-    key: of dropout and noise; None in an evaluation, whose rows hold one document each.
+    key: the random key of dropout and noise; None in an evaluation. The rows of an evaluation hold
+      one document each.
     """
 
     model: Decoder
@@ -79,6 +80,11 @@ class Pass:
     pattern: AttentionPattern
     layout: Layout | None
     key: Array | None = None
+
+    @property
+    def trains(self) -> bool:
+        """True in a step, False in an evaluation."""
+        return self.key is not None
 
     def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
         """The model's hidden states of a batch [B, T]."""
@@ -91,12 +97,12 @@ class Pass:
         return self._run(batch, counted=counted)
 
     def _run(self, batch: Batch, **options: Any) -> Any:
-        trains, reordered = self.key is not None, self.layout is not None and self.layout.zigzag
+        reordered = self.layout is not None and self.layout.zigzag
         return self.model(
             batch["tokens"],
             positions=batch["positions"],
-            # A row of one document is padded at its end, which causality hides.
-            segments=batch["segments"] if trains and self.settings.packed else None,
+            # A row of one document is padded at its end: the causal mask hides the padding.
+            segments=batch["segments"] if self.trains and self.settings.packed else None,
             # Kernels are faster without an index if tokens lie in order.
             index=batch["index"] if reordered else None,
             pattern=self.pattern,
@@ -112,7 +118,7 @@ class Pass:
 class Loss(NamedTuple):
     """The loss of a pass, as sums over its tokens.
 
-    total: float32 scalar, minimized once it is divided by the step's weight.
+    total: float32 scalar; the minimized loss is total / weight of the step.
     sums: values of the objective's metrics by name, before their reduction. The metric `loss` is
       `total` unless it is among them.
     """
@@ -148,16 +154,16 @@ class Objective:
     """A row of lljax.objectives.table.OBJECTIVES.
 
     name: the value of `objective.name`.
-    fields: of a batch, besides segments, positions and index.
+    fields: the fields of a batch, besides segments, positions and index.
     loss: (pass, batch [B, T]) -> Loss.
     weight: batch of any shape -> scalar that the sums of a step are divided by. Sums and weight are
       added over all passes first, so that accumulation changes nothing.
-    evaluate: (pass, batch [B, T]) -> (sums of `scores`' arguments by name, weight).
-    metrics: of a step. The metric `loss` comes first.
-    scores: means of the evaluation's sums -> the values to record by name.
+    evaluate: (pass, batch [B, T]) -> (sums by name, weight); `scores` receives sums / weight.
+    metrics: the metrics of a step. The metric `loss` comes first.
+    scores: sums / weight of an evaluation, by name -> the values to record, by name.
     options: config -> hashable settings that loss and evaluate read from `pass_.settings.options`.
     refuses: (config, spec) -> why the objective cannot train this model, or None.
-    passes: of a step, for its FLOPs and memory traffic.
+    passes: the passes of a step, for its FLOPs and memory traffic.
     """
 
     name: str
@@ -171,15 +177,15 @@ class Objective:
     refuses: Callable[[Config, DecoderSpec], str | None] = _never
     passes: Passes = ONE_OF_EACH
 
-    def reduce(self, sums: dict[str, Array]) -> dict[str, Array]:
-        """`sums` [A, ...] of the accumulated passes by each metric's reduction over passes."""
+    def reduce_passes(self, sums: dict[str, Array]) -> dict[str, Array]:
+        """`sums` [A, ...] of the accumulated passes, reduced over the passes."""
         reductions = {metric.name: metric.reduction for metric in self.metrics}
         return {
             name: jax.tree.map(reductions[name].over_passes, values)
             for name, values in sums.items()
         }
 
-    def report(self, sums: dict[str, Array], weight: Array) -> dict[str, Array]:
-        """The metrics of a step from its sums: of `reduce`, or of a single pass."""
+    def finish(self, sums: dict[str, Array], weight: Array) -> dict[str, Array]:
+        """The metrics of a step. sums: the result of `reduce_passes`, or the sums of one pass."""
         reductions = {metric.name: metric.reduction for metric in self.metrics}
         return {name: reductions[name].finish(value, weight) for name, value in sums.items()}

@@ -43,7 +43,7 @@ def cross_entropy(
     sums over chunks are float32.
 
     chunk: tokens whose logits exist at one time on a device.
-    softcap: of the logits, see lljax.attention.softcap.
+    softcap: the cap of the logits, see lljax.attention.softcap.
     update: arrays whose product is added to the logits before the cap (LoRA on the head); the sum
       of the two heads is never formed.
     """
@@ -79,8 +79,8 @@ def loss_of(
     layout: Layout | None = None,
     key: Array | None = None,
 ) -> Float[Array, ""]:
-    """`cross_entropy` under a model's head, its adapter and its cap of the logits. key: of the
-    adapter's dropout.
+    """`cross_entropy` under a model's head, its adapter and its cap of the logits. key: the
+    random key of the adapter's dropout.
     """
     return cross_entropy(hidden, targets=targets, chunk=chunk, **_head(model, hidden, layout, key))
 

@@ -143,7 +143,7 @@ def table(needs: list[Need], memory: float, host: float, title: str) -> rich.tab
 
     memory, host: bytes of a device and of the host that a program may use.
     """
-    out = rich.table.Table(title=f"{title}; GiB a device")
+    out = rich.table.Table(title=f"{title}; GiB per device")
     for column in ("stage", "parallel"):
         out.add_column(column)
     for column in ("base", "trained", "optimizer", "temporary", "peak", "host", "of the device"):
@@ -173,7 +173,7 @@ def check(
 ) -> None:
     """Refuses programs that cannot fit; a compiled one may be tried with memory.refuse=False.
 
-    layers: of the spec, for the advice.
+    layers: the layers of the spec, for the advice.
 
     Raises:
       ConfigError: a program does not fit.
@@ -207,12 +207,12 @@ def advice(config: Config, layers: tuple[LayerSpec, ...], of_host: bool = False)
 
 
 @contextlib.contextmanager
-def in_memory(
+def explain_out_of_memory(
     action: str, way_out: str, last_checkpoint: Callable[[], int | None]
 ) -> Iterator[None]:
-    """A context in which a full device, or the full pinned memory of the host, becomes one line.
+    """A context that reports a full device, or full pinned memory of the host, as a one-line error.
 
-    action: named in the message. last_checkpoint: returns its step, None without one.
+    action: the action that the message names. last_checkpoint: returns its step, None without one.
 
     Raises:
       OutOfMemory: with the way out and the last checkpoint.

@@ -23,8 +23,9 @@ def of_step(
 ) -> Flops:
     """FLOPs of one optimizer step on all devices.
 
-    model: may be abstract, with its trainable Variables marked. parts: devices that a row is spread
-    over. passes: of the objective.
+    model: may be abstract, with its trainable Variables marked.
+    parts: devices that a row is spread over.
+    passes: the passes of the objective.
     """
     T, memory = stage.length, config.memory
     rows = config.training.rows * config.training.accumulate

@@ -42,11 +42,12 @@ class Options:
 class StagePlan:
     """The plan of one stage.
 
-    need: of the step. evaluation: of an evaluation at the stage's length; None if the run has none
-      there, or if the step does not fit.
-    reason: for the context-parallel mode.
+    need: the memory of the step.
+    evaluation: the memory of an evaluation at the stage's length; None if the run has none there,
+      or if the step does not fit.
+    reason: why this context-parallel mode was chosen.
     fits: step and evaluation both fit.
-    model_flops, hardware_flops, tokens: of one optimizer step on all devices.
+    model_flops, hardware_flops, tokens: counts of one optimizer step on all devices.
     collectives: bytes that one device receives in a step, by kind of collective.
     bounds: seconds of a step by its arithmetic (at the efficiency), memory and network.
     """

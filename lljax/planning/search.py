@@ -37,7 +37,7 @@ def longest_context(
         changed.context.schedule = ((last.stop, length, last.pattern.kind),)
         return plan_stage(changed, hf_config, target, stages(changed.context)[0], options)
 
-    best, plans = _largest(plan_of, last.length, unit, 1 / 16, "tokens a row")
+    best, plans = _largest(plan_of, last.length, unit, 1 / 16, "tokens per row")
     shorter = [f"{p.stage.length:,}" for p in plans if not p.fits and p.stage.length < best]
     but = f", though {' and '.join(shorter)} did not fit" if shorter else ""
     return f"The longest context that fits, of those tried, is {best:,} tokens{but}", plans
@@ -102,7 +102,7 @@ def _largest(
     Memory is not monotone in n: a compiler may pack a longer row better. With a grain, the search
     therefore continues past the first n that does not fit until three in a row do not fit.
 
-    noun: of n, for the error.
+    noun: the noun that n counts, for the error.
     """
     tried: dict[int, StagePlan] = {}
 
@@ -139,7 +139,8 @@ def _largest(
 class _Attempts:
     """Changes of a configuration that were compiled for the stage that does not fit.
 
-    fitting: the changes that make it fit, as a user writes them. plans: of all changes.
+    fitting: the changes that make it fit, as a user writes them.
+    plans: the plans of all changes.
     """
 
     config: Config

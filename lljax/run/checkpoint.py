@@ -28,9 +28,9 @@ class Checkpoints:
     """The checkpoints of a run, in `workdir`/checkpoints: every `every_steps` steps or
     `every_minutes` minutes, the newest `keep` of them.
 
-    rollback: for a run that rolls back, see `rollback_target`; also keeps the newest target.
-    read_only: for a reader of a run that may still be going; nothing is cleaned up, moved or
-      written.
+    rollback: whether the run rolls back, see `rollback_target`; True also keeps the newest target.
+    read_only: whether only a reader of a run, which may still be going, opens them; then nothing is
+      cleaned up, moved or written.
     """
 
     def __init__(
@@ -76,10 +76,11 @@ class Checkpoints:
         )
 
     def save(
-        self, step: int, items: dict, loader_state: dict, identity: dict, *, wait: bool = False
+        self, step: int, items: dict, progress: dict, identity: dict, *, wait: bool = False
     ) -> bool:
-        """Saves named pytrees, the loader state (the same in every process) and the run's identity,
-        in the background. Returns whether it did: a step that is saved already stays as it is.
+        """Saves named pytrees, the run's progress (position in the data and rollbacks; the same in
+        every process) and its identity, in the background. Returns whether it did: a step that is
+        saved already stays as it is.
 
         The host copy is taken before this returns, so the arrays may be donated afterwards. An
         error in the background is a warning, and the next save tries again.
@@ -96,7 +97,7 @@ class Checkpoints:
         new = step not in self._manager.all_steps()
         if new:
             leaves = {name: describe(item) for name, item in items.items()}
-            note = {"identity": identity, "loader": loader_state, "leaves": leaves}
+            note = {"identity": identity, "loader": progress, "leaves": leaves}
             note |= {"checksum": checksum(note)}
             arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
             try:
@@ -156,7 +157,7 @@ class Checkpoints:
         return self._look_again(newest_of)
 
     def restore(self, like: dict, step: int | None = None) -> tuple[int, dict, dict] | None:
-        """(step, items, loader state) of the newest sound checkpoint, or of `step`; None if there
+        """(step, items, progress) of the newest sound checkpoint, or of `step`; None if there
         is no checkpoint.
 
         Newer damaged checkpoints are moved to `workdir`/damaged-checkpoint-<step>, with a warning.
@@ -234,10 +235,10 @@ class Checkpoints:
         """As `restore`, from the first sound step of `candidates`."""
         damaged: dict[int, str] = {}
         for candidate in candidates:
-            items, loader_state, reason = self._try(candidate, like)
+            items, progress, reason = self._try(candidate, like)
             if not reason:
                 self._set_aside(damaged, candidate)
-                return candidate, items, loader_state
+                return candidate, items, progress
             damaged[candidate] = reason
         if damaged:  # all of them: more likely the fault of the machine, so none is moved
             listed = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
@@ -248,7 +249,7 @@ class Checkpoints:
         return None
 
     def _try(self, step: int, like: dict) -> tuple[dict, dict, str]:
-        """(items, loader state, "") of a sound step; ({}, {}, damage) if any process finds some."""
+        """(items, progress, "") of a sound step; ({}, {}, damage) if any process finds some."""
         note: dict = {}
         restored: Any = None
         try:

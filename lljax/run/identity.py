@@ -29,7 +29,7 @@ def check_identity(saved: dict, now: dict, step: int | None = None) -> None:
         (saved.keys() | now.keys()) - {"weights"} - later,
         key=lambda field: (field == "data", field),
     ):
-        old, new = (json.loads(json.dumps(identity.get(field))) for identity in (saved, now))
+        old, new = (json.loads(json.dumps(values.get(field))) for values in (saved, now))
         longer = field == "context.schedule" and lengthens(old, new)
         if old == new or longer and old[-1][0] == step:
             continue

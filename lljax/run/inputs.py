@@ -30,7 +30,8 @@ def read_documents(
 ) -> Documents:
     """The tokens of the documents, from the cache in `workdir`/data or tokenized into it.
 
-    fingerprint: of the tokenizer. vocabulary: tokens of the model.
+    fingerprint: the fingerprint of the tokenizer.
+    vocabulary: the number of tokens that the model has.
 
     Raises:
       DataError: a file cannot be read, or too many rows are unusable.

@@ -35,18 +35,18 @@ def train(
     *,
     model: Decoder | None = None,
     profile_steps: range | None = None,
-    examiner: Callable | None = None,
+    make_eval_hook: Callable | None = None,
     observers: Sequence[Observer] = (),
     devices: Sequence[Any] | None = None,
 ) -> Decoder:
     """Runs `config` in `workdir`, or resumes the run there; returns the trained model.
 
     model: a model of this configuration with its values (lljax.prepare_model); None reads the base.
-      Its arrays are given away: use the model that is returned.
+      Its arrays are donated; use the returned model.
     profile_steps: steps to trace, see lljax.run.profile.
-    examiner: lljax.evaluation.eval_hook.make_eval_hook, which `training.eval_tasks` needs.
+    make_eval_hook: lljax.evaluation.eval_hook.make_eval_hook, which `training.eval_tasks` needs.
     observers: called after the default ones, see lljax.run.observer.
-    devices: to train on; None for all.
+    devices: the devices to train on; None for all.
 
     Raises:
       ConfigError, ModelError, DataError: something that the user gave cannot be used; or another
@@ -61,7 +61,7 @@ def train(
         Path(workdir),
         model=model,
         profile_steps=profile_steps,
-        examiner=examiner,
+        make_eval_hook=make_eval_hook,
         observers=observers,
         devices=devices,
     ).train()
@@ -101,14 +101,14 @@ class Run(Setup):
         self.loader = inputs.open_loader(
             self.documents.train, self.config, stage, self.mesh, self.prepared.objective.fields
         )
-        if self.loader_state.get("stage") == stage.number:
-            self.loader.set_state(self.loader_state["state"])
+        if self.progress.get("stage") == stage.number:
+            self.loader.set_state(self.progress["state"])
         self.batch = next(self.loader)
         while self.step < stage.stop:
             self.take_step(stage)
 
     def take_step(self, stage: Stage) -> None:
-        self.loader_state = {
+        self.progress = {
             "stage": stage.number,
             "state": self.loader.get_state(),
             "rollbacks": self.rollbacks,
@@ -122,7 +122,7 @@ class Run(Setup):
             self.observers.say(f"step {self.step}: {trouble}")
             if self.handle_trouble(stage, metrics, trouble):
                 return
-        self.leave_if_asked()
+        self.stop_if_asked()
         self.save_if_due()
         self.evaluate_if_due(stage.length)
 
@@ -134,7 +134,7 @@ class Run(Setup):
         start, waited = time.monotonic(), 0.0
         with (
             mark_step(self.step + 1),
-            self.in_memory(
+            self.explain_out_of_memory(
                 f"step {self.step + 1}, stage {stage.label}",
                 fit.advice(self.config, self.prepared.spec.layers),
             ),
@@ -166,12 +166,13 @@ class Run(Setup):
     def read_batch(self, loss: Any) -> float:
         """Reads the next batch; returns the seconds that the device waited for it.
 
-        A batch that is there before the device is done, and with it `loss`, delays nothing.
+        If the device is still computing (`loss` is not ready), no time was lost.
         """
         start = time.monotonic()
         with mark_data():
             self.batch = next(self.loader)
-        return (time.monotonic() - start) * loss.is_ready()
+        seconds = time.monotonic() - start
+        return seconds if loss.is_ready() else 0.0
 
     def record(self, stage: Stage, metrics: dict, speed: dict) -> dict:
         """The line of metrics.jsonl for a step."""
@@ -192,18 +193,18 @@ class Run(Setup):
         """Rolls back after a bad step, or stops the run, as `config.alarm` says; returns whether it
         rolled back.
         """
-        alarm, target, again = self.config.alarm, None, 0
+        alarm, target, earlier_rollbacks = self.config.alarm, None, 0
         if self.rolls_back and metrics["spike"]:
             target = self.checkpoints.rollback_target(stage.start)
-            again = sum(rollback["to"] == target for rollback in self.rollbacks)
-        exhausted = target is not None and again >= alarm.max_bad_steps
+            earlier_rollbacks = sum(rollback["to"] == target for rollback in self.rollbacks)
+        exhausted = target is not None and earlier_rollbacks >= alarm.max_bad_steps
         if target is not None and not exhausted:
             if self.step == stage.stop:
                 self.batch = next(self.loader)
             self.roll_back(stage.start, metrics)
             return True
         if exhausted or alarms.stops(metrics, alarm):
-            self.leave(
+            self.save_and_stop(
                 NumericAbort(
                     f"step {self.step}: {trouble}; the state is saved in "
                     f"{self.checkpoints.folder}: the same command goes on after it; a lower "
@@ -218,11 +219,13 @@ class Run(Setup):
         """
         like = jax.tree.map(abstract, to_items(self.state))
         del self.state  # makes room for the restored one
-        with self.in_memory(f"going back from step {self.step}", "spread it over more devices"):
+        with self.explain_out_of_memory(
+            f"going back from step {self.step}", "spread it over more devices"
+        ):
             target, items = self.checkpoints.roll_back(like, since)
-        bad_step = {"to": target, "from": self.step}
-        bad_step |= {name: metrics[name] for name in alarms.SPIKE}
-        self.rollbacks = [*self.rollbacks, bad_step]
+        rollback = {"to": target, "from": self.step}
+        rollback |= {name: metrics[name] for name in alarms.SPIKE}
+        self.rollbacks = [*self.rollbacks, rollback]
         self.observers.rollback(target)
         self.observers.say(
             f"step {self.step}: back to step {target}, and on with the batches after this one's"
@@ -230,7 +233,7 @@ class Run(Setup):
         self.step, self.state = target, from_items(items)
         self.observers.heartbeat(self.step)
 
-    def leave_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
         """Saves and ends the run if a signal or a failed observer asks for it. Called after every
         step, held-out batch and evaluation example.
         """
@@ -240,9 +243,9 @@ class Run(Setup):
             stopped = Stopped(
                 f"after step {self.step}, state saved: the same command goes on from there"
             )
-            self.leave(self.observers.failure or stopped)
+            self.save_and_stop(self.observers.failure or stopped)
 
-    def leave(self, error: Exception) -> NoReturn:
+    def save_and_stop(self, error: Exception) -> NoReturn:
         self.save(wait=True)
         self.checkpoints.close()
         raise error
@@ -255,7 +258,7 @@ class Run(Setup):
         """Saves the state; `wait` returns when it is on disk."""
         self.lock.check()
         if self.checkpoints.save(
-            self.step, to_items(self.state), self.loader_state, self.identity, wait=wait
+            self.step, to_items(self.state), self.progress, self.identity, wait=wait
         ):
             self.observers.checkpoint(self.step)
         self.observers.heartbeat(self.step)
@@ -273,17 +276,17 @@ class Run(Setup):
 
     def evaluate(self, length: int) -> None:
         """Evaluates on held-out rows of `length` tokens, and on `training.eval_tasks`."""
-        with self.in_memory(
+        with self.explain_out_of_memory(
             f"evaluation of {length:,} tokens after step {self.step}",
             "lower memory.loss_chunk, or spread it over more devices",
         ):
             values = self.held_out_scores(length)
-            if self.examine:
-                values |= self.examine(
+            if self.eval_hook:
+                values |= self.eval_hook(
                     nnx.merge(self.graphdef, self.state.trainable, self.frozen),
                     self.step,
                     Layout(self.mesh) if self.mesh.size > 1 else None,
-                    self.leave_if_asked,
+                    self.stop_if_asked,
                 )
         if values:
             self.observers.evaluation(self.step, values)
@@ -297,7 +300,7 @@ class Run(Setup):
         """The objective's scores over the held-out rows, in full attention, such as
         {"loss@4096": 2.1}; empty if they have no token to predict.
 
-        A run that leaves meanwhile evaluates when it resumes.
+        If the run is stopped here, it evaluates after resuming.
         """
         program, objective = self.prepared.evaluations[length], self.prepared.objective
         totals: dict[str, float] = {}
@@ -309,7 +312,7 @@ class Run(Setup):
             sums, weight = program.compile()(self.state.trainable, self.frozen, batch)
             totals = {name: totals.get(name, 0.0) + float(x) for name, x in sums.items()}
             count += weight.item()
-            self.leave_if_asked()
+            self.stop_if_asked()
         if not count:
             return {}
         scores = objective.scores({name: total / count for name, total in totals.items()})

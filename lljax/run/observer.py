@@ -27,8 +27,8 @@ class RunInfo:
 class Observer:
     """The base class of observers; a subclass overrides the methods that it needs.
 
-    Every process of a run calls its own observers: write files in one of them only, the `first()`
-    of lljax.parallel.processes.
+    Every process of a run calls its own observers: write files in one of them only, the process
+    whose `lljax.parallel.processes.is_first()` is true.
 
     An exception in an observer that was passed to `train` is a request to stop: after the current
     step, batch or rollback the run saves its state, closes its observers and raises the exception.

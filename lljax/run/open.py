@@ -45,8 +45,10 @@ class NamedModel:
 class ComparedModels:
     """The models to compare, the trained one last.
 
-    base: of all of them. extended: the spec of the last model, which reads the most tokens.
-    dtype: of the computation. layout: of the last model, see lljax.build.generation_layout.
+    base: the base of all of them.
+    extended: the spec of the last model, which reads the most tokens.
+    dtype: the dtype of the computation.
+    layout: the layout of the last model, see lljax.build.generation_layout.
     """
 
     base: Any

@@ -1,5 +1,5 @@
 """Prepares and compiles the programs of a run before it reads weights, and refuses a run that
-does not fit.
+does not fit. The programs themselves are built by lljax.training.prepare.
 """
 
 import logging
@@ -95,7 +95,7 @@ def check_finite(trainable: nnx.State, source: str) -> None:
     """Refuses to begin with a value that is not finite: no step would be good, and it would be
     saved.
 
-    source: of the values, for the message.
+    source: where the values come from, for the message.
     """
     fine = jax.jit(lambda tree: jax.tree.map(finite, tree))(trainable)
     for path, is_finite in jax.tree_util.tree_leaves_with_path(fine):

@@ -28,8 +28,8 @@ def restore_run(
 ) -> tuple[Config, Decoder, Any]:
     """Returns (config, model, base) of a run, with the values of its newest checkpoint.
 
-    step: of the checkpoint, in place of the newest.
-    layout: of the model, whatever mesh it was trained on; None for one device.
+    step: the step of the checkpoint; None for the newest.
+    layout: the layout of the model, whatever mesh it was trained on; None for one device.
 
     Raises:
       ConfigError: the folder holds no run or no such checkpoint; or the base, its tokenizer or its

@@ -36,16 +36,24 @@ class Setup:
     """A run up to its first step: `open`, `prepare`, `restore`, `compile`, `read_weights`, in this
     order. The arguments are the arguments of lljax.run.loop.train.
 
+    Every method sets attributes that later ones and lljax.run.loop.Run read:
+      open: mesh, base, fingerprints, eval_hook, documents, curriculum, statistics.
+      prepare: model, prepared, learning_rate, counts, device_kind, device, flops.
+      restore: identity, rolls_back, checkpoints, saved, restored, step, progress, rollbacks.
+      read_weights: graphdef, frozen, state; it gives up model and restored.
+
     step: optimizer steps done.
-    state: after them.
-    loader_state: the position in the data after them, with the rollbacks so far; the same in every
-      process.
-    rollbacks: of the run so far, see Observer.step.
+    state: the train state after `step` steps.
+    progress: the position in the data after `step` steps, with the rollbacks so far; the same in
+      every process.
+    rollbacks: the rollbacks so far, see Observer.step.
+    counts: parameters and trainable parameters. device: the chip, None if its peak is not known.
+    flops: model FLOPs of a step, by stage. saved: the identity in the newest checkpoint.
     """
 
     step: int
     state: TrainState
-    loader_state: dict
+    progress: dict
     rollbacks: list[dict]
 
     default_observers: Sequence[type[Observer]] = DEFAULT_OBSERVERS
@@ -57,7 +65,7 @@ class Setup:
         *,
         model: Decoder | None = None,
         profile_steps: range | None = None,
-        examiner: Callable | None = None,
+        make_eval_hook: Callable | None = None,
         observers: Sequence[Observer] = (),
         devices: Sequence[Any] | None = None,
     ):
@@ -70,7 +78,11 @@ class Setup:
                 f"step {self.total_steps}"
             )
         self.model, self.given_model = model, model is not None
-        self.profile_steps, self.examiner, self.devices = profile_steps, examiner, devices
+        self.profile_steps, self.make_eval_hook, self.devices = (
+            profile_steps,
+            make_eval_hook,
+            devices,
+        )
         self.observers = Observers(self.default_observers, observers)
 
     def open(self) -> None:
@@ -90,10 +102,10 @@ class Setup:
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "special_tokens": special_tokens(tokenizer),
         }
-        self.examine = None
+        self.eval_hook = None
         if config.training.eval_tasks:
-            assert self.examiner is not None, "training.eval_tasks needs an examiner"
-            self.examine = self.examiner(config, self.base, tokenizer, self.workdir)
+            assert self.make_eval_hook is not None, "training.eval_tasks needs make_eval_hook"
+            self.eval_hook = self.make_eval_hook(config, self.base, tokenizer, self.workdir)
         self.documents = inputs.read_documents(
             config,
             self.workdir,
@@ -143,26 +155,29 @@ class Setup:
         self.identity = identity_of(config, **self.fingerprints, data=self.documents.fingerprint)
         self.rolls_back = config.alarm.spike == "rollback"
         self.checkpoints = Checkpoints(self.workdir, **config.checkpoint, rollback=self.rolls_back)
-        self.step, self.loader_state, self.rollbacks = 0, {}, []
+        self.step, self.progress, self.rollbacks = 0, {}, []
         self.restored: TrainState | None = None
         self.saved = self.checkpoints.identity()
         if self.saved is not None:
             check_identity(self.saved, self.identity, self.checkpoints.newest())
             like = jax.tree.map(abstract, to_items(self.prepared.state))
-            with self.in_memory("restoring the checkpoint", "spread it over more devices"):
+            with self.explain_out_of_memory(
+                "restoring the checkpoint", "spread it over more devices"
+            ):
                 restored = self.checkpoints.restore(like)
             assert restored is not None, "there is a checkpoint: its identity was read"
-            self.step, items, self.loader_state = restored
-            self.restored, self.rollbacks = from_items(items), self.loader_state["rollbacks"]
+            self.step, items, self.progress = restored
+            self.restored, self.rollbacks = from_items(items), self.progress["rollbacks"]
             logging.info("resumed at step %d", self.step)
             if lengthens(self.saved["context.schedule"], self.identity["context.schedule"]):
                 self.log_longer_schedule(self.saved["context.schedule"][-1][0])
-        # Only now: export and evaluation go by these, and the folder may be another run's.
+        # Written only after the identity check: the folder may belong to another run, whose files
+        # export and evaluation read.
         workdirs.write_json(self.workdir / "config.json", json.loads(config.to_json_best_effort()))
-        workdirs.write_json(self.workdir / "run.json", self.facts())
+        workdirs.write_json(self.workdir / "run.json", self.run_json())
         workdirs.write_json(self.workdir / "data_statistics.json", self.statistics)
 
-    def facts(self) -> dict:
+    def run_json(self) -> dict:
         """The content of run.json."""
         return self.counts | {
             "devices": self.mesh.devices.size,
@@ -187,14 +202,16 @@ class Setup:
 
     def compile(self) -> None:
         """Compiles the steps and evaluations that remain; refuses a run that does not fit."""
-        over = self.step == self.total_steps and workdirs.is_evaluated(self.workdir, self.step)
-        to_come = [stage for stage in self.curriculum if self.step <= stage.stop]
+        finished = self.step == self.total_steps and workdirs.is_evaluated(self.workdir, self.step)
+        remaining = [stage for stage in self.curriculum if self.step < stage.stop]
+        # A stage that has just ended may still need its evaluation.
+        to_evaluate = [stage for stage in self.curriculum if self.step <= stage.stop]
         compile_programs(
             self.prepared,
             self.config,
             self.mesh,
-            [stage for stage in self.curriculum if self.step < stage.stop],
-            [] if over else fit.evaluation_lengths(self.config, to_come),
+            remaining,
+            [] if finished else fit.evaluation_lengths(self.config, to_evaluate),
         )
 
     def read_weights(self) -> None:
@@ -205,7 +222,7 @@ class Setup:
             weights = checksums(model, self.base)
             parts = split(config, model, self.mesh)
         else:
-            with self.in_memory("reading the weights", "spread them over more devices"):
+            with self.explain_out_of_memory("reading the weights", "spread them over more devices"):
                 weights = fill(model, config, self.base, self.mesh)
                 parts = split(config, model, self.mesh)
         self.identity["weights"] = weights
@@ -236,14 +253,14 @@ class Setup:
             profile_steps=self.profile_steps,
         )
 
-    def in_memory(self, action: str, way_out: str) -> contextlib.AbstractContextManager:
-        """A context that turns a full memory into one line, see lljax.planning.fit."""
+    def explain_out_of_memory(self, action: str, way_out: str) -> contextlib.AbstractContextManager:
+        """A context that reports out-of-memory as a one-line error, see lljax.planning.fit."""
 
         def last_checkpoint() -> int | None:
             self.checkpoints.settle()
             return self.checkpoints.newest()
 
-        return fit.in_memory(action, way_out, last_checkpoint)
+        return fit.explain_out_of_memory(action, way_out, last_checkpoint)
 
 
 def _learning_rate(config: Config, steps: int) -> Callable[[int], float]:

@@ -35,7 +35,7 @@ class State(NamedTuple):
 
 
 def scale_by_adam_8bit(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` whose state takes two bytes a weight; its arithmetic is float32."""
+    """`optax.scale_by_adam` whose state takes two bytes per weight; its arithmetic is float32."""
 
     def init(params: optax.Params):
         return State(jnp.int32(0), zeros(params, jnp.int8), zeros(params, jnp.uint8))

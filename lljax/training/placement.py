@@ -34,8 +34,8 @@ def layout_of(
     process; and the reason for its mode.
 
     wanted: `mesh.context_parallel`.
-    bytes_per: of a value of the keys.
-    memory: bytes of a device. Gathered keys and values may take a sixteenth of it: with their
+    bytes_per: bytes per value of the keys.
+    memory: bytes per device. Gathered keys and values may take a sixteenth of it: with their
       gradients and copies in the order of a kernel they exist about five times.
 
     Raises:

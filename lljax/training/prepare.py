@@ -1,11 +1,12 @@
 """Model, layouts, training step and evaluation, built and compiled in one place, so that a plan
-compiles the programs that a run executes.
+compiles the programs that a run executes. `prepare_step` builds the programs; lljax.run.programs
+compiles those of one run and refuses a run that does not fit.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ from lljax.training.step import StepSettings, make_evaluate, make_step, step_set
 class Program:
     """A step of a stage, or an evaluation, before and after it is compiled.
 
-    label: for tables and messages, such as "8,192 shifted".
-    reason: for the context-parallel mode of the layout.
+    label: its name in tables and messages, such as "8,192 shifted".
+    reason: why this context-parallel mode was chosen.
     length: tokens of a row.
     batch: abstract arrays [A, B, T].
     trains: True for a step, which is called with (state, frozen, batch) and returns (state,
@@ -64,9 +65,11 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A run before its first step. state, frozen: abstract if the model was.
+    """A run before its first step.
 
-    steps: by the number of the stage. evaluations: by the length of their rows, in full attention.
+    state, frozen: abstract if the model is abstract.
+    steps: the step of every stage, by the number of the stage.
+    evaluations: in full attention, by the length of their rows.
     """
 
     spec: DecoderSpec
@@ -91,8 +94,8 @@ def prepare_step(
     """Prepares the steps of `stages` and the evaluations on rows of `evaluation_lengths`. Nothing
     is compiled before `Program.compile`.
 
-    model: of this configuration, abstract or with values; None builds an abstract one.
-    memory: bytes of a device, which choose the context-parallel mode.
+    model: a model of this configuration, abstract or with values; None builds an abstract one.
+    memory: bytes per device, used to choose the context-parallel mode.
     stages: None for all stages of the configuration.
 
     Raises:
@@ -135,7 +138,8 @@ class _Programs:
         step, state = make_step(self.parts, self.settings), self.parts.state
 
         def program(stage: curriculum.Stage) -> Program:
-            return self._program(stage.label, stage.pattern, stage.length, step, state)
+            lower = functools.partial(step.lower, state)
+            return self._program(stage.label, stage.pattern, stage.length, lower, trains=True)
 
         return {stage.number: program(stage) for stage in stages}
 
@@ -145,14 +149,16 @@ class _Programs:
 
         def program(length: int) -> Program:
             pattern = KINDS["full"](self.config.context, length, ())
-            return self._program(f"evaluation of {length:,}", pattern, length, evaluate, trainable)
+            lower = functools.partial(evaluate.lower, trainable)
+            label = f"evaluation of {length:,}"
+            return self._program(label, pattern, length, lower, trains=False)
 
         return {length: program(length) for length in lengths}
 
     def _program(
-        self, label: str, pattern: AttentionPattern, length: int, function: Any, first: Any
+        self, label: str, pattern: AttentionPattern, length: int, lower: Callable, *, trains: bool
     ) -> Program:
-        """function, first: the jitted function, and the first of its arguments."""
+        """lower: (frozen, batch, pattern, layout) -> the traced program. trains: see `Program`."""
         layout, reason = layout_of(
             self.mesh,
             self.config.mesh.context_parallel,
@@ -163,7 +169,6 @@ class _Programs:
             memory=self.memory,
         )
         training, frozen = self.config.training, self.parts.frozen
-        trains = isinstance(first, TrainState)
         passes = training.accumulate if trains else 1
         batch = abstract_batch(
             passes, training.rows, length, self.mesh, self.settings.objective.fields
@@ -176,5 +181,5 @@ class _Programs:
             length=length,
             batch=batch,
             trains=trains,
-            lower=lambda: function.lower(first, frozen, batch, pattern, layout),
+            lower=lambda: lower(frozen, batch, pattern, layout),
         )

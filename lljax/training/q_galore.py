@@ -57,7 +57,8 @@ class Leaf(NamedTuple):
 def q_galore(optimizer: Config, steps: int, groups: nnx.State, dtype: jnp.dtype) -> Rule:
     """The rule of `optimizer.name` "q_galore", for trainable leaves whose matrices are quantized.
 
-    groups: as of `lljax.training.optimizer.groups_of`. dtype: of the compute.
+    groups: the result of `lljax.training.optimizer.groups_of`.
+    dtype: the dtype of the computation.
 
     The norm that a step reports and clips is the norm of the gradient in the subspaces.
     """
@@ -68,7 +69,7 @@ def q_galore(optimizer: Config, steps: int, groups: nnx.State, dtype: jnp.dtype)
 
 @dataclasses.dataclass(frozen=True)
 class _QGalore:
-    """optimizer: `config.optimizer`. roles: of every trainable leaf, a pytree like them."""
+    """optimizer: `config.optimizer`. roles: the role of every trainable leaf, a pytree."""
 
     optimizer: Config
     steps: int

@@ -17,7 +17,8 @@ from lljax.config import Config, warmup_steps
 class StepGradients:
     """The gradients of a step, in float32, with their global norm.
 
-    ok: bool, whether to apply them. key: for random numbers.
+    ok: bool, whether to apply them.
+    key: the random key of the rule.
     """
 
     values: Any

@@ -123,7 +123,12 @@ class _Step:
 
         def gradient(bind: Callable, x: Any):
             (loss, sums), grads = accumulate(
-                lambda x, *rest: loss_of(bind(x), *rest), x, frozen, batch, key, objective.reduce
+                lambda x, *rest: loss_of(bind(x), *rest),
+                x,
+                frozen,
+                batch,
+                key,
+                objective.reduce_passes,
             )
             return (loss / weight, sums), jax.tree.map(
                 lambda g: (g / weight).astype(g.dtype), grads
@@ -159,7 +164,7 @@ class _Step:
             "skipped": ~applied,
             "bad": new.bad,
         }
-        return new, metrics | objective.report(sums, weight)
+        return new, metrics | objective.finish(sums, weight)
 
 
 def _alarm(

@@ -44,7 +44,7 @@ def test_a_row_is_all_that_a_command_takes(monkeypatch, capsys):
     monkeypatch.setitem(
         COMMANDS,
         "toy",
-        Command(module="toy_command", help="a toy", before=lambda: called.append("before")),
+        Command(module="toy_command", help="a toy", setup=lambda: called.append("before")),
     )
     main(["toy", "--flag"])
     run("toy", "--other")

@@ -120,7 +120,7 @@ def test_a_run_records_what_its_tasks_say(run_config, tmp_path):
         run_config.training.eval_rows,
         run_config.training.eval_every,
     ) = TASKS[:1], 2, 4
-    loop.train(run_config, tmp_path, examiner=make_eval_hook)
+    loop.train(run_config, tmp_path, make_eval_hook=make_eval_hook)
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     told = {each["step"]: each["eval"] for each in told if "eval" in each}
     assert sorted(told) == [4, 8] and all("passkey/tokens@512" in each for each in told.values())

@@ -166,7 +166,7 @@ def test_a_device_that_runs_out_of_memory_is_one_line_and_another_failure_is_lef
             pytest.raises(
                 OutOfMemory, match=f"a step: .*34359738368 bytes.*: a way out; {told}"
             ) as raised,
-            fit.in_memory("a step", "a way out", saved),
+            fit.explain_out_of_memory("a step", "a way out", saved),
         ):
             full()
         assert raised.value.exit_code == 71 and "\n" not in str(raised.value)
@@ -175,7 +175,7 @@ def test_a_device_that_runs_out_of_memory_is_one_line_and_another_failure_is_lef
             OutOfMemory,
             match="a step: the host is out of memory for residuals .*: raise XLA_PJRT_GPU_HOST_",
         ),
-        fit.in_memory("a step", "a way out", lambda: None),
+        fit.explain_out_of_memory("a step", "a way out", lambda: None),
     ):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Out of host memory while trying to allocate 96.00GiB with "
@@ -183,7 +183,7 @@ def test_a_device_that_runs_out_of_memory_is_one_line_and_another_failure_is_lef
         )
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
-        fit.in_memory("a step", "rest", lambda: None),
+        fit.explain_out_of_memory("a step", "rest", lambda: None),
     ):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
