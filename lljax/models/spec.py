@@ -132,7 +132,7 @@ class DecoderSpec:
     @property
     def scale(self) -> float:
         """The factor of attention scores."""
-        if self.mla and self.rope.type != "default" and self.rope.mscale_all_dim:
+        if self.mla and rope.KINDS[self.rope.type].scales and self.rope.mscale_all_dim:
             return self.H**-0.5 * rope.yarn_magnitude(self.rope, self.rope.mscale_all_dim) ** 2
         return self.H**-0.5 if self.attention_scale is None else self.attention_scale
 

@@ -130,7 +130,7 @@ def _check_rope(spec: RopeSpec, head_dim: int) -> None:
             f"config.json: partial_rotary_factor={spec.partial} rotates {rotary} of "
             f"head_dim={head_dim} dimensions, and RoPE rotates pairs"
         )
-    for name in ("short_factor", "long_factor") if spec.type == "longrope" else ():
+    for name in rope.KINDS[spec.type].lists:
         if (entries := len(getattr(spec, name))) != rotary // 2:
             raise ModelError(
                 f"config.json: {name} has {entries} entries; head_dim={head_dim} needs "
