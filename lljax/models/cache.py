@@ -43,7 +43,7 @@ def empty_cache(spec: DecoderSpec, B: int, S: int, dtype: Any = jnp.float32) -> 
 
     return Cache(
         states=tuple(
-            state(layer, times) for _, places, times in repeats(spec.layers) for layer in places
+            state(layer, times) for _, pattern, times in repeats(spec.layers) for layer in pattern
         ),
         segments=jnp.zeros((B, S), jnp.int32),
         positions=jnp.zeros((B, S), jnp.int32),

@@ -457,7 +457,7 @@ def test_twice_the_length_is_the_same_kind_with_twice_the_factor(kind):
             RopeSpec(),
             "llama3",
             "auto",
-            "extends a base with llama3 frequencies, and this base has 'default': use linear or dynamic or yarn",
+            "a base with llama3 frequencies, and .* 'default': use linear or dynamic or yarn",
         ),
         (
             LLAMA3,
@@ -477,7 +477,7 @@ def test_twice_the_length_is_the_same_kind_with_twice_the_factor(kind):
             9.0,
             "9.0 stretches 2048 tokens to 18432.*context.length=20000.* 10",
         ),
-        (LINEAR, "dynamic", "auto", "context.rope.type='dynamic' extends.*'linear': use linear or yarn"),
+        (LINEAR, "dynamic", "auto", "type='dynamic' extends.*'linear': use linear or yarn"),
     ],
 )
 def test_what_cannot_be_asked_of_context_rope(base, type, factor, named):
