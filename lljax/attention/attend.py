@@ -27,8 +27,8 @@ def _serves_all(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOption
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """Either a forward/backward pair, whose partial results ring attention can merge, or one function
-    `whole` that jax differentiates.
+    """Either a forward/backward pair, whose partial results ring attention can merge, or one
+    function `whole` that jax differentiates.
 
     forward(q, k, v, mask, *, scale, softcap) -> (out, lse [B, T, N]).
     backward(q, k, v, mask, results of forward, d_out, *, scale, softcap, dtype) -> (dq, dk, dv).
@@ -107,9 +107,12 @@ def refusal(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -
 
 
 def check_platform(name: str, platform: str) -> None:
-    """Raises UnsupportedAttention if the implementation does not run on `platform` (cpu | gpu | tpu).
+    """Refuses an implementation that does not run on `platform` (cpu | gpu | tpu).
 
     name: "auto" or a key of `IMPLEMENTATIONS`.
+
+    Raises:
+      UnsupportedAttention: it does not run there, or does not exist.
     """
     if name != "auto":
         _refuse(name, _platform_refusal(name, platform))
