@@ -313,7 +313,8 @@ def load_base(
 ) -> Decoder:
     """The base alone under `spec`, to compare with or to generate from.
 
-    quantize, matmul: as `model.quantize` and `model.matmul`. layout: its devices; None for one.
+    quantize, matmul: values of `model.quantize` and `model.matmul`. layout: the layout of the model;
+    None for one device.
     """
     model = Decoder(spec)
     _set_matmul(model, matmul)

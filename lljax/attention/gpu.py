@@ -75,8 +75,8 @@ def backward(
 
     The results may be of attention over more keys than `k`: gradients over parts of the keys then
     add up to the whole.
-    dtype: of the gradients, rounded once, after float32 sums; float32 if parts are still to be
-      summed.
+    dtype: the dtype of the gradients, rounded once, after float32 sums; float32 if parts are still
+      to be summed.
     """
     call = Call(q, k, v, mask, blocks=backward_blocks(q.shape[3], q.dtype), interpret=interpret)
     out, lse = results

@@ -87,7 +87,7 @@ def serve_command(
 ) -> str:
     """A comment with the command that serves `path`.
 
-    tokenizer_length: of a tokenizer that is not part of the export.
+    tokenizer_length: the longest text of a tokenizer that is not part of the export, in tokens.
     """
     entries = rope_to_hf(spec)
     reach = min(entries["max_position_embeddings"], tokenizer_length or spec.max_length)

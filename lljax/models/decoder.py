@@ -91,16 +91,16 @@ class Decoder(nnx.Module):
     ):
         """The hidden states [B, T, D] that `head` turns into logits.
 
-        positions: of each token in its document, from 0 on in each document of a packed row.
+        positions: position of each token in its document: 0, 1, 2 ... in each document of a row.
         segments: document of each token, 0 for padding; None for one document per row.
         index: index of each token in its row, which may come in any order; None for 0, 1, 2 ...
         layout: how all arrays lie on a mesh; None for one device. memory: see Memory.
-        dtype: of the residual and the compute; None for the dtype of the weights.
+        dtype: the dtype of the residual and the compute; None for the dtype of the weights.
         cache: the tokens continue the tokens in it, and (hidden, cache) is returned.
         rope_length: positions in use, for a RoPE kind that depends on it; None for the largest
           position + 1.
         neftune_alpha: noise on the embeddings, see `neftune_noise`; none without a dropout key.
-        counted: for a model with experts, the tokens whose routing is counted. (hidden, load) is
+        counted: the tokens whose routing is counted, if the model has experts. (hidden, load) is
           returned, load float32 [layers with experts, 2, E]: how many tokens chose each expert, and
           the sum of its probabilities (lljax.models.router).
         """
@@ -162,7 +162,7 @@ class Decoder(nnx.Module):
 
     def row_flops(self, T: int, pattern: AttentionPattern) -> list[RowFlops]:
         """Products between the T tokens of a row of one document, of each layer."""
-        counts = [times for _, pattern, times in repeats(self.spec.layers) for _ in pattern]
+        counts = [times for _, layers, times in repeats(self.spec.layers) for _ in layers]
         return [
             flops
             for layer, count in zip(self.layers, counts, strict=True)
@@ -282,7 +282,7 @@ def neftune_noise(x: Float[Array, "B T D"], alpha: float, key: jax.Array) -> Flo
     arXiv 2310.05914.
 
     T is the length of the row, padding and packed documents included, as in transformers and TRL.
-    key: of the dropout of the whole model.
+    key: the dropout key of the whole model.
     """
     key = jax.random.fold_in(key, zlib.crc32(b"noise"))
     bound = alpha / math.sqrt(x.shape[1] * x.shape[2])

@@ -44,8 +44,8 @@ def rematerialized(layer: Layer, memory: Memory, *, name: str = RESIDUAL, pieces
     """`layer` with a backward pass that keeps the values of `memory.remat` and computes the rest
     again.
 
-    name: of the residual; a layer inside another one needs a different name, or the outer one keeps
-    both. pieces: number of arrays in which a residual goes to the host.
+    name: the name of the residual; a layer inside another one needs a different name, or the outer
+    one keeps both. pieces: number of arrays in which a residual goes to the host.
     """
     if memory.remat == "none":
         return layer

@@ -72,7 +72,8 @@ def _unchanged(spec: DecoderSpec, entries: dict) -> dict:
 class Family:
     """Everything that is particular to a family.
 
-    model_type: as in config.json. architecture: the class of transformers that an export names.
+    model_type: its name in config.json.
+    architecture: the class of transformers that an export names.
     defaults: fields of config.json, as the config class of transformers sets them if they are
       absent; CONFIG_DEFAULTS holds for all families.
     decoder(c): the fields of DecoderSpec that differ from their defaults. Sizes, RoPE, norm_eps and

@@ -36,7 +36,7 @@ CONFIG_CHECKS = (
         "torch_dtype": DTYPE,
     }
 )
-CONFIG_DEFAULTS = {"rms_norm_eps": 1e-6}  # of every family that has no other
+CONFIG_DEFAULTS = {"rms_norm_eps": 1e-6}  # for families that define no other
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # our name: HF's name
 
 

@@ -26,8 +26,8 @@ class State(Protocol):
     """
 
     def write(self, update: Self, start: Int[Array, ""] | int) -> Self:
-        """The state of all layers after the tokens from slot `start` on. update: from `mix`, with
-        an axis of layers in front.
+        """The state of all layers after the tokens from slot `start` on. update: the updates that
+        `mix` returned, with an axis of layers in front.
         """
         ...
 
@@ -112,6 +112,6 @@ class Mixer(Protocol):
     @staticmethod
     def abstract_state(spec: DecoderSpec, layer: LayerSpec, B: int, S: int, dtype: Any) -> State:
         """The state of one layer for B rows of S tokens, of `jax.ShapeDtypeStruct`s; it starts as
-        zeros. dtype: of arrays that grow with S; int8 for eight bits and scales.
+        zeros. dtype: the dtype of arrays that grow with S; int8 for eight bits and scales.
         """
         ...
