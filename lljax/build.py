@@ -313,8 +313,8 @@ def load_base(
 ) -> Decoder:
     """The base alone under `spec`, to compare with or to generate from.
 
-    quantize, matmul: values of `model.quantize` and `model.matmul`. layout: the layout of the model;
-    None for one device.
+    quantize, matmul: values of `model.quantize` and `model.matmul`. layout: how the model lies on
+    a mesh; None for one device.
     """
     model = Decoder(spec)
     _set_matmul(model, matmul)
