@@ -79,10 +79,10 @@ class Family:
     decoder(c): the fields of DecoderSpec that differ from their defaults. Sizes, RoPE, norm_eps and
       tied are read for all families alike (lljax.models.families.from_config); without `layers`,
       every layer has full attention and an MLP.
-    checks: the values that fields of config.json may hold, beside CONFIG_CHECKS.
+    checks: the values that fields of config.json may hold, besides CONFIG_CHECKS.
     ropes(c): the config.json that each RoPE of the decoder is read from, the one to stretch first.
     rope_to_hf(spec, entries): the config.json entries of the RoPE, from the usual ones
-      (lljax.models.rope.to_hf). rope_fields: their names, beside the usual ones.
+      (lljax.models.rope.to_hf). rope_fields: their names, besides the usual ones.
     rope_kinds: the kinds of RoPE that transformers loads a stretched model with.
     peft_experts: PEFT loads adapters of single experts.
     gguf: its GGUF files; None if they are not read.

@@ -216,7 +216,7 @@ class Kind:
 
     frequencies(spec, H, length): the formula. by_length: it depends on the length of the sequence,
       and rows of different lengths cannot share a batch in generation.
-    scales: False if it has no fields beside theta and the rotary share.
+    scales: False if it has no fields besides theta and the rotary share.
 
     config.json:
       other_names: older names of the kind.
@@ -230,7 +230,7 @@ class Kind:
       vllm_multiplies: vLLM multiplies max_position_embeddings by the factor.
       may_leave_max_length: files add the kind and leave max_position_embeddings at the original
         length (the model card of Qwen2.5).
-      gguf: GGUF keys below `rope.scaling`, beside the factor, by the field that they give.
+      gguf: GGUF keys below `rope.scaling`, besides the factor, by the field that they give.
 
     context.rope.type:
       extends: the kinds of base that this kind can extend; () if it extends none.
