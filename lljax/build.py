@@ -123,10 +123,12 @@ def stretched(spec: DecoderSpec, *, type: str, factor: float | str, length: int)
     if factor == "auto" and all(layer.chunked for layer in spec.layers if layer.rope is not None):
         return dataclasses.replace(spec, max_length=length)
     _check_loadable(spec, type)
-    if any(local.type == "dynamic" for local in spec.more_ropes):
+    for local in spec.more_ropes:
+        if not rope.KINDS[local.type].reads_max_length:
+            continue
         raise ConfigError(
-            f"context.rope.type={type!r}: the sliding layers of this base have a dynamic RoPE, "
-            "whose original length would change, too; use context.rope.type='keep'"
+            f"context.rope.type={type!r}: the sliding layers of this base have a {local.type} "
+            "RoPE, whose original length would change, too; use context.rope.type='keep'"
         )
     _warn_of_changes(spec.rope, extended)
     return dataclasses.replace(spec, rope=extended, max_length=length)
@@ -311,7 +313,8 @@ def load_base(
 ) -> Decoder:
     """The base alone under `spec`, to compare with or to generate from.
 
-    quantize, matmul: as `model.quantize` and `model.matmul`. layout: its devices; None for one.
+    quantize, matmul: values of `model.quantize` and `model.matmul`. layout: how the model lies on
+    a mesh; None for one device.
     """
     model = Decoder(spec)
     _set_matmul(model, matmul)

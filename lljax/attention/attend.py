@@ -17,8 +17,8 @@ from lljax.attention.saved import SAVED
 from lljax.errors import ConfigError
 
 
-class UnsupportedMask(ConfigError):
-    """The named implementation cannot serve the mask, the operands or the platform."""
+class UnsupportedAttention(ConfigError):
+    """The named implementation cannot serve this mask, these operands or this platform."""
 
 
 def _serves_all(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
@@ -27,12 +27,13 @@ def _serves_all(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOption
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """Either a pair, whose results over parts of the keys a ring can merge, or a whole.
+    """Either a forward/backward pair, whose partial results ring attention can merge, or one
+    function `whole` that jax differentiates.
 
     forward(q, k, v, mask, *, scale, softcap) -> (out, lse [B, T, N]).
     backward(q, k, v, mask, results of forward, d_out, *, scale, softcap, dtype) -> (dq, dk, dv).
       Both as in `lljax.attention.blockwise`.
-    whole(q, k, v, mask, *, scale) -> out, differentiated by jax.
+    whole(q, k, v, mask, *, scale) -> out.
     platforms: where it runs; everywhere if empty.
     refuses(q, k, mask, options) -> the reason not to serve, from shapes and dtypes; "" for none.
     """
@@ -45,8 +46,8 @@ class Implementation:
 
     @property
     def pair(self) -> tuple[Callable[..., tuple], Callable[..., tuple]]:
-        """(forward, backward) of an implementation that is not a whole."""
-        assert self.forward is not None and self.backward is not None, "a whole has no parts"
+        """(forward, backward) of an implementation without `whole`."""
+        assert self.forward is not None and self.backward is not None, "has no forward/backward"
         return self.forward, self.backward
 
 
@@ -69,13 +70,15 @@ def attend(
     """Attention of q over k and v under `mask`; query head n reads key/value head n // (N / K).
 
     Raises:
-      UnsupportedMask: the implementation that `options` names cannot serve.
+      UnsupportedAttention: the implementation that `options` names cannot serve.
     """
     name = select(q, k, mask, options)
     whole = IMPLEMENTATIONS[name].whole
     if whole is not None:
         return whole(q, k, v, mask, scale=options.scale)
+    # Sinks are traced, so they are an operand; the rest of the options is static (nondiff_argnums).
     static = options.replace(implementation=name, sinks=None)
+    # custom_vjp has no type for its result
     return cast(jax.Array, _attend(static, q, k, v, mask, options.sinks))
 
 
@@ -83,7 +86,7 @@ def select(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) ->
     """The implementation that `options` names, or the first of the table that can serve.
 
     Raises:
-      UnsupportedMask: the named one cannot serve.
+      UnsupportedAttention: the named one cannot serve.
     """
     if options.implementation != "auto":
         _refuse(options.implementation, refusal(q, k, mask, options))
@@ -96,7 +99,7 @@ def select(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) ->
 
 
 def refusal(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -> str:
-    """The operands, mask or platform that the named implementation cannot serve; "" if it can."""
+    """Why the named implementation cannot serve this platform, mask and operands; "" if it can."""
     platform = options.platform or jax.default_backend()
     if reason := _platform_refusal(options.implementation, platform):
         return reason
@@ -104,9 +107,12 @@ def refusal(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -
 
 
 def check_platform(name: str, platform: str) -> None:
-    """Raises UnsupportedMask if the implementation does not run on `platform` (cpu | gpu | tpu).
+    """Refuses an implementation that does not run on `platform` (cpu | gpu | tpu).
 
     name: "auto" or a key of `IMPLEMENTATIONS`.
+
+    Raises:
+      UnsupportedAttention: it does not run there, or does not exist.
     """
     if name != "auto":
         _refuse(name, _platform_refusal(name, platform))
@@ -114,7 +120,7 @@ def check_platform(name: str, platform: str) -> None:
 
 def _platform_refusal(name: str, platform: str) -> str:
     if name not in IMPLEMENTATIONS:
-        raise UnsupportedMask(
+        raise UnsupportedAttention(
             f"context.implementation={name!r} is none of auto, {', '.join(IMPLEMENTATIONS)}"
         )
     platforms = IMPLEMENTATIONS[name].platforms
@@ -125,7 +131,7 @@ def _platform_refusal(name: str, platform: str) -> str:
 
 def _refuse(name: str, reason: str) -> None:
     if reason:
-        raise UnsupportedMask(
+        raise UnsupportedAttention(
             f"context.implementation={name!r} cannot serve {reason}: use 'auto', which takes the "
             "first that can"
         )

@@ -2,17 +2,17 @@
 
 The mask becomes a few integers per token (`compared`), each with one rule (`token_visible`):
 
-  index    key <= query   causality. The index of a key that is padding is NEVER.
-  near     key >= query   the window: index - window + 1 of the query, the index of the key. An
-                          anchor's is NEVER, which is near every query.
-  first    index of the key >= query   groups: the first index of the query's group.
-  segment  key == query   documents of a packed row, and chunks of documents.
+  name     query's integer                key's integer            visible if    rule
+  index    index                          index; padding: NEVER    key <= query  causality
+  near     index - window + 1             index; anchor: NEVER     key >= query  window
+  first    first index of its group       index                    key >= query  groups
+  segment  segment                        segment                  key == query  documents, chunks
 
 The smallest and largest of each in a block (`extremes`) then decide for a pair of blocks whether
 any pair of tokens may be visible (`any_visible`: the pair is visited) and whether all of them are
 (`all_visible`: no mask is needed). Both are exact while the tokens of a block stand in order in one
-segment, and otherwise err on the safe side: a pair that is visited in vain, or masked in vain,
-changes no result.
+segment, and otherwise are conservative: a pair that is visited in vain, or masked in vain, changes
+no result.
 
 All functions take arrays that broadcast against each other, or the scalars of a kernel.
 """
@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lljax.attention.mask import NEVER, Mask, group_start, of_keys
 
 Rows = dict[str, Int[Array, "B length"]]  # integers per token, by name
-Extremes = dict[str, jax.Array]  # of each block: name_low, name_high and `last`, see `extremes`
+Extremes = dict[str, jax.Array]  # per block: {name}_low, {name}_high, `last`; see `extremes`
 
 
 def cdiv(a: int, b: int) -> int:
@@ -37,9 +37,9 @@ def round_up(length: int, size: int) -> int:
     return cdiv(length, size) * size
 
 
-def pad_tokens(x: jax.Array, length: int, **kind) -> jax.Array:
-    """x [B, T, ...] padded to `length` tokens; kind: of `jnp.pad`, zeros without."""
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)), **kind)
+def pad_tokens(x: jax.Array, length: int, **options) -> jax.Array:
+    """x [B, T, ...] padded to `length` tokens; options: kwargs for `jnp.pad`, zeros without."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)), **options)
 
 
 # ---------------------------------------------------------------- tokens
@@ -73,7 +73,7 @@ def token_visible(q: Rows, k: Rows) -> jax.Array:
 def extremes(rows: Rows, size: int) -> Extremes:
     """The smallest and largest of every row [B, blocks * size] in each block, [B, blocks] each.
 
-    Of real tokens only: padding must not stretch the range of its block. `last` is the largest
+    Only real tokens count: padding must not stretch the range of its block. `last` is the largest
     index, padding (NEVER) included.
     """
     rows = {name: x.reshape(x.shape[0], -1, size) for name, x in rows.items()}
@@ -87,27 +87,27 @@ def extremes(rows: Rows, size: int) -> Extremes:
 
 def any_visible(q: Extremes, k: Extremes) -> jax.Array:
     """Bool: whether a pair of blocks may hold a visible pair of tokens."""
-    active = k["index_low"] <= q["index_high"]  # false for a block of padding
+    visible = k["index_low"] <= q["index_high"]  # false for a block of padding
     if "near_low" in q:
-        active &= k.get("near_high", k["index_high"]) >= q["near_low"]
+        visible &= k.get("near_high", k["index_high"]) >= q["near_low"]
     if "first_low" in q:
-        active &= k["index_high"] >= q["first_low"]
+        visible &= k["index_high"] >= q["first_low"]
     if "segment_low" in q:
-        active &= (q["segment_low"] <= k["segment_high"]) & (k["segment_low"] <= q["segment_high"])
-    return active
+        visible &= (q["segment_low"] <= k["segment_high"]) & (k["segment_low"] <= q["segment_high"])
+    return visible
 
 
 def all_visible(q: Extremes, k: Extremes) -> jax.Array:
     """Bool: whether every pair of tokens of a pair of blocks is visible."""
-    full = k["last"] <= q["index_low"]
+    visible = k["last"] <= q["index_low"]
     if "near_low" in q:
-        full &= k.get("near_low", k["index_low"]) >= q["near_high"]
+        visible &= k.get("near_low", k["index_low"]) >= q["near_high"]
     if "first_low" in q:
-        full &= k["index_low"] >= q["first_high"]
+        visible &= k["index_low"] >= q["first_high"]
     if "segment_low" in q:
-        full &= (q["segment_low"] == q["segment_high"]) & (k["segment_low"] == k["segment_high"])
-        full &= q["segment_low"] == k["segment_low"]
-    return full
+        visible &= (q["segment_low"] == q["segment_high"]) & (k["segment_low"] == k["segment_high"])
+        visible &= q["segment_low"] == k["segment_low"]
+    return visible
 
 
 def block_pairs(
@@ -120,11 +120,11 @@ def block_pairs(
     return any_visible(q, k), all_visible(q, k)
 
 
-def span(active: Bool[Array, "*blocks J"]) -> tuple[Int[Array, "*blocks"], Int[Array, "*blocks"]]:
-    """(start, stop) of the shortest range that holds every active block; (0, 0) without one."""
-    place = jnp.arange(active.shape[-1], dtype=jnp.int32)
-    stop = jnp.where(active, place + 1, 0).max(-1)
-    return jnp.minimum(jnp.where(active, place, NEVER).min(-1), stop), stop
+def span(visited: Bool[Array, "*blocks J"]) -> tuple[Int[Array, "*blocks"], Int[Array, "*blocks"]]:
+    """(start, stop) of the shortest range that holds every visited block; (0, 0) without one."""
+    block = jnp.arange(visited.shape[-1], dtype=jnp.int32)
+    stop = jnp.where(visited, block + 1, 0).max(-1)
+    return jnp.minimum(jnp.where(visited, block, NEVER).min(-1), stop), stop
 
 
 def reach(mask: Mask, S: int) -> int:
@@ -138,10 +138,10 @@ def anchors_first(
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], Mask, Int[Array, "B S"]]:
     """Moves the anchors to the front of the keys, so that they fill few blocks.
 
-    A marker in every paragraph would otherwise keep every block active. The result of attention
+    A marker in every paragraph would otherwise make every block visited. The result of attention
     does not change: the mask is decided from indices, which move along.
 
-    Returns: k, v, the mask, and the new place of every key (`in_row_order` takes it).
+    Returns: k, v, the mask, and the new index of every key (`in_row_order` takes it).
     """
     assert mask.anchors is not None, "the mask has no anchors"
     order = jnp.argsort(~mask.anchors, axis=1, stable=True)

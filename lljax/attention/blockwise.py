@@ -1,7 +1,7 @@
 """Flash attention in plain XLA: exact on every platform, and the default where no kernel serves.
 
 Queries and keys are cut into blocks. A query block visits only the key blocks that the mask leaves
-active, with a running softmax (Dao et al. 2022, arXiv 2205.14135, algorithm 1); the backward pass
+visible, with a running softmax (Dao et al. 2022, arXiv 2205.14135, algorithm 1); the backward pass
 recomputes the weights of a block from the saved log-sum-exp (Dao 2023, arXiv 2307.08691, algorithm
 2). Memory is O(T), work follows the mask.
 """
@@ -127,18 +127,18 @@ def _visitor(call: _Call):
 
     Blocks that need no mask come first, in a loop of their own, so that they do not pay for one.
     """
-    active, full = block_pairs(call.mask, call.bq, call.bk)
-    active, full = active.any(0), full.all(0)
-    order = jnp.argsort(jnp.where(full, 0, jnp.where(active, 1, 2)), axis=1, stable=True)
+    visited, unmasked = block_pairs(call.mask, call.bq, call.bk)
+    visited, unmasked = visited.any(0), unmasked.all(0)
+    order = jnp.argsort(jnp.where(unmasked, 0, jnp.where(visited, 1, 2)), axis=1, stable=True)
     order = order.astype(jnp.int32)
-    full, active = full.sum(1, dtype=jnp.int32), active.sum(1, dtype=jnp.int32)
+    unmasked, visited = unmasked.sum(1, dtype=jnp.int32), visited.sum(1, dtype=jnp.int32)
 
     def visit(i: Index, body: Callable, carry):
         carry = jax.lax.fori_loop(
-            0, full[i], lambda n, carry: body(order[i, n], False, carry), carry
+            0, unmasked[i], lambda n, carry: body(order[i, n], False, carry), carry
         )
         return jax.lax.fori_loop(
-            full[i], active[i], lambda n, carry: body(order[i, n], True, carry), carry
+            unmasked[i], visited[i], lambda n, carry: body(order[i, n], True, carry), carry
         )
 
     return visit

@@ -66,8 +66,8 @@ def attend_parallel(
 class Shape:
     """The attention of the layers of a model over rows of T tokens on `size` devices.
 
-    N, K: heads of a device, of `tensor` devices. windows: of the layers, None for a layer without.
-    bytes_per: bytes of a number.
+    N, K: heads per device, of `tensor` devices. windows: the windows of the layers, None for a
+    layer without. bytes_per: bytes per element.
     """
 
     T: int
@@ -183,7 +183,7 @@ def choose(
     """(mode, zigzag, reason) for rows of T tokens on `size` devices.
 
     wanted: a key of `MODES` or "auto". N, K: heads of the model, dealt to `tensor` devices.
-    windows: of each layer, None for a layer without. room: bytes for gathered keys and values.
+    windows: the window of each layer or None. room: bytes for gathered keys and values.
     refused: modes that a mixer of the model cannot run under, with the reason.
     ordered: a mixer needs the tokens in the order of the row.
 

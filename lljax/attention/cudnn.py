@@ -58,7 +58,7 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Attention of q over k and v under a mask that `refuses` accepts.
 
-    implementation: of `jax.nn.dot_product_attention`; "xla" computes the same on any device.
+    implementation: for `jax.nn.dot_product_attention`; "xla" computes the same on any device.
     """
     B, T = q.shape[:2]
     G = T if mask.group is None else min(mask.group, T)

@@ -23,8 +23,8 @@ def attend_allgather(
     options: AttentionOptions,
     shard: Shard,
 ) -> Float[Array, "B T N H"]:
-    """Every device gathers all keys and values: 2 T K H numbers a layer. Liu et al. call the cost
-    "relatively cheap".
+    """Every device gathers all keys and values: 2 T K H elements per row and layer. Liu et al.
+    call the cost "relatively cheap".
     """
 
     def gather(x):

@@ -75,8 +75,8 @@ def backward(
 
     The results may be of attention over more keys than `k`: gradients over parts of the keys then
     add up to the whole.
-    dtype: of the gradients, rounded once, after float32 sums; float32 if parts are still to be
-      summed.
+    dtype: the dtype of the gradients, rounded once, after float32 sums; float32 if parts are still
+      to be summed.
     """
     call = Call(q, k, v, mask, blocks=backward_blocks(q.shape[3], q.dtype), interpret=interpret)
     out, lse = results
@@ -285,21 +285,21 @@ def _spans(
       others]. Called for few blocks at a time: no table of all pairs is kept.
     front: the number of first blocks that hold anchors.
 
-    Returns: a0, a1, start, f0, f1, stop. The active blocks lie in [a0, a1), before `front`, and in
-      [start, stop). The full blocks of the latter lie in [f0, f1), which is empty unless they lie
-      side by side.
+    Returns: a0, a1, start, f0, f1, stop. The visited blocks lie in [a0, a1), before `front`, and in
+      [start, stop). The unmasked blocks of the latter lie in [f0, f1), which is empty unless they
+      lie side by side.
     """
-    B, place = here["last"].shape[0], jnp.arange(others, dtype=jnp.int32)
+    B, number = here["last"].shape[0], jnp.arange(others, dtype=jnp.int32)
 
     def bounds(block):
-        active, full = kinds(block)
+        visited, unmasked = kinds(block)
         a0 = a1 = jnp.zeros(B, jnp.int32)
         if front is not None:
-            rest = place >= front[:, None]
-            a0, a1 = span(active & ~rest)
-            active, full = active & rest, full & rest
-        (start, stop), (f0, f1) = span(active), span(full)
-        side_by_side = (f0 < f1) & (full.sum(-1) == f1 - f0)
+            rest = number >= front[:, None]
+            a0, a1 = span(visited & ~rest)
+            visited, unmasked = visited & rest, unmasked & rest
+        (start, stop), (f0, f1) = span(visited), span(unmasked)
+        side_by_side = (f0 < f1) & (unmasked.sum(-1) == f1 - f0)
         f0, f1 = (jnp.where(side_by_side, f, start) for f in (f0, f1))
         return jnp.stack([a0, a1, start, f0, f1, stop], axis=1)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-Index = int | jax.Array  # of a token or block; traced in loops
+Index = int | jax.Array  # index of a token or block; traced in loops
 NEVER = jnp.iinfo(jnp.int32).max  # the index of a key that no query may see
 
 
@@ -69,7 +69,7 @@ def chunked(
     ranges of blocks stay narrow. No key is more than a chunk away, so the window is set to it: it
     limits how far back a query looks.
     """
-    chunks = -(-mask.k_index.shape[1] // chunk)  # of a document, at most
+    chunks = -(-mask.k_index.shape[1] // chunk)  # chunks of a document, at most
     if chunks == 1:
         return mask
 

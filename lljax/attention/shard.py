@@ -24,7 +24,7 @@ PER_HEAD = PartitionSpec(HEADS)  # ... and [heads]
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """size: devices over which the tokens of a row are spread. tensor: devices over which heads
-    are. groups: of S2-Attn, None for every head alike. zigzag: the order of the tokens.
+    are. groups: the groups of S2-Attn, None for every head alike. zigzag: the order of the tokens.
     """
 
     size: int

@@ -95,7 +95,7 @@ def attend_tile(
 ) -> tuple[Float[Array, "B T N H"], Halo]:
     """Attention of q over `halo` and k, v, of a tile of every device; and the next tile's halo.
 
-    mask: of the T tokens of the tile, in the order of the row. options, groups: as in
+    mask: the mask of the T tokens of the tile, in the order of the row. options, groups: as in
       `attend_parallel`.
     """
     options = platform_options(options, layout)

@@ -58,7 +58,7 @@ def backward(
 
     The results may be of attention over more keys than `k`: gradients over parts of the keys then
     add up to the whole.
-    dtype: of the gradients; the sums are float32 in any case.
+    dtype: the dtype of the gradients; the sums are float32 in any case.
     """
     call = Call(q, k, v, mask, scale=scale, softcap=softcap, interpret=interpret, blocks=blocks)
     d_out, out = call.heads(d_out), call.heads(results[0])

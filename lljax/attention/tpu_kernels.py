@@ -307,9 +307,9 @@ def _launch(
         """(batch, key/value head, query head, block of queries, block of keys) of a program."""
         if by_keys:
             b, h, j, r, step, table = ids
-            return b, h, r, visits.place(table, b, j, step), j
+            return b, h, r, visits.index(table, b, j, step), j
         b, h, r, i, step, table = ids
-        return b, h, r, i, visits.place(table, b, i, step)
+        return b, h, r, i, visits.index(table, b, i, step)
 
     def spec(shape, pick):
         return pl.BlockSpec(shape, lambda *ids: pick(*places(*ids)))

@@ -4,7 +4,7 @@ From the extremes of each block (`lljax.attention.blocks`) the device works out 
 blocks each query block visits, and which span of query blocks each key block. That and the extremes
 are all that scalar memory holds, O(T / bq + S / bk). The grid is as long as the longest of those
 visits, which is known when the program runs: windows, groups and packed documents cost their own
-size. Blocks are visited in the order of their indices, so that the active ones stand together in
+size. Blocks are visited in the order of their indices, so that the visited ones stand together in
 whatever order the tokens came (zigzag).
 """
 
@@ -51,13 +51,13 @@ class Visits:
         )
         order = jnp.argsort(there["index_low"] - jnp.where(anchors, NEVER, 0), axis=1)
         there = {name: jnp.take_along_axis(x, order, axis=1) for name, x in there.items()}
-        active, _ = kinds(
+        visited, _ = kinds(
             {name: x[:, :, None] for name, x in here.items()},
             {name: x[:, None, :] for name, x in there.items()},
         )
-        anchored = jnp.arange(active.shape[2]) < anchors.sum(1)[:, None, None]
-        far_start, far_stop = span(active & anchored)
-        near_start, near_stop = span(active & ~anchored)
+        anchored = jnp.arange(visited.shape[2]) < anchors.sum(1)[:, None, None]
+        far_start, far_stop = span(visited & anchored)
+        near_start, near_stop = span(visited & ~anchored)
         far, count = far_stop - far_start, far_stop - far_start + near_stop - near_start
         columns = {
             "order": order,
@@ -94,8 +94,8 @@ class Visits:
             self.read(table, "near_start", b, n) + step - far,
         )
 
-    def place(self, table, b: Index, n: Index, step: Index):
-        """The place of that block in the array."""
+    def index(self, table, b: Index, n: Index, step: Index):
+        """The index of that block in the array."""
         return self.read(table, "order", b, self.rank(table, b, n, step))
 
     def visit(self, table, b: Index, n: Index, step: Index, update: Callable[[bool], None]) -> None:
@@ -103,10 +103,10 @@ class Visits:
         unmasked if it holds nothing else.
         """
         rank = self.rank(table, b, n, step)
-        active, full = self.kinds(
+        visited, unmasked = self.kinds(
             {name: self.read(table, f"here {name}", b, n) for name in self.here},
             {name: self.read(table, f"there {name}", b, rank) for name in self.there},
         )
-        active &= step < self.read(table, "count", b, n)
-        pl.when(active & full)(lambda: update(False))
-        pl.when(active & ~full)(lambda: update(True))
+        visited &= step < self.read(table, "count", b, n)
+        pl.when(visited & unmasked)(lambda: update(False))
+        pl.when(visited & ~unmasked)(lambda: update(True))

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lljax.generation.generate import BY_LENGTH
 from lljax.models.decoder import Decoder
+from lljax.models.rope import KINDS
 from lljax.parallel.sharding import Layout
 
 MULTIPLE = 128  # pads lengths to a multiple, so that few programs are compiled
@@ -32,7 +32,7 @@ def log_likelihoods(
       similar length. layout: of a mesh that does not divide rows; None for one device. Attention is
       full.
     """
-    rows = 1 if model.spec.rope.type in BY_LENGTH else rows
+    rows = 1 if KINDS[model.spec.rope.type].by_length else rows
     graphdef, state = nnx.split(model)
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     results: dict[int, tuple[float, bool]] = {}

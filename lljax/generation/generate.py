@@ -15,10 +15,10 @@ from lljax.generation.detokenize import Detokenizer
 from lljax.generation.sample import GREEDY, Sampling, sample_token
 from lljax.models.cache import Cache, empty_cache, grow, repeat_rows
 from lljax.models.decoder import Decoder
+from lljax.models.rope import KINDS
 from lljax.parallel.sharding import Layout, row_parts
 
 CHUNK = 512  # prompt tokens in a forward pass: bounds the memory of a long prompt
-BY_LENGTH = ("dynamic", "longrope")  # RoPE kinds whose angles depend on the current length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def generate(
       `dtype`.
     layout: the mesh of the model, with `sequence` 1; None for one device.
     """
-    if model.spec.rope.type in BY_LENGTH:
+    if KINDS[model.spec.rope.type].by_length:
         rows = 1
     completions: list[Completion] = []
     for first, after in _batches(prompts, rows):

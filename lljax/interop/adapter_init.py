@@ -70,7 +70,8 @@ class ResidualBase(BaseView):
         for linear in self._adapted:
             for name in hf_names(linear.kernel):
                 self._linears.setdefault(name, []).append((hf_part(linear.kernel), linear))
-        self._first: dict[str, list[FirstValues]] = {}  # of tensors that were read, as `_linears`
+        # values of the tensors that were read, by the names of `_linears`
+        self._first: dict[str, list[FirstValues]] = {}
 
     def factors(self, name: str, part: Any = ...) -> Factors:
         """The factors that the run began with, of the adapted kernel that is this part of a

@@ -11,9 +11,10 @@ from lljax.models.quantize import Form, Quantized
 class Base(Protocol):
     """A base model. Tensors have their HF names and orientation.
 
-    path: as the user named it. folder: of its files; None for a GGUF file. prefix: of the names of
-    its tensors on disk, if the folder holds more than a text model. config: HF config.json, of the
-    text model. generation_config: generation_config.json, such as the tokens that end a turn.
+    path: its name as the user gave it. folder: the folder of its files; None for a GGUF file.
+    prefix: what the names of its tensors on disk start with, if the folder holds more than a text
+    model. config: HF config.json of the text model. generation_config: generation_config.json, such
+    as the tokens that end a turn.
     """
 
     path: str

@@ -80,7 +80,8 @@ def export_merged(
     """Writes a full HF checkpoint with the adapter merged, and the RoPE and lengths that
     transformers and vLLM need; returns how to load it.
 
-    dtype: of the weights, one of DTYPES; None for the base's, to which trained weights are rounded.
+    dtype: the dtype of the weights, one of DTYPES; None for the base's, to which trained weights
+    are rounded.
     Other arguments and errors as `export_peft`.
     """
     _check_dtype(dtype)

@@ -39,8 +39,8 @@ def write_files(
 ) -> None:
     """Writes the files beside the weights of a model with this `spec` to an existing folder.
 
-    dtype: of the weights; None for the base's. chat_template: the template that the run trained
-    under, if the base has none.
+    dtype: the dtype of the weights; None for the base's. chat_template: the template that the run
+    trained under, if the base has none.
 
     Raises:
       ModelError: a file of the base cannot be read, or is a link out of its folder.

@@ -24,7 +24,7 @@ class Update(NamedTuple):
 
     kernel: nnx.Variable
     lora: Lora | TableLora
-    index: int  # of the tensor among the kernel's
+    index: int  # index of the tensor among the kernel's
 
 
 class Tensors(NamedTuple):

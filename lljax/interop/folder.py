@@ -95,13 +95,13 @@ class FolderBase(Base):
 def text_model(config: dict) -> tuple[dict[str, Any], str]:
     """The config.json of the text model alone, and the prefix of its tensors.
 
-    They differ from the whole for a model of several kinds of input (`Family.part_of`).
+    They differ from the whole for a multimodal model (`Family.multimodal_parent`).
 
     Raises:
       ModelError: such a model has no text_config.
     """
     for family in FAMILIES.values():
-        whole = family.part_of
+        whole = family.multimodal_parent
         if whole is None or config.get("model_type") != whole.model_type:
             continue
         text = config.get("text_config")

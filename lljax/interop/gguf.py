@@ -44,11 +44,6 @@ WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "outpu
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the frequencies of Llama 3
 
-YARN = {
-    "original_max_position_embeddings": "original_context_length",
-    "beta_fast": "yarn_beta_fast",
-    "beta_slow": "yarn_beta_slow",
-}
 # Other scalings of llama.cpp, with the values that change nothing.
 NEUTRAL = {
     "attn_factor": 1.0,
@@ -261,8 +256,8 @@ class GgufBase(Base):
                     f"{USE_FOLDER}"
                 )
         scaling = {"rope_type": kind, "factor": self._field(f"{prefix}.factor")}
-        if kind == "yarn":
-            scaling |= {name: self._field(f"{prefix}.{key}") for name, key in YARN.items()}
+        keys = rope.KINDS[kind].gguf if isinstance(kind, str) and kind in rope.KINDS else {}
+        scaling |= {name: self._field(f"{prefix}.{key}") for name, key in keys.items()}
         check(scaling, rope.CHECKS, f"{self.path}: {prefix}")
         return scaling
 

@@ -9,7 +9,7 @@ from lljax.models.families import is_tied
 from lljax.models.quantize import Form, Quantized
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ROWS = 4096  # of the tables, compared at a time
+ROWS = 4096  # rows of the tables that are compared at a time
 
 
 class OwnHead(BaseView):

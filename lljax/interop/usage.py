@@ -10,6 +10,7 @@ from lljax.interop.export_files import TEMPLATE_FILE
 from lljax.models.decoder import Decoder
 from lljax.models.families import rope_to_hf
 from lljax.models.lora import adaptable
+from lljax.models.rope import KINDS
 from lljax.models.spec import DecoderSpec
 
 # peft 0.21 reads a property of the model that transformers 5.24 deprecates.
@@ -30,7 +31,7 @@ def adapter_usage(
     source = repr(base.path)
     if path.suffix == ".gguf":
         source = f"{str(path.parent)!r}, gguf_file={path.name!r}"
-    # A model of several kinds of input has a config of its text model inside.
+    # A multimodal model has a config of its text model inside.
     text_model = ".get_text_config()" if base.prefix else ""
     template = ""
     if chat_template is not None:
@@ -86,12 +87,12 @@ def serve_command(
 ) -> str:
     """A comment with the command that serves `path`.
 
-    tokenizer_length: of a tokenizer that is not part of the export.
+    tokenizer_length: the longest text of a tokenizer that is not part of the export, in tokens.
     """
     entries = rope_to_hf(spec)
     reach = min(entries["max_position_embeddings"], tokenizer_length or spec.max_length)
-    if spec.rope.type in ("linear", "dynamic"):
-        reach *= spec.rope.factor  # as vLLM does
+    if KINDS[spec.rope.type].vllm_multiplies:
+        reach *= spec.rope.factor
     allow = "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 " if reach < spec.max_length else ""
     words = [word for name, value in options.items() for word in (name, value)]
     lora = ["--enable-lora"] if "--lora-modules" in options else []

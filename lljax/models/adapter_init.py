@@ -56,7 +56,7 @@ def first_factors(
 def _of_weight(
     weight: np.ndarray, init: str, rank: int, scale: float, rng: np.random.Generator
 ) -> Factors:
-    if init == "olora":  # of the first R columns alone: the others do not change the result
+    if init == "olora":  # the first R columns alone: the others do not change the result
         q, _ = np.linalg.qr(weight[:, :rank])
         return q.T @ weight, q
     if init == "pissa":

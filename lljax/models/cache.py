@@ -19,8 +19,8 @@ from lljax.models.spec import DecoderSpec, LayerSpec, repeats
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """states: of the mixer of each stack of layers, arrays [layers, B, ...].
-    segments, positions: of the token in each slot; segment 0 for padding.
+    """states: the mixer's state of each stack of layers, arrays [layers, B, ...].
+    segments, positions: segment and position of the token in each slot; segment 0 for padding.
     used: slots that are taken, the same in every row.
     """
 
@@ -31,8 +31,8 @@ class Cache:
 
 
 def empty_cache(spec: DecoderSpec, B: int, S: int, dtype: Any = jnp.float32) -> Cache:
-    """Room for S tokens of B rows. dtype: of keys and values; int8 keeps them in eight bits with
-    scales.
+    """Room for S tokens of B rows. dtype: the dtype of keys and values; int8 keeps them in eight
+    bits with scales.
     """
 
     def state(layer: LayerSpec, times: int) -> State:
@@ -43,7 +43,7 @@ def empty_cache(spec: DecoderSpec, B: int, S: int, dtype: Any = jnp.float32) -> 
 
     return Cache(
         states=tuple(
-            state(layer, times) for _, places, times in repeats(spec.layers) for layer in places
+            state(layer, times) for _, pattern, times in repeats(spec.layers) for layer in pattern
         ),
         segments=jnp.zeros((B, S), jnp.int32),
         positions=jnp.zeros((B, S), jnp.int32),

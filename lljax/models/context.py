@@ -1,4 +1,4 @@
-"""Everything that a layer reads beside its input."""
+"""Everything that a layer reads besides its input."""
 
 import dataclasses
 
@@ -16,17 +16,18 @@ from lljax.parallel.sharding import Layout
 class LayerContext:
     """The tokens [B, T] of a forward pass as one layer sees them.
 
-    place: RoPE rotation or temperature of each token.
+    positions: RoPE rotation and query temperature of each token.
     mask: which keys a token sees in this layer, with its window or chunks; with a cache the keys
       are the slots of the cache.
-    pattern: attention of the stage. layout: how arrays lie on a mesh; None for one device.
+    pattern: the attention pattern of the stage.
+    layout: how arrays lie on a mesh; None for one device.
     memory: which values the backward pass keeps.
     start: first slot of the cache that these tokens take; 0 without a cache.
-    dropout_key: of this layer; None for no dropout.
+    dropout_key: the random key of this layer; None for no dropout.
     counted: tokens whose routing is counted (lljax.models.router); None to count nothing.
     """
 
-    place: Positions
+    positions: Positions
     mask: Mask
     pattern: AttentionPattern = FULL
     layout: Layout | None = None

@@ -22,9 +22,9 @@ class Weight(nnx.Param):
     Metadata:
       hf: HF tensor name; a stacked Weight has "{layer}" in it and a leading axis of layers, a
         Weight of several experts "{expert}" and the next axis.
-      layers: of a stacked Weight, (first, step): it holds the layers first, first + step, ... of
+      layers: (first, step) of a stacked Weight, which holds the layers first, first + step, ... of
         the model.
-      part: of a Weight that HF fuses with others in one tensor, (first, step, all): it has the
+      part: (first, step, all) of a Weight that HF fuses with others in one tensor: it has the
         outputs first, first + step, ... of the `all` outputs of the tensor.
       transpose: HF stores the (per-layer) matrix transposed ([out, in]; ours is [in, out]).
       axes: logical axis names, one per dimension (see lljax.parallel.sharding).

@@ -45,9 +45,9 @@ class Decoder(nnx.Module):
         # Layers that alternate are a stack each, in the order of `repeats`.
         self.layers = nnx.List(
             [
-                stack(DecoderLayer(spec, layer), times, first + place, len(places))
-                for first, places, times in repeats(spec.layers)
-                for place, layer in enumerate(places)
+                stack(DecoderLayer(spec, layer), times, first + offset, len(pattern))
+                for first, pattern, times in repeats(spec.layers)
+                for offset, layer in enumerate(pattern)
             ]
         )
         self.norm = RMSNorm(spec.D, spec.norm_eps, hf="model.norm", plus_one=spec.norm_plus_one)
@@ -91,16 +91,16 @@ class Decoder(nnx.Module):
     ):
         """The hidden states [B, T, D] that `head` turns into logits.
 
-        positions: of each token in its document, from 0 on in each document of a packed row.
+        positions: position of each token in its document: 0, 1, 2 ... in each document of a row.
         segments: document of each token, 0 for padding; None for one document per row.
-        index: place of each token in its row, which may come in any order; None for 0, 1, 2 ...
+        index: index of each token in its row, which may come in any order; None for 0, 1, 2 ...
         layout: how all arrays lie on a mesh; None for one device. memory: see Memory.
-        dtype: of the residual and the compute; None for the dtype of the weights.
+        dtype: the dtype of the residual and the compute; None for the dtype of the weights.
         cache: the tokens continue the tokens in it, and (hidden, cache) is returned.
         rope_length: positions in use, for a RoPE kind that depends on it; None for the largest
           position + 1.
         neftune_alpha: noise on the embeddings, see `neftune_noise`; none without a dropout key.
-        counted: for a model with experts, the tokens whose routing is counted. (hidden, load) is
+        counted: the tokens whose routing is counted, if the model has experts. (hidden, load) is
           returned, load float32 [layers with experts, 2, E]: how many tokens chose each expert, and
           the sum of its probabilities (lljax.models.router).
         """
@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
         x = self._embedded(tokens, dtype, layout)
         if neftune_alpha and dropout_key is not None:
             x = constrain_activations(neftune_noise(x, neftune_alpha, dropout_key), layout)
-        places = self._places(positions, rope_length)
+        by_rope = self._positions_by_rope(positions, rope_length)
         if cache is None:
             mask = self._mask(tokens, positions, segments, index, pattern)
             start, k_positions, states = 0, positions, (None,) * len(self.layers)
@@ -119,7 +119,7 @@ class Decoder(nnx.Module):
 
         def context_of(layer: LayerSpec) -> LayerContext:
             return LayerContext(
-                place=places[layer.rope],
+                positions=by_rope[layer.rope],
                 mask=_mask_of_layer(mask, layer, pattern, positions, k_positions),
                 pattern=pattern,
                 layout=layout,
@@ -162,7 +162,7 @@ class Decoder(nnx.Module):
 
     def row_flops(self, T: int, pattern: AttentionPattern) -> list[RowFlops]:
         """Products between the T tokens of a row of one document, of each layer."""
-        counts = [times for _, places, times in repeats(self.spec.layers) for _ in places]
+        counts = [times for _, layers, times in repeats(self.spec.layers) for _ in layers]
         return [
             flops
             for layer, count in zip(self.layers, counts, strict=True)
@@ -188,19 +188,19 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
         return x
 
-    def _places(
+    def _positions_by_rope(
         self, positions: Int[Array, "B T"], rope_length: int | jax.Array | None
     ) -> dict[int | None, rope.Positions]:
-        """The places of the tokens for each value of `LayerSpec.rope`."""
+        """The positions as layers use them, for each value of `LayerSpec.rope`."""
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
-        places: dict[int | None, rope.Positions] = {
+        by_rope: dict[int | None, rope.Positions] = {
             i: rope.Positions(
                 rope.rotation(positions, rope.frequencies(kind, self.spec.rotary, length))
             )
             for i, kind in enumerate(self.spec.ropes)
         }
         temperature = self.spec.temperature and rope.temperature(positions, *self.spec.temperature)
-        return places | {None: rope.Positions(None, temperature)}
+        return by_rope | {None: rope.Positions(None, temperature)}
 
     def _mask(
         self,
@@ -235,13 +235,13 @@ class Decoder(nnx.Module):
         """
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L)
         outputs = []
-        for first, places, times in repeats(self.spec.layers):
+        for first, pattern, times in repeats(self.spec.layers):
             layers, xs = [], []
-            for place, layer in enumerate(places):
-                graphdef, weights = nnx.split(self.layers[len(outputs) + place])
-                numbers = slice(first + place, first + times * len(places), len(places))
+            for offset, layer in enumerate(pattern):
+                graphdef, weights = nnx.split(self.layers[len(outputs) + offset])
+                numbers = slice(first + offset, first + times * len(pattern), len(pattern))
                 layers.append(_scanned(graphdef, context_of(layer)))
-                state = states[len(outputs) + place]
+                state = states[len(outputs) + offset]
                 xs.append((weights, None if keys is None else keys[numbers], state))
             x, ys = scan_layers(layers, x, tuple(xs), memory, layout)
             outputs.extend(ys)
@@ -282,7 +282,7 @@ def neftune_noise(x: Float[Array, "B T D"], alpha: float, key: jax.Array) -> Flo
     arXiv 2310.05914.
 
     T is the length of the row, padding and packed documents included, as in transformers and TRL.
-    key: of the dropout of the whole model.
+    key: the dropout key of the whole model.
     """
     key = jax.random.fold_in(key, zlib.crc32(b"noise"))
     bound = alpha / math.sqrt(x.shape[1] * x.shape[2])
@@ -292,6 +292,6 @@ def neftune_noise(x: Float[Array, "B T D"], alpha: float, key: jax.Array) -> Flo
 def can_share_residuals(layers: tuple[LayerSpec, ...], layers_per_residual: int) -> bool:
     """Whether one residual per `layers_per_residual` layers can be kept, see `repeats`."""
     return all(
-        groups_layers(layers_per_residual, len(places), times)
-        for _, places, times in repeats(layers)
+        groups_layers(layers_per_residual, len(pattern), times)
+        for _, pattern, times in repeats(layers)
     )

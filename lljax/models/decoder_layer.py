@@ -52,11 +52,11 @@ class DecoderLayer(nnx.Module):
         key, memory, layout = context.dropout_key, context.memory, context.layout
         if state is None and is_tiled(x.shape[1], memory, layout):
             project = functools.partial(self._project, key=key)
-            carry = self.self_attn.first_carry(project, (x, context.place), context)
+            carry = self.self_attn.first_carry(project, (x, context.positions), context)
             if carry is not None:
                 x, load = self._streamed(x, context, carry)
                 return x, None, load
-        operands = map_tiles(self._project, (x, context.place), key, memory, layout)
+        operands = map_tiles(self._project, (x, context.positions), key, memory, layout)
         mixed, update = self.self_attn.mix(operands, context, state)
         load, x = fold_tiles(
             functools.partial(self._rest, layout=layout),
@@ -76,8 +76,8 @@ class DecoderLayer(nnx.Module):
         self, xs: tuple[Float[Array, "B T D"], Positions], key: jax.Array | None
     ) -> Operands:
         """Operands of the mixer. Norms and RoPE compute in float32: a tile at a time."""
-        x, place = xs
-        return self.self_attn.project(self.input_layernorm(x), place, key)
+        x, positions = xs
+        return self.self_attn.project(self.input_layernorm(x), positions, key)
 
     def _rest(
         self, load: Load | None, xs: tuple, key: jax.Array | None, layout: Layout | None
@@ -122,8 +122,8 @@ class DecoderLayer(nnx.Module):
         """
 
         def tile(carry, xs, key):
-            (carry, load), (x, place, mask, real, counted) = carry, xs
-            operands = self._project((x, place), key)
+            (carry, load), (x, positions, mask, real, counted) = carry, xs
+            operands = self._project((x, positions), key)
             mixed, carry = self.self_attn.mix_tile(
                 operands, context.replace(mask=_without_fill(mask, real)), carry
             )
@@ -134,7 +134,7 @@ class DecoderLayer(nnx.Module):
         (_, load), x = scan_tiles(
             tile,
             (carry, self._no_load(context)),
-            (x, context.place, context.mask, real, context.counted),
+            (x, context.positions, context.mask, real, context.counted),
             context.dropout_key,
             context.memory,
             context.layout,

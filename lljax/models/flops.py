@@ -17,7 +17,8 @@ MULTIPLIED = ("kernel", "lora_a", "lora_b", "router")  # roles of the matrices t
 class TokenFlops:
     """Products of one token with weights.
 
-    forward: of the forward pass. backward: gradients of the input, and of the weights that train.
+    forward: products of the forward pass.
+    backward: gradients of the input, and of the weights that train.
     unread: the part of `forward` whose result no gradient reads; rematerialization skips it.
     """
 
@@ -40,7 +41,7 @@ class TokenFlops:
 class RowFlops:
     """Products between the tokens of one row, in one layer.
 
-    forward, backward: of the two passes. recomputed: forward products that the backward pass of
+    forward, backward: products of each pass. recomputed: forward products that the backward pass of
     the operation repeats by itself. streamed: whether the layer can run a tile at a time
     (`Mixer.first_carry`); the backward pass then computes each tile again.
     """

@@ -1,4 +1,4 @@
-"""Low-rank adapters: which linear layers get one, and which other weights train beside them.
+"""Low-rank adapters: which linear layers get one, and which other weights train besides them.
 
 Training embeddings and norms as well: LongLoRA, arXiv 2309.12307, section 3.3. Rank and alpha of
 single layers, by patterns over their names, as in PEFT. The update itself is in
@@ -20,7 +20,7 @@ from lljax.models.patterns import matching
 from lljax.models.quantize import Quantized, dequantize
 
 FACTORS = ("lora_a", "lora_b", "lora_magnitude")
-TABLES = {"embed_tokens": "embed", "lm_head": "head"}  # matrices beside linear layers: their role
+TABLES = {"embed_tokens": "embed", "lm_head": "head"}  # matrices besides linear layers: their role
 ROLES = ("embed", "norm", "head")  # weights that may train whole beside the factors
 
 

@@ -44,8 +44,8 @@ def rematerialized(layer: Layer, memory: Memory, *, name: str = RESIDUAL, pieces
     """`layer` with a backward pass that keeps the values of `memory.remat` and computes the rest
     again.
 
-    name: of the residual; a layer inside another one needs a different name, or the outer one keeps
-    both. pieces: number of arrays in which a residual goes to the host.
+    name: the name of the residual; a layer inside another one needs a different name, or the outer
+    one keeps both. pieces: number of arrays in which a residual goes to the host.
     """
     if memory.remat == "none":
         return layer
@@ -80,7 +80,7 @@ def scan_layers(
     """Runs x through layers in a repeated pattern: `layers[0]`, `layers[1]`, ..., and again
     `layers[0]`, once for each entry of the leading axis of `xs`. Compiled once for all repeats.
 
-    xs: a tree for each place of the pattern. Returns x, and as many trees of outputs.
+    xs: a tree for each layer of the pattern. Returns x, and as many trees of outputs.
     """
     group_size, period = memory.layers_per_residual, len(layers)
     pieces = _pieces(x, layout)
@@ -96,12 +96,10 @@ def scan_layers(
     )
     if group_size < period:
 
-        def cut(places):
-            return tuple(tuple(places[i : i + group_size]) for i in range(0, period, group_size))
+        def cut(parts):
+            return tuple(tuple(parts[i : i + group_size]) for i in range(0, period, group_size))
 
-        x, ys = jax.lax.scan(
-            _in_turn([outer(_in_turn(places)) for places in cut(inner)]), x, cut(xs)
-        )
+        x, ys = jax.lax.scan(_in_turn([outer(_in_turn(group)) for group in cut(inner)]), x, cut(xs))
         return x, sum(ys, ())
 
     def group(x, xs):

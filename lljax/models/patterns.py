@@ -8,7 +8,7 @@ import sys
 
 from lljax.errors import ConfigError
 
-SECONDS, BYTES = 20, 1 << 30  # of the child that matches; it needs a few hundredths
+SECONDS, BYTES = 20, 1 << 30  # limits of the matching child, which needs a few hundredths
 PLAIN = re.compile(r"[\w.-]*")  # a name
 CHILD = f"""
 import contextlib, json, re, sys

@@ -105,7 +105,7 @@ class Quantized:
     scale: float32 [..., blocks, out]; or uint8 codes, which `outer` float32 [..., ceil(out * blocks
       / 256)] scales in the order [out, blocks] before `offset` float32 [...] is added.
     zero: int16 [..., blocks, out] or None.
-    rows: in. dtype: of the dense kernel.
+    rows: inputs (`in`). dtype: the dtype of the dense kernel.
     """
 
     codes: jax.Array

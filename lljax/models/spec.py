@@ -58,8 +58,8 @@ class MoESpec:
 class MLASpec:
     """The sizes of multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, sec. 2.1)."""
 
-    q_rank: int | None  # of the latent of queries; None if queries have none
-    kv_rank: int  # of the latent of keys and values
+    q_rank: int | None  # rank of the latent of queries; None if queries have none
+    kv_rank: int  # rank of the latent of keys and values
     rope: int  # dimensions of a query or key that RoPE rotates
     v: int  # dimensions of a value
 
@@ -91,7 +91,7 @@ class DecoderSpec:
     max_length: int  # tokens that the model reads
     norm_eps: float
     tied: bool  # the head is the embedding
-    more_ropes: tuple[RopeSpec, ...] = ()  # of layers with another RoPE, see `ropes`
+    more_ropes: tuple[RopeSpec, ...] = ()  # the RoPE of other layers, see `ropes`
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -102,7 +102,7 @@ class DecoderSpec:
     temperature: tuple[float, float] | None = None  # see lljax.models.rope.temperature
     norm_plus_one: bool = False  # norms multiply by 1 + weight
     norms_after: bool = False  # the outputs of attention and MLP are normalized, too
-    activation: str = "silu"  # of the MLP: silu | gelu_tanh
+    activation: str = "silu"  # activation of the MLP: silu | gelu_tanh
     fused: bool = False  # HF keeps q, k and v in one tensor, and gate and up in another
     embed_scale: float = 1.0  # factor of embeddings
     attention_scale: float | None = None  # factor of scores; None for H ** -0.5
@@ -132,7 +132,7 @@ class DecoderSpec:
     @property
     def scale(self) -> float:
         """The factor of attention scores."""
-        if self.mla and self.rope.type != "default" and self.rope.mscale_all_dim:
+        if self.mla and rope.KINDS[self.rope.type].scales and self.rope.mscale_all_dim:
             return self.H**-0.5 * rope.yarn_magnitude(self.rope, self.rope.mscale_all_dim) ** 2
         return self.H**-0.5 if self.attention_scale is None else self.attention_scale
 

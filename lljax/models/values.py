@@ -8,7 +8,7 @@ from lljax.errors import ModelError, short
 __all__ = ["FLAG", "LARGEST", "NOT_NEGATIVE", "NUMBER", "OBJECT", "SHARE", "WORD", "Value", "check"]
 __all__ += ["dict_of", "list_of", "one_of", "optional", "whole"]
 
-LARGEST = 1e18  # of a number: beyond any real one, and no float overflows
+LARGEST = 1e18  # the largest number: beyond any real one, and no float overflows
 
 
 def optional(value: Condition) -> Value:

@@ -28,8 +28,8 @@ from jax.experimental import multihost_utils
 from lljax.errors import ConfigError, PeerLost, first_line
 
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-JOIN_SECONDS = 300  # for all processes to come up
-LEAVE_SECONDS = 10  # for the others to reach the same end, as they do when all stop
+JOIN_SECONDS = 300  # time for all processes to come up
+LEAVE_SECONDS = 10  # time for the others to reach the same end, as they do when all stop
 TURN_SECONDS = 86_400  # one process may prepare the documents for all, for hours
 COLLECTIVE_FAILED = re.compile(
     r"gloo|nccl|coordination service|heartbeat|connection (closed|reset)", re.IGNORECASE
@@ -105,7 +105,7 @@ def _detected() -> int:
         try:
             if cluster.is_env_present():
                 return cluster.get_process_count()
-        except Exception as error:  # of whatever library reads the environment
+        except Exception as error:  # raised by whatever library reads the environment
             raise ConfigError(
                 f"jax takes this for a {cluster.__name__} and cannot read it "
                 f"({first_line(error)}): set {', '.join(ENVIRONMENT)}, or JAX_NUM_PROCESSES=1 to "

@@ -22,7 +22,7 @@ from attention.cases import (
 )
 
 from lljax.attention import IMPLEMENTATIONS, AttentionOptions, Mask, attend, causal, reference
-from lljax.attention.attend import UnsupportedMask, check_platform, select
+from lljax.attention.attend import UnsupportedAttention, check_platform, select
 from lljax.attention.blockwise import FLOOR
 from lljax.attention.mask import NEVER
 
@@ -52,7 +52,7 @@ def named(request, monkeypatch) -> AttentionOptions:
 
 def assert_equals_the_reference_or_refuses(q, k, v, mask, options, tolerance=2e-5):
     if reason := IMPLEMENTATIONS[options.implementation].refuses(q, k, mask, options):
-        with pytest.raises(UnsupportedMask, match=f"cannot serve {reason}"):
+        with pytest.raises(UnsupportedAttention, match=f"cannot serve {reason}"):
             attend(q, k, v, mask, options)
         return
     assert_equal(
@@ -164,7 +164,7 @@ def test_parts_of_the_keys_add_up_as_a_ring_adds_them(named):
 
 # ---------------------------------------------------------------- the choice
 def test_an_unknown_name_is_refused():
-    with pytest.raises(UnsupportedMask, match="='flash9' is none of auto, tpu"):
+    with pytest.raises(UnsupportedAttention, match="='flash9' is none of auto, tpu"):
         attend(*make(8, 2, 2), causal(B, 8), OPTIONS.replace(implementation="flash9"))
 
 
@@ -175,7 +175,7 @@ def test_another_platform_is_refused(name):
         lambda: attend(*make(8, 2, 2), causal(B, 8), options),
         lambda: check_platform(name, "cpu"),
     ):
-        with pytest.raises(UnsupportedMask, match=f"='{name}' cannot serve devices of .* cpu"):
+        with pytest.raises(UnsupportedAttention, match=f"='{name}' cannot serve devices of .* cpu"):
             refused()
     check_platform(name, IMPLEMENTATIONS[name].platforms[0])
     check_platform("auto", "cpu")
@@ -190,7 +190,7 @@ def test_cudnn_refuses_what_it_cannot_compute_and_triton_is_taken(changes, reaso
     options = OPTIONS.replace(platform="gpu", **changes)
     assert select(q, q, causal(1, 8), OPTIONS.replace(platform="gpu")) == "cudnn"
     assert select(q, q, causal(1, 8), options) == "triton"
-    with pytest.raises(UnsupportedMask, match=f"='cudnn' cannot serve {reason}"):
+    with pytest.raises(UnsupportedAttention, match=f"='cudnn' cannot serve {reason}"):
         attend(q, q, q, causal(1, 8), options.replace(implementation="cudnn"))
 
 

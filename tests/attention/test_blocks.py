@@ -73,7 +73,7 @@ def tpu_visit_table(mask):
     for visits in (tpu_visits.of_queries(q, k), tpu_visits.of_keys(q, k)):
         table = np.asarray(visits.table)
         pairs = np.zeros((B, visits.starts["count"][1], visits.starts["order"][1]), bool)
-        counts, rank = visits.starts["count"][0], jax.jit(visits.place)
+        counts, rank = visits.starts["count"][0], jax.jit(visits.index)
         for b, n in np.ndindex(pairs.shape[:2]):
             for step in range(table[counts + b * pairs.shape[1] + n]):
                 pairs[b, n, int(rank(table, b, n, step))] = True

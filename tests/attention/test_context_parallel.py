@@ -8,7 +8,7 @@ from attention.cases import assert_equal, positions, sinks_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lljax.attention import AttentionOptions, Mask, attend, attend_shifted, causal
-from lljax.attention.attend import UnsupportedMask
+from lljax.attention.attend import UnsupportedAttention
 from lljax.attention.context_parallel import MODES, attend_parallel, choose
 from lljax.attention.gathered import _in_order
 from lljax.attention.halo import halo_size
@@ -225,7 +225,7 @@ def test_gathered_keys_come_back_into_the_order_of_the_row():
 def test_a_ring_refuses_an_implementation_that_wants_tokens_in_order():
     q = jax.ShapeDtypeStruct((B, T, 8, 64), jnp.bfloat16)
     options = AttentionOptions(scale=0.3, implementation="cudnn", platform="gpu")
-    with pytest.raises(UnsupportedMask, match="cannot serve tokens that may be out of order"):
+    with pytest.raises(UnsupportedAttention, match="cannot serve tokens that may be out of order"):
         _Ring(1, 2, options).implementation(q, q, causal(B, T))
 
 
@@ -242,5 +242,5 @@ def test_a_named_implementation_is_the_program_of_its_choice(mode):
         )
 
     assert program(options.replace(implementation="blockwise")) == program(options)
-    with pytest.raises(UnsupportedMask, match="='triton' cannot serve devices of platform cpu"):
+    with pytest.raises(UnsupportedAttention, match="'triton' cannot serve devices of platform cpu"):
         program(options.replace(implementation="triton"))

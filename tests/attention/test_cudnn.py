@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_policies
 
 import lljax
 from lljax.attention import attend, causal, cudnn, reference
-from lljax.attention.attend import UnsupportedMask, select
+from lljax.attention.attend import UnsupportedAttention, select
 from lljax.attention.pattern import FULL
 from lljax.attention.saved import SAVED, name_residuals
 from lljax.models.decoder import Decoder
@@ -102,7 +102,7 @@ def test_a_named_one_that_cannot_serve_says_why(reason, change):
     q, k, mask = operands(**change) if isinstance(change, dict) else operands()
     mask = mask if isinstance(change, dict) else change(mask)
     assert chosen("gpu", q, k, mask) == "triton"
-    with pytest.raises(UnsupportedMask, match=f"='cudnn' cannot serve .*{reason}"):
+    with pytest.raises(UnsupportedAttention, match=f"='cudnn' cannot serve .*{reason}"):
         attend(q, k, k, mask, GPU.replace(implementation="cudnn"))
 
 

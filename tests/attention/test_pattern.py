@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lljax.attention.attend import UnsupportedMask
+from lljax.attention.attend import UnsupportedAttention
 from lljax.attention.pattern import FULL, KINDS, AttentionPattern, Groups, group_size
 from lljax.config import default_config, validate
 from lljax.errors import ConfigError
@@ -84,7 +84,7 @@ def test_the_pattern_names_the_implementation_of_every_layer():
         )
 
     assert hidden("blockwise").shape == hidden("auto").shape == (1, 16, 32)
-    with pytest.raises(UnsupportedMask, match="='triton' cannot serve devices of platform cpu"):
+    with pytest.raises(UnsupportedAttention, match="'triton' cannot serve devices of platform cpu"):
         hidden("triton")
 
 

@@ -23,7 +23,7 @@ from lljax.interop.huggingface import load_weights
 from lljax.interop.open import open_base
 from lljax.models.decoder import Decoder
 from lljax.models.families import FAMILIES, is_tied, rope_to_hf, spec_from_hf
-from lljax.models.families.family import Family, WholeModel, count, local_layers
+from lljax.models.families.family import Family, MultimodalModel, first_set, local_layers
 from lljax.models.spec import LayerSpec
 from lljax.models.values import whole
 from lljax.planning import plan
@@ -35,7 +35,9 @@ def toy_decoder(c):
     return {
         "qk_norm": True,
         "norm_plus_one": True,
-        "layers": tuple(LayerSpec(window=count(c, "toy_window") if s else None) for s in slides),
+        "layers": tuple(
+            LayerSpec(window=first_set(c, "toy_window") if s else None) for s in slides
+        ),
     }
 
 
@@ -47,7 +49,7 @@ TOY = Family(
     checks={"toy_window": whole(2)},
     rope_to_hf=lambda spec, entries: entries | {"toy_rope": spec.rope.type},
     rope_fields=("toy_rope",),
-    part_of=WholeModel(model_type="toy_vision", prefix="text."),
+    multimodal_parent=MultimodalModel(model_type="toy_vision", prefix="text."),
 )
 
 

@@ -78,7 +78,7 @@ class MovingAverage(nnx.Module):
         )
         self.D = spec.D
 
-    def project(self, x, place, dropout_key):
+    def project(self, x, positions, dropout_key):
         return jax.nn.sigmoid(self.gate_proj(x, dropout_key)), self.in_proj(x, dropout_key)
 
     def mix(self, operands, context, state):

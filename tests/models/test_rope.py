@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from lljax.errors import ConfigError, ModelError
 from lljax.models import rope
 from lljax.models.rope import RopeSpec
+from lljax.models.rope import kinds as rope_kinds
 
 
 def factors(H, seed):
@@ -457,13 +458,13 @@ def test_twice_the_length_is_the_same_kind_with_twice_the_factor(kind):
             RopeSpec(),
             "llama3",
             "auto",
-            "extends a base with llama3 frequencies, and this base has 'default': use yarn",
+            "a base with llama3 frequencies, and .* 'default': use linear or dynamic or yarn",
         ),
         (
             LLAMA3,
             "longrope",
             "auto",
-            "extends a base with longrope frequencies.*'llama3': use yarn",
+            "extends a base with longrope frequencies.*'llama3': use linear or yarn",
         ),
         (RopeSpec("longrope", factor=1.0), "longrope", 16.0, "factor of the base is 1.0"),
         (RopeSpec(), "linear", 10**400, "context.rope.factor=<an integer"),
@@ -477,7 +478,7 @@ def test_twice_the_length_is_the_same_kind_with_twice_the_factor(kind):
             9.0,
             "9.0 stretches 2048 tokens to 18432.*context.length=20000.* 10",
         ),
-        (LINEAR, "dynamic", "auto", "context.rope.type='dynamic'.*'linear'"),
+        (LINEAR, "dynamic", "auto", "type='dynamic' extends.*'linear': use linear or yarn"),
     ],
 )
 def test_what_cannot_be_asked_of_context_rope(base, type, factor, named):
@@ -505,3 +506,23 @@ def test_an_unknown_type_is_refused_even_where_nothing_needs_stretching():
 )
 def test_reach(spec, max_position_embeddings, tokens):
     assert rope.reach(spec, max_position_embeddings) == tokens
+
+
+def test_a_kind_is_one_row(monkeypatch):
+    toy = rope_kinds.Kind(
+        rope.KINDS["linear"].frequencies,
+        required=("factor",),
+        written=("factor",),
+        vllm_multiplies=True,
+        extends=("toy",),
+    )
+    monkeypatch.setitem(rope.KINDS, "toy", toy)
+    spec = RopeSpec("toy", factor=4.0)
+    entries = rope.to_hf(spec, 8192)
+    assert entries["max_position_embeddings"] == spec.original_length
+    assert rope.from_hf(entries) == spec
+    assert rope.reach(spec, 2048) == 8192
+    stretched = rope.extend(spec, type="linear", factor="auto", length=16384, max_length=8192)
+    assert (stretched.type, stretched.factor) == ("linear", 8.0)
+    with pytest.raises(ConfigError, match="base has 'toy': use linear or yarn"):
+        rope.extend(spec, type="dynamic", factor="auto", length=16384, max_length=8192)

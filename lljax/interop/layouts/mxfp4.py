@@ -6,7 +6,7 @@ import numpy as np
 from lljax.interop.layouts.kernel import Kernel, Shape
 from lljax.models.quantize import Form
 
-VALUES = np.array(  # of the e2m1 codes
+VALUES = np.array(  # values of the e2m1 codes
     [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32
 )
 

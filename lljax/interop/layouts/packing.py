@@ -26,7 +26,8 @@ def quantized_of_groups(
 ) -> Quantized:
     """Codes [in, out] with scales and zeros [groups, out] as a `Quantized` of numpy arrays.
 
-    A single group is repeated over all blocks. outer, offset: of scales that are quantized, too.
+    A single group is repeated over all blocks. outer, offset: as in `Quantized`, for
+    quantized scales.
     """
     rows, out = codes.shape
     blocks = -(-rows // form.block)

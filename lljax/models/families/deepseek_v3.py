@@ -5,7 +5,7 @@ arXiv 2412.19437); transformers `models/deepseek_v3/modeling_deepseek_v3.py`.
 import dataclasses
 from typing import Any
 
-from lljax.models.families.family import Family, count
+from lljax.models.families.family import Family, first_set
 from lljax.models.families.sigmoid_experts import CHECKS, DEFAULTS, dense_first, sigmoid_experts
 from lljax.models.spec import MLASpec
 from lljax.models.values import FLAG
@@ -17,10 +17,10 @@ def _decoder(c: dict) -> dict[str, Any]:
         "output_bias": c["attention_bias"],
         "moe": sigmoid_experts(c),
         "mla": MLASpec(
-            q_rank=None if c.get("q_lora_rank") is None else count(c, "q_lora_rank"),
-            kv_rank=count(c, "kv_lora_rank"),
-            rope=count(c, "qk_rope_head_dim"),
-            v=count(c, "v_head_dim"),
+            q_rank=None if c.get("q_lora_rank") is None else first_set(c, "q_lora_rank"),
+            kv_rank=first_set(c, "kv_lora_rank"),
+            rope=first_set(c, "qk_rope_head_dim"),
+            v=first_set(c, "v_head_dim"),
         ),
         "interleaved": c["rope_interleave"],
         "layers": tuple(dataclasses.replace(layer, mixer="mla") for layer in dense_first(c)),

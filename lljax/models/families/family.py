@@ -26,7 +26,7 @@ class Metadata(Protocol):
         ...
 
 
-def no_entries(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+def _no_entries(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
     return {}
 
 
@@ -38,7 +38,8 @@ class GgufFormat:
       lljax.interop.gguf.LAYER.
     permuted: the rows of q and k are in interleaved pairs.
     norms_plus_one: weights of norms are stored as 1 + weight.
-    dtype: of an export; None for float16, or bfloat16 if the file holds a tensor of that type.
+    dtype: the dtype of an export; None for float16, or bfloat16 if the file holds a tensor of that
+      type.
     config(config, metadata, names): more entries of config.json, from the entries that all families
       have, the metadata and the HF names of the tensors.
     """
@@ -48,22 +49,22 @@ class GgufFormat:
     permuted: bool = False
     norms_plus_one: bool = False
     dtype: str | None = None
-    config: Callable[[dict, Metadata, set[str]], dict[str, Any]] = no_entries
+    config: Callable[[dict, Metadata, set[str]], dict[str, Any]] = _no_entries
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeModel:
-    """A model of several kinds of input whose text model is of a family."""
+class MultimodalModel:
+    """A multimodal model whose text model is of a family."""
 
     model_type: str
-    prefix: str  # of the names of the text model's tensors
+    prefix: str  # before the names of the text model's tensors
 
 
-def one_rope(c: dict) -> tuple[dict, ...]:
+def _one_rope(c: dict) -> tuple[dict, ...]:
     return (c,)
 
 
-def unchanged(spec: DecoderSpec, entries: dict) -> dict:
+def _unchanged(spec: DecoderSpec, entries: dict) -> dict:
     return entries
 
 
@@ -71,20 +72,21 @@ def unchanged(spec: DecoderSpec, entries: dict) -> dict:
 class Family:
     """Everything that is particular to a family.
 
-    model_type: as in config.json. architecture: the class of transformers that an export names.
+    model_type: its name in config.json.
+    architecture: the class of transformers that an export names.
     defaults: fields of config.json, as the config class of transformers sets them if they are
       absent; CONFIG_DEFAULTS holds for all families.
     decoder(c): the fields of DecoderSpec that differ from their defaults. Sizes, RoPE, norm_eps and
       tied are read for all families alike (lljax.models.families.from_config); without `layers`,
       every layer has full attention and an MLP.
-    checks: the values that fields of config.json may hold, beside CONFIG_CHECKS.
+    checks: the values that fields of config.json may hold, besides CONFIG_CHECKS.
     ropes(c): the config.json that each RoPE of the decoder is read from, the one to stretch first.
     rope_to_hf(spec, entries): the config.json entries of the RoPE, from the usual ones
-      (lljax.models.rope.to_hf). rope_fields: their names, beside the usual ones.
+      (lljax.models.rope.to_hf). rope_fields: their names, besides the usual ones.
     rope_kinds: the kinds of RoPE that transformers loads a stretched model with.
     peft_experts: PEFT loads adapters of single experts.
     gguf: its GGUF files; None if they are not read.
-    part_of: the model of several kinds of input whose text model it is.
+    multimodal_parent: the multimodal model whose text model it is.
     """
 
     model_type: str
@@ -92,16 +94,16 @@ class Family:
     defaults: Mapping[str, Any]
     decoder: Callable[[dict], dict[str, Any]]
     checks: Mapping[str, Value] = dataclasses.field(default_factory=dict)
-    ropes: Callable[[dict], tuple[dict, ...]] = one_rope
-    rope_to_hf: Callable[[DecoderSpec, dict], dict] = unchanged
+    ropes: Callable[[dict], tuple[dict, ...]] = _one_rope
+    rope_to_hf: Callable[[DecoderSpec, dict], dict] = _unchanged
     rope_fields: tuple[str, ...] = ()
     rope_kinds: tuple[str, ...] = EXTENDABLE
     peft_experts: bool = False
     gguf: GgufFormat | None = None
-    part_of: WholeModel | None = None
+    multimodal_parent: MultimodalModel | None = None
 
 
-def count(c: dict, *names: str) -> int:
+def first_set(c: dict, *names: str) -> int:
     """The first of these fields that is set.
 
     Raises:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lljax.errors import ModelError, short
 from lljax.models import rope
-from lljax.models.families.family import Family, count
+from lljax.models.families.family import Family, first_set
 from lljax.models.families.table import family_of, is_tied
 from lljax.models.rope import RopeSpec
 from lljax.models.spec import DecoderSpec, LayerSpec, MLASpec, MoESpec
@@ -19,7 +19,7 @@ REQUIRED = (
     "num_attention_heads",
 )
 DTYPE = optional(one_of("bfloat16", "float16", "float32", "float64"))
-# The values that fields of every family may hold; `count` checks others as they are read.
+# The values that fields of every family may hold; `first_set` checks others as they are read.
 CONFIG_CHECKS = (
     rope.TOP_CHECKS
     | dict.fromkeys(REQUIRED, whole(1))
@@ -36,7 +36,7 @@ CONFIG_CHECKS = (
         "torch_dtype": DTYPE,
     }
 )
-CONFIG_DEFAULTS = {"rms_norm_eps": 1e-6}  # of every family that has no other
+CONFIG_DEFAULTS = {"rms_norm_eps": 1e-6}  # for families that define no other
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # our name: HF's name
 
 
@@ -96,7 +96,7 @@ def _heads(c: dict, mla: MLASpec | None) -> tuple[int, int, int, int]:
     K = c.get("num_key_value_heads") or N
     H = rotary = c.get("head_dim") or c["hidden_size"] // N
     if mla:  # head_dim has another meaning there
-        K, H, rotary = N, count(c, "qk_nope_head_dim") + mla.rope, mla.rope
+        K, H, rotary = N, first_set(c, "qk_nope_head_dim") + mla.rope, mla.rope
         if mla.v > H:
             raise ModelError(
                 f"config.json: v_head_dim={mla.v} exceeds the {H} dimensions of a query, which is "
@@ -130,7 +130,7 @@ def _check_rope(spec: RopeSpec, head_dim: int) -> None:
             f"config.json: partial_rotary_factor={spec.partial} rotates {rotary} of "
             f"head_dim={head_dim} dimensions, and RoPE rotates pairs"
         )
-    for name in ("short_factor", "long_factor") if spec.type == "longrope" else ():
+    for name in rope.KINDS[spec.type].lists:
         if (entries := len(getattr(spec, name))) != rotary // 2:
             raise ModelError(
                 f"config.json: {name} has {entries} entries; head_dim={head_dim} needs "

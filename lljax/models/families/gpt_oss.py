@@ -4,7 +4,7 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family, count, local_layers, sliding_window
+from lljax.models.families.family import Family, first_set, local_layers, sliding_window
 from lljax.models.spec import LayerSpec, MoESpec
 from lljax.models.values import NUMBER
 
@@ -16,8 +16,8 @@ def _decoder(c: dict) -> dict[str, Any]:
         "output_bias": c["attention_bias"],
         "sinks": True,
         "moe": MoESpec(
-            E=count(c, "num_local_experts", "num_experts"),
-            k=count(c, "num_experts_per_tok"),
+            E=first_set(c, "num_local_experts", "num_experts"),
+            k=first_set(c, "num_experts_per_tok"),
             F=c["intermediate_size"],
             best_first=True,
             fused="turns",

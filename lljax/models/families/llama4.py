@@ -4,15 +4,18 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family, WholeModel, count, local_layers, per_layer
+from lljax.models.families.family import Family, MultimodalModel, first_set, local_layers, per_layer
 from lljax.models.spec import LayerSpec, MoESpec
 from lljax.models.values import FLAG, NUMBER, Value, list_of, optional, whole
 
 
 def _layers(c: dict) -> tuple[LayerSpec, ...]:
     """Every fourth layer has no RoPE and full attention; experts in every layer or every second."""
-    L, chunk = c["num_hidden_layers"], count(c, "attention_chunk_size")
-    interval, step = count(c, "no_rope_layer_interval"), count(c, "interleave_moe_layer_step")
+    L, chunk = c["num_hidden_layers"], first_set(c, "attention_chunk_size")
+    interval, step = (
+        first_set(c, "no_rope_layer_interval"),
+        first_set(c, "interleave_moe_layer_step"),
+    )
     # 1 for a layer with RoPE, in spite of the name
     rotated = per_layer(c, "no_rope_layers", lambda i: (i + 1) % interval)
     local = local_layers(c, lambda i: rotated[i], "chunked_attention")
@@ -31,8 +34,8 @@ def _layers(c: dict) -> tuple[LayerSpec, ...]:
 def _experts(c: dict) -> MoESpec:
     F = c["intermediate_size"]
     return MoESpec(
-        E=count(c, "num_local_experts"),
-        k=count(c, "num_experts_per_tok"),
+        E=first_set(c, "num_local_experts"),
+        k=first_set(c, "num_experts_per_tok"),
         F=F,
         score="sigmoid",
         best_first=True,
@@ -55,7 +58,7 @@ def _decoder(c: dict) -> dict[str, Any]:
         "temperature": (c["attn_scale"], c["floor_scale"]) if tuning else None,
         "moe": _experts(c),
         "layers": _layers(c),
-        "F": count(c, "intermediate_size_mlp"),
+        "F": first_set(c, "intermediate_size_mlp"),
     }
 
 
@@ -87,5 +90,5 @@ FAMILY = Family(
         "no_rope_layers": optional(list_of(whole(0))),
         "moe_layers": optional(list_of(whole(0))),
     },
-    part_of=WholeModel(model_type="llama4", prefix="language_model."),
+    multimodal_parent=MultimodalModel(model_type="llama4", prefix="language_model."),
 )

@@ -4,15 +4,15 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family, count, sliding_window, uniform_layers
+from lljax.models.families.family import Family, first_set, sliding_window, uniform_layers
 from lljax.models.spec import LayerSpec, MoESpec
 
 
 def _decoder(c: dict) -> dict[str, Any]:
     return {
         "moe": MoESpec(
-            E=count(c, "num_local_experts"),
-            k=count(c, "num_experts_per_tok"),
+            E=first_set(c, "num_local_experts"),
+            k=first_set(c, "num_experts_per_tok"),
             F=c["intermediate_size"],
             normalize=True,
             block="block_sparse_moe",

@@ -5,7 +5,7 @@
 from typing import Any
 
 from lljax.models.families.family import Family, sliding_window, uniform_layers
-from lljax.models.rope.hf import LISTS
+from lljax.models.rope.kinds import LISTS
 from lljax.models.spec import DecoderSpec, LayerSpec
 
 

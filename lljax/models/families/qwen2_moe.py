@@ -6,7 +6,7 @@ PEFT does not load adapters of its experts.
 
 from typing import Any
 
-from lljax.models.families.family import Family, count
+from lljax.models.families.family import Family, first_set
 from lljax.models.families.qwen_layers import (
     EXPERT_CHECKS,
     EXPERT_DEFAULTS,
@@ -22,7 +22,7 @@ from lljax.models.values import FLAG
 def _decoder(c: dict) -> dict[str, Any]:
     return {
         "qkv_bias": c["qkv_bias"],
-        "moe": softmax_experts(c, shared=count(c, "shared_expert_intermediate_size")),
+        "moe": softmax_experts(c, shared=first_set(c, "shared_expert_intermediate_size")),
         "layers": sparse_layers(c, upper_layers_slide(c)),
     }
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from lljax.models.families.family import count, local_layers, sliding_window, uniform_layers
+from lljax.models.families.family import first_set, local_layers, sliding_window, uniform_layers
 from lljax.models.spec import LayerSpec, MoESpec
 from lljax.models.values import FLAG, list_of, optional, whole
 
@@ -41,9 +41,9 @@ def sparse_layers(c: dict, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ..
 def softmax_experts(c: dict, *, shared: int = 0) -> MoESpec:
     """Experts weighted by a softmax of the router; shared: MLP width of the gated shared expert."""
     return MoESpec(
-        E=count(c, "num_experts", "num_local_experts"),
-        k=count(c, "num_experts_per_tok"),
-        F=count(c, "moe_intermediate_size"),
+        E=first_set(c, "num_experts", "num_local_experts"),
+        k=first_set(c, "num_experts_per_tok"),
+        F=first_set(c, "moe_intermediate_size"),
         normalize=c["norm_topk_prob"],
         shared_name="shared_expert",
         shared_gate=shared > 0,

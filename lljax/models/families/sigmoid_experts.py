@@ -2,7 +2,7 @@
 2412.19437, section 2.1.2).
 """
 
-from lljax.models.families.family import count
+from lljax.models.families.family import first_set
 from lljax.models.spec import LayerSpec, MoESpec
 from lljax.models.values import FLAG, NUMBER, whole
 
@@ -20,18 +20,18 @@ CHECKS = {
 
 
 def sigmoid_experts(c: dict) -> MoESpec:
-    F = count(c, "moe_intermediate_size")
+    F = first_set(c, "moe_intermediate_size")
     return MoESpec(
-        E=count(c, "n_routed_experts", "num_local_experts"),
-        k=count(c, "num_experts_per_tok"),
+        E=first_set(c, "n_routed_experts", "num_local_experts"),
+        k=first_set(c, "num_experts_per_tok"),
         F=F,
         score="sigmoid",
         correction=True,
         normalize=c["norm_topk_prob"],
         scale=c["routed_scaling_factor"],
-        groups=count(c, "n_group"),
-        best_groups=count(c, "topk_group"),
-        shared=F * count(c, "n_shared_experts"),
+        groups=first_set(c, "n_group"),
+        best_groups=first_set(c, "topk_group"),
+        shared=F * first_set(c, "n_shared_experts"),
     )
 
 

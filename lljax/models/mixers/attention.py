@@ -74,19 +74,19 @@ class Attention(nnx.Module):
         return (deinterleave(q), deinterleave(k), v) if self.interleaved else (q, k, v)
 
     def project(
-        self, x: Float[Array, "B T D"], place: Positions, dropout_key: jax.Array | None = None
+        self, x: Float[Array, "B T D"], positions: Positions, dropout_key: jax.Array | None = None
     ) -> Heads:
         q, k, v = self.heads(x, dropout_key)
-        if place.temperature is not None:
-            q = (q * place.temperature[:, :, None, None]).astype(q.dtype)
-        return self._rotated(q, place), self._rotated(k, place), v
+        if positions.temperature is not None:
+            q = (q * positions.temperature[:, :, None, None]).astype(q.dtype)
+        return self._rotated(q, positions), self._rotated(k, positions), v
 
     def _rotated(
-        self, x: Float[Array, "B T heads H"], place: Positions
+        self, x: Float[Array, "B T heads H"], positions: Positions
     ) -> Float[Array, "B T heads H"]:
-        if place.rotation is None:
+        if positions.rotation is None:
             return x
-        x = rotate(x, place.rotation)
+        x = rotate(x, positions.rotation)
         if self.normalize_eps is None:
             return x
         return rms_normalize(x, self.normalize_eps).astype(x.dtype)

@@ -18,15 +18,16 @@ Carry = Any  # a pytree of arrays [B, ...]
 
 
 class State(Protocol):
-    """The part of a mixer in a cache, a registered dataclass of arrays: the tokens that were read.
+    """A mixer's part of the cache: a registered dataclass of arrays that summarizes the tokens read
+    so far.
 
     In a cache (lljax.models.cache) every array is [layers, B, ...]; `mix` gets [B, ...] of its own
     layer.
     """
 
     def write(self, update: Self, start: Int[Array, ""] | int) -> Self:
-        """The state of all layers after the tokens from slot `start` on. update: from `mix`, with
-        an axis of layers in front.
+        """The state of all layers after the tokens from slot `start` on. update: the updates that
+        `mix` returned, with an axis of layers in front.
         """
         ...
 
@@ -36,7 +37,7 @@ class State(Protocol):
 
 
 class Mixer(Protocol):
-    """Lets tokens read the tokens before them: the half of a decoder layer that is no MLP.
+    """The token-mixing half of a decoder layer (not the MLP): tokens read the tokens before them.
 
     A layer calls `project`, `mix` and `output` one after the other. `project` and `output` treat
     each token alone, so that `memory.tile` bounds how many tokens they hold at a time. A row whose
@@ -59,16 +60,17 @@ class Mixer(Protocol):
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str) -> None: ...
 
     def project(
-        self, x: Float[Array, "B T D"], place: Positions, dropout_key: jax.Array | None
+        self, x: Float[Array, "B T D"], positions: Positions, dropout_key: jax.Array | None
     ) -> Operands:
-        """The operands of `mix`, of normalized tokens x at their places."""
+        """The operands of `mix`, from normalized tokens x and their positions."""
         ...
 
     def mix(
         self, operands: Operands, context: LayerContext, state: Any | None
     ) -> tuple[Float[Array, "B T X"], Any | None]:
         """Tokens mixed along the row under `context.mask`, and the update of the state for
-        `State.write`. state: of this layer; None without a cache, and the update is None too.
+        `State.write`. state: the state of this layer; None without a cache, and then the update is
+        None too.
         """
         ...
 
@@ -84,17 +86,17 @@ class Mixer(Protocol):
         """The carry into the first tile of every device; None if a row of this context cannot go
         tile by tile.
 
-        xs: arrays [B, T, ...] of the row, x first. project: gives the operands of xs, or of the
-        same part of the tokens of each array.
+        xs: arrays [B, T, ...] of the row, x first. project: maps xs, or the same token slice of
+        each, to operands.
         """
         ...
 
     def mix_tile(
         self, operands: Operands, context: LayerContext, carry: Carry
     ) -> tuple[Float[Array, "B t X"], Carry]:
-        """`mix` of the next tile, given the carry out of the tile before, and its own carry.
+        """`mix` of a tile, given the previous tile's carry; returns the output and the next carry.
 
-        context.mask: of the tile. Tokens that fill up the last one have the key index NEVER
+        context.mask: the mask of the tile. Padding tokens of the last tile have the key index NEVER
         (lljax.attention.mask).
         """
         ...
@@ -110,6 +112,6 @@ class Mixer(Protocol):
     @staticmethod
     def abstract_state(spec: DecoderSpec, layer: LayerSpec, B: int, S: int, dtype: Any) -> State:
         """The state of one layer for B rows of S tokens, of `jax.ShapeDtypeStruct`s; it starts as
-        zeros. dtype: of arrays that grow with S; int8 for eight bits and scales.
+        zeros. dtype: the dtype of arrays that grow with S; int8 for eight bits and scales.
         """
         ...

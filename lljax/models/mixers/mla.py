@@ -11,7 +11,7 @@ from lljax.models.linear import Linear, RMSNorm
 from lljax.models.mixers.attention import Attention, Heads, deinterleave
 from lljax.models.spec import DecoderSpec, LayerSpec
 
-EPS = 1e-6  # of the norms of the latents, whatever rms_norm_eps is
+EPS = 1e-6  # epsilon of the norms of the latents, whatever rms_norm_eps is
 
 
 class MLA(Attention):

@@ -8,8 +8,8 @@ def visible_pairs(
 ) -> float:
     """Pairs of a query and a visible key in a row of T tokens of one document, for an average head.
 
-    Causal attention counts half of T x T, as MaxText does. window, chunked: of the layer, see
-    LayerSpec.
+    Causal attention counts half of T x T, as MaxText does. window, chunked: those
+    fields of LayerSpec.
     """
     if pattern.group:
         G = min(pattern.group, T)

@@ -1,11 +1,10 @@
 """The RoPE of a base, stretched to read longer rows."""
 
-import dataclasses
 import math
 
 from lljax.errors import ConfigError, short
-from lljax.models.rope.hf import LISTS, scaling
-from lljax.models.rope.kinds import EXTENDABLE, KINDS, RopeSpec
+from lljax.models.rope.hf import scaling
+from lljax.models.rope.kinds import EXTENDABLE, KINDS, LISTS, RopeSpec
 from lljax.models.values import LARGEST
 
 
@@ -15,7 +14,7 @@ def extend(
     """The RoPE of a base stretched to read `length` tokens; type, factor: `context.rope`.
 
     "keep" leaves the RoPE of the base. The kind of the base keeps every field and changes the
-    factor (longrope: see `grow_long_factors`); another kind replaces the scaling, see
+    factor (longrope: see `grow_longrope`); another kind replaces the scaling, see
     `dropped_fields`. `factor` is the new factor itself, not a multiple of the old one. It counts
     from the length that the frequencies were trained for; for llama3 and longrope, from the length
     that a factor of 1 would give (Llama 3.1 reads 131,072 tokens with a factor of 8: from 16,384).
@@ -42,28 +41,17 @@ def extend(
             original_length=spec.original_length,
             partial=spec.partial,
         )
-    if type == "longrope":
-        return dataclasses.replace(spec, factor=factor, long_factor=grow_long_factors(spec, factor))
-    return dataclasses.replace(spec, factor=factor)
+    return KINDS[type].grow(spec, factor)
 
 
 def _check_base(spec: RopeSpec, type: str) -> None:
     """Raises ConfigError if a kind cannot extend this base."""
     kind = KINDS[type]
-    if spec.type not in kind.extends and kind.own_base_only:
+    if not kind.can_extend(spec.type):
+        usable = (name for name in EXTENDABLE if KINDS[name].can_extend(spec.type))
         raise ConfigError(
-            f"context.rope.type={type!r} extends a base with {type} frequencies, and "
-            f"this base has {spec.type!r}: use yarn"
-        )
-    if spec.type not in kind.extends:
-        raise ConfigError(
-            f"context.rope.type={type!r} leaves short rows unscaled, and the base was "
-            f"trained under {spec.type!r}: use linear or yarn"
-        )
-    if type == "longrope" and spec.factor <= 1:
-        raise ConfigError(
-            f"context.rope.type='longrope': the factor of the base is {spec.factor}, "
-            "which does not say how its long_factor grows: use yarn"
+            f"context.rope.type={type!r} extends a base with {' or '.join(kind.extends)} "
+            f"frequencies, and this base has {spec.type!r}: use {' or '.join(usable)}"
         )
 
 
@@ -80,18 +68,6 @@ def _factor(factor: float | str, start: float, length: int) -> float:
             f"short of context.length={length}: use 'auto' or {least}"
         )
     return float(factor)
-
-
-def grow_long_factors(spec: RopeSpec, factor: float) -> tuple[float, ...]:
-    """The `long_factor` of a longrope base at another factor.
-
-    An entry is spec.factor ** share, from 0 (the dimension is extrapolated) to 1 (interpolated),
-    and becomes factor ** share. This extends position interpolation (share 1) and NTK-aware scaling
-    (share 2i / (H - 2)) exactly; fast dimensions stay nearly unchanged, which linear scaling would
-    blur.
-    """
-    growth = math.log(factor) / math.log(spec.factor)
-    return tuple(entry**growth for entry in spec.long_factor)
 
 
 def dropped_fields(before: RopeSpec, after: RopeSpec) -> list[str]:

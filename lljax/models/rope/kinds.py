@@ -6,13 +6,15 @@ Frequencies are float32: at bfloat16, position 257 is already another position.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from lljax.errors import ConfigError, ModelError
 
 Length = int | jax.Array  # the number of positions of a sequence; may be traced
 
@@ -48,13 +50,13 @@ class RopeSpec:
 
 class Frequencies(NamedTuple):
     inverse: Float[Array, " half"]  # float32 [rotary dimensions / 2], radians per position
-    scale: float  # of sine and cosine (yarn, longrope), else 1
+    scale: float  # factor of sine and cosine (yarn, longrope), else 1
 
 
 def frequencies(spec: RopeSpec, head_dim: int, length: Length) -> Frequencies:
     """The frequencies of a head for a sequence of `length` positions.
 
-    Only dynamic and longrope depend on the length.
+    Only kinds `by_length` depend on the length.
     """
     return KINDS[spec.type].frequencies(spec, rotary_dims(spec, head_dim), length)
 
@@ -175,57 +177,148 @@ def longrope_frequencies(spec: RopeSpec, H: int, length: Length) -> Frequencies:
     return Frequencies(1 / (factors * wavelengths(spec.theta, H)), scale)
 
 
+def _check_llama3(spec: RopeSpec) -> None:
+    if spec.high_freq_factor < spec.low_freq_factor:
+        raise ModelError(
+            f"config.json: high_freq_factor={spec.high_freq_factor} is below "
+            f"low_freq_factor={spec.low_freq_factor}"
+        )
+
+
+def _with_factor(spec: RopeSpec, factor: float) -> RopeSpec:
+    return dataclasses.replace(spec, factor=factor)
+
+
+def grow_longrope(spec: RopeSpec, factor: float) -> RopeSpec:
+    """A longrope base at another factor, with a `long_factor` that fits.
+
+    An entry is spec.factor ** share, from 0 (the dimension is extrapolated) to 1 (interpolated),
+    and becomes factor ** share. This extends position interpolation (share 1) and NTK-aware scaling
+    (share 2i / (H - 2)) exactly; fast dimensions stay nearly unchanged, which linear scaling would
+    blur.
+
+    Raises:
+      ConfigError: the factor of the base is at most 1.
+    """
+    if spec.factor <= 1:
+        raise ConfigError(
+            f"context.rope.type={spec.type!r}: the factor of the base is {spec.factor}, "
+            "which does not say how its long_factor grows: use yarn"
+        )
+    growth = math.log(factor) / math.log(spec.factor)
+    long_factor = tuple(entry**growth for entry in spec.long_factor)
+    return dataclasses.replace(spec, factor=factor, long_factor=long_factor)
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of scaling.
+    """A kind of scaling: everything that is particular to it.
 
-    required: fields that config.json must have. written: fields that are always written to it;
-    others only if they are set. names_original: config.json names the length that the frequencies
-    were trained for. extends: the kinds of base that this kind can extend; () if it extends none.
+    frequencies(spec, H, length): the formula. by_length: it depends on the length of the sequence,
+      and rows of different lengths cannot share a batch in generation.
+    scales: False if it has no fields besides theta and the rotary share.
+
+    config.json:
+      other_names: older names of the kind.
+      required: fields that the file must have. written: fields that are always written to it;
+        others only if they are set. lists: fields with one number per rotated pair.
+      check(spec): raises ModelError if the fields contradict each other.
+      names_original: the file names the length that the frequencies were trained for; otherwise
+        that is max_position_embeddings.
+      factor_from_lengths: the file may leave out the factor, which is then
+        max_position_embeddings / original_max_position_embeddings.
+      vllm_multiplies: vLLM multiplies max_position_embeddings by the factor.
+      may_leave_max_length: files add the kind and leave max_position_embeddings at the original
+        length (the model card of Qwen2.5).
+      gguf: GGUF keys below `rope.scaling`, besides the factor, by the field that they give.
+
+    context.rope.type:
+      extends: the kinds of base that this kind can extend; () if it extends none.
+      grow(spec, factor): a base of this kind at another factor.
     """
 
     frequencies: Callable[[RopeSpec, int, Length], Frequencies]
+    by_length: bool = False
+    scales: bool = True
+    other_names: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    check: Callable[[RopeSpec], None] = lambda spec: None
     names_original: bool = False
-    extends: tuple[str, ...] = ()
+    factor_from_lengths: bool = False
+    vllm_multiplies: bool = False
+    may_leave_max_length: bool = False
+    gguf: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    extends: tuple[str, ...] | Literal["any"] = ()
+    grow: Callable[[RopeSpec, float], RopeSpec] = _with_factor
+
+    def can_extend(self, base: str) -> bool:
+        """Whether it can extend a base of this kind."""
+        return self.extends == "any" or base in self.extends
 
     @property
     def own_base_only(self) -> bool:
         """Whether it extends a base of the same kind alone."""
-        return len(self.extends) == 1
+        return self.extends != "any" and len(self.extends) == 1
+
+    @property
+    def reads_max_length(self) -> bool:
+        """Whether its angles depend on max_position_embeddings, which a stretched model raises."""
+        return self.by_length and not self.names_original
 
 
-ANY = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 KINDS = {
-    "default": Kind(default_frequencies),
-    "linear": Kind(linear_frequencies, required=("factor",), written=("factor",), extends=ANY),
-    "dynamic": Kind(
-        dynamic_frequencies,
+    "default": Kind(default_frequencies, scales=False),
+    "linear": Kind(
+        linear_frequencies,
         required=("factor",),
         written=("factor",),
-        extends=("default", "dynamic"),
+        vllm_multiplies=True,
+        extends="any",
+    ),
+    "dynamic": Kind(
+        dynamic_frequencies,
+        by_length=True,
+        required=("factor",),
+        written=("factor",),
+        vllm_multiplies=True,
+        extends=("default", "dynamic"),  # it leaves short rows unscaled
     ),
     "yarn": Kind(
         yarn_frequencies,
         required=("factor",),
         written=("factor", "beta_fast", "beta_slow", "truncate"),
         names_original=True,
-        extends=ANY,
+        may_leave_max_length=True,
+        gguf={
+            "original_max_position_embeddings": "original_context_length",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        },
+        extends="any",
     ),
     "llama3": Kind(
         llama3_frequencies,
         required=("factor", "low_freq_factor", "high_freq_factor"),
         written=("factor", "low_freq_factor", "high_freq_factor"),
+        check=_check_llama3,
         names_original=True,
         extends=("llama3",),
     ),
     "longrope": Kind(
         longrope_frequencies,
+        by_length=True,
+        other_names=("su",),
         required=("short_factor", "long_factor"),
         written=("factor", "short_factor", "long_factor"),
+        lists=("short_factor", "long_factor"),
         names_original=True,
+        factor_from_lengths=True,
         extends=("longrope",),
+        grow=grow_longrope,
     ),
 }
 EXTENDABLE = tuple(name for name, kind in KINDS.items() if kind.extends)  # of context.rope.type
+LISTS = tuple(name for kind in KINDS.values() for name in kind.lists)
+OTHER_NAMES = {other: name for name, kind in KINDS.items() for other in kind.other_names}
