@@ -73,8 +73,8 @@ def prepare(
 
     Raises:
       DataError: no usable row, none held out, or too many unusable rows (data.max_bad_fraction);
-        a file is missing, unreadable or changes while it is read; tokens in `cache` are damaged; a file is
-        in the place of a folder.
+        a file is missing, unreadable or changes while it is read; tokens in `cache` are damaged; a
+        file is in the place of a folder.
       ModelError: the tokenizer has tokens beyond the model's vocabulary.
     """
     with _misplaced_files():
