@@ -32,6 +32,7 @@ from lljax.models.families import spec_from_hf
 from lljax.models.initialize import initialize
 from lljax.models.quantize import FORMS
 from lljax.models.spec import DecoderSpec
+from lljax.parallel.processes import processes_on_host
 from lljax.run import loop
 from lljax.run.restore import trained_template
 
@@ -69,7 +70,7 @@ def prepare_model(
         )
     one_of("float32", "bfloat16")("prepare_model: dtype", dtype)
     one_of("none", *FORMS)("prepare_model: quantize", quantize)
-    set_pinned_limit()
+    set_pinned_limit(processes_on_host)
     path = os.fspath(model)
     FIELDS["model.path"]("prepare_model: path", path)
     base = open_base(path)

@@ -40,8 +40,9 @@ def main(argv: Sequence[str]) -> None:
             # Imported here: --help and wrong flags need no jax.
             from lljax.cli.measure import evaluate
             from lljax.hardware.compiler_flags import take_gpu_memory
+            from lljax.parallel.processes import processes_on_host
 
-            take_gpu_memory()
+            take_gpu_memory(processes_on_host)
             evaluate(arguments)
         except KeyboardInterrupt:
             raise Stopped("the same command resumes from the predictions so far") from None

@@ -33,8 +33,9 @@ def main(argv: Sequence[str]) -> None:
             # Imported here: --help and wrong flags need no jax.
             from lljax.cli.writer import write
             from lljax.hardware.compiler_flags import take_gpu_memory
+            from lljax.parallel.processes import processes_on_host
 
-            take_gpu_memory()
+            take_gpu_memory(processes_on_host)
             write(arguments, text)
         except KeyboardInterrupt:
             sys.exit(130)

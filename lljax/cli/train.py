@@ -54,7 +54,7 @@ def train(config: Config, workdir: str, profile_steps: str | None = None) -> Non
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     with processes.to_the_end(), processes.session(), exit_cleanly():
         processes.start(config.mesh.peer_timeout)
-        take_gpu_memory()  # needs the number of processes on this host
+        take_gpu_memory(processes.processes_on_host)  # needs the number of processes on this host
         loop.train(
             config, workdir, make_eval_hook=make_eval_hook, profile_steps=read_steps(profile_steps)
         )

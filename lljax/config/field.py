@@ -32,9 +32,11 @@ class Field:
     """A field of the configuration.
 
     name: dotted. comment: shown by --help. check: raises ConfigError for an illegal value.
-    identity: whether a run resumes with the value it began with only; or the conditions under which
-      that is so. A field that is added later and has a default without effect takes
-      {name: differs(default)}: runs from before it have no record of it.
+    identity: True: a run resumes only with its original value. False: the value itself is not
+      compared; what it selects (base, tokenizer, special tokens, tokenized data) is compared by
+      fingerprint in `lljax.run.identity`. Conditions: the value is compared if all of them hold.
+      A later field whose default changes nothing uses {name: differs(default)}, because older
+      checkpoints do not record it.
     yaml: the name in the flat YAML, such as "scheduler.type". other_names: names that other
       trainers have for it, in lower case.
     path: holds paths, which become absolute in the run's config.json.

@@ -72,9 +72,9 @@ def prepare(
     names of the settings that hold the files, for errors.
 
     Raises:
-      DataError: no usable row, none held out, or too many bad rows (data.max_bad_fraction); a file
-        is missing, unreadable or changes while it is read; tokens in `cache` are damaged; a file is
-        in the place of a folder.
+      DataError: no usable row, none held out, or too many unusable rows (data.max_bad_fraction);
+        a file is missing, unreadable or changes while it is read; tokens in `cache` are damaged; a
+        file is in the place of a folder.
       ModelError: the tokenizer has tokens beyond the model's vocabulary.
     """
     with _misplaced_files():

@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 import re
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Sharding
@@ -74,11 +75,13 @@ def _unknown_flag(options: dict[str, bool | int | str], sharding: Sharding) -> s
     return None
 
 
-def take_gpu_memory() -> None:
+def take_gpu_memory(processes: Callable[[], int]) -> None:
     """Lets jax allocate 97% of a GPU's memory (its default is 75%) and most of the host's for
     offloaded residuals, unless the environment sets either. Every process must call it before jax
     starts.
+
+    processes: counts the run's processes on this host.
     """
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the variable's older name
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.97")
-    set_pinned_limit()
+    set_pinned_limit(processes)

@@ -4,13 +4,12 @@ of GPUs.
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from jax._src import xla_bridge  # jax has no public function that tells whether it has started
 
 from lljax.hardware.chips import GiB
-from lljax.parallel.processes import processes_on_host
 
 LIMIT, PREALLOCATE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE"
 FIRST_REGION = 2 * 2**20
@@ -89,17 +88,19 @@ def usable(host: float) -> float:
 
 
 # ---------------------------------------------------------------- jax's pools of pinned memory
-def set_pinned_limit() -> None:
+def set_pinned_limit(processes: Callable[[], int]) -> None:
     """Sets the limit of every GPU's pool of pinned memory to its share of the host, instead of
     jax's 64 GiB.
 
     Call it in every process of a run, after `lljax.parallel.processes.start` and before jax starts;
     later it does nothing. A limit that the user has set is kept, and so is the size of a
     preallocated pool.
+
+    processes: counts the run's processes on this host; called only if the limit is set here.
     """
     if LIMIT in os.environ or _preallocated() or xla_bridge.backends_are_initialized():
         return
-    share = usable(host_memory()) / gpus_in_use(processes_on_host())
+    share = usable(host_memory()) / gpus_in_use(processes())
     # transfers to the device are staged in such a pool too
     os.environ[LIMIT] = str(max(int(share / GiB), 2))
 

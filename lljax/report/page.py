@@ -29,8 +29,8 @@ SECTIONS = (  # from top to bottom
 
 
 def write_report(workdir: Path | str) -> Path:
-    """Writes report.html into `workdir` and returns its path. A missing file costs its part of the
-    page; so does a damaged one, with a note in its place.
+    """Writes report.html into `workdir` and returns its path. If a file is missing, its section is
+    omitted; if it is damaged, a note replaces it.
 
     Reads config.json, run.json, metrics.jsonl, data_statistics.json, profile.json (a
     `lljax.report.breakdown.Breakdown`), the results of the lm-evaluation-harness, and
@@ -51,7 +51,9 @@ def write_report(workdir: Path | str) -> Path:
             sections.append(make(files))
         except Exception as error:
             logging.warning(
-                "report.html omits a section: %s (%s)", first_line(error), type(error).__name__
+                "report.html has a note instead of a section: %s (%s)",
+                first_line(error),
+                type(error).__name__,
             )
             sections.append(Section(notes=["A damaged section is left out."]))
     path = workdir / "report.html"

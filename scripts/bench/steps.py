@@ -33,6 +33,7 @@ from lljax.hardware.host_memory import LIMIT, available_memory
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.initialize import initialize
+from lljax.parallel.processes import processes_on_host
 from lljax.planning import fit, flops
 from lljax.training.curriculum import stages
 from lljax.training.placement import place
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="counted steps")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, force=True)
-    take_gpu_memory()
+    take_gpu_memory(processes_on_host)
     row, one_document = rows[arguments.row], arguments.one_document
     with exit_cleanly():
         arithmetic(row, one_document)  # refuses an unknown device before anything is compiled

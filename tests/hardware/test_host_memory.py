@@ -20,6 +20,7 @@ from lljax.hardware.host_memory import (
     pool_sizes,
     usable,
 )
+from lljax.parallel.processes import processes_on_host
 from lljax.planning import fit
 
 KB = GiB // 1024
@@ -159,7 +160,7 @@ def test_a_gpu_has_its_share_of_the_host_or_what_its_pool_may_hold(monkeypatch):
 
 def test_it_is_too_late_once_jax_has_started(monkeypatch):
     monkeypatch.delenv(LIMIT, raising=False)
-    take_gpu_memory()
+    take_gpu_memory(processes_on_host)
     assert LIMIT not in os.environ
 
 
@@ -174,6 +175,7 @@ def test_training_sets_the_limit_before_jax_starts_unless_the_user_set_it(tmp_pa
         from jax._src import xla_bridge
         from lljax.cli import train
         from lljax.hardware.compiler_flags import take_gpu_memory
+        from lljax.parallel.processes import processes_on_host
         from lljax.run import loop
 
         def show(*_, **__):
@@ -184,7 +186,7 @@ def test_training_sets_the_limit_before_jax_starts_unless_the_user_set_it(tmp_pa
                 os.environ.pop(name, None)
             os.environ.update(given)
             if given:
-                take_gpu_memory()
+                take_gpu_memory(processes_on_host)
                 show()
         loop.train = show
         train.main(["--config={config}", "--workdir=."])
