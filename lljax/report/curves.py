@@ -61,7 +61,7 @@ class Steps:
     held: list[Line]
 
 
-def curves(files: RunFiles) -> Section:
+def curves_section(files: RunFiles) -> Section:
     section = Section("Curves")
     if not files.steps:
         section.notes += ["No step was recorded yet."] if files.started else []

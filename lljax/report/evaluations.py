@@ -18,7 +18,7 @@ MOST_HEATMAP_ROWS = 64
 LARGEST_IMAGE = 1 << 24  # bytes
 
 
-def evaluation(files: RunFiles) -> Section:
+def evaluation_section(files: RunFiles) -> Section:
     section, content = Section("Evaluation"), files.evaluation
     section.extend(section.tables, "evaluation.json", table_of, content.get("tables"))
     tables = (

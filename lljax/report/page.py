@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 SECTIONS = (  # from top to bottom
     summary.finding,
-    summary.summary,
-    curves.curves,
-    evaluations.evaluation,
+    summary.summary_section,
+    curves.curves_section,
+    evaluations.evaluation_section,
     details.time,
     details.data,
     details.commands,

@@ -94,7 +94,7 @@ def _during_training(evaluations: list[dict]) -> list[Fact]:
     return facts
 
 
-def summary(files: RunFiles) -> Section:
+def summary_section(files: RunFiles) -> Section:
     section = Section()
     if files.started:
         for make in (_size, _progress, _training, _alarms, _device):
