@@ -24,6 +24,7 @@ from lljax.data import formats
 from lljax.evaluation import haystack, registry
 from lljax.evaluation.task import Sources, TooShort
 from lljax.interop.open import open_base
+from lljax.parallel.rounding import cdiv
 
 ASSET = Path(__file__).parent.parent / "lljax" / "assets" / "tiny-512"
 END = "<|endoftext|>"
@@ -90,7 +91,7 @@ def recall(out: str) -> None:
     for task in registry.find(RECALL, Sources()):
         for length in LENGTHS:
             # `needle` makes as many at each of 11 depths
-            samples = -(-SAMPLES // 11) if task.name == "needle" else SAMPLES
+            samples = cdiv(SAMPLES, 11) if task.name == "needle" else SAMPLES
             with contextlib.suppress(TooShort):
                 rows += [
                     {"prompt": example.text, "completion": " " + ", ".join(example.answers)}

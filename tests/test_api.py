@@ -9,6 +9,7 @@ from conftest import write_base
 from flax import nnx
 
 import lljax
+from lljax.config.tree import ADAPTER_ROLES
 from lljax.errors import ConfigError
 from lljax.models import lora
 from lljax.models.decoder import Decoder
@@ -41,7 +42,7 @@ def logits(model):
 
 def trains(model):
     roles = {v.get_metadata("role") for _, v in nnx.iter_graph(model) if lora.is_trainable((), v)}
-    return roles - set(lora.FACTORS)
+    return roles - set(ADAPTER_ROLES)
 
 
 def test_every_field_of_a_peft_config_is_used(base):

@@ -27,16 +27,6 @@ Rows = dict[str, Int[Array, "B length"]]  # integers per token, by name
 Extremes = dict[str, jax.Array]  # per block: {name}_low, {name}_high, `last`; see `extremes`
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
-def round_up(length: int, size: int) -> int:
-    """The smallest multiple of `size` that is at least `length`."""
-    return cdiv(length, size) * size
-
-
 def pad_tokens(x: jax.Array, length: int, **options) -> jax.Array:
     """x [B, T, ...] padded to `length` tokens; options: kwargs for `jnp.pad`, zeros without."""
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)), **options)

@@ -13,16 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lljax.attention.blocks import (
-    anchors_first,
-    block_pairs,
-    in_row_order,
-    pad_tokens,
-    reach,
-    round_up,
-)
+from lljax.attention.blocks import anchors_first, block_pairs, in_row_order, pad_tokens, reach
 from lljax.attention.mask import Index, Mask, block, pad, visible
 from lljax.attention.softcap import apply_softcap, softcap_gradient
+from lljax.parallel.rounding import round_up
 
 # exp(MASKED - FLOOR) is 0, so a query that is masked throughout a block adds nothing
 MASKED, FLOOR = -1e30, -1e20

@@ -29,6 +29,7 @@ from lljax.attention.shard import (
     platform_options,
 )
 from lljax.errors import ConfigError
+from lljax.parallel.rounding import round_up
 from lljax.parallel.sharding import TOKENS, Layout
 
 
@@ -195,7 +196,7 @@ def choose(
     if T % size:
         raise ConfigError(
             f"rows of {T} tokens cannot be cut over mesh.sequence={size}: use a multiple, such as "
-            f"{-(-T // size) * size}"
+            f"{round_up(T, size)}"
         )
     shape = Shape(
         T=T,

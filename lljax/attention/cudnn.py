@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lljax.attention.blocks import pad_tokens, round_up
+from lljax.attention.blocks import pad_tokens
 from lljax.attention.mask import Mask
 from lljax.attention.options import AttentionOptions
 from lljax.attention.saved import name_residuals
+from lljax.parallel.rounding import round_up
 
 REPRODUCIBLE = r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=true|=1)?(\s|$)"
 

@@ -25,11 +25,11 @@ from lljax.attention.blocks import (
     compared,
     extremes,
     in_row_order,
-    round_up,
     span,
 )
 from lljax.attention.gpu_kernels import Scores, dkv_kernel, dq_kernel, forward_kernel
 from lljax.attention.mask import Mask, pad
+from lljax.parallel.rounding import round_up
 
 PAIRS_AT_ONCE = 2**22  # pairs of blocks that are compared at once: a few bytes each
 

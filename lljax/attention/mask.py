@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from lljax.parallel.rounding import cdiv
+
 Index = int | jax.Array  # index of a token or block; traced in loops
 NEVER = jnp.iinfo(jnp.int32).max  # the index of a key that no query may see
 
@@ -69,7 +71,7 @@ def chunked(
     ranges of blocks stay narrow. No key is more than a chunk away, so the window is set to it: it
     limits how far back a query looks.
     """
-    chunks = -(-mask.k_index.shape[1] // chunk)  # chunks of a document, at most
+    chunks = cdiv(mask.k_index.shape[1], chunk)  # chunks of a document, at most
     if chunks == 1:
         return mask
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lljax.attention.attend import IMPLEMENTATIONS, Implementation, select, sink_gradient
-from lljax.attention.blocks import cdiv
 from lljax.attention.mask import Mask
 from lljax.attention.options import AttentionOptions
 from lljax.attention.shard import Shard, attend_heads, pass_on
+from lljax.parallel.rounding import cdiv
 
 
 def attend_ring(

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lljax.attention.attend import attend
-from lljax.attention.blocks import cdiv
 from lljax.attention.mask import Mask
 from lljax.attention.options import AttentionOptions
 from lljax.attention.pattern import Groups
+from lljax.parallel.rounding import cdiv, round_up
 
 
 def attend_shifted(
@@ -56,7 +56,7 @@ def head_slices(N: int, K: int, groups: Groups) -> Iterator[tuple[slice, slice, 
     """
     R, middle = N // K, N // 2
     for low, high, shift in ((0, middle, 0), (middle, N, groups.shift)):
-        inner = (edge for edge in (cdiv(low, R) * R, high // R * R) if low < edge < high)
+        inner = (edge for edge in (round_up(low, R), high // R * R) if low < edge < high)
         edges = sorted({low, high, *inner})
         for start, stop in zip(edges, edges[1:], strict=False):
             yield slice(start, stop), slice(start // R, cdiv(stop, R)), shift

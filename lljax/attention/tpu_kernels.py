@@ -13,18 +13,17 @@ from jaxtyping import Array, Float
 from lljax.attention import tpu_visits
 from lljax.attention.blocks import (
     anchors_first,
-    cdiv,
     compared,
     extremes,
     in_row_order,
     pad_tokens,
     reach,
-    round_up,
     token_visible,
 )
 from lljax.attention.blockwise import FLOOR, MASKED
 from lljax.attention.mask import NEVER, Mask
 from lljax.attention.softcap import apply_softcap, softcap_gradient
+from lljax.parallel.rounding import cdiv, round_up
 
 LANES = 128
 

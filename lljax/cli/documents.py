@@ -25,6 +25,7 @@ from lljax.data.template import encode, with_template
 from lljax.data.tokens import Documents, count_unread, prepare
 from lljax.errors import ConfigError, DataError, printable
 from lljax.interop.open import open_base, tokenizer_fingerprint
+from lljax.parallel.rounding import cdiv
 
 CONSOLE = console()
 STDLIB_EXCLUDE = (
@@ -189,7 +190,7 @@ def stats(arguments: argparse.Namespace) -> None:
         "99%": np.quantile(lengths, 0.99),
         "longest": lengths.max(),
         f"rows of {length:,} tokens an epoch": epoch,
-        f"steps an epoch, {arguments.rows:,} rows each": -(-epoch // arguments.rows),
+        f"steps an epoch, {arguments.rows:,} rows each": cdiv(epoch, arguments.rows),
     }
     for name, value in measures.items():
         table.add_row(name, f"{value:,.0f}")

@@ -4,6 +4,8 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
+from lljax.parallel.rounding import cdiv
+
 # A ConfigDict with the fields of default_config; type checkers know none of its attributes.
 Config: TypeAlias = Any
 
@@ -32,4 +34,4 @@ def total_steps(config: Config) -> int:
 def warmup_steps(optimizer: Config, steps: int) -> int:
     """Warm-up steps of a run of `steps`: `optimizer.warmup_steps`, or if that is -1 LongLoRA's 20,
     at most a step in 25."""
-    return min(20, -(-steps // 25)) if optimizer.warmup_steps < 0 else optimizer.warmup_steps
+    return min(20, cdiv(steps, 25)) if optimizer.warmup_steps < 0 else optimizer.warmup_steps

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lljax.models.decoder import Decoder
 from lljax.models.rope import KINDS
+from lljax.parallel.rounding import round_up
 from lljax.parallel.sharding import Layout
 
 MULTIPLE = 128  # pads lengths to a multiple, so that few programs are compiled
@@ -55,8 +56,8 @@ class Inputs(NamedTuple):
 
 
 def _padded(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int, length: int) -> Inputs:
-    width = _rounded_up(length, MULTIPLE)
-    counted = _rounded_up(max(len(continuation) for _, continuation in pairs), CHUNK)
+    width = round_up(max(length, 1), MULTIPLE)
+    counted = round_up(max(1, *(len(continuation) for _, continuation in pairs)), CHUNK)
     inputs = Inputs(
         tokens=np.zeros((rows, width), np.int32),
         positions=np.zeros((rows, counted), np.int32),
@@ -69,11 +70,6 @@ def _padded(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], rows: int, len
         inputs.positions[row, :n] = len(context) - 1 + np.arange(n)
         inputs.targets[row, :n], inputs.real[row, :n] = continuation, True
     return inputs
-
-
-def _rounded_up(n: int, multiple: int) -> int:
-    """The smallest multiple, not 0, that is at least n."""
-    return max((n + multiple - 1) // multiple, 1) * multiple
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

@@ -16,6 +16,7 @@ from lljax.generation.sample import GREEDY, Sampling, sample_token
 from lljax.models.cache import Cache, empty_cache, grow, repeat_rows
 from lljax.models.decoder import Decoder
 from lljax.models.rope import KINDS
+from lljax.parallel.rounding import round_up
 from lljax.parallel.sharding import Layout, row_parts
 
 CHUNK = 512  # prompt tokens in a forward pass: bounds the memory of a long prompt
@@ -142,10 +143,10 @@ class _Reader:
         shared = _shared(prompts)
         rest = [np.asarray(prompt[shared:], np.int32) for prompt in prompts]
         unit = row_parts(self.layout.mesh) if self.layout else 1
-        B = _round_up(len(prompts), unit)
+        B = round_up(len(prompts), unit)
         rest += [rest[0]] * (B - len(rest))
-        width = _round_up(max(map(len, rest)), CHUNK)
-        slots = _round_up(shared + width + tokens, CHUNK)
+        width = round_up(max(map(len, rest)), CHUNK)
+        slots = round_up(shared + width + tokens, CHUNK)
         if shared:
             cache = self._read_prefix(prompts[0][:shared], unit)
             cache = grow(repeat_rows(cache, B // unit), slots)
@@ -211,10 +212,6 @@ def _shared(prompts: Sequence[np.ndarray]) -> int:
         axis=0,
     )
     return int(np.argmin([*equal, False])) // CHUNK * CHUNK
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return (n + multiple - 1) // multiple * multiple
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype", "layout"), donate_argnums=5)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lljax.config.tree import ADAPTER_ROLES, WHOLE_ROLES
 from lljax.errors import ConfigError
 from lljax.models.declare import declared, hf_names
 from lljax.models.linear import Linear
@@ -19,9 +20,7 @@ from lljax.models.lora_layers import Lora, LoraSettings, TableLora, column_norms
 from lljax.models.patterns import matching
 from lljax.models.quantize import Quantized, dequantize
 
-FACTORS = ("lora_a", "lora_b", "lora_magnitude")
 TABLES = {"embed_tokens": "embed", "lm_head": "head"}  # matrices besides linear layers: their role
-ROLES = ("embed", "norm", "head")  # weights that may train whole beside the factors
 
 
 def attach(
@@ -86,7 +85,7 @@ def attach(
         if name in TABLES:
             setattr(model, f"{TABLES[name]}_lora", TableLora(weight, settings_of(name, weight)))
     _check_roles(model, also_train)
-    mark_trainable(model, {*FACTORS, *also_train})
+    mark_trainable(model, {*ADAPTER_ROLES, *also_train})
 
 
 def _check_patterns(
@@ -138,8 +137,8 @@ def _check_kinds(
 def _check_roles(model: nnx.Module, also_train: tuple[str, ...]) -> None:
     roles = {variable.get_metadata("role") for _, variable in declared(model)}
     for role in also_train:
-        if role not in ROLES:
-            raise ConfigError(f"lora.also_train: {role!r} is none of {', '.join(ROLES)}")
+        if role not in WHOLE_ROLES:
+            raise ConfigError(f"lora.also_train: {role!r} is none of {', '.join(WHOLE_ROLES)}")
         if role not in roles:
             raise ConfigError(
                 f"lora.also_train: this model has no separate {role!r} (its head is the "

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lljax.attention.saved import SAVED
+from lljax.parallel.rounding import cdiv
 from lljax.parallel.sharding import Layout, row_parts, token_parts
 
 RESIDUAL = "residual"
@@ -137,7 +138,7 @@ def _pieces(x: jax.Array, layout: Layout | None) -> int:
     if (jax.default_backend() if layout is None else layout.platform) != "tpu":
         return 1
     devices = 1 if layout is None else token_parts(layout) * row_parts(layout.mesh)
-    return -(-x.size * x.dtype.itemsize // (devices * 2**31))
+    return cdiv(x.size * x.dtype.itemsize, devices * 2**31)
 
 
 def map_tiles(
@@ -175,7 +176,7 @@ def scan_tiles(
     B, T = jax.tree.leaves(xs)[0].shape[:2]
     parts, tile = token_parts(layout), memory.tile
     local = T // parts
-    tiles = -(-local // tile)
+    tiles = cdiv(local, tile)
 
     def cut(x):  # [B, T, ...] -> [tiles, B, parts * tile, ...]
         x = x.reshape(B, parts, local, *x.shape[2:])

@@ -20,6 +20,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from lljax.parallel.rounding import cdiv
+
 NF4 = np.array(
     [
         -1.0,
@@ -154,7 +156,7 @@ def quantize(
     kernel.
     """
     *lead, rows, out = kernel.shape
-    blocks = -(-rows // form.block)
+    blocks = cdiv(rows, form.block)
     x = jnp.pad(
         kernel.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, blocks * form.block - rows), (0, 0)]
     )

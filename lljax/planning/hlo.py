@@ -4,6 +4,8 @@ import math
 import re
 from collections import Counter
 
+from lljax.parallel.rounding import cdiv
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -135,7 +137,7 @@ def _sizes(shape: str) -> list[int]:
 
 def _bytes(dtype: str, dims: str) -> int:
     """Bytes of an array. A dynamic dimension ("<=8") counts at its bound."""
-    return -(-bits(dtype) * math.prod(int(n.removeprefix("<=")) for n in dims.split(",") if n) // 8)
+    return cdiv(bits(dtype) * math.prod(int(n.removeprefix("<=")) for n in dims.split(",") if n), 8)
 
 
 def bits(dtype: str) -> int:

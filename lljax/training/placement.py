@@ -17,6 +17,7 @@ from lljax.data.batch import NEXT_TOKEN, Batch, Field, dtypes
 from lljax.errors import ConfigError
 from lljax.models.mixers import needs_order, refused_modes
 from lljax.models.spec import DecoderSpec
+from lljax.parallel.rounding import round_up
 from lljax.parallel.sharding import Layout, batch_sharding, row_parts, zigzag
 
 
@@ -91,7 +92,7 @@ def _check_spread(mesh: Mesh, pattern: AttentionPattern, length: int, spec: Deco
         raise ConfigError(
             f"context.schedule: rows of {length} tokens do not spread over "
             f"mesh.sequence={sequence} x mesh.tensor={tensor}: use a multiple such as "
-            f"{-(-length // multiple) * multiple}"
+            f"{round_up(length, multiple)}"
         )
 
 
@@ -125,7 +126,7 @@ def check_rows(rows: int, mesh: Mesh) -> None:
         raise ConfigError(
             f"training.rows={rows} (in YAML batch_size) do not spread evenly over the {devices} "
             "devices of mesh.data, mesh.fsdp and mesh.expert: use a multiple such as "
-            f"{-(-rows // devices) * devices}, or spread the tokens of each row over all devices: "
+            f"{round_up(rows, devices)}, or spread the tokens of each row over all devices: "
             "mesh.fsdp=1 and mesh.sequence=-1 (in YAML sequence_parallel: true)"
         )
 

@@ -19,6 +19,7 @@ from flax import nnx
 from lljax.config import Config
 from lljax.models.probe import ProbedWeight
 from lljax.models.quantize import Quantized, dense, integer_form, quantize
+from lljax.parallel.rounding import cdiv
 from lljax.training import eight_bit
 from lljax.training.eight_bit import Moment
 from lljax.training.rule import Rule, StepGradients, finite, learning_rate, select
@@ -308,7 +309,7 @@ def _by_pieces(step: Callable, leaf: Leaf, projection: Quantized, ok: jax.Array,
         )
     else:
         blocks, block, _ = w.codes.shape
-        pieces = next(n for n in range(-(-D * F // PIECE), blocks + 1) if blocks % n == 0)
+        pieces = next(n for n in range(cdiv(D * F, PIECE), blocks + 1) if blocks % n == 0)
         # The weight is padded to whole blocks, and with it everything that goes with its rows.
         g, mu, nu = jax.tree.map(
             lambda x: jnp.pad(x, ((0, blocks * block - D), (0, 0))), (g, mu, nu)

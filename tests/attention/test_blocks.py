@@ -19,6 +19,7 @@ from lljax.attention.blocks import (
     token_visible,
 )
 from lljax.attention.mask import pad, visible
+from lljax.parallel.rounding import cdiv
 from lljax.parallel.sharding import zigzag
 
 T, SIZE = 157, 32  # no multiple
@@ -60,7 +61,7 @@ def gpu_visits(mask):
     results = []
     for spans, others in ((call.spans_of_queries(), S), (call.spans_of_keys(), Q)):
         a0, a1, start, f0, f1, stop = np.moveaxis(np.asarray(spans), 1, 0)[..., None]
-        place = np.arange(-(-others // SIZE))
+        place = np.arange(cdiv(others, SIZE))
         visited = (a0 <= place) & (place < a1) | (start <= place) & (place < stop)
         results.append((visited, (f0 <= place) & (place < f1)))
     return results

@@ -24,6 +24,7 @@ from lljax.interop.tokenizer import PROBES
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.initialize import initialize
+from lljax.parallel.rounding import cdiv
 
 CODE = {
     "configuration_tiny.py": "from .shared_tiny import X\n",
@@ -346,7 +347,7 @@ def write_published(folder, tokenizer: Path, config: dict, quantize: bool):
     for name, array in tensors(model):
         if quantize and name.endswith("_proj.weight"):
             scale = np.abs(array).max() / 400
-            blocks = [-(-side // 128) for side in array.shape]
+            blocks = [cdiv(side, 128) for side in array.shape]
             arrays[name + "_scale_inv"] = np.full(blocks, scale, np.float32)
             array = (array / scale).astype(ml_dtypes.float8_e4m3fn)
         arrays[name] = array

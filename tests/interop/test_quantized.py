@@ -21,6 +21,7 @@ from lljax.interop.open import open_base
 from lljax.models.declare import declared
 from lljax.models.families import spec_from_hf
 from lljax.models.quantize import DYNAMIC, NF4, Quantized, dequantize
+from lljax.parallel.rounding import cdiv
 
 RNG = np.random.default_rng(0)
 F16, BF16, E4M3 = np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -47,7 +48,7 @@ def bnb(out, rows, nested=False):
     if nested:
         q, outer = (
             RNG.integers(0, 256, len(scales)).astype(np.uint8),
-            RNG.uniform(0.5, 2, -(-len(scales) // 256)),
+            RNG.uniform(0.5, 2, cdiv(len(scales), 256)),
         )
         outer, offset = outer.astype(np.float32), np.float32(1.25)
         tensors |= {
@@ -118,7 +119,7 @@ def packed(out, rows, bits=4, group=32, symmetric=True):
 
 def fp8(out, rows, tall=128, wide=128, name=".weight_scale_inv"):
     weight = RNG.normal(size=(out, rows)).astype(E4M3)
-    scale = RNG.uniform(0.5, 2, (-(-out // tall), -(-rows // wide))).astype(np.float32)
+    scale = RNG.uniform(0.5, 2, (cdiv(out, tall), cdiv(rows, wide))).astype(np.float32)
     whole = np.repeat(np.repeat(scale, tall, 0), wide, 1)[:out, :rows]
     return {".weight": weight, name: scale}, weight.astype(np.float32) * whole
 

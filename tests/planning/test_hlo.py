@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lljax.parallel.rounding import cdiv
 from lljax.parallel.sharding import make_mesh
 from lljax.planning.hlo import KINDS, bits, collective_bytes, cudnn_workspace
 
@@ -165,7 +166,7 @@ def test_the_workspace_of_cudnn_is_that_of_its_largest_backward_pass():
 def test_every_type_of_hlo_has_its_size(dtype, size):
     assert bits(dtype) == size
     text = f"ENTRY %main (p: f32[]) -> f32[] {{\n  %x.1 = {dtype}[3,5]{{1,0}} all-gather(%p), dimensions={{0}}\n}}"
-    assert collective_bytes(text).get("all-gather", 0) == -(-15 * size // 8)
+    assert collective_bytes(text).get("all-gather", 0) == cdiv(15 * size, 8)
 
 
 def test_an_unknown_type_is_refused():

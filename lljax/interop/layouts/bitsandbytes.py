@@ -10,6 +10,7 @@ from lljax.errors import ModelError
 from lljax.interop.layouts.kernel import Kernel, Shape
 from lljax.interop.layouts.packing import quantized_of_groups
 from lljax.models.quantize import DYNAMIC, FORMS, NF4, OUTER, Form, Quantized
+from lljax.parallel.rounding import cdiv
 
 STATE = ".weight.quant_state.bitsandbytes__nf4"
 
@@ -57,7 +58,7 @@ class BitsAndBytes:
                 raise ValueError("not NF4 of a matrix, with scales in blocks of 256")
         except (ValueError, KeyError, TypeError) as error:
             kernel.refuse(f"its quant_state cannot be read ({error})")
-        return state | {"blocks": -(-out * rows // block)}
+        return state | {"blocks": cdiv(out * rows, block)}
 
     def shape(self, kernel: Kernel) -> Shape:
         return tuple(self._state(kernel)["shape"])
@@ -72,7 +73,7 @@ class BitsAndBytes:
     def _nested(self, kernel: Kernel, state: dict) -> tuple[np.ndarray, np.ndarray]:
         """The codes of quantized scales, uint8 [blocks], and their scales, float32."""
         codes = kernel.read(".weight.absmax", (state["blocks"],), np.uint8)
-        count = -(-state["blocks"] // OUTER)
+        count = cdiv(state["blocks"], OUTER)
         return codes, kernel.read(".weight.nested_absmax", (count,), np.float32)
 
     def _scales(self, kernel: Kernel, state: dict) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Formats with scales per group of inputs: GPTQ, AWQ, compressed-tensors and FP8 in blocks."""
 
+import abc
 from typing import Any
 
 import ml_dtypes
@@ -9,20 +10,21 @@ from lljax.errors import ModelError
 from lljax.interop.layouts.kernel import FLOATS, Kernel, Shape
 from lljax.interop.layouts.packing import quantized_of_groups, unpack
 from lljax.models.quantize import Form, Quantized, dequantize
+from lljax.parallel.rounding import cdiv
 
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the order of eight outputs in AWQ's nibbles
 # Codes [in, out], scales [groups, out] and zeros [groups, out] or None.
 Groups = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
-class Grouped:
+class Grouped(abc.ABC):
     """A format whose `groups` reads codes, scales and zeros."""
 
     end = ".weight"
     form: Form
 
-    def groups(self, kernel: Kernel) -> Groups:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def groups(self, kernel: Kernel) -> Groups: ...
 
     def dense(self, kernel: Kernel) -> np.ndarray:
         """float32 [out, in]."""
@@ -68,7 +70,7 @@ class Gptq(Grouped):
     def groups(self, kernel: Kernel) -> Groups:
         out, rows = self.shape(kernel)
         per_word, group = 32 // self.bits, rows if self.group == -1 else self.group
-        count = -(-rows // group)
+        count = cdiv(rows, group)
         if kernel.has(".g_idx") and not np.array_equal(
             kernel.read(".g_idx", (rows,), np.int32), np.arange(rows) // group
         ):
@@ -107,7 +109,7 @@ class Awq(Grouped):
 
     def groups(self, kernel: Kernel) -> Groups:
         out, rows = self.shape(kernel)
-        count = -(-rows // (rows if self.group == -1 else self.group))
+        count = cdiv(rows, rows if self.group == -1 else self.group)
 
         def codes(part: str, lines: int) -> np.ndarray:
             words = kernel.read(part, (lines, out // 8), np.int32)
@@ -184,13 +186,13 @@ class CompressedTensors(Grouped):
             return _fp8_groups(kernel, self.block, ".weight_scale")
         out, rows = self.shape(kernel)
         bits, per_word = self.form.bits, 32 // self.form.bits
-        count = -(-rows // (rows if self.group == -1 else self.group))
+        count = cdiv(rows, rows if self.group == -1 else self.group)
         if kernel.has(".weight_g_idx"):
             kernel.refuse("it has a weight_g_idx (act-order), which is not supported")
-        words = kernel.read(".weight_packed", (out, -(-rows // per_word)), np.int32)
+        words = kernel.read(".weight_packed", (out, cdiv(rows, per_word)), np.int32)
         zeros = None
         if self.form.zero:
-            packed = kernel.read(".weight_zero_point", (-(-out // per_word), count), np.int32)
+            packed = kernel.read(".weight_zero_point", (cdiv(out, per_word), count), np.int32)
             zeros = unpack(packed.T, bits)[:, :out]
         scales = kernel.read(".weight_scale", (out, count), *FLOATS).T
         return unpack(words, bits)[:, :rows].T, scales, zeros
@@ -230,7 +232,7 @@ def _fp8_groups(kernel: Kernel, block: Any, scale: str) -> Groups:
     """Codes and scales of e4m3 in blocks (outputs, inputs); 0 for all outputs or inputs."""
     out, rows = kernel.matrix_shape(".weight")
     tall, wide = block[0] or out, block[1] or rows
-    scales = kernel.read(scale, (-(-out // tall), -(-rows // wide)), *FLOATS).astype(np.float32)
+    scales = kernel.read(scale, (cdiv(out, tall), cdiv(rows, wide)), *FLOATS).astype(np.float32)
     codes = kernel.read(".weight", (out, rows), ml_dtypes.float8_e4m3fn)
     return codes.T, np.repeat(scales, tall, axis=0)[:out].T, None
 

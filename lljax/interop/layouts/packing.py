@@ -5,6 +5,7 @@ from typing import Any, cast
 import numpy as np
 
 from lljax.models.quantize import Form, Quantized, pack
+from lljax.parallel.rounding import cdiv
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
@@ -30,7 +31,7 @@ def quantized_of_groups(
     quantized scales.
     """
     rows, out = codes.shape
-    blocks = -(-rows // form.block)
+    blocks = cdiv(rows, form.block)
     padded = np.pad(codes, ((0, blocks * form.block - rows), (0, 0)))
     codes = padded.reshape(blocks, form.block, out)
 
