@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -41,6 +42,12 @@ from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.initialize import initialize
 from lljax.run.loop import train
+
+
+def pytest_configure():
+    # nohup and some schedulers start processes that ignore SIGHUP, and tests send it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 
 TINY = {
     "model_type": "llama",

@@ -95,7 +95,10 @@ def test_cached_greedy_decoding_equals_reading_everything_again():
 
 @pytest.mark.parametrize(
     "model,settings",
-    [(build, {"sampling": Sampling(temperature=1.0, top_k=20, repetition=1.2)}), (local, {})],
+    [
+        (build, {"sampling": Sampling(temperature=1.0, top_k=20, repetition=1.2)}),
+        pytest.param(local, {}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_completion_does_not_depend_on_the_prompts_beside_it(model, settings):
     beside = written(model(), PROMPTS[:3], tokens=6, rows=3, **settings)
@@ -152,7 +155,10 @@ def test_questions_about_one_document_stand_together_and_others_side_by_side(mon
 
 @pytest.mark.parametrize(
     "model",
-    [local, lambda: build(model_type="mistral", sliding_window=24)],
+    [
+        pytest.param(local, marks=pytest.mark.slow),
+        lambda: build(model_type="mistral", sliding_window=24),
+    ],
     ids=["chunked", "window"],
 )
 def test_a_window_counts_tokens_and_not_the_padding_behind_a_shared_beginning(model):
