@@ -17,6 +17,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
         " --xla_backend_optimization_level=0"
+        # How long a device waits for the others before it ends the process: on a busy machine they
+        # take longer than the 40 seconds that XLA allows.
+        " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
 # XLA runs what they compute on as many threads as there are devices. A collective holds its thread
 # until all eight have come, and two that are independent may be begun in either order: eight
