@@ -13,6 +13,7 @@ from lljax.cli.train import main, next_commands
         (["--workdir=runs/x"], "--config is missing"),
         (["--config=quickstart", "--workdir=x", "--config.lora.rank=0"], "lora.rank"),
         (["--config=quickstart", "--workdir=x", "--search=context"], "search"),
+        (["--config=quickstart", "--wrkdir=x"], "no flag '--wrkdir': did you mean --workdir?"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(flags, message, capsys):
