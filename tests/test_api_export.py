@@ -60,7 +60,7 @@ def test_the_template_of_trained_conversations_goes_along(
 def test_what_cannot_be_exported_is_one_line(prepared, tmp_path, tiny):
     with pytest.raises(ConfigError, match="format='gguf' is none of peft, merged, split"):
         lljax.export(prepared[0], tmp_path / "out", format="gguf")
-    with pytest.raises(ConfigError, match="--format=peft exports an adapter"):
+    with pytest.raises(ConfigError, match="--format=peft: it exports an adapter"):
         lljax.export(lljax.prepare_model(tiny)[0], tmp_path / "out")
     for call in (
         lambda: lljax.export(Decoder, tmp_path / "out"),

@@ -1,5 +1,6 @@
 """The table of config fields. Every run is the tree of their defaults with some fields changed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -288,6 +289,17 @@ def default_config() -> Config:
             group = group[name]
         group[last] = field.default
     return config.lock()
+
+
+def value_or_default(config: Mapping[str, Any], field: str) -> Any:
+    """The value of a dotted field of a run's config.json; of an older run, which lacks it, the
+    default."""
+    value: Any = config
+    for name in field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return FIELDS[field].default
+        value = value[name]
+    return value
 
 
 def identity(config: Config) -> dict[str, Any]:
