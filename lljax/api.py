@@ -15,6 +15,7 @@ from lljax.config import FIELDS, Config, default_config, validate
 from lljax.config.checks import TOKENS, Several, one_of, required, text, whole
 from lljax.config.checks import path as is_path
 from lljax.config.field_names import unknown_field
+from lljax.config.shipped import absolute_path
 from lljax.data.template import with_template
 from lljax.errors import ConfigError
 from lljax.generation.generate import generate as continue_prompts
@@ -73,6 +74,7 @@ def prepare_model(
     set_pinned_limit(processes_on_host)
     path = os.fspath(model)
     FIELDS["model.path"]("prepare_model: path", path)
+    path = absolute_path(path)  # an export names it, and is loaded in other folders
     base = open_base(path)
     decoder: Any = load_base(base, spec_from_hf(base.config), jnp.dtype(dtype), quantize)
     decoder.settings = (("model.path", path), ("model.dtype", dtype), ("model.quantize", quantize))

@@ -157,6 +157,11 @@ def first_line(error: BaseException) -> str:
     return printable(line.strip()) or type(error).__name__
 
 
+def counted(number: int, noun: str) -> str:
+    """The number and the noun: "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def printable(text: str) -> str:
     """`text` with line breaks, terminal codes and lone surrogates as escapes."""
     return "".join(

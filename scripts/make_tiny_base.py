@@ -9,11 +9,11 @@ lljax train --config=configs/tiny_base_recall.py --workdir=runs/tiny_base_recall
 python scripts/make_tiny_base.py end runs/tiny_base_recall
 """
 
+import argparse
 import contextlib
 import json
 import random
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -125,4 +125,17 @@ def end(workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    {"begin": begin, "recall": recall, "end": end}[sys.argv[1]](sys.argv[2])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, dest="command")
+    for run, argument, help in (
+        (begin, "data", "JSONL of documents"),
+        (recall, "out", "the JSONL to write"),
+        (end, "workdir", "folder of a finished run"),
+    ):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.add_argument("path", metavar=argument, help=help)
+        command.set_defaults(run=run)
+    arguments = parser.parse_args()
+    arguments.run(arguments.path)

@@ -192,3 +192,7 @@ def test_nobody_is_told_that_torch_is_missing():
     finally:
         logger.removeHandler(handler)
     assert said == ["something else"]
+
+
+def test_dir_lists_the_functions_that_are_imported_on_first_use():
+    assert set(lljax.__all__) <= set(dir(lljax))

@@ -1,6 +1,7 @@
 """lljax.export and lljax.generate."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,16 @@ def test_a_model_is_exported_in_every_format(prepared, tmp_path, format, file):
     lljax.export(prepared[0], str(tmp_path / "out"), format=format, overwrite=True)
 
 
+def test_an_export_names_its_base_by_an_absolute_path(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(tiny).parent)
+    model, _ = lljax.prepare_model(Path(tiny).name, {"r": 4, "target_modules": ["q_proj"]})
+    monkeypatch.chdir(tmp_path)
+    commands = lljax.export(model, "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny)
+    assert f"from_pretrained({str(tiny)!r}" in commands
+
+
 @pytest.mark.parametrize(
     "statistics,template",
     [({"conversations": 3}, PLAIN_TEMPLATE), ({"conversations": 0}, None), ({}, PLAIN_TEMPLATE)],
@@ -49,7 +60,7 @@ def test_the_template_of_trained_conversations_goes_along(
 def test_what_cannot_be_exported_is_one_line(prepared, tmp_path, tiny):
     with pytest.raises(ConfigError, match="format='gguf' is none of peft, merged, split"):
         lljax.export(prepared[0], tmp_path / "out", format="gguf")
-    with pytest.raises(ConfigError, match="--format=peft exports an adapter"):
+    with pytest.raises(ConfigError, match="--format=peft: it exports an adapter"):
         lljax.export(lljax.prepare_model(tiny)[0], tmp_path / "out")
     for call in (
         lambda: lljax.export(Decoder, tmp_path / "out"),

@@ -9,6 +9,7 @@ from lljax.errors import (
     ConfigError,
     DataError,
     LljaxError,
+    counted,
     exit_cleanly,
     first_line,
     printable,
@@ -55,3 +56,7 @@ def test_terminal_codes_and_line_breaks_are_shown_escaped():
 def test_short_bounds_the_text_of_any_value():
     for value in (10**10_000, "x" * 10_000, [[["a"] * 99] * 99] * 99, "\ud800", object()):
         assert len(short(value)) <= 120 and short(value).isprintable()
+
+
+def test_a_count_has_the_singular_for_one_alone():
+    assert [counted(n, "row") for n in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]

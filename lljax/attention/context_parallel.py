@@ -166,7 +166,7 @@ MODES = {
 
 # ---------------------------------------------------------------- the choice
 def choose(
-    wanted: str,
+    requested: str,
     *,
     T: int,
     size: int,
@@ -177,19 +177,20 @@ def choose(
     groups: Groups | None,
     windows: Collection[int | None],
     bytes_per: int = 2,
-    room: float = math.inf,
+    gather_bytes: float = math.inf,
     refused: Mapping[str, str] | None = None,
     ordered: bool = False,
 ) -> tuple[str, bool, str]:
     """(mode, zigzag, reason) for rows of T tokens on `size` devices.
 
-    wanted: a key of `MODES` or "auto". N, K: heads of the model, dealt to `tensor` devices.
-    windows: the window of each layer or None. room: bytes for gathered keys and values.
+    requested: a key of `MODES` or "auto". N, K: heads of the model, dealt to `tensor` devices.
+    windows: the window of each layer or None.
+    gather_bytes: the most that gathered keys and values may take.
     refused: modes that a mixer of the model cannot run under, with the reason.
     ordered: a mixer needs the tokens in the order of the row.
 
     Raises:
-      ConfigError: the wanted mode, or no mode, can serve this model, or T cannot be cut.
+      ConfigError: the requested mode, or no mode, can serve this model, or T cannot be cut.
     """
     if size == 1:
         return "none", False, "one device holds every token of its rows"
@@ -211,24 +212,24 @@ def choose(
     )
     refusals = dict(refused or {})
     refusals |= {mode: reason for mode, row in MODES.items() if (reason := row.refuses(shape))}
-    if wanted in refusals:
+    if requested in refusals:
         raise ConfigError(
-            f"mesh.context_parallel={wanted!r} with rows of {T} tokens on mesh.sequence={size}: "
-            f"{refusals[wanted]}; use 'auto'"
+            f"mesh.context_parallel={requested!r} with rows of {T} tokens on mesh.sequence={size}: "
+            f"{refusals[requested]}; use 'auto'"
         )
-    reason = "as configured"
-    if wanted == "auto":
-        wanted, reason = _fewest_bytes(shape, refusals, room)
-    row = MODES[wanted]
+    mode, reason = requested, "as configured"
+    if requested == "auto":
+        mode, reason = _fewest_bytes(shape, refusals, gather_bytes)
+    row = MODES[mode]
     zigzag = row.balanced and not ordered and groups is None and T % (2 * size) == 0
-    return wanted, zigzag, f"{row.received(shape) / 1e6:.1f} MB a layer and device ({reason})"
+    return mode, zigzag, f"{row.received(shape) / 1e6:.1f} MB a layer and device ({reason})"
 
 
-def _fewest_bytes(shape: Shape, refusals: dict[str, str], room: float) -> tuple[str, str]:
+def _fewest_bytes(shape: Shape, refusals: dict[str, str], gather_bytes: float) -> tuple[str, str]:
     """(mode, reason) of the usable mode that receives the fewest bytes."""
     gathered = shape.key_bytes(shape.T)
     for mode, row in MODES.items():
-        if row.gathers and gathered > room:
+        if row.gathers and gathered > gather_bytes:
             refusals[mode] = f"the keys and values of a layer are {gathered / 1e9:.1f} GB"
     usable = [mode for mode in MODES if mode not in refusals]
     if not usable:

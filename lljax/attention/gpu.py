@@ -29,7 +29,7 @@ from lljax.attention.blocks import (
 )
 from lljax.attention.gpu_kernels import Scores, dkv_kernel, dq_kernel, forward_kernel
 from lljax.attention.mask import Mask, pad
-from lljax.parallel.rounding import round_up
+from lljax.parallel.rounding import cdiv, round_up
 
 PAIRS_AT_ONCE = 2**22  # pairs of blocks that are compared at once: a few bytes each
 
@@ -140,7 +140,7 @@ class Call:
         self.H_pad = max(16, pl.next_power_of_2(self.H))
         self.front = None  # how many blocks hold an anchor: after `anchors_first` the first ones
         if mask.window is not None and mask.anchors is not None:
-            self.front = -(-jnp.sum(mask.anchors, axis=1) // self.bk)
+            self.front = cdiv(jnp.sum(mask.anchors, axis=1), self.bk)
             k, v, mask, self.places = anchors_first(k, v, mask)
         self.k, self.v = (_pad(x, {1: self.S_pad, 3: self.H_pad}) for x in (k, v))
         self.q_rows, self.k_rows = compared(pad(mask, self.T_pad, self.S_pad))

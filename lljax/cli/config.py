@@ -4,29 +4,25 @@ lljax config
 lljax config --json      # also the choices, and whether a resumed run must keep the value
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from lljax.cli.arguments import parser
 from lljax.config import FIELDS, Field
 from lljax.config.flags import show
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints the table of config fields, one per line, or as a JSON list of objects."""
-    parser = argparse.ArgumentParser(
-        prog="lljax config",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
+    command = parser("config", __doc__)
+    command.add_argument(
         "--json",
         action="store_true",
         help="a JSON list: name, type, default, comment, required, choices (or null), identity",
     )
     fields = FIELDS.values()
-    if parser.parse_args(argv).json:
+    if command.parse_args(argv).json:
         show(json.dumps([describe(field) for field in fields], indent=2))
     else:
         rows = [(f.name, f.type, repr(f.default), f.summary()) for f in fields]

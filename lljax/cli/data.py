@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lljax.cli.arguments import parser, positive
+from lljax.cli.arguments import model_flag, number, parser, positive, whole
 from lljax.data.formats import MAX_ROW_BYTES
 from lljax.errors import exit_cleanly
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     ):
         add(commands.add_parser(name, help=help))
     arguments = command.parse_args(argv)
-    with exit_cleanly():
+    with exit_cleanly(), model_flag():
         from lljax.cli import documents  # imported here: --help needs no tokenizer
 
         getattr(documents, arguments.command)(arguments)
@@ -60,7 +60,7 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 def _add_validate(command: argparse.ArgumentParser) -> None:
     _add_files(command, model_required=False)
-    command.add_argument("--max_bad_fraction", type=float, default=0.0)
+    command.add_argument("--max_bad_fraction", type=number, default=0.0)
 
 
 def _add_stats(command: argparse.ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def _add_stats(command: argparse.ArgumentParser) -> None:
 def _add_show(command: argparse.ArgumentParser) -> None:
     _add_files(command)
     command.add_argument(
-        "--row", type=int, default=0, help="its number among the usable rows, from 0"
+        "--row", type=whole, default=0, help="its number among the usable rows, from 0"
     )
     command.add_argument(
         "--tokens", type=positive, default=400, help="shown at most, spread over the spans"

@@ -23,7 +23,7 @@ from lljax.data.loader import rows_per_epoch
 from lljax.data.statistics import remarks, statistics, unread_keys
 from lljax.data.template import encode, with_template
 from lljax.data.tokens import Documents, count_unread, prepare
-from lljax.errors import ConfigError, DataError, printable
+from lljax.errors import ConfigError, DataError, counted, printable
 from lljax.interop.open import open_base, tokenizer_fingerprint
 from lljax.parallel.rounding import cdiv
 
@@ -86,9 +86,9 @@ def _make(
             f"--include={printable(','.join(include))}"
         )
     say(
-        f"{printable(str(arguments.out))}: {rows:,} documents, {characters:,} characters; "
-        f"{len(skipped):,} files skipped (empty, too large, no UTF-8 text, or links out of the "
-        "folder: --follow_links)"
+        f"{printable(str(arguments.out))}: {counted(rows, 'document')}, {characters:,} characters; "
+        f"{counted(len(skipped), 'file')} skipped (empty, too large, no UTF-8 text, or links "
+        "out of the folder: --follow_links)"
     )
 
 
@@ -145,7 +145,7 @@ def validate(arguments: argparse.Namespace) -> None:
         say(str(row))
     for line in unread_keys(unread):
         say(line)
-    say(f"{rows:,} rows, {rows - len(bad):,} good, {len(bad):,} bad{unchecked}")
+    say(f"{counted(rows, 'row')}, {rows - len(bad):,} good, {len(bad):,} bad{unchecked}")
     if rows == 0:
         raise DataError("no rows")
     if len(bad) > arguments.max_bad_fraction * rows:
@@ -171,11 +171,11 @@ def stats(arguments: argparse.Namespace) -> None:
     """Counts documents and tokens, and the rows and steps of an epoch."""
     with prepared(arguments) as (documents, bad):
         store, length, overlong = documents.train, arguments.length, arguments.overlong
-        counted = statistics(documents, overlong, [length])
+        summary = statistics(documents, overlong, [length])
         epoch = rows_per_epoch(
             store, length=length, packing=not arguments.no_packing, overlong=overlong
         )
-    train, lengths = counted["train"], store.lengths
+    train, lengths = summary["train"], store.lengths
     table = Table("measure", "value")
     table.columns[1].justify = "right"
     measures = {
@@ -190,7 +190,7 @@ def stats(arguments: argparse.Namespace) -> None:
         "99%": np.quantile(lengths, 0.99),
         "longest": lengths.max(),
         f"rows of {length:,} tokens an epoch": epoch,
-        f"steps an epoch, {arguments.rows:,} rows each": cdiv(epoch, arguments.rows),
+        f"steps an epoch, {counted(arguments.rows, 'row')} each": cdiv(epoch, arguments.rows),
     }
     for name, value in measures.items():
         table.add_row(name, f"{value:,.0f}")
@@ -200,7 +200,7 @@ def stats(arguments: argparse.Namespace) -> None:
             f"{lengths[lengths > limit].sum() / lengths.sum():.1%}",
         )
     CONSOLE.print(table)
-    for line in remarks(counted, overlong):
+    for line in remarks(summary, overlong):
         say(line)
 
 
@@ -247,7 +247,7 @@ def _spans_text(
         text.append(f"[{decoded}]" if trained else decoded, style="green" if trained else "dim")
     if len(shown) < len(spans):
         text.append(
-            f" \u2026 {len(spans) - len(shown):,} further spans: raise --tokens \u2026",
+            f" \u2026 {counted(len(spans) - len(shown), 'further span')}: raise --tokens \u2026",
             style="bold",
         )
     return text

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lljax.cli.arguments import add_model, parser
+from lljax.cli.arguments import add_model, check_model, model_flag, parser, positive, whole
 from lljax.errors import ConfigError, Stopped, exit_cleanly
 
 FILES = (  # fields of lljax.evaluation.task.Sources
@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
             from lljax.parallel.processes import processes_on_host
 
             take_gpu_memory(processes_on_host)
-            evaluate(arguments)
+            with model_flag():
+                evaluate(arguments)
         except KeyboardInterrupt:
             raise Stopped("the same command resumes from the predictions so far") from None
         except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
@@ -51,13 +52,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for flags that exclude each other and for values that cannot be used."""
-    for field in ("samples", "documents", "rows"):
-        value = getattr(arguments, field)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{field}={value}: a number of at least 1")
-    if arguments.workdir and arguments.adapter:
-        raise ConfigError("--adapter and --workdir: a run has its own; use --model with --adapter")
+    """Raises ConfigError for flags that exclude each other, and without a folder for results."""
+    check_model(arguments)
     if not arguments.workdir and not arguments.out:
         raise ConfigError(
             "--model without --out: name a folder for tables and predictions with --out"
@@ -75,16 +71,21 @@ def _parser() -> argparse.ArgumentParser:
         "the new one",
     )
     command.add_argument(
-        "--samples", type=int, help="examples of a task and length; by default as its authors use"
+        "--samples",
+        type=positive,
+        help="examples of a task and length; by default as its authors use",
     )
-    command.add_argument("--seed", type=int, default=0, help="of the generated examples")
+    command.add_argument("--seed", type=whole, default=0, help="of the generated examples")
     command.add_argument(
         "--held_out",
         default="",
         help="JSONL files for perplexity; by default the held-out documents of the run",
     )
     command.add_argument(
-        "--documents", type=int, default=32, help="documents or windows for perplexity, at most"
+        "--documents",
+        type=positive,
+        default=32,
+        help="documents or windows for perplexity, at most",
     )
     command.add_argument(
         "--out",
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for tables, predictions and report; by default the run's",
     )
     command.add_argument("--chat", action="store_true", help="ask through the chat template")
-    command.add_argument("--rows", type=int, default=4, help="examples answered side by side")
+    command.add_argument("--rows", type=positive, default=4, help="examples answered side by side")
     command.add_argument(
         "--cache",
         choices=("full", "int8"),

@@ -8,7 +8,7 @@ lljax export --workdir=runs/quickstart --format=split    # a base and a plain Lo
 from collections.abc import Sequence
 from pathlib import Path
 
-from lljax.cli.arguments import parser
+from lljax.cli.arguments import parser, whole
 from lljax.config.checks import one_of
 from lljax.errors import exit_cleanly, printable
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     command.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export in --out"
     )
-    command.add_argument("--step", type=int, help="of the checkpoint; by default the last")
+    command.add_argument("--step", type=whole, help="of the checkpoint; by default the last")
     command.add_argument(
         "--dtype",
         help="float32, bfloat16 or float16: of the weights of merged and split, to which trained "

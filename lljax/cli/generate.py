@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lljax.cli.arguments import add_model, parser
+from lljax.cli.arguments import add_model, check_model, model_flag, number, parser, positive, whole
 from lljax.errors import ConfigError, exit_cleanly, first_line
 
 CACHES = ("full", "bfloat16", "int8")
@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
             from lljax.parallel.processes import processes_on_host
 
             take_gpu_memory(processes_on_host)
-            write(arguments, text)
+            with model_flag():
+                write(arguments, text)
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:  # `| head` has read enough
@@ -58,13 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--system", default="", help="with --chat: the system message")
     command.add_argument(
-        "--tokens", type=int, help=f"written at most; by default {CONTINUED}, with --chat {REPLY:,}"
+        "--tokens",
+        type=positive,
+        help=f"written at most; by default {CONTINUED}, with --chat {REPLY:,}",
     )
-    command.add_argument("--temperature", type=float, default=0.0)
-    command.add_argument("--top_k", type=int, default=0, help="0: all tokens")
-    command.add_argument("--top_p", type=float, default=1.0)
-    command.add_argument("--min_p", type=float, default=0.0)
-    command.add_argument("--repetition_penalty", type=float, default=1.0)
+    command.add_argument("--temperature", type=number, default=0.0)
+    command.add_argument("--top_k", type=whole, default=0, help="0: all tokens")
+    command.add_argument("--top_p", type=number, default=1.0)
+    command.add_argument("--min_p", type=number, default=0.0)
+    command.add_argument("--repetition_penalty", type=number, default=1.0)
     command.add_argument(
         "--stop", action="append", default=[], help="a string that ends the text; may be repeated"
     )
@@ -74,22 +77,19 @@ def _parser() -> argparse.ArgumentParser:
         default="full",
         help="dtype of keys and values; full: the dtype that the model computes in",
     )
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=whole, default=0)
     return command
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for flags that exclude each other and for values that cannot be used."""
-    if arguments.workdir and arguments.adapter:
-        raise ConfigError("--adapter and --workdir: a run has its own; use --model with --adapter")
+    check_model(arguments)
     if arguments.system and not arguments.chat:
         raise ConfigError("--system without --chat: only a chat template has a place for it")
     if arguments.prompt is None and arguments.prompt_file is None and not arguments.chat:
         raise ConfigError("give a prompt with --prompt or --prompt_file, or talk with --chat")
     if "" in arguments.stop:
         raise ConfigError("--stop='': an empty string would end every text before it begins")
-    if arguments.tokens is not None and arguments.tokens < 1:
-        raise ConfigError(f"--tokens={arguments.tokens}: give a number of at least 1")
     for flag, value in (
         ("prompt", arguments.prompt or ""),
         ("system", arguments.system),

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 
@@ -79,6 +80,9 @@ def main(argv: Sequence[str]) -> None:
 
         show(usage())
         return
+    if name == "--version":
+        print(f"lljax {importlib.metadata.version('lljax')}")
+        return
     with exit_cleanly():
         command = _command(name)
     importlib.import_module(command.module).main(arguments)
@@ -95,7 +99,7 @@ def usage() -> str:
             "",
             *(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()),
             "",
-            "`lljax COMMAND --help` shows examples and flags.",
+            "`lljax COMMAND --help` shows examples and flags; `lljax --version` the version.",
         ]
     )
 

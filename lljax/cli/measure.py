@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     refuse_beyond(lengths[-1], spec.max_length, "--lengths")
     out = arguments.out or arguments.workdir
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ConfigError(f"--out={out}: it is not a folder") from None
+    check_writable(out)
     base: Any = candidates.base
     tokenizer = base.tokenizer()
     store = held_out(arguments, base, tokenizer, out) if protocols else None
@@ -84,6 +83,26 @@ def evaluate(arguments: argparse.Namespace) -> None:
     for table in tables(scores):
         show(table)
     say(f"Report: {write_report(out)}")
+
+
+def check_writable(out: Path) -> None:
+    """Makes the folder for results.
+
+    Raises:
+      ConfigError: it cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(out, os.W_OK) else os.strerror(errno.EACCES)
+    except FileExistsError:
+        reason = os.strerror(errno.ENOTDIR)
+    except (PermissionError, NotADirectoryError) as error:
+        reason = error.strerror
+    if reason:
+        raise ConfigError(
+            f"results cannot be written to {printable(str(out))} ({reason.lower()}): name another "
+            "folder with --out"
+        )
 
 
 def measure(

@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from lljax.config import Config, validate
+from lljax.config.exports import formats
 from lljax.config.flags import config_flag, read_flags, show
 from lljax.errors import exit_cleanly
 
@@ -59,17 +60,20 @@ def train(config: Config, workdir: str, profile_steps: str | None = None) -> Non
             config, workdir, make_eval_hook=make_eval_hook, profile_steps=read_steps(profile_steps)
         )
         if processes.is_first():
-            show(next_commands(workdir, config.data))
+            show(next_commands(workdir, config))
 
 
-def next_commands(workdir: str, data: Config) -> str:
+def next_commands(workdir: str, config: Config) -> str:
     """The last lines of a finished run: the path of its report and the next commands."""
     report = shlex.quote(str(Path(workdir) / "report.html"))
     run = f"--workdir={shlex.quote(workdir)}"
-    tasks = "perplexity,passkey" if data.valid or data.valid_fraction else "passkey"
+    held_out = config.data.valid or config.data.valid_fraction
+    tasks = "perplexity,passkey" if held_out else "passkey"
+    format, *others = formats(config.to_dict())
+    alternatives = f"     # or {', '.join(others)}" if others else ""
     return (
         f"Done. The report is {report}. Next:\n"
-        f"lljax export {run} --format=peft     # or merged, split\n"
+        f"lljax export {run} --format={format}{alternatives}\n"
         f"lljax evaluate {run} --tasks={tasks}\n"
         f"lljax generate {run} --prompt='Once upon a time'"
     )

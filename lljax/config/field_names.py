@@ -15,12 +15,13 @@ def unknown_field(name: str) -> str:
     """The error message for an unknown field."""
     if member := next((field for field in FIELDS if field.startswith(f"{name}.")), None):
         return f"{name} is a group of fields: set them one by one, such as {member}"
-    likely = _nearest_field(name)
+    likely = nearest_field(name)
     hint = f"did you mean {likely!r}?" if likely else "--help lists all of them"
     return f"there is no config field {short(name)}: {hint}"
 
 
-def _nearest_field(name: str) -> str | None:
+def nearest_field(name: str) -> str | None:
+    """The field that was probably meant by `name`, if there is one."""
     last = name.rpartition(".")[2]
     if last.lower() in (others := also_called()):
         return others[last.lower()]

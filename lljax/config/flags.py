@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lljax.config import yaml as yaml_config
 from lljax.config.access import Config
-from lljax.config.field_names import unknown_field
+from lljax.config.field_names import also_called, nearest_field, unknown_field
 from lljax.config.shipped import CONFIGS, shipped_config
 from lljax.config.tree import FIELDS
 from lljax.errors import ConfigError, LljaxError, first_line, short
@@ -60,6 +60,8 @@ def read_flags(values: flags.FlagValues, argv: Sequence[str], doc: str, *require
         left = values(argv)[1:]
     except LljaxError:
         raise
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(_unknown_flag(error, list(values), argv[0])) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         for field, value in _overrides(argv):
             named = (f"config.{field}=", repr(field.rpartition(".")[2]))  # by absl, ConfigDict
@@ -191,6 +193,19 @@ def _nearest_file(path: Path) -> str:
 
 
 # ---------------------------------------------------------------- fields on the command line
+def _unknown_flag(
+    error: flags.UnrecognizedFlagError, flag_names: Sequence[str], command: str
+) -> str:
+    """The error message for an unknown flag, which may be a field without its `config.`"""
+    name, hint = error.flagname, f"see {command} --help"
+    names = {field.rpartition(".")[2] for field in FIELDS} | also_called().keys()
+    if ("." in name or name in names) and (field := nearest_field(name)):
+        hint = f"did you mean --config.{field}?"
+    elif near := difflib.get_close_matches(name, flag_names, 1):
+        hint = f"did you mean --{near[0]}?"
+    return f"there is no flag {short(f'--{name}')}: {hint}"
+
+
 def _overrides(argv: Sequence[str]) -> list[tuple[str, str | None]]:
     """(field, text) of every --config.FIELD=TEXT; the text is None if it is the next argument."""
     pattern = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)

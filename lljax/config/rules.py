@@ -29,12 +29,13 @@ CONFLICTS = (
         "both hold documents out: set data.valid_fraction to 0 or data.valid to ()",
     ),
     Conflict(
-        {"training.eval_every": GIVEN, "data.valid": EMPTY, "data.valid_fraction": EMPTY},
-        "there is nothing to evaluate: set data.valid or data.valid_fraction",
-    ),
-    Conflict(
-        {"training.eval_tasks": GIVEN, "data.valid": EMPTY, "data.valid_fraction": EMPTY},
-        "there is nothing to evaluate: set data.valid or data.valid_fraction",
+        {
+            "training.eval_every": GIVEN,
+            "training.eval_tasks": EMPTY,
+            "data.valid": EMPTY,
+            "data.valid_fraction": EMPTY,
+        },
+        "there is nothing to evaluate: set data.valid, data.valid_fraction or training.eval_tasks",
     ),
     *(
         Conflict(

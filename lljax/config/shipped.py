@@ -1,4 +1,4 @@
-"""Files that come with the package: configurations, and the model tiny-512."""
+"""Paths of a configuration: absolute ones, and files of the package (configurations, tiny-512)."""
 
 import importlib.resources
 import os
@@ -6,7 +6,8 @@ from pathlib import Path
 
 PACKAGE = Path(str(importlib.resources.files("lljax")))
 CONFIGS = PACKAGE / "configs"
-ASSETS = "lljax/assets/"  # how a configuration names them, from the root of the repository
+# Folders of models by the names that configurations have for them, from the root of the repository.
+MODELS = {"lljax/assets/": PACKAGE / "assets", "configs/shapes/": CONFIGS / "shapes"}
 
 
 def shipped_config(name: str) -> Path:
@@ -22,9 +23,17 @@ def shipped_config(name: str) -> Path:
     return file if os.path.isfile(file) else path
 
 
-def shipped_asset(path: str) -> str:
-    """`path`, or the asset of the package if it names one and there is no such path here."""
-    if not path.startswith(ASSETS) or os.path.exists(path):
-        return path
-    asset = PACKAGE.parent / path
-    return str(asset) if asset.exists() else path
+def shipped_model(path: str) -> str:
+    """`path`, or the model of the package if it names one and there is no such path here."""
+    for prefix, folder in MODELS.items():
+        if path.startswith(prefix) and not os.path.exists(path):
+            model = folder / path.removeprefix(prefix)
+            return str(model) if os.path.exists(model) else path
+    return path
+
+
+def absolute_path(path: str) -> str:
+    """`path` as an absolute path if it exists, here or in the package; otherwise (a hub id)
+    unchanged."""
+    expanded = os.path.expanduser(shipped_model(path))
+    return os.path.abspath(expanded) if path and os.path.exists(expanded) else path

@@ -1,6 +1,6 @@
 """The table of config fields. Every run is the tree of their defaults with some fields changed."""
 
-import os
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ from lljax.config.checks import (
 )
 from lljax.config.field import Field, differs, equals, hold
 from lljax.config.field_checks import lora_init, rope_factor, stage
-from lljax.config.shipped import shipped_asset
+from lljax.config.shipped import absolute_path
 
 LEAST_HISTORY = 20  # values from which a median is reliable
 ADAPTER_ROLES = ("lora_a", "lora_b", "lora_magnitude")
@@ -291,6 +291,17 @@ def default_config() -> Config:
     return config.lock()
 
 
+def value_or_default(config: Mapping[str, Any], field: str) -> Any:
+    """The value of a dotted field of a run's config.json; of an older run, which lacks it, the
+    default."""
+    value: Any = config
+    for name in field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return FIELDS[field].default
+        value = value[name]
+    return value
+
+
 def identity(config: Config) -> dict[str, Any]:
     """The values that a resumed run must share with its beginning, by dotted name, so that it ends
     as if it had not been interrupted."""
@@ -314,7 +325,4 @@ def with_absolute_paths(config: Config) -> Config:
 
 def _absolute(paths: Any) -> Any:
     """`paths`, a path or several, with the existing ones made absolute."""
-    if not isinstance(paths, str):
-        return tuple(map(_absolute, paths))
-    expanded = os.path.expanduser(shipped_asset(paths))
-    return os.path.abspath(expanded) if paths and os.path.exists(expanded) else paths
+    return absolute_path(paths) if isinstance(paths, str) else tuple(map(absolute_path, paths))

@@ -5,6 +5,7 @@ import numpy as np
 
 from lljax.data.batch import IGNORED, NEXT_TOKEN, Field
 from lljax.data.tokens import TokenStore
+from lljax.parallel.rounding import cdiv
 
 BINS = 16  # rows filled at the same time; more leave less padding and mix epochs more
 
@@ -22,7 +23,7 @@ class Pieces:
         self.store, self.T = store, T
         fits = np.flatnonzero(store.lengths <= T) if overlong == "drop" else np.arange(len(store))
         pieces = (
-            -(-store.lengths[fits] // T) if overlong == "split" else np.ones(len(fits), np.int64)
+            cdiv(store.lengths[fits], T) if overlong == "split" else np.ones(len(fits), np.int64)
         )
         document = np.repeat(fits, pieces)
         start = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * T

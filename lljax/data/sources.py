@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lljax.errors import DataError, first_line, printable
+from lljax.errors import DataError, counted, first_line, printable
 
 LINES = (".jsonl", ".jsonl.gz")  # one row a line
 ARRAYS = (".json", ".json.gz")  # one array of rows, or one row a line
@@ -202,7 +202,7 @@ def _array(opened: Any, limit: int) -> Iterator[tuple[int, object]]:
                 raise _NotAnArray(f"the array does not go on after row {number}, or is cut off")
         text.take("]")
         if text.next():
-            raise _NotAnArray(f"something follows the array of {number} rows")
+            raise _NotAnArray(f"something follows the array of {counted(number, 'row')}")
     except UnicodeDecodeError:
         raise _NotAnArray(f"not UTF-8 after row {number}") from None
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from lljax.data.packing import Pieces
 from lljax.data.tokens import Documents
-from lljax.errors import printable
+from lljax.errors import counted, printable
 
 FEW = 0.02  # a share of trained tokens below this is remarked
 SHOWN = 10  # files whose unread keys are logged
@@ -62,8 +62,10 @@ def unread_keys(unread: dict[str, dict[str, int]]) -> list[str]:
     having = {file: keys for file, keys in unread.items() if keys}
     lines = [
         f"{printable(file)}: keys that nothing reads: "
-        + ", ".join(f"{key} ({rows:,} rows)" for key, rows in sorted(keys.items()))
+        + ", ".join(f"{key} ({counted(rows, 'row')})" for key, rows in sorted(keys.items()))
         for file, keys in list(having.items())[:SHOWN]
     ]
     more = len(having) - SHOWN
-    return lines + ([f"{more:,} further files have keys that nothing reads"] if more > 0 else [])
+    return lines + (
+        [f"{counted(more, 'further file')} with keys that nothing reads"] if more > 0 else []
+    )

@@ -8,18 +8,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lljax.config.exports import refusal
 from lljax.errors import ConfigError, printable
-from lljax.interop.adapter_init import owns_kernel
 from lljax.interop.base import Base
 from lljax.interop.export_files import TEMPLATE_FILE
 from lljax.interop.export_folder import write_folder
 from lljax.interop.export_weights import write_model
 from lljax.interop.peft import write_adapter
-from lljax.interop.usage import QUIET, adapter_usage, beyond_plain_lora, lora_options, serve_command
+from lljax.interop.usage import QUIET, adapter_usage, lora_options, properties_of, serve_command
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import rope_to_hf
-from lljax.models.lora import adaptable
 
 SHARD_BYTES = 5 << 30
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,16 +42,11 @@ def export_peft(
     Raises:
       ConfigError: the run trained every weight, a weight is not finite, or `out` is taken.
     """
-    _require_adapter(model, "peft")
+    _check_format(model, "peft")
     if dtype not in (None, "float32"):
         raise ConfigError(
             f"--dtype={dtype}: an adapter is written in float32 and cast when it is loaded; "
             "--dtype is for --format=merged and --format=split"
-        )
-    if any(owns_kernel(lora) for _, _, lora in adaptable(model)):
-        raise ConfigError(
-            "--format=peft: the kernels that lora.init='loftq' quantized are in no base that PEFT "
-            "could load: use --format=split, which writes them too, or --format=merged"
         )
 
     def write(folder: Path) -> dict[str, Any]:
@@ -121,13 +115,8 @@ def export_split(
 
     Arguments and errors as `export_merged`.
     """
-    _require_adapter(model, "split")
+    _check_format(model, "split")
     _check_dtype(dtype)
-    if reason := beyond_plain_lora(model):
-        raise ConfigError(
-            f"--format=split is for servers that take plain LoRA, and this adapter has {reason}: "
-            "use --format=merged or --format=peft"
-        )
     _check(model, base, out)
 
     def write(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -160,12 +149,9 @@ def export_split(
 FORMATS = {"peft": export_peft, "merged": export_merged, "split": export_split}
 
 
-def _require_adapter(model: Decoder, format: str) -> None:
-    if all(lora is None for _, _, lora in adaptable(model)):
-        raise ConfigError(
-            f"--format={format} exports an adapter, and this run trained every weight: use "
-            "--format=merged"
-        )
+def _check_format(model: Decoder, format: str) -> None:
+    if reason := refusal(format, properties_of(model)):
+        raise ConfigError(f"--format={format}: {reason}")
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lljax.config.shipped import shipped_asset
+from lljax.config.shipped import shipped_model
 from lljax.data.template import turn_ends
 from lljax.errors import ModelError, first_line
 from lljax.interop import safetensors
@@ -74,7 +74,7 @@ def _local(path: str) -> Path | None:
       ModelError: it cannot be either.
     """
     try:
-        local = Path(shipped_asset(path)).expanduser()
+        local = Path(shipped_model(path)).expanduser()
         return local if local.suffix == ".gguf" or local.exists() else None
     except (RuntimeError, OSError) as error:  # the home of nobody; a name of 5,000 characters
         raise ModelError(

@@ -5,6 +5,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lljax.config.exports import BEYOND_PLAIN_LORA, DORA, NO_ADAPTER, OWN_KERNELS, SEVERAL
+from lljax.interop.adapter_init import owns_kernel
 from lljax.interop.base import Base
 from lljax.interop.export_files import TEMPLATE_FILE
 from lljax.models.decoder import Decoder
@@ -108,11 +110,21 @@ def _shell(word: Any) -> str:
     return "$'" + text.encode("unicode_escape").decode("ascii").replace("'", r"\'") + "'"
 
 
+def properties_of(model: Decoder) -> set[str]:
+    """The properties of a model that a format may not hold, see lljax.config.exports."""
+    loras = [lora for _, _, lora in adaptable(model) if lora is not None]
+    properties = {
+        NO_ADAPTER: not loras,
+        OWN_KERNELS: any(map(owns_kernel, loras)),
+        DORA: any(lora.magnitude is not None for lora in loras),
+        SEVERAL: len({(lora.rank, lora.scale) for lora in loras}) > 1,
+    }
+    return {name for name, holds in properties.items() if holds}
+
+
 def beyond_plain_lora(model: Decoder) -> str:
     """The property of the adapter that vLLM, which knows one rank and one scale, does not take; or
     an empty text.
     """
-    loras = [lora for _, _, lora in adaptable(model) if lora is not None]
-    if any(lora.magnitude is not None for lora in loras):
-        return "the magnitudes of DoRA"
-    return "several ranks or scales" if len({(lora.rank, lora.scale) for lora in loras}) > 1 else ""
+    properties = properties_of(model)
+    return next((what for name, what in BEYOND_PLAIN_LORA.items() if name in properties), "")

@@ -1,7 +1,11 @@
 """Whole numbers rounded up: lengths, rows and blocks that are cut into equal parts."""
 
+from typing import Any, TypeVar
 
-def cdiv(a: int, b: int) -> int:
+Whole = TypeVar("Whole", bound=Any)  # an int, or an array of integers
+
+
+def cdiv(a: Whole, b: int) -> Whole:
     """a / b, rounded up."""
     return -(-a // b)
 

@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from lljax.config.exports import formats
+from lljax.config.tree import value_or_default
 from lljax.report import charts
 from lljax.report.breakdown import Breakdown
 from lljax.report.content import Command, Figure, Key, Section, Table
@@ -13,17 +15,18 @@ from lljax.report.numbers import duration, finite_column
 from lljax.report.run_files import RunFiles
 from lljax.report.tables import clipped, table_of
 
+HELD_OUT, CHAT = "held out", "chat"
 EXPORT = "lljax export --workdir={run} --format="
 EVALUATE = "lljax evaluate --workdir={run}"
-COMMANDS = (
-    ("An adapter for PEFT", EXPORT + "peft"),
-    ("A checkpoint for transformers and vLLM", EXPORT + "merged"),
-    ("A base and a plain LoRA for vllm --enable-lora", EXPORT + "split"),
-    ("Held-out perplexity by length", EVALUATE),
-    ("Retrieval from long texts", EVALUATE + " --tasks=perplexity,passkey,needle,ruler"),
-    ("Continue a text", "lljax generate --workdir={run} --prompt='...'"),
-    ("Chat", "lljax generate --workdir={run} --chat"),
-    ("Serve the merged model", "vllm serve {run}/export/merged --max-model-len {length}"),
+COMMANDS = (  # title, command, and what it needs of a run: an export's format, HELD_OUT or CHAT
+    ("An adapter for PEFT", EXPORT + "peft", "peft"),
+    ("A checkpoint for transformers and vLLM", EXPORT + "merged", "merged"),
+    ("A base and a plain LoRA for vllm --enable-lora", EXPORT + "split", "split"),
+    ("Held-out perplexity by length", EVALUATE, HELD_OUT),
+    ("Retrieval from long texts", EVALUATE + " --tasks=passkey,needle,ruler", None),
+    ("Continue a text", "lljax generate --workdir={run} --prompt='...'", None),
+    ("Chat", "lljax generate --workdir={run} --chat", CHAT),
+    ("Serve the merged model", "vllm serve {run}/export/merged --max-model-len {length}", "merged"),
 )
 LONGEST_FIELD = 4000  # characters of a configuration's value
 
@@ -114,10 +117,26 @@ def commands(files: RunFiles) -> Section:
         last = files.steps[-1].get("length") if files.steps else None
         length = files.context.get("length") or last or 8192
         run = shlex.quote(str(files.workdir))
+        given = _given(files)
         section.commands += [
-            Command(title, command.format(run=run, length=length)) for title, command in COMMANDS
+            Command(title, command.format(run=run, length=length))
+            for title, command, need in COMMANDS
+            if need is None or need in given
         ]
     return section
+
+
+def _given(files: RunFiles) -> set[str]:
+    """What a run has of the needs of COMMANDS."""
+    given = set(formats(files.config))
+    if any(value_or_default(files.config, f"data.{f}") for f in ("valid", "valid_fraction")):
+        given.add(HELD_OUT)
+    # A run that trained conversations can chat too, under lljax's template.
+    train = files.statistics.get("train")
+    conversations = isinstance(train, dict) and train.get("conversations")
+    if conversations or files.run.get("chat_template", True):  # not in runs of earlier versions
+        given.add(CHAT)
+    return given
 
 
 def configuration(files: RunFiles) -> Section:

@@ -12,8 +12,9 @@ from lljax.report.records import read_metrics
 class RunFiles:
     """The contents of `workdir`; {} for a file that is missing or damaged.
 
-    run: facts of run.json; among them "metrics", {name of a metric: its title}, and "base_length",
-      the tokens the base model was made for. steps and evaluations: records of metrics.jsonl.
+    run: facts of run.json; among them "metrics", {name of a metric: its title}, "base_length", the
+      tokens the base model was made for, and "chat_template", whether the base has one.
+    steps and evaluations: records of metrics.jsonl.
     started: training has begun here; otherwise the folder holds an evaluation alone.
     """
 

@@ -2,10 +2,15 @@
 if it had not been interrupted.
 """
 
+import itertools
 import json
+import os
+from typing import Any
 
 from lljax.config import Config, identity
 from lljax.errors import ConfigError
+
+SHOWN = 60  # characters of a value in a message
 
 
 def identity_of(config: Config, **files) -> dict:
@@ -35,9 +40,29 @@ def check_identity(saved: dict, now: dict, step: int | None = None) -> None:
             continue
         hint = f"; when step {old[-1][0]} is done it may be made longer" if longer else ""
         raise ConfigError(
-            f"this run was started with another {field} ({str(old)[:60]}, now {str(new)[:60]}): "
-            f"restore it, or give a new --workdir{hint}"
+            f"this run was started with another {field} ({_difference(old, new)}): restore it, or "
+            f"give a new --workdir{hint}"
         )
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Two values of JSON in words; of long values the first place that differs."""
+    place = ""
+    while max(len(str(old)), len(str(new))) > SHOWN:
+        if isinstance(old, list) and isinstance(new, list):
+            pairs = dict(enumerate(itertools.zip_longest(old, new, fillvalue="nothing")))
+        elif isinstance(old, dict) and isinstance(new, dict):
+            pairs = {key: (old.get(key, "nothing"), new.get(key, "nothing")) for key in old | new}
+        else:
+            break
+        index = next(key for key, (before, after) in pairs.items() if before != after)
+        old, new = pairs[index]
+        place += f"[{index!r}]"
+    old, new = str(old), str(new)
+    same = len(os.path.commonprefix([old, new]))
+    start = max(0, same - SHOWN // 2) if max(len(old), len(new)) > SHOWN else 0
+    old, new = (("..." if start else "") + text[start : start + SHOWN] for text in (old, new))
+    return f"{place and f'at {place}: '}{old}, now {new}"
 
 
 def lengthens(old, new) -> bool:

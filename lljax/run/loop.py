@@ -298,10 +298,12 @@ class Run(Setup):
 
     def held_out_scores(self, length: int) -> dict[str, float]:
         """The objective's scores over the held-out rows, in full attention, such as
-        {"loss@4096": 2.1}; empty if they have no token to predict.
+        {"loss@4096": 2.1}; empty if there are none, or none has a token to predict.
 
         If the run is stopped here, it evaluates after resuming.
         """
+        if not len(self.documents.valid):
+            return {}
         program, objective = self.prepared.evaluations[length], self.prepared.objective
         totals: dict[str, float] = {}
         count = 0.0
@@ -319,7 +321,8 @@ class Run(Setup):
         return {f"{name}@{length}": value for name, value in scores.items()}
 
     def finish(self) -> None:
-        if len(self.documents.valid) and not workdirs.is_evaluated(self.workdir, self.step):
+        evaluates = len(self.documents.valid) or self.eval_hook
+        if evaluates and not workdirs.is_evaluated(self.workdir, self.step):
             self.evaluate(self.curriculum[-1].length)
         self.save(wait=True)
         if self.observers.failure:

@@ -80,7 +80,8 @@ def read_config(workdir: Path) -> Config:
             config.update(read_json(path))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: not the configuration of a run ({first_line(error)}): put that back"
+            f"{path}: not the configuration of a run ({first_line(error)}): restore "
+            "the file that the run wrote"
         ) from None
     return config
 

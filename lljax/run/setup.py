@@ -102,6 +102,7 @@ class Setup:
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "special_tokens": special_tokens(tokenizer),
         }
+        self.has_chat_template = tokenizer.chat_template is not None
         self.eval_hook = None
         if config.training.eval_tasks:
             assert self.make_eval_hook is not None, "training.eval_tasks needs make_eval_hook"
@@ -182,6 +183,7 @@ class Setup:
         return self.counts | {
             "devices": self.mesh.devices.size,
             "device": self.device_kind,
+            "chat_template": self.has_chat_template,
             "base_length": spec_from_hf(self.base.config).max_length,
             "metrics": {
                 metric.name: metric.title for metric in metrics_of(self.prepared.objective)

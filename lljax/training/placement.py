@@ -23,7 +23,7 @@ from lljax.parallel.sharding import Layout, batch_sharding, row_parts, zigzag
 
 def layout_of(
     mesh: Mesh,
-    wanted: str,
+    context_parallel: str,
     pattern: AttentionPattern,
     length: int,
     spec: DecoderSpec,
@@ -34,13 +34,13 @@ def layout_of(
     """The layout of rows of `length` tokens under `pattern`, None on the one device of this
     process; and the reason for its mode.
 
-    wanted: `mesh.context_parallel`.
+    context_parallel: as `mesh.context_parallel`.
     bytes_per: bytes per value of the keys.
     memory: bytes per device. Gathered keys and values may take a sixteenth of it: with their
       gradients and copies in the order of a kernel they exist about five times.
 
     Raises:
-      ConfigError: the rows, heads or experts do not spread over the mesh, the wanted mode cannot
+      ConfigError: the rows, heads or experts do not spread over the mesh, the mode cannot
         serve the pattern, or the implementation of its attention does not run on these devices.
     """
     check_platform(pattern.implementation, mesh.devices.flat[0].platform)
@@ -52,7 +52,7 @@ def layout_of(
         for layer in spec.layers
     ]
     mode, balanced, reason = choose(
-        wanted,
+        context_parallel,
         T=length,
         size=mesh.shape["sequence"],
         tensor=mesh.shape["tensor"],
@@ -62,7 +62,7 @@ def layout_of(
         groups=pattern.groups,
         windows=windows,
         bytes_per=bytes_per,
-        room=memory / 16,
+        gather_bytes=memory / 16,
         refused=refused_modes(spec.layers),
         ordered=needs_order(spec.layers),
     )

@@ -190,7 +190,10 @@ def test_the_choice_and_its_refusals():
     assert choose("auto", **shape, groups=None, windows=(None,))[0] == "ulysses"
     few = shape | {"N": 9, "K": 3}  # dealt to no two devices
     assert choose("auto", **few, groups=None, windows=(None,))[:2] == ("allgather", True)
-    assert choose("auto", **few, groups=None, windows=(None,), room=1e9)[:2] == ("ring", True)
+    assert choose("auto", **few, groups=None, windows=(None,), gather_bytes=1e9)[:2] == (
+        "ring",
+        True,
+    )
     assert choose("auto", **shape, groups=Groups(2**19, 2**18), windows=(None,))[0] != "halo"
     with pytest.raises(ConfigError, match="looks 896 tokens back and a device holds 128"):
         choose("halo", **shape | {"T": 1024, "N": 7}, groups=None, windows=(8192,))

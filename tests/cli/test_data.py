@@ -101,7 +101,7 @@ def test_validate_with_a_model_refuses_what_a_run_refuses_and_says_what_it_does_
     )
     code, out, error = command("validate", file)
     assert code == 3 and f"{file}:2: the conversation has no assistant message" in out
-    assert "id (1 rows)" in out and "3 rows, 2 good, 1 bad; not checked without --model" in out
+    assert "id (1 row)" in out and "3 rows, 2 good, 1 bad; not checked without --model" in out
     code, out, error = command("validate", file, f"--model={chat}")
     assert (
         code == 3
@@ -163,3 +163,9 @@ def test_the_standard_library_becomes_documents(tmp_path, monkeypatch, command, 
     out = tmp_path / "stdlib.jsonl"
     code, printed, _ = command("stdlib", f"--out={out}")
     assert code == 0 and f"{out}: 2 documents" in printed
+
+
+def test_an_unknown_model_is_named_by_its_flag(tmp_path, command):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    code, _, error = command("stats", tmp_path / "rows.jsonl", "--model=/nope")
+    assert code == 2 and error.startswith("ModelError: --model='/nope': no such folder")

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import os
 import shutil
 
 import pytest
 
 from lljax.cli.evaluate import main
-from lljax.cli.measure import submit
+from lljax.cli.measure import check_writable, submit
+from lljax.errors import ConfigError
 from lljax.evaluation import batched_generation as asking
 from lljax.evaluation import perplexity, zeroscrolls
 from lljax.evaluation.predictions import Predictions
@@ -99,8 +101,11 @@ def test_mistakes_and_odd_files_are_one_line(command, tmp_path, capsys):
         (["--tasks=pasky"], "perplexity/new_tokens"),
         (["--lengths=1000000000000"], "more than 16 times the model's context of 32"),
         (["--tasks=needle", "--lengths=512", "--haystack=/dev/zero"], "not a regular file"),
-        ([f"--out={tmp_path / 'file' / 'below'}"], "file/below: not a directory"),
-        ([f"--out={tmp_path / 'file'}"], "--out="),
+        ([f"--out={tmp_path / 'file' / 'below'}"], "(not a directory): name another folder"),
+        ([f"--out={tmp_path / 'file'}"], "file (not a directory): name another folder with --out"),
+        (["--model=/nope"], "ModelError: --model='/nope': no such folder"),
+        (["--adapter=/nope"], "--adapter=/nope: there is no such folder"),
+        (["--rows=0"], "--rows: '0' is not a whole number above 0"),
         (["--tasks=,"], "it names no task"),
         (["--lengths=" + "9" * 5000], "--lengths=999"),
     ):
@@ -113,6 +118,14 @@ def test_mistakes_and_odd_files_are_one_line(command, tmp_path, capsys):
             and len(shown) < 400
             and shown.count("\n") == 1
         )
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root writes everywhere
+    with pytest.raises(ConfigError, match="permission denied.: name another folder with --out"):
+        check_writable(tmp_path)
 
 
 def test_a_damaged_perplexity_among_the_predictions_is_measured_again(command, tmp_path):

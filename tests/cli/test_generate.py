@@ -69,7 +69,8 @@ def test_what_the_terminal_cannot_show_is_escaped_and_a_stop_string_ends_the_tex
         ([], "--prompt or --prompt_file, or talk with --chat"),
         (["--prompt=a", "--system=b"], "--system without --chat"),
         (["--prompt=a", "--stop="], "--stop=''"),
-        (["--prompt=a", "--tokens=0"], "--tokens=0"),
+        (["--prompt=a", "--tokens=0"], "--tokens: '0' is not a whole number above 0"),
+        (["--prompt=a", "--adapter=/nope"], "--adapter=/nope: there is no such folder"),
         (
             ["--prompt_file=/dev/zero"],
             "/dev/zero: there is no such file, or it is not a regular one",

@@ -1,9 +1,11 @@
 """The table of commands: a row is all that a command takes."""
 
 import importlib
+import os
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,54 @@ def test_help_starts_no_jax():
         assert "jax" not in sys.modules and "transformers" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        (["export"], "lljax export: the following arguments are required: --workdir; see"),
+        (["export", "--workdir=x", "--formt=y"], "unrecognized arguments: --formt=y; see"),
+        (["export", "--workdir=x", "--step=x"], "--step: 'x' is not a whole number; see"),
+        (["evaluate"], "one of the arguments --workdir --model is required"),
+        (["generate", "--model=x", "--top_p=y"], "--top_p: 'y' is not a number"),
+        (["generate", "--model=x", "--cache=y"], "--cache: invalid choice: 'y'"),
+        (
+            ["data", "stats", "x", "--model=y", "--length=foo"],
+            "lljax data stats: --length: 'foo' is",
+        ),
+        (["data", "stats", "x", "--model=y", "--length=\n"], "is not a whole number above 0"),
+        (["data"], "required: command; see lljax data --help"),
+        (["config", "x"], "lljax config: unrecognized arguments: x"),
+        (["report"], "lljax report: the following arguments are required: --workdir"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    error = capsys.readouterr().err
+    assert error.startswith("ConfigError: lljax ") and message in error and error.count("\n") == 1
+    assert error.endswith("--help\n")
+
+
+def test_the_module_runs_the_command_and_the_version_is_printed():
+    for argv, shown in (["--version"], f"lljax {version('lljax')}\n"), ([], cli.usage() + "\n"):
+        ran = subprocess.run(
+            [sys.executable, "-m", "lljax", *argv], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (ran.returncode, ran.stdout) == (0, shown)
+
+
+@pytest.mark.parametrize("argv,code", [(["--help"], 0), ([], 2), (["begin"], 2), (["x", "y"], 2)])
+def test_make_tiny_base_explains_its_arguments(argv, code):
+    ran = subprocess.run(
+        [sys.executable, "scripts/make_tiny_base.py", *argv],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == code and "Traceback" not in ran.stderr
+    assert "usage: make_tiny_base.py" in ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))

@@ -124,7 +124,7 @@ def test_a_config_file_imports_what_is_beside_it(tmp_path):
         ),
         (
             [QUICKSTART, "--config.data.train=docs.jsonl", "--config.lora.rank", "4", "--wrkdir=x"],
-            "flag 'wrkdir'",
+            "no flag '--wrkdir': see lljax train --help",
         ),
         ([QUICKSTART, "--config.lora.rank"], "lora.rank"),
         (
@@ -132,6 +132,9 @@ def test_a_config_file_imports_what_is_beside_it(tmp_path):
             "belongs to no flag: did you mean --config=configs/quickstart.py",
         ),
         ([QUICKSTART, "--wrkdir=x"], "wrkdir"),
+        ([QUICKSTART, "--lora.rank=8"], "no flag '--lora.rank': did you mean --config.lora.rank"),
+        ([QUICKSTART, "--lr=8"], "did you mean --config.optimizer.learning_rate"),
+        ([QUICKSTART, "--verbose"], "no flag '--verbose': see lljax train --help"),
     ],
 )
 def test_a_wrong_argument_is_one_line(monkeypatch, arguments, message):

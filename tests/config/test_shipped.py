@@ -3,8 +3,8 @@
 import pytest
 
 from lljax.config.flags import load_config
-from lljax.config.shipped import CONFIGS, shipped_asset, shipped_config
-from lljax.interop.open import open_base
+from lljax.config.shipped import CONFIGS, absolute_path, shipped_config, shipped_model
+from lljax.interop.open import open_base, open_config
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.py", "configs/quickstart.py"])
@@ -31,5 +31,22 @@ def test_the_tiny_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_base("lljax/assets/tiny-512").config["vocab_size"] == 4096
     (tmp_path / "lljax/assets/tiny-512").mkdir(parents=True)  # a folder here comes first
-    assert shipped_asset("lljax/assets/tiny-512") == "lljax/assets/tiny-512"
-    assert shipped_asset("lljax/assets/none") == "lljax/assets/none"
+    assert shipped_model("lljax/assets/tiny-512") == "lljax/assets/tiny-512"
+    assert shipped_model("lljax/assets/none") == "lljax/assets/none"
+
+
+@pytest.mark.parametrize("shape", sorted(file.name for file in (CONFIGS / "shapes").iterdir()))
+def test_the_shapes_are_found_from_any_folder(shape, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_config(f"configs/shapes/{shape}")["hidden_size"] > 1000
+    (tmp_path / "configs/shapes" / shape).mkdir(parents=True)
+    assert shipped_model(f"configs/shapes/{shape}") == f"configs/shapes/{shape}"
+
+
+def test_existing_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    assert absolute_path("base") == absolute_path("~/base") == str(tmp_path / "base")
+    assert absolute_path("lljax/assets/tiny-512") == str(CONFIGS.parent / "assets/tiny-512")
+    assert absolute_path("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B" and absolute_path("") == ""

@@ -156,7 +156,7 @@ def test_an_array_of_rows_reads_as_the_rows_one_a_line(tmp_path, monkeypatch, in
         (b'[{"text": "a"}, ', "row 2 is not JSON"),
         (b'[{"text": "a"} {"text": "b"}]', "does not go on after row 1"),
         (b'[{"text": "a"}', "does not go on after row 1"),
-        (b'[{"text": "a"}] [1]', "something follows the array of 1 rows"),
+        (b'[{"text": "a"}] [1]', "something follows the array of 1 row"),
         (b'[{"text": "\xff"}]', "not UTF-8"),
         (b"[" * 100_000, "row 1 is nested too deeply"),
         (b'[{"text": "a"}, {"text": "' + b"b" * 3000, "row 2 is longer than"),

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lljax.build import load_base, move
-from lljax.errors import ConfigError, Stopped
+from lljax.errors import ConfigError, DataError, Stopped
 from lljax.evaluation import batched_generation as module
 from lljax.evaluation.eval_hook import make_eval_hook
 from lljax.generation.generate import Completion
@@ -111,6 +111,29 @@ def test_benchmark_files_and_the_protocols_of_perplexity_are_asked_for_within_a_
     )
     move(meshed, mesh := make_mesh(fsdp=2, data=2, tensor=2))
     assert hook(meshed, 4, Layout(mesh), lambda: None) == pytest.approx(found)
+
+
+def test_a_run_without_held_out_documents_answers_its_tasks(
+    run_config, train_on_one_device, tmp_path
+):
+    def make_hook(*_):
+        return lambda model, step, layout, look: {"passkey/tokens@64": float(step)}
+
+    run_config.context.schedule, run_config.data.valid_fraction = ((2, 32, "full"),), 0.0
+    run_config.training.eval_tasks, run_config.training.eval_every = (("passkey/tokens", 64),), 1
+    train_on_one_device(run_config, tmp_path, make_eval_hook=make_hook)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval"] for line in lines if "eval" in line] == [
+        {"passkey/tokens@64": 1.0},
+        {"passkey/tokens@64": 2.0},
+    ]
+
+
+def test_perplexity_without_held_out_documents_is_refused(run_config, base, tmp_path):
+    run_config.data.valid_fraction = 0.0
+    run_config.training.eval_tasks = (("perplexity/longlora", 32),)
+    with pytest.raises(DataError, match="perplexity/longlora: no document is held out"):
+        make_eval_hook(run_config, base, base.tokenizer(), tmp_path)
 
 
 @pytest.mark.slow

@@ -130,6 +130,38 @@ def test_the_page_shows_a_whole_run(tmp_path):
     assert text.count("</svg>") >= 4
 
 
+@pytest.mark.parametrize(
+    "config,template,conversations,shown",
+    [
+        (
+            {"data": {"valid_fraction": 0.1}},
+            True,
+            0,
+            {"peft", "merged", "split", "perplexity", "Chat"},
+        ),
+        ({"train_type": "full"}, False, 3, {"merged", "Chat"}),
+        ({"lora": {"init": "loftq"}, "data": {"valid": ["v"]}}, False, 0,
+         {"merged", "split", "perplexity"}),
+        ({"lora": {"dora": True}}, False, 0, {"peft", "merged"}),
+    ],
+)  # fmt: skip
+def test_only_commands_that_serve_the_run_are_shown(
+    tmp_path, config, template, conversations, shown
+):
+    text = page(
+        tmp_path,
+        [record(1)],
+        config=config,
+        run={"chat_template": template},
+        data_statistics={"train": {"documents": 3, "conversations": conversations}},
+    )
+    marks = {name: f"--format={name}" for name in ("peft", "merged", "split")}
+    marks |= {"perplexity": "Held-out perplexity by length", "Chat": "Chat"}
+    assert {name for name, mark in marks.items() if f">{mark}<" in text or f"{mark}<" in text} == (
+        shown
+    )
+
+
 def test_every_stage_is_labelled_with_its_length_and_attention(tmp_path):
     text = page(tmp_path, [record(s) for s in range(1, 41)])
     charts = "".join(re.findall(r"<svg.*?</svg>", text, re.S))

@@ -37,6 +37,24 @@ def test_a_changed_run_is_refused_by_the_name_of_what_changed(field, value):
     )
 
 
+@pytest.mark.parametrize(
+    "old,new,message",
+    [
+        (8, 16, r"(8, now 16)"),
+        ([[i, 64] for i in range(20)], [[i, 64] for i in range(19)] + [[19, 32]],
+         "(at [19]: [19, 64], now [19, 32])"),
+        ([1] * 40, [1] * 41, "(at [40]: nothing, now 1)"),
+        ({"a": "x" * 90, "b": 1}, {"a": "x" * 90, "b": 2}, "(at ['b']: 1, now 2)"),
+        ({"a": ["x" * 90 + "y"]}, {"a": ["x" * 90 + "z"]},
+         f"(at ['a'][0]: ...{'x' * 30}y, now ...{'x' * 30}z)"),
+    ],
+)  # fmt: skip
+def test_of_long_values_the_first_place_that_differs_is_shown(old, new, message):
+    with pytest.raises(ConfigError) as refusal:
+        check_identity({"f": old}, {"f": new})
+    assert f"another f {message}" in str(refusal.value)
+
+
 def test_tuples_and_lists_of_a_config_are_the_same_identity():
     check_identity(
         {"context.schedule": [[10, 64, "full"]]}, {"context.schedule": ((10, 64, "full"),)}
