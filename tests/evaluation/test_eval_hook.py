@@ -143,6 +143,7 @@ def test_a_run_records_what_its_tasks_say(run_config, tmp_path):
         run_config.training.eval_rows,
         run_config.training.eval_every,
     ) = TASKS[:1], 2, 4
+    run_config.context.length = 512
     loop.train(run_config, tmp_path, make_eval_hook=make_eval_hook)
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     told = {each["step"]: each["eval"] for each in told if "eval" in each}

@@ -132,7 +132,7 @@ def assert_logits_of_transformers(path, model, tokens, atol):
     )
     # which for Gemma 3 it takes from the class' default, the file has no entry for it
     for layer in theirs.model.layers:
-        layer.self_attn.scaling = H**-0.5
+        layer.self_attn.scaling = layer.self_attn.head_dim**-0.5
     with torch.no_grad():
         wanted = theirs.eval()(torch.from_numpy(tokens)).logits.numpy()
     np.testing.assert_allclose(logits(model, tokens), wanted, atol=atol)

@@ -178,7 +178,7 @@ def test_two_processes_are_one_run_that_one_device_reads(start, tmp_path):
 @pytest.mark.slow
 def test_a_folder_in_which_another_run_goes_on_is_refused_in_every_process(start, tmp_path):
     with locked(tmp_path):
-        run = ends(start(tmp_path, 2, 1))
+        run = ends(start(tmp_path, 2, 1, "--config.context.schedule=((3,32,'full'),)"))
     assert [code for code, _ in run] == [2, 2]
     assert all(
         f"process {os.getpid()} on {socket.gethostname()} trains there" in line for _, line in run
