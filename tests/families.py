@@ -335,8 +335,7 @@ def cached(model, whole) -> float:
 @jit
 def _read(graphdef, state, tokens, cache):
     model = nnx.merge(graphdef, state)
-    positions = jnp.broadcast_to(cache.used + jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, cache = model(tokens, positions=positions, cache=cache, rope_length=TOKENS.shape[1])
+    hidden, cache = model.continued(cache, tokens, rope_length=TOKENS.shape[1])
     return model.logits(hidden), cache
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from lljax.attention import blockwise, cudnn, gpu, tpu
+from lljax.attention import blockwise, cudnn, direct, gpu, tpu
 from lljax.attention.mask import Mask
 from lljax.attention.options import AttentionOptions
 from lljax.attention.saved import SAVED
@@ -33,7 +33,7 @@ class Implementation:
     forward(q, k, v, mask, *, scale, softcap) -> (out, lse [B, T, N]).
     backward(q, k, v, mask, results of forward, d_out, *, scale, softcap, dtype) -> (dq, dk, dv).
       Both as in `lljax.attention.blockwise`.
-    whole(q, k, v, mask, *, scale) -> out.
+    whole(q, k, v, mask, options) -> out.
     platforms: where it runs; everywhere if empty.
     refuses(q, k, mask, options) -> the reason not to serve, from shapes and dtypes; "" for none.
     """
@@ -53,6 +53,7 @@ class Implementation:
 
 # In order of preference.
 IMPLEMENTATIONS = {
+    "direct": Implementation(whole=direct.attend, refuses=direct.refuses),
     "tpu": Implementation(tpu.forward, tpu.backward, platforms=("tpu",)),
     "cudnn": Implementation(whole=cudnn.attend, platforms=("gpu",), refuses=cudnn.refuses),
     "triton": Implementation(gpu.forward, gpu.backward, platforms=("gpu",)),
@@ -75,7 +76,7 @@ def attend(
     name = select(q, k, mask, options)
     whole = IMPLEMENTATIONS[name].whole
     if whole is not None:
-        return whole(q, k, v, mask, scale=options.scale)
+        return whole(q, k, v, mask, options)
     # Sinks are traced, so they are an operand; the rest of the options is static (nondiff_argnums).
     static = options.replace(implementation=name, sinks=None)
     # custom_vjp has no type for its result

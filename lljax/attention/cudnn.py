@@ -53,8 +53,8 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     mask: Mask,
+    options: AttentionOptions,
     *,
-    scale: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
     """Attention of q over k and v under a mask that `refuses` accepts.
@@ -67,7 +67,7 @@ def attend(
     window = None if mask.window is None or mask.window >= G else (mask.window - 1, 0)
     whole = functools.partial(
         jax.nn.dot_product_attention,
-        scale=scale,
+        scale=options.scale,
         is_causal=True,
         local_window_size=window,
         implementation=implementation,

@@ -5,8 +5,7 @@ lljax generate --model=lljax/assets/tiny-512 --adapter=runs/quickstart/export/pe
 lljax generate --workdir=runs/mine --chat --prompt='What does this contract say about notice?'
 lljax generate --workdir=runs/mine --chat --system='You answer in one sentence.'
 
---chat without a prompt is a conversation: /exit or Ctrl-D ends it, Ctrl-C cuts a reply short. Every
-reply reads the whole conversation again.
+--chat without a prompt is a conversation: /exit or Ctrl-D ends it, Ctrl-C cuts a reply short.
 """
 
 import argparse

@@ -6,17 +6,16 @@ import sys
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from lljax.data.template import with_template
 from lljax.errors import ConfigError
 from lljax.generation.chat import Chat, TooLong
-from lljax.generation.detokenize import Detokenizer
-from lljax.generation.generate import stream
+from lljax.generation.completion import Request
+from lljax.generation.engine import Engine
 from lljax.generation.prompt import text_tokens
 from lljax.generation.sample import Sampling
 from lljax.interop.open import end_tokens
-from lljax.models.decoder import Decoder
+from lljax.models.cache import cache_bytes
 from lljax.run.open import open_base_models, open_run_models
 
 
@@ -76,42 +75,42 @@ class Writer:
         self._cache_dtype = None if arguments.cache == "full" else jnp.dtype(arguments.cache)
 
     @functools.cached_property
-    def model(self) -> Decoder:
-        return self._candidates.models[-1].load()
+    def engine(self) -> Engine:
+        model, dtype = self._candidates.models[-1].load(), self._candidates.dtype
+        cache_dtype = self._cache_dtype or dtype
+        return Engine(
+            model,
+            self.tokenizer,
+            rows=1,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            # for a conversation, which every reply continues
+            prefix_bytes=cache_bytes(model.spec, self.longest, cache_dtype),
+            layout=self._candidates.layout,
+        )
 
     def write(self, prompt: list[int]) -> str:
         """Prints the continuation of `prompt` as it is written, and returns it.
 
         Ctrl-C ends it.
         """
-        text, count, pieces = Detokenizer(self.tokenizer, self._stop_strings), 0, []
-
-        def show(piece: str) -> None:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-
-        try:
-            for (token,) in stream(
-                self.model,
-                [np.asarray(prompt)],
-                sampling=self._sampling,
-                dtype=self._candidates.dtype,
-                layout=self._candidates.layout,
-                cache_dtype=self._cache_dtype,
-                tokens=min(self.tokens, self.longest - len(prompt)),
-            ):
-                if int(token) in self._stop:
-                    break
-                count += 1
-                show(text.add(int(token)))
-                if text.ended:
-                    break
-        except KeyboardInterrupt:
-            pass
-        show(text.finish())
+        request = Request(
+            prompt,
+            tokens=min(self.tokens, self.longest - len(prompt)),
+            sampling=self._sampling,
+            stop=self._stop,
+            stop_strings=tuple(self._stop_strings),
+        )
+        growing = self.engine.submit(request, lambda piece: print(piece.text, end="", flush=True))
+        while growing.reason is None:
+            try:
+                self.engine.step()
+            except KeyboardInterrupt:
+                self.engine.cancel(growing)
         print()
-        print(f"({len(prompt):,} + {count:,} tokens)", file=sys.stderr)
-        return "".join(pieces)
+        completion = growing.completion()
+        print(f"({len(prompt):,} + {len(completion.tokens):,} tokens)", file=sys.stderr)
+        return completion.text or ""
 
 
 def converse(writer: Writer, chat: Chat) -> None:
@@ -119,7 +118,7 @@ def converse(writer: Writer, chat: Chat) -> None:
     the end of the input.
     """
     sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
-    _ = writer.model  # read before the first message
+    _ = writer.engine  # the weights are read before the first message
     print("(/exit or Ctrl-D ends the conversation)", file=sys.stderr)
     while True:
         try:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from lljax.evaluation.predictions import Predictions
 from lljax.evaluation.scores import Score
 from lljax.evaluation.task import Example, Task, TooShort, group_scores
-from lljax.generation.generate import generate
+from lljax.generation.completion import Request
+from lljax.generation.engine import Engine
 from lljax.generation.prompt import chat_tokens, text_tokens
+from lljax.models.cache import cache_bytes
 from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout
 from lljax.report.numbers import short_length
@@ -131,6 +132,16 @@ class _Answers:
     ):
         self.evaluated, self.settings, self.predictions = evaluated, settings, predictions
         self.place = evaluated.key, task, length
+        cache_dtype = settings.cache_dtype or evaluated.dtype
+        self.engine = Engine(
+            evaluated.model,
+            rows=settings.rows,
+            cache_dtype=cache_dtype,
+            dtype=evaluated.dtype,
+            # for a document that several examples ask about
+            prefix_bytes=cache_bytes(evaluated.model.spec, length, cache_dtype),
+            layout=evaluated.layout,
+        )
         self.examples: list[Example] = []
         self.texts: dict[str, str] = {}
 
@@ -152,19 +163,11 @@ class _Answers:
 
     def _generate(self, batch: Sequence[Example]) -> None:
         settings = self.settings
-        completions = generate(
-            self.evaluated.model,
-            [np.asarray(settings.tokens(example), np.int32) for example in batch],
-            tokens=max(example.tokens for example in batch),
-            stop=settings.stop,
-            rows=settings.rows,
-            cache_dtype=settings.cache_dtype,
-            dtype=self.evaluated.dtype,
-            layout=self.evaluated.layout,
+        completions = self.engine.run(
+            Request(settings.tokens(example), example.tokens, stop=settings.stop)
+            for example in batch
         )
         for example, completion in zip(batch, completions, strict=True):
-            text = settings.tokenizer.decode(
-                completion.tokens[: example.tokens], skip_special_tokens=True
-            )
+            text = settings.tokenizer.decode(completion.tokens, skip_special_tokens=True)
             self.texts[example.id] = text
             self.predictions.add(*self.place, example, text)

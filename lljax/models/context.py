@@ -22,7 +22,9 @@ class LayerContext:
     pattern: the attention pattern of the stage.
     layout: how arrays lie on a mesh; None for one device.
     memory: which values the backward pass keeps.
-    start: first slot of the cache that these tokens take; 0 without a cache.
+    start: first slot of the cache that the tokens of each row take; None without a cache.
+    count: how many of the tokens of each row are real, with a cache; those after them are padding
+      and must leave no trace in the state. None for all.
     dropout_key: the random key of this layer; None for no dropout.
     counted: tokens whose routing is counted (lljax.models.router); None to count nothing.
     """
@@ -32,7 +34,8 @@ class LayerContext:
     pattern: AttentionPattern = FULL
     layout: Layout | None = None
     memory: Memory = EVERYTHING
-    start: Int[Array, ""] | int = 0
+    start: Int[Array, " B"] | None = None
+    count: Int[Array, " B"] | None = None
     dropout_key: jax.Array | None = None
     counted: Bool[Array, "B T"] | None = None
 

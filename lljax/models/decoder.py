@@ -2,10 +2,12 @@
 how families differ.
 """
 
+import dataclasses
 import functools
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from lljax.attention.mask import chunked
 from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.attention.softcap import apply_softcap
 from lljax.models import rope
-from lljax.models.cache import Cache, extend, write_states
+from lljax.models.cache import Cache
 from lljax.models.context import LayerContext
 from lljax.models.declare import declare, declared, stack
 from lljax.models.decoder_layer import DecoderLayer
@@ -27,7 +29,8 @@ from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
 from lljax.models.mixers.mixer import State
 from lljax.models.probe import lookup_rows
 from lljax.models.quantize import dense, dequantized
-from lljax.models.spec import DecoderSpec, LayerSpec, repeats
+from lljax.models.router import Load
+from lljax.models.spec import DecoderSpec, LayerSpec, repeats, stacked
 from lljax.parallel.sharded_embedding import lookup
 from lljax.parallel.sharding import Layout, constrain_activations, gather_for_compute
 
@@ -84,7 +87,6 @@ class Decoder(nnx.Module):
         memory: Memory = EVERYTHING,
         dtype=None,
         dropout_key: jax.Array | None = None,
-        cache: Cache | None = None,
         rope_length: int | jax.Array | None = None,
         neftune_alpha: float = 0.0,
         counted: Bool[Array, "B T"] | None = None,
@@ -96,7 +98,6 @@ class Decoder(nnx.Module):
         index: index of each token in its row, which may come in any order; None for 0, 1, 2 ...
         layout: how all arrays lie on a mesh; None for one device. memory: see Memory.
         dtype: the dtype of the residual and the compute; None for the dtype of the weights.
-        cache: the tokens continue the tokens in it, and (hidden, cache) is returned.
         rope_length: positions in use, for a RoPE kind that depends on it; None for the largest
           position + 1.
         neftune_alpha: noise on the embeddings, see `neftune_noise`; none without a dropout key.
@@ -109,30 +110,69 @@ class Decoder(nnx.Module):
         if neftune_alpha and dropout_key is not None:
             x = constrain_activations(neftune_noise(x, neftune_alpha, dropout_key), layout)
         by_rope = self._positions_by_rope(positions, rope_length)
-        if cache is None:
-            mask = self._mask(tokens, positions, segments, index, pattern)
-            start, k_positions, states = 0, positions, (None,) * len(self.layers)
-        else:
-            start, states = cache.used, cache.states
-            cache, mask = extend(cache, positions, segments)
-            k_positions = cache.positions
+        mask = self._mask(tokens, positions, segments, index, pattern)
 
         def context_of(layer: LayerSpec) -> LayerContext:
             return LayerContext(
                 positions=by_rope[layer.rope],
-                mask=_mask_of_layer(mask, layer, pattern, positions, k_positions),
+                mask=_mask_of_layer(mask, layer, pattern, positions, positions),
                 pattern=pattern,
                 layout=layout,
                 memory=memory,
-                start=start,
                 counted=counted,
             )
 
-        x, updates, loads = self._run_layers(x, context_of, states, dropout_key, memory, layout)
+        x, loads = self._run_layers(x, context_of, dropout_key, memory, layout)
         x = self.norm(x)
         if counted is not None:
             return x, jnp.concatenate([load.sum((1, 2)) for load in loads if load is not None])
-        return x if cache is None else (x, write_states(cache, updates, start))
+        return x
+
+    def continued(
+        self,
+        cache: Cache,
+        tokens: Int[Array, "B T"],
+        *,
+        count: Int[Array, " B"] | None = None,
+        dtype: Any = None,
+        rope_length: int | Int[Array, " B"] | None = None,
+        layout: Layout | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The hidden states of tokens that follow those in the cache, and the cache after them.
+        Attention is full.
+
+        count: how many tokens of each row are real, the rest being padding; None for all.
+        dtype, layout: see `__call__`. rope_length: of each row, for a RoPE kind that depends on it.
+
+        The layers are unrolled, so that each writes into a state of its own in place.
+        """
+        dtype = dtype or self._dtype()
+        positions = cache.used[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        slots = jnp.broadcast_to(
+            jnp.arange(cache.slots, dtype=jnp.int32), (len(tokens), cache.slots)
+        )
+        # Slots that are not taken yet come after every token, so that causality hides them.
+        mask = Mask(positions, slots)
+        length = None if rope_length is None else jnp.reshape(rope_length, (-1, 1))
+        by_rope = self._positions_by_rope(positions, length)
+        stacks = [nnx.split(layers) for layers in self.layers]
+        x, states = self._embedded(tokens, dtype, layout), []
+        for (number, i), layer, state in zip(
+            stacked(self.spec.layers), self.spec.layers, cache.states, strict=True
+        ):
+            context = LayerContext(
+                positions=by_rope[layer.rope],
+                mask=_mask_of_layer(mask, layer, FULL, positions, slots),
+                layout=layout,
+                start=cache.used,
+                count=count,
+            )
+            graphdef, weights = stacks[number]
+            weights = _layer_of_stack(weights, i, after=x)
+            x, state, _ = _apply_layer(graphdef, weights, x, context, state)
+            states.append(state)
+        used = cache.used + (tokens.shape[1] if count is None else count)
+        return self.norm(x), dataclasses.replace(cache, states=tuple(states), used=used)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32."""
@@ -225,40 +265,53 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         context_of: Callable[[LayerSpec], LayerContext],
-        states: tuple[State | None, ...],
         dropout_key: jax.Array | None,
         memory: Memory,
         layout: Layout | None,
     ):
-        """x [B, T, D] after all layers, and for each stack of layers the updates of its states and
-        the loads of its experts.
-        """
+        """x [B, T, D] after all layers, and the loads of the experts of each stack of layers."""
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.spec.L)
-        outputs = []
+        loads: list[Load | None] = []
         for first, pattern, times in repeats(self.spec.layers):
             layers, xs = [], []
             for offset, layer in enumerate(pattern):
-                graphdef, weights = nnx.split(self.layers[len(outputs) + offset])
+                graphdef, weights = nnx.split(self.layers[len(loads) + offset])
                 numbers = slice(first + offset, first + times * len(pattern), len(pattern))
                 layers.append(_scanned(graphdef, context_of(layer)))
-                state = states[len(outputs) + offset]
-                xs.append((weights, None if keys is None else keys[numbers], state))
+                xs.append((weights, None if keys is None else keys[numbers]))
             x, ys = scan_layers(layers, x, tuple(xs), memory, layout)
-            outputs.extend(ys)
-        updates, loads = zip(*outputs, strict=True)
-        return x, updates, loads
+            loads.extend(ys)
+        return x, loads
 
 
 def _scanned(graphdef: nnx.GraphDef, context: LayerContext) -> Callable:
     """One layer of a stack as a function for `scan_layers`."""
 
     def layer(x, xs):
-        weights, key, state = xs
-        weights = dequantized(gather_for_compute(weights, context.layout), x.dtype)
-        x, update, load = nnx.merge(graphdef, weights)(x, context.replace(dropout_key=key), state)
-        return constrain_activations(x, context.layout), (update, load)
+        weights, key = xs
+        x, _, load = _apply_layer(graphdef, weights, x, context.replace(dropout_key=key), None)
+        return x, load
 
     return layer
+
+
+def _apply_layer(
+    graphdef: nnx.GraphDef, weights: Any, x: Float[Array, "B T D"], context: LayerContext, state
+) -> tuple[Float[Array, "B T D"], State | None, Load | None]:
+    """A `DecoderLayer` of these weights, one layer of a stack, that may lie cut or quantized."""
+    weights = dequantized(gather_for_compute(weights, context.layout), x.dtype)
+    x, state, load = nnx.merge(graphdef, weights)(x, context, state)
+    return constrain_activations(x, context.layout), state, load
+
+
+def _layer_of_stack(weights: Any, i: int, after: jax.Array) -> Any:
+    """The weights of the i-th layer of a stack, which the compiler cannot cut before `after` is
+    computed: the layers of the whole stack would be in memory twice.
+    """
+    first = after.ravel()[0]
+    # 0, but no compiler knows it: a number is not both above and below 0
+    late = jnp.int32(i) + ((first > 0) & (first < 0))
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, late, keepdims=False), weights)
 
 
 def _mask_of_layer(

@@ -44,8 +44,8 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: LayerContext, state: State | None = None
     ) -> tuple[Float[Array, "B T D"], State | None, Load | None]:
-        """x after the layer; the update of the mixer's `state` in the cache; and the load of the
-        experts by `context.counted` tokens (None without experts, or if nothing is counted).
+        """x after the layer; the mixer's `state` in the cache after it; and the load of the experts
+        by `context.counted` tokens (None without experts, or if nothing is counted).
         """
         if not self.layer.moe:
             context = context.replace(counted=None)
@@ -57,7 +57,7 @@ class DecoderLayer(nnx.Module):
                 x, load = self._streamed(x, context, carry)
                 return x, None, load
         operands = map_tiles(self._project, (x, context.positions), key, memory, layout)
-        mixed, update = self.self_attn.mix(operands, context, state)
+        mixed, state = self.self_attn.mix(operands, context, state)
         load, x = fold_tiles(
             functools.partial(self._rest, layout=layout),
             self._no_load(context),
@@ -66,7 +66,7 @@ class DecoderLayer(nnx.Module):
             memory,
             layout,
         )
-        return x, update, load
+        return x, state, load
 
     def token_flops(self) -> TokenFlops:
         """Products of one token with the weights of all the layers of a stack."""

@@ -156,3 +156,12 @@ def repeats(layers: tuple[LayerSpec, ...]) -> list[tuple[int, tuple[LayerSpec, .
         patterns.append((first, layers[first : first + period], times))
         first += period * times
     return patterns
+
+
+def stacked(layers: tuple[LayerSpec, ...]) -> list[tuple[int, int]]:
+    """Where each layer is: (number of its stack in the order of `repeats`, place in the stack)."""
+    places, stacks = [], 0
+    for _, pattern, times in repeats(layers):
+        places += [(stacks + offset, i) for i in range(times) for offset in range(len(pattern))]
+        stacks += len(pattern)
+    return places

@@ -21,7 +21,10 @@ from flax import nnx
 
 from lljax.build import load_base
 from lljax.errors import exit_cleanly
-from lljax.generation.generate import CHUNK, read_chunk, stream
+from lljax.generation import programs
+from lljax.generation.engine import CHUNK
+from lljax.generation.generate import generate
+from lljax.generation.programs import Program
 from lljax.interop.open import open_base
 from lljax.models.cache import empty_cache
 from lljax.models.decoder import Decoder
@@ -37,15 +40,14 @@ def measure(path: str, length: int, cache: str) -> dict[str, float]:
     model = load_base(base, spec_from_hf(base.config), jnp.float32)
     tokens = np.random.default_rng(0).integers(0, base.config["vocab_size"], length)
     before = common.resident()
-    # Compiles the programs that read `tokens`: the prompt is shorter, and the room is the same.
-    next(stream(model, [tokens[:CHUNK]], tokens=length, cache_dtype=dtype))
+    generate(model, [tokens], tokens=1, cache_dtype=dtype)  # compiles
     compiling = common.resident("VmHWM") - before
     gc.collect()
     # memory that compiling returned must not be there to be taken again
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = common.resident()
     common.forget_peak()
-    _, seconds = common.timed(lambda: list(stream(model, [tokens], tokens=1, cache_dtype=dtype)))
+    _, seconds = common.timed(lambda: generate(model, [tokens], tokens=1, cache_dtype=dtype))
     grown = common.resident("VmHWM") - before
     held, temporary = compiled_memory(model, length, dtype)
     return {
@@ -59,18 +61,11 @@ def measure(path: str, length: int, cache: str) -> dict[str, float]:
 
 def compiled_memory(model: Decoder, length: int, dtype: jnp.dtype) -> tuple[int, int]:
     """Bytes of the cache, and of the temporaries of the program that reads a chunk."""
-    cache = jax.eval_shape(lambda: empty_cache(model.spec, 1, length + CHUNK, dtype))
-    chunk = jax.ShapeDtypeStruct((1, CHUNK), jnp.int32)
-    program = read_chunk.lower(
-        *nnx.split(model),
-        chunk,
-        chunk,
-        chunk,
-        cache,
-        rope_length=length,
-        dtype=jnp.float32,
-        layout=None,
-    ).compile()
+    cache = jax.eval_shape(lambda: empty_cache(model.spec, 1, 2 * length, dtype))
+    chunk, one = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, CHUNK), (1,)))
+    graphdef, state = nnx.split(model)
+    settings = Program(graphdef, model.spec, jnp.dtype("float32"), None)
+    program = programs.read_prompt.lower(settings, state, cache, chunk, one, one).compile()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     memory = program.memory_analysis()
     assert memory is not None  # a CPU reports it

@@ -120,9 +120,10 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(named):
     row = IMPLEMENTATIONS[named.implementation]
     if row.refuses(q, k, mask, named):
         return
-    _, gradients = value_and_gradients(attend, q, k, v, mask, named)
-    out, lse = row.forward(q, k, v, mask, scale=0.25)
-    assert np.all(lse[1:] == np.float32(FLOOR)) and np.all(lse[0] > FLOOR)
+    out, gradients = value_and_gradients(attend, q, k, v, mask, named)
+    if row.forward is not None:
+        _, lse = row.forward(q, k, v, mask, scale=0.25)
+        assert np.all(lse[1:] == np.float32(FLOOR)) and np.all(lse[0] > FLOOR)
     assert not np.any(out[1:]) and np.any(out[0])
     assert all(np.any(g[0]) and not np.any(g[1:]) for g in gradients[:3])
 
@@ -164,7 +165,7 @@ def test_parts_of_the_keys_add_up_as_a_ring_adds_them(named):
 
 # ---------------------------------------------------------------- the choice
 def test_an_unknown_name_is_refused():
-    with pytest.raises(UnsupportedAttention, match="='flash9' is none of auto, tpu"):
+    with pytest.raises(UnsupportedAttention, match="='flash9' is none of auto, direct, tpu"):
         attend(*make(8, 2, 2), causal(B, 8), OPTIONS.replace(implementation="flash9"))
 
 

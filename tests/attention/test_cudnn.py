@@ -32,7 +32,7 @@ GPU = OPTIONS.replace(platform="gpu")
 
 def fold(q, k, v, mask, options):
     backend = "cudnn" if ON_GPU else "xla"
-    return cudnn.attend(q, k, v, mask, scale=options.scale, implementation=backend)
+    return cudnn.attend(q, k, v, mask, options, implementation=backend)
 
 
 @pytest.mark.parametrize(

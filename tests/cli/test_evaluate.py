@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from generation.cases import scripted
 
 from lljax.cli.evaluate import main
 from lljax.cli.measure import check_writable, submit
@@ -15,7 +16,6 @@ from lljax.evaluation import perplexity, zeroscrolls
 from lljax.evaluation.predictions import Predictions
 from lljax.evaluation.scores import Score
 from lljax.evaluation.task import Example
-from lljax.generation.generate import Completion
 from lljax.report.page import write_report
 from lljax.run import loop
 
@@ -57,13 +57,7 @@ def test_a_base_is_measured_once_and_again_when_its_weights_are_others(
     command, tmp_path, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(
-        asking,
-        "generate",
-        lambda model, prompts, **_: (
-            asked.extend(prompts) or [Completion([9], None, False)] * len(prompts)
-        ),
-    )
+    monkeypatch.setattr(asking, "Engine", scripted(lambda request: asked.append(request) or [9]))
     first = command("--tasks=perplexity,perplexity/longlora", "--lengths=16,32")
     assert list(first) == [("perplexity", "base"), ("perplexity/longlora", "base")]
     lines = (tmp_path / "out" / "predictions.jsonl").read_text()

@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+from generation.cases import scripted
 
 from lljax.cli import writer
 from lljax.cli.generate import main
@@ -16,7 +17,7 @@ def run(monkeypatch, base, *flags, said=""):
 
 def test_a_conversation_goes_on_over_what_does_not_fit_until_it_is_ended(monkeypatch, capsys):
     asked, replies = [], iter(["first", "second"])
-    monkeypatch.setattr(writer.Writer, "model", None)
+    monkeypatch.setattr(writer.Writer, "engine", None)
     monkeypatch.setattr(
         writer.Writer,
         "write",
@@ -55,10 +56,9 @@ def test_what_the_terminal_cannot_show_is_escaped_and_a_stop_string_ends_the_tex
     tiny, tokenizer, monkeypatch
 ):
     tokens = [token for c in "naïve, and more" for token in tokenizer(c)["input_ids"]]
-    monkeypatch.setattr(writer.Writer, "model", None)
-    monkeypatch.setattr(writer, "stream", lambda *_, **__: ([token] for token in tokens))
+    monkeypatch.setattr(writer, "Engine", scripted(lambda request: tokens))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out := io.BytesIO(), encoding="ascii"))
-    run(monkeypatch, tiny, "--prompt=a", "--stop= more")
+    run(monkeypatch, tiny, "--prompt=a", "--stop= more", "--tokens=99")
     sys.stdout.flush()
     assert out.getvalue() == b"na\\xefve, and\n"
 

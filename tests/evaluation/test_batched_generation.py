@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from generation.cases import build, scripted
 
 from lljax.data.template import PLAIN_TEMPLATE
 from lljax.errors import DataError, ModelError
@@ -13,7 +14,6 @@ from lljax.evaluation.batched_generation import (
 )
 from lljax.evaluation.predictions import Predictions
 from lljax.evaluation.task import Example, Task, TooShort, mean
-from lljax.generation.generate import Completion
 
 
 def capitals(tokenizer, length, samples, seed):
@@ -38,20 +38,16 @@ class Stub:
     def __init__(self, tokenizer):
         self.tokenizer, self.read = tokenizer, []
 
-    def __call__(self, model, prompts, *, tokens, rows, stop, **_):
-        assert len(prompts) <= rows == 2 and stop == {0}
-        done = []
-        for prompt in prompts:
-            self.read.append(self.tokenizer.decode(prompt))
-            text = " Paris" if "France" in self.read[-1] else " Lima"
-            done.append(Completion(self.tokenizer(text)["input_ids"][:tokens], None, False))
-        return done
+    def __call__(self, request):
+        assert request.stop == {0}
+        self.read.append(self.tokenizer.decode(request.prompt))
+        return self.tokenizer(" Paris" if "France" in self.read[-1] else " Lima")["input_ids"]
 
 
 @pytest.fixture
 def asked(tokenizer, monkeypatch):
     stub = Stub(tokenizer)
-    monkeypatch.setattr(module, "generate", stub)
+    monkeypatch.setattr(module, "Engine", scripted(stub))
     monkeypatch.setattr(tokenizer, "chat_template", PLAIN_TEMPLATE)
     return lambda **changes: (
         stub,
@@ -63,7 +59,7 @@ def test_a_models_answers_are_scored_kept_and_found_again(asked, tokenizer, tmp_
     stub, settings = asked()
     with Predictions(tmp_path / "made.jsonl") as made:
         score, short = score_tasks(
-            EvalModel(None, "base", "base 1"), [TASK], [64, 8], settings, made
+            EvalModel(build(), "base", "base 1"), [TASK], [64, 8], settings, made
         )
     assert stub.read == ["Of France? It is", "Of Peru? It is", "Of Chad? It is"]
     assert (score.model, score.task, score.length, score.samples) == ("base", "capitals", 64, 3)
@@ -73,10 +69,10 @@ def test_a_models_answers_are_scored_kept_and_found_again(asked, tokenizer, tmp_
     assert score.groups == {"F": 100 * right[0], "P": 100.0, "C": 0.0}
     assert math.isnan(short.score) and (short.length, short.samples) == (8, 0)
     with Predictions(tmp_path / "made.jsonl") as made:
-        (again,) = score_tasks(EvalModel(None, "base", "base 1"), [TASK], [64], settings, made)
+        (again,) = score_tasks(EvalModel(build(), "base", "base 1"), [TASK], [64], settings, made)
         assert again == score and len(stub.read) == 3
         assert made.of("base 1", "capitals", 64) == {"0": cut, "1": " Lima", "2": " Lima"}
-        list(score_tasks(EvalModel(None, "base", "base 2"), [TASK], [64], settings, made))
+        list(score_tasks(EvalModel(build(), "base", "base 2"), [TASK], [64], settings, made))
         assert len(stub.read) == 6
 
 
@@ -94,7 +90,7 @@ def test_a_template_that_raises_is_reported_before_a_model_is_loaded(asked, toke
 def test_a_chat_model_is_asked_through_its_template_where_the_example_allows_it(asked, tmp_path):
     stub, settings = asked(chat=True)
     with Predictions(tmp_path / "made.jsonl") as made:
-        list(score_tasks(EvalModel(None, "base", "base 1"), [TASK], [64], settings, made))
+        list(score_tasks(EvalModel(build(), "base", "base 1"), [TASK], [64], settings, made))
     assert stub.read[:2] == ["Of France? It is", "### User:\nOf Peru?\n### Assistant:\n It is"]
     lengths = []
     noted = Task(

@@ -1,12 +1,12 @@
 import json
 
 import pytest
+from generation.cases import scripted
 
 from lljax.build import load_base, move
 from lljax.errors import ConfigError, DataError, Stopped
 from lljax.evaluation import batched_generation as module
 from lljax.evaluation.eval_hook import make_eval_hook
-from lljax.generation.generate import Completion
 from lljax.interop.open import open_base
 from lljax.models.families import spec_from_hf
 from lljax.parallel.sharding import Layout, make_mesh
@@ -26,15 +26,12 @@ def test_a_run_that_was_stopped_among_its_examples_goes_on_from_there(
     """The answers before are not asked for again, unless the model is another."""
     asked = []
 
-    def right(model, prompts, *, rows, **_):
-        asked.extend(prompts)
-        keys = [
-            tokenizer.decode(prompt).split("The pass key is ")[1].split(".")[0]
-            for prompt in prompts
-        ]
-        return [Completion(tokenizer(f" {key}")["input_ids"], None, False) for key in keys]
+    def right(request):
+        asked.append(request.prompt)
+        key = tokenizer.decode(request.prompt).split("The pass key is ")[1].split(".")[0]
+        return tokenizer(f" {key}")["input_ids"]
 
-    monkeypatch.setattr(module, "generate", right)
+    monkeypatch.setattr(module, "Engine", scripted(right))
     run_config.training.eval_tasks, run_config.training.eval_rows = TASKS, 6
     hook = make_eval_hook(run_config, base, tokenizer, tmp_path)
     model, looks = load_base(base, spec_from_hf(base.config), "float32"), []
@@ -87,11 +84,7 @@ def test_benchmark_files_and_the_protocols_of_perplexity_are_asked_for_within_a_
         "context": "return " * 9,
     }
     (tmp_path / "v2.json").write_text(json.dumps([row]))
-    monkeypatch.setattr(
-        module,
-        "generate",
-        lambda model, prompts, **_: [Completion([5], None, False)] * len(prompts),
-    )
+    monkeypatch.setattr(module, "Engine", scripted(lambda request: [5]))
     run_config.training.eval_tasks = (
         ("longbench2", 900),
         ("perplexity/longlora", 32),

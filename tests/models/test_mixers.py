@@ -19,7 +19,7 @@ from lljax.errors import ConfigError
 from lljax.interop import safetensors
 from lljax.interop.huggingface import tensors
 from lljax.models import lora
-from lljax.models.cache import empty_cache, grow, repeat_rows
+from lljax.models.cache import empty_cache, grow, take_rows
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.flops import RowFlops, token_flops
@@ -51,12 +51,15 @@ LAYERS = (LayerSpec(mixer="average"), LayerSpec())
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AverageState:
-    """The average [..., B, D] after the last token: constant in the length."""
+    """The average [B, D] after the last token: constant in the length."""
 
     average: jax.Array
 
     def write(self, update, start):
         return AverageState(update.average.astype(self.average.dtype))
+
+    def part(self, start, T):
+        return self
 
     def grow(self, slots):
         return self
@@ -84,8 +87,11 @@ class MovingAverage(nnx.Module):
     def mix(self, operands, context, state):
         segments = self._segments(context.mask)
         average = jnp.zeros_like(operands[1][:, 0]) if state is None else state.average
+        if context.count is not None:  # padding keeps the average
+            real = (jnp.arange(segments.shape[1]) < context.count[:, None])[..., None]
+            operands = jnp.where(real, operands[0], 1), operands[1]
         mixed, (last, _) = self._averages(operands, segments, (average, segments[:, 0]))
-        return mixed, None if state is None else AverageState(last)
+        return mixed, None if state is None else state.write(AverageState(last), context.start)
 
     def first_carry(self, project, xs, context):
         x, segments = xs[0], self._segments(context.mask)
@@ -169,29 +175,19 @@ def test_a_row_of_the_table_runs_in_tiles_as_at_once():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def read(graphdef, state, tokens, positions, segments, cache):
-    model = nnx.merge(graphdef, state)
-    read = model(tokens, positions=positions, segments=segments, cache=cache)
-    hidden, cache = (read, None) if cache is None else read
-    return model.logits(hidden), cache
-
-
 def test_it_decodes_through_the_cache_as_in_a_whole_row():
-    """A prefix is read once, its cache is repeated and grows; padding stands on the left."""
-    model, tokens = model_of(), tokens_of(1, 16).repeat(2, 0).at[1, 10:].set(5)
-    run = functools.partial(read, *nnx.split(model))
-    positions = jnp.arange(16)[None].repeat(2, 0)
-    whole, _ = run(tokens, positions, None, None)
-    padded, places = (jnp.pad(x[:1, :8], ((0, 0), (1, 0))) for x in (tokens, positions))
-    segments = jnp.asarray([[0] + [1] * 8])
-    _, cache = run(padded, places, segments, empty_cache(model.spec, 1, 9))
-    cache, parts = grow(repeat_rows(cache, 2), 20), []
-    for start in (8, 12):
-        piece = slice(start, start + 4)
-        logits, cache = run(tokens[:, piece], positions[:, piece], jnp.ones((2, 4), int), cache)
-        parts.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole[:, 8:], atol=2e-5)
+    """Rows of different lengths with padding behind them, reordered, in a cache that grows."""
+    model, tokens = model_of(), tokens_of(2, 16)
+    whole = model.logits(model(tokens, positions=jnp.arange(16)[None].repeat(2, 0)))
+    read = nnx.jit(lambda model, *args: model.continued(*args[:2], count=args[2]))
+    padded = tokens[:, :9].at[1, 5:].set(3)
+    _, cache = read(model, empty_cache(model.spec, 2, 9), padded, jnp.asarray([9, 5]))
+    cache = grow(take_rows(cache, jnp.asarray([1, 0])), 20)
+    for i in range(7):
+        step = jnp.stack([tokens[1, 5 + i], tokens[0, 9 + i]])[:, None]
+        hidden, cache = read(model, cache, step, jnp.asarray([1, 1]))
+        wanted = jnp.stack([whole[1, 5 + i], whole[0, 9 + i]])
+        np.testing.assert_allclose(model.logits(hidden[:, 0]), wanted, atol=2e-5)
 
 
 def test_its_arithmetic_and_its_adapters_are_counted():

@@ -95,13 +95,13 @@ class Attention(nnx.Module):
         self, operands: Heads, context: LayerContext, state: KVState | None = None
     ) -> tuple[Float[Array, "B T X"], KVState | None]:
         q, k, v = operands
-        update = None
         if state is not None:
-            update = state.encode(k, v)
-            k, v = state.write(update, context.start).decode(q.dtype)
+            assert context.start is not None, "a state comes with the slots of the tokens"
+            state = state.write(state.encode(k, v), context.start)
+            k, v = state.decode(q.dtype)
         options, groups = self.options(context.pattern), context.pattern.groups
         out = attend_parallel(q, k, v, context.mask, options, groups=groups, layout=context.layout)
-        return self._joined(out), update
+        return self._joined(out), state
 
     def output(
         self, mixed: Float[Array, "B T X"], dropout_key: jax.Array | None = None

@@ -1,6 +1,7 @@
 """Keys and values of the tokens that an attention layer has read."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,12 +21,10 @@ class Int8KV:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVState:
-    """Keys and values [..., B, K, S, H] in the order that attention reads; a
-    `lljax.models.mixers.mixer.State`.
-    """
+    """Keys and values in the order that attention reads; a `lljax.models.mixers.mixer.State`."""
 
-    k: Float[Array, "... B K S H"] | Int8KV
-    v: Float[Array, "... B K S H"] | Int8KV
+    k: Float[Array, "B K S H"] | Int8KV
+    v: Float[Array, "B K S H"] | Int8KV
 
     @staticmethod
     def abstract(shape: tuple[int, int, int, int], dtype: Any) -> "KVState":
@@ -44,17 +43,31 @@ class KVState:
         """Keys and values of one layer in `dtype`."""
         return _decode(self.k, dtype), _decode(self.v, dtype)
 
-    def write(self, update: "KVState", start: Int[Array, ""] | int) -> "KVState":
-        def put(old, new):
-            return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=-2)
+    def write(self, update: "KVState", start: Int[Array, " B"]) -> "KVState":
+        return jax.tree.map(lambda old, new: _written(old, new, start), self, update)
 
-        return jax.tree.map(put, self, update)
+    def part(self, start: Int[Array, ""], T: int) -> "KVState":
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, T, axis=2), self)
 
     def grow(self, slots: int) -> "KVState":
         def pad(x):
-            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, slots - x.shape[-2]), (0, 0)])
+            return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
 
         return jax.tree.map(pad, self)
+
+
+def _written(
+    old: Float[Array, "B K S H"], new: Float[Array, "B K T H"], start: Int[Array, " B"]
+) -> Float[Array, "B K S H"]:
+    """In the forms that compilers turn into a write in place."""
+    B, T = old.shape[0], new.shape[2]
+    if T > 1:
+        put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+        return put(old, new, start)
+    # A scatter of one update becomes a slice update, which XLA:CPU fuses into everything that reads
+    # it, with a copy of the whole for each: so one row is written twice.
+    rows = jnp.arange(max(B, 2)) % B
+    return old.at[rows, :, start[rows]].set(new[rows, :, 0], mode="drop")
 
 
 def _encode(new: Float[Array, "B T K H"], like: jax.Array | Int8KV) -> jax.Array | Int8KV:

@@ -18,16 +18,20 @@ Carry = Any  # a pytree of arrays [B, ...]
 
 
 class State(Protocol):
-    """A mixer's part of the cache: a registered dataclass of arrays that summarizes the tokens read
-    so far.
-
-    In a cache (lljax.models.cache) every array is [layers, B, ...]; `mix` gets [B, ...] of its own
-    layer.
+    """One layer's part of the cache (lljax.models.cache): a registered dataclass of arrays [B, ...]
+    that summarizes the tokens read so far.
     """
 
-    def write(self, update: Self, start: Int[Array, ""] | int) -> Self:
-        """The state of all layers after the tokens from slot `start` on. update: the updates that
-        `mix` returned, with an axis of layers in front.
+    def write(self, update: Self, start: Int[Array, " B"]) -> Self:
+        """The state after more tokens, which each row has from slot `start` on. update: what these
+        tokens leave, such as `part` of another state.
+        """
+        ...
+
+    def part(self, start: Int[Array, ""], T: int) -> Self:
+        """What the tokens of slots `start` to `start` + T left, T being a Python int: `write` puts
+        it into the state of another row that has read the same tokens before. Of a state that
+        forgets single tokens, itself, right after these tokens.
         """
         ...
 
@@ -68,9 +72,8 @@ class Mixer(Protocol):
     def mix(
         self, operands: Operands, context: LayerContext, state: Any | None
     ) -> tuple[Float[Array, "B T X"], Any | None]:
-        """Tokens mixed along the row under `context.mask`, and the update of the state for
-        `State.write`. state: the state of this layer; None without a cache, and then the update is
-        None too.
+        """Tokens mixed along the row under `context.mask`, and the state after them. state: the
+        state of this layer before them; None without a cache, and then None is returned too.
         """
         ...
 

@@ -25,7 +25,8 @@ class Positions(NamedTuple):
 
 def rotation(positions: Int[Array, "B T"], frequencies: Frequencies) -> Rotation:
     """Sine and cosine, float32 [B, T, rotary dimensions / 2], of positions."""
-    angles = positions.astype(jnp.float32)[..., None] * frequencies.inverse
+    inverse = jnp.expand_dims(frequencies.inverse, -2)
+    angles = positions.astype(jnp.float32)[..., None] * inverse
     return jnp.sin(angles) * frequencies.scale, jnp.cos(angles) * frequencies.scale
 
 

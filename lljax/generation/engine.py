@@ -1,0 +1,375 @@
+"""Continues many requests at once (continuous batching, Yu et al. 2022, Orca): requests join and
+leave between two tokens, and prompts are read in chunks between the tokens of the others.
+
+A turn of the engine (`Engine.step`) reads one chunk of one prompt and draws one token for every
+request that has been read. The device is a turn ahead: a turn begins its programs before it looks
+at the tokens of the turn before.
+"""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lljax.errors import ConfigError
+from lljax.generation import programs
+from lljax.generation.completion import Completion, Growing, Logprobs, Piece, Request
+from lljax.generation.lanes import Active, Lanes
+from lljax.generation.prefixes import Key, Prefixes
+from lljax.generation.programs import Drawn, Program, Rows
+from lljax.generation.sample import Samplers, samplers_of
+from lljax.models.cache import Cache
+from lljax.models.decoder import Decoder
+from lljax.models.rope import KINDS
+from lljax.parallel.rounding import cdiv
+from lljax.parallel.sharding import Layout, row_parts
+
+CHUNK = 512  # prompt tokens in a forward pass: bounds its memory, and how long others wait for it
+PIECES = (16, 4, 1)  # a prompt ends in a piece of so many tokens at most: CHUNK divided by these
+OLDEST_EVERY = 4  # of so many turns one reads the oldest prompt, and the others the shortest
+
+
+@dataclasses.dataclass
+class _Reading:
+    """A prompt while it is read. start: tokens read. slots: of `cache`. keys: of its chunks."""
+
+    growing: Growing
+    cache: Cache
+    keys: list[Key]
+    start: int = 0
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return self.growing.request.prompt
+
+    @property
+    def left(self) -> int:
+        return len(self.prompt) - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """waiting, reading, writing: requests now. read, reused: tokens of prompts so far that were
+    read, and that were known from prompts before. written: tokens so far. kept: bytes of the
+    beginnings of prompts on the device.
+    """
+
+    waiting: int
+    reading: int
+    writing: int
+    read: int
+    reused: int
+    written: int
+    kept: int
+
+
+class Engine:
+    """`submit`, `cancel` and `counts` may be called from any thread, `step` and `run` from one."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Any = None,
+        *,
+        rows: int = 8,
+        longest: int | None = None,
+        dtype: Any = jnp.float32,
+        cache_dtype: Any = None,
+        prefix_bytes: int = 0,
+        chunk: int = CHUNK,
+        layout: Layout | None = None,
+    ):
+        """model: reads with full attention, however it was trained. tokenizer: for texts and stop
+        strings; None for tokens alone.
+        rows: requests that are read and written at the same time.
+        longest: tokens of a prompt and its completion; None for no limit.
+        dtype: of the computation. cache_dtype: of keys and values; jnp.int8 quantizes them; None
+          for `dtype`.
+        prefix_bytes: device memory for the beginnings of prompts, kept across requests.
+        layout: the mesh of the model, with `sequence` 1; None for one device.
+        """
+        self.spec, self.tokenizer, self.longest = model.spec, tokenizer, longest
+        self._dtype, self._layout = jnp.dtype(dtype), layout
+        self._variants: dict[str | None, tuple[Program, nnx.State]] = {}
+        self._add(None, model)
+        self._cache_dtype = jnp.dtype(cache_dtype or dtype)
+        self._unit = row_parts(layout.mesh) if layout else 1
+        self._rows, self._chunk = rows, chunk
+        self._inbox: collections.deque[tuple[str, Growing]] = collections.deque()
+        self._wake = threading.Event()
+        self._waiting: collections.deque[Growing] = collections.deque()
+        self._reading: list[_Reading] = []
+        self._lanes = Lanes(self._variants, self._unit)
+        self._drawn: collections.deque[tuple[Drawn, list[tuple[Active, int]]]] = collections.deque()
+        self._prefixes = Prefixes(prefix_bytes)
+        self._turns = self._read_tokens = self._reused_tokens = self._written_tokens = 0
+
+    # ------------------------------------------------------------ any thread
+    def submit(self, request: Request, heard: Callable[[Piece], None] | None = None) -> Growing:
+        """Queues a request. heard: called with every piece of the completion, by the thread that
+        steps.
+
+        Raises:
+          ConfigError: the prompt is empty, it and its completion are longer than `longest`, or the
+            adapter does not exist.
+        """
+        if request.adapter not in self._variants:
+            names = ", ".join(self.adapters) or "none"
+            raise ConfigError(f"there is no adapter {request.adapter!r}, only {names}")
+        asked, written = len(request.prompt), request.tokens
+        if not asked:
+            raise ConfigError("the prompt is empty")
+        if written < 1:
+            raise ConfigError(f"{written} tokens are to be written: ask for at least 1")
+        if self.longest is not None and asked + written > self.longest:
+            raise ConfigError(
+                f"the prompt has {asked:,} tokens and {written:,} are to be written, and the model "
+                f"reads {self.longest:,}"
+            )
+        growing = Growing(request, self.tokenizer, heard)
+        self._tell("submit", growing)
+        return growing
+
+    def cancel(self, growing: Growing) -> None:
+        """Ends a completion early, with the reason "cancelled"; nothing if it has ended."""
+        self._tell("cancel", growing)
+
+    def counts(self) -> Counts:
+        return Counts(
+            waiting=len(self._waiting) + len(self._inbox),
+            reading=len(self._reading),
+            writing=len(self._lanes.active),
+            read=self._read_tokens,
+            reused=self._reused_tokens,
+            written=self._written_tokens,
+            kept=self._prefixes.size,
+        )
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until there is something to do."""
+        self._wake.wait(timeout)
+
+    def _tell(self, what: str, growing: Growing) -> None:
+        self._inbox.append((what, growing))
+        self._wake.set()
+
+    # ------------------------------------------------------------ the thread that steps
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(name for name in self._variants if name is not None)
+
+    def compile(self, longest: int) -> None:
+        """Compiles what requests of up to `longest` tokens, prompt and completion, run.
+        Constraints, scores of prompts and adapters compile with the first request that has one.
+        """
+        slots, filled, request = self._chunk, self._filled, Request([0], 1)
+        while True:
+            cache = programs.empty_cache(self.spec, self._unit, slots, self._cache_dtype)
+            operands = filled(1, np.int32), filled(0, np.int32)
+            for width in self._sizes():
+                tokens = np.zeros((self._unit, width), np.int32)
+                logits, cache = programs.read_prompt(
+                    *self._variants[None], cache, tokens, *operands
+                )
+            if self._prefixes.room:
+                states = programs.part(cache, np.int32(0), self._chunk)
+                cache = programs.restore(cache, states, self._chunk)
+            scored = filled(False, bool)
+            _, samplers = programs.draw(logits, self._samplers(request), scored, None)
+            self._lanes.compile(Rows(cache, samplers, scored, operands[1]), self._rows)
+            if slots >= self._slots(longest):
+                return
+            slots *= 2
+
+    def add_adapter(self, name: str, model: Decoder) -> None:
+        """Serves `model`, which has the vocabulary of the model as it is, under `name`. Arrays that
+        both have are in memory once.
+        """
+        self._add(name, model)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forgets an adapter. Its requests are cancelled."""
+        mine = [*self._waiting, *(r.growing for r in self._reading)]
+        mine += [active.growing for active in self._lanes.active]
+        for growing in mine:
+            if growing.request.adapter == name:
+                self._forget(growing)
+                growing.end("cancelled")
+        del self._variants[name]
+
+    def _add(self, name: str | None, model: Decoder) -> None:
+        graphdef, state = nnx.split(model)
+        program = Program(graphdef, model.spec, self._dtype, self._layout)
+        self._variants[name] = program, state
+
+    def run(self, requests: Iterable[Request]) -> list[Completion]:
+        """The completions of `requests`, in their order."""
+        growing = [self.submit(request) for request in requests]
+        while any(row.reason is None for row in growing):
+            self.step()
+        return [row.completion() for row in growing]
+
+    def step(self) -> bool:
+        """One turn; returns whether there is more to do."""
+        self._wake.clear()
+        self._hear()
+        while self._waiting and len(self._reading) + len(self._lanes.active) < self._rows:
+            self._reading.append(self._begin(self._waiting.popleft()))
+        due = len(self._drawn)
+        self._turns += 1
+        if self._reading:
+            self._read(self._next())
+        if any(active.growing.request.constraint for active in self._lanes.active):
+            # a constraint must know the last token before the next is drawn
+            self._collect(len(self._drawn))
+            due = 0
+        self._drawn.extend(self._lanes.decode())
+        self._collect(due)
+        return bool(
+            self._inbox
+            or self._waiting
+            or self._reading
+            or self._drawn
+            or any(active.wants_more for active in self._lanes.active)
+        )
+
+    def _hear(self) -> None:
+        while self._inbox:
+            what, growing = self._inbox.popleft()
+            if what == "submit":
+                self._waiting.append(growing)
+            elif growing.reason is None:
+                self._forget(growing)
+                growing.end("cancelled")
+
+    def _forget(self, growing: Growing) -> None:
+        """Frees what a request takes."""
+        if growing in self._waiting:
+            self._waiting.remove(growing)
+        self._reading = [reading for reading in self._reading if reading.growing is not growing]
+        self._lanes.free(growing)
+
+    # ------------------------------------------------------------ prompts
+    def _begin(self, growing: Growing) -> _Reading:
+        request = growing.request
+        program, _ = self._variants[request.adapter]
+        slots = self._slots(len(request.prompt) + 1)
+        cache = programs.empty_cache(program.spec, self._unit, slots, self._cache_dtype)
+        about = (request.adapter, self._rope_length(request))
+        keys = Prefixes.keys(request.prompt, self._chunk, about) if self._prefixes.room else []
+        return _Reading(growing, cache, keys)
+
+    def _next(self) -> _Reading:
+        """The prompt with the fewest tokens left, so that a short one does not wait for a long one;
+        now and then the oldest, so that it is read in the end.
+        """
+        if self._turns % OLDEST_EVERY == 0:
+            return self._reading[0]
+        return min(self._reading, key=lambda reading: reading.left)
+
+    def _read(self, reading: _Reading) -> None:
+        """Reads a chunk, after all chunks whose states are known."""
+        chunk, prompt = self._chunk, reading.prompt
+        request = reading.growing.request
+        while reading.left > chunk and reading.keys and not request.prompt_logprobs:
+            known = self._prefixes.find(reading.keys[reading.start // chunk])
+            if known is None:
+                break
+            reading.cache = programs.restore(reading.cache, known, chunk)
+            reading.start += chunk
+            self._reused_tokens += chunk
+        self._prefixes.touch(reading.keys[: reading.start // chunk])
+        count = min(chunk, reading.left)
+        width = min(size for size in self._sizes() if size >= count)
+        tokens = np.zeros((self._unit, width), np.int32)
+        tokens[:, :count] = prompt[reading.start : reading.start + count]
+        rope_length = self._filled(self._rope_length(request), np.int32)
+        operands = (
+            *self._variants[request.adapter],
+            reading.cache,
+            tokens,
+            self._filled(count, np.int32),
+            rope_length,
+        )
+        if request.prompt_logprobs:
+            following = np.zeros(width, np.int32)
+            known = prompt[reading.start + 1 : reading.start + count + 1]
+            following[: len(known)] = known
+            logits, reading.cache, scores = programs.score_prompt(*operands, following)
+            scores = jax.tree.map(np.asarray, scores)
+            reading.growing.prompt_logprobs += [_logprobs(scores, i) for i in range(len(known))]
+        else:
+            logits, reading.cache = programs.read_prompt(*operands)
+        number = reading.start // chunk
+        if (
+            number < len(reading.keys)
+            and count == chunk
+            and reading.keys[number] not in self._prefixes
+        ):
+            states = programs.part(reading.cache, np.int32(reading.start), chunk)
+            self._prefixes.add(reading.keys[: number + 1], states)
+        reading.start += count
+        self._read_tokens += count
+        if not reading.left:
+            self._reading.remove(reading)
+            scored = self._filled(request.logprobs, bool)
+            allowed = None
+            if request.constraint is not None:
+                allowed = np.tile(request.constraint.allowed(), (self._unit, 1))
+            drawn, samplers = programs.draw(logits, self._samplers(request), scored, allowed)
+            rows = Rows(reading.cache, samplers, scored, rope_length)
+            active = self._lanes.add(reading.growing, rows)
+            self._drawn.append((drawn, [(active, 0)]))
+
+    def _sizes(self) -> list[int]:
+        return [max(1, self._chunk // piece) for piece in PIECES]
+
+    def _slots(self, tokens: int) -> int:
+        """Slots of a cache that holds `tokens`."""
+        return self._chunk << (cdiv(tokens, self._chunk) - 1).bit_length()
+
+    def _rope_length(self, request: Request) -> int:
+        """Tokens that the request may reach, so that cached keys stay valid; 0 if no RoPE depends
+        on it.
+        """
+        program, _ = self._variants[request.adapter]
+        by_length = any(KINDS[rope.type].by_length for rope in program.spec.ropes)
+        return len(request.prompt) + request.tokens if by_length else 0
+
+    def _filled(self, value: Any, dtype: Any) -> Any:
+        return np.full(self._unit, value, dtype)
+
+    def _samplers(self, request: Request) -> Samplers:
+        return samplers_of(
+            request.sampling, request.numbers, request.prompt, self.spec.V, self._unit
+        )
+
+    # ------------------------------------------------------------ tokens
+    def _collect(self, batches: int) -> None:
+        """Looks at the oldest batches of tokens that the device has drawn."""
+        for _ in range(batches):
+            drawn, places = self._drawn.popleft()
+            drawn = jax.tree.map(np.asarray, drawn)
+            for active, row in places:
+                if active.growing.reason is None:  # else the device drew one more than was wanted
+                    self._add_token(active.growing, drawn, row)
+
+    def _add_token(self, growing: Growing, drawn: Drawn, row: int) -> None:
+        token, request = int(drawn.token[row]), growing.request
+        self._written_tokens += 1
+        growing.add(token, _logprobs(drawn, row) if request.logprobs else None)
+        if growing.reason is not None:
+            self._lanes.free(growing)
+        elif request.constraint is not None:
+            request.constraint.accept(token)
+
+
+def _logprobs(drawn: Drawn, row: int) -> Logprobs:
+    top = zip(drawn.top_tokens[row].tolist(), drawn.top_logprobs[row].tolist(), strict=True)
+    return Logprobs(float(drawn.logprob[row]), tuple(top))
