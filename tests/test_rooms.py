@@ -10,9 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lljax"
 ROOMS = (  # from top to bottom
-    *("cli", "api", "evaluation", "run", "planning", "training", "objectives", "generation"),
-    *("build", "interop", "models", "attention", "report", "data", "config", "parallel"),
-    *("hardware", "errors"),
+    *("cli", "serving", "api", "evaluation", "run", "planning", "training", "objectives"),
+    *("generation", "build", "interop", "models", "attention", "report", "data", "config"),
+    *("parallel", "hardware", "errors"),
 )
 FOLDERS = [room for room in ROOMS if (PACKAGE / room).is_dir()]
 

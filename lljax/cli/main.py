@@ -40,6 +40,7 @@ COMMANDS = {
         module="lljax.cli.export", help="write an adapter or checkpoint for PyTorch and vLLM"
     ),
     "generate": Command(module="lljax.cli.generate", help="continue a prompt, or chat"),
+    "serve": Command(module="lljax.cli.serve", help="answer requests of the OpenAI API"),
     "plan": Command(
         module="lljax.cli.plan",
         help="compile a run for devices that are not here: does it fit, how long does it take",
