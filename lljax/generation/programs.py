@@ -86,15 +86,7 @@ def read_prompt(
     """Reads the first `count` of `tokens` into the cache, which is donated; returns the logits
     after the last of them, float32.
     """
-    model = nnx.merge(program.graphdef, state)
-    hidden, cache = model.continued(
-        cache,
-        tokens,
-        count=count,
-        dtype=program.dtype,
-        rope_length=rope_length,
-        layout=program.layout,
-    )
+    model, hidden, cache = _read(program, state, cache, tokens, count, rope_length)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), cache
 
@@ -110,14 +102,7 @@ def read_drawn(
     """Reads one token of every row into the cache, which is donated; returns the logits after it,
     float32.
     """
-    model = nnx.merge(program.graphdef, state)
-    hidden, cache = model.continued(
-        cache,
-        token[:, None],
-        dtype=program.dtype,
-        rope_length=rope_length,
-        layout=program.layout,
-    )
+    model, hidden, cache = _read(program, state, cache, token[:, None], None, rope_length)
     return model.logits(hidden[:, 0]), cache
 
 
@@ -132,15 +117,7 @@ def score_prompt(
     following: Int[Array, " T"],
 ) -> tuple[Float[Array, "B V"], Cache, Drawn]:
     """`read_prompt`, and the scores of the token that follows each of the first row's, [T]."""
-    model = nnx.merge(program.graphdef, state)
-    hidden, cache = model.continued(
-        cache,
-        tokens,
-        count=count,
-        dtype=program.dtype,
-        rope_length=rope_length,
-        layout=program.layout,
-    )
+    model, hidden, cache = _read(program, state, cache, tokens, count, rope_length)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), cache, _scores(model.logits(hidden[0]), following)
 
@@ -165,6 +142,27 @@ def draw(
         return Drawn(token, jnp.zeros(B), jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most)))
 
     return jax.lax.cond(jnp.any(scored), lambda: _scores(logits, token), nothing), samplers
+
+
+def _read(
+    program: Program,
+    state: nnx.State,
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, " B"] | None,
+    rope_length: Int[Array, " B"],
+) -> tuple[Any, Float[Array, "B T D"], Cache]:
+    """The model, the hidden states of `tokens` that follow those in the cache, and the cache."""
+    model = nnx.merge(program.graphdef, state)
+    hidden, cache = model.continued(
+        cache,
+        tokens,
+        count=count,
+        dtype=program.dtype,
+        rope_length=rope_length,
+        layout=program.layout,
+    )
+    return model, hidden, cache
 
 
 def _scores(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> Drawn:
