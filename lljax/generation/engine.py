@@ -97,6 +97,8 @@ class Engine:
         self.spec, self.tokenizer, self.longest = model.spec, tokenizer, longest
         self._dtype, self._layout = jnp.dtype(dtype), layout
         self._variants: dict[str | None, tuple[Program, nnx.State]] = {}
+        # A name may come to mean other weights, and what is kept of prompts is of the old ones.
+        self._versions: collections.Counter[str | None] = collections.Counter()
         self._add(None, model)
         self._cache_dtype = jnp.dtype(cache_dtype or dtype)
         self._unit = row_parts(layout.mesh) if layout else 1
@@ -207,6 +209,7 @@ class Engine:
         graphdef, state = nnx.split(model)
         program = Program(graphdef, model.spec, self._dtype, self._layout)
         self._variants[name] = program, state
+        self._versions[name] += 1
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
         """The completions of `requests`, in their order."""
@@ -242,7 +245,7 @@ class Engine:
     def _hear(self) -> None:
         while self._inbox:
             what, growing = self._inbox.popleft()
-            if what == "submit":
+            if what == "submit" and growing.request.adapter in self._variants:
                 self._waiting.append(growing)
             elif growing.reason is None:
                 self._forget(growing)
@@ -261,7 +264,8 @@ class Engine:
         program, _ = self._variants[request.adapter]
         slots = self._slots(len(request.prompt) + 1)
         cache = programs.empty_cache(program.spec, self._unit, slots, self._cache_dtype)
-        about = (request.adapter, self._rope_length(request))
+        adapter = request.adapter
+        about = adapter, self._versions[adapter], self._rope_length(request)
         keys = Prefixes.keys(request.prompt, self._chunk, about) if self._prefixes.room else []
         return _Reading(growing, cache, keys)
 

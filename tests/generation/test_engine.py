@@ -213,6 +213,25 @@ def test_adapters_are_chosen_by_request():
         running.submit(requests[1])
 
 
+def test_an_adapter_under_the_name_of_another_reads_its_prompts_anew():
+    running, request = engine(prefix_bytes=PREFIX), Request(PROMPTS[0], 6, adapter="a")
+    running.add_adapter("a", build(seed=1))
+    running.run([request])
+    running.remove_adapter("a")
+    running.add_adapter("a", build(seed=2))
+    wanted = alone(dataclasses.replace(request, adapter=None), model=build(seed=2))
+    assert running.run([request]) == [wanted] and running.counts().reused == 0
+
+
+def test_a_request_for_an_adapter_that_goes_before_it_is_heard_is_cancelled():
+    running = engine()
+    running.add_adapter("a", build(seed=1))
+    growing = running.submit(Request(PROMPTS[1], 3, adapter="a"))
+    running.remove_adapter("a")
+    running.step()
+    assert growing.reason == "cancelled"
+
+
 @pytest.mark.parametrize(
     "request_,match",
     [
