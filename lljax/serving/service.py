@@ -41,8 +41,8 @@ class Adapters(Protocol):
     """Where adapters come from: lljax.serving.opening.Library."""
 
     def read_adapter(self, name: str, path: str) -> Callable[[], Served]:
-        """Reads an adapter from disk, in a thread of its own; returns what puts it on an engine,
-        to be called between two steps of the engines.
+        """Reads an adapter from disk, in a thread of its own; returns what puts it on the engine
+        of its base, to be called between two steps of the engines.
         """
         ...
 
@@ -136,8 +136,6 @@ class Service:
                 model = await self.worker.between_steps(attach)
             except (LljaxError, ValueError) as error:
                 raise wrong("lora_path", first_line(error)) from None
-            if all(engine is not model.engine for engine in self.worker.engines):
-                self.worker.engines.append(model.engine)
             self.models.add(dataclasses.replace(model, loaded=True))
 
     async def unload_adapter(self, name: str) -> None:
@@ -151,5 +149,3 @@ class Service:
             await self.worker.idle(model.engine, model.adapter)
             remove = functools.partial(self._adapters.remove_adapter, model)
             await self.worker.between_steps(remove)
-            if all(engine is not model.engine for engine in self.models.engines):
-                self.worker.engines.remove(model.engine)
