@@ -33,6 +33,7 @@ from lljax.evaluation.scores import Score
 from lljax.evaluation.tables import tables
 from lljax.evaluation.task import Example, Sources, Task, TooShort, refuse_beyond
 from lljax.interop.open import end_tokens, tokenizer_fingerprint
+from lljax.models.by_layer import split_layers
 from lljax.models.decoder import Decoder
 from lljax.report.page import write_report
 from lljax.run.open import ComparedModels, open_base_models, open_run_models
@@ -127,13 +128,13 @@ def measure(
             key = candidates.key(candidate, model, settings.tokenizer)
             keys[candidate.name] = keys[name] = key
             scores += perplexities(model, candidate.name, key, texts, predictions, **where)
-            evaluated = EvalModel(model, name, key + how, **where)
+            evaluated = EvalModel(split_layers(model), name, key + how, **where)
             answered = list(
                 score_tasks(evaluated, tasks, lengths, settings, predictions, progress=progress)
             )
             submit(out, name, key + how, answered, settings.samples, predictions)
             scores += answered
-            del model  # before the next is read
+            del model, evaluated  # before the next is read
     return scores, keys
 
 

@@ -15,6 +15,7 @@ from lljax.generation.engine import Engine
 from lljax.generation.prompt import text_tokens
 from lljax.generation.sample import Sampling
 from lljax.interop.open import end_tokens
+from lljax.models.by_layer import split_layers
 from lljax.models.cache import cache_bytes
 from lljax.run.open import open_base_models, open_run_models
 
@@ -76,7 +77,8 @@ class Writer:
 
     @functools.cached_property
     def engine(self) -> Engine:
-        model, dtype = self._candidates.models[-1].load(), self._candidates.dtype
+        model = split_layers(self._candidates.models[-1].load())
+        dtype = self._candidates.dtype
         cache_dtype = self._cache_dtype or dtype
         return Engine(
             model,

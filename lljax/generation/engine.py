@@ -15,15 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lljax.errors import ConfigError
 from lljax.generation import programs
 from lljax.generation.completion import Completion, Growing, Logprobs, Piece, Request
 from lljax.generation.lanes import Active, Lanes
 from lljax.generation.prefixes import Key, Prefixes
-from lljax.generation.programs import Drawn, Program, Rows
+from lljax.generation.programs import Drawn, Rows
 from lljax.generation.sample import Samplers, samplers_of
+from lljax.generation.variants import Variants
 from lljax.models.cache import Cache
 from lljax.models.decoder import Decoder
 from lljax.models.rope import KINDS
@@ -96,10 +96,8 @@ class Engine:
         """
         self.spec, self.tokenizer, self.longest = model.spec, tokenizer, longest
         self._dtype, self._layout = jnp.dtype(dtype), layout
-        self._variants: dict[str | None, tuple[Program, nnx.State]] = {}
-        # A name may come to mean other weights, and what is kept of prompts is of the old ones.
-        self._versions: collections.Counter[str | None] = collections.Counter()
-        self._add(None, model)
+        self._variants = Variants(self._dtype, layout)
+        self._variants.add(None, model)
         self._cache_dtype = jnp.dtype(cache_dtype or dtype)
         self._unit = row_parts(layout.mesh) if layout else 1
         self._rows, self._chunk = rows, chunk
@@ -164,7 +162,7 @@ class Engine:
     # ------------------------------------------------------------ the thread that steps
     @property
     def adapters(self) -> tuple[str, ...]:
-        return tuple(name for name in self._variants if name is not None)
+        return self._variants.adapters
 
     def compile(self, longest: int) -> None:
         """Compiles what requests of up to `longest` tokens, prompt and completion, run.
@@ -177,7 +175,7 @@ class Engine:
             for width in self._sizes():
                 tokens = np.zeros((self._unit, width), np.int32)
                 logits, cache = programs.read_prompt(
-                    *self._variants[None], cache, tokens, *operands
+                    *self._variants.one(None), cache, tokens, *operands
                 )
             if self._prefixes.room:
                 states = programs.part(cache, np.int32(0), self._chunk)
@@ -191,9 +189,10 @@ class Engine:
 
     def add_adapter(self, name: str, model: Decoder) -> None:
         """Serves `model`, which has the vocabulary of the model as it is, under `name`. Arrays that
-        both have are in memory once.
+        both have are in memory once. If the two differ only as lljax.models.by_row allows, their
+        requests are decoded together, else one model after the other.
         """
-        self._add(name, model)
+        self._variants.add(name, model)
 
     def remove_adapter(self, name: str) -> None:
         """Forgets an adapter. Its requests are cancelled."""
@@ -203,13 +202,7 @@ class Engine:
             if growing.request.adapter == name:
                 self._forget(growing)
                 growing.end("cancelled")
-        del self._variants[name]
-
-    def _add(self, name: str | None, model: Decoder) -> None:
-        graphdef, state = nnx.split(model)
-        program = Program(graphdef, model.spec, self._dtype, self._layout)
-        self._variants[name] = program, state
-        self._versions[name] += 1
+        self._variants.remove(name)
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
         """The completions of `requests`, in their order."""
@@ -261,11 +254,11 @@ class Engine:
     # ------------------------------------------------------------ prompts
     def _begin(self, growing: Growing) -> _Reading:
         request = growing.request
-        program, _ = self._variants[request.adapter]
+        spec = self._variants.spec(request.adapter)
         slots = self._slots(len(request.prompt) + 1)
-        cache = programs.empty_cache(program.spec, self._unit, slots, self._cache_dtype)
+        cache = programs.empty_cache(spec, self._unit, slots, self._cache_dtype)
         adapter = request.adapter
-        about = adapter, self._versions[adapter], self._rope_length(request)
+        about = adapter, self._variants.version(adapter), self._rope_length(request)
         keys = Prefixes.keys(request.prompt, self._chunk, about) if self._prefixes.room else []
         return _Reading(growing, cache, keys)
 
@@ -295,7 +288,7 @@ class Engine:
         tokens[:, :count] = prompt[reading.start : reading.start + count]
         rope_length = self._filled(self._rope_length(request), np.int32)
         operands = (
-            *self._variants[request.adapter],
+            *self._variants.one(request.adapter),
             reading.cache,
             tokens,
             self._filled(count, np.int32),
@@ -342,8 +335,8 @@ class Engine:
         """Tokens that the request may reach, so that cached keys stay valid; 0 if no RoPE depends
         on it.
         """
-        program, _ = self._variants[request.adapter]
-        by_length = any(KINDS[rope.type].by_length for rope in program.spec.ropes)
+        ropes = self._variants.spec(request.adapter).ropes
+        by_length = any(KINDS[rope.type].by_length for rope in ropes)
         return len(request.prompt) + request.tokens if by_length else 0
 
     def _filled(self, value: Any, dtype: Any) -> Any:

@@ -1,37 +1,37 @@
-"""The requests that are being written, on the device: rows of one adapter and equally long caches
-form a lane.
+"""The requests that are being written, on the device: rows with equally long caches, of models that
+share a batch, form a lane.
 
 A request begins in the lane of its prompt's length and moves to the next, twice as long, when its
 lane is full, so that a short one does not pay for the length of a long one beside it.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool
 
 from lljax.generation import programs
 from lljax.generation.completion import Growing
-from lljax.generation.programs import Drawn, Program, Rows
+from lljax.generation.programs import Drawn, Rows
+from lljax.generation.variants import Variants
 
 
 @dataclasses.dataclass
 class Active:
-    """A request in a row of a lane. slots: of its cache. drawn: tokens that the device has been
-    asked for.
+    """A request in a row of a lane. group: of its model, see `Variants`. slots: of its cache.
+    drawn: tokens that the device has been asked for.
     """
 
     growing: Growing
+    group: int
     slots: int
     row: int
     drawn: int = 1
 
     @property
-    def place(self) -> tuple[str | None, int]:
+    def place(self) -> tuple[int, int]:
         """Its lane."""
-        return self.growing.request.adapter, self.slots
+        return self.group, self.slots
 
     @property
     def wants_more(self) -> bool:
@@ -54,6 +54,12 @@ class _Lane:
     def active(self) -> list[Active]:
         return [active for active in self.taken if active is not None]
 
+    @property
+    def models(self) -> list[str | None]:
+        """The model of each row; of an empty one any."""
+        some = self.active[0]
+        return [(active or some).growing.request.adapter for active in self.taken]
+
     def allowed(self) -> Bool[np.ndarray, "B V"] | None:
         """The tokens that may come next in each row; None if every row may take all."""
         constraints = {
@@ -70,13 +76,11 @@ class _Lane:
 
 
 class Lanes:
-    """variants: the program and the weights of each adapter. unit: the number of rows is a multiple
-    of it.
-    """
+    """unit: the number of rows is a multiple of it."""
 
-    def __init__(self, variants: Mapping[str | None, tuple[Program, nnx.State]], unit: int):
+    def __init__(self, variants: Variants, unit: int):
         self._variants, self._unit = variants, unit
-        self._lanes: dict[tuple[str | None, int], _Lane] = {}  # by adapter and slots
+        self._lanes: dict[tuple[int, int], _Lane] = {}  # by group and slots
 
     @property
     def active(self) -> list[Active]:
@@ -86,7 +90,8 @@ class Lanes:
         """Puts a request, whose prompt is read and first token drawn, into the lane of its cache.
         row: it alone.
         """
-        active = Active(growing, row.cache.slots, 0)
+        group = self._variants.group(growing.request.adapter)
+        active = Active(growing, group, row.cache.slots, row=0)
         self._put(active, row)
         return active
 
@@ -104,12 +109,12 @@ class Lanes:
             if active.wants_more and active.reaches > active.slots:
                 self._move(active)
         drawn = []
-        for (adapter, _), lane in self._lanes.items():
+        for lane in self._lanes.values():
             wanting = [active for active in lane.active if active.wants_more]
             if not wanting:
                 continue
             self._shrink(lane)
-            lane.rows, tokens = lane.rows.next(*self._variants[adapter], lane.allowed())
+            lane.rows, tokens = lane.rows.next(*self._variants.of_rows(lane.models), lane.allowed())
             drawn.append((tokens, [(active, active.row) for active in wanting]))
             for active in wanting:
                 active.drawn += 1
@@ -117,9 +122,9 @@ class Lanes:
 
     def compile(self, row: Rows, most: int) -> None:
         """Compiles what lanes of up to `most` rows with the cache of `row` run."""
-        variant, rows, count = self._variants[None], row, self._unit
+        rows, count = row, self._unit
         while True:
-            rows, _ = rows.next(*variant, None)
+            rows, _ = rows.next(*self._variants.of_rows([None]), None)
             programs.grow(programs.take(rows, np.zeros(self._unit, np.int32)), 2 * row.cache.slots)
             if count >= most:
                 return

@@ -16,11 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lljax.generation.sample import Samplers, sample_tokens
 from lljax.models import cache as caches
+from lljax.models.by_row import of_rows
 from lljax.models.cache import Cache
+from lljax.models.decoder import Decoder
 from lljax.models.mixers.mixer import State
 from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout
 
+Weights = tuple[jax.Array, ...]  # jax reads a tuple faster than a state, at every call
 MOST_LIKELY = 20  # tokens whose log-probabilities are returned beside the drawn one
 
 
@@ -40,11 +43,15 @@ class Rows:
     rope_length: Int[Array, " B"]
 
     def next(
-        self, program: "Program", state: nnx.State, allowed: Bool[np.ndarray, "B V"] | None
+        self,
+        program: "Program",
+        weights: Weights,
+        models: Int[np.ndarray, " B"] | None,
+        allowed: Bool[np.ndarray, "B V"] | None,
     ) -> tuple["Rows", "Drawn"]:
-        """Reads the last token of every row and draws the next; see `draw`."""
+        """Reads the last token of every row and draws the next; see `read_drawn` and `draw`."""
         token = self.samplers.token
-        logits, cache = read_drawn(program, state, self.cache, token, self.rope_length)
+        logits, cache = read_drawn(program, weights, self.cache, token, self.rope_length, models)
         drawn, samplers = draw(logits, self.samplers, self.scored, allowed)
         return dataclasses.replace(self, cache=cache, samplers=samplers), drawn
 
@@ -64,20 +71,43 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is static in every program. graphdef, spec: of the model. dtype: of the computation.
-    layout: of the mesh; None for one device.
+    """What is static in every program. graphdef, treedef: of the model and its state. specs: of the
+    model, or of the models of a mixed one (lljax.models.by_row). dtype: of the computation. layout:
+    of the mesh; None for one device.
     """
 
     graphdef: nnx.GraphDef
-    spec: DecoderSpec
+    treedef: Any
+    specs: tuple[DecoderSpec, ...]
     dtype: Any
     layout: Layout | None
+
+    @property
+    def spec(self) -> DecoderSpec:
+        return self.specs[0]
+
+    # Once: hashing takes milliseconds, and every call of a compiled program asks for it.
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.graphdef, self.specs, self.dtype, self.layout))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def program_of(
+    model: Decoder, dtype: Any, layout: Layout | None, specs: tuple[DecoderSpec, ...] = ()
+) -> tuple[Program, Weights]:
+    """The program of a model and its weights. specs: see `Program`; of the model by default."""
+    graphdef, state = nnx.split(model)
+    weights, treedef = jax.tree.flatten(state)
+    return Program(graphdef, treedef, specs or (model.spec,), dtype, layout), tuple(weights)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_prompt(
     program: Program,
-    state: nnx.State,
+    weights: Weights,
     cache: Cache,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
@@ -86,7 +116,7 @@ def read_prompt(
     """Reads the first `count` of `tokens` into the cache, which is donated; returns the logits
     after the last of them, float32.
     """
-    model, hidden, cache = _read(program, state, cache, tokens, count, rope_length)
+    model, hidden, cache = _read(program, weights, cache, tokens, count, rope_length)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), cache
 
@@ -94,22 +124,23 @@ def read_prompt(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_drawn(
     program: Program,
-    state: nnx.State,
+    weights: Weights,
     cache: Cache,
     token: Int[Array, " B"],
     rope_length: Int[Array, " B"],
+    models: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one token of every row into the cache, which is donated; returns the logits after it,
-    float32.
+    float32. models: of the rows, for a mixed model.
     """
-    model, hidden, cache = _read(program, state, cache, token[:, None], None, rope_length)
+    model, hidden, cache = _read(program, weights, cache, token[:, None], None, rope_length, models)
     return model.logits(hidden[:, 0]), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def score_prompt(
     program: Program,
-    state: nnx.State,
+    weights: Weights,
     cache: Cache,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
@@ -117,7 +148,7 @@ def score_prompt(
     following: Int[Array, " T"],
 ) -> tuple[Float[Array, "B V"], Cache, Drawn]:
     """`read_prompt`, and the scores of the token that follows each of the first row's, [T]."""
-    model, hidden, cache = _read(program, state, cache, tokens, count, rope_length)
+    model, hidden, cache = _read(program, weights, cache, tokens, count, rope_length)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), cache, _scores(model.logits(hidden[0]), following)
 
@@ -146,13 +177,17 @@ def draw(
 
 def _read(
     program: Program,
-    state: nnx.State,
+    weights: Weights,
     cache: Cache,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"] | None,
     rope_length: Int[Array, " B"],
+    models: Int[Array, " B"] | None = None,
 ) -> tuple[Any, Float[Array, "B T D"], Cache]:
     """The model, the hidden states of `tokens` that follow those in the cache, and the cache."""
+    state = jax.tree.unflatten(program.treedef, weights)
+    if models is not None:
+        state = of_rows(state, models)
     model = nnx.merge(program.graphdef, state)
     hidden, cache = model.continued(
         cache,
@@ -161,6 +196,8 @@ def _read(
         dtype=program.dtype,
         rope_length=rope_length,
         layout=program.layout,
+        specs=program.specs,
+        models=models,
     )
     return model, hidden, cache
 

@@ -3,10 +3,9 @@ how families differ.
 """
 
 import dataclasses
-import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from lljax.models.probe import lookup_rows
 from lljax.models.quantize import dense, dequantized
 from lljax.models.router import Load
 from lljax.models.spec import DecoderSpec, LayerSpec, repeats, stacked
+from lljax.models.tables import Tables, table_product
 from lljax.parallel.sharded_embedding import lookup
 from lljax.parallel.sharding import Layout, constrain_activations, gather_for_compute
 
@@ -42,6 +42,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: DecoderSpec):
         self.spec = spec
+        self.by_layer = False  # see lljax.models.by_layer
         self.embed = declare(
             (spec.V, spec.D), axes=("vocab", "embed"), hf="model.embed_tokens.weight", role="embed"
         )
@@ -66,8 +67,8 @@ class Decoder(nnx.Module):
 
     @property
     def head(self):
-        """The output matrix [V, D], an array or lljax.models.probe.ProbedWeight; the embedding
-        itself if the two are tied.
+        """The output matrix [V, D], an array, lljax.models.probe.ProbedWeight or
+        lljax.models.tables.Tables; the embedding itself if the two are tied.
         """
         return dense(self._head_weight.get_value())
 
@@ -109,6 +110,7 @@ class Decoder(nnx.Module):
         x = self._embedded(tokens, dtype, layout)
         if neftune_alpha and dropout_key is not None:
             x = constrain_activations(neftune_noise(x, neftune_alpha, dropout_key), layout)
+        assert not self.by_layer, "a model by layer is continued, not called"
         by_rope = self._positions_by_rope(positions, rope_length)
         mask = self._mask(tokens, positions, segments, index, pattern)
 
@@ -137,12 +139,16 @@ class Decoder(nnx.Module):
         dtype: Any = None,
         rope_length: int | Int[Array, " B"] | None = None,
         layout: Layout | None = None,
+        specs: Sequence[DecoderSpec] = (),
+        models: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The hidden states of tokens that follow those in the cache, and the cache after them.
         Attention is full.
 
         count: how many tokens of each row are real, the rest being padding; None for all.
         dtype, layout: see `__call__`. rope_length: of each row, for a RoPE kind that depends on it.
+        specs, models: the models of a mixed one, whose RoPE may differ, and the model of each row
+          (lljax.models.by_row); None for one model.
 
         The layers are unrolled, so that each writes into a state of its own in place.
         """
@@ -154,12 +160,14 @@ class Decoder(nnx.Module):
         # Slots that are not taken yet come after every token, so that causality hides them.
         mask = Mask(positions, slots)
         length = None if rope_length is None else jnp.reshape(rope_length, (-1, 1))
-        by_rope = self._positions_by_rope(positions, length)
-        stacks = [nnx.split(layers) for layers in self.layers]
+        if models is None:
+            by_rope = self._positions_by_rope(positions, length)
+        else:
+            choices = [self._positions_by_rope(positions, length, spec) for spec in specs]
+            by_rope = {i: _of_rows([each[i] for each in choices], models) for i in choices[0]}
+        modules = [nnx.split(layers) for layers in self.layers]
         x, states = self._embedded(tokens, dtype, layout), []
-        for (number, i), layer, state in zip(
-            stacked(self.spec.layers), self.spec.layers, cache.states, strict=True
-        ):
+        for number, (layer, state) in enumerate(zip(self.spec.layers, cache.states, strict=True)):
             context = LayerContext(
                 positions=by_rope[layer.rope],
                 mask=_mask_of_layer(mask, layer, FULL, positions, slots),
@@ -167,8 +175,12 @@ class Decoder(nnx.Module):
                 start=cache.used,
                 count=count,
             )
-            graphdef, weights = stacks[number]
-            weights = _layer_of_stack(weights, i, after=x)
+            if self.by_layer:
+                graphdef, weights = modules[number]
+            else:
+                stack, i = stacked(self.spec.layers)[number]
+                graphdef, weights = modules[stack]
+                weights = _layer_of_stack(weights, i, after=x)
             x, state, _ = _apply_layer(graphdef, weights, x, context, state)
             states.append(state)
         used = cache.used + (tokens.shape[1] if count is None else count)
@@ -176,10 +188,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32."""
-        wide = functools.partial(jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32)
-        logits, update = wide(hidden, self.head.astype(hidden.dtype)), self.head_update(hidden)
+        head, update = self.head, self.head_update(hidden)
+        mixed = isinstance(head, Tables)
+        logits = head.logits(hidden) if mixed else table_product(hidden, head)
         if update is not None:
-            logits += wide(update[0], update[1].astype(hidden.dtype))
+            logits += table_product(*update)
         return apply_softcap(logits, self.spec.logit_softcap)
 
     def head_update(
@@ -220,7 +233,11 @@ class Decoder(nnx.Module):
     def _embedded(
         self, tokens: Int[Array, "B T"], dtype, layout: Layout | None
     ) -> Float[Array, "B T D"]:
-        x = lookup_rows(dense(self.embed.get_value()), tokens, dtype=dtype, layout=layout)
+        table = dense(self.embed.get_value())
+        if isinstance(table, Tables):
+            x = table.lookup(tokens, dtype)
+        else:
+            x = lookup_rows(table, tokens, dtype=dtype, layout=layout)
         if self.embed_lora is not None:
             a = lookup(self.embed_lora.a[...], tokens, dtype=dtype, layout=layout)
             x += self.embed_lora.of_rows(a)
@@ -229,17 +246,21 @@ class Decoder(nnx.Module):
         return x
 
     def _positions_by_rope(
-        self, positions: Int[Array, "B T"], rope_length: int | jax.Array | None
+        self,
+        positions: Int[Array, "B T"],
+        rope_length: int | jax.Array | None,
+        spec: DecoderSpec | None = None,
     ) -> dict[int | None, rope.Positions]:
-        """The positions as layers use them, for each value of `LayerSpec.rope`."""
+        """The positions as layers use them, for each value of `LayerSpec.rope`. spec: in place of
+        the decoder's.
+        """
+        spec = spec or self.spec
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
         by_rope: dict[int | None, rope.Positions] = {
-            i: rope.Positions(
-                rope.rotation(positions, rope.frequencies(kind, self.spec.rotary, length))
-            )
-            for i, kind in enumerate(self.spec.ropes)
+            i: rope.Positions(rope.rotation(positions, rope.frequencies(kind, spec.rotary, length)))
+            for i, kind in enumerate(spec.ropes)
         }
-        temperature = self.spec.temperature and rope.temperature(positions, *self.spec.temperature)
+        temperature = spec.temperature and rope.temperature(positions, *spec.temperature)
         return by_rope | {None: rope.Positions(None, temperature)}
 
     def _mask(
@@ -312,6 +333,12 @@ def _layer_of_stack(weights: Any, i: int, after: jax.Array) -> Any:
     # 0, but no compiler knows it: a number is not both above and below 0
     late = jnp.int32(i) + ((first > 0) & (first < 0))
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, late, keepdims=False), weights)
+
+
+def _of_rows(choices: list[rope.Positions], models: Int[Array, " B"]) -> rope.Positions:
+    """The positions of each row under its own model."""
+    rows = jnp.arange(len(models))
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays)[models, rows], *choices)
 
 
 def _mask_of_layer(

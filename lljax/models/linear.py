@@ -37,10 +37,15 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """float32, because the mean square of a bfloat16 row loses its low bits."""
-        wide = rms_normalize(x, self.eps)
+        wide, weight = rms_normalize(x, self.eps), over_tokens(self.weight[...], x)
         if self.plus_one:
-            return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
-        return self.weight[...].astype(x.dtype) * wide.astype(x.dtype)
+            return (wide * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+        return weight.astype(x.dtype) * wide.astype(x.dtype)
+
+
+def over_tokens(vector: Float[Array, "*B D"], x: Float[Array, "B ... D"]) -> jax.Array:
+    """The vector, or one for each row (lljax.models.by_row), in a shape to multiply x with."""
+    return vector if vector.ndim == 1 else vector.reshape(len(x), *[1] * (x.ndim - 2), -1)
 
 
 def rms_normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:

@@ -159,14 +159,15 @@ def map_arrays(f: Callable, value, axes: tuple) -> Any:
 
 
 def gather_for_compute(variables, layout: Layout | None):
-    """The Variables of one layer of a stack, sharded for computation. Their values no longer have
+    """The Variables of one layer, sharded for computation. Values cut out of a stack no longer have
     the leading axis of their metadata.
     """
     if layout is None:
         return variables
 
     def one(variable):
-        value, axes = variable.get_value(), variable.get_metadata("axes")[1:]
+        value, axes = variable.get_value(), variable.get_metadata("axes")
+        axes = axes[-len(value.shape) :]
         return variable.replace(
             jax.lax.with_sharding_constraint(
                 value, value_sharding(layout.mesh, axes, value, stored=False)

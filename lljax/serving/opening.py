@@ -14,6 +14,7 @@ from lljax.errors import ConfigError, ModelError
 from lljax.generation.engine import Engine
 from lljax.interop.open import end_tokens
 from lljax.interop.peft import under_adapter
+from lljax.models.by_layer import split_layers
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.run.open import BASE, TRAINED, ComparedModels, open_base_models, open_run_models
@@ -47,9 +48,10 @@ class Library:
         self._decoders: dict[str, Decoder] = {}
 
     def add(self, name: str, decoder: Decoder, template: str | None = None, **more: Any) -> Served:
-        """Offers a decoder under a name. template: of a chat, if the model has none. more: fields
-        of Served.
+        """Offers a decoder under a name, and takes its arrays (`split_layers`). template: of a
+        chat, if the model has none. more: fields of Served.
         """
+        decoder = split_layers(decoder)  # nobody else has it
         for other in self._decoders.values():
             share_weights(decoder, other)
         tokenizer, options = self._tokenizer(template), self._options

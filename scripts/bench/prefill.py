@@ -17,14 +17,12 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lljax.build import load_base
 from lljax.errors import exit_cleanly
 from lljax.generation import programs
 from lljax.generation.engine import CHUNK
 from lljax.generation.generate import generate
-from lljax.generation.programs import Program
 from lljax.interop.open import open_base
 from lljax.models.cache import empty_cache
 from lljax.models.decoder import Decoder
@@ -63,9 +61,8 @@ def compiled_memory(model: Decoder, length: int, dtype: jnp.dtype) -> tuple[int,
     """Bytes of the cache, and of the temporaries of the program that reads a chunk."""
     cache = jax.eval_shape(lambda: empty_cache(model.spec, 1, 2 * length, dtype))
     chunk, one = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, CHUNK), (1,)))
-    graphdef, state = nnx.split(model)
-    settings = Program(graphdef, model.spec, jnp.dtype("float32"), None)
-    program = programs.read_prompt.lower(settings, state, cache, chunk, one, one).compile()
+    settings, weights = programs.program_of(model, jnp.dtype("float32"), None)
+    program = programs.read_prompt.lower(settings, weights, cache, chunk, one, one).compile()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     memory = program.memory_analysis()
     assert memory is not None  # a CPU reports it

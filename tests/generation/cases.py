@@ -1,14 +1,19 @@
 """Small models and prompts that tests of generation share."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from lljax.generation.completion import Growing, Request
+from lljax.models import lora
+from lljax.models.by_layer import split_layers
+from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.initialize import initialize
@@ -48,6 +53,30 @@ def _build(changes: str, seed: int) -> Decoder:
 def build(seed: int = 0, **changes) -> Decoder:
     """A random model, one object for equal arguments."""
     return _build(json.dumps(changes, sort_keys=True), seed)
+
+
+def by_layer(model: Decoder) -> Decoder:
+    """A copy of `model` whose layers are not stacked."""
+    graphdef, state = nnx.split(model)
+    return split_layers(nnx.merge(graphdef, jax.tree.map(jnp.copy, state)))
+
+
+def adapted(base: Decoder, seed: int, also_train=(), rope=None, **settings) -> Decoder:
+    """`base` with an adapter of random factors; weights of the roles `also_train` and the RoPE are
+    changed, too. All others are the arrays of `base`.
+    """
+    model, key = nnx.clone(base), jax.random.key(seed)
+    lora.attach(model, also_train=also_train, **settings)
+    initialize(model, seed)
+    for number, (_, variable) in enumerate(declared(model)):
+        role = variable.get_metadata("role")
+        if role in ("lora_b", *also_train):
+            value = variable.get_value()
+            noise = jax.random.normal(jax.random.fold_in(key, number), value.shape)
+            variable.set_value(value + 0.2 * noise)
+    if rope:
+        model.spec = dataclasses.replace(model.spec, rope=rope, max_length=256)
+    return model
 
 
 @functools.partial(nnx.jit, static_argnames="rope_length")

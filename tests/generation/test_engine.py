@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import threading
 
 import jax
@@ -7,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from generation.cases import CHUNK, HF, LOCAL, PROMPTS, RNG, build, logits_after
+from generation.cases import CHUNK, HF, LOCAL, PROMPTS, RNG, adapted, build, by_layer, logits_after
 
 from lljax.build import move
 from lljax.errors import ConfigError
 from lljax.generation import programs
 from lljax.generation.completion import Request
 from lljax.generation.engine import Engine
-from lljax.generation.programs import Program
+from lljax.generation.programs import program_of
 from lljax.generation.sample import Sampling
+from lljax.models.by_layer import split_layers
 from lljax.models.cache import cache_bytes, empty_cache
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
+from lljax.models.initialize import initialize
 from lljax.parallel.sharding import Layout, make_mesh
 
 MIXED = [
@@ -35,6 +38,16 @@ PREFIX = cache_bytes(build().spec, 4 * CHUNK, jnp.float32)
 
 def engine(model=None, **settings):
     return Engine(model or build(), **{"chunk": CHUNK, "rows": 4} | settings)
+
+
+WIDE = {"num_hidden_layers": 8, "hidden_size": 120, "intermediate_size": 128}
+
+
+def deep(split: bool) -> Decoder:
+    """Eight layers, wide enough that no activation is as large as a weight."""
+    model = Decoder(spec_from_hf(HF | WIDE))
+    initialize(model, 0)
+    return split_layers(model) if split else model
 
 
 def alone(request, **settings):
@@ -213,6 +226,29 @@ def test_adapters_are_chosen_by_request():
         running.submit(requests[1])
 
 
+def test_adapters_of_one_base_are_decoded_in_one_batch():
+    base = by_layer(build())
+    models = {None: base} | {
+        f"r{rank}": adapted(base, rank, also, rank=rank, alpha=4.0, targets=("all-linear",))
+        for rank, also in ((2, ()), (3, ("norm",)), (5, ("embed", "norm")))
+    }
+    running, lanes = engine(base), set()
+    for name, model in list(models.items())[1:]:
+        running.add_adapter(name, model)
+    requests = [Request(PROMPTS[1], 9, adapter=name) for name in models]
+    growing = [running.submit(request) for request in requests]
+    while running.step():
+        lanes.add(len(running._lanes._lanes))
+    assert lanes <= {0, 1}
+    completions = [one.completion() for one in growing]
+    assert len({tuple(completion.tokens) for completion in completions}) == 4
+    for request, completion in zip(requests, completions, strict=True):
+        model = models[request.adapter]
+        assert completion == alone(dataclasses.replace(request, adapter=None), model=model)
+    running.remove_adapter("r3")
+    assert running.run(requests[:2]) == completions[:2]
+
+
 def test_an_adapter_under_the_name_of_another_reads_its_prompts_anew():
     running, request = engine(prefix_bytes=PREFIX), Request(PROMPTS[0], 6, adapter="a")
     running.add_adapter("a", build(seed=1))
@@ -271,20 +307,33 @@ def test_requests_of_any_length_compile_nothing_more():
     assert not compiled
 
 
-def test_a_chunk_is_written_into_the_cache_in_place_and_no_weight_is_copied():
-    model = Decoder(spec_from_hf(HF | {"num_hidden_layers": 8}))
-    cache = jax.eval_shape(lambda: empty_cache(model.spec, 1, 8192))
-    graphdef, state = nnx.split(model)
-    program = Program(graphdef, model.spec, jnp.dtype("float32"), None)
+@pytest.mark.parametrize("split", [True, False], ids=["by layer", "stacked"])
+def test_a_chunk_is_written_into_the_cache_in_place(split):
+    program, weights = program_of(deep(split), jnp.dtype("float32"), None)
+    cache = jax.eval_shape(lambda: empty_cache(program.spec, 1, 8192))
     one, chunk = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1, 16), jnp.int32)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     for lowered in (
-        programs.read_prompt.lower(program, state, cache, chunk, one, one),
-        programs.read_drawn.lower(program, state, cache, one, one),
+        programs.read_prompt.lower(program, weights, cache, chunk, one, one),
+        programs.read_drawn.lower(program, weights, cache, one, one),
     ):
         memory = lowered.compile().memory_analysis()
         # a layer's, not all once more
         assert memory.alias_size_in_bytes >= held and memory.temp_size_in_bytes < held / 2
+
+
+def test_a_token_copies_no_weight():
+    program, weights = program_of(deep(split=True), jnp.dtype("float32"), None)
+    cache = jax.eval_shape(lambda: empty_cache(program.spec, 1, 64))
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    compiled = programs.read_drawn.lower(program, weights, cache, one, one).compile()
+    matrices = [x for x in weights if x.size > 2_000]
+    # no copy, transpose or slice of a projection or of an MLP has a place
+    of_mlp = WIDE["hidden_size"] * WIDE["intermediate_size"] * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < of_mlp / 2
+    shapes = {f"f32[{','.join(map(str, x.shape))}]" for x in matrices}
+    made = re.findall(r"= (f32\[[\d,]*\])\S* (?!parameter)\w", compiled.as_text())
+    assert made and not shapes.intersection(made)
 
 
 def test_over_a_mesh_as_on_one_device():
