@@ -37,20 +37,36 @@ OLDEST_EVERY = 4  # of so many turns one reads the oldest prompt, and the others
 
 @dataclasses.dataclass
 class _Reading:
-    """A prompt while it is read. start: tokens read. slots: of `cache`. keys: of its chunks."""
+    """A prompt while it is read. growing: the requests that have it, which are alike but for their
+    sampling and their ends. keys: of its chunks. start: tokens read.
+    """
 
-    growing: Growing
+    growing: list[Growing]
     cache: Cache
     keys: list[Key]
+    rope_length: int
     start: int = 0
 
     @property
+    def request(self) -> Request:
+        return self.growing[0].request
+
+    @property
     def prompt(self) -> Sequence[int]:
-        return self.growing.request.prompt
+        return self.request.prompt
 
     @property
     def left(self) -> int:
         return len(self.prompt) - self.start
+
+    def serves(self, request: Request, rope_length: int) -> bool:
+        """Whether `request` has this prompt, so that reading it again would give the same."""
+        mine = self.request
+        return (
+            not (mine.prompt_logprobs or request.prompt_logprobs)
+            and (mine.adapter, self.rope_length) == (request.adapter, rope_length)
+            and list(mine.prompt) == list(request.prompt)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +159,7 @@ class Engine:
     def counts(self) -> Counts:
         return Counts(
             waiting=len(self._waiting) + len(self._inbox),
-            reading=len(self._reading),
+            reading=self._in_reading,
             writing=len(self._lanes.active),
             read=self._read_tokens,
             reused=self._reused_tokens,
@@ -196,7 +212,7 @@ class Engine:
 
     def remove_adapter(self, name: str) -> None:
         """Forgets an adapter. Its requests are cancelled."""
-        mine = [*self._waiting, *(r.growing for r in self._reading)]
+        mine = [*self._waiting, *(one for r in self._reading for one in r.growing)]
         mine += [active.growing for active in self._lanes.active]
         for growing in mine:
             if growing.request.adapter == name:
@@ -215,8 +231,8 @@ class Engine:
         """One turn; returns whether there is more to do."""
         self._wake.clear()
         self._hear()
-        while self._waiting and len(self._reading) + len(self._lanes.active) < self._rows:
-            self._reading.append(self._begin(self._waiting.popleft()))
+        while self._waiting and self._in_reading + len(self._lanes.active) < self._rows:
+            self._begin(self._waiting.popleft())
         due = len(self._drawn)
         self._turns += 1
         if self._reading:
@@ -248,19 +264,33 @@ class Engine:
         """Frees what a request takes."""
         if growing in self._waiting:
             self._waiting.remove(growing)
-        self._reading = [reading for reading in self._reading if reading.growing is not growing]
+        for reading in self._reading:
+            if growing in reading.growing:
+                reading.growing.remove(growing)
+        self._reading = [reading for reading in self._reading if reading.growing]
         self._lanes.free(growing)
 
     # ------------------------------------------------------------ prompts
-    def _begin(self, growing: Growing) -> _Reading:
+    @property
+    def _in_reading(self) -> int:
+        """Requests whose prompts are read."""
+        return sum(len(reading.growing) for reading in self._reading)
+
+    def _begin(self, growing: Growing) -> None:
+        """Begins to read the prompt of a request, unless another request with it is being read."""
         request = growing.request
-        spec = self._variants.spec(request.adapter)
+        adapter, rope_length = request.adapter, self._rope_length(request)
+        for reading in self._reading:
+            if reading.serves(request, rope_length):
+                reading.growing.append(growing)
+                self._reused_tokens += len(request.prompt)
+                return
+        spec = self._variants.spec(adapter)
         slots = self._slots(len(request.prompt) + 1)
         cache = programs.empty_cache(spec, self._unit, slots, self._cache_dtype)
-        adapter = request.adapter
-        about = adapter, self._variants.version(adapter), self._rope_length(request)
+        about = adapter, self._variants.version(adapter), rope_length
         keys = Prefixes.keys(request.prompt, self._chunk, about) if self._prefixes.room else []
-        return _Reading(growing, cache, keys)
+        self._reading.append(_Reading([growing], cache, keys, rope_length))
 
     def _next(self) -> _Reading:
         """The prompt with the fewest tokens left, so that a short one does not wait for a long one;
@@ -272,9 +302,39 @@ class Engine:
 
     def _read(self, reading: _Reading) -> None:
         """Reads a chunk, after all chunks whose states are known."""
-        chunk, prompt = self._chunk, reading.prompt
-        request = reading.growing.request
-        while reading.left > chunk and reading.keys and not request.prompt_logprobs:
+        self._restore(reading)
+        start, prompt, request = reading.start, reading.prompt, reading.request
+        count = min(self._chunk, reading.left)
+        width = min(size for size in self._sizes() if size >= count)
+        tokens = np.zeros((self._unit, width), np.int32)
+        tokens[:, :count] = prompt[start : start + count]
+        operands = (
+            *self._variants.one(request.adapter),
+            reading.cache,
+            tokens,
+            self._filled(count, np.int32),
+            self._filled(reading.rope_length, np.int32),
+        )
+        if request.prompt_logprobs:
+            following = np.zeros(width, np.int32)
+            known = prompt[start + 1 : start + count + 1]
+            following[: len(known)] = known
+            logits, reading.cache, scores = programs.score_prompt(*operands, following)
+            scores = jax.tree.map(np.asarray, scores)
+            reading.growing[0].prompt_logprobs += [_logprobs(scores, i) for i in range(len(known))]
+        else:
+            logits, reading.cache = programs.read_prompt(*operands)
+        reading.start += count
+        self._read_tokens += count
+        self._keep(reading, start, count)
+        if not reading.left:
+            self._reading.remove(reading)
+            self._begin_writing(reading, logits)
+
+    def _restore(self, reading: _Reading) -> None:
+        """Takes the chunks whose states are known. The last one is read, for its logits."""
+        chunk = self._chunk
+        while reading.left > chunk and reading.keys and not reading.request.prompt_logprobs:
             known = self._prefixes.find(reading.keys[reading.start // chunk])
             if known is None:
                 break
@@ -282,47 +342,29 @@ class Engine:
             reading.start += chunk
             self._reused_tokens += chunk
         self._prefixes.touch(reading.keys[: reading.start // chunk])
-        count = min(chunk, reading.left)
-        width = min(size for size in self._sizes() if size >= count)
-        tokens = np.zeros((self._unit, width), np.int32)
-        tokens[:, :count] = prompt[reading.start : reading.start + count]
-        rope_length = self._filled(self._rope_length(request), np.int32)
-        operands = (
-            *self._variants.one(request.adapter),
-            reading.cache,
-            tokens,
-            self._filled(count, np.int32),
-            rope_length,
-        )
-        if request.prompt_logprobs:
-            following = np.zeros(width, np.int32)
-            known = prompt[reading.start + 1 : reading.start + count + 1]
-            following[: len(known)] = known
-            logits, reading.cache, scores = programs.score_prompt(*operands, following)
-            scores = jax.tree.map(np.asarray, scores)
-            reading.growing.prompt_logprobs += [_logprobs(scores, i) for i in range(len(known))]
-        else:
-            logits, reading.cache = programs.read_prompt(*operands)
-        number = reading.start // chunk
-        if (
-            number < len(reading.keys)
-            and count == chunk
-            and reading.keys[number] not in self._prefixes
-        ):
-            states = programs.part(reading.cache, np.int32(reading.start), chunk)
-            self._prefixes.add(reading.keys[: number + 1], states)
-        reading.start += count
-        self._read_tokens += count
-        if not reading.left:
-            self._reading.remove(reading)
+
+    def _keep(self, reading: _Reading, start: int, count: int) -> None:
+        """Keeps the states of a chunk that has been read, if it is whole."""
+        number = start // self._chunk
+        keys = reading.keys[: number + 1]
+        if count == self._chunk and number < len(reading.keys) and keys[-1] not in self._prefixes:
+            states = programs.part(reading.cache, np.int32(start), self._chunk)
+            self._prefixes.add(keys, states)
+
+    def _begin_writing(self, reading: _Reading, logits: jax.Array) -> None:
+        """Draws the first token of every request of a prompt; each continues a cache of its own."""
+        rope_length = self._filled(reading.rope_length, np.int32)
+        for growing in reading.growing:
+            request = growing.request
             scored = self._filled(request.logprobs, bool)
             allowed = None
             if request.constraint is not None:
                 allowed = np.tile(request.constraint.allowed(), (self._unit, 1))
             drawn, samplers = programs.draw(logits, self._samplers(request), scored, allowed)
             rows = Rows(reading.cache, samplers, scored, rope_length)
-            active = self._lanes.add(reading.growing, rows)
-            self._drawn.append((drawn, [(active, 0)]))
+            if growing is not reading.growing[-1]:
+                rows = programs.take(rows, np.zeros(self._unit, np.int32))  # a copy
+            self._drawn.append((drawn, [(self._lanes.add(growing, rows), 0)]))
 
     def _sizes(self) -> list[int]:
         return [max(1, self._chunk // piece) for piece in PIECES]

@@ -129,6 +129,27 @@ def test_a_document_that_many_ask_about_is_read_once():
     assert running.counts().kept == PREFIX and running.counts().reused == 6 * CHUNK
 
 
+@pytest.mark.parametrize("settings", [{}, {"cache_dtype": jnp.int8}], ids=["float32", "int8"])
+def test_a_prompt_with_several_answers_is_read_once(settings):
+    running = engine(rows=3, **settings)
+    requests = [
+        Request(PROMPTS[0], 7, Sampling(temperature=1.0, seed=3), numbers=(i,)) for i in range(3)
+    ]
+    growing = [running.submit(request) for request in [*requests, Request(PROMPTS[0], 2)]]
+    running.step()
+    growing.append(running.submit(dataclasses.replace(requests[0], logprobs=True)))
+    running.cancel(growing[1])  # while the prompt is read
+    while running.step():
+        pass
+    assert growing[1].completion().reason == "cancelled"
+    del growing[1]
+    for one in growing:
+        assert same(one.completion(), alone(one.request, **settings))
+    # the fourth found a place when the second had gone, and the fifth when others had ended
+    assert running.counts().read == 2 * len(PROMPTS[0])
+    assert len({tuple(one.completion().tokens) for one in growing}) == 3
+
+
 def test_the_last_chunk_of_a_prompt_is_read_again_because_its_logits_are_not_kept():
     prompt = RNG.integers(0, 61, 2 * CHUNK)
     running = engine(prefix_bytes=PREFIX)
