@@ -65,6 +65,9 @@ def run(arguments: argparse.Namespace, adapters: dict[str, str], template: str |
         models, library = open_run(arguments.workdir, options)
     else:
         models, library = open_adapters(arguments.model, adapters, options)
+    if arguments.compile:
+        print(f"Compiling for up to {arguments.compile:,} tokens", flush=True)
+        library.compile(arguments.compile)
     limits = Limits(
         api_key=arguments.api_key or os.environ.get(KEY) or None,
         max_body=arguments.max_body,
@@ -97,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--queue", type=positive, default=64, help="requests that may wait")
     command.add_argument(
         "--longest", type=positive, help="tokens of a prompt and its answer; default: the model's"
+    )
+    command.add_argument(
+        "--compile",
+        type=positive,
+        metavar="TOKENS",
+        help="compile before listening for prompts and answers of up to so many tokens; by default "
+        "the first request of a length compiles for its power of two",
     )
     command.add_argument(
         "--cache",

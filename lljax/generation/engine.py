@@ -181,8 +181,9 @@ class Engine:
         return self._variants.adapters
 
     def compile(self, longest: int) -> None:
-        """Compiles what requests of up to `longest` tokens, prompt and completion, run.
-        Constraints, scores of prompts and adapters compile with the first request that has one.
+        """Compiles what requests of up to `longest` tokens, prompt and completion, run with the
+        present adapters. Constraints and scores of prompts compile with the first request that has
+        them.
         """
         slots, filled, request = self._chunk, self._filled, Request([0], 1)
         while True:
@@ -190,9 +191,9 @@ class Engine:
             operands = filled(1, np.int32), filled(0, np.int32)
             for width in self._sizes():
                 tokens = np.zeros((self._unit, width), np.int32)
-                logits, cache = programs.read_prompt(
-                    *self._variants.one(None), cache, tokens, *operands
-                )
+                for name in (None, *self.adapters):
+                    model = self._variants.one(name)
+                    logits, cache = programs.read_prompt(*model, cache, tokens, *operands)
             if self._prefixes.room:
                 states = programs.part(cache, np.int32(0), self._chunk)
                 cache = programs.restore(cache, states, self._chunk)

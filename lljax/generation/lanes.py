@@ -124,7 +124,8 @@ class Lanes:
         """Compiles what lanes of up to `most` rows with the cache of `row` run."""
         rows, count = row, self._unit
         while True:
-            rows, _ = rows.next(*self._variants.of_rows([None]), None)
+            for models in self._variants.batches(count):
+                rows, _ = rows.next(*self._variants.of_rows(models), None)
             programs.grow(programs.take(rows, np.zeros(self._unit, np.int32)), 2 * row.cache.slots)
             if count >= most:
                 return

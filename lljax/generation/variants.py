@@ -73,6 +73,12 @@ class Variants:
             group.mixed = self._mixed(group.names)
         return *group.mixed, np.asarray([group.names.index(name) for name in names], np.int32)
 
+    def batches(self, rows: int) -> list[list[Name]]:
+        """The models of `rows` rows, once for each program that may compute them."""
+        mixed = [group.names for group in self._groups.values() if len(group.names) > 1]
+        kinds = [[name] for name in self._decoders] + (mixed if rows > 1 else [])
+        return [list(itertools.islice(itertools.cycle(names), rows)) for names in kinds]
+
     def add(self, name: Name, model: Decoder) -> None:
         self._decoders[name] = model
         self._programs[name] = program_of(model, self._dtype, self._layout)

@@ -73,6 +73,19 @@ class Library:
         ends = end_tokens(self._base, tokenizer)
         return served(name, self._engine, tokenizer, ends=ends, longest=longest, **more)
 
+    def compile(self, longest: int) -> None:
+        """See `Engine.compile`.
+
+        Raises:
+          ConfigError: no model reads so much.
+        """
+        assert self._engine is not None, "there is a model"
+        most = max(decoder.spec.max_length for decoder in self._decoders.values())
+        most = min(most, self._options.longest or most)
+        if longest > most:
+            raise ConfigError(f"--compile={longest}: requests have up to {most:,} tokens")
+        self._engine.compile(longest)
+
     def read_adapter(self, name: str, path: str) -> Callable[[], Served]:
         """Reads an adapter from disk; returns what puts it on the engine, to be called between two
         steps.

@@ -315,14 +315,21 @@ def test_requests_may_come_from_other_threads():
     assert all(same(row.completion(), alone(row.request)) for row in growing)
 
 
-def test_requests_of_any_length_compile_nothing_more():
-    running, compiled = engine(prefix_bytes=PREFIX, rows=2), []
+def test_requests_of_any_length_and_adapter_compile_nothing_more():
+    base, compiled = by_layer(build(num_hidden_layers=1)), []
+    running = engine(base, prefix_bytes=PREFIX, rows=2)
+    running.add_adapter("a", adapted(base, 1, ("norm",), rank=2, alpha=4.0, targets=("q_proj",)))
     running.compile(2 * CHUNK)
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **more: compiled.append(more) if "backend_compile" in name else None
     )
     running.run(
-        Request(RNG.integers(0, 61, n), int(RNG.integers(1, 12)), Sampling(seed=int(n)))
+        Request(
+            RNG.integers(0, 61, n),
+            int(RNG.integers(1, 12)),
+            Sampling(seed=int(n)),
+            adapter=(None, "a")[n % 2],
+        )
         for n in RNG.integers(1, 20, 30)
     )
     assert not compiled

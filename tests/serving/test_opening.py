@@ -116,3 +116,9 @@ def test_the_context_and_the_template_are_chosen_by_flags(tiny):
 def test_adapters_share_an_engine(tiny, run):
     models, _ = open_adapters(tiny, {"a": str(run), "b": str(run)}, OPTIONS)
     assert models.get("a").engine is models.get("b").engine
+
+
+def test_nothing_is_compiled_that_no_model_reads(tiny):
+    _, library = open_adapters(tiny, {}, OPTIONS)
+    with pytest.raises(ConfigError, match="--compile=999999: requests have up to"):
+        library.compile(999_999)
