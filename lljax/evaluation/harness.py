@@ -157,7 +157,7 @@ class LljaxLM(TemplateLM):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
         texts: dict[int, str] = {}
         for members in groups.values():
-            settings = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
+            settings: Any = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
             if unknown := sorted(settings.keys() - OTHER_SETTINGS - SAMPLING.keys()):
                 raise ConfigError(f"generation settings of the task: {unknown[0]} is not supported")
             sampling = Sampling(

@@ -2,6 +2,7 @@ import types
 
 import numpy as np
 import pytest
+from serving.cases import a_model, running, tiny_engine
 
 from lljax.errors import ConfigError
 from lljax.evaluation.likelihood import log_likelihoods
@@ -69,3 +70,37 @@ def test_exactly_one_model_is_named(tiny):
         LljaxLM()
     with pytest.raises(ConfigError, match="takes a number"):
         LljaxLM(path=tiny, batch_size="auto")
+
+
+@pytest.mark.slow
+def test_clients_of_the_server_get_the_same_numbers(tiny):
+    """lm_eval's local-completions and local-chat-completions."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+    from lljax.evaluation.harness import LljaxLM
+
+    def asked(kind, *args):
+        return [Instance(kind, {}, each, i) for i, each in enumerate(args)]
+
+    lm, (engine, _) = LljaxLM(path=tiny, batch_size=2, max_length=200), tiny_engine(tiny)
+    settings = {"until": ["f"], "max_gen_toks": 12, "do_sample": False}
+    pairs = asked("loglikelihood", (TEXT, " class"), ("class", " Thing:\n"), ("", "def add"))
+    texts = asked("generate_until", (TEXT, settings), ("class", settings))
+    rolling = asked("loglikelihood_rolling", (TEXT,))
+    chats = [lm.apply_chat_template([{"role": "user", "content": TEXT}])]
+    with running(a_model("base", engine, lm.tokenizer, longest=201)) as (url, _, _):
+        client = LocalCompletionsAPI(
+            base_url=f"{url}/v1/completions", model="base", tokenizer=tiny, max_length=200
+        )
+        found, whole = client.loglikelihood(pairs), client.loglikelihood_rolling(rolling)
+        answers = client.generate_until(texts)
+        chat = LocalChatCompletion(base_url=f"{url}/v1/chat/completions", model="base")
+        messages = chat.apply_chat_template([{"role": "user", "content": TEXT}])
+        replies = chat.generate_until(asked("generate_until", (messages, settings)))
+    expected = lm.loglikelihood(pairs)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], 1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert whole == pytest.approx(lm.loglikelihood_rolling(rolling), 1e-4)
+    assert answers == lm.generate_until(texts)
+    assert replies == lm.generate_until(asked("generate_until", (chats[0], settings)))

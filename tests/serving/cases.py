@@ -2,8 +2,11 @@
 told, and clients.
 """
 
+import asyncio
 import contextlib
+import signal
 import threading
+import time
 from types import SimpleNamespace
 
 from starlette.testclient import TestClient
@@ -14,6 +17,7 @@ from lljax.interop.open import open_base
 from lljax.models.families import spec_from_hf
 from lljax.serving.app import build_app
 from lljax.serving.models import Models, served
+from lljax.serving.server import DrainingServer, address, listen
 from lljax.serving.service import Limits, Service
 
 LONGEST = 512
@@ -93,6 +97,31 @@ class ScriptedEngine:
 def a_model(name, engine, tokenizer, **more):
     ends = frozenset({tokenizer.eos_token_id})
     return served(name, engine, tokenizer, ends=ends, **{"longest": LONGEST} | more)
+
+
+@contextlib.contextmanager
+def running(*models, **limits):
+    """(address, service, server) of a server in a thread."""
+    service = Service(Models(*models), Limits(**limits))
+    sock = listen("127.0.0.1", 0)
+    server = DrainingServer(service, drain=10)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), daemon=True)
+    url = address(sock)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield url, service, server
+    finally:
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """A real server, and the official client of OpenAI."""
 
-import asyncio
-import contextlib
 import copy
 import http.client
 import os
@@ -10,48 +8,19 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
-from serving.cases import HERMES, ScriptedEngine, a_model
+from serving.cases import HERMES, ScriptedEngine, a_model, running, until
 
 from lljax.errors import ConfigError
-from lljax.serving.models import Models
-from lljax.serving.server import DrainingServer, address, listen
-from lljax.serving.service import Limits, Service
+from lljax.serving.server import listen
 
 openai = pytest.importorskip("openai")
 ROOT = Path(__file__).parents[2]
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-@contextlib.contextmanager
-def running(*models, **limits):
-    """(address, service, server) of a server in a thread."""
-    service = Service(Models(*models), Limits(**limits))
-    sock = listen("127.0.0.1", 0)
-    server = DrainingServer(service, drain=10)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), daemon=True)
-    url = address(sock)
-    thread.start()
-    until(lambda: server.started)
-    try:
-        yield url, service, server
-    finally:
-        server.handle_exit(signal.SIGTERM, None)
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it has not happened"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
