@@ -51,16 +51,18 @@ COMPILED = "Finished XLA compilation of"  # with JAX_LOG_COMPILES
 
 # ---------------------------------------------------------------- the engine
 def engine_of(model: str, **settings: Any) -> Any:
-    """An engine in float32 on `model`."""
+    """An engine in float32 on `model`, as `lljax serve` makes it."""
     import jax.numpy as jnp
 
     from lljax.build import load_base
     from lljax.generation.engine import Engine
     from lljax.interop.open import open_base
+    from lljax.models.by_layer import split_layers
     from lljax.models.families import spec_from_hf
 
     base = open_base(model)
-    return Engine(load_base(base, spec_from_hf(base.config), jnp.float32), **settings)
+    decoder = load_base(base, spec_from_hf(base.config), jnp.float32)
+    return Engine(split_layers(decoder), **settings)
 
 
 def random_prompts(vocabulary: int, count: int, length: int) -> list[list[int]]:

@@ -5,19 +5,14 @@ import dataclasses
 import gc
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from generation.cases import CHUNK, build
+from generation.cases import CHUNK, adapted, build, by_layer
 
 from lljax.generation.completion import Request
 from lljax.generation.engine import Engine
 from lljax.generation.generate import generate
 from lljax.generation.sample import GREEDY, Sampling
-from lljax.models.decoder import Decoder
-from lljax.models.initialize import initialize
-from lljax.models.lora import attach, is_trainable
 
 REQUESTS, AT_ONCE = 200, 16
 SAMPLINGS = (
@@ -26,20 +21,6 @@ SAMPLINGS = (
     Sampling(temperature=0.7, top_p=0.8),
     Sampling(temperature=2.0, min_p=0.05),
 )
-
-
-def adapted(seed: int) -> Decoder:
-    """The random model with a random adapter."""
-    base = build()
-    graphdef, state = nnx.split(base)
-    model = nnx.merge(graphdef, state)
-    attach(model, rank=2, alpha=4, targets=("q_proj", "down_proj"))
-    initialize(model, seed)
-    _, factors, _ = nnx.split(model, is_trainable, ...)
-    rng = np.random.default_rng(seed)  # initialize leaves half of them at zero
-    random = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), factors)
-    nnx.update(model, random)
-    return model
 
 
 def random_requests(count: int, adapters: tuple[str | None, ...], seed: int) -> list[Request]:
@@ -65,7 +46,11 @@ def live() -> collections.Counter:
 @pytest.mark.slow
 def test_answers_under_load_equal_generate_and_nothing_is_left_of_them():
     """16 at a time, every seventh cancelled while it waits, is read or is written."""
-    models = {None: build()} | {f"adapter {i}": adapted(i) for i in range(1, 4)}
+    base = by_layer(build())
+    models = {None: base} | {
+        f"adapter {i}": adapted(base, i, roles, rank=i, alpha=4.0, targets=("q_proj", "down_proj"))
+        for i, roles in ((1, ()), (2, ("norm",)), (3, ("embed", "norm")))
+    }
     requests = random_requests(REQUESTS, tuple(models), seed=0)
     engine = Engine(models[None], rows=AT_ONCE, chunk=CHUNK)
     for name, model in models.items():
