@@ -124,6 +124,7 @@ class Engine:
         self._lanes = Lanes(self._variants, self._unit)
         self._drawn: collections.deque[tuple[Drawn, list[tuple[Active, int]]]] = collections.deque()
         self._prefixes = Prefixes(prefix_bytes)
+        self._chunk_read: jax.Array | None = None  # by the device, once it is ready
         self._turns = self._read_tokens = self._reused_tokens = self._written_tokens = 0
 
     # ------------------------------------------------------------ any thread
@@ -234,7 +235,7 @@ class Engine:
         self._hear()
         while self._waiting and self._in_reading + len(self._lanes.active) < self._rows:
             self._begin(self._waiting.popleft())
-        due = len(self._drawn)
+        due, chunk_before = len(self._drawn), self._chunk_read
         self._turns += 1
         if self._reading:
             self._read(self._next())
@@ -244,6 +245,9 @@ class Engine:
             due = 0
         self._drawn.extend(self._lanes.decode())
         self._collect(due)
+        if chunk_before is not None:
+            # else the whole of a long prompt is queued, and a short one that comes waits for it
+            chunk_before.block_until_ready()
         return bool(
             self._inbox
             or self._waiting
@@ -325,6 +329,7 @@ class Engine:
             reading.growing[0].prompt_logprobs += [_logprobs(scores, i) for i in range(len(known))]
         else:
             logits, reading.cache = programs.read_prompt(*operands)
+        self._chunk_read = logits
         reading.start += count
         self._read_tokens += count
         self._keep(reading, start, count)

@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
-    parameters.use_extra_bufts = False  # AMX, which virtual machines may lack though they list it
+    parameters.use_extra_bufts = False  # repacked Q4_1 has crashed llama-cpp-python 0.3.36
     model = llama_cpp.llama_model_load_from_file(arguments.model.encode(), parameters)
     if not model:
         raise SystemExit(f"{arguments.model}: llama.cpp cannot read it")

@@ -171,6 +171,23 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
     assert long.completion().tokens == alone(long.request).tokens
 
 
+def test_the_device_is_at_most_a_chunk_ahead(monkeypatch):
+    """Or a short prompt would wait until everything is read that has been begun."""
+    read, begun = programs.read_prompt, []
+
+    def recorded(*operands):
+        logits, cache = read(*operands)
+        begun.append(logits)
+        return logits, cache
+
+    monkeypatch.setattr(programs, "read_prompt", recorded)
+    running = engine(deep(split=False), chunk=256)
+    running.submit(Request([3] * 2048, 1))
+    while running.step():
+        assert all(logits.is_ready() for logits in begun[:-1])
+    assert len(begun) == 8
+
+
 def test_the_oldest_prompt_is_read_though_shorter_ones_keep_coming():
     running = engine(rows=3)
     long = running.submit(Request(RNG.integers(0, 61, 4 * CHUNK), 1))
