@@ -94,12 +94,14 @@ class Growing:
     """The completion of a request while it grows.
 
     tokenizer: None for tokens alone. heard: called with every piece.
+    reused: tokens of the prompt that were known from requests before; final before the first piece.
     """
 
     def __init__(self, request: Request, tokenizer: Any, heard: Callable[[Piece], None] | None):
         self.request = request
         self.tokens: list[int] = []
         self.reason: Reason | None = None
+        self.reused = 0
         self.prompt_logprobs: list[Logprobs] = []  # complete before the first piece
         self._logprobs: list[Logprobs] = []
         self._pieces: list[str] = []

@@ -288,7 +288,7 @@ class Engine:
         for reading in self._reading:
             if reading.serves(request, rope_length):
                 reading.growing.append(growing)
-                self._reused_tokens += len(request.prompt)
+                self._reuse([growing], len(request.prompt))
                 return
         spec = self._variants.spec(adapter)
         slots = self._slots(len(request.prompt) + 1)
@@ -346,8 +346,13 @@ class Engine:
                 break
             reading.cache = programs.restore(reading.cache, known, chunk)
             reading.start += chunk
-            self._reused_tokens += chunk
+            self._reuse(reading.growing, chunk)
         self._prefixes.touch(reading.keys[: reading.start // chunk])
+
+    def _reuse(self, growing: Sequence[Growing], tokens: int) -> None:
+        """Counts tokens that a prompt need not read; the first of its requests would have."""
+        growing[0].reused += tokens
+        self._reused_tokens += tokens
 
     def _keep(self, reading: _Reading, start: int, count: int) -> None:
         """Keeps the states of a chunk that has been read, if it is whole."""

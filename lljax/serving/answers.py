@@ -5,7 +5,7 @@ A choice turns the pieces of the engine into deltas; a whole answer is the sum o
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lljax.generation.completion import Growing, Piece
@@ -193,12 +193,11 @@ class Answer:
         kind, texts = ChatChoice if self._chat else TextChoice, self._job.served.texts
         return [kind(index, self._job, texts) for index in range(len(self._job.requests))]
 
-    def whole(self, choices: Iterable[Any]) -> dict[str, Any]:
-        choices = list(choices)
+    def whole(self, choices: Sequence[Any], growing: Sequence[Growing]) -> dict[str, Any]:
         return self._head | {
             "object": self._objects[0],
             "choices": [choice.whole() for choice in choices],
-            "usage": self.usage(choices),
+            "usage": self.usage(choices, growing),
         }
 
     def chunk(self, choices: list[dict], usage: dict | None = None) -> dict[str, Any]:
@@ -206,11 +205,14 @@ class Answer:
         wanted = self._job.values["stream_options"].get("include_usage", False)
         return body | {"usage": usage} if wanted else body
 
-    def usage(self, choices: Iterable[Any]) -> dict[str, int]:
+    def usage(self, choices: Iterable[Any], growing: Sequence[Growing]) -> dict[str, Any]:
+        """growing: of the choices. A prompt counts once, however many choices it has."""
         read = sum(len(prompt.ids) for prompt in self._job.prompts)
         written = sum(choice.tokens for choice in choices)
+        firsts = growing[:: len(growing) // len(self._job.prompts)]
         return {
             "prompt_tokens": read,
             "completion_tokens": written,
             "total_tokens": read + written,
+            "prompt_tokens_details": {"cached_tokens": sum(one.reused for one in firsts)},
         }

@@ -193,7 +193,7 @@ class Reply:
     async def whole(self) -> dict[str, Any]:
         async for _ in self.chunks():
             pass
-        return self._answer.whole(self._choices)
+        return self._answer.whole(self._choices, self._call.growing)
 
     async def events(self, usage: bool) -> AsyncIterator[bytes]:
         """Server-sent events. usage: whether the last tells the counts of tokens."""
@@ -201,7 +201,8 @@ class Reply:
             async for chunk in self.chunks():
                 yield _event(self._answer.chunk([chunk]))
             if usage:
-                yield _event(self._answer.chunk([], self._answer.usage(self._choices)))
+                counts = self._answer.usage(self._choices, self._call.growing)
+                yield _event(self._answer.chunk([], counts))
         except ApiError as error:  # the status has been sent
             yield _event(error.body())
         yield DONE

@@ -37,7 +37,7 @@ def tiny_engine(tiny, rows=4):
 
     base = open_base(tiny)
     decoder = load_base(base, spec_from_hf(base.config), "float32")
-    return Engine(decoder, base.tokenizer(), rows=rows, chunk=64), decoder
+    return Engine(decoder, base.tokenizer(), rows=rows, chunk=64, prefix_bytes=1 << 20), decoder
 
 
 class ScriptedEngine:

@@ -63,7 +63,15 @@ def test_greedy(client, base, expected):
         "prompt_tokens": read,
         "completion_tokens": written,
         "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
+
+
+def test_tokens_that_were_known_are_told(client):
+    prompt = list(range(130))
+    usages = [complete(client, prompt=prompt, n=n)["usage"] for n in (1, 2)]
+    known = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert known == [0, 128] and usages[1]["prompt_tokens"] == 130  # two chunks, one prompt
 
 
 def test_choices_are_sampled_as_generate_samples_copies(client, expected):
