@@ -317,11 +317,18 @@ def load_base(
     a mesh; None for one device.
     """
     model = Decoder(spec)
+    compute_with(model, base, dtype, quantize, matmul)
+    load_weights(model, base, dtype=dtype, shardings=sharding_of(layout))
+    return model
+
+
+def compute_with(model: Decoder, base: Base, dtype: Any, quantize: str, matmul: str) -> None:
+    """Makes the kernels of an abstract model as in a run with these values of `model.quantize` and
+    `model.matmul`.
+    """
     _set_matmul(model, matmul)
     if form := form_of(quantize, base.config):
         _quantize(model, ("kernel",), lambda rows: form, dtype)
-    load_weights(model, base, dtype=dtype, shardings=sharding_of(layout))
-    return model
 
 
 def generation_layout(spec: DecoderSpec) -> sharding.Layout | None:

@@ -157,6 +157,11 @@ def check(arguments: argparse.Namespace) -> tuple[dict[str, str], str | None]:
         value = getattr(arguments, flag)
         if not 0 <= value < float("inf"):
             raise ConfigError(f"--{flag}={value}: give a number of at least 0")
+    if arguments.compile and arguments.longest and arguments.compile > arguments.longest:
+        raise ConfigError(
+            f"--compile={arguments.compile} and --longest={arguments.longest}: no request is "
+            f"longer: use --compile={arguments.longest}"
+        )
     template = arguments.chat_template
     if template and template != PLAIN:
         try:

@@ -137,4 +137,5 @@ def _least_kept(logits: Float[Array, "B V"], samplers: Samplers) -> Float[Array,
     probability = jax.nn.softmax(ranked, axis=-1)
     kept = jnp.cumsum(probability, axis=-1) - probability < samplers.top_p[:, None]
     kept &= probability >= samplers.min_p[:, None] * probability[:, :1]
+    kept = kept.at[:, 0].set(True)  # a top_p that is 0 in float32 keeps nothing
     return jnp.min(jnp.where(kept & (ranked > -jnp.inf), ranked, jnp.inf), axis=-1)

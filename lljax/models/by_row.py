@@ -18,7 +18,6 @@ from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.linear import Linear, RMSNorm
 from lljax.models.lora_layers import Lora, LoraSettings
-from lljax.models.moe import ExpertLinear
 from lljax.models.spec import DecoderSpec
 from lljax.models.tables import Tables
 
@@ -54,15 +53,16 @@ def mix(models: Sequence[Decoder], dtype: Any) -> Decoder:
     first = models[0]
     if not all(model.by_layer for model in models):
         raise CannotMix("the layers are stacked")
-    if any(_without_rope(model.spec) != _without_rope(first.spec) for model in models):
-        raise CannotMix("the shapes of the models differ")
+    skeleton = _skeleton(first, first.spec)
+    if any(_skeleton(model, first.spec) != skeleton for model in models):
+        raise CannotMix("the models compute in another way")
     mixed = nnx.clone(first)  # its Variables, not its arrays
     modules = [dict(nnx.iter_modules(model)) for model in models]
     for path, module in list(nnx.iter_modules(mixed)):
         theirs: list[Any] = [each.get(path) for each in modules]
         if isinstance(module, RMSNorm):
             _bank(module.weight, [norm.weight.get_value() for norm in theirs])
-        elif isinstance(module, Linear):
+        elif type(module) is Linear:  # experts have factors of their own kind
             module.lora = _mixed_lora(module, [linear.lora for linear in theirs], dtype)
     for name in ("embed", "lm_head"):
         if (table := getattr(mixed, name)) is not None:
@@ -82,10 +82,19 @@ def of_rows(variables: Any, models: Int[Array, " B"]) -> Any:
     )
 
 
-def _without_rope(spec: DecoderSpec) -> tuple:
-    """The properties that all models must share."""
-    without = dataclasses.replace(spec, rope=None, more_ropes=(), max_length=0)
-    return without, spec.scale, len(spec.ropes)
+def _skeleton(model: Decoder, spec: DecoderSpec) -> tuple:
+    """Everything static of a model, but for what may differ: RoPE and adapters of linear layers.
+    spec: of the model that it is compared with.
+    """
+    skeleton = nnx.clone(model)
+    skeleton.spec = spec
+    for _, module in list(nnx.iter_modules(skeleton)):
+        if type(module) is Linear:
+            module.lora = None
+    for _, variable in declared(skeleton):
+        variable.set_metadata({})
+    without_rope = dataclasses.replace(model.spec, rope=None, more_ropes=(), max_length=0)
+    return without_rope, model.spec.scale, len(model.spec.ropes), nnx.graphdef(skeleton)
 
 
 def _same(values: Sequence[Any]) -> bool:
@@ -115,8 +124,6 @@ def _mixed_lora(linear: Linear, loras: Sequence[Lora | None], dtype: Any) -> Lor
     ranks = [lora.rank for lora in loras if lora is not None]
     if not ranks:
         return None
-    if isinstance(linear, ExpertLinear):
-        raise CannotMix("adapters of experts")
     if any(lora is not None and lora.magnitude is not None for lora in loras):
         raise CannotMix("DoRA divides by a norm of the whole adapted weight")
     rank = max(ranks)

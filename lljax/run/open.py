@@ -49,6 +49,7 @@ class ComparedModels:
     extended: the spec of the last model, which reads the most tokens.
     dtype: the dtype of the computation.
     layout: the layout of the last model, see lljax.build.generation_layout.
+    quantize, matmul: of the run, see lljax.build.load_base.
     """
 
     base: Any
@@ -56,6 +57,8 @@ class ComparedModels:
     extended: DecoderSpec
     dtype: Any
     layout: Layout | None
+    quantize: str = "none"
+    matmul: str = "default"
 
     def key(self, candidate: NamedModel, model: Decoder, tokenizer: Any) -> str:
         """A name for the answers of `model` through the tokenizer and its chat template: another
@@ -108,7 +111,13 @@ def open_run_models(workdir: Path) -> ComparedModels:
     layout = generation_layout(extended)
     trained = NamedModel(TRAINED, lambda: restore_run(workdir, layout=layout)[1], settings)
     return ComparedModels(
-        base=base, models=[*models, trained], extended=extended, dtype=dtype, layout=layout
+        base=base,
+        models=[*models, trained],
+        extended=extended,
+        dtype=dtype,
+        layout=layout,
+        quantize=config.model.quantize,
+        matmul=config.model.matmul,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lljax.build import abstract_model, adapted_spec, fill, open_run_base, sharding_of
+from lljax.build import abstract_model, adapted_spec, compute_with, fill, open_run_base, sharding_of
 from lljax.config import Config, default_config
 from lljax.data.template import with_template
 from lljax.errors import ConfigError, first_line
@@ -100,9 +100,15 @@ def trained_template(workdir: Path, base: Any) -> str | None:
 
 
 def load_adapted_base(
-    base: Any, adapter: Path, dtype: Any, layout: Layout | None = None
+    base: Any,
+    adapter: Path,
+    dtype: Any,
+    layout: Layout | None = None,
+    quantize: str = "none",
+    matmul: str = "default",
 ) -> Decoder:
-    """A base with an adapter in PEFT's format, under `adapted_spec`. layout: see `load_base`.
+    """A base with an adapter in PEFT's format, under `adapted_spec`. layout, quantize, matmul: see
+    `load_base`.
 
     Raises:
       ModelError: the folder holds no adapter, or an adapter of another base.
@@ -111,6 +117,7 @@ def load_adapted_base(
     model = Decoder(adapted_spec(base, adapter))
     with adapter_errors(adapter):
         read_adapter_config(adapter).attach(model)
+    compute_with(model, base, dtype, quantize, matmul)
     load_weights(model, base, dtype=dtype, shardings=sharding_of(layout))
     load_adapter(model, adapter, shardings=sharding_of(layout))
     return model

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from lljax.errors import first_line
 from lljax.serving import metrics
 from lljax.serving.answers import Answer
 from lljax.serving.body import parse_body, read_body
@@ -205,6 +206,9 @@ class Reply:
                 yield _event(self._answer.chunk([], counts))
         except ApiError as error:  # the status has been sent
             yield _event(error.body())
+        except Exception as error:  # a fault of ours; else the client sees a broken connection
+            logging.exception("an answer has failed")
+            yield _event(ApiError(500, f"the answer has failed: {first_line(error)[:300]}").body())
         yield DONE
 
     def close(self) -> None:

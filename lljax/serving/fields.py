@@ -7,6 +7,7 @@ A field that lljax does not implement is accepted with the value that changes no
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,12 @@ def boolean(value: Any) -> bool:
 
 def string(value: Any) -> str:
     return value if isinstance(value, str) else _refuse("a string")
+
+
+def model_name(value: Any) -> str:
+    """The name of an adapter, which error messages and metrics show."""
+    good = isinstance(value, str) and re.fullmatch(r"[\w.:/@+-][\w.:/@+ -]{0,199}", value)
+    return value if good else _refuse("a name of up to 200 letters, digits and . : / @ + - _")
 
 
 def share(value: Any) -> float:
@@ -167,8 +174,8 @@ COMPLETION = COMMON | {
     "logprobs": Field(integer(0, MOST_LIKELY)),
     "echo": Field(boolean, False),
 }
-LOADING = {"lora_name": Field(string), "lora_path": Field(string)}
-UNLOADING = {"lora_name": Field(string), "lora_int_id": Field(integer(0, MOST_TOKENS))}
+LOADING = {"lora_name": Field(model_name), "lora_path": Field(string)}
+UNLOADING = {"lora_name": Field(model_name), "lora_int_id": Field(integer(0, MOST_TOKENS))}
 REQUIRED = {"messages", "prompt", "lora_name", "lora_path"}
 
 # Fields of OpenAI and vLLM that lljax lacks, and their values that change nothing; an empty tuple

@@ -50,10 +50,15 @@ def chat_logprobs(texts: TokenTexts, token: int, scored: Logprobs, top: int) -> 
     return entry | {"top_logprobs": likely}
 
 
+def _finite(logprob: float) -> float:
+    """JSON has neither -inf nor NaN, which damaged weights give."""
+    return logprob if logprob > LOWEST else LOWEST
+
+
 def _entry(texts: TokenTexts, token: int, logprob: float) -> dict:
     return {
         "token": texts.text(token),
-        "logprob": max(logprob, LOWEST),
+        "logprob": _finite(logprob),
         "bytes": texts.bytes(token),
     }
 
@@ -75,11 +80,11 @@ def text_logprobs(
         if row is None:
             likely.append(None)
             continue
-        best = {texts.key(other): max(logprob, LOWEST) for other, logprob in row.top[:top]}
-        likely.append(best | {texts.key(token): max(row.logprob, LOWEST)})
+        best = {texts.key(other): _finite(logprob) for other, logprob in row.top[:top]}
+        likely.append(best | {texts.key(token): _finite(row.logprob)})
     return {
         "tokens": [texts.key(token) for token in tokens],
-        "token_logprobs": [None if row is None else max(row.logprob, LOWEST) for row in scored],
+        "token_logprobs": [None if row is None else _finite(row.logprob) for row in scored],
         "top_logprobs": likely,
         "text_offset": list(offsets),
     }

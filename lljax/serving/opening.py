@@ -15,7 +15,7 @@ from lljax.generation.engine import Engine
 from lljax.interop.open import end_tokens
 from lljax.interop.peft import under_adapter
 from lljax.models.by_layer import split_layers
-from lljax.models.declare import declared
+from lljax.models.declare import LoraWeight, declared
 from lljax.models.decoder import Decoder
 from lljax.run.open import BASE, TRAINED, ComparedModels, open_base_models, open_run_models
 from lljax.run.restore import load_adapted_base, restore_run, trained_template
@@ -43,7 +43,8 @@ class Library:
     """The models of one base, on one engine; their equal weights are in memory once."""
 
     def __init__(self, source: ComparedModels, options: EngineOptions):
-        self._base, self._dtype, self._options = source.base, source.dtype, options
+        self._source, self._base, self._dtype = source, source.base, source.dtype
+        self._options = options
         self._engine: Engine | None = None
         self._decoders: dict[str, Decoder] = {}
 
@@ -93,7 +94,7 @@ class Library:
         Raises:
           ConfigError: as `load_adapter`.
         """
-        decoder = load_adapter(self._base, Path(path), self._dtype)
+        decoder = load_adapter(self._source, Path(path))
         return lambda: self.add(name, decoder, root=path, parent=BASE)
 
     def remove_adapter(self, model: Served) -> None:
@@ -148,12 +149,23 @@ def open_adapters(
     return models, library
 
 
-def load_adapter(base: Any, path: Path, dtype: Any) -> Decoder:
-    """The base with an adapter: the newest checkpoint of a run, or a folder in PEFT's format.
+def load_adapter(source: ComparedModels, path: Path) -> Decoder:
+    """The base with an adapter: the newest checkpoint of a run, or a folder in PEFT's format, which
+    comes on the weights that are served.
 
     Raises:
-      ConfigError: there is neither, or it belongs to another base.
+      ConfigError: there is neither, it belongs to another base, or a value is not finite.
     """
+    decoder = _load_adapter(source, path)
+    for name, variable in declared(decoder):
+        changed = isinstance(variable, LoraWeight) or variable.get_metadata().get("trainable")
+        if changed and not all(jnp.isfinite(x).all() for x in jax.tree.leaves(variable[...])):
+            raise ConfigError(f"{path}: {'.'.join(map(str, name))} has values that are not finite")
+    return decoder
+
+
+def _load_adapter(source: ComparedModels, path: Path) -> Decoder:
+    base = source.base
     if (path / "checkpoints").is_dir():
         _, decoder, its_base = restore_run(path)
         if its_base.fingerprint() != base.fingerprint():
@@ -164,7 +176,9 @@ def load_adapter(base: Any, path: Path, dtype: Any) -> Decoder:
     if not (path / "adapter_config.json").is_file():
         raise ConfigError(f"{path}: neither a run nor an adapter in PEFT's format")
     base = under_adapter(base, path)
-    return load_adapted_base(base, path, dtype, generation_layout(adapted_spec(base, path)))
+    layout = generation_layout(adapted_spec(base, path))
+    weights = {"quantize": source.quantize, "matmul": source.matmul}
+    return load_adapted_base(base, path, source.dtype, layout, **weights)
 
 
 def share_weights(decoder: Decoder, other: Decoder) -> None:

@@ -134,7 +134,7 @@ class Service:
             try:
                 attach = await asyncio.to_thread(self._adapters.read_adapter, name, path)
                 model = await self.worker.between_steps(attach)
-            except (LljaxError, ValueError) as error:
+            except (LljaxError, ValueError, OSError) as error:
                 raise wrong("lora_path", first_line(error)) from None
             self.models.add(dataclasses.replace(model, loaded=True))
 

@@ -7,10 +7,12 @@ import pytest
 from generation.cases import HF, adapted, build, by_layer
 
 from lljax.generation.programs import Program, program_of, read_drawn, read_prompt
+from lljax.models import lora
 from lljax.models.by_row import CannotMix, mix
 from lljax.models.cache import empty_cache, take_rows
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
+from lljax.models.fp8 import fp8_dot
 from lljax.models.rope import RopeSpec
 
 F32 = jnp.dtype("float32")
@@ -78,15 +80,24 @@ def test_weights_of_the_base_are_not_copied():
             assert variable.get_value() is kernels[path]
 
 
+def in_fp8(base):
+    """An adapter of a run with model.matmul=fp8."""
+    model = adapted(base, 1, rank=2, alpha=2.0, targets=("q_proj",))
+    for _, linear in lora.linear_layers(model):
+        linear.dot = fp8_dot
+    return model
+
+
 @pytest.mark.parametrize(
     "other,reason",
     [
         (lambda base: build(), "stacked"),
-        (lambda base: bases(intermediate_size=48), "shapes"),
+        (lambda base: bases(intermediate_size=48), "another way"),
+        (in_fp8, "another way"),
         (lambda base: bases(seed=1), "differs"),
         (
             lambda base: adapted(base, 1, rank=2, alpha=2.0, targets=("embed_tokens",)),
-            "embed_lora",
+            "another way",
         ),
     ],
 )
@@ -94,3 +105,12 @@ def test_models_that_cannot_share_a_batch_say_why(other, reason):
     base = bases(tie_word_embeddings=False)
     with pytest.raises(CannotMix, match=reason):
         mix([base, other(base)], F32)
+
+
+def test_adapters_of_tables_with_another_scale_do_not_mix():
+    base, settings = bases(tie_word_embeddings=False), {"rank": 2, "targets": ("embed_tokens",)}
+    one, other = (adapted(base, 1, alpha=alpha, **settings) for alpha in (2.0, 16.0))
+    for factor in ("a", "b"):  # the same arrays, as the server shares them
+        getattr(other.embed_lora, factor).set_value(getattr(one.embed_lora, factor).get_value())
+    with pytest.raises(CannotMix, match="another way"):
+        mix([one, other], F32)

@@ -294,6 +294,8 @@ def test_adapters_are_loaded_and_unloaded_only_if_allowed(model, scripted, token
             ("load", {"lora_name": "toy", "lora_path": "here"}),
             ("load", {"lora_name": "new"}),
             ("load", {"lora_name": 1, "lora_path": "here"}),
+            ("load", {"lora_name": "", "lora_path": "here"}),
+            ("load", {"lora_name": "two\nlines", "lora_path": "here"}),
             ("unload", {"lora_name": "toy"}),
         ):
             error_of(client.post(f"/v1/{path}_lora_adapter", json=body), 400)

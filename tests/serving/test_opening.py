@@ -1,9 +1,13 @@
 """Bases, runs and adapters become models of a server."""
 
+import dataclasses
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from conftest import tiny_run_config
+from safetensors.numpy import load_file, save_file
 from serving.cases import client_of
 
 from lljax.cli.export import export
@@ -11,11 +15,13 @@ from lljax.errors import ConfigError
 from lljax.generation.completion import Request
 from lljax.generation.generate import generate
 from lljax.models.declare import declared
+from lljax.models.quantize import FORMS, Quantized
 from lljax.run import open as run_open
 from lljax.run.loop import train
+from lljax.run.open import open_base_models
 from lljax.run.restore import restore_run
 from lljax.serving import opening
-from lljax.serving.opening import PLAIN, EngineOptions, open_adapters, open_run
+from lljax.serving.opening import PLAIN, EngineOptions, load_adapter, open_adapters, open_run
 
 OPTIONS = EngineOptions(rows=2)
 
@@ -114,11 +120,38 @@ def test_the_context_and_the_template_are_chosen_by_flags(tiny):
 
 
 def test_adapters_share_an_engine(tiny, run):
-    models, _ = open_adapters(tiny, {"a": str(run), "b": str(run)}, OPTIONS)
-    assert models.get("a").engine is models.get("b").engine
+    models, _ = open_adapters(tiny, {"a": str(run), "b": str(run / "peft")}, OPTIONS)
+    engine = models.get("a").engine
+    assert engine is models.get("b").engine
+    assert len({engine._variants.group(name) for name in (None, "a", "b")}) == 1, "in one batch"
 
 
 def test_nothing_is_compiled_that_no_model_reads(tiny):
     _, library = open_adapters(tiny, {}, OPTIONS)
     with pytest.raises(ConfigError, match="--compile=999999: requests have up to"):
         library.compile(999_999)
+
+
+def test_an_adapter_comes_on_the_weights_that_are_served(tiny, run):
+    source = dataclasses.replace(open_base_models(tiny, None), quantize="nf4")
+    decoder = load_adapter(source, run / "peft")
+    kernel = decoder.layers[0].self_attn.q_proj.kernel.get_value()
+    assert isinstance(kernel, Quantized) and kernel.form == FORMS["nf4"]
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tiny, run, tmp_path):
+    shutil.copytree(run / "peft", tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] * np.nan
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match="peft: layers.* has values that are not finite"):
+        open_adapters(tiny, {"x": str(tmp_path / "peft")}, OPTIONS)
+
+
+def test_a_path_that_is_no_path_is_refused(tiny):
+    models, library = open_adapters(tiny, {}, OPTIONS)
+    with client_of(*models, adapters=library, allow_loading=True) as (client, _):
+        body = {"lora_name": "new", "lora_path": "a" * 5000}
+        assert client.post("/v1/load_lora_adapter", json=body).status_code == 400
