@@ -32,7 +32,7 @@ from lljax.parallel.sharding import Layout, row_parts
 
 CHUNK = 512  # prompt tokens in a forward pass: bounds its memory, and how long others wait for it
 PIECES = (16, 4, 1)  # a prompt ends in a piece of so many tokens at most: CHUNK divided by these
-OLDEST_EVERY = 4  # of so many turns one reads the oldest prompt, and the others the shortest
+OLDEST_EVERY = 4  # of so many turns at least one reads the oldest prompt
 
 
 @dataclasses.dataclass
@@ -124,8 +124,9 @@ class Engine:
         self._lanes = Lanes(self._variants, self._unit)
         self._drawn: collections.deque[tuple[Drawn, list[tuple[Active, int]]]] = collections.deque()
         self._prefixes = Prefixes(prefix_bytes)
+        self._passed_over = 0  # turns in which a prompt was read, and not the oldest
         self._chunk_read: jax.Array | None = None  # by the device, once it is ready
-        self._turns = self._read_tokens = self._reused_tokens = self._written_tokens = 0
+        self._read_tokens = self._reused_tokens = self._written_tokens = 0
 
     # ------------------------------------------------------------ any thread
     def submit(self, request: Request, heard: Callable[[Piece], None] | None = None) -> Growing:
@@ -236,7 +237,6 @@ class Engine:
         while self._waiting and self._in_reading + len(self._lanes.active) < self._rows:
             self._begin(self._waiting.popleft())
         due, chunk_before = len(self._drawn), self._chunk_read
-        self._turns += 1
         if self._reading:
             self._read(self._next())
         if any(active.growing.request.constraint for active in self._lanes.active):
@@ -299,11 +299,12 @@ class Engine:
 
     def _next(self) -> _Reading:
         """The prompt with the fewest tokens left, so that a short one does not wait for a long one;
-        now and then the oldest, so that it is read in the end.
+        the oldest if others have been read for a while, so that it is read in the end.
         """
-        if self._turns % OLDEST_EVERY == 0:
-            return self._reading[0]
-        return min(self._reading, key=lambda reading: reading.left)
+        oldest, shortest = self._reading[0], min(self._reading, key=lambda reading: reading.left)
+        chosen = shortest if self._passed_over + 1 < OLDEST_EVERY else oldest
+        self._passed_over = 0 if chosen is oldest else self._passed_over + 1
+        return chosen
 
     def _read(self, reading: _Reading) -> None:
         """Reads a chunk, after all chunks whose states are known."""
