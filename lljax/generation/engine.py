@@ -20,11 +20,11 @@ from lljax.errors import ConfigError
 from lljax.generation import programs
 from lljax.generation.completion import Completion, Growing, Logprobs, Piece, Request
 from lljax.generation.lanes import Active, Lanes
-from lljax.generation.prefixes import Key, Prefixes
+from lljax.generation.prefixes import Prefixes
 from lljax.generation.programs import Drawn, Rows
+from lljax.generation.reading import Reading
 from lljax.generation.sample import Samplers, samplers_of
 from lljax.generation.variants import Variants
-from lljax.models.cache import Cache
 from lljax.models.decoder import Decoder
 from lljax.models.rope import KINDS
 from lljax.parallel.rounding import cdiv
@@ -33,40 +33,6 @@ from lljax.parallel.sharding import Layout, row_parts
 CHUNK = 512  # prompt tokens in a forward pass: bounds its memory, and how long others wait for it
 PIECES = (16, 4, 1)  # a prompt ends in a piece of so many tokens at most: CHUNK divided by these
 OLDEST_EVERY = 4  # of so many turns at least one reads the oldest prompt
-
-
-@dataclasses.dataclass
-class _Reading:
-    """A prompt while it is read. growing: the requests that have it, which are alike but for their
-    sampling and their ends. keys: of its chunks. start: tokens read.
-    """
-
-    growing: list[Growing]
-    cache: Cache
-    keys: list[Key]
-    rope_length: int
-    start: int = 0
-
-    @property
-    def request(self) -> Request:
-        return self.growing[0].request
-
-    @property
-    def prompt(self) -> Sequence[int]:
-        return self.request.prompt
-
-    @property
-    def left(self) -> int:
-        return len(self.prompt) - self.start
-
-    def serves(self, request: Request, rope_length: int) -> bool:
-        """Whether `request` has this prompt, so that reading it again would give the same."""
-        mine = self.request
-        return (
-            not (mine.prompt_logprobs or request.prompt_logprobs)
-            and (mine.adapter, self.rope_length) == (request.adapter, rope_length)
-            and list(mine.prompt) == list(request.prompt)
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +86,7 @@ class Engine:
         self._inbox: collections.deque[tuple[str, Growing]] = collections.deque()
         self._wake = threading.Event()
         self._waiting: collections.deque[Growing] = collections.deque()
-        self._reading: list[_Reading] = []
+        self._reading: list[Reading] = []
         self._lanes = Lanes(self._variants, self._unit)
         self._drawn: collections.deque[tuple[Drawn, list[tuple[Active, int]]]] = collections.deque()
         self._prefixes = Prefixes(prefix_bytes)
@@ -295,9 +261,9 @@ class Engine:
         cache = programs.empty_cache(spec, self._unit, slots, self._cache_dtype)
         about = adapter, self._variants.version(adapter), rope_length
         keys = Prefixes.keys(request.prompt, self._chunk, about) if self._prefixes.room else []
-        self._reading.append(_Reading([growing], cache, keys, rope_length))
+        self._reading.append(Reading([growing], cache, keys, rope_length))
 
-    def _next(self) -> _Reading:
+    def _next(self) -> Reading:
         """The prompt with the fewest tokens left, so that a short one does not wait for a long one;
         the oldest if others have been read for a while, so that it is read in the end.
         """
@@ -306,7 +272,7 @@ class Engine:
         self._passed_over = 0 if chosen is oldest else self._passed_over + 1
         return chosen
 
-    def _read(self, reading: _Reading) -> None:
+    def _read(self, reading: Reading) -> None:
         """Reads a chunk, after all chunks whose states are known."""
         self._restore(reading)
         start, prompt, request = reading.start, reading.prompt, reading.request
@@ -338,7 +304,7 @@ class Engine:
             self._reading.remove(reading)
             self._begin_writing(reading, logits)
 
-    def _restore(self, reading: _Reading) -> None:
+    def _restore(self, reading: Reading) -> None:
         """Takes the chunks whose states are known. The last one is read, for its logits."""
         chunk = self._chunk
         while reading.left > chunk and reading.keys and not reading.request.prompt_logprobs:
@@ -355,7 +321,7 @@ class Engine:
         growing[0].reused += tokens
         self._reused_tokens += tokens
 
-    def _keep(self, reading: _Reading, start: int, count: int) -> None:
+    def _keep(self, reading: Reading, start: int, count: int) -> None:
         """Keeps the states of a chunk that has been read, if it is whole."""
         number = start // self._chunk
         keys = reading.keys[: number + 1]
@@ -363,7 +329,7 @@ class Engine:
             states = programs.part(reading.cache, np.int32(start), self._chunk)
             self._prefixes.add(keys, states)
 
-    def _begin_writing(self, reading: _Reading, logits: jax.Array) -> None:
+    def _begin_writing(self, reading: Reading, logits: jax.Array) -> None:
         """Draws the first token of every request of a prompt; each continues a cache of its own."""
         rope_length = self._filled(reading.rope_length, np.int32)
         for growing in reading.growing:
