@@ -158,23 +158,21 @@ def first_token(model: str, rounds: int) -> None:
         return common.timed(lambda: engine.run([Request(prompt, 1)]))[1]
 
     first, second = asked(document + questions[0]), asked(document + questions[1])
-    waits, chunks = _beside(engine, other + questions[0], questions[2:])
-    chunk = statistics.median(chunks)
+    waits = _beside(engine, other + questions[0], questions[2:])
     table = common.table(("", "s", "goal, s"), left=("",), title="Time to first token")
     table.add_row(f"a question about {DOCUMENT:,} tokens", f"{first:.2f}", "")
     table.add_row("another about the same", f"{second:.2f}", f"{first / 10:.2f}")
-    table.add_row(f"a chunk of {CHUNK} tokens, median", f"{chunk:.2f}", "")
-    for name, value in (("median", statistics.median(waits)), ("slowest", max(waits))):
-        cells = f"{value:.2f}", f"{2 * chunk:.2f}"
-        table.add_row(f"{QUESTION} tokens while a document is read, {name}", *cells)
+    for wait, chunk in waits:
+        name = f"{QUESTION} tokens while a document is read, {CHUNK} of which take {chunk:.2f} s"
+        table.add_row(name, f"{wait:.2f}", f"{2 * chunk:.2f}")
     common.show(table)
 
 
 def _beside(
     engine: Any, document: list[int], questions: list[list[int]]
-) -> tuple[list[float], list[float]]:
-    """The times to first token of `questions`, asked one after the other while `document` is read;
-    and the seconds of the chunks between.
+) -> list[tuple[float, float]]:
+    """The times to first token of `questions`, asked one after the other while `document` is read,
+    and the seconds of the chunk before each.
     """
     from lljax.generation.completion import Request
     from lljax.generation.engine import CHUNK
@@ -196,17 +194,18 @@ def _beside(
         length = len(chunks) + 3
         while len(chunks) < length:
             time.sleep(0.005)
-        time.sleep(random.uniform(0, statistics.median(chunks)))  # somewhere within a chunk
+        chunk = chunks[-1]
+        time.sleep(random.uniform(0, chunk))  # somewhere within the next
         heard, began = threading.Event(), time.monotonic()
         engine.submit(Request(question, 1), lambda _, heard=heard: heard.set())
         heard.wait()
-        waits.append(time.monotonic() - began)
+        waits.append((time.monotonic() - began, chunk))
     assert long.reason is None, "the document was read before the last question came"
     engine.cancel(long)
     done.set()
     thread.join()
     engine.run([])
-    return waits, chunks
+    return waits
 
 
 # ---------------------------------------------------------------- decoding
