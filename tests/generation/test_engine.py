@@ -265,10 +265,10 @@ def test_adapters_are_chosen_by_request():
 
 
 def test_adapters_of_one_base_are_decoded_in_one_batch():
-    base = by_layer(build())
+    base = by_layer(build(num_hidden_layers=1))
     models = {None: base} | {
         f"r{rank}": adapted(base, rank, also, rank=rank, alpha=4.0, targets=("all-linear",))
-        for rank, also in ((2, ()), (3, ("norm",)), (5, ("embed", "norm")))
+        for rank, also in ((2, ()), (3, ("embed", "norm")))
     }
     running, lanes = engine(base), set()
     for name, model in list(models.items())[1:]:
@@ -279,7 +279,7 @@ def test_adapters_of_one_base_are_decoded_in_one_batch():
         lanes.add(len(running._lanes._lanes))
     assert lanes <= {0, 1}
     completions = [one.completion() for one in growing]
-    assert len({tuple(completion.tokens) for completion in completions}) == 4
+    assert len({tuple(completion.tokens) for completion in completions}) == 3
     for request, completion in zip(requests, completions, strict=True):
         model = models[request.adapter]
         assert completion == alone(dataclasses.replace(request, adapter=None), model=model)
