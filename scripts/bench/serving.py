@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -416,12 +417,14 @@ def server(model: str, *flags: str) -> Iterator[tuple[str, Callable[[], int]]]:
 
 def complete(url: str, prompt: list[int], tokens: int) -> None:
     """Asks the server at `url` for exactly so many tokens."""
-    import httpx
-
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    answer = httpx.post(f"{url}/completions", json=body, timeout=600)
-    answer.raise_for_status()
-    written = answer.json()["usage"]["completion_tokens"]
+    request = urllib.request.Request(
+        f"{url}/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        written = json.load(answer)["usage"]["completion_tokens"]
     assert written == tokens, f"{written} tokens were written in place of {tokens}"
 
 
