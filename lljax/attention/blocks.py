@@ -7,6 +7,9 @@ The mask becomes a few integers per token (`compared`), each with one rule (`tok
   near     index - window + 1             index; anchor: NEVER     key >= query  window
   first    first index of its group       index                    key >= query  groups
   segment  segment                        segment                  key == query  documents, chunks
+  trunk    segment of its trunk           segment                  key == query  branches
+
+`trunk` is an alternative to `segment`: one of the two must be equal.
 
 The smallest and largest of each in a block (`extremes`) then decide for a pair of blocks whether
 any pair of tokens may be visible (`any_visible`: the pair is visited) and whether all of them are
@@ -44,6 +47,8 @@ def compared(mask: Mask) -> tuple[Rows, Rows]:
         q["first"] = group_start(mask, mask.q_index)
     if mask.q_segments is not None and mask.k_segments is not None:
         q["segment"], k["segment"] = mask.q_segments, mask.k_segments
+        if mask.q_trunks is not None:
+            q["trunk"] = mask.q_trunks
     return q, k
 
 
@@ -55,7 +60,8 @@ def token_visible(q: Rows, k: Rows) -> jax.Array:
     if "first" in q:
         see &= k["index"] >= q["first"]
     if "segment" in q:
-        see &= k["segment"] == q["segment"]
+        same = k["segment"] == q["segment"]
+        see &= same | (k["segment"] == q["trunk"]) if "trunk" in q else same
     return see
 
 
@@ -83,8 +89,14 @@ def any_visible(q: Extremes, k: Extremes) -> jax.Array:
     if "first_low" in q:
         visible &= k["index_high"] >= q["first_low"]
     if "segment_low" in q:
-        visible &= (q["segment_low"] <= k["segment_high"]) & (k["segment_low"] <= q["segment_high"])
+        same = (q["segment_low"] <= k["segment_high"]) & (k["segment_low"] <= q["segment_high"])
+        visible &= same | _meets_trunk(q, k) if "trunk_low" in q else same
     return visible
+
+
+def _meets_trunk(q: Extremes, k: Extremes) -> jax.Array:
+    """Bool: whether a block of keys may hold keys of the trunks of a block of queries."""
+    return (q["trunk_low"] <= k["segment_high"]) & (k["segment_low"] <= q["trunk_high"])
 
 
 def all_visible(q: Extremes, k: Extremes) -> jax.Array:
@@ -95,9 +107,21 @@ def all_visible(q: Extremes, k: Extremes) -> jax.Array:
     if "first_low" in q:
         visible &= k["index_low"] >= q["first_high"]
     if "segment_low" in q:
-        visible &= (q["segment_low"] == q["segment_high"]) & (k["segment_low"] == k["segment_high"])
-        visible &= q["segment_low"] == k["segment_low"]
+        same = (q["segment_low"] == q["segment_high"]) & (q["segment_low"] == k["segment_low"])
+        if "trunk_low" in q:
+            same |= (q["trunk_low"] == q["trunk_high"]) & (q["trunk_low"] == k["segment_low"])
+        visible &= same & (k["segment_low"] == k["segment_high"])
     return visible
+
+
+def after_trunk(q: Extremes, k: Extremes, visited: Bool[Array, "*blocks J"]) -> jax.Array:
+    """Bool [*blocks, J]: the blocks of keys from the first visited one that holds no trunk of the
+    queries on. Split there, what a query block visits is two short spans, of its trunk and of its
+    branch, without the branches between them.
+    """
+    block = jnp.arange(visited.shape[-1], dtype=jnp.int32)
+    own = visited & ~_meets_trunk(q, k)
+    return block >= jnp.where(own, block, NEVER).min(-1, keepdims=True)
 
 
 def block_pairs(

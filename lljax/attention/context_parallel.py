@@ -46,11 +46,16 @@ def attend_parallel(
     """Attention of q over k and v, all cut by `layout` over rows, tokens and heads.
 
     groups: S2-Attn in groups on top of `mask`; None for every head alike.
+
+    Raises:
+      ConfigError: the mode of `layout` cannot serve a mask with branches.
     """
     options = platform_options(options, layout)
     if layout is None:
         return attend_heads(q, k, v, mask, options, HeadShare(groups))
     shape, mode = layout.mesh.shape, layout.context_parallel
+    if mask.q_trunks is not None and mode != "none" and not MODES[mode].branches:
+        raise ConfigError(f"mesh.context_parallel={mode!r}: {NO_BRANCHES}; use 'auto'")
     shard = Shard(shape[TOKENS], shape[HEADS], groups, layout.zigzag)
     attend = attend_local if mode == "none" else MODES[mode].attend
     return jax.shard_map(
@@ -63,6 +68,9 @@ def attend_parallel(
 
 
 # ---------------------------------------------------------------- the table
+NO_BRANCHES = "an answer looks back to the end of its prompt, which may be on any device"
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """The attention of the layers of a model over rows of T tokens on `size` devices.
@@ -111,6 +119,7 @@ class Mode:
     refuses(shape) -> why it cannot serve; "" if it can.
     balanced: in full attention, zigzag order makes the work of the devices equal.
     gathers: every device holds the keys and values of a whole layer.
+    branches: it serves rows with branches.
     """
 
     attend: Callable[..., jax.Array]
@@ -118,6 +127,7 @@ class Mode:
     refuses: Callable[[Shape], str] = lambda shape: ""
     balanced: bool = False
     gathers: bool = False
+    branches: bool = True
 
 
 def _halo_refuses(shape: Shape) -> str:
@@ -146,7 +156,10 @@ def _ulysses_received(shape: Shape) -> float:
 # In order of preference at equal cost.
 MODES = {
     "halo": Mode(
-        attend_halo, received=lambda shape: shape.key_bytes(shape.reach), refuses=_halo_refuses
+        attend_halo,
+        received=lambda shape: shape.key_bytes(shape.reach),
+        refuses=_halo_refuses,
+        branches=False,
     ),
     "ulysses": Mode(attend_ulysses, received=_ulysses_received, refuses=_ulysses_refuses),
     "allgather": Mode(
@@ -180,6 +193,7 @@ def choose(
     gather_bytes: float = math.inf,
     refused: Mapping[str, str] | None = None,
     ordered: bool = False,
+    branches: bool = False,
 ) -> tuple[str, bool, str]:
     """(mode, zigzag, reason) for rows of T tokens on `size` devices.
 
@@ -188,6 +202,7 @@ def choose(
     gather_bytes: the most that gathered keys and values may take.
     refused: modes that a mixer of the model cannot run under, with the reason.
     ordered: a mixer needs the tokens in the order of the row.
+    branches: rows hold answers that share a prompt.
 
     Raises:
       ConfigError: the requested mode, or no mode, can serve this model, or T cannot be cut.
@@ -212,6 +227,8 @@ def choose(
     )
     refusals = dict(refused or {})
     refusals |= {mode: reason for mode, row in MODES.items() if (reason := row.refuses(shape))}
+    if branches:
+        refusals |= {mode: NO_BRANCHES for mode, row in MODES.items() if not row.branches}
     if requested in refusals:
         raise ConfigError(
             f"mesh.context_parallel={requested!r} with rows of {T} tokens on mesh.sequence={size}: "

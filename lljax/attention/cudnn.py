@@ -36,6 +36,7 @@ def refuses(q: jax.Array, k: jax.Array, mask: Mask, options: AttentionOptions) -
         f"{q.dtype}, only bfloat16 and float16": q.dtype not in (jnp.bfloat16, jnp.float16),
         # 256 on some devices
         f"heads of {H}, only multiples of 8 up to 128": H % 8 or H > 128,
+        "answers that share a prompt": mask.q_trunks is not None,
         "tokens that may be out of order": not mask.ordered,
         "several documents in a row": mask.q_segments is not None,
         "anchors": mask.anchors is not None,

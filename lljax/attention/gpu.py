@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from lljax.attention.blocks import (
     Extremes,
     Rows,
+    after_trunk,
     all_visible,
     anchors_first,
     any_visible,
@@ -199,14 +200,21 @@ class Call:
         return self._launch(kernel, (self.K, blocks, self.B), cut, inputs, results)
 
     def spans_of_queries(self) -> Int[Array, "B 6 I"]:
-        def kinds(q):
-            return any_visible(q, self.k_extremes), all_visible(q, self.k_extremes)
+        blocks = self.S_pad // self.bk
+        first = None if self.front is None else jnp.arange(blocks) < self.front[:, None]
 
-        return _spans(kinds, self.q_extremes, self.S_pad // self.bk, self.front)
+        def kinds(q):
+            visited, aside = any_visible(q, self.k_extremes), first
+            if "trunk_low" in q:
+                others = visited if first is None else visited & ~first
+                aside = after_trunk(q, self.k_extremes, others)
+            return visited, all_visible(q, self.k_extremes), aside
+
+        return _spans(kinds, self.q_extremes, blocks)
 
     def spans_of_keys(self) -> Int[Array, "B 6 J"]:
         def kinds(k):
-            return any_visible(self.q_extremes, k), all_visible(self.q_extremes, k)
+            return any_visible(self.q_extremes, k), all_visible(self.q_extremes, k), None
 
         return _spans(kinds, self.k_extremes, self.T_pad // self.bq)
 
@@ -274,30 +282,28 @@ def _stacked(blocks: Extremes, rows: Rows) -> Int[Array, "B 2 C blocks"]:
 
 
 def _spans(
-    kinds: Callable[[Extremes], tuple[jax.Array, jax.Array]],
+    kinds: Callable[[Extremes], tuple[jax.Array, jax.Array, jax.Array | None]],
     here: Extremes,
     others: int,
-    front: Int[Array, " B"] | None = None,
 ) -> Int[Array, "B 6 blocks"]:
     """Bounds of the loop of each block `here` over the `others` blocks of the other kind.
 
-    kinds(extremes [B, 1] of a block) -> (`any_visible`, `all_visible`) against the others, bool [B,
-      others]. Called for few blocks at a time: no table of all pairs is kept.
-    front: the number of first blocks that hold anchors.
+    kinds(extremes [B, 1] of a block) -> (`any_visible`, `all_visible`, aside) against the others,
+      bool [B, others]. Called for few blocks at a time: no table of all pairs is kept. aside: the
+      first blocks, which hold anchors; or with branches the last ones, see `after_trunk`; or None.
 
-    Returns: a0, a1, start, f0, f1, stop. The visited blocks lie in [a0, a1), before `front`, and in
-      [start, stop). The unmasked blocks of the latter lie in [f0, f1), which is empty unless they
-      lie side by side.
+    Returns: a0, a1, start, f0, f1, stop. The visited blocks lie in [a0, a1), which are aside, and
+      in [start, stop), which are not. The unmasked blocks of the latter lie in [f0, f1), which is
+      empty unless they lie side by side.
     """
-    B, number = here["last"].shape[0], jnp.arange(others, dtype=jnp.int32)
+    B = here["last"].shape[0]
 
     def bounds(block):
-        visited, unmasked = kinds(block)
+        visited, unmasked, aside = kinds(block)
         a0 = a1 = jnp.zeros(B, jnp.int32)
-        if front is not None:
-            rest = number >= front[:, None]
-            a0, a1 = span(visited & ~rest)
-            visited, unmasked = visited & rest, unmasked & rest
+        if aside is not None:
+            a0, a1 = span(visited & aside)
+            visited, unmasked = visited & ~aside, unmasked & ~aside
         (start, stop), (f0, f1) = span(visited), span(unmasked)
         side_by_side = (f0 < f1) & (unmasked.sum(-1) == f1 - f0)
         f0, f1 = (jnp.where(side_by_side, f, start) for f in (f0, f1))

@@ -4,6 +4,9 @@ A key is visible to a query when it is not later, belongs to the same segment an
 and lies within the window or is an anchor. All of it is decided from integers that travel with the
 tokens, so tokens may be reordered. `lljax.attention.blocks` derives from it which blocks a kernel
 visits.
+
+A segment may be a prompt with several answers: a trunk (branch 0) and branches 1, 2, ... A token
+sees the trunk and its own branch only (`branched`).
 """
 
 import dataclasses
@@ -25,8 +28,11 @@ class Mask:
     """Letters: B batch, T queries, S keys.
 
     q_index, k_index: place of the token in its row. Causality, window and groups compare these.
-    q_segments, k_segments: document of the token in its row; None for one document.
+    q_segments, k_segments: document of the token in its row; None for one document. With branches,
+      one number for segment and branch (`branched`).
     anchors: keys that are visible from beyond the window; None for none.
+    q_trunks: the number of the query's trunk, whose keys it sees beside those of its own number;
+      None without branches.
     window: number of tokens a query sees, itself included; None for no limit.
     group, shift: tokens see only their own group of `group` tokens; the first group has `shift`
       tokens (0: `group`). None for one group.
@@ -39,6 +45,7 @@ class Mask:
     q_segments: Int[Array, "B T"] | None = None
     k_segments: Int[Array, "B S"] | None = None
     anchors: Bool[Array, "B S"] | None = None
+    q_trunks: Int[Array, "B T"] | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     group: int | None = dataclasses.field(default=None, metadata={"static": True})
     shift: int = dataclasses.field(default=0, metadata={"static": True})
@@ -57,6 +64,30 @@ def causal(B: int, T: int, segments: Int[Array, "B T"] | None = None) -> Mask:
     """
     index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     return Mask(index, index, segments, segments, ordered=True)
+
+
+def branched(mask: Mask, positions: Int[Array, "B T"], branches: Int[Array, "B T"]) -> Mask:
+    """The mask of rows of prompts with several answers each: the answers of a segment see its trunk
+    and not each other.
+
+    positions: place of each token in its own sequence, trunk and branch, from 0. It becomes the
+      index, so that causality, windows and groups are the same as in a row of that sequence alone.
+    branches: 0 for the trunk of a segment (and for a segment without branches), 1, 2, ... for its
+      answers.
+
+    Segment and branch make one number that grows along the row: the ranges of blocks stay narrow.
+    Segments times branches, times chunks, must be below 2^31. Segment 0 is padding, which no token
+    sees.
+    """
+    assert mask.q_segments is not None, "branches need segments, which tell padding from a trunk"
+    trunks = mask.q_segments * (jnp.max(branches, axis=1, keepdims=True) + 1)
+    return mask.replace(
+        q_index=positions,
+        k_index=jnp.where(mask.q_segments == 0, NEVER, positions),
+        q_segments=trunks + branches,
+        k_segments=trunks + branches,
+        q_trunks=trunks,
+    )
 
 
 def chunked(
@@ -82,6 +113,7 @@ def chunked(
     return mask.replace(
         q_segments=cut(mask.q_segments, q_positions),
         k_segments=cut(mask.k_segments, k_positions),
+        q_trunks=None if mask.q_trunks is None else cut(mask.q_trunks, q_positions),
         window=window,
     )
 
@@ -108,7 +140,9 @@ def visible(mask: Mask) -> Bool[Array, "B T S"]:
     if mask.group is not None:
         see &= group_of(mask, q) == group_of(mask, k)
     if mask.q_segments is not None and mask.k_segments is not None:
-        see &= mask.q_segments[:, :, None] == mask.k_segments[:, None, :]
+        k_segments = mask.k_segments[:, None, :]
+        same = mask.q_segments[:, :, None] == k_segments
+        see &= same if mask.q_trunks is None else same | (mask.q_trunks[:, :, None] == k_segments)
     return see
 
 
@@ -123,6 +157,7 @@ def block(mask: Mask, q_start: Index, bq: int, k_start: Index, bk: int) -> Mask:
     return mask.replace(
         q_index=cut(mask.q_index, q_start, bq),
         q_segments=cut(mask.q_segments, q_start, bq),
+        q_trunks=cut(mask.q_trunks, q_start, bq),
         k_index=cut(mask.k_index, k_start, bk),
         k_segments=cut(mask.k_segments, k_start, bk),
         anchors=cut(mask.anchors, k_start, bk),
@@ -140,6 +175,7 @@ def pad(mask: Mask, T: int, S: int) -> Mask:
     return mask.replace(
         q_index=extend(mask.q_index, T, -1),
         q_segments=extend(mask.q_segments, T, -1),
+        q_trunks=extend(mask.q_trunks, T, -1),
         k_index=extend(mask.k_index, S, NEVER),
         k_segments=extend(mask.k_segments, S, -1),
         anchors=extend(mask.anchors, S, False),

@@ -35,8 +35,10 @@ def attend_ring(
 
 def _hops(mask: Mask, T: int, size: int) -> int:
     """How many neighbors back a query of a device of T tokens may look; the steps of the others
-    would be empty.
+    would be empty. A branch looks back to the end of its trunk, which may be on any device.
     """
+    if mask.q_trunks is not None:
+        return size - 1
     limits = (size * T, mask.group, mask.window if mask.anchors is None else None)
     reach = min(limit for limit in limits if limit is not None)
     return min(size - 1, cdiv(reach - 1, T))

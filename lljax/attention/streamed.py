@@ -36,10 +36,11 @@ def tile_reach(
 ) -> int | None:
     """How many tokens before a tile its first query may see, if rows of T tokens can go `tile`
     tokens of a device at a time. None if they cannot: full attention and anchors look back too far,
-    and so do groups and windows much longer than a tile.
+    and so do groups and windows much longer than a tile, and branches, to the end of their trunk.
     """
     if (
         mask.anchors is not None
+        or mask.q_trunks is not None
         or layout is not None
         and (layout.zigzag or layout.context_parallel not in ("none", "halo"))
     ):

@@ -5,7 +5,8 @@ blocks each query block visits, and which span of query blocks each key block. T
 are all that scalar memory holds, O(T / bq + S / bk). The grid is as long as the longest of those
 visits, which is known when the program runs: windows, groups and packed documents cost their own
 size. Blocks are visited in the order of their indices, so that the visited ones stand together in
-whatever order the tokens came (zigzag).
+whatever order the tokens came (zigzag). Indices repeat among branches: with them the order is that
+of segments first.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lljax.attention.blocks import Extremes, all_visible, any_visible, span
+from lljax.attention.blocks import Extremes, after_trunk, all_visible, any_visible, span
 from lljax.attention.mask import NEVER, Index
 
 
@@ -32,8 +33,9 @@ class Visits:
     """Which blocks `there` each block `here` visits.
 
     The blocks there are ranked by index, anchors before all others. A visit is a span of ranks
-    among the anchors, then one among the others; `table` holds it for every block here, with the
-    order and all extremes, as flat int32.
+    among the anchors, then one among the others; with branches, a span of the anchors and the
+    trunk, then one of the branch. `table` holds it for every block here, with the order and all
+    extremes, as flat int32.
 
     kinds(extremes here, extremes there) -> (`any_visible`, `all_visible`) of pairs of blocks.
     """
@@ -49,15 +51,19 @@ class Visits:
             if "near_high" in there
             else jnp.zeros_like(there["last"], bool)
         )
-        order = jnp.argsort(there["index_low"] - jnp.where(anchors, NEVER, 0), axis=1)
+        if "trunk_low" in here or "trunk_low" in there:
+            order = jnp.lexsort((there["index_low"], there["segment_low"], ~anchors), axis=1)
+        else:
+            order = jnp.argsort(there["index_low"] - jnp.where(anchors, NEVER, 0), axis=1)
         there = {name: jnp.take_along_axis(x, order, axis=1) for name, x in there.items()}
-        visited, _ = kinds(
-            {name: x[:, :, None] for name, x in here.items()},
-            {name: x[:, None, :] for name, x in there.items()},
-        )
-        anchored = jnp.arange(visited.shape[2]) < anchors.sum(1)[:, None, None]
-        far_start, far_stop = span(visited & anchored)
-        near_start, near_stop = span(visited & ~anchored)
+        every_here = {name: x[:, :, None] for name, x in here.items()}
+        every_there = {name: x[:, None, :] for name, x in there.items()}
+        visited, _ = kinds(every_here, every_there)
+        first = jnp.arange(visited.shape[2]) < anchors.sum(1)[:, None, None]
+        if "trunk_low" in here:
+            first = ~after_trunk(every_here, every_there, visited & ~first)
+        far_start, far_stop = span(visited & first)
+        near_start, near_stop = span(visited & ~first)
         far, count = far_stop - far_start, far_stop - far_start + near_stop - near_start
         columns = {
             "order": order,

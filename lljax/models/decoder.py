@@ -14,9 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lljax.attention import Mask
-from lljax.attention.mask import chunked
+from lljax.attention.mask import branched, chunked
 from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.attention.softcap import apply_softcap
+from lljax.errors import ConfigError
 from lljax.models import rope
 from lljax.models.cache import Cache
 from lljax.models.context import LayerContext
@@ -25,6 +26,7 @@ from lljax.models.decoder_layer import DecoderLayer
 from lljax.models.flops import RowFlops, TokenFlops, weight_flops
 from lljax.models.linear import RMSNorm
 from lljax.models.memory import EVERYTHING, Memory, groups_layers, scan_layers
+from lljax.models.mixers import refuses_branches
 from lljax.models.mixers.mixer import State
 from lljax.models.probe import lookup_rows
 from lljax.models.quantize import dense, dequantized
@@ -83,6 +85,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
         index: Int[Array, "B T"] | None = None,
+        branches: Int[Array, "B T"] | None = None,
         pattern: AttentionPattern = FULL,
         layout: Layout | None = None,
         memory: Memory = EVERYTHING,
@@ -94,9 +97,15 @@ class Decoder(nnx.Module):
     ):
         """The hidden states [B, T, D] that `head` turns into logits.
 
-        positions: position of each token in its document: 0, 1, 2 ... in each document of a row.
+        positions: position of each token in its document: 0, 1, 2 ... in each document of a row. In
+          every branch they continue from the end of the trunk.
         segments: document of each token, 0 for padding; None for one document per row.
         index: index of each token in its row, which may come in any order; None for 0, 1, 2 ...
+          With branches the positions take its place.
+        branches: branch of each token, for prompts with several answers: 0 for the prompt (the
+          trunk of its segment), 1, 2 ... for its answers, which see the trunk and not each other.
+          Needs segments. None for no branches. An answer gets the hidden states that it has in a
+          row of its own, after its prompt.
         layout: how all arrays lie on a mesh; None for one device. memory: see Memory.
         dtype: the dtype of the residual and the compute; None for the dtype of the weights.
         rope_length: positions in use, for a RoPE kind that depends on it; None for the largest
@@ -105,7 +114,12 @@ class Decoder(nnx.Module):
         counted: the tokens whose routing is counted, if the model has experts. (hidden, load) is
           returned, load float32 [layers with experts, 2, E]: how many tokens chose each expert, and
           the sum of its probabilities (lljax.models.router).
+
+        Raises:
+          ConfigError: a mixer of the model cannot serve branches.
         """
+        if branches is not None and (reason := refuses_branches(self.spec.layers)):
+            raise ConfigError(reason)
         dtype = dtype or self._dtype()
         x = self._embedded(tokens, dtype, layout)
         if neftune_alpha and dropout_key is not None:
@@ -113,6 +127,8 @@ class Decoder(nnx.Module):
         assert not self.by_layer, "a model by layer is continued, not called"
         by_rope = self._positions_by_rope(positions, rope_length)
         mask = self._mask(tokens, positions, segments, index, pattern)
+        if branches is not None:
+            mask = branched(mask, positions, branches)
 
         def context_of(layer: LayerSpec) -> LayerContext:
             return LayerContext(

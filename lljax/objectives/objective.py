@@ -98,13 +98,16 @@ class Pass:
 
     def _run(self, batch: Batch, **options: Any) -> Any:
         reordered = self.layout is not None and self.layout.zigzag
+        branches = batch.get("branches")
+        packed = self.trains and self.settings.packed or branches is not None
         return self.model(
             batch["tokens"],
             positions=batch["positions"],
             # A row of one document is padded at its end: the causal mask hides the padding.
-            segments=batch["segments"] if self.trains and self.settings.packed else None,
+            segments=batch["segments"] if packed else None,
             # Kernels are faster without an index if tokens lie in order.
             index=batch["index"] if reordered else None,
+            branches=branches,
             pattern=self.pattern,
             layout=self.layout,
             memory=self.settings.memory,

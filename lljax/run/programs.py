@@ -10,15 +10,18 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from lljax.attention.context_parallel import NO_BRANCHES
 from lljax.config import Config
 from lljax.errors import ConfigError, ModelError
 from lljax.models import lora
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
+from lljax.parallel.sharding import token_parts
 from lljax.planning import fit
 from lljax.run.checkpoint import abstract
 from lljax.training.curriculum import Stage
-from lljax.training.prepare import Prepared, prepare_step
+from lljax.training.placement import has_branches
+from lljax.training.prepare import Prepared, Program, prepare_step
 from lljax.training.rule import finite
 
 
@@ -45,7 +48,20 @@ def prepare_programs(
             logging.info(
                 "stage %s: context parallelism %s, %s", program.label, mode, program.reason
             )
+        if has_branches(prepared.objective.fields) and _could_stream(program, prepared, config):
+            logging.info(
+                "stage %s: projections and MLP go by memory.tile=%d, attention by whole rows: %s",
+                *(program.label, config.memory.tile, NO_BRANCHES),
+            )
     return prepared
+
+
+def _could_stream(program: Program, prepared: Prepared, config: Config) -> bool:
+    """Whether layers go tile by tile in rows without branches."""
+    held = program.length // token_parts(program.layout)
+    limited = program.pattern.group or program.pattern.window
+    windows = any(layer.window for layer in prepared.spec.layers)
+    return 0 < config.memory.tile < held and bool(limited or windows)
 
 
 def compile_programs(

@@ -15,7 +15,7 @@ from lljax.attention.context_parallel import choose
 from lljax.attention.pattern import AttentionPattern
 from lljax.data.batch import NEXT_TOKEN, Batch, Field, dtypes
 from lljax.errors import ConfigError
-from lljax.models.mixers import needs_order, refused_modes
+from lljax.models.mixers import needs_order, refused_modes, refuses_branches
 from lljax.models.spec import DecoderSpec
 from lljax.parallel.rounding import round_up
 from lljax.parallel.sharding import Layout, batch_sharding, row_parts, zigzag
@@ -30,6 +30,7 @@ def layout_of(
     *,
     bytes_per: int = 4,
     memory: float = math.inf,
+    branches: bool = False,
 ) -> tuple[Layout | None, str]:
     """The layout of rows of `length` tokens under `pattern`, None on the one device of this
     process; and the reason for its mode.
@@ -38,11 +39,15 @@ def layout_of(
     bytes_per: bytes per value of the keys.
     memory: bytes per device. Gathered keys and values may take a sixteenth of it: with their
       gradients and copies in the order of a kernel they exist about five times.
+    branches: rows hold answers that share a prompt.
 
     Raises:
       ConfigError: the rows, heads or experts do not spread over the mesh, the mode cannot
-        serve the pattern, or the implementation of its attention does not run on these devices.
+        serve the pattern, the implementation of its attention does not run on these devices, or a
+        mixer of the model cannot serve branches.
     """
+    if branches and (refusal := refuses_branches(spec.layers)):
+        raise ConfigError(refusal)
     check_platform(pattern.implementation, mesh.devices.flat[0].platform)
     if mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend():
         return None, "one device"
@@ -65,8 +70,14 @@ def layout_of(
         gather_bytes=memory / 16,
         refused=refused_modes(spec.layers),
         ordered=needs_order(spec.layers),
+        branches=branches,
     )
     return Layout(mesh, mode, balanced), reason
+
+
+def has_branches(fields: tuple[Field, ...]) -> bool:
+    """Whether rows of these fields hold answers that share a prompt."""
+    return any(field.name == "branches" for field in fields)
 
 
 def _check_spread(mesh: Mesh, pattern: AttentionPattern, length: int, spec: DecoderSpec) -> None:

@@ -23,7 +23,7 @@ from lljax.models.spec import DecoderSpec
 from lljax.objectives.objective import Objective
 from lljax.parallel.sharding import Layout
 from lljax.training import curriculum
-from lljax.training.placement import abstract_batch, layout_of
+from lljax.training.placement import abstract_batch, has_branches, layout_of
 from lljax.training.state import Split, TrainState, split
 from lljax.training.step import StepSettings, make_evaluate, make_step, step_settings
 
@@ -159,6 +159,7 @@ class _Programs:
         self, label: str, pattern: AttentionPattern, length: int, lower: Callable, *, trains: bool
     ) -> Program:
         """lower: (frozen, batch, pattern, layout) -> the traced program. trains: see `Program`."""
+        fields = self.settings.objective.fields
         layout, reason = layout_of(
             self.mesh,
             self.config.mesh.context_parallel,
@@ -167,12 +168,11 @@ class _Programs:
             self.spec,
             bytes_per=jnp.dtype(self.config.model.dtype).itemsize,
             memory=self.memory,
+            branches=has_branches(fields),
         )
         training, frozen = self.config.training, self.parts.frozen
         passes = training.accumulate if trains else 1
-        batch = abstract_batch(
-            passes, training.rows, length, self.mesh, self.settings.objective.fields
-        )
+        batch = abstract_batch(passes, training.rows, length, self.mesh, fields)
         return Program(
             label=label,
             pattern=pattern,

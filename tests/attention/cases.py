@@ -10,7 +10,7 @@ import numpy as np
 
 from lljax.attention import IMPLEMENTATIONS, AttentionOptions, Mask, causal, cudnn, direct, gpu, tpu
 from lljax.attention.attend import Implementation
-from lljax.attention.mask import NEVER, chunked
+from lljax.attention.mask import NEVER, branched, chunked
 
 B, H = 3, 16
 OPTIONS = AttentionOptions(scale=0.25)
@@ -66,10 +66,30 @@ def positions(segments):
     return jnp.asarray(index - np.maximum.accumulate(np.where(starts, index, 0), axis=1), jnp.int32)
 
 
+def branches_of(segments, seed=0):
+    """A trunk and up to five branches, of uneven lengths, in each document but the padding; and the
+    place of each token in its own sequence.
+    """
+    rng, segments = np.random.default_rng(seed), np.asarray(segments)
+    branches, places = np.zeros_like(segments), np.zeros_like(segments)
+    for row, segment in np.ndindex(len(segments), segments.max()):
+        here = np.flatnonzero(segments[row] == segment + 1)
+        if len(here):
+            trunk = int(rng.integers(1, len(here) + 1))
+            branch = np.sort(rng.integers(1, 6, size=len(here) - trunk))
+            starts = np.searchsorted(branch, branch)
+            branches[row, here[trunk:]] = branch
+            places[row, here[:trunk]] = np.arange(trunk)
+            places[row, here[trunk:]] = trunk + np.arange(len(branch)) - starts
+    return jnp.asarray(branches, jnp.int32), jnp.asarray(places, jnp.int32)
+
+
 def masks(T):
     segments = packed_segments(T)
     places = positions(segments)
     anchors = jnp.asarray(np.random.default_rng(1).random((B, T)) < 0.05)
+    branches, shared = branches_of(segments)
+    branching = branched(causal(B, T, segments), shared, branches)
     return {
         "causal": causal(B, T),
         "packed": causal(B, T, segments),
@@ -82,25 +102,37 @@ def masks(T):
         "shifted groups of one document": causal(B, T).replace(group=70, shift=35),
         "groups and window": causal(B, T).replace(group=128, shift=64, window=30),
         "chunks": chunked(causal(B, T, segments), places, places, 40),
+        "branches": branching,
+        "branches and window": branching.replace(window=20),
+        "branches and anchors": branching.replace(window=20, anchors=anchors),
+        "branches and shifted groups": branching.replace(group=30, shift=15),
+        "branches and chunks": chunked(branching, shared, shared, 20),
     }
 
 
 def random_mask(seed: int, T: int) -> Mask:
-    """Any combination of documents, padding, window, anchors, groups and chunks, in any order."""
+    """Any combination of documents, padding, branches, window, anchors, groups and chunks, in any
+    order.
+    """
     rng = np.random.default_rng(seed)
 
     def maybe(value, share=0.5):
         return value if rng.random() < share else None
 
-    segments = maybe(packed_segments(T, seed))
-    mask = causal(B, T, segments).replace(window=maybe(int(rng.integers(1, T))))
+    segments, places = maybe(packed_segments(T, seed)), None
+    mask = causal(B, T, segments)
+    if segments is not None and rng.random() < 0.5:
+        branches, places = branches_of(segments, seed)
+        mask = branched(mask, places, branches)
+    mask = mask.replace(window=maybe(int(rng.integers(1, T))))
     if mask.window is not None:
         mask = mask.replace(anchors=maybe(jnp.asarray(rng.random((B, T)) < rng.random() / 4)))
     if rng.random() < 0.5:
         group = int(rng.integers(1, T))
         mask = mask.replace(group=group, shift=int(rng.integers(0, group)))
     if rng.random() < 0.3:
-        places = positions(jnp.zeros((B, T), jnp.int32) if segments is None else segments)
+        if mask.q_trunks is None:
+            places = positions(jnp.zeros((B, T), jnp.int32) if segments is None else segments)
         mask = chunked(mask, places, places, int(rng.integers(1, T)))
     if rng.random() < 0.3:  # keys that are padding
         mask = mask.replace(k_index=jnp.where(rng.random((B, T)) < 0.2, NEVER, mask.k_index))
@@ -118,6 +150,7 @@ def take(mask: Mask, q_order, k_order) -> Mask:
     return mask.replace(
         q_index=of(mask.q_index, q_order),
         q_segments=of(mask.q_segments, q_order),
+        q_trunks=of(mask.q_trunks, q_order),
         k_index=of(mask.k_index, k_order),
         k_segments=of(mask.k_segments, k_order),
         anchors=of(mask.anchors, k_order),

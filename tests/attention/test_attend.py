@@ -39,6 +39,11 @@ HEADS = {  # of each kind of mask, in the default run; all four pairs of head co
     "shifted groups of one document": (9, 3),
     "groups and window": (9, 3),
     "chunks": (8, 2),
+    "branches": (8, 2),
+    "branches and window": (9, 3),
+    "branches and anchors": (6, 1),
+    "branches and shifted groups": (9, 3),
+    "branches and chunks": (8, 2),
 }
 
 
@@ -206,7 +211,7 @@ def test_kernels_lower_for_a_platform_that_is_not_here(name, platform):
         implementation=name, platform={"cuda": "gpu"}.get(platform, platform), softcap=30.0
     )
     index, anchors = array(1, 4096, dtype=jnp.int32), array(1, 4096, dtype=jnp.bool_)
-    mask = Mask(index, index, index, index, anchors, window=512, group=2048)
+    mask = Mask(index, index, index, index, anchors, index, window=512, group=2048)
     operands = array(1, 4096, 8, 128), array(1, 4096, 2, 128), array(1, 4096, 2, 128)
 
     def loss(q, k, v, mask):

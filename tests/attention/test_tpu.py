@@ -45,11 +45,11 @@ def test_the_cost_counts_the_pairs_of_blocks_that_are_computed(changes):
 
 
 def test_a_million_tokens_take_little_scalar_memory():
-    """The kernels' tables for window, groups and segments at once, at 1M tokens; 1 MB is all there
-    is.
+    """The kernels' tables for window, groups, segments and branches at once, at 1M tokens; 1 MB is
+    all there is.
     """
     x = jax.ShapeDtypeStruct((1, 2**20), jnp.int32)
-    mask = Mask(x, x, x, x, window=512, group=8192)
+    mask = Mask(x, x, x, x, q_trunks=x, window=512, group=8192)
     q = jax.ShapeDtypeStruct((1, 2**20, 4, 128), jnp.bfloat16)
 
     def table(q, mask):
@@ -61,7 +61,7 @@ def test_a_million_tokens_take_little_scalar_memory():
 
 # ---------------------------------------------------------------- compiled
 def compile_for(target: str) -> dict:
-    """Temporary bytes of the gradient of attention under three masks, compiled for one chip of a
+    """Temporary bytes of the gradient of attention under four masks, compiled for one chip of a
     TPU target.
     """
     from jax.experimental import topologies
@@ -85,6 +85,7 @@ def compile_for(target: str) -> dict:
     cases = {
         "packed": Mask(tokens, tokens, tokens, tokens),
         "anchors": Mask(tokens, tokens, tokens, tokens, shape((1, T), jnp.bool_), window=4096),
+        "branches": Mask(tokens, tokens, tokens, tokens, q_trunks=tokens),
         "shifted": Mask(tokens, tokens, group=8192, shift=4096),
     }
     gradient = jax.jit(jax.grad(total, (0, 1, 2)))

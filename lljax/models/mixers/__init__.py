@@ -22,5 +22,21 @@ def needs_order(layers: Iterable[LayerSpec]) -> bool:
     return any(mixer.ordered for mixer in _mixers(layers))
 
 
+def refuses_branches(layers: Iterable[LayerSpec]) -> str:
+    """Why a model of these layers cannot read rows with answers that share a prompt; "" if it can:
+    a mixer that reads tokens in order would read each answer after the one before it.
+    """
+    named = dict.fromkeys(layer.mixer for layer in layers)
+    return next(
+        (
+            f"layers with the mixer {name!r} cannot read several answers after one prompt: their "
+            "state follows the row from one answer to the next; use a row for each answer"
+            for name in named
+            if MIXERS[name].ordered
+        ),
+        "",
+    )
+
+
 def _mixers(layers: Iterable[LayerSpec]) -> list[type[Mixer]]:
     return [MIXERS[name] for name in dict.fromkeys(layer.mixer for layer in layers)]

@@ -59,7 +59,8 @@ class Mixer(Protocol):
     the reason."""
 
     ordered: ClassVar[bool]
-    """Whether a device must hold consecutive tokens, in the order of the row: no zigzag order."""
+    """Whether a device must hold consecutive tokens, in the order of the row: no zigzag order, and
+    no answers that share a prompt."""
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str) -> None: ...
 
