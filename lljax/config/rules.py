@@ -5,7 +5,7 @@ import dataclasses
 from lljax.config.access import Config, flat, get, total_steps
 from lljax.config.checks import INT32
 from lljax.config.field import EMPTY, GIVEN, Conditions, differs, equals, hold
-from lljax.config.tree import ADAPTER_ROLES, FIELDS, OPTIMIZERS, ROLES
+from lljax.config.tree import ADAPTER_ROLES, FIELDS, OBJECTIVES, OPTIMIZERS, ROLES
 from lljax.errors import ConfigError, short
 
 
@@ -226,6 +226,26 @@ def _the_optimizer_serves(config: Config) -> None:
             )
 
 
+def _the_objective_reads_what_is_set(config: Config) -> None:
+    name, table = config.objective.name, OBJECTIVES.table()
+    for field in FIELDS.values():
+        group = field.name.partition(".")[0]
+        value = get(config, field.name)
+        if group not in ("objective", "rollout", "reward") or value == field.default:
+            continue
+        readers = [
+            row.name
+            for row in table.values()
+            if field.name in row.reads or f"{group}.*" in row.reads
+        ]
+        if field.name != "objective.name" and name not in readers:
+            others = f"{', '.join(readers[:4])}{' and others' if len(readers) > 4 else ''}"
+            raise ConfigError(
+                f"{field.name}={short(value)} and objective.name={name!r}, which does not read it: "
+                f"leave it at {short(field.default)}, or use {others}"
+            )
+
+
 def _tokens_are_counted_in_int32(config: Config) -> None:
     rows, accumulate = config.training.rows, config.training.accumulate
     length = config.context.schedule[-1][1]
@@ -243,5 +263,6 @@ RULES = (
     _warmup_ends,
     _something_trains,
     _the_optimizer_serves,
+    _the_objective_reads_what_is_set,
     _tokens_are_counted_in_int32,
 )

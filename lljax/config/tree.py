@@ -40,6 +40,7 @@ EVAL_FILES = {  # the files that tasks of training.eval_tasks read
     "zeroscrolls": "folder of ZeroSCROLLS",
 }
 
+OBJECTIVES = one_of(owner="lljax.objectives.table:OBJECTIVES")
 OPTIMIZERS = one_of(owner="lljax.training.optimizer:OPTIMIZERS")
 _RANK, _ALPHA = whole(1, 65_536), above_zero(1e6)
 _FILES = Several(required(path(), "name a file or a folder"))
@@ -183,8 +184,70 @@ _ROWS = (
             check=number(0, 1e4), identity=True) for role in ROLES),
 
     Field("objective.name", "sft", "the loss that is minimized",
-          check=one_of(owner="lljax.objectives.table:OBJECTIVES"),
-          identity={"objective.name": differs("sft")}),
+          check=OBJECTIVES,
+          identity={"objective.name": differs("sft")}, other_names="rlhf_type loss_type"),
+    *(Field(f"objective.{name}", default, comment, check=check,
+            identity={f"objective.{name}": differs(default)}, other_names=others)
+      for name, default, comment, check, others in (
+        ("reference", "adapter_off",
+         "log-probabilities of the reference: a forward pass a step, or kept with the tokens",
+         one_of("adapter_off", "precomputed"), "precompute_ref_log_probs"),
+        ("beta", 0.1, "preferences: strength of the tie to the reference, or inverse temperature",
+         above_zero(1e6), "beta"),
+        ("label_smoothing", 0.0, "dpo, dpo_norm, robust, simpo, cpo: share of pairs labeled wrong",
+         number(0, 0.499), "label_smoothing"),
+        ("simpo_gamma", 0.5, "simpo: reward margin", number(0, 1e6), "simpo_gamma"),
+        ("sft_weight", 0.0, "weight of the chosen answers' cross-entropy beside the pair loss",
+         number(0, 1e6), "rpo_alpha cpo_alpha"),
+        ("desirable_weight", 1.0, "kto: weight of desirable answers", number(0, 1e6),
+         "desirable_weight"),
+        ("undesirable_weight", 1.0, "kto: weight of undesirable answers", number(0, 1e6),
+         "undesirable_weight"),
+        ("clip_low", 0.2, "policies: a probability ratio counts from 1 - clip_low",
+         number(0, 1), "epsilon"),
+        ("clip_high", 0.2, "policies: ... to 1 + clip_high; cispo: to clip_high",
+         above_zero(1e6), "epsilon_high"),
+        ("delta", 0.0, "policies: largest ratio of a negative advantage; 0: no limit",
+         number(0, 1e6), "delta"),
+        ("kl_beta", 0.0, "policies: weight of the KL divergence from the reference",
+         number(0, 1e6), "kl_coef"),
+        ("top_entropy", 1.0, "policies: share of tokens that train, by entropy",
+         number(1e-6, 1), "top_entropy_quantile"),
+        ("scale_rewards", "group", "policies: advantages are divided by a standard deviation of "
+         "the prompt's answers, of the batch, or not",
+         one_of("group", "batch", "none"), "scale_rewards"),
+        ("mask_truncated", False, "policies: answers that reach rollout.tokens do not train",
+         flag(), "overlong_filter mask_truncated_completions"),
+      )),
+
+    *(Field(f"rollout.{name}", default, comment, check=check,
+            identity=identity and {f"rollout.{name}": differs(default)}, other_names=others)
+      for name, default, comment, check, identity, others in (
+        ("answers", 8, "answers to a prompt", whole(2, 1024), True, "num_generations"),
+        ("tokens", 256, "tokens of an answer at most", whole(1, TOKENS), True,
+         "max_completion_length"),
+        ("temperature", 1.0, "of sampling, and of the trained log-probabilities", above_zero(100),
+         True, "temperature"),
+        ("top_p", 1.0, "sampling: share of the probability that may be drawn",
+         number(1e-6, 1), True, "top_p"),
+        ("top_k", 0, "sampling: number of tokens that may be drawn; 0: all", whole(0), True,
+         "top_k"),
+        ("updates", 1, "optimizer steps on the answers of a rollout", whole(1, 1024), True,
+         "num_iterations"),
+        ("slots", 8, "answers that are written at the same time", whole(1, 65_536), True, ""),
+        ("log", "none", "rollouts.jsonl: nothing, the rewards of every answer, its text too",
+         one_of("none", "rewards", "texts"), False, "log_completions"),
+      )),
+
+    Field("reward.functions", (("contains", 1.0),),
+          "((name, weight), ...): of lljax.evaluation.rewards:REWARDS, package.module:function or "
+          "file.py:function", check=Several(pair(text(), number(-1e6, 1e6), ("contains", 1.0))),
+          identity={"reward.functions": differs((("contains", 1.0),))},
+          other_names="reward_funcs reward_weights"),
+    Field("reward.timeout", 60.0, "seconds for a reward function to judge the answers of a rollout",
+          check=above_zero(1e6), identity=False),
+    Field("reward.processes", 1, "processes that judge answers", check=whole(1, 256),
+          identity=False),
 
     Field("training.rows", 1, "rows of a forward pass, over all devices",
           check=whole(1), identity=True, yaml="batch_size",

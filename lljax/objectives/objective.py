@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lljax.attention.pattern import AttentionPattern
@@ -14,6 +15,7 @@ from lljax.data.batch import Batch, Field
 from lljax.models.decoder import Decoder
 from lljax.models.memory import Memory
 from lljax.models.spec import DecoderSpec
+from lljax.objectives.token_loss import entropies_of, log_probs_of
 from lljax.parallel.sharding import Layout
 
 
@@ -38,6 +40,16 @@ SUM = Reduction(_sum, lambda total, _: total)
 MAX = Reduction(lambda values: values.max(0), lambda largest, _: largest)
 
 
+def ratio(values: Array) -> Array:
+    """A sum divided by its count, [2]; of two of them, [4], the first ratio minus the second."""
+    first = values[0] / jnp.maximum(values[1], 1e-9)
+    return first if len(values) == 2 else first - ratio(values[2:])
+
+
+# Of sums that have counts of their own, in place of the weight.
+RATIO = Reduction(_sum, lambda values, _: ratio(values))
+
+
 @dataclasses.dataclass(frozen=True)
 class Metric:
     """A value that each step reports under `name`, a key of metrics.jsonl.
@@ -56,6 +68,7 @@ class PassSettings:
     """The static settings of a forward pass, with the names of their config fields.
 
     packed: rows may hold several documents.
+    temperature: divides the logits of `Pass.log_probs`.
     options: the objective's options, as `Objective.options` reads them from the configuration.
     """
 
@@ -65,6 +78,7 @@ class PassSettings:
     packed: bool
     neftune_alpha: float
     options: Any
+    temperature: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +109,29 @@ class Pass:
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L 2 E"]]:
         """The hidden states, and the load of the experts over the `counted` tokens."""
         return self._run(batch, counted=counted)
+
+    def log_probs(self, batch: Batch, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        """The log-probability of every target after hidden states of the batch; 0 for no target."""
+        return log_probs_of(
+            self.model,
+            hidden,
+            batch["targets"],
+            chunk=self.settings.loss_chunk,
+            temperature=self.settings.temperature,
+            layout=self.layout,
+            key=self.key,
+        )
+
+    def entropies(self, batch: Batch, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        """The entropy in nats of the distribution of every target; 0 for no target. No gradient."""
+        return entropies_of(
+            self.model,
+            hidden,
+            batch["targets"],
+            chunk=self.settings.loss_chunk,
+            temperature=self.settings.temperature,
+            layout=self.layout,
+        )
 
     def _run(self, batch: Batch, **options: Any) -> Any:
         reordered = self.layout is not None and self.layout.zigzag
@@ -148,8 +185,21 @@ def _nothing(config: Config) -> Any:
     return None
 
 
+def _nothing_scored(config: Config) -> tuple[str, ...]:
+    return ()
+
+
 def _never(config: Config, spec: DecoderSpec) -> str | None:
     return None
+
+
+def _one_of_each(config: Config) -> Passes:
+    return ONE_OF_EACH
+
+
+# Log-probabilities of the targets that a forward pass gives before the step, as fields of a batch.
+REFERENCE = "reference"  # under the trainable leaves as they were before the first step
+OLD = "old"  # under the leaves that made the answers of the batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,28 +207,44 @@ class Objective:
     """A row of lljax.objectives.table.OBJECTIVES.
 
     name: the value of `objective.name`.
-    fields: the fields of a batch, besides segments, positions and index.
+    fields: the fields of a batch that the pieces of documents give, besides segments, positions
+      and index.
     loss: (pass, batch [B, T]) -> Loss.
     weight: batch of any shape -> scalar that the sums of a step are divided by. Sums and weight are
       added over all passes first, so that accumulation changes nothing.
-    evaluate: (pass, batch [B, T]) -> (sums by name, weight); `scores` receives sums / weight.
+    evaluate: (pass, batch [B, T]) -> (sums by name, weight); `scores` receives sums / weight. None
+      if held-out documents are not evaluated by their tokens.
     metrics: the metrics of a step. The metric `loss` comes first.
     scores: sums / weight of an evaluation, by name -> the values to record, by name.
     options: config -> hashable settings that loss and evaluate read from `pass_.settings.options`.
     refuses: (config, spec) -> why the objective cannot train this model, or None.
-    passes: the passes of a step, for its FLOPs and memory traffic.
+    passes: config -> the passes of a step, for its FLOPs and memory traffic.
+    kind: what the rows of its files are, a key of lljax.data.kinds.KINDS.
+    scored: config -> the fields of a batch that a forward pass fills before the step: REFERENCE
+      and OLD.
+    samples: whether the model writes the answers that it is trained on; the documents are prompts.
+    reads: the config fields of `objective`, `rollout` and `reward` that it reads, besides
+      objective.name.
     """
 
     name: str
     fields: tuple[Field, ...]
     loss: Callable[[Pass, Batch], Loss]
     weight: Callable[[Batch], Array]
-    evaluate: Callable[[Pass, Batch], tuple[dict[str, Array], Array]]
+    evaluate: Callable[[Pass, Batch], tuple[dict[str, Array], Array]] | None
     metrics: tuple[Metric, ...]
     scores: Callable[[dict[str, float]], dict[str, float]] = _same
     options: Callable[[Config], Any] = _nothing
     refuses: Callable[[Config, DecoderSpec], str | None] = _never
-    passes: Passes = ONE_OF_EACH
+    passes: Callable[[Config], Passes] = _one_of_each
+    kind: str = "documents"
+    scored: Callable[[Config], tuple[str, ...]] = _nothing_scored
+    samples: bool = False
+    reads: tuple[str, ...] = ()
+
+    def batch_fields(self, config: Config) -> tuple[Field, ...]:
+        """The fields of the batch of a step: of the pieces, and scored ones."""
+        return (*self.fields, *(Field(name, np.float32) for name in self.scored(config)))
 
     def reduce_passes(self, sums: dict[str, Array]) -> dict[str, Array]:
         """`sums` [A, ...] of the accumulated passes, reduced over the passes."""

@@ -67,7 +67,7 @@ def _of_answer(sampled: Sampled) -> Float[Array, " T"]:
 
 
 def _of_whole_answer(sampled: Sampled) -> Float[Array, " T"]:
-    """The sum over the answer, which is one action (RLOO, Ahmadian et al. 2024, arXiv 2402.14740)."""
+    """The sum over the answer as one action (RLOO: Ahmadian et al. 2024, arXiv 2402.14740)."""
     return sampled.sums(_of_token(sampled))[sampled.answer]
 
 
@@ -131,14 +131,23 @@ class PolicyLoss:
     token_weight: Callable[[Sampled, PolicyOptions], Float[Array, " T"]]
     answers: bool
 
-    def total(self, sampled: Sampled, options: PolicyOptions) -> Float[Array, ""]:
-        """The summed loss; see `answers` for the weight to divide by."""
+    def total(
+        self,
+        sampled: Sampled,
+        options: PolicyOptions,
+        counted: Bool[Array, " T"] | None = None,
+    ) -> Float[Array, ""]:
+        """The summed loss; see `answers` for the weight to divide by.
+
+        counted: trained tokens that have a loss; None for all. It changes no weight and no ratio.
+        """
         ratio = jnp.exp(self.log_ratio(sampled))
         loss = self.token_loss(sampled, ratio, options)
         if options.beta:
             loss += options.beta * kl_by_token(sampled, ratio)
         weighted = loss * self.token_weight(sampled, options)
-        return jnp.sum(jnp.where(sampled.trained, weighted, 0))
+        counted = sampled.trained if counted is None else counted
+        return jnp.sum(jnp.where(counted, weighted, 0))
 
 
 # GRPO: Shao et al. 2024, arXiv 2402.03300, eq. 3. Dr. GRPO: Liu et al. 2025, arXiv 2503.20783.

@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float
 class PairOptions:
     """beta: how strongly the policy is held to the reference, or the temperature of losses without
     one. label_smoothing: the probability that a pair is labeled the wrong way round.
-    gamma: the margin of SimPO, before it is divided by beta.
+    simpo_gamma: the margin of SimPO, before it is divided by beta.
     """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
-    gamma: float = 0.5
+    simpo_gamma: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,6 @@ class Pairs:
             self.chosen / jnp.maximum(self.chosen_tokens, 1),
             self.rejected / jnp.maximum(self.rejected_tokens, 1),
         )
-
-
-PairLoss = Callable[[Pairs, PairOptions], Float[Array, " P"]]
 
 
 def _logistic(x: Float[Array, " P"], label_smoothing: float) -> Float[Array, " P"]:
@@ -149,7 +146,9 @@ def orpo(pairs: Pairs, options: PairOptions) -> Float[Array, " P"]:
 def simpo(pairs: Pairs, options: PairOptions) -> Float[Array, " P"]:
     """SimPO: Meng et al. 2024, arXiv 2405.14734, eq. 6."""
     chosen, rejected = pairs.averaged
-    return _logistic(options.beta * (chosen - rejected) - options.gamma, options.label_smoothing)
+    return _logistic(
+        options.beta * (chosen - rejected) - options.simpo_gamma, options.label_smoothing
+    )
 
 
 def cpo(pairs: Pairs, options: PairOptions) -> Float[Array, " P"]:
@@ -157,19 +156,40 @@ def cpo(pairs: Pairs, options: PairOptions) -> Float[Array, " P"]:
     return _logistic(options.beta * (pairs.chosen - pairs.rejected), options.label_smoothing)
 
 
-PAIR_LOSSES: dict[str, PairLoss] = {
-    "dpo": sigmoid,
-    "dpo_norm": sigmoid_by_token,
-    "ipo": ipo,
-    "hinge": hinge,
-    "robust": robust,
-    "apo_zero": apo_zero,
-    "sppo_hard": sppo_hard,
-    "nca_pair": nca_pair,
-    "bco_pair": bco_pair,
-    "orpo": orpo,
-    "simpo": simpo,
-    "cpo": cpo,
+@dataclasses.dataclass(frozen=True)
+class PairLoss:
+    """reads: the options that it reads beside beta, by their config fields. reference: whether it
+    compares with a reference model. averaged: whether rewards are mean log-probabilities of an
+    answer's tokens, in place of their sum.
+    """
+
+    loss: Callable[[Pairs, PairOptions], Float[Array, " P"]]
+    reads: tuple[str, ...] = ()
+    reference: bool = True
+    averaged: bool = False
+
+    def rewards(
+        self, pairs: Pairs, options: PairOptions
+    ) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
+        """The implicit rewards of the chosen and of the rejected answers."""
+        chosen, rejected = pairs.averaged if self.averaged else pairs.ratios
+        return options.beta * chosen, options.beta * rejected
+
+
+_SMOOTHED = ("label_smoothing",)
+PAIR_LOSSES = {
+    "dpo": PairLoss(sigmoid, _SMOOTHED),
+    "dpo_norm": PairLoss(sigmoid_by_token, _SMOOTHED),
+    "ipo": PairLoss(ipo),
+    "hinge": PairLoss(hinge),
+    "robust": PairLoss(robust, _SMOOTHED),
+    "apo_zero": PairLoss(apo_zero),
+    "sppo_hard": PairLoss(sppo_hard),
+    "nca_pair": PairLoss(nca_pair),
+    "bco_pair": PairLoss(bco_pair),
+    "orpo": PairLoss(orpo, reference=False, averaged=True),
+    "simpo": PairLoss(simpo, (*_SMOOTHED, "simpo_gamma"), reference=False, averaged=True),
+    "cpo": PairLoss(cpo, _SMOOTHED, reference=False),
 }
 
 

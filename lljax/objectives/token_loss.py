@@ -47,7 +47,7 @@ def cross_entropy(
     update: arrays whose product is added to the logits before the cap (LoRA on the head); the sum
       of the two heads is never formed.
     """
-    static = _Head(V=head.shape[0], slices=1, softcap=softcap, chunk=chunk, per_token=False)
+    static = _Head(V=head.shape[0], slices=1, softcap=softcap, chunk=chunk, output="loss")
     return _over_devices(hidden, head, targets, static, layout, update)
 
 
@@ -58,15 +58,50 @@ def token_log_probs(
     *,
     chunk: int,
     softcap: float | None = None,
+    temperature: float = 1.0,
     layout: Layout | None = None,
     update: Update | None = None,
 ) -> Float[Array, "B T"]:
     """The log-probability of every target, float32; 0 for ignored targets.
 
-    Arguments as of `cross_entropy`. The gradient computes the logits again, a chunk at a time,
-    because the weight of a token is not known before the backward pass.
+    temperature: divides the logits, after the cap. Other arguments as of `cross_entropy`. The
+    gradient computes the logits again, a chunk at a time, because the weight of a token is not
+    known before the backward pass.
     """
-    static = _Head(V=head.shape[0], slices=1, softcap=softcap, chunk=chunk, per_token=True)
+    static = _Head(
+        V=head.shape[0],
+        slices=1,
+        softcap=softcap,
+        chunk=chunk,
+        output="log_probs",
+        temperature=temperature,
+    )
+    return _over_devices(hidden, head, targets, static, layout, update)
+
+
+def token_entropies(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"] | ProbedWeight,
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    layout: Layout | None = None,
+    update: Update | None = None,
+) -> Float[Array, "B T"]:
+    """The entropy in nats of the distribution that every target is drawn from, float32; 0 for
+    ignored targets. Without gradient. Arguments as of `token_log_probs`.
+    """
+    static = _Head(
+        V=head.shape[0],
+        slices=1,
+        softcap=softcap,
+        chunk=chunk,
+        output="entropies",
+        temperature=temperature,
+    )
+    hidden, head, update = jax.lax.stop_gradient((hidden, head, update))
     return _over_devices(hidden, head, targets, static, layout, update)
 
 
@@ -91,13 +126,27 @@ def log_probs_of(
     targets: Int[Array, "B T"],
     *,
     chunk: int,
+    temperature: float = 1.0,
     layout: Layout | None = None,
     key: Array | None = None,
 ) -> Float[Array, "B T"]:
     """`token_log_probs` under a model's head, its adapter and its cap of the logits."""
-    return token_log_probs(
-        hidden, targets=targets, chunk=chunk, **_head(model, hidden, layout, key)
-    )
+    head = _head(model, hidden, layout, key)
+    return token_log_probs(hidden, targets=targets, chunk=chunk, temperature=temperature, **head)
+
+
+def entropies_of(
+    model: Decoder,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int,
+    temperature: float = 1.0,
+    layout: Layout | None = None,
+) -> Float[Array, "B T"]:
+    """`token_entropies` under a model's head, its adapter and its cap of the logits."""
+    head = _head(model, hidden, layout, None)
+    return token_entropies(hidden, targets=targets, chunk=chunk, temperature=temperature, **head)
 
 
 def _head(model: Decoder, hidden: Array, layout: Layout | None, key: Array | None) -> dict:
@@ -114,14 +163,20 @@ class _Head:
     """The static part of the computation.
 
     V: rows of the whole head. slices: into how many the devices cut it. chunk: tokens whose logits
-    exist at one time. per_token: log-probabilities in place of the sum of the losses.
+    exist at one time. output: "loss", the sum of the losses, or "log_probs" or "entropies" of the
+    tokens. temperature: divides the logits.
     """
 
     V: int
     slices: int
     softcap: float | None
     chunk: int
-    per_token: bool
+    output: str
+    temperature: float = 1.0
+
+    @property
+    def per_token(self) -> bool:
+        return self.output != "loss"
 
 
 def _over_devices(
@@ -165,7 +220,8 @@ def _in_chunks(hidden: Parts, head: Parts, targets: Array, static: _Head) -> Arr
         for x in hidden
     )
     targets = jnp.pad(targets.reshape(tokens), (0, padding), constant_values=IGNORED)
-    out = cast(Array, _chunked(hidden, head, targets.reshape(-1, chunk), static))
+    compute = _entropies if static.output == "entropies" else _chunked
+    out = cast(Array, compute(hidden, head, targets.reshape(-1, chunk), static))
     return out.reshape(-1)[:tokens].reshape(shape) if static.per_token else out
 
 
@@ -192,7 +248,8 @@ def _logits(h: Parts, part: Parts, first: Array | int, static: _Head) -> Array:
     products = [_wide("CD,VD->CV", x, w.astype(x.dtype)) for x, w in zip(h, part, strict=True)]
     logits = functools.reduce(operator.add, products)
     rows = first + jnp.arange(len(part[0]))
-    return jnp.where(rows < static.V, apply_softcap(logits, static.softcap), -jnp.inf)
+    logits = apply_softcap(logits, static.softcap) / static.temperature
+    return jnp.where(rows < static.V, logits, -jnp.inf)
 
 
 def _slice_statistics(logits: Array, t: Array, first: Array | int) -> tuple[Array, Array]:
@@ -218,6 +275,26 @@ def _statistics(hidden: Parts, head: Parts, targets: Array, static: _Head) -> St
 
     nothing = jnp.full(targets.shape, -jnp.inf), jnp.zeros(targets.shape, jnp.float32)
     return fold_slices(of_slice, nothing, head, static.slices)
+
+
+def _entropies(hidden: Parts, head: Parts, targets: Array, static: _Head) -> Array:
+    """The entropies, float32 [chunks, C]: the log-sum-exp of the logits minus their mean."""
+
+    def of_slice(carry: Statistics, part: Parts, first: Array | int):
+        def of_chunk(_: None, xs: Any):
+            h, lse, mean = xs
+            logits = _logits(h, part, first, static)
+            more_lse = jax.nn.logsumexp(logits, axis=-1)
+            both = jnp.logaddexp(lse, more_lse)
+            share = jnp.exp(logits - both[:, None])
+            more = jnp.sum(jnp.where(share > 0, share * logits, 0), axis=-1)
+            return None, (both, mean * jnp.exp(lse - both) + more)
+
+        return jax.lax.scan(of_chunk, None, (hidden, *carry))[1]
+
+    nothing = jnp.full(targets.shape, -jnp.inf), jnp.zeros(targets.shape, jnp.float32)
+    lse, mean = fold_slices(of_slice, nothing, head, static.slices)
+    return jnp.where(targets == IGNORED, 0.0, lse - mean)
 
 
 def _gradients(
@@ -251,7 +328,8 @@ def _gradients(
             )
             if weight is not None:
                 d_logits *= weight[:, None]
-            d_logits = softcap_gradient(d_logits, logits, static.softcap).astype(h[0].dtype)
+            capped, d_capped = logits * static.temperature, d_logits / static.temperature
+            d_logits = softcap_gradient(d_capped, capped, static.softcap).astype(h[0].dtype)
             more = tuple(
                 _wide("CV,VD->CD", d_logits, w.astype(x.dtype)).astype(x.dtype)
                 for x, w in zip(h, part, strict=True)

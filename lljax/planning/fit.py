@@ -21,6 +21,8 @@ from lljax.hardware.chips import GiB
 from lljax.hardware.host_memory import LIMIT, host_memory, pinned_limit, pool_sizes, usable
 from lljax.models.decoder import can_share_residuals
 from lljax.models.spec import LayerSpec
+from lljax.objectives.objective import REFERENCE
+from lljax.objectives.table import OBJECTIVES
 from lljax.parallel.processes import from_all, processes_on_host
 from lljax.training.curriculum import Stage
 from lljax.training.prepare import Prepared, Program
@@ -53,18 +55,26 @@ class Need:
 def evaluation_lengths(config: Config, stages: Sequence[Stage]) -> list[int]:
     """The lengths of the held-out rows that a run evaluates on in `stages`, in order: the length of
     every stage with a step that training.eval_every divides, and of the last stage, at the end.
-    Empty without held-out documents.
+    Empty without held-out documents, or if the objective evaluates otherwise.
     """
-    if not (config.data.valid or config.data.valid_fraction) or not stages:
+    evaluates = OBJECTIVES[config.objective.name].evaluate is not None
+    held_out = config.data.valid or config.data.valid_fraction
+    if not (evaluates and held_out and stages):
         return []
     every = config.training.eval_every
     due = [s.length for s in stages if every and s.stop // every > s.start // every]
     return list(dict.fromkeys([*due, stages[-1].length]))
 
 
+def needs_of(program: Program, prepared: Prepared) -> list[Need]:
+    """The need of `program`, and of its scorer if it has one."""
+    scorer = [] if program.scorer is None else [need_of(program.scorer, prepared)]
+    return [need_of(program, prepared), *scorer]
+
+
 def need_of(program: Program, prepared: Prepared) -> Need:
-    """Compiles `program` and reads its need. An evaluation's includes the optimizer, which stays on
-    the device.
+    """Compiles `program` and reads its need. It includes what stays on the device unused: the
+    optimizer during an evaluation, the reference's leaves (`Prepared.scored`) during a step.
     """
     state, layout = prepared.state, program.layout
     sizes = {
@@ -75,6 +85,7 @@ def need_of(program: Program, prepared: Prepared) -> Need:
         "optimizer": bytes_of(state.optimizer),
     }
     idle = 0 if program.trains else sizes["optimizer"]
+    idle += sizes["trainable"] if REFERENCE in prepared.scored else 0
     try:
         memory: Any = program.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:

@@ -43,10 +43,10 @@ class StagePlan:
     """The plan of one stage.
 
     need: the memory of the step.
-    evaluation: the memory of an evaluation at the stage's length; None if the run has none there,
-      or if the step does not fit.
+    others: the memory of what runs beside the step: the scorer of its batch, and an evaluation
+      at the stage's length, if the run has them and the step fits.
     reason: why this context-parallel mode was chosen.
-    fits: step and evaluation both fit.
+    fits: all of them fit.
     model_flops, hardware_flops, tokens: counts of one optimizer step on all devices.
     collectives: bytes that one device receives in a step, by kind of collective.
     bounds: seconds of a step by its arithmetic (at the efficiency), memory and network.
@@ -54,7 +54,7 @@ class StagePlan:
 
     stage: Stage
     need: fit.Need
-    evaluation: fit.Need | None
+    others: tuple[fit.Need, ...]
     reason: str
     fits: bool
     model_flops: float
@@ -71,7 +71,7 @@ class StagePlan:
 
     @property
     def needs(self) -> list[fit.Need]:
-        return [self.need] if self.evaluation is None else [self.need, self.evaluation]
+        return [self.need, *self.others]
 
 
 def plan(config: Config, hf_config: dict, target: Target, options: Options) -> list[StagePlan]:
@@ -121,19 +121,21 @@ def plan_stage(
     )
     need, collectives = _compile_step(prepared, stage, label)
     seconds = time.monotonic() - began
-    evaluation = None
-    if evaluates and need.fits(*room):
-        evaluation = fit.need_of(prepared.evaluations[stage.length], prepared)
-    passes, device = prepared.objective.passes, target.device
+    others = []
+    if need.fits(*room):
+        others = fit.needs_of(prepared.steps[stage.number], prepared)[1:]
+        if evaluates:
+            others += fit.needs_of(prepared.evaluations[stage.length], prepared)
+    passes, device = prepared.objective.passes(config), target.device
     read = _weight_reads(config, passes) * need.base * target.count
     arithmetic = target.count * device.flops * options.efficiency
     counted = flops.of_step(model, config, stage, parts=mesh.shape["sequence"], passes=passes)
     return StagePlan(
         stage=stage,
         need=need,
-        evaluation=evaluation,
+        others=tuple(others),
         reason=prepared.steps[stage.number].reason,
-        fits=need.fits(*room) and (evaluation is None or evaluation.fits(*room)),
+        fits=need.fits(*room) and all(other.fits(*room) for other in others),
         model_flops=counted.model,
         hardware_flops=counted.hardware,
         collectives=collectives,

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 import grain
 import numpy as np
@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import track
 
 from lljax.config import Config
-from lljax.data.batch import Field
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.statistics import remarks, statistics
 from lljax.data.template import turn_ends
 from lljax.data.tokens import Documents, TokenStore, prepare
 from lljax.errors import ConfigError
+from lljax.objectives.objective import Objective
 from lljax.parallel.processes import first_then_others
 from lljax.run.monitor import Unread
 from lljax.training.curriculum import Stage
@@ -86,12 +86,47 @@ def marker_ids(markers: Iterable[str], tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def open_loader(
-    store: TokenStore, config: Config, stage: Stage, mesh: Mesh, fields: tuple[Field, ...]
-) -> grain.DatasetIterator:
+class Batches(Protocol):
+    """The training batches of a stage. `get_state` and `set_state` resume them exactly.
+
+    reads_ahead: whether a batch can be read while the device computes the step before it.
+    metrics: of the batch that `next` gave last, by name.
+    """
+
+    reads_ahead: bool
+    metrics: dict[str, float]
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+class PackedBatches:
+    """Batches of packed documents: this process's rows of them."""
+
+    reads_ahead = True
+
+    def __init__(self, loader: grain.DatasetIterator):
+        self._loader, self.metrics = loader, {}
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._loader)
+
+    def get_state(self) -> Any:
+        return self._loader.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._loader.set_state(state)
+
+
+def open_batches(
+    store: TokenStore, config: Config, stage: Stage, mesh: Mesh, objective: Objective
+) -> PackedBatches:
     """The training batches of a stage: this process's rows of them."""
     rows, accumulate = config.training.rows, config.training.accumulate
-    return make_loader(
+    loader = make_loader(
         store,
         length=stage.length,
         rows=rows * accumulate,
@@ -99,12 +134,13 @@ def open_loader(
         overlong=config.data.overlong,
         seed=config.seed + stage.number,
         local_rows=rows_of_share(rows, accumulate, mesh),
-        fields=fields,
+        fields=objective.fields,
     )
+    return PackedBatches(loader)
 
 
 def held_out_batches(
-    store: TokenStore, config: Config, length: int, mesh: Mesh, fields: tuple[Field, ...]
+    store: TokenStore, config: Config, length: int, mesh: Mesh, objective: Objective
 ) -> Iterator[dict[str, np.ndarray]]:
     """The held-out batches in rows of `length` tokens: this process's rows of them."""
     share, shares = row_share(mesh)
@@ -113,7 +149,7 @@ def held_out_batches(
         length=length,
         rows=config.training.rows,
         limit=config.training.eval_rows,
-        fields=fields,
+        fields=objective.fields,
     ):
         yield {name: np.split(x, shares)[share] for name, x in batch.items()}
 

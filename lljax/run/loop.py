@@ -6,14 +6,17 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
+import numpy as np
 from flax import nnx
 
 from lljax.config import Config
+from lljax.data.batch import Batch
 from lljax.errors import NumericAbort, Stopped
 from lljax.models.decoder import Decoder
+from lljax.objectives.objective import OLD, REFERENCE
 from lljax.parallel.processes import barrier
 from lljax.parallel.sharding import Layout
 from lljax.planning import fit
@@ -26,6 +29,7 @@ from lljax.run.setup import Setup
 from lljax.run.signals import StopRequest
 from lljax.training.curriculum import Stage
 from lljax.training.placement import place
+from lljax.training.prepare import Program
 from lljax.training.state import from_items, to_items, without_history
 
 
@@ -98,19 +102,25 @@ class Run(Setup):
                 self.take_steps_of(stage)
 
     def take_steps_of(self, stage: Stage) -> None:
-        self.loader = inputs.open_loader(
-            self.documents.train, self.config, stage, self.mesh, self.prepared.objective.fields
-        )
+        self.batches = self.open_batches(stage)
         if self.progress.get("stage") == stage.number:
-            self.loader.set_state(self.progress["state"])
-        self.batch = next(self.loader)
+            self.batches.set_state(self.progress["state"])
+        self.batch = None
         while self.step < stage.stop:
             self.take_step(stage)
 
+    def open_batches(self, stage: Stage) -> inputs.Batches:
+        return inputs.open_batches(
+            self.documents.train, self.config, stage, self.mesh, self.prepared.objective
+        )
+
     def take_step(self, stage: Stage) -> None:
+        if self.batch is None:
+            self.batch = next(self.batches)
+            self.batch_metrics = self.batches.metrics
         self.progress = {
             "stage": stage.number,
-            "state": self.loader.get_state(),
+            "state": self.batches.get_state(),
             "rollbacks": self.rollbacks,
         }
         if self.step == stage.start:
@@ -140,7 +150,8 @@ class Run(Setup):
             ),
         ):
             metrics = self.update(stage)
-            if self.step + 1 < stage.stop:
+            self.batch = None
+            if self.step + 1 < stage.stop and self.batches.reads_ahead:
                 waited = self.read_batch(metrics["loss"])
             metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
         self.step += 1
@@ -158,10 +169,25 @@ class Run(Setup):
 
     def update(self, stage: Stage) -> dict[str, jax.Array]:
         """Starts a step on the device: replaces the state and returns the metrics."""
+        assert self.batch is not None, "take_step() reads it"
         program = self.prepared.steps[stage.number]
-        batch = place(self.batch, self.config.training.accumulate, self.mesh, program.layout)
+        batch = self.scored(self.batch, self.config.training.accumulate, program)
         self.state, metrics = program.compile()(self.state, self.frozen, batch)
         return metrics
+
+    def scored(self, batch: dict[str, np.ndarray], accumulate: int, program: Program) -> Batch:
+        """A batch on the device, with the fields that the objective wants scored: those that it
+        does not hold yet.
+        """
+        placed = place(batch, accumulate, self.mesh, program.layout)
+        if program.scorer is None:
+            return placed
+        leaves = {REFERENCE: self.reference, OLD: self.state.trainable}
+        missing = [name for name in self.prepared.scored if name not in batch]
+        score = program.scorer.compile()
+        return cast(
+            Batch, placed | {name: score(leaves[name], self.frozen, placed) for name in missing}
+        )
 
     def read_batch(self, loss: Any) -> float:
         """Reads the next batch; returns the seconds that the device waited for it.
@@ -170,7 +196,7 @@ class Run(Setup):
         """
         start = time.monotonic()
         with mark_data():
-            self.batch = next(self.loader)
+            self.batch = next(self.batches)
         seconds = time.monotonic() - start
         return seconds if loss.is_ready() else 0.0
 
@@ -184,6 +210,7 @@ class Run(Setup):
             "attention": stage.pattern.kind,
             "learning_rate": self.learning_rate(self.step - 1),
             **metrics,
+            **self.batch_metrics,
             **speed,
             **({"rollbacks": rollbacks} if rollbacks else {}),
         }
@@ -199,8 +226,6 @@ class Run(Setup):
             earlier_rollbacks = sum(rollback["to"] == target for rollback in self.rollbacks)
         exhausted = target is not None and earlier_rollbacks >= alarm.max_bad_steps
         if target is not None and not exhausted:
-            if self.step == stage.stop:
-                self.batch = next(self.loader)
             self.roll_back(stage.start, metrics)
             return True
         if exhausted or alarms.stops(metrics, alarm):
@@ -305,14 +330,14 @@ class Run(Setup):
         if not len(self.documents.valid):
             return {}
         program, objective = self.prepared.evaluations[length], self.prepared.objective
-        totals: dict[str, float] = {}
+        totals: dict[str, Any] = {}
         count = 0.0
         for rows in inputs.held_out_batches(
-            self.documents.valid, self.config, length, self.mesh, objective.fields
+            self.documents.valid, self.config, length, self.mesh, objective
         ):
-            batch = place(rows, 1, self.mesh, program.layout)
+            batch = self.scored(rows, 1, program)
             sums, weight = program.compile()(self.state.trainable, self.frozen, batch)
-            totals = {name: totals.get(name, 0.0) + float(x) for name, x in sums.items()}
+            totals = {name: totals.get(name, 0.0) + np.float64(x) for name, x in sums.items()}
             count += weight.item()
             self.stop_if_asked()
         if not count:

@@ -73,8 +73,12 @@ def compile_programs(
     Raises:
       ConfigError: a program cannot fit.
     """
-    needs = [fit.need_of(prepared.steps[stage.number], prepared) for stage in remaining]
-    evaluation_needs = [fit.need_of(prepared.evaluations[length], prepared) for length in lengths]
+    needs = [
+        need for stage in remaining for need in fit.needs_of(prepared.steps[stage.number], prepared)
+    ]
+    evaluation_needs = [
+        need for length in lengths for need in fit.needs_of(prepared.evaluations[length], prepared)
+    ]
     memory, host = fit.capacity(mesh)
     device = mesh.devices.flat[0]
     needs = fit.with_pool(needs, device.platform, host) + evaluation_needs

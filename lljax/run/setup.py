@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lljax.build import fill, mesh_of, move, open_run_base, placed_model, rope_change_warning
 from lljax.config import Config, total_steps, validate, with_absolute_paths
@@ -17,6 +18,7 @@ from lljax.interop.huggingface import checksums
 from lljax.interop.open import special_tokens, tokenizer_fingerprint
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
+from lljax.objectives.objective import REFERENCE
 from lljax.parallel.processes import from_all
 from lljax.planning import fit, flops
 from lljax.run import inputs, workdirs
@@ -40,10 +42,11 @@ class Setup:
       open: mesh, base, fingerprints, eval_hook, documents, curriculum, statistics.
       prepare: model, prepared, learning_rate, counts, device_kind, device, flops.
       restore: identity, rolls_back, checkpoints, saved, restored, step, progress, rollbacks.
-      read_weights: graphdef, frozen, state; it gives up model and restored.
+      read_weights: graphdef, frozen, state, reference; it gives up model and restored.
 
     step: optimizer steps done.
     state: the train state after `step` steps.
+    reference: the trainable leaves before the first step, if the objective compares with them.
     progress: the position in the data after `step` steps, with the rollbacks so far; the same in
       every process.
     rollbacks: the rollbacks so far, see Observer.step.
@@ -138,7 +141,13 @@ class Setup:
         self.device_kind = mesh.devices.flat[0].device_kind
         self.device = of_kind(self.device_kind)
         self.flops = [
-            flops.of_step(self.model, config, stage, parts=mesh.shape["sequence"]).model
+            flops.of_step(
+                self.model,
+                config,
+                stage,
+                parts=mesh.shape["sequence"],
+                passes=self.prepared.objective.passes(config),
+            ).model
             for stage in self.curriculum
         ]
         logging.info(
@@ -156,7 +165,7 @@ class Setup:
         self.identity = identity_of(config, **self.fingerprints, data=self.documents.fingerprint)
         self.rolls_back = config.alarm.spike == "rollback"
         self.checkpoints = Checkpoints(self.workdir, **config.checkpoint, rollback=self.rolls_back)
-        self.step, self.progress, self.rollbacks = 0, {}, []
+        self.step, self.progress, self.rollbacks = 0, {"rollbacks": []}, []
         self.restored: TrainState | None = None
         self.saved = self.checkpoints.identity()
         if self.saved is not None:
@@ -236,6 +245,9 @@ class Setup:
             )
         self.graphdef, self.frozen = parts.graphdef, parts.frozen
         self.state = self.restored or parts.state
+        self.reference = None
+        if REFERENCE in self.prepared.scored:  # a step donates its state
+            self.reference = jax.tree.map(jnp.copy, parts.state.trainable)
         self.restored = self.model = None  # a resumed run does not keep its first values
         source = config.lora.adapter or config.model.path
         check_finite(

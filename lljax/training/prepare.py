@@ -25,7 +25,7 @@ from lljax.parallel.sharding import Layout
 from lljax.training import curriculum
 from lljax.training.placement import abstract_batch, has_branches, layout_of
 from lljax.training.state import Split, TrainState, split
-from lljax.training.step import StepSettings, make_evaluate, make_step, step_settings
+from lljax.training.step import StepSettings, make_evaluate, make_scorer, make_step, step_settings
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,6 +40,8 @@ class Program:
       metrics). False for an evaluation, which is called with (trainable, frozen, batch) and returns
       (sums by name, weight).
     lower: traces the function; no argument needs a value.
+    scorer: the program that fills the scored fields of its batch (`Objective.scored`), called with
+      (trainable, frozen, batch without them); None if there are none.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Program:
     batch: Batch
     trains: bool
     lower: Callable[[], jax.stages.Lowered] = dataclasses.field(repr=False)
+    scorer: "Program | None" = None
     _compiled: jax.stages.Compiled | None = dataclasses.field(default=None, init=False, repr=False)
 
     def compile(self) -> jax.stages.Compiled:
@@ -68,6 +71,7 @@ class Prepared:
     """A run before its first step.
 
     state, frozen: abstract if the model is abstract.
+    scored: the fields of a batch that `Program.scorer` fills, see `Objective.scored`.
     steps: the step of every stage, by the number of the stage.
     evaluations: in full attention, by the length of their rows.
     """
@@ -77,6 +81,7 @@ class Prepared:
     graphdef: nnx.GraphDef
     state: TrainState
     frozen: nnx.State
+    scored: tuple[str, ...]
     steps: dict[int, Program]
     evaluations: dict[int, Program]
 
@@ -118,6 +123,7 @@ def prepare_step(
         graphdef=parts.graphdef,
         state=parts.state,
         frozen=parts.frozen,
+        scored=settings.objective.scored(config),
         steps=programs.steps(stages),
         evaluations=programs.evaluations(evaluation_lengths),
     )
@@ -159,27 +165,39 @@ class _Programs:
         self, label: str, pattern: AttentionPattern, length: int, lower: Callable, *, trains: bool
     ) -> Program:
         """lower: (frozen, batch, pattern, layout) -> the traced program. trains: see `Program`."""
-        fields = self.settings.objective.fields
+        objective, config = self.settings.objective, self.config
         layout, reason = layout_of(
             self.mesh,
-            self.config.mesh.context_parallel,
+            config.mesh.context_parallel,
             pattern,
             length,
             self.spec,
-            bytes_per=jnp.dtype(self.config.model.dtype).itemsize,
+            bytes_per=jnp.dtype(config.model.dtype).itemsize,
             memory=self.memory,
-            branches=has_branches(fields),
+            branches=has_branches(objective.fields),
         )
-        training, frozen = self.config.training, self.parts.frozen
+        training, frozen = config.training, self.parts.frozen
         passes = training.accumulate if trains else 1
-        batch = abstract_batch(passes, training.rows, length, self.mesh, fields)
-        return Program(
+        shape = passes, training.rows, length, self.mesh
+        batch = abstract_batch(*shape, objective.batch_fields(config))
+        program = functools.partial(
+            Program, pattern=pattern, layout=layout, reason=reason, length=length
+        )
+        scorer = None
+        if objective.scored(config):
+            unscored = abstract_batch(*shape, objective.fields)
+            score = make_scorer(self.parts.graphdef, self.settings, self.mesh)
+            state = self.parts.state
+            scorer = program(
+                label=f"log-probabilities, {label}",
+                batch=unscored,
+                trains=False,
+                lower=lambda: score.lower(state.trainable, frozen, unscored, pattern, layout),
+            )
+        return program(
             label=label,
-            pattern=pattern,
-            layout=layout,
-            reason=reason,
-            length=length,
             batch=batch,
             trains=trains,
             lower=lambda: lower(frozen, batch, pattern, layout),
+            scorer=scorer,
         )

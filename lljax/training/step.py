@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from lljax.attention.pattern import AttentionPattern
 from lljax.config import LEAST_HISTORY, Config
@@ -20,7 +21,7 @@ from lljax.hardware.compiler_flags import compiler_options
 from lljax.models.memory import Memory
 from lljax.objectives.objective import SUM, Metric, Objective, Pass, PassSettings
 from lljax.objectives.table import OBJECTIVES
-from lljax.parallel.sharding import Layout
+from lljax.parallel.sharding import Layout, batch_sharding
 from lljax.training.rule import Rule, StepGradients
 from lljax.training.state import Split, TrainState
 
@@ -63,6 +64,7 @@ def step_settings(config: Config) -> StepSettings:
             packed=config.data.packing,
             neftune_alpha=config.training.neftune_alpha,
             options=objective.options(config),
+            temperature=config.rollout.temperature if objective.samples else 1.0,
         ),
         skip_spikes=config.alarm.spike != "warn",
         spike_z=config.alarm.spike_z,
@@ -171,7 +173,7 @@ def _alarm(
     state: TrainState, loss: jax.Array, norm: jax.Array, settings: StepSettings
 ) -> dict[str, jax.Array]:
     """Whether loss and gradient are finite, and whether they are a spike, with their deviations."""
-    loss_z, z = robust_z(jnp.log(loss), state.losses), robust_z(jnp.log(norm), state.norms)
+    loss_z, z = robust_z(_log(loss), state.losses), robust_z(_log(norm), state.norms)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     spike = finite & (jnp.maximum(loss_z, z) > settings.spike_z)
     return {"loss_z": loss_z, "z": z, "finite": finite, "spike": spike}
@@ -179,7 +181,12 @@ def _alarm(
 
 def _pushed(history: jax.Array, value: jax.Array, applied: jax.Array) -> jax.Array:
     """The history with the logarithm of `value` in front, if the step was applied."""
-    return jnp.where(applied, jnp.roll(history, 1).at[0].set(jnp.log(value)), history)
+    return jnp.where(applied, jnp.roll(history, 1).at[0].set(_log(value)), history)
+
+
+def _log(value: jax.Array) -> jax.Array:
+    """The logarithm; NaN, which does not count, at 0 and below: a policy's loss may be there."""
+    return jnp.where(value > 0, jnp.log(value), jnp.nan)
 
 
 def accumulate(
@@ -212,18 +219,44 @@ def robust_z(x: jax.Array, history: jax.Array, least: int = LEAST_HISTORY) -> ja
     """How many robust standard deviations (1.4826 x median absolute deviation) x lies above the
     history's median.
 
-    x and history: logs. NaNs of `history` do not count; 0 while fewer than `least` values do. A
-      deviation counts as 5% of the median at least.
+    x and history: logs. NaNs of `history` do not count; 0 while fewer than `least` values do, and
+      for an x of NaN. A deviation counts as 5% of the median at least.
     """
     median = jnp.nanmedian(history)
     spread = jnp.maximum(1.4826 * jnp.nanmedian(jnp.abs(history - median)), 0.05)
-    return jnp.where(jnp.sum(~jnp.isnan(history)) >= least, (x - median) / spread, 0.0)
+    known = (jnp.sum(~jnp.isnan(history)) >= least) & ~jnp.isnan(x)
+    return jnp.where(known, (x - median) / spread, 0.0)
+
+
+def make_scorer(graphdef: nnx.GraphDef, settings: StepSettings, mesh: Mesh) -> Callable:
+    """Returns score(trainable, frozen, batch, pattern, layout) -> float32 [A, B, T], jitted: the
+    log-probability of every target of a batch [A, B, T], without dropout; 0 for no target. They
+    are laid out on the mesh as the batch is.
+    """
+    options = {"static_argnums": (3, 4), "out_shardings": batch_sharding(mesh, 3)}
+
+    @functools.partial(jax.jit, **options)
+    def score(
+        trainable: nnx.State,
+        frozen: nnx.State,
+        batch: Batch,
+        pattern: AttentionPattern,
+        layout: Layout | None = None,
+    ):
+        model = nnx.merge(graphdef, trainable, frozen)
+        pass_ = Pass(model, settings.forward, pattern, layout)
+        return jax.lax.map(lambda micro: pass_.log_probs(micro, pass_.hidden(micro)), batch)
+
+    return score
 
 
 def make_evaluate(graphdef: nnx.GraphDef, settings: StepSettings) -> Callable:
     """Returns evaluate(trainable, frozen, batch, pattern, layout) -> (sums by name, weight),
     jitted: the objective's evaluation of a batch [1, B, T] whose rows hold one document each.
     """
+
+    compute = settings.objective.evaluate
+    assert compute is not None, "the objective is not evaluated by tokens"
 
     @functools.partial(jax.jit, static_argnums=(3, 4))
     def evaluate(
@@ -235,6 +268,6 @@ def make_evaluate(graphdef: nnx.GraphDef, settings: StepSettings) -> Callable:
     ):
         model = nnx.merge(graphdef, trainable, frozen)
         pass_ = Pass(model, settings.forward, pattern, layout)
-        return settings.objective.evaluate(pass_, jax.tree.map(lambda x: x[0], batch))
+        return compute(pass_, jax.tree.map(lambda x: x[0], batch))
 
     return evaluate

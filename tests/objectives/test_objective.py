@@ -81,8 +81,8 @@ def test_a_step_of_the_toy_reports_weighted_means_and_its_own_metrics(weighted):
 
 def test_the_table_decides_what_a_configuration_may_name(weighted):
     validate(config_of("weighted"))
-    with pytest.raises(ConfigError, match="objective.name='dpo'.*sft.*weighted"):
-        validate(config_of("dpo"))
+    with pytest.raises(ConfigError, match="objective.name='dpp'.*sft.*weighted"):
+        validate(config_of("dpp"))
     with pytest.raises(ConfigError, match="experts have no weights"):
         experts = {"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2}
         sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}

@@ -105,7 +105,7 @@ def test_pair_losses_equal_trl(torch, name):
     options = PairOptions(beta=0.3, label_smoothing=0.1 if name == "robust" else 0.0)
 
     def loss(policy):
-        return PAIR_LOSSES[name](as_pairs(policy, reference, mask), options).mean()
+        return PAIR_LOSSES[name].loss(as_pairs(policy, reference, mask), options).mean()
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(policy))
     wanted, wanted_gradient = of_trl(torch, name, policy, reference, mask, options)
@@ -116,11 +116,11 @@ def test_pair_losses_equal_trl(torch, name):
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["orpo", "simpo", "cpo"])
 def test_losses_without_a_reference_equal_trl(torch, name, smoothing):
-    (policy, mask), options = log_probs(2), PairOptions(0.7, smoothing, gamma=0.9)
+    (policy, mask), options = log_probs(2), PairOptions(0.7, smoothing, simpo_gamma=0.9)
     chosen, rejected = (jnp.asarray(part) for part in np.split(policy, 2))
 
     def loss(policy):
-        return PAIR_LOSSES[name](as_pairs(policy, jnp.zeros((2 * P, T)), mask), options)
+        return PAIR_LOSSES[name].loss(as_pairs(policy, jnp.zeros((2 * P, T)), mask), options)
 
     logps = torch.tensor(policy, requires_grad=True)
     means = logps.sum(1) / torch.as_tensor(mask).sum(1) if name != "cpo" else logps.sum(1)
@@ -183,7 +183,7 @@ def test_kto_equals_trl(torch, shift):
 def test_dpo_starts_at_log_2():
     (policy, mask) = log_probs(6)
     pairs = as_pairs(policy, policy, mask)
-    np.testing.assert_allclose(PAIR_LOSSES["dpo"](pairs, PairOptions()), np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(PAIR_LOSSES["dpo"].loss(pairs, PairOptions()), np.log(2), rtol=1e-6)
 
 
 def test_conservative_dpo_is_dpo_with_some_labels_swapped():
@@ -197,6 +197,6 @@ def test_conservative_dpo_is_dpo_with_some_labels_swapped():
         reference_rejected=pairs.reference_chosen,
     )
     plain, some = PairOptions(), PairOptions(label_smoothing=0.25)
-    dpo = PAIR_LOSSES["dpo"]
+    dpo = PAIR_LOSSES["dpo"].loss
     wanted = 0.75 * dpo(pairs, plain) + 0.25 * dpo(swapped, plain)
     np.testing.assert_allclose(dpo(pairs, some), wanted, rtol=1e-5)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lljax.objectives.token_loss import cross_entropy, token_log_probs
+from lljax.objectives.token_loss import cross_entropy, token_entropies, token_log_probs
 from lljax.parallel.sharding import Layout, make_mesh
 
 
@@ -205,3 +205,59 @@ def test_ignored_targets_have_log_probability_0_and_no_gradient():
     ignored = np.asarray(targets) == -100
     assert not np.any(log_probs[ignored]) and (log_probs[~ignored] < 0).all()
     assert not np.any(pull(jnp.ones_like(log_probs))[0][ignored])
+
+
+def divided(hidden, head, softcap, temperature):
+    logits = hidden @ head.T
+    return (logits if softcap is None else softcap * jnp.tanh(logits / softcap)) / temperature
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_temperature_divides_the_logits_after_the_cap(softcap, devices):
+    hidden, head, targets = make(T=36)
+    layout = (
+        None if devices == 1 else Layout(make_mesh(sequence=2, tensor=2, devices=jax.devices()[:4]))
+    )
+
+    def ours(hidden, head):
+        logs = token_log_probs(
+            hidden, head, targets, chunk=7, softcap=softcap, temperature=0.7, layout=layout
+        )
+        return jnp.sum(jnp.sin(logs))  # every token has a weight of its own
+
+    def theirs(hidden, head):
+        logs = jax.nn.log_softmax(divided(hidden, head, softcap, 0.7))
+        picked = jnp.take_along_axis(logs, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+        return jnp.sum(jnp.sin(jnp.where(targets == -100, 0, picked)))
+
+    got, wanted = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, head) for f in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, wanted)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("softcap,temperature", [(None, 1.0), (3.0, 0.5)])
+def test_entropies_are_of_the_whole_distribution_and_have_no_gradient(
+    softcap, temperature, devices
+):
+    hidden, head, targets = make(T=36)
+    layout = (
+        None if devices == 1 else Layout(make_mesh(sequence=2, tensor=2, devices=jax.devices()[:4]))
+    )
+
+    def ours(hidden, head):
+        return token_entropies(
+            hidden,
+            head,
+            targets,
+            chunk=7,
+            softcap=softcap,
+            temperature=temperature,
+            layout=layout,
+        )
+
+    p = jax.nn.softmax(divided(hidden, head, softcap, temperature))
+    wanted = jnp.where(targets == -100, 0, -jnp.sum(p * jnp.log(p), -1))
+    np.testing.assert_allclose(jax.jit(ours)(hidden, head), wanted, rtol=2e-5, atol=2e-5)
+    grad = jax.jit(jax.grad(lambda *x: jnp.sum(ours(*x)), (0, 1)))(hidden, head)
+    assert not any(jnp.any(g) for g in grad)
