@@ -75,7 +75,7 @@ class Piece:
 class Completion:
     """tokens: the new ones, without the stop token. text: their text, without the stop string; None
     without a tokenizer. reason: "stop" by a stop token or stop string, "length" by the limit,
-    "cancelled".
+    "cancelled". stop_token: the token that ended it; None if none did.
     """
 
     tokens: list[int]
@@ -83,6 +83,7 @@ class Completion:
     reason: Reason
     logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs] | None = None
+    stop_token: int | None = None
 
     @property
     def ended(self) -> bool:
@@ -101,6 +102,7 @@ class Growing:
         self.request = request
         self.tokens: list[int] = []
         self.reason: Reason | None = None
+        self.stop_token: int | None = None
         self.reused = 0
         self.prompt_logprobs: list[Logprobs] = []  # complete before the first piece
         self._logprobs: list[Logprobs] = []
@@ -113,6 +115,7 @@ class Growing:
     def add(self, token: int, logprobs: Logprobs | None) -> None:
         """One more token. Sets `reason` if it ends the completion."""
         if token in self.request.stop:
+            self.stop_token = token
             return self.end("stop")
         self.tokens.append(token)
         if logprobs is not None:
@@ -141,6 +144,7 @@ class Growing:
             reason=self.reason,
             logprobs=self._logprobs if self.request.logprobs else None,
             prompt_logprobs=self.prompt_logprobs if self.request.prompt_logprobs else None,
+            stop_token=self.stop_token,
         )
 
     def _say(self, piece: Piece) -> None:

@@ -222,7 +222,9 @@ class Objective:
     kind: what the rows of its files are, a key of lljax.data.kinds.KINDS.
     scored: config -> the fields of a batch that a forward pass fills before the step: REFERENCE
       and OLD.
-    samples: whether the model writes the answers that it is trained on; the documents are prompts.
+    advantages: rewards [P, A] of A answers to P prompts, NaN for none, and the config -> their
+      advantages float32 [P, A], if the model writes the answers that it is trained on; the
+      documents are prompts. None if the documents hold what is trained.
     reads: the config fields of `objective`, `rollout` and `reward` that it reads, besides
       objective.name.
     """
@@ -239,8 +241,13 @@ class Objective:
     passes: Callable[[Config], Passes] = _one_of_each
     kind: str = "documents"
     scored: Callable[[Config], tuple[str, ...]] = _nothing_scored
-    samples: bool = False
+    advantages: Callable[[np.ndarray, Config], np.ndarray] | None = None
     reads: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> bool:
+        """Whether the model writes the answers that it is trained on."""
+        return self.advantages is not None
 
     def batch_fields(self, config: Config) -> tuple[Field, ...]:
         """The fields of the batch of a step: of the pieces, and scored ones."""

@@ -17,6 +17,7 @@ from lljax.config import Config
 from lljax.data.batch import IGNORED, Batch, Field
 from lljax.data.groups import ANSWERS
 from lljax.models.spec import DecoderSpec
+from lljax.objectives.advantages import group_relative, leave_one_out
 from lljax.objectives.answers import answer_numbers, field, one_pass
 from lljax.objectives.objective import (
     OLD,
@@ -159,14 +160,24 @@ def _loss(row: PolicyLoss):
     return loss
 
 
-READS = (
-    *("objective.clip_low", "objective.clip_high", "objective.delta", "objective.kl_beta"),
-    *("objective.top_entropy", "objective.scale_rewards", "objective.mask_truncated"),
-    *("rollout.*", "reward.*"),
+# In TRL, RLOO subtracts the KL divergence from the reward, and clips without delta.
+RLOO_READS = (
+    *("objective.clip_low", "objective.clip_high", "objective.top_entropy"),
+    *("objective.mask_truncated", "rollout.*", "reward.*"),
 )
+READS = (*RLOO_READS, "objective.delta", "objective.kl_beta", "objective.scale_rewards")
+
+
+def _group_relative(rewards: np.ndarray, config: Config) -> np.ndarray:
+    return group_relative(rewards, config.objective.scale_rewards)
+
+
+def _leave_one_out(rewards: np.ndarray, config: Config) -> np.ndarray:
+    return leave_one_out(rewards)
 
 
 def _objective(name: str, row: PolicyLoss) -> Objective:
+    alone = name == "rloo"
     return Objective(
         name=name,
         fields=FIELDS,
@@ -186,8 +197,8 @@ def _objective(name: str, row: PolicyLoss) -> Objective:
         passes=_passes,
         kind="prompts",
         scored=_scored,
-        samples=True,
-        reads=READS,
+        advantages=_leave_one_out if alone else _group_relative,
+        reads=RLOO_READS if alone else READS,
     )
 
 

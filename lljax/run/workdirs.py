@@ -8,7 +8,7 @@ from lljax.errors import ConfigError
 from lljax.parallel.processes import from_all, is_first
 from lljax.report.records import read_metrics
 
-FOLDERS = ("checkpoints", "data", "profile", "tensorboard")
+FOLDERS = ("checkpoints", "data", "profile", "rollouts", "tensorboard")
 FILES = (
     "lock",
     "config.json",
@@ -17,6 +17,7 @@ FILES = (
     "metrics.jsonl",
     "bad_rows.jsonl",
     "eval_predictions.jsonl",
+    "rollouts.jsonl",
     "report.html",
 )
 
