@@ -16,10 +16,10 @@ from lljax.config.checks import TOKENS, Several, one_of, required, text, whole
 from lljax.config.checks import path as is_path
 from lljax.config.field_names import unknown_field
 from lljax.config.shipped import absolute_path
+from lljax.data.prompt_tokens import chat_tokens, text_tokens
 from lljax.data.template import with_template
 from lljax.errors import ConfigError
 from lljax.generation.generate import generate as continue_prompts
-from lljax.generation.prompt import chat_tokens, text_tokens
 from lljax.generation.sample import Sampling
 from lljax.hardware.host_memory import set_pinned_limit
 from lljax.interop.adapter_init import ResidualBase, starts_from_base

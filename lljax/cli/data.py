@@ -5,6 +5,7 @@ lljax data stdlib --out=data/stdlib.jsonl
 lljax data validate data/project.jsonl --model=lljax/assets/tiny-512
 lljax data stats data/project.jsonl --model=lljax/assets/tiny-512 --length=4096 --rows=8
 lljax data show data/project.jsonl --model=lljax/assets/tiny-512 --row=3
+lljax data validate data/pairs.jsonl --kind=pairs
 """
 
 import argparse
@@ -75,8 +76,7 @@ def _add_stats(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--overlong",
         choices=("split", "truncate", "drop"),
-        default="split",
-        help="as data.overlong",
+        help="as data.overlong; by default split for documents, otherwise drop",
     )
     command.add_argument("--no_packing", action="store_true", help="one document a row")
 
@@ -94,6 +94,13 @@ def _add_show(command: argparse.ArgumentParser) -> None:
 def _add_files(command: argparse.ArgumentParser, *, model_required: bool = True) -> None:
     command.add_argument(
         "files", nargs="+", type=Path, help="JSONL, JSONL.gz or JSON files, or folders"
+    )
+    command.add_argument(
+        "--kind",
+        choices=("documents", "pairs", "judged", "prompts"),
+        default="documents",
+        help="what the rows are: documents, pairs of a chosen and a rejected answer, judged "
+        "answers, or prompts",
     )
     command.add_argument(
         "--model",

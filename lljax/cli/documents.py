@@ -18,10 +18,12 @@ from rich.text import Text
 from lljax.cli.console import console
 from lljax.config import default_config
 from lljax.data import folders, formats
-from lljax.data.formats import BadRow, Document
+from lljax.data.formats import BadRow
+from lljax.data.kinds import KINDS, Row
 from lljax.data.loader import rows_per_epoch
+from lljax.data.preferences import CHOSEN, REJECTED, ROLES
 from lljax.data.statistics import remarks, statistics, unread_keys
-from lljax.data.template import encode, with_template
+from lljax.data.template import with_template
 from lljax.data.tokens import Documents, count_unread, prepare
 from lljax.errors import ConfigError, DataError, counted, printable
 from lljax.interop.open import open_base, tokenizer_fingerprint
@@ -111,6 +113,7 @@ def prepared(arguments: argparse.Namespace) -> Iterator[tuple[Documents, list[Ba
                 tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
                 progress=progress,
                 fields={},
+                kind=KINDS[arguments.kind],
             )
         except DataError:  # no row is usable
             for row in read_bad_rows(listed):
@@ -158,7 +161,7 @@ def validate(arguments: argparse.Namespace) -> None:
 def _read(arguments: argparse.Namespace) -> tuple[int, list[BadRow], dict]:
     """The number of rows, the bad ones, and the keys that nothing reads, without a tokenizer."""
     rows, bad, unread = 0, [], {}
-    for row in formats.read(arguments.files, max_row_bytes=arguments.max_row_bytes):
+    for row in _rows(arguments):
         rows += 1
         if isinstance(row, BadRow):
             bad.append(row)
@@ -167,19 +170,33 @@ def _read(arguments: argparse.Namespace) -> tuple[int, list[BadRow], dict]:
     return rows, bad, unread
 
 
+def _rows(arguments: argparse.Namespace) -> Iterator[Row | BadRow]:
+    kind = KINDS[arguments.kind]
+    kind.check_loss_on(arguments.loss_on)
+    return formats.read(
+        arguments.files, max_row_bytes=arguments.max_row_bytes, parse_row=kind.parse
+    )
+
+
 def stats(arguments: argparse.Namespace) -> None:
     """Counts documents and tokens, and the rows and steps of an epoch."""
+    kind = KINDS[arguments.kind]
     with prepared(arguments) as (documents, bad):
-        store, length, overlong = documents.train, arguments.length, arguments.overlong
-        summary = statistics(documents, overlong, [length])
+        store, length = documents.train, arguments.length
+        overlong = arguments.overlong or kind.overlong[0]
+        summary = statistics(documents, overlong, [length], kind=kind)
         epoch = rows_per_epoch(
-            store, length=length, packing=not arguments.no_packing, overlong=overlong
+            store,
+            length=length,
+            packing=not arguments.no_packing,
+            overlong=overlong,
+            kind=kind,
         )
     train, lengths = summary["train"], store.lengths
     table = Table("measure", "value")
     table.columns[1].justify = "right"
     measures = {
-        "documents": len(lengths),
+        kind.name: len(lengths),
         "conversations among them": train["conversations"],
         "unusable rows": len(bad),
         "tokens": lengths.sum(),
@@ -189,6 +206,7 @@ def stats(arguments: argparse.Namespace) -> None:
         "90%": np.quantile(lengths, 0.9),
         "99%": np.quantile(lengths, 0.99),
         "longest": lengths.max(),
+        **_answer_measures(train),
         f"rows of {length:,} tokens an epoch": epoch,
         f"steps an epoch, {counted(arguments.rows, 'row')} each": cdiv(epoch, arguments.rows),
     }
@@ -196,55 +214,87 @@ def stats(arguments: argparse.Namespace) -> None:
         table.add_row(name, f"{value:,.0f}")
     for limit in LIMITS:
         table.add_row(
-            f"share of tokens in documents above {limit:,}",
+            f"share of tokens in {kind.name} above {limit:,}",
             f"{lengths[lengths > limit].sum() / lengths.sum():.1%}",
         )
+    if once := train.get("read_once"):
+        table.add_row("share that sharing prompts saves", f"{once / (once + train['tokens']):.1%}")
     CONSOLE.print(table)
-    for line in remarks(summary, overlong):
+    for line in remarks(summary, overlong, kind=kind):
         say(line)
 
 
+def _answer_measures(train: dict[str, Any]) -> dict[str, float]:
+    """The measures of the answers of groups, by name; none for other kinds of rows."""
+    measures = {}
+    for role, answers in train.get("answers", {}).items():
+        count, lengths = answers["answers"], answers["lengths"]
+        measures |= {
+            f"{role} answers": count,
+            f"{role} answers, mean tokens": answers["tokens"] / count,
+            f"{role} answers, median": lengths["p50"],
+            f"{role} answers, longest": lengths["max"],
+        }
+    if "read_once" in train:
+        measures["prompt tokens not read a second time"] = train["read_once"]
+    return measures
+
+
 # ---------------------------------------------------------------- show
+Span = tuple[np.ndarray, bool, int]  # tokens, whether they are trained, branch
+COLORS = {CHOSEN: "green", REJECTED: "red"}  # of trained tokens of a branch; others are green
+
+
 def show(arguments: argparse.Namespace) -> None:
-    """Shows the tokens of a row, trained ones in green and in [brackets]."""
-    row = _usable_row(arguments)
+    """Shows the tokens of a row, trained ones in color and in [brackets], each answer on a line of
+    its own.
+    """
+    row, kind = _usable_row(arguments), KINDS[arguments.kind]
     tokenizer = with_template(open_base(arguments.model).tokenizer())
     try:
-        tokens, mask = encode(row, tokenizer, arguments.loss_on)
+        tokens, mask, branches, columns = kind.encode(row, tokenizer, arguments.loss_on)
     except ValueError as error:
         raise DataError(f"{printable(row.where)}: {error}") from None
-    edges = np.flatnonzero(np.diff(mask.astype(int))) + 1
-    spans = list(zip(np.split(tokens, edges), mask[[0, *edges]], strict=True))
-    trained_spans = sum(trained for _, trained in spans)
+    of_groups = branches is not None
+    branches = branches if branches is not None else np.zeros(len(tokens), np.uint8)
+    edges = np.flatnonzero(np.diff(mask.astype(int)) | np.diff(branches.astype(int))) + 1
+    starts = [0, *edges]
+    spans = list(zip(np.split(tokens, edges), mask[starts], branches[starts], strict=True))
+    trained_spans = sum(trained for _, trained, _ in spans)
+    roles = [ROLES[role] for role in np.unique(branches[branches > 0]).tolist()]
+    colors = "chosen green, rejected red" if of_groups else "green"
     say(
-        f"{printable(row.where)}: {len(tokens):,} tokens, {mask.sum():,} trained (green, in "
+        f"{printable(row.where)}: {len(tokens):,} tokens, {mask.sum():,} trained ({colors}, in "
         f"[brackets]) in {trained_spans:,} spans"
+        + f"; a prompt and its answers: {', '.join(roles)}"
+        * of_groups
     )
     CONSOLE.print(_spans_text(spans, len(tokens), arguments.tokens, tokenizer))
+    if columns is not None:
+        names = sorted(printable(name) for name in columns if name != "prompt")
+        say(f"columns for reward functions: {', '.join(names) or 'none'}")
 
 
-def _usable_row(arguments: argparse.Namespace) -> Document:
-    rows = (
-        row
-        for row in formats.read(arguments.files, max_row_bytes=arguments.max_row_bytes)
-        if isinstance(row, Document)
-    )
+def _usable_row(arguments: argparse.Namespace) -> Row:
+    rows = (row for row in _rows(arguments) if not isinstance(row, BadRow))
     row = next(itertools.islice(rows, arguments.row, None), None) if arguments.row >= 0 else None
     if row is None:
         raise ConfigError(f"--row={arguments.row}: there is no such row; they are counted from 0")
     return row
 
 
-def _spans_text(
-    spans: list[tuple[np.ndarray, bool]], tokens: int, limit: int, tokenizer: Any
-) -> Text:
+def _spans_text(spans: list[Span], tokens: int, limit: int, tokenizer: Any) -> Text:
     """The spans, of `tokens` tokens in all, shortened to about `limit` tokens."""
     a_span = tokens if tokens <= limit else max(MIN_TOKENS, limit // len(spans))
     shown = spans[: max(1, limit // a_span)] if a_span < tokens else spans
-    text = Text()
-    for part, trained in shown:
+    text, before = Text(), 0
+    for part, trained, branch in shown:
+        if branch != before:
+            text.append(f"\n{ROLES[int(branch)]}: ", style="bold")
+        before = branch
         decoded = excerpt(part, a_span, tokenizer)
-        text.append(f"[{decoded}]" if trained else decoded, style="green" if trained else "dim")
+        color = COLORS.get(int(branch), "green")
+        text.append(f"[{decoded}]" if trained else decoded, style=color if trained else "dim")
     if len(shown) < len(spans):
         text.append(
             f" \u2026 {counted(len(spans) - len(shown), 'further span')}: raise --tokens \u2026",

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lljax.data.prompt_tokens import text_tokens
 from lljax.data.template import with_template
 from lljax.errors import ConfigError
 from lljax.generation.chat import Chat, TooLong
 from lljax.generation.completion import Request
 from lljax.generation.engine import Engine
-from lljax.generation.prompt import text_tokens
 from lljax.generation.sample import Sampling
 from lljax.interop.open import end_tokens
 from lljax.models.by_layer import split_layers

@@ -33,8 +33,8 @@ class Field:
     """One value per token of a batch, read from the pieces of documents.
 
     padding: the value in positions that hold no token.
-    derive: tokens and targets of a piece, each [n] -> the field's values [n]; None for a field that
-      the pieces hold already.
+    derive: the arrays of a piece (tokens, targets and others of its kind), each [n] -> the field's
+      values [n]; None for a field that the pieces hold already.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Field:
 
 # The fields of every objective that predicts the next token.
 NEXT_TOKEN = (Field("tokens"), Field("targets", padding=IGNORED))
-# Added to every row by packing, and to every batch by placement.
+# Added to every row by packing, unless they are among the fields, and to every batch by placement.
 PLACES = ("segments", "positions", "index")
 
 
 def dtypes(fields: tuple[Field, ...]) -> dict[str, type[np.generic]]:
     """The dtype of every array of a batch by its name."""
-    return {field.name: field.dtype for field in fields} | dict.fromkeys(PLACES, np.int32)
+    return dict.fromkeys(PLACES, np.int32) | {field.name: field.dtype for field in fields}

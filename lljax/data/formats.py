@@ -57,34 +57,59 @@ class BadRow:
         return f"{printable(self.file)}:{self.line}: {self.reason}"
 
 
+# A decoded row and its place -> what it says; raises ValueError with the reason if it says nothing.
+Parse = Callable[[Any, str], Any]
+
+
+def document(row: Any, where: str) -> Document:
+    """The document of a decoded row. Raises ValueError with the reason if its form is unknown."""
+    row = checked(row)
+    for key, reason in PREFERENCES.items():
+        if is_filled(row.get(key)):
+            raise ValueError(f"{key!r}: {reason}")
+    if isinstance(row.get("label"), bool) and "text" not in row:
+        raise ValueError(f"'label': {JUDGED}")
+    return by_form(
+        row,
+        where,
+        FORMS,
+        "a row has messages or conversations, query and response, instruction and output, prompt "
+        "and completion, or text",
+    )
+
+
 def read(
-    paths: Iterable[str | Path], *, max_row_bytes: int = MAX_ROW_BYTES
-) -> Iterator[Document | BadRow]:
-    """Every row of `sources.files(paths)`.
+    paths: Iterable[str | Path], *, max_row_bytes: int = MAX_ROW_BYTES, parse_row: Parse = document
+) -> Iterator[Any]:
+    """Every row of `sources.files(paths)`: the result of `parse_row`, or a BadRow.
 
     Raises:
       DataError: as `sources.files` and `sources.rows`.
     """
     for file in sources.files(paths):
-        yield from read_file(file, max_row_bytes=max_row_bytes)
+        yield from read_file(file, max_row_bytes=max_row_bytes, parse_row=parse_row)
 
 
 def read_file(
-    file: Path, *, max_row_bytes: int = MAX_ROW_BYTES, expected: str | None = None
-) -> Iterator[Document | BadRow]:
+    file: Path,
+    *,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    expected: str | None = None,
+    parse_row: Parse = document,
+) -> Iterator[Any]:
     """Every row of one file. Arguments and errors: see `sources.rows`."""
     for number, row in sources.rows(file, max_row_bytes=max_row_bytes, expected=expected):
         try:
             if isinstance(row, ValueError):
                 raise row
             where = f"{file}:{number}"
-            yield parse(row, where) if isinstance(row, bytes) else document(row, where)
+            yield parse(row, where, parse_row) if isinstance(row, bytes) else parse_row(row, where)
         except ValueError as error:
             yield BadRow(str(file), number, str(error))
 
 
-def parse(line: bytes, where: str) -> Document:
-    """The document of one row. Raises ValueError with the reason if its form is unknown."""
+def parse(line: bytes, where: str, parse_row: Parse = document) -> Any:
+    """What one line of a file says. Raises ValueError with the reason if its form is unknown."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -93,55 +118,63 @@ def parse(line: bytes, where: str) -> Document:
         raise ValueError("not JSON (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
-    return document(row, where)
+    return parse_row(row, where)
 
 
-def document(row: Any, where: str) -> Document:
-    """The document of a decoded row. Raises ValueError as `parse`."""
+# ---------------------------------------------------------------- parts of a row
+def checked(row: Any) -> dict:
+    """A decoded row. Raises ValueError if it is no object, nested too deeply, or holds media."""
     if not isinstance(row, dict):
         hint = "; an array of rows is read from a .json file" if isinstance(row, list) else ""
         raise ValueError(f"not a JSON object but a {type(row).__name__}{hint}")
     if deeper(row, MAX_DEPTH):
         raise ValueError(f"nested too deeply (more than {MAX_DEPTH} lists and objects)")
-    for key, reason in REFUSED.items():
-        if _is_filled(row.get(key)):
-            raise ValueError(f"{key!r}: {reason}")
-    if isinstance(row.get("label"), bool) and "text" not in row:  # KTO
-        raise ValueError(f"'label': {PAIRS}")
+    for key in MEDIA_KEYS:
+        if is_filled(row.get(key)):
+            raise ValueError(f"{key!r}: {MEDIA}")
+    return row
+
+
+def by_form(row: dict, where: str, forms: "Iterable[Form]", advice: str) -> Any:
+    """The row as the first of `forms` whose keys it has parses it, with its unread keys.
+
+    advice: the known forms, for the error.
+    """
     form = next(
-        (form for form in FORMS if all(row.get(key) is not None for key in form.needs)), None
+        (form for form in forms if all(row.get(key) is not None for key in form.needs)), None
     )
     if form is None:
         names = [key for key in sorted(row) if NAME.fullmatch(key)][:6]
         others = f" and {len(row) - len(names)} others" if len(row) > len(names) else ""
-        raise ValueError(
-            f"unknown fields ({', '.join(names)}{others}); a row has messages or "
-            "conversations, query and response, instruction and output, prompt and "
-            "completion, or text"
-        )
+        raise ValueError(f"unknown fields ({', '.join(names)}{others}); {advice}")
     parsed = form.build(row, where)
-    if any("\0" in text for text in parsed.texts()):
-        raise ValueError("a text holds a NUL character")
-    try:
-        parsed.content().encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("a text holds half of a surrogate pair") from None
-    others = _unread(row, {*form.needs, *form.reads})
+    check_texts(parsed.texts(), parsed.content())
+    others = unread_in(row, {*form.needs, *form.reads})
     return dataclasses.replace(parsed, unread=(*parsed.unread, *others)) if others else parsed
 
 
-def _is_filled(value: Any) -> bool:
+def check_texts(texts: Iterable[str], content: str) -> None:
+    """Raises ValueError if a text, or the content as a whole, cannot be tokenized."""
+    if any("\0" in text for text in texts):
+        raise ValueError("a text holds a NUL character")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("a text holds half of a surrogate pair") from None
+
+
+def is_filled(value: Any) -> bool:
     """Whether a value says anything: tables fill absent keys with None and empty values."""
     return value is not None and value != "" and value != [] and value != {}
 
 
-def _unread(row: dict, known: Set[str], prefix: str = "") -> list[str]:
+def unread_in(row: dict, known: Set[str], prefix: str = "") -> list[str]:
     """The filled keys that are not `known`; keys that may be a user's text share one name."""
-    others = [key for key in row.keys() - known if _is_filled(row[key])]
+    others = [key for key in row.keys() - known if is_filled(row[key])]
     return sorted({prefix + (key if NAME.fullmatch(key) else "(no name)") for key in others})
 
 
-def _text(row: dict, key: str, *, empty: bool = False) -> str:
+def text_of(row: dict, key: str, *, empty: bool = False) -> str:
     value = row.get(key) or ""
     if not isinstance(value, str):
         raise ValueError(f"{key!r} is a {type(value).__name__}, not a text")
@@ -151,10 +184,11 @@ def _text(row: dict, key: str, *, empty: bool = False) -> str:
 
 
 # ---------------------------------------------------------------- conversations
+TURNS = ("messages", "conversations", "conversation")  # keys of a row: a list of messages
 SYSTEM = ("system", "system_prompt")  # keys of a row
 
 
-def _conversation(row: dict, where: str, messages: list, prompt: Sequence = ()) -> Document:
+def conversation(row: dict, where: str, messages: Sequence, prompt: Sequence = ()) -> Document:
     """A conversation with the system prompt and the tools of its row.
 
     prompt: messages that come first and are not trained.
@@ -162,12 +196,9 @@ def _conversation(row: dict, where: str, messages: list, prompt: Sequence = ()) 
     turns = normalized(prompt, 0)
     given = len(turns)
     turns += normalized(messages, len(prompt))
-    if system := _system(row):
-        first = turns[0] if turns and turns[0]["role"] in ("system", "developer") else None
-        if first is None:
-            turns, given = [{"role": "system", "content": system}, *turns], given + bool(given)
-        elif first.get("content") != system:
-            raise ValueError("'system' and the first message are two system prompts")
+    before = len(turns)
+    turns = with_system(row, turns)
+    given += bool(given) * (len(turns) - before)
     replies = {i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= given}
     untrained, unread = set(), set()
     for i, turn in enumerate(turns):
@@ -176,7 +207,7 @@ def _conversation(row: dict, where: str, messages: list, prompt: Sequence = ()) 
                 untrained.add(i)
             elif turn[key] == 1 and i not in replies:
                 unread.add(f"messages.{key} (on, of no trained reply)")
-        unread.update(_unread(turn, MESSAGE, "messages."))
+        unread.update(unread_in(turn, MESSAGE, "messages."))
     if not replies:
         raise ValueError("the conversation has no assistant message")
     if replies <= untrained:
@@ -185,20 +216,32 @@ def _conversation(row: dict, where: str, messages: list, prompt: Sequence = ()) 
         where,
         messages=tuple(turns),
         given=given,
-        tools=_tools(row),
+        tools=tools_of(row),
         untrained=frozenset(untrained),
         unread=tuple(sorted(unread)),
     )
 
 
-def _system(row: dict) -> str:
-    texts = {text for key in SYSTEM if (text := _text(row, key, empty=True)).strip()}
+def with_system(row: dict, turns: list[dict]) -> list[dict]:
+    """The messages after the system prompt of the row, if it has one."""
+    if not (prompt := system_of(row)):
+        return turns
+    first = turns[0] if turns and turns[0]["role"] in ("system", "developer") else None
+    if first is None:
+        return [{"role": "system", "content": prompt}, *turns]
+    if first.get("content") != prompt:
+        raise ValueError("'system' and the first message are two system prompts")
+    return turns
+
+
+def system_of(row: dict) -> str:
+    texts = {text for key in SYSTEM if (text := text_of(row, key, empty=True)).strip()}
     if len(texts) > 1:
         raise ValueError(f"{' and '.join(map(repr, SYSTEM))} are two system prompts")
     return texts.pop() if texts else ""
 
 
-def _tools(row: dict) -> tuple[dict, ...]:
+def tools_of(row: dict) -> tuple[dict, ...]:
     tools = row.get("tools") or []
     tools = parse_json(tools, "'tools'") if isinstance(tools, str) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -208,58 +251,68 @@ def _tools(row: dict) -> tuple[dict, ...]:
 
 # ---------------------------------------------------------------- forms
 def _messages(key: str) -> Callable[[dict, str], Document]:
-    def build(row: dict, where: str) -> Document:
-        if not isinstance(row[key], list) or not row[key]:
-            raise ValueError(f"{key!r} is not a list of messages, or is empty")
-        return _conversation(row, where, row[key])
+    return lambda row, where: conversation(row, where, messages_of(row, key))
 
-    return build
+
+def messages_of(row: dict, key: str) -> list:
+    if not isinstance(row[key], list) or not row[key]:
+        raise ValueError(f"{key!r} is not a list of messages, or is empty")
+    return row[key]
 
 
 def _query(row: dict, where: str) -> Document:
-    return _replies(row, where, _text(row, "query"), _text(row, "response"))
+    return _replies(row, where, text_of(row, "query"), text_of(row, "response"))
 
 
 def _instruction(row: dict, where: str) -> Document:
-    parts = (_text(row, "instruction"), _text(row, "input", empty=True))
-    return _replies(row, where, "\n".join(part for part in parts if part), _text(row, "output"))
+    return _replies(row, where, instruction_of(row), text_of(row, "output"))
+
+
+def instruction_of(row: dict) -> str:
+    """`instruction` and `input`, as one text."""
+    parts = (text_of(row, "instruction"), text_of(row, "input", empty=True))
+    return "\n".join(part for part in parts if part)
 
 
 def _replies(row: dict, where: str, query: str, response: str) -> Document:
+    reply = {"role": "assistant", "content": response}
+    return conversation(row, where, [*asked(row, query), reply])
+
+
+def asked(row: dict, query: str) -> list[dict]:
+    """The messages of `history`, and the user's message `query`."""
     history = row.get("history") or []
     if not (
         isinstance(history, list)
         and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
     ):
         raise ValueError("'history' is not a list of [query, response] pairs of texts")
-    pairs = [*history, (query, response)]
-    return _conversation(
-        row,
-        where,
-        [
-            {"role": role, "content": text}
-            for pair in pairs
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ],
-    )
+    turns = [
+        {"role": role, "content": content}
+        for pair in history
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return [*turns, {"role": "user", "content": query}]
 
 
 def _prompt(row: dict, where: str) -> Document:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _conversation(row, where, completion, prompt)
-    if _system(row) or _tools(row):  # only conversations have them
-        return _conversation(
+        return conversation(row, where, completion, prompt)
+    if system_of(row) or tools_of(row):  # only conversations have them
+        return conversation(
             row,
             where,
-            [{"role": "assistant", "content": _text(row, "completion")}],
-            [{"role": "user", "content": _text(row, "prompt")}],
+            [{"role": "assistant", "content": text_of(row, "completion")}],
+            [{"role": "user", "content": text_of(row, "prompt")}],
         )
-    return Document(where, prompt=_text(row, "prompt", empty=True), text=_text(row, "completion"))
+    return Document(
+        where, prompt=text_of(row, "prompt", empty=True), text=text_of(row, "completion")
+    )
 
 
 def _plain(row: dict, where: str) -> Document:
-    return Document(where, text=_text(row, "text"))
+    return Document(where, text=text_of(row, "text"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,31 +321,24 @@ class Form:
 
     needs: tuple[str, ...]
     reads: tuple[str, ...]
-    build: Callable[[dict, str], Document]
+    build: Parse
 
 
 FORMS = (  # the first form whose keys a row has
-    Form(("messages",), (*SYSTEM, "tools"), _messages("messages")),
-    Form(("conversations",), (*SYSTEM, "tools"), _messages("conversations")),
-    Form(("conversation",), (*SYSTEM, "tools"), _messages("conversation")),
+    *(Form((key,), (*SYSTEM, "tools"), _messages(key)) for key in TURNS),
     Form(("query", "response"), ("history", *SYSTEM, "tools"), _query),
     Form(("instruction", "output"), ("input", "history", *SYSTEM, "tools"), _instruction),
     Form(("prompt", "completion"), (*SYSTEM, "tools"), _prompt),
     Form(("text",), (), _plain),
 )
-PAIRS = (
-    "a row of preferences, which need a preference objective; to train the better answer alone, "
-    "give it as a reply or completion"
-)
-REFUSED = {  # keys that give a row another meaning
-    "chosen": PAIRS,
-    "rejected": PAIRS,
-    "rejected_response": PAIRS,
-    "rejected_messages": PAIRS,
-    "image": MEDIA,
-    "images": MEDIA,
-    "video": MEDIA,
-    "videos": MEDIA,
-    "audio": MEDIA,
-    "audios": MEDIA,
+ANSWER = "; to train the better answer alone, give it as a reply or completion"
+PAIR = f"a pair of answers, which objective.name='dpo' and its kin train{ANSWER}"
+JUDGED = f"a judged answer, which objective.name='kto' trains{ANSWER}"
+PREFERENCES = {  # keys that give a row another meaning
+    "chosen": PAIR,
+    "rejected": PAIR,
+    "rejected_response": PAIR,
+    "rejected_messages": PAIR,
+    "kto_tag": JUDGED,
 }
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")

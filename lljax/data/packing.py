@@ -4,7 +4,7 @@ import grain
 import numpy as np
 
 from lljax.data.batch import IGNORED, NEXT_TOKEN, Field
-from lljax.data.tokens import TokenStore
+from lljax.data.token_store import TokenStore
 from lljax.parallel.rounding import cdiv
 
 BINS = 16  # rows filled at the same time; more leave less padding and mix epochs more
@@ -85,7 +85,7 @@ def pack(
     fields: tuple[Field, ...] = NEXT_TOKEN,
 ) -> grain.IterDataset:
     """Rows of T tokens, of several pieces each (first-fit) or of one piece, with the `fields`,
-    segment ids (0: padding) and positions.
+    segment ids (0: padding) and positions: those of the `fields`, otherwise places in the piece.
     """
     if not packing:
         return pieces.map(lambda piece: row_of(piece, T, fields))
@@ -99,7 +99,7 @@ def pack(
 
     def with_places(row: dict) -> dict:
         places = {"segments": row["tokens_segment_ids"], "positions": row["tokens_positions"]}
-        return {field.name: row[field.name] for field in fields} | places
+        return places | {field.name: row[field.name] for field in fields}
 
     return rows.map(with_places)
 
@@ -122,7 +122,8 @@ def row_of(piece: dict, T: int, fields: tuple[Field, ...] = NEXT_TOKEN) -> dict:
         field.name: np.pad(values, (0, T - n), constant_values=field.padding)
         for field, values in zip(fields, with_fields(piece, fields).values(), strict=True)
     }
-    return row | {
+    places = {
         "segments": (index < n).astype(np.int32),
         "positions": np.where(index < n, index, 0).astype(np.int32),
     }
+    return places | row

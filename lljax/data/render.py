@@ -35,6 +35,18 @@ class TemplateError(ValueError):
         self.kind = kind
 
 
+class TemplateRefusal(ModelError):
+    """The chat template raised for a conversation; `kind` is the class of its exception. The
+    message may hold a user's text.
+    """
+
+    def __init__(self, error: TemplateError):
+        super().__init__(
+            f"the chat template refuses the conversation ({error.kind}: {first_line(error)[:200]})"
+        )
+        self.kind = error.kind
+
+
 class Job(NamedTuple):
     """One rendering. options: of transformers' render_jinja_template, such as tools."""
 
@@ -85,14 +97,12 @@ def chat_text(tokenizer: Any, messages: Sequence[dict], **options: Any) -> str:
     options: see `Job`, such as add_generation_prompt=False.
 
     Raises:
-      ModelError: the template refuses the conversation, or as `render`.
+      TemplateRefusal: the template refuses the conversation.
+      ModelError: as `render`.
     """
     (rendered,) = render(tokenizer, [Job(messages, {"add_generation_prompt": True} | options)])
     if isinstance(rendered, TemplateError):
-        raise ModelError(
-            "the chat template refuses the conversation "
-            f"({rendered.kind}: {first_line(rendered)[:200]})"
-        )
+        raise TemplateRefusal(rendered)
     return rendered.text
 
 

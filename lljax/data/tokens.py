@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lljax.data import sources
 from lljax.data.formats import BadRow, Document, read_file
+from lljax.data.kinds import DOCUMENTS, Row, RowKind
 from lljax.data.template import PLAIN_TEMPLATE, encode, with_template
 from lljax.data.template_date import dated
-from lljax.data.token_store import TokenStore, TokenWriter, crc32
+from lljax.data.token_store import Encoded, TokenStore, TokenWriter, crc32
 from lljax.errors import DataError, ModelError, first_line, printable
 
 ENCODING = 3  # increased when the same documents give other tokens or masks
@@ -64,19 +63,21 @@ def prepare(
     tokenizer_fingerprint: str,
     progress: Progress = lambda items, title: items,
     fields: Mapping[str, str] = FIELDS,
+    kind: RowKind = DOCUMENTS,
 ) -> Documents:
     """Reads and tokenizes the files of `config.data`, or reuses their tokens in `cache`.
 
     Unusable rows are counted and listed in `cache`/../bad_rows.jsonl by file, line and reason,
     without their text. `progress(iterator, title)` may wrap the iteration over rows. fields: the
-    names of the settings that hold the files, for errors.
+    names of the settings that hold the files, for errors. kind: of the rows in the files.
 
     Raises:
       DataError: no usable row, none held out, or too many unusable rows (data.max_bad_fraction);
         a file is missing, unreadable or changes while it is read; tokens in `cache` are damaged; a
-        file is in the place of a folder.
+        file is in the place of a folder; the kind of rows does not serve data.loss_on.
       ModelError: the tokenizer has tokens beyond the model's vocabulary.
     """
+    kind.check_loss_on(data.loss_on)
     with _misplaced_files():
         tokenizer = dated(with_template(tokenizer), cache)
         files = {
@@ -86,11 +87,11 @@ def prepare(
             ]
             for part, paths in (("train", data.train), ("valid", data.valid))
         }
-        fingerprint = _fingerprint(files, data, tokenizer, tokenizer_fingerprint)
+        fingerprint = _fingerprint(files, data, tokenizer, tokenizer_fingerprint, kind)
         folder = cache / fingerprint[:16]
         try:
             if not (folder / "counts.json").exists():
-                _build(folder, _Source(files, data, tokenizer, vocabulary, progress))
+                _build(folder, _Source(files, data, tokenizer, vocabulary, progress, kind))
         finally:
             clear_unfinished(cache)
         counts = _checked(folder, vocabulary)
@@ -104,7 +105,9 @@ def prepare(
     return documents
 
 
-def _fingerprint(files: Files, data: Any, tokenizer: Any, tokenizer_fingerprint: str) -> str:
+def _fingerprint(
+    files: Files, data: Any, tokenizer: Any, tokenizer_fingerprint: str, kind: RowKind
+) -> str:
     settings = [
         ENCODING,
         PLAIN_TEMPLATE,
@@ -115,6 +118,7 @@ def _fingerprint(files: Files, data: Any, tokenizer: Any, tokenizer_fingerprint:
         data.max_row_bytes,
         tokenizer_fingerprint,
         [_encoded_probe(probe, tokenizer) for probe in PROBES],
+        *([] if kind.name == DOCUMENTS.name else [kind.name]),
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for part, pairs in files.items():
@@ -165,10 +169,16 @@ class _Source:
     tokenizer: Any
     vocabulary: int
     progress: Progress
+    kind: RowKind
 
-    def rows(self, part: str) -> Iterator[Document | BadRow]:
+    def rows(self, part: str) -> Iterator[Row | BadRow]:
         rows = itertools.chain.from_iterable(
-            read_file(file, max_row_bytes=self.data.max_row_bytes, expected=sha256)
+            read_file(
+                file,
+                max_row_bytes=self.data.max_row_bytes,
+                expected=sha256,
+                parse_row=self.kind.parse,
+            )
             for file, sha256 in self.files[part]
         )
         return self.progress(rows, f"tokenizing {part}")
@@ -196,7 +206,7 @@ def _build(folder: Path, source: _Source) -> None:
 def _fill(folder: Path, source: _Source) -> None:
     """Writes the tokens and counts.json; lists unusable rows in bad_rows.jsonl."""
     data, tokenizer, vocabulary = source.data, source.tokenizer, source.vocabulary
-    writers = {part: TokenWriter(folder / part) for part in source.files}
+    writers = {part: TokenWriter(folder / part, source.kind.extra) for part in source.files}
     parts: dict[str, dict[str, Any]] = {
         part: {"rows": 0, "bad_rows": 0, "conversations": 0, "unread": {}} for part in source.files
     }
@@ -204,19 +214,19 @@ def _fill(folder: Path, source: _Source) -> None:
     for part, counts in parts.items():
         for row in source.rows(part):
             counts["rows"] += 1
-            encoded = _encoded(row, tokenizer, data.loss_on)
+            encoded = _encoded(row, source)
             if isinstance(encoded, BadRow):
                 counts["bad_rows"] += 1
                 first = first or str(encoded)
                 with open(folder / "bad_rows.jsonl", "a") as bad_rows:
                     bad_rows.write(json.dumps(dataclasses.asdict(encoded)) + "\n")
                 continue
-            row, tokens, mask = encoded
-            if (largest := max(largest, int(tokens.max()))) >= vocabulary:
+            row, values = encoded
+            if (largest := max(largest, int(values.tokens.max()))) >= vocabulary:
                 raise _mismatch(largest, vocabulary, f" ({printable(row.where)})")
             held_out = part == "train" and share(row) < data.valid_fraction
             target = "valid" if held_out else part
-            writers[target].add(tokens, mask)
+            writers[target].add(*values)
             parts[target]["conversations"] += bool(row.messages)
             count_unread(row, counts["unread"], template)
     sums = {
@@ -237,29 +247,25 @@ def _fill(folder: Path, source: _Source) -> None:
     (folder / "counts.json").write_text(json.dumps(totals | {"own_crc32": _own_crc32(totals)}))
 
 
-def _encoded(
-    row: Document | BadRow, tokenizer: Any, loss_on: str
-) -> tuple[Document, np.ndarray, np.ndarray] | BadRow:
-    """A document with its tokens and mask, or the reason why it is unusable."""
+def _encoded(row: Row | BadRow, source: _Source) -> tuple[Row, Encoded] | BadRow:
+    """A row with its tokens, or the reason why it is unusable."""
     if isinstance(row, BadRow):
         return row
     try:
-        return row, *encode(row, tokenizer, loss_on)
+        return row, source.kind.encode(row, source.tokenizer, source.data.loss_on)
     except ValueError as error:
         file, _, line = row.where.rpartition(":")
         return BadRow(file, int(line), str(error))
 
 
-def count_unread(
-    document: Document, unread: dict[str, dict[str, int]], template: str | None
-) -> None:
-    """Adds the document's unread keys to `unread`, the number of rows by file and key.
+def count_unread(row: Row, unread: dict[str, dict[str, int]], template: str | None) -> None:
+    """Adds the row's unread keys to `unread`, the number of rows by file and key.
 
     template: the chat template, which sees whole messages and may read any key whose name it
     contains; None if unknown.
     """
-    counts = unread.setdefault(document.where.rpartition(":")[0], {})
-    for key in document.unread:
+    counts = unread.setdefault(row.where.rpartition(":")[0], {})
+    for key in row.unread:
         of_message = key.startswith("messages.")
         if not of_message or template is not None and key.removeprefix("messages.") not in template:
             key = key if key in counts or len(counts) < KEYS else "(others)"
@@ -320,7 +326,7 @@ def _check_usable(documents: Documents, counts: dict, data: Any, fields: Mapping
         )
 
 
-def share(document: Document) -> float:
+def share(row: Row) -> float:
     """A number in [0, 1) from the content alone: a document is held out wherever it is."""
-    digest = hashlib.sha256(document.content().encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(row.content().encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8]) / 2**64

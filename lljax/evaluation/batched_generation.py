@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lljax.data.prompt_tokens import chat_tokens, text_tokens
 from lljax.evaluation.predictions import Predictions
 from lljax.evaluation.scores import Score
 from lljax.evaluation.task import Example, Task, TooShort, group_scores
 from lljax.generation.completion import Request
 from lljax.generation.engine import Engine
-from lljax.generation.prompt import chat_tokens, text_tokens
 from lljax.models.cache import cache_bytes
 from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout

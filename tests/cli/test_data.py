@@ -158,6 +158,62 @@ def test_show_shows_every_trained_span_of_a_long_row_and_no_terminal_codes(tmp_p
     )
 
 
+PAIRS = [
+    {"prompt": f"ask {i}: ", "chosen": "yes, this", "rejected": "no", "score": 1} for i in range(3)
+]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    return tmp_path / "pairs.jsonl"
+
+
+def test_validate_reads_rows_as_the_kind_that_is_named(pairs, tiny, command):
+    code, out, _ = command("validate", pairs, "--kind=pairs")
+    assert code == 0 and "3 rows, 3 good, 0 bad" in out and "score (3 rows)" in out
+    assert "3 good" in command("validate", pairs, "--kind=judged", f"--model={tiny}")[1]
+    out = command("validate", pairs, "--kind=prompts")[1]  # all other keys are columns
+    assert "3 good" in out and "nothing reads" not in out
+    code, out, _ = command("validate", pairs)
+    assert code == 3 and "'chosen': a pair of answers, which objective.name='dpo'" in out
+
+
+def test_stats_of_pairs_count_answers_and_what_sharing_prompts_saves(pairs, tiny, command):
+    code, out, _ = command("stats", pairs, "--kind=pairs", f"--model={tiny}", "--length=64")
+    assert code == 0
+    for name, value in {
+        "pairs": "3",
+        "chosen answers": "3",
+        "rejected answers": "3",
+        "rejected answers, longest": "3",
+        "rows of 64 tokens an epoch": "1",
+    }.items():
+        assert re.search(rf"│ {name} +│ +{value} │", out), name
+    assert re.search(r"share that sharing prompts saves +│ +\d\d\.\d% │", out)
+    code, _, error = command("stats", pairs, "--kind=pairs", f"--model={tiny}", "--overlong=split")
+    assert code == 2 and "data.overlong='split': groups of answers are never split" in error
+    code, _, error = command(
+        "stats", pairs, "--kind=pairs", f"--model={tiny}", "--loss_on=everything"
+    )
+    assert code == 3 and "data.loss_on='everything' is for documents" in error
+
+
+def test_stats_of_prompts_count_them_and_the_dropped(pairs, tiny, command):
+    code, out, _ = command("stats", pairs, "--kind=prompts", f"--model={tiny}", "--length=3")
+    assert code == 0 and "3 of 3 prompts are longer than 3 tokens" in out
+    assert "trained: the rest are prompts" not in out
+
+
+def test_show_says_which_answer_is_which(pairs, tiny, command):
+    code, out, _ = command("show", pairs, "--kind=pairs", f"--model={tiny}", "--row=1")
+    assert code == 0 and "a prompt and its answers: chosen, rejected" in out
+    assert "ask 1: \nchosen: [yes, this<end>]\nrejected: [no<end>]" in out
+    code, out, _ = command("show", pairs, "--kind=prompts", f"--model={tiny}")
+    assert code == 0 and "ask 0: " in out and "[" not in out.split("spans")[1]
+    assert "columns for reward functions: chosen, rejected, score" in out
+
+
 def test_the_standard_library_becomes_documents(tmp_path, monkeypatch, command, tree):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tree))
     out = tmp_path / "stdlib.jsonl"

@@ -246,12 +246,12 @@ REPLY = b'{"role": "assistant", "content": "b"}'
             b'{"messages": [{"role": "assistant", "content": "", "tool_calls": {}}]}',
             "'tool_calls' is not a list of calls",
         ),
-        (b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "'chosen': .*preference objective"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "'chosen': .*objective.name='dpo'"),
         (
             b'{"messages": [' + REPLY + b'], "rejected_response": "c"}',
-            "'rejected_response': .*preference objective",
+            "'rejected_response': .*objective.name='dpo'",
         ),
-        (b'{"prompt": "a", "completion": "b", "label": false}', "'label': .*preference objective"),
+        (b'{"prompt": "a", "completion": "b", "label": false}', "'label': .*objective.name='kto'"),
         (b'{"messages": [' + REPLY + b'], "images": ["a.png"]}', "'images': models of text alone"),
         (b'{"text": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}", "nested too deeply"),
         (

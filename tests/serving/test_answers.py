@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from serving.cases import client_of
 
+from lljax.data.prompt_tokens import text_tokens
 from lljax.generation.generate import generate
-from lljax.generation.prompt import text_tokens
 from lljax.generation.sample import Sampling
 
 PROMPT = "def add(first"

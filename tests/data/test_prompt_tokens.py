@@ -4,7 +4,7 @@ import copy
 
 import tokenizers
 
-from lljax.generation.prompt import text_tokens
+from lljax.data.prompt_tokens import text_tokens
 
 
 def test_a_prompt_begins_with_one_bos_as_training_text_does(tokenizer):

@@ -13,11 +13,16 @@ def text_tokens(tokenizer: Any, text: str) -> list[int]:
     return [*missing_bos(tokenizer, text), *ids]
 
 
-def chat_tokens(tokenizer: Any, messages: Sequence[dict], prefix: str = "") -> list[int]:
+def chat_tokens(
+    tokenizer: Any, messages: Sequence[dict], prefix: str = "", *, tools: Sequence[dict] = ()
+) -> list[int]:
     """The tokens of a conversation and of the `prefix` of the reply. A template writes bos itself.
 
+    tools: descriptions of the tools that the reply may call.
+
     Raises:
-      ModelError: the template refuses the conversation, or does not end.
+      TemplateRefusal: the template refuses the conversation.
+      ModelError: the template does not end, or exceeds its memory.
     """
-    text = chat_text(tokenizer, messages) + prefix
+    text = chat_text(tokenizer, messages, tools=list(tools) or None) + prefix
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
