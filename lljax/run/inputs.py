@@ -13,16 +13,23 @@ from rich.console import Console
 from rich.progress import track
 
 from lljax.config import Config
+from lljax.data.kinds import KINDS, RowKind
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.statistics import remarks, statistics
 from lljax.data.template import turn_ends
 from lljax.data.tokens import Documents, TokenStore, prepare
 from lljax.errors import ConfigError
 from lljax.objectives.objective import Objective
+from lljax.objectives.table import OBJECTIVES
 from lljax.parallel.processes import first_then_others
 from lljax.run.monitor import Unread
 from lljax.training.curriculum import Stage
 from lljax.training.placement import row_share, rows_of_share
+
+
+def kind_of(config: Config) -> RowKind:
+    """What the rows of the data are, for the objective of `config`."""
+    return KINDS[OBJECTIVES[config.objective.name].kind]
 
 
 def read_documents(
@@ -44,6 +51,7 @@ def read_documents(
             workdir / "data",
             tokenizer_fingerprint=fingerprint,
             progress=_progress,
+            kind=kind_of(config),
         )
     )
     if documents.bad:
@@ -57,8 +65,10 @@ def count_documents(
     documents: Documents, config: Config, curriculum: Iterable[Stage], tokenizer: Any
 ) -> dict:
     """The content of data_statistics.json; logs remarks on them for the user."""
-    counts = statistics(documents, config.data.overlong, [stage.length for stage in curriculum])
-    for line in remarks(counts, config.data.overlong):
+    kind, overlong = kind_of(config), config.data.overlong
+    lengths = [stage.length for stage in curriculum]
+    counts = statistics(documents, overlong, lengths, kind=kind)
+    for line in remarks(counts, overlong, kind=kind):
         logging.warning("%s", line)
     if counts["train"]["conversations"] and not turn_ends(tokenizer):
         logging.warning(
@@ -135,6 +145,7 @@ def open_batches(
         seed=config.seed + stage.number,
         local_rows=rows_of_share(rows, accumulate, mesh),
         fields=objective.fields,
+        kind=KINDS[objective.kind],
     )
     return PackedBatches(loader)
 
@@ -150,6 +161,7 @@ def held_out_batches(
         rows=config.training.rows,
         limit=config.training.eval_rows,
         fields=objective.fields,
+        kind=KINDS[objective.kind],
     ):
         yield {name: np.split(x, shares)[share] for name, x in batch.items()}
 
