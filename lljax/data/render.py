@@ -6,18 +6,15 @@ the parent.
 """
 
 import atexit
-import contextlib
 import json
-import os
-import select
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from lljax.data.child import Child, ChildEnded
 from lljax.errors import ModelError, first_line
 
 START_SECONDS = 120  # for the process to start
@@ -110,85 +107,49 @@ class _Process:
     """The process, started on demand."""
 
     def __init__(self):
-        self._popen: Any = None
+        self._child: Child | None = None
         self._lock = threading.Lock()
 
     def ask(self, request: bytes, seconds: float) -> list[dict]:
         """The answer to `request`. Raises ModelError if there is none in time."""
         with self._lock:
+            limit = START_SECONDS
             try:
-                if self._popen is None:
-                    self._start()
-                return json.loads(self._exchange(request, seconds))
+                if self._child is None:
+                    self._child = _start()
+                    self._child.ask(json.dumps({"jobs": []}).encode(), limit)
+                limit = seconds
+                return json.loads(self._child.ask(request, limit))
+            except TimeoutError:
+                self.stop()
+                raise ModelError(
+                    f"the model's chat template has not ended within {limit:.0f} seconds: {ADVICE}"
+                ) from None
+            except ChildEnded as ended:
+                self.stop()
+                raise ModelError(
+                    f"the process of the model's chat template ended (exit {ended.code}): it ran "
+                    f"out of memory, or the template ended it: {ADVICE}"
+                ) from None
             except BaseException:  # interrupts too: the next call would read this answer
                 self.stop()
                 raise
 
     def stop(self) -> None:
-        if self._popen is not None:
-            with contextlib.suppress(OSError):
-                self._popen.kill()
-            with contextlib.suppress(OSError):
-                self._popen.stdin.close()
-            self._popen.stdout.close()
-            self._popen.wait()
-            self._popen = None
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
 
-    def _start(self) -> None:
-        # A new session: signals to the process group are for the run, which may go on rendering.
-        script = Path(__file__).with_name("render_process.py")
-        try:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", script, str(MEMORY), str(LONGEST)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise ModelError(
-                f"the process that runs chat templates cannot be started ({first_line(error)})"
-            ) from None
-        self._exchange(json.dumps({"jobs": []}).encode(), START_SECONDS)
 
-    def _exchange(self, request: bytes, seconds: float) -> bytes:
-        until = time.monotonic() + seconds
-        send = memoryview(len(request).to_bytes(8) + request)
-        os.set_blocking(self._popen.stdin.fileno(), False)
-        while send:
-            self._wait(self._popen.stdin, select.POLLOUT, until, seconds)
-            try:
-                send = send[os.write(self._popen.stdin.fileno(), send) :]
-            except BrokenPipeError:
-                self._gone()
-        return self._read(int.from_bytes(self._read(8, until, seconds)), until, seconds)
-
-    def _read(self, size: int, until: float, seconds: float) -> bytes:
-        parts = []
-        while size:
-            self._wait(self._popen.stdout, select.POLLIN, until, seconds)
-            part = os.read(self._popen.stdout.fileno(), min(size, 1 << 20))
-            if not part:
-                self._gone()
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def _wait(self, pipe: Any, event: int, until: float, seconds: float) -> None:
-        poll = select.poll()
-        poll.register(pipe, event)
-        if not poll.poll(1000 * max(0.0, until - time.monotonic())):
-            raise ModelError(
-                f"the model's chat template has not ended within {seconds:.0f} seconds: {ADVICE}"
-            )
-
-    def _gone(self) -> NoReturn:
-        code = self._popen.wait()
+def _start() -> Child:
+    script = Path(__file__).with_name("render_process.py")
+    command = [sys.executable, "-P", script, str(MEMORY), str(LONGEST)]
+    try:
+        return Child(command, stderr=subprocess.DEVNULL)
+    except OSError as error:
         raise ModelError(
-            f"the process of the model's chat template ended (exit {code}): it ran out of "
-            f"memory, or the template ended it: {ADVICE}"
-        )
+            f"the process that runs chat templates cannot be started ({first_line(error)})"
+        ) from None
 
 
 _PROCESS = _Process()

@@ -100,8 +100,8 @@ def test_text_of_a_template_is_shown_escaped():
 
 def test_the_process_that_ends_is_one_line_and_the_next_rendering_starts_another():
     assert still_renders()
-    os.kill(module._PROCESS._popen.pid, signal.SIGKILL)
-    module._PROCESS._popen.wait()
+    os.kill(module._PROCESS._child.popen.pid, signal.SIGKILL)
+    module._PROCESS._child.popen.wait()
     with pytest.raises(ModelError, match="the process of the model's chat template ended"):
         render(tokenizer("x"), [Job(TALK)])
     assert still_renders()
@@ -114,7 +114,7 @@ def test_an_interrupted_rendering_is_not_taken_for_the_next(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(module._Process, "_read", interrupted)
+        patched.setattr(module.Child, "_read", interrupted)
         render(tokenizer("{{ messages[0].content }}"), [Job(TALK)])
     assert still_renders()
 
@@ -127,7 +127,7 @@ sys.path[:0] = {sys.path!r}
 from data.templates import byte_tokenizer
 from lljax.data import render
 render.render(byte_tokenizer('x', eos='<e>'), [render.Job([dict(role='user', content='q')])])
-print(render._PROCESS._popen.pid, flush=True)
+print(render._PROCESS._child.popen.pid, flush=True)
 sys.stdin.read()
 """
     with subprocess.Popen(
