@@ -5,7 +5,7 @@ import dataclasses
 from lljax.config.access import Config, flat, get, total_steps
 from lljax.config.checks import INT32
 from lljax.config.field import EMPTY, GIVEN, Conditions, differs, equals, hold
-from lljax.config.tree import ADAPTER_ROLES, FIELDS, OBJECTIVES, OPTIMIZERS, ROLES
+from lljax.config.tree import ADAPTER_ROLES, FIELDS, KINDS, OBJECTIVES, OPTIMIZERS, ROLES
 from lljax.errors import ConfigError, short
 
 
@@ -246,6 +246,31 @@ def _the_objective_reads_what_is_set(config: Config) -> None:
             )
 
 
+def _rows_of_data_serve_the_objective(config: Config) -> None:
+    name, overlong = config.objective.name, config.data.overlong
+    kind = KINDS.table()[OBJECTIVES.table()[name].kind]
+    if overlong not in kind.overlong:
+        raise ConfigError(
+            f"data.overlong={overlong!r} and objective.name={name!r}, whose {kind.name} are never "
+            f"split: use {' or '.join(map(repr, kind.overlong))}"
+        )
+    if config.data.loss_on not in kind.loss_on:
+        raise ConfigError(
+            f"data.loss_on={config.data.loss_on!r} and objective.name={name!r}, which trains "
+            f"answers: use {' or '.join(map(repr, kind.loss_on))}"
+        )
+
+
+def _answers_are_written_on_whole_rows(config: Config) -> None:
+    name = config.objective.name
+    if OBJECTIVES.table()[name].samples and config.mesh.sequence != 1:
+        raise ConfigError(
+            f"mesh.sequence={config.mesh.sequence} and objective.name={name!r}: answers are "
+            "written a token at a time, which does not spread over tokens: use mesh.sequence=1 "
+            "and mesh.tensor"
+        )
+
+
 def _tokens_are_counted_in_int32(config: Config) -> None:
     rows, accumulate = config.training.rows, config.training.accumulate
     length = config.context.schedule[-1][1]
@@ -264,5 +289,7 @@ RULES = (
     _something_trains,
     _the_optimizer_serves,
     _the_objective_reads_what_is_set,
+    _rows_of_data_serve_the_objective,
+    _answers_are_written_on_whole_rows,
     _tokens_are_counted_in_int32,
 )

@@ -3,8 +3,9 @@
 `train` opens the folder, and a `Run` does the rest: read its methods from the top down.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -14,13 +15,14 @@ from flax import nnx
 
 from lljax.config import Config
 from lljax.data.batch import Batch
-from lljax.errors import NumericAbort, Stopped
+from lljax.errors import NumericAbort, Stopped, counted
+from lljax.interop.open import end_tokens
 from lljax.models.decoder import Decoder
 from lljax.objectives.objective import OLD, REFERENCE
 from lljax.parallel.processes import barrier
-from lljax.parallel.sharding import Layout
+from lljax.parallel.sharding import Layout, batch_sharding
 from lljax.planning import fit
-from lljax.run import alarms, inputs, workdirs
+from lljax.run import alarms, inputs, rollouts, workdirs
 from lljax.run.checkpoint import abstract
 from lljax.run.lock import locked
 from lljax.run.observer import Observer
@@ -84,7 +86,7 @@ class Run(Setup):
             self.compile()
             self.read_weights()
             self.stop.defer(self.checkpoints.newest)
-            with self.observers.opened(self.info()):
+            with self.observers.opened(self.info()), self.open_writer() as self.writer:
                 self.take_steps()
                 self.finish()
             self.checkpoints.close()
@@ -110,9 +112,49 @@ class Run(Setup):
             self.take_step(stage)
 
     def open_batches(self, stage: Stage) -> inputs.Batches:
-        return inputs.open_batches(
-            self.documents.train, self.config, stage, self.mesh, self.prepared.objective
+        store, objective = self.documents.train, self.prepared.objective
+        if self.writer is None:
+            return inputs.open_batches(store, self.config, stage, self.mesh, objective)
+        program = self.prepared.steps[stage.number]
+        sharding = batch_sharding(self.mesh, 3)
+
+        def score(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+            placed = self.scored(batch, self.config.training.accumulate, program)
+            return {name: cast(dict, placed)[name] for name in self.prepared.scored}
+
+        batches = rollouts.Rollouts(
+            self.writer,
+            store,
+            stage,
+            objective,
+            self.workdir,
+            score,
+            restore=lambda x: jax.device_put(x, sharding),
         )
+        if batches.left_out:
+            self.observers.say(
+                f"stage {stage.label}: {counted(batches.left_out, 'prompt')} of {len(store):,} "
+                "leave no room for their answers in the rows of a step, and are not used"
+            )
+        return batches
+
+    @contextlib.contextmanager
+    def open_writer(self) -> Iterator[rollouts.Writer | None]:
+        """What writes and judges the answers of an objective that trains on its own."""
+        if not self.prepared.objective.samples:
+            yield None
+            return
+        with rollouts.open_rewards(self.config) as rewards:
+            yield rollouts.Writer(
+                config=self.config,
+                model=lambda: nnx.merge(self.graphdef, self.state.trainable, self.frozen),
+                tokenizer=self.tokenizer,
+                stop=end_tokens(self.base, self.tokenizer),
+                layout=Layout(self.mesh) if self.mesh.size > 1 else None,
+                rewards=rewards,
+                look=self.stop_if_asked,
+                say=self.observers.say,
+            )
 
     def take_step(self, stage: Stage) -> None:
         if self.batch is None:
@@ -179,11 +221,15 @@ class Run(Setup):
         """A batch on the device, with the fields that the objective wants scored: those that it
         does not hold yet.
         """
-        placed = place(batch, accumulate, self.mesh, program.layout)
+        held = {name: x for name, x in batch.items() if isinstance(x, jax.Array)}
+        unplaced = {name: x for name, x in batch.items() if name not in held}
+        placed = cast(dict, place(unplaced, accumulate, self.mesh, program.layout)) | held
         if program.scorer is None:
-            return placed
+            return cast(Batch, placed)
         leaves = {REFERENCE: self.reference, OLD: self.state.trainable}
         missing = [name for name in self.prepared.scored if name not in batch]
+        if not missing:
+            return cast(Batch, placed)
         score = program.scorer.compile()
         return cast(
             Batch, placed | {name: score(leaves[name], self.frozen, placed) for name in missing}
@@ -329,6 +375,8 @@ class Run(Setup):
         """
         if not len(self.documents.valid):
             return {}
+        if self.writer is not None:
+            return self.writer.evaluate(self.documents.valid, length)
         program, objective = self.prepared.evaluations[length], self.prepared.objective
         totals: dict[str, Any] = {}
         count = 0.0

@@ -90,7 +90,7 @@ class RewardWorkers:
 
     def __init__(self, rewards: Sequence[Reward], *, timeout: float, processes: int = 1):
         self.rewards, self.timeout = tuple(rewards), timeout
-        self.names = _names(self.rewards)
+        self.names = names_of(self.rewards)
         count = max(1, min(processes, len(self.rewards)))
         self._all = [_Worker() for _ in range(count)]
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -188,7 +188,7 @@ class RewardWorkers:
         self.close()
 
 
-def _names(rewards: Sequence[Reward]) -> tuple[str, ...]:
+def names_of(rewards: Sequence[Reward]) -> tuple[str, ...]:
     """A distinct name for each reward: that of the function, with a number if it comes again."""
     names: list[str] = []
     for reward in rewards:

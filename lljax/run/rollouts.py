@@ -6,10 +6,12 @@ same one again. If a rollout trains more than one step, its batch is kept in a f
 that wrote it are gone by then.
 """
 
+import ast
 import dataclasses
 import io
 import json
 import time
+import urllib.parse
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from lljax.config import Config
 from lljax.data.files import atomic_write
 from lljax.data.prompts import PromptPieces
 from lljax.data.token_store import TokenStore
-from lljax.errors import ConfigError, DataError, counted, first_line, printable
+from lljax.errors import ConfigError, DataError, counted, first_line, printable, short
 from lljax.generation.completion import Completion, Request
 from lljax.generation.engine import Engine
 from lljax.generation.sample import GREEDY, Sampling
@@ -33,10 +35,9 @@ from lljax.objectives.advantages import deviations
 from lljax.objectives.objective import Objective
 from lljax.parallel.rounding import cdiv
 from lljax.parallel.sharding import Layout
-from lljax.run.reward_workers import Judged, RewardWorkers, weighted
+from lljax.run.reward_workers import Judged, Reward, RewardWorkers, names_of, weighted
 from lljax.run.rollout_rows import Answer, RowPlan, batch_of
 from lljax.training.curriculum import Stage
-
 
 SCORED = "scored/"  # before the names of the arrays that lie as on the device
 
@@ -47,7 +48,7 @@ class Writer:
 
     model: the model as it is now. stop: tokens that end an answer. layout: of the mesh; None for
       one device. rewards: the workers of `reward.functions`. look: called often; it may raise to
-      stop the run.
+      stop the run. say: shows a line to the user.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Writer:
     layout: Layout | None
     rewards: RewardWorkers
     look: Callable[[], None]
+    say: Callable[[str], None]
 
     def write(self, requests: Sequence[Request]) -> list[Completion]:
         """The completions of requests, in their order."""
@@ -81,7 +83,7 @@ class Writer:
         ]
         prompts = [row["prompt"] for row in rows]
         names = {name for row in rows for name in row} - {"prompt"}
-        return self.rewards(
+        judged = self.rewards(
             prompts,
             [
                 text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -90,6 +92,9 @@ class Writer:
             [tokens_of(completion).tolist() for completion in completions],
             {name: [row.get(name) for row in rows] for name in sorted(names)},
         )
+        for name, reason in judged.failures.items():
+            self.say(f"reward {name} counts as None for {len(rows):,} answers: {reason}")
+        return judged
 
     def evaluate(self, store: TokenStore, length: int) -> dict[str, float]:
         """The mean rewards of one greedy answer to each of the first `training.eval_rows` held-out
@@ -397,17 +402,54 @@ def metrics_of(
     return metrics
 
 
-def titles(rewards: Sequence[str]) -> dict[str, str]:
-    """The titles of the charts of a rollout's metrics, by name. rewards: names of the functions."""
+def titles(config: Config) -> dict[str, str]:
+    """The titles of the charts of a rollout's metrics, by name."""
+    names = names_of([reward_of(*given) for given in config.reward.functions])
     return {
         "reward": "Reward of an answer",
         "reward_std": "Standard deviation of the rewards of a prompt",
         "frac_reward_zero_std": "Share of prompts whose answers have equal rewards",
-        **{f"rewards/{name}/mean": f"Reward {name}" for name in rewards},
+        **{f"rewards/{name}/mean": f"Reward {name}" for name in names},
         "completions/mean_length": "Tokens of an answer",
         "completions/clipped_ratio": "Share of answers cut off",
         "rollout/seconds": "Seconds of a rollout",
     }
+
+
+def reward_of(given: str, weight: float) -> Reward:
+    """A reward of `reward.functions`. given: the function's name, with options such as
+    "repetition?ngram_size=3&max_penalty=-1".
+
+    Raises:
+      ConfigError: the options cannot be read.
+    """
+    function, _, query = given.partition("?")
+    try:
+        pairs = urllib.parse.parse_qsl(query, strict_parsing=bool(query))
+        options = tuple((name, ast.literal_eval(value)) for name, value in pairs)
+    except (ValueError, SyntaxError):
+        raise ConfigError(
+            f"reward.functions: the options of {short(given)} are not like ?name=1&other='text'"
+        ) from None
+    return Reward(function, weight, options)
+
+
+def open_rewards(config: Config) -> RewardWorkers:
+    """The reward functions of a run, in processes of their own; a context.
+
+    Raises:
+      ConfigError: there is none, or one cannot be used.
+    """
+    if not config.reward.functions:
+        raise ConfigError(
+            f"reward.functions=() and objective.name={config.objective.name!r}: name a reward, "
+            "such as (('contains', 1.0),)"
+        )
+    return RewardWorkers(
+        [reward_of(*given) for given in config.reward.functions],
+        timeout=config.reward.timeout,
+        processes=config.reward.processes,
+    )
 
 
 def _mean(values: Any) -> float:

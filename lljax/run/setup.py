@@ -21,7 +21,7 @@ from lljax.models.families import spec_from_hf
 from lljax.objectives.objective import REFERENCE
 from lljax.parallel.processes import from_all
 from lljax.planning import fit, flops
-from lljax.run import inputs, workdirs
+from lljax.run import inputs, rollouts, workdirs
 from lljax.run.checkpoint import Checkpoints, abstract
 from lljax.run.identity import check_identity, check_weights, identity_of, lengthens
 from lljax.run.observer import Observer, RunInfo
@@ -39,7 +39,7 @@ class Setup:
     order. The arguments are the arguments of lljax.run.loop.train.
 
     Every method sets attributes that later ones and lljax.run.loop.Run read:
-      open: mesh, base, fingerprints, eval_hook, documents, curriculum, statistics.
+      open: mesh, base, tokenizer, fingerprints, eval_hook, documents, curriculum, statistics.
       prepare: model, prepared, learning_rate, counts, device_kind, device, flops.
       restore: identity, rolls_back, checkpoints, saved, restored, step, progress, rollbacks.
       read_weights: graphdef, frozen, state, reference; it gives up model and restored.
@@ -99,7 +99,7 @@ class Setup:
             )
         check_rows(config.training.rows, self.mesh)
         self.base = open_run_base(config)
-        tokenizer = self.base.tokenizer()
+        tokenizer = self.tokenizer = self.base.tokenizer()
         self.fingerprints = {
             "base": self.base.fingerprint(),
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -194,9 +194,8 @@ class Setup:
             "device": self.device_kind,
             "chat_template": self.has_chat_template,
             "base_length": spec_from_hf(self.base.config).max_length,
-            "metrics": {
-                metric.name: metric.title for metric in metrics_of(self.prepared.objective)
-            },
+            "metrics": {metric.name: metric.title for metric in metrics_of(self.prepared.objective)}
+            | (rollouts.titles(self.config) if self.prepared.objective.samples else {}),
         }
 
     def log_longer_schedule(self, old_end: int) -> None:
