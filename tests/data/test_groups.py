@@ -1,10 +1,13 @@
 """Groups of answers: trunk and branches, pieces, packed rows."""
 
+import copy
 import json
 
 import grain
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 from data.cases import answers, prepared, reply, spans, user
 from data.templates import KINDS as TEMPLATES
 from data.templates import byte_tokenizer, of_kind
@@ -18,9 +21,12 @@ from lljax.data.loader import eval_batches, make_loader, rows_per_epoch
 from lljax.data.packing import pack
 from lljax.data.preferences import CHOSEN, MISMATCHED, REJECTED
 from lljax.data.statistics import remarks, statistics
-from lljax.data.template import encode
+from lljax.data.template import encode, with_template
 from lljax.data.token_store import TokenStore, TokenWriter
 from lljax.errors import ConfigError, DataError
+from lljax.models.decoder import Decoder
+from lljax.models.families import spec_from_hf
+from lljax.models.initialize import initialize
 
 
 def encoded(row, tokenizer, parse=preferences.pairs):
@@ -397,6 +403,37 @@ def test_groups_come_back_from_the_store(tmp_path, tokenizer):
     ]
     assert "".join(texts).replace("][", "") == "ask 2: [yes 2<end>no<end>]"
     assert store.branches(2).dtype == np.uint8 and len(store) == 3
+
+
+def test_the_model_reads_an_answer_in_a_packed_group_as_in_a_row_of_its_own(tmp_path, tokenizer):
+    """Also where a token stands across the end of the prompt, and without a prompt."""
+    rows = [
+        *({"prompt": [user(f"add {i}")], "chosen": "return", "rejected": "class"} for i in (1, 2)),
+        {"prompt": "x retu", "chosen": "rn first", "rejected": "xyz"},
+        {"prompt": "", "chosen": "name = 1", "rejected": "thing"},
+    ]
+    store = prepared(tmp_path, tokenizer, rows, "pairs").train
+    stream = grain.MapDataset.source(GroupPieces(store, 160, "drop")).to_iter_dataset()
+    row = next(iter(pack(stream, 160, packing=True, fields=ANSWERS)))
+    model = Decoder(spec_from_hf(TINY))
+    initialize(model, 0, deviation=0.2)
+
+    def hidden(tokens, positions, **places):
+        arrays = {name: x[None] for name, x in places.items()}
+        return model(tokens[None], positions=positions[None], dtype=jnp.float32, **arrays)[0]
+
+    places = {name: row[name] for name in ("segments", "branches")}
+    packed = np.asarray(hidden(row["tokens"], row["positions"], **places))
+    chat = with_template(copy.deepcopy(tokenizer))
+    for segment, values in enumerate(rows, 1):
+        for role, document in preferences.pairs(values, "file:1").answers:
+            tokens, mask = encode(document, chat, "assistant")
+            inputs = tokens[:-1].astype(np.int32)
+            alone = np.asarray(hidden(inputs, np.arange(len(inputs))))[mask[1:]]
+            own = (row["segments"] == segment) & (row["branches"] == role)
+            own &= row["targets"] != IGNORED
+            assert row["targets"][own].tolist() == tokens[1:][mask[1:]].tolist()
+            np.testing.assert_allclose(packed[own], alone, atol=2e-5)
 
 
 def test_each_kind_has_tokens_of_its_own(tmp_path, tokenizer):

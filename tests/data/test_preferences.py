@@ -223,3 +223,21 @@ def test_a_row_that_is_no_judged_answer_says_why(row, reason):
 def test_preferences_are_no_documents_and_the_reason_names_their_objective(row, objective):
     with pytest.raises(ValueError, match=f"objective.name='{objective}'"):
         read(formats.document, **row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"secret text": 1},
+        {"prompt": "secret", "chosen": "secret", "rejected": "secret"},
+        {"prompt": "secret", "chosen": [{"role": "secret\n", "content": 3}], "rejected": "a"},
+        {"prompt": {"secret": 1}, "chosen": "secret", "rejected": "a"},
+        {"prompt": "u", "completion": "secret", "label": "secret"},
+        {"chosen": "secret", "rejected": "secret, too"},
+    ],
+)
+@pytest.mark.parametrize("parse", [preferences.pairs, preferences.judged])
+def test_a_reason_holds_no_text_of_the_row(row, parse):
+    with pytest.raises(ValueError) as error:
+        read(parse, **row)
+    assert "secret" not in str(error.value) and "\n" not in str(error.value)
