@@ -33,6 +33,11 @@ COMMANDS = {
         help="train from a config file; the same command again resumes",
         setup=leave_on_signals,
     ),
+    "align": Command(
+        module="lljax.cli.align",
+        help="train on preferences, or on rewards of a model's own answers",
+        setup=leave_on_signals,
+    ),
     "evaluate": Command(
         module="lljax.cli.evaluate", help="measure perplexity and retrieval by length"
     ),

@@ -7,7 +7,7 @@ lljax train --config=run.yaml --workdir=runs/from_yaml
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -20,15 +20,25 @@ from lljax.errors import exit_cleanly
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags of `argv` and trains; exits with the code of an error."""
+    run("train", argv, __doc__ or "")
+
+
+def run(
+    command: str, argv: Sequence[str], doc: str, check: Callable[[Config], None] = validate
+) -> None:
+    """Trains as `lljax COMMAND` with the flags of `argv`; exits with the code of an error.
+
+    check: raises ConfigError if the configuration cannot work.
+    """
     # force: an imported library has set up logging already, for warnings alone.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     with exit_cleanly():
-        values = _flags(["lljax train", *argv])
-        validate(values.config)
+        values = _flags([f"lljax {command}", *argv], doc)
+        check(values.config)
     train(values.config, values.workdir, values.profile_steps)
 
 
-def _flags(argv: Sequence[str]) -> flags.FlagValues:
+def _flags(argv: Sequence[str], doc: str) -> flags.FlagValues:
     values = flags.FlagValues()
     config_flag(values, argv)
     for name, help in (
@@ -36,7 +46,7 @@ def _flags(argv: Sequence[str]) -> flags.FlagValues:
         ("profile_steps", "FIRST:STOP, steps to trace into WORKDIR/profile for TensorBoard."),
     ):
         flags.DEFINE_string(name, None, help, flag_values=values)
-    read_flags(values, argv, __doc__ or "", "config", "workdir")
+    read_flags(values, argv, doc, "config", "workdir")
     return values
 
 
@@ -65,10 +75,13 @@ def train(config: Config, workdir: str, profile_steps: str | None = None) -> Non
 
 def next_commands(workdir: str, config: Config) -> str:
     """The last lines of a finished run: the path of its report and the next commands."""
+    from lljax.objectives.table import OBJECTIVES  # imported here, as in `train`
+
     report = shlex.quote(str(Path(workdir) / "report.html"))
     run = f"--workdir={shlex.quote(workdir)}"
     held_out = config.data.valid or config.data.valid_fraction
-    tasks = "perplexity,passkey" if held_out else "passkey"
+    documents = OBJECTIVES[config.objective.name].kind == "documents"
+    tasks = "perplexity,passkey" if held_out and documents else "passkey"
     format, *others = formats(config.to_dict())
     alternatives = f"     # or {', '.join(others)}" if others else ""
     return (

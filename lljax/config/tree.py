@@ -47,6 +47,14 @@ _RANK, _ALPHA = whole(1, 65_536), above_zero(1e6)
 _FILES = Several(required(path(), "name a file or a folder"))
 _DEVICES = any_of(whole(-1, -1), whole(1, why="devices, or -1 for all that the others leave"))
 
+
+def _yaml(name: str, others: str) -> str:
+    """The name in the flat YAML of a field of preferences or policies: the first that others have
+    for it; "" for those that lljax/config/yaml_rlhf.py sets.
+    """
+    return "" if name in ("reference", "beta", "kl_beta", "log") else (others.split() or [""])[0]
+
+
 # fmt: off
 _ROWS = (
     Field("seed", 0, "random seed of initialization, shuffling and dropout",
@@ -188,7 +196,8 @@ _ROWS = (
           check=OBJECTIVES,
           identity={"objective.name": differs("sft")}, other_names="rlhf_type loss_type"),
     *(Field(f"objective.{name}", default, comment, check=check,
-            identity={f"objective.{name}": differs(default)}, other_names=others)
+            identity={f"objective.{name}": differs(default)},
+            yaml=_yaml(name, others), other_names=others)
       for name, default, comment, check, others in (
         ("reference", "adapter_off",
          "log-probabilities of the reference: a forward pass a step, or kept with the tokens",
@@ -222,7 +231,8 @@ _ROWS = (
       )),
 
     *(Field(f"rollout.{name}", default, comment, check=check,
-            identity=identity and {f"rollout.{name}": differs(default)}, other_names=others)
+            identity=identity and {f"rollout.{name}": differs(default)},
+            yaml=_yaml(name, others), other_names=others)
       for name, default, comment, check, identity, others in (
         ("answers", 8, "answers to a prompt", whole(2, 1024), True, "num_generations"),
         ("tokens", 256, "tokens of an answer at most", whole(1, TOKENS), True,

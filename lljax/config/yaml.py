@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lljax.config import yaml_rlhf
 from lljax.config.access import Config, get
 from lljax.config.field_checks import ATTENTION
 from lljax.config.field_names import also_called
@@ -23,10 +24,12 @@ TRAIN_TYPES = {  # the fields that each sets, before the fields of the file
 }
 # Names that are no config field: the schedule, and settings of several fields.
 SCHEDULE = ("scheduler.total_steps", "dataset.max_length", "context_schedule", "attention_impl")
-OTHERS = ("train_type", "sequence_parallel", *SCHEDULE)
+OTHERS = ("train_type", "sequence_parallel", *SCHEDULE, *yaml_rlhf.NAMES)
 OTHER_NAMES = {  # ... by the config field that they set
     "context.schedule": "scheduler.total_steps",
     "mesh.sequence": "sequence_parallel",
+    "objective.name": "rlhf_type",
+    "reward.functions": "reward_funcs",
 }
 OTHER_KINDS = {"shifted_sparse": "shifted", "s2": "shifted"}  # of attention
 # Names of kernels choose nothing: lljax takes the best kernel for the device and the mask.
@@ -55,6 +58,7 @@ def read(path: str) -> Config:
     _choose(path, "train_type", train_type, TRAIN_TYPES)
     for field, value in TRAIN_TYPES[train_type].items():
         _set(path, c, field, field, value)
+    yaml_rlhf.set_objective(path, c, given)
     for field in FIELDS.values():
         if field.yaml in given:
             _set(path, c, field.name, field.yaml, given[field.yaml])

@@ -63,6 +63,9 @@ class Metric:
     reduction: Reduction = MEAN
 
 
+TOKENS = Metric("tokens", "Predicted tokens", SUM)
+
+
 @dataclasses.dataclass(frozen=True)
 class PassSettings:
     """The static settings of a forward pass, with the names of their config fields.
@@ -215,6 +218,7 @@ class Objective:
     evaluate: (pass, batch [B, T]) -> (sums by name, weight); `scores` receives sums / weight. None
       if held-out documents are not evaluated by their tokens.
     metrics: the metrics of a step. The metric `loss` comes first.
+    counted: the metric of the weight.
     scores: sums / weight of an evaluation, by name -> the values to record, by name.
     options: config -> hashable settings that loss and evaluate read from `pass_.settings.options`.
     refuses: (config, spec) -> why the objective cannot train this model, or None.
@@ -235,6 +239,7 @@ class Objective:
     weight: Callable[[Batch], Array]
     evaluate: Callable[[Pass, Batch], tuple[dict[str, Array], Array]] | None
     metrics: tuple[Metric, ...]
+    counted: Metric = TOKENS
     scores: Callable[[dict[str, float]], dict[str, float]] = _same
     options: Callable[[Config], Any] = _nothing
     refuses: Callable[[Config, DecoderSpec], str | None] = _never

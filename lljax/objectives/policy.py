@@ -23,6 +23,8 @@ from lljax.objectives.objective import (
     OLD,
     RATIO,
     REFERENCE,
+    SUM,
+    TOKENS,
     Loss,
     Metric,
     Objective,
@@ -165,6 +167,7 @@ RLOO_READS = (
     *("objective.clip_low", "objective.clip_high", "objective.top_entropy"),
     *("objective.mask_truncated", "rollout.*", "reward.*"),
 )
+ANSWERED = Metric("answers", "Answers of a step", SUM)
 READS = (*RLOO_READS, "objective.delta", "objective.kl_beta", "objective.scale_rewards")
 
 
@@ -192,6 +195,7 @@ def _objective(name: str, row: PolicyLoss) -> Objective:
             Metric("clip_ratio/high_mean", "Tokens clipped from above", RATIO),
             Metric("clip_ratio/region_mean", "Tokens clipped", RATIO),
         ),
+        counted=ANSWERED if row.answers else TOKENS,
         options=_options,
         refuses=_refuses,
         passes=_passes,

@@ -20,6 +20,7 @@ from lljax.objectives.objective import (
     ONE_OF_EACH,
     RATIO,
     REFERENCE,
+    SUM,
     Loss,
     Metric,
     Objective,
@@ -175,6 +176,7 @@ def _pair_objective(name: str, row: PairLoss) -> Objective:
             Metric("rewards/accuracies", "Share of pairs with the higher reward chosen", RATIO),
             Metric("nll_loss", "Cross-entropy of chosen answers", RATIO),
         ),
+        counted=Metric("pairs", "Pairs of a step", SUM),
         scores=_scores,
         options=_options,
         refuses=_refuses,
@@ -252,6 +254,7 @@ def _kto_loss(pass_: Pass, batch: Batch) -> Loss:
     return Loss(total, sums)
 
 
+JUDGED_ANSWERS = Metric("answers", "Judged answers of a step", SUM)
 KTO = Objective(
     name="kto",
     fields=ANSWERS,
@@ -263,6 +266,7 @@ KTO = Objective(
         *REWARD_METRICS,
         Metric("kl", "KL divergence from the reference, of mismatched answers", RATIO),
     ),
+    counted=JUDGED_ANSWERS,
     scores=_scores,
     options=_kto_options,
     refuses=_refuses,

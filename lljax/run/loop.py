@@ -157,9 +157,13 @@ class Run(Setup):
             )
 
     def take_step(self, stage: Stage) -> None:
+        waited = 0.0
         if self.batch is None:
-            self.batch = next(self.batches)
+            start = time.monotonic()
+            with mark_data():
+                self.batch = next(self.batches)
             self.batch_metrics = self.batches.metrics
+            waited = time.monotonic() - start
         self.progress = {
             "stage": stage.number,
             "state": self.batches.get_state(),
@@ -168,7 +172,7 @@ class Run(Setup):
         if self.step == stage.start:
             self.state = without_history(self.state)
         self.observers.begin(self.step + 1)
-        metrics, speed = self.compute(stage)
+        metrics, speed = self.compute(stage, waited)
         self.observers.step(self.record(stage, metrics, speed))
         if trouble := alarms.trouble(metrics):
             self.observers.say(f"step {self.step}: {trouble}")
@@ -178,12 +182,14 @@ class Run(Setup):
         self.save_if_due()
         self.evaluate_if_due(stage.length)
 
-    def compute(self, stage: Stage) -> tuple[dict, dict]:
+    def compute(self, stage: Stage, waited: float) -> tuple[dict, dict]:
         """Takes a step on the batch at hand, and reads the next batch while the device computes.
+
+        waited: seconds that the step waited for its batch, which are part of its time.
 
         Returns: metrics and speed.
         """
-        start, waited = time.monotonic(), 0.0
+        start = time.monotonic() - waited
         with (
             mark_step(self.step + 1),
             self.explain_out_of_memory(
@@ -194,7 +200,7 @@ class Run(Setup):
             metrics = self.update(stage)
             self.batch = None
             if self.step + 1 < stage.stop and self.batches.reads_ahead:
-                waited = self.read_batch(metrics["loss"])
+                waited += self.read_batch(metrics["loss"])
             metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
         self.step += 1
         seconds = time.monotonic() - start

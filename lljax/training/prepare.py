@@ -150,6 +150,8 @@ class _Programs:
         return {stage.number: program(stage) for stage in stages}
 
     def evaluations(self, lengths: Sequence[int]) -> dict[int, Program]:
+        if not lengths:
+            return {}
         evaluate = make_evaluate(self.parts.graphdef, self.settings)
         trainable = self.parts.state.trainable
 

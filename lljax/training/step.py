@@ -28,7 +28,6 @@ from lljax.training.state import Split, TrainState
 # The metrics of every step, whatever its objective.
 STEP_METRICS = (
     Metric("grad_norm", "Gradient norm", SUM),
-    Metric("tokens", "Predicted tokens", SUM),
     Metric("z", "Gradient norm, in deviations above its median", SUM),
     Metric("loss_z", "Loss, in deviations above its median", SUM),
     Metric("nonfinite", "Loss, gradient or update not finite", SUM),
@@ -73,7 +72,7 @@ def step_settings(config: Config) -> StepSettings:
 
 def metrics_of(objective: Objective) -> tuple[Metric, ...]:
     """Every metric that the steps of a run may report, the objective's first."""
-    return (*objective.metrics, *STEP_METRICS)
+    return (*objective.metrics, objective.counted, *STEP_METRICS)
 
 
 def make_step(parts: Split, settings: StepSettings) -> Callable:
@@ -158,7 +157,7 @@ class _Step:
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "tokens": weight,
+            objective.counted.name: weight,
             "z": alarm["z"],
             "loss_z": alarm["loss_z"],
             "nonfinite": ~alarm["finite"] | (ok & ~applied),
