@@ -1,5 +1,5 @@
-"""Train on preferences (DPO, KTO, ORPO, ...) or on rewards of a model's own answers (GRPO, ...); the
-same command again resumes from the last checkpoint.
+"""Train on preferences (DPO, KTO, ...) or on rewards of a model's own answers (GRPO, ...); the same
+command again resumes from the last checkpoint.
 
 lljax align --config=quickstart_align --workdir=runs/quickstart_align
 lljax align --config=configs/dpo_longdocs.py --workdir=runs/dpo --config.objective.beta=0.05

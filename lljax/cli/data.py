@@ -6,6 +6,10 @@ lljax data validate data/project.jsonl --model=lljax/assets/tiny-512
 lljax data stats data/project.jsonl --model=lljax/assets/tiny-512 --length=4096 --rows=8
 lljax data show data/project.jsonl --model=lljax/assets/tiny-512 --row=3
 lljax data validate data/pairs.jsonl --kind=pairs
+lljax data tasks --tasks=keychain,needle,ruler/vt --model=lljax/assets/tiny-512 \\
+    --lengths=1k,2k,4k --examples=64 --out=data/tasks.jsonl
+lljax data preferences --tasks=keychain,ruler/vt --model=lljax/assets/tiny-512 --lengths=4k \\
+    --out=data/preferences.jsonl
 """
 
 import argparse
@@ -18,7 +22,7 @@ from lljax.errors import exit_cleanly
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the subcommand argv[0]: folder, stdlib, validate, stats or show."""
+    """Runs the subcommand argv[0]: folder, stdlib, validate, stats, show, tasks or preferences."""
     command = parser("data", __doc__)
     commands = command.add_subparsers(required=True, dest="command")
     for name, help, add in (
@@ -27,13 +31,19 @@ def main(argv: Sequence[str]) -> None:
         ("validate", "list the rows that a run cannot use", _add_validate),
         ("stats", "count documents, tokens, and rows and steps an epoch", _add_stats),
         ("show", "show the tokens of a row, and which of them are trained", _add_show),
+        ("tasks", "prompts and answers of long tasks, for rewards", _add_tasks),
+        ("preferences", "right and wrong answers to long tasks", _add_tasks),
     ):
         add(commands.add_parser(name, help=help))
     arguments = command.parse_args(argv)
     with exit_cleanly(), model_flag():
-        from lljax.cli import documents  # imported here: --help needs no tokenizer
+        # Imported here: --help needs no tokenizer.
+        if arguments.command in ("tasks", "preferences"):
+            from lljax.cli import make_rows as work
+        else:
+            from lljax.cli import documents as work
 
-        getattr(documents, arguments.command)(arguments)
+        getattr(work, arguments.command)(arguments)
 
 
 def _add_folder(command: argparse.ArgumentParser) -> None:
@@ -88,6 +98,30 @@ def _add_show(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--tokens", type=positive, default=400, help="shown at most, spread over the spans"
+    )
+
+
+def _add_tasks(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tasks", required=True, help="comma-separated: keychain, needle, passkey, ruler, ruler/vt"
+    )
+    command.add_argument(
+        "--model", required=True, help="hub id, folder or GGUF file with the tokenizer"
+    )
+    command.add_argument("--lengths", required=True, help="comma-separated tokens (4k is 4,096)")
+    command.add_argument("--examples", type=positive, default=64, help="rows of a task and length")
+    command.add_argument("--seed", type=whole, default=0, help="0 to 999")
+    command.add_argument("--haystack", type=Path, help="a text to hide needles in")
+    command.add_argument("--out", type=Path, required=True)
+    chat = command.add_mutually_exclusive_group()
+    chat.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="prompts are messages: the default if the tokenizer has a chat template",
+    )
+    chat.add_argument(
+        "--no_chat", dest="chat", action="store_false", default=None, help="prompts are texts"
     )
 
 

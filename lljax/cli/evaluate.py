@@ -7,10 +7,10 @@ lljax evaluate --workdir=runs/quickstart --tasks=perplexity,passkey,needle,ruler
 lljax evaluate --model=Qwen/Qwen3-8B --adapter=my/adapter --tasks=ruler --lengths=4k,32k \\
     --out=runs/ruler --chat
 
---tasks are perplexity, perplexity/longlora, perplexity/new_tokens, passkey, needle, ruler,
-longbench, longbench_e, longbench2, zeroscrolls, zeroscrolls_test, or single ones such as ruler/vt.
-Predictions are kept, and the same command resumes from them. Tables and report also show earlier
-results for the same models.
+--tasks are perplexity, perplexity/longlora, perplexity/new_tokens, passkey, needle, keychain,
+ruler, longbench, longbench_e, longbench2, zeroscrolls, zeroscrolls_test, or single ones such as
+ruler/vt. Predictions are kept, and the same command resumes from them. Tables and report also show
+earlier results for the same models.
 """
 
 import argparse

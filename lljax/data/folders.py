@@ -97,14 +97,27 @@ def documents(
 
 
 def write_jsonl(texts: Iterable[str], out: Path) -> tuple[int, int]:
-    """Writes {"text": ...} rows; returns the numbers of rows and of characters.
+    """Writes {"text": ...} rows, as `write_rows`; returns the numbers of rows and of characters."""
+    characters = 0
+
+    def rows() -> Iterator[dict]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield {"text": text}
+
+    return write_rows(rows(), out), characters
+
+
+def write_rows(rows: Iterable[dict], out: Path) -> int:
+    """Writes rows to a JSONL file; returns their number.
 
     `out` appears, or is replaced, when it is complete; without rows it is not written.
 
     Raises:
       ConfigError: `out` cannot be written.
     """
-    unfinished, rows, characters = out.with_name(f".{out.name}.tmp"), 0, 0
+    unfinished, count = out.with_name(f".{out.name}.tmp"), 0
     try:
         if out.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -121,12 +134,12 @@ def write_jsonl(texts: Iterable[str], out: Path) -> tuple[int, int]:
     with file:
         file.truncate(0)  # a killed process may have left rows
         try:
-            for text in texts:
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                rows, characters = rows + 1, characters + len(text)
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
             file.flush()
-            if rows:
+            if count:
                 unfinished.rename(out)
         finally:
             unfinished.unlink(missing_ok=True)
-    return rows, characters
+    return count

@@ -8,9 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from lljax.data.prompt_tokens import chat_tokens, text_tokens
+from lljax.errors import ConfigError
 from lljax.evaluation.predictions import Predictions
 from lljax.evaluation.scores import Score
-from lljax.evaluation.task import Example, Task, TooShort, group_scores
+from lljax.evaluation.task import FIRST_TRAINING_SEED, Example, Task, TooShort, group_scores
 from lljax.generation.completion import Request
 from lljax.generation.engine import Engine
 from lljax.models.cache import cache_bytes
@@ -36,6 +37,13 @@ class EvalSettings:
     stop: frozenset[int] = frozenset()
     rows: int = 4
     cache_dtype: Any = None
+
+    def __post_init__(self):
+        if self.seed >= FIRST_TRAINING_SEED:
+            raise ConfigError(
+                f"seed={self.seed}: seeds from {FIRST_TRAINING_SEED:,} on make training rows "
+                "(lljax data tasks): use a smaller one"
+            )
 
     def examples(self, task: Task, length: int) -> Iterator[Example]:
         """The examples of a task whose prompts, chat template included, fit `length`."""

@@ -54,7 +54,13 @@ def task(text: Path | None = None) -> Task:
 
     samples: for each depth, 1 by default.
     """
-    return Task("needle", functools.partial(_examples, text), mean(first_number))
+    return Task(
+        name="needle",
+        examples=functools.partial(_examples, text),
+        score=mean(first_number),
+        generated=True,
+        per_sample=len(DEPTHS),
+    )
 
 
 def group(depth: int) -> str:

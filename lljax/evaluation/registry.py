@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from lljax.errors import ConfigError, DataError
-from lljax.evaluation import longbench, longbench2, needle, passkey, ruler, zeroscrolls
+from lljax.evaluation import keychain, longbench, longbench2, needle, passkey, ruler, zeroscrolls
 from lljax.evaluation.protocols import PROTOCOLS
 from lljax.evaluation.task import Sources, Task
 
@@ -55,6 +55,7 @@ FAMILIES = {
         members=lambda tasks, sources: ["passkey/longlora", "passkey/tokens"],
     ),
     "needle": Family(lambda sources: {"needle": needle.task(sources.haystack)}),
+    "keychain": Family(lambda sources: keychain.tasks(sources.haystack)),
     "ruler": Family(ruler.tasks, members=_ruler_members),
     "longbench": _longbench(even=False),
     "longbench_e": _longbench(even=True),

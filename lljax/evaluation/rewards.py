@@ -52,12 +52,18 @@ def _best(
     grade: Callable[[str, Sequence[str]], float], completions: Sequence[Completion], columns: dict
 ) -> Rewards:
     """The grade of every answer against its row's correct ones; None for a row without any."""
-    column = columns[next(name for name in ANSWERS if name in columns)]
     rewards: Rewards = []
-    for completion, correct in zip(completions, column, strict=True):
-        correct = [correct] if isinstance(correct, str) else correct
-        rewards.append(grade(answer_of(completion), list(correct)) if correct else None)
+    for i, completion in enumerate(completions):
+        correct = _correct(columns, i)
+        rewards.append(grade(answer_of(completion), correct) if correct else None)
     return rewards
+
+
+def _correct(columns: dict[str, Sequence[Any]], row: int) -> list[str]:
+    """The correct answers of a row, from the first of ANSWERS that it has. Numbers are texts."""
+    values = (columns[name][row] for name in ANSWERS if name in columns)
+    value = next((value for value in values if value is not None), ())
+    return [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def comparable(text: str) -> str:
@@ -96,12 +102,15 @@ def rouge(prompts, completions, completion_ids, **columns) -> Rewards:
 
 def regex(prompts, completions, completion_ids, *, full: bool = False, **columns) -> Rewards:
     """1 if the regular expression in the column `pattern` is found in the completion, reasoning
-    included, otherwise 0.
+    included, otherwise 0; None for a row without a pattern.
 
     full: it must match the whole completion, apart from space around it.
     """
     rewards: Rewards = []
     for completion, pattern in zip(completions, columns["pattern"], strict=True):
+        if pattern is None:
+            rewards.append(None)
+            continue
         try:
             compiled = re.compile(pattern)
         except (re.error, TypeError) as error:

@@ -16,7 +16,7 @@ import string
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lljax.errors import ConfigError
 from lljax.evaluation import haystack
@@ -74,7 +74,22 @@ DOCUMENTS = (
     " Answer:",
 )
 
-Sample = tuple[str, str, list[str]]  # prompt, answer prefix, answers
+MOST = 8  # distractors of an example
+
+
+class Sample(NamedTuple):
+    """As the fields of `Example`."""
+
+    prompt: str
+    prefix: str
+    answers: list[str]
+    distractors: Sequence[str] = ()
+    separator: str = ", "
+
+
+def _text(sample: Sample) -> str:
+    """The prompt of a base model."""
+    return sample.prompt + sample.prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +157,13 @@ def hidden_needles(kind: Needles, text: Path | None, counter: TokenCounter, leng
             "query": ", ".join(query[:-1]) + ", and " + query[-1] if kind.q > 1 else query[0],
         }
         answers = [value for i in asked for value in values[i * kind.v : (i + 1) * kind.v]]
-        return template.format(context=context, **words), prefix.format(**words), answers
+        others = [value for value in values if value not in answers]
+        return Sample(
+            prompt=template.format(context=context, **words),
+            prefix=prefix.format(**words),
+            answers=answers,
+            distractors=rng.sample(others, min(MOST, len(others))),
+        )
 
     hidden = kind.k * kind.v
     return Maker(
@@ -201,16 +222,16 @@ def variable_tracking(counter: TokenCounter, length: int) -> Maker:
         ]
         context = "\n".join(_inserted(haystack.noise(n), links, rng)).replace(". \n", ".\n")
         template, prefix = CHAIN
-        return (
-            template.format(context=context, value=value),
-            prefix.format(value=value, n=HOPS + 1),
-            names,
+        return Sample(
+            prompt=template.format(context=context, value=value),
+            prefix=prefix.format(value=value, n=HOPS + 1),
+            answers=names,
         )
 
     least = len(haystack.NOISE) * (HOPS + 1)
     shot = (
         largest(
-            lambda n: counter("".join(chain(random.Random(0), n, 3)[:2])),
+            lambda n: counter(_text(chain(random.Random(0), n, 3))),
             SHOT,
             least=least,
             guess=least,
@@ -219,9 +240,12 @@ def variable_tracking(counter: TokenCounter, length: int) -> Maker:
     )
 
     def make(rng: random.Random, index: int, n: int) -> Sample:
-        shown, shown_prefix, names = chain(rng, shot, 3)
-        prompt, prefix, answers = chain(rng, n, 5)
-        return f"{shown}{shown_prefix} {' '.join(names)}\n\n{prompt}", prefix, answers
+        shown, asked = chain(rng, shot, 3), chain(rng, n, 5)
+        return asked._replace(
+            prompt=f"{_text(shown)} {' '.join(shown.answers)}\n\n{asked.prompt}",
+            distractors=shown.answers,
+            separator=" ",
+        )
 
     return Maker(make, least)
 
@@ -235,17 +259,23 @@ def common_words(length: int) -> Maker:
         return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
     def listed(rng: random.Random, n: int, common: int, uncommon: int) -> tuple[str, list[str]]:
+        """The prompt, and its words, the common ones first."""
         known = haystack.all_words()
         drawn = rng.sample(known, min(n, len(known)))
         drawn += haystack.compounds(rng, n - len(drawn))  # there RULER switches to another list
         words = drawn[:COMMON] * common + drawn[COMMON:] * uncommon
         rng.shuffle(words)
-        return LIST[0].format(context=numbered(words)), drawn[:COMMON]
+        return LIST[0].format(context=numbered(words)), drawn
 
     def make(rng: random.Random, index: int, n: int) -> Sample:
         example, shown = listed(rng, size, *often[:2])
-        prompt, answers = listed(rng, n, *often[2:])
-        return f"{example}{LIST[1]} {numbered(shown)}\n{prompt}", LIST[1], answers
+        prompt, drawn = listed(rng, n, *often[2:])
+        return Sample(
+            prompt=f"{example}{LIST[1]} {numbered(shown[:COMMON])}\n{prompt}",
+            prefix=LIST[1],
+            answers=drawn[:COMMON],
+            distractors=drawn[COMMON : 2 * COMMON],
+        )
 
     return Maker(make, COMMON + 1)
 
@@ -267,7 +297,12 @@ def frequent_words(length: int) -> Maker:
             for _ in range(int(n * k**-2 / (math.pi**2 / 6)))
         ]
         rng.shuffle(words)
-        return CODED[0].format(context=" ".join(words)), CODED[1], coded[1:4]
+        return Sample(
+            prompt=CODED[0].format(context=" ".join(words)),
+            prefix=CODED[1],
+            answers=coded[1:4],
+            distractors=coded[4:7],
+        )
 
     return Maker(make, 100)  # enough that the third word appears more often than the fourth
 
@@ -291,10 +326,10 @@ def questions(data: Questions) -> Maker:
         context = "\n\n".join(
             f"Document {i}:\n{data.documents[d]}" for i, d in enumerate(chosen, 1)
         )
-        return (
-            DOCUMENTS[0].format(context=context, query=question.text),
-            DOCUMENTS[1],
-            list(question.answers),
+        return Sample(
+            prompt=DOCUMENTS[0].format(context=context, query=question.text),
+            prefix=DOCUMENTS[1],
+            answers=list(question.answers),
         )
 
     return Maker(
@@ -349,6 +384,9 @@ TASKS = {
 }
 
 
+QUESTIONS = ("qa_1", "qa_2")  # from files, the same for every seed
+
+
 def tasks(sources: Sources) -> dict[str, Task]:
     """RULER's tasks by name, as ruler/NAME."""
     return {
@@ -356,6 +394,7 @@ def tasks(sources: Sources) -> dict[str, Task]:
             f"ruler/{name}",
             functools.partial(_examples, name, sources),
             mean(lambda prediction, example, grade=kind.grade: grade(prediction, example.answers)),
+            generated=name not in QUESTIONS,
         )
         for name, kind in TASKS.items()
     }
@@ -377,20 +416,22 @@ def _examples(
         def make(n: int, index=index) -> Sample:
             return maker.make(random.Random(f"{seed} {name} {length} {index}"), index, n)
 
-        size = lambda n, make=make: counter("".join(make(n)[:2])) + kind.tokens
+        size = lambda n, make=make: counter(_text(make(n))) + kind.tokens
         n = largest(size, length, least=maker.least, guess=n)
         if n is None:
             raise TooShort(
                 f"ruler/{name}: its fixed parts take {size(maker.least)} of {length} tokens: use "
                 "longer --lengths, or leave it out of --tasks"
             )
-        prompt, prefix, answers = make(n)
+        sample = make(n)
         yield Example(
             id=str(index),
-            prompt=prompt,
-            answers=tuple(answers),
+            prompt=sample.prompt,
+            answers=tuple(sample.answers),
             tokens=kind.tokens,
-            answer_prefix=prefix,
+            answer_prefix=sample.prefix,
+            distractors=tuple(sample.distractors),
+            separator=sample.separator,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lljax.errors import ConfigError
 
+FIRST_TRAINING_SEED = 1 << 30  # seeds from here on make training rows: lljax/cli/make_rows.py
 FAR = 16  # longest length to evaluate, as a multiple of the model's context
 
 
@@ -26,6 +27,8 @@ class Example:
       template.
     groups: names of subsets that are scored separately too. classes: the choices of a
       classification.
+    distractors: wrong answers of the same kind that stand in the prompt too. separator: between
+      several answers.
     """
 
     id: str
@@ -36,6 +39,8 @@ class Example:
     chat: bool = True
     groups: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    distractors: tuple[str, ...] = ()
+    separator: str = ", "
 
     @property
     def text(self) -> str:
@@ -52,11 +57,14 @@ class Task:
       tokens of a chat template. Raises at the first example: TooShort; ConfigError if a file is not
       named; DataError if a file is damaged.
     score(predictions, examples): 0 to 100, NaN if nothing can be scored.
+    generated: another seed gives other examples. per_sample: examples for each of `samples`.
     """
 
     name: str
     examples: Callable[[Any, int, int | None, int], Iterator[Example]]
     score: Callable[[Sequence[str], Sequence[Example]], float]
+    generated: bool = False
+    per_sample: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,7 +137,9 @@ class RewardWorkers:
     ) -> Judged:
         """Raises ConfigError as `require`."""
         self.require(columns)
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        # Integers, whatever array they were: an array of jax would import jax in the process.
+        ids = [np.asarray(ids).tolist() for ids in completion_ids]
+        given = {"prompts": prompts, "completions": completions, "completion_ids": ids}
         arguments = {name: list(values) for name, values in (dict(columns) | given).items()}
         answers = len(arguments["completions"])
         for name, values in arguments.items():

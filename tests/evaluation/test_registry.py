@@ -12,6 +12,7 @@ def test_names_of_tasks_are_families_or_single_tasks(tmp_path):
         task.name for task in registry.find(asked, Sources(**sources))
     ]
     assert names("passkey", "needle") == ["passkey/longlora", "passkey/tokens", "needle"]
+    assert names("keychain") == ["keychain/2", "keychain/4"]
     assert len(names("ruler")) == 11 and names("ruler/vt", "ruler/vt") == ["ruler/vt"]
     assert len(names("ruler", squad=tmp_path / "squad.json")) == 12
     assert (

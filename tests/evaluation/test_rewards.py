@@ -68,6 +68,12 @@ def test_contains_is_the_share_of_the_answers():
     assert rewards("contains", ["x ab"] * 5, answers=answers) == [0.5, 0.5, 1, None, None]
 
 
+def test_rows_of_several_data_sets_name_their_answers_differently():
+    columns = {"answers": [["5"], None, None, None], "answer": [None, 5, None, None]}
+    columns["solution"] = ["no", None, "5", None]
+    assert rewards("exact", ["5"] * 4, **columns) == [1, 1, 1, None]
+
+
 def test_f1_and_rouge_take_the_closest_answer():
     answers = [["no", "the red house"], "red"]
     texts = ["A red house", said("red car")]
@@ -83,7 +89,8 @@ def test_regex_searches_the_whole_completion_or_matches_all_of_it():
         [1, 0, 0]
     )
     assert rewards("regex", texts[:1], pattern=["think"]) == [1]
-    for bad in ("(", None):
+    assert rewards("regex", ["a", "a"], pattern=[None, "a"]) == [None, 1]
+    for bad in ("(", 5):
         with pytest.raises(ValueError, match="^column pattern: .* is no regular expression"):
             rewards("regex", ["a"], pattern=[bad])
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -163,6 +164,21 @@ def test_async_functions_options_and_names(mine):
         judged = judge(workers, other=["a", "b"])
     assert judged.names == ("later", "later_2", "repetition", "exact") and not judged.failures
     assert judged.values.tolist() == [[1, 0.5, -2, 0], [2, 1, 0, 1]]
+
+
+def test_tokens_of_any_array_type_arrive_as_integers_without_jax(mine):
+    ids = [np.arange(4, dtype=np.uint32), jnp.array([5, 5, 5, 5])]
+    rewards = [Reward("repetition"), Reward(mine("lengths")), Reward(mine("imported"))]
+    with RewardWorkers(rewards, timeout=20) as workers:
+        judged = workers([""] * 2, [""] * 2, ids, {})
+    assert judged.values.tolist() == [[0, 4, 0], [-0.5, 4, 0]]
+
+
+def test_a_batch_of_many_megabytes_arrives(mine):
+    texts = ["x" * (1 << 22) + end for end in "ab"]
+    with RewardWorkers([Reward("contains")], timeout=60) as workers:
+        judged = workers(texts, texts, [[1]] * 2, {"answers": [["xa"], ["xa"]]})
+    assert judged.values.tolist() == [[1], [0]]
 
 
 def test_a_module_is_found_by_name_and_the_functions_keep_state(mine, tmp_path, monkeypatch):
