@@ -254,6 +254,10 @@ class Objective:
         """Whether the model writes the answers that it is trained on."""
         return self.advantages is not None
 
+    def keeps_reference(self, config: Config) -> bool:
+        """Whether the reference's leaves stay on the device during a run."""
+        return REFERENCE in self.scored(config) and config.objective.reference == "adapter_off"
+
     def batch_fields(self, config: Config) -> tuple[Field, ...]:
         """The fields of the batch of a step: of the pieces, and scored ones."""
         return (*self.fields, *(Field(name, np.float32) for name in self.scored(config)))

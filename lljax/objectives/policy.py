@@ -84,6 +84,11 @@ def _refuses(config: Config, spec: DecoderSpec) -> str | None:
             f"training.router_aux_loss_coef={coefficient} and objective.name="
             f"{config.objective.name!r}, which does not balance experts: set it to 0"
         )
+    if config.objective.kl_beta and config.train_type == "full":
+        return (
+            f"objective.kl_beta={config.objective.kl_beta} and train_type='full': the reference "
+            "would be a second copy of the weights: use train_type='lora', or 0"
+        )
     return None
 
 

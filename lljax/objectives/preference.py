@@ -70,6 +70,15 @@ def _refuses(config: Config, spec: DecoderSpec) -> str | None:
     return None
 
 
+def _refuses_reference(config: Config, spec: DecoderSpec) -> str | None:
+    if config.objective.reference == "adapter_off" and config.train_type == "full":
+        return (
+            "objective.reference='adapter_off' and train_type='full', which has no adapter: use "
+            "objective.reference='precomputed', or train_type='lora'"
+        )
+    return _refuses(config, spec)
+
+
 def _log_probs(pass_: Pass, batch: Batch) -> Float[Array, "B T"]:
     return pass_.log_probs(batch, pass_.hidden(batch))
 
@@ -179,7 +188,7 @@ def _pair_objective(name: str, row: PairLoss) -> Objective:
         counted=Metric("pairs", "Pairs of a step", SUM),
         scores=_scores,
         options=_options,
-        refuses=_refuses,
+        refuses=_refuses_reference if row.reference else _refuses,
         passes=_passes if row.reference else lambda config: ONE_OF_EACH,
         kind="pairs",
         scored=_scored if row.reference else lambda config: (),
@@ -269,7 +278,7 @@ KTO = Objective(
     counted=JUDGED_ANSWERS,
     scores=_scores,
     options=_kto_options,
-    refuses=_refuses,
+    refuses=_refuses_reference,
     passes=_passes,
     kind="judged",
     scored=_scored,

@@ -210,6 +210,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def unzigzag(x: np.ndarray, parts: int) -> np.ndarray:
+    """The tokens [..., T] that `zigzag` ordered, in their first order."""
+    order = [j for i in range(parts) for j in (i, 2 * parts - 1 - i)]
+    chunks = np.split(x, 2 * parts, axis=-1)
+    return np.concatenate([chunks[i] for i in np.argsort(order)], axis=-1)
+
+
 def zigzag(x: np.ndarray, parts: int) -> np.ndarray:
     """Tokens [..., T] in an order that gives each of `parts` devices the same causal attention to
     compute: device i of n holds the i-th chunk of 2n from the front and the i-th from the back.

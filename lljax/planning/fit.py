@@ -21,7 +21,6 @@ from lljax.hardware.chips import GiB
 from lljax.hardware.host_memory import LIMIT, host_memory, pinned_limit, pool_sizes, usable
 from lljax.models.decoder import can_share_residuals
 from lljax.models.spec import LayerSpec
-from lljax.objectives.objective import REFERENCE
 from lljax.objectives.table import OBJECTIVES
 from lljax.parallel.processes import from_all, processes_on_host
 from lljax.training.curriculum import Stage
@@ -74,7 +73,7 @@ def needs_of(program: Program, prepared: Prepared) -> list[Need]:
 
 def need_of(program: Program, prepared: Prepared) -> Need:
     """Compiles `program` and reads its need. It includes what stays on the device unused: the
-    optimizer during an evaluation, the reference's leaves (`Prepared.scored`) during a step.
+    optimizer during an evaluation, and the leaves of the reference if it is kept.
     """
     state, layout = prepared.state, program.layout
     sizes = {
@@ -85,7 +84,7 @@ def need_of(program: Program, prepared: Prepared) -> Need:
         "optimizer": bytes_of(state.optimizer),
     }
     idle = 0 if program.trains else sizes["optimizer"]
-    idle += sizes["trainable"] if REFERENCE in prepared.scored else 0
+    idle += sizes["trainable"] if prepared.keeps_reference else 0
     try:
         memory: Any = program.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:

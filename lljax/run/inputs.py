@@ -1,5 +1,6 @@
 """Inputs of a run besides its weights: documents, anchor markers, batches."""
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lljax.config import Config
+from lljax.data.batch import Field
 from lljax.data.kinds import KINDS, RowKind
 from lljax.data.loader import eval_batches, make_loader
 from lljax.data.statistics import remarks, statistics
@@ -50,7 +52,7 @@ def read_documents(
             vocabulary,
             workdir / "data",
             tokenizer_fingerprint=fingerprint,
-            progress=_progress,
+            progress=progress,
             kind=kind_of(config),
         )
     )
@@ -131,8 +133,20 @@ class PackedBatches:
         self._loader.set_state(state)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How documents are read for an objective. fields: what their pieces hold."""
+
+    kind: RowKind
+    fields: tuple[Field, ...]
+
+
+def reading_of(objective: Objective) -> Reading:
+    return Reading(KINDS[objective.kind], objective.fields)
+
+
 def open_batches(
-    store: TokenStore, config: Config, stage: Stage, mesh: Mesh, objective: Objective
+    store: TokenStore, config: Config, stage: Stage, mesh: Mesh, reading: Reading
 ) -> PackedBatches:
     """The training batches of a stage: this process's rows of them."""
     rows, accumulate = config.training.rows, config.training.accumulate
@@ -144,14 +158,14 @@ def open_batches(
         overlong=config.data.overlong,
         seed=config.seed + stage.number,
         local_rows=rows_of_share(rows, accumulate, mesh),
-        fields=objective.fields,
-        kind=KINDS[objective.kind],
+        fields=reading.fields,
+        kind=reading.kind,
     )
     return PackedBatches(loader)
 
 
 def held_out_batches(
-    store: TokenStore, config: Config, length: int, mesh: Mesh, objective: Objective
+    store: TokenStore, config: Config, length: int, mesh: Mesh, reading: Reading
 ) -> Iterator[dict[str, np.ndarray]]:
     """The held-out batches in rows of `length` tokens: this process's rows of them."""
     share, shares = row_share(mesh)
@@ -160,12 +174,12 @@ def held_out_batches(
         length=length,
         rows=config.training.rows,
         limit=config.training.eval_rows,
-        fields=objective.fields,
-        kind=KINDS[objective.kind],
+        fields=reading.fields,
+        kind=reading.kind,
     ):
         yield {name: np.split(x, shares)[share] for name, x in batch.items()}
 
 
-def _progress(items: Iterator, title: str) -> Iterator:
+def progress(items: Iterator, title: str) -> Iterator:
     console = Console(file=cast(TextIO, Unread(sys.stdout)))
     return iter(track(items, description=title, transient=True, console=console))

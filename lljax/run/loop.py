@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,14 +16,15 @@ from flax import nnx
 
 from lljax.config import Config
 from lljax.data.batch import Batch
+from lljax.data.kinds import KINDS
 from lljax.errors import NumericAbort, Stopped, counted
 from lljax.interop.open import end_tokens
 from lljax.models.decoder import Decoder
 from lljax.objectives.objective import OLD, REFERENCE
 from lljax.parallel.processes import barrier
-from lljax.parallel.sharding import Layout, batch_sharding
+from lljax.parallel.sharding import Layout, batch_sharding, unzigzag
 from lljax.planning import fit
-from lljax.run import alarms, inputs, rollouts, workdirs
+from lljax.run import alarms, inputs, reference, rollouts, workdirs
 from lljax.run.checkpoint import abstract
 from lljax.run.lock import locked
 from lljax.run.observer import Observer
@@ -85,6 +87,7 @@ class Run(Setup):
             self.restore()
             self.compile()
             self.read_weights()
+            self.precompute_reference()
             self.stop.defer(self.checkpoints.newest)
             with self.observers.opened(self.info()), self.open_writer() as self.writer:
                 self.take_steps()
@@ -92,6 +95,49 @@ class Run(Setup):
             self.checkpoints.close()
             barrier()
         return nnx.merge(self.graphdef, self.state.trainable, self.frozen)
+
+    def precompute_reference(self) -> None:
+        """Sets `readings`: how the documents of every stage and evaluation are read, by ("train",
+        number of the stage) and ("valid", length). With the reference's log-probabilities, if they
+        are kept with the tokens; its leaves are given up then.
+        """
+        objective, steps = self.prepared.objective, self.prepared.steps
+        places = [("train", stage.number, steps[stage.number]) for stage in self.curriculum]
+        places += [("valid", n, program) for n, program in self.prepared.evaluations.items()]
+        self.readings = {(part, number): inputs.reading_of(objective) for part, number, _ in places}
+        if self.reference is None or self.prepared.keeps_reference:
+            return
+        kind = KINDS[objective.kind]
+        for part, number, program in places:
+            if part == "train" and self.step >= self.curriculum[number].stop:
+                continue
+            train = part == "train"
+            overlong = self.config.data.overlong if train else kind.overlong[0]
+            passes = self.config.training.accumulate if train else 1
+            store = self.documents.train if train else self.documents.valid
+            values = reference.precomputed(
+                self.workdir / "reference" / f"{part}-{number}.npz",
+                kind.pieces(store, program.length, overlong),
+                objective,
+                rows=passes * self.config.training.rows,
+                T=program.length,
+                score=functools.partial(self.reference_scores, passes=passes, program=program),
+                progress=inputs.progress,
+            )
+            with_reference = reference.with_reference(kind, values)
+            self.readings[part, number] = inputs.Reading(
+                with_reference, (*objective.fields, reference.FIELD)
+            )
+        self.reference = None
+
+    def reference_scores(
+        self, batch: dict[str, np.ndarray], *, passes: int, program: Program
+    ) -> np.ndarray:
+        """The reference's log-probabilities of a batch [rows, T]."""
+        scores = np.asarray(cast(dict, self.scored(batch, passes, program))[REFERENCE])
+        if program.layout is not None and program.layout.zigzag:
+            scores = unzigzag(scores, self.mesh.shape["sequence"])
+        return scores.reshape(-1, scores.shape[-1])
 
     # ---------------------------------------------------------------- steps
     def take_steps(self) -> None:
@@ -114,7 +160,8 @@ class Run(Setup):
     def open_batches(self, stage: Stage) -> inputs.Batches:
         store, objective = self.documents.train, self.prepared.objective
         if self.writer is None:
-            return inputs.open_batches(store, self.config, stage, self.mesh, objective)
+            reading = self.readings["train", stage.number]
+            return inputs.open_batches(store, self.config, stage, self.mesh, reading)
         program = self.prepared.steps[stage.number]
         sharding = batch_sharding(self.mesh, 3)
 
@@ -387,7 +434,11 @@ class Run(Setup):
         totals: dict[str, Any] = {}
         count = 0.0
         for rows in inputs.held_out_batches(
-            self.documents.valid, self.config, length, self.mesh, objective
+            self.documents.valid,
+            self.config,
+            length,
+            self.mesh,
+            self.readings["valid", length],
         ):
             batch = self.scored(rows, 1, program)
             sums, weight = program.compile()(self.state.trainable, self.frozen, batch)

@@ -8,7 +8,7 @@ from lljax.errors import ConfigError
 from lljax.parallel.processes import from_all, is_first
 from lljax.report.records import read_metrics
 
-FOLDERS = ("checkpoints", "data", "profile", "rollouts", "tensorboard")
+FOLDERS = ("checkpoints", "data", "profile", "reference", "rollouts", "tensorboard")
 FILES = (
     "lock",
     "config.json",

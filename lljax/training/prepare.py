@@ -72,6 +72,7 @@ class Prepared:
 
     state, frozen: abstract if the model is abstract.
     scored: the fields of a batch that `Program.scorer` fills, see `Objective.scored`.
+    keeps_reference: whether the reference's leaves stay on the device.
     steps: the step of every stage, by the number of the stage.
     evaluations: in full attention, by the length of their rows.
     """
@@ -82,6 +83,7 @@ class Prepared:
     state: TrainState
     frozen: nnx.State
     scored: tuple[str, ...]
+    keeps_reference: bool
     steps: dict[int, Program]
     evaluations: dict[int, Program]
 
@@ -124,6 +126,7 @@ def prepare_step(
         state=parts.state,
         frozen=parts.frozen,
         scored=settings.objective.scored(config),
+        keeps_reference=settings.objective.keeps_reference(config),
         steps=programs.steps(stages),
         evaluations=programs.evaluations(evaluation_lengths),
     )
