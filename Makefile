@@ -6,7 +6,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart lint test test-slow test-faults smollm2 tokenizers clean
+.PHONY: quickstart quickstart-align lint test test-slow test-faults smollm2 tokenizers clean
 
 .venv/run: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,17 @@ quickstart: .venv/run
 	$(BIN)/lljax evaluate --workdir=runs/quickstart --tasks=perplexity,needle \
 		--lengths=512,1024,2048,4096 --documents=8
 	@echo "Report: runs/quickstart/report.html"
+
+# Goes on from quickstart: rewards teach its model to find what it has read.
+quickstart-align: .venv/run
+	test -d runs/quickstart/export/peft || $(MAKE) quickstart
+	test -f data/needles.jsonl || $(BIN)/lljax data tasks --tasks=needle \
+		--model=lljax/assets/tiny-512 --lengths=1024,2048,3000,3900 --examples=200 \
+		--out=data/needles.jsonl
+	$(BIN)/lljax align --config=configs/quickstart_align.py --workdir=runs/quickstart_align
+	$(BIN)/lljax evaluate --workdir=runs/quickstart_align --tasks=needle,ruler/niah_single_1 \
+		--lengths=1024,2048,4096 --samples=30
+	@echo "Report: runs/quickstart_align/report.html"
 
 lint: .venv/lint
 	$(BIN)/ruff check .
@@ -69,4 +80,4 @@ test-faults: .venv/test
 	$(BIN)/python -m pytest -n $(WORKERS) -m faults tests/faults
 
 clean:
-	rm -rf .venv models tokenizers runs/quickstart
+	rm -rf .venv models tokenizers runs/quickstart runs/quickstart_align

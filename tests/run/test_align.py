@@ -32,7 +32,7 @@ def broken(completions, **columns):
 def folder(tmp_path_factory):
     """Files of pairs, judged answers, prompts and rewards."""
     folder, rng = tmp_path_factory.mktemp("align"), np.random.default_rng(0)
-    words = ("def", "add(first,", "second):", "return", "the", "sum", "of", "both", "class", "Thing")
+    words = tuple("def add(first second): return the sum of both class Thing".split(" "))
 
     def text(least, most):
         return " ".join(rng.choice(words, rng.integers(least, most)))
