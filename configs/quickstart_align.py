@@ -1,5 +1,5 @@
-"""The model of `quickstart`, which reads 4,096 tokens, learns from rewards to find what it has read:
-GRPO on needles, in minutes on two cores. `make quickstart-align`.
+"""The model of `quickstart`, which reads 4,096 tokens, learns from rewards to find what it has
+read: GRPO on needles, in minutes on two cores. `make quickstart-align`.
 
 lljax data tasks --tasks=needle --model=lljax/assets/tiny-512 --lengths=1024,2048,3000,3900 \
     --examples=200 --out=data/needles.jsonl

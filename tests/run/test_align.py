@@ -32,7 +32,7 @@ def broken(completions, **columns):
 def folder(tmp_path_factory):
     """Files of pairs, judged answers, prompts and rewards."""
     folder, rng = tmp_path_factory.mktemp("align"), np.random.default_rng(0)
-    words = tuple("def add(first second): return the sum of both class Thing".split(" "))
+    words = ["def", "add", "first", "second", "return", "the", "sum", "of", "both", "class"]
 
     def text(least, most):
         return " ".join(rng.choice(words, rng.integers(least, most)))
