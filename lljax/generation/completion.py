@@ -75,7 +75,7 @@ class Piece:
 class Completion:
     """tokens: the new ones, without the stop token. text: their text, without the stop string; None
     without a tokenizer. reason: "stop" by a stop token or stop string, "length" by the limit,
-    "cancelled". stop_token: the token that ended it; None if none did.
+    "cancelled". stop_token: the stop token that ended it; None if none did.
     """
 
     tokens: list[int]

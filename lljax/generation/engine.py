@@ -22,16 +22,12 @@ from lljax.generation.completion import Completion, Growing, Logprobs, Piece, Re
 from lljax.generation.lanes import Active, Lanes
 from lljax.generation.prefixes import Prefixes
 from lljax.generation.programs import Drawn, Rows
-from lljax.generation.reading import Reading
+from lljax.generation.reading import CHUNK, Reading, cache_slots, piece_sizes, rope_length
 from lljax.generation.sample import Samplers, samplers_of
 from lljax.generation.variants import Variants
 from lljax.models.decoder import Decoder
-from lljax.models.rope import KINDS
-from lljax.parallel.rounding import cdiv
 from lljax.parallel.sharding import Layout, row_parts
 
-CHUNK = 512  # prompt tokens in a forward pass: bounds its memory, and how long others wait for it
-PIECES = (16, 4, 1)  # a prompt ends in a piece of so many tokens at most: CHUNK divided by these
 OLDEST_EVERY = 4  # of so many turns at least one reads the oldest prompt
 
 
@@ -157,7 +153,7 @@ class Engine:
         while True:
             cache = programs.empty_cache(self.spec, self._unit, slots, self._cache_dtype)
             operands = filled(1, np.int32), filled(0, np.int32)
-            for width in self._sizes():
+            for width in piece_sizes(self._chunk):
                 tokens = np.zeros((self._unit, width), np.int32)
                 for name in (None, *self.adapters):
                     model = self._variants.one(name)
@@ -168,7 +164,7 @@ class Engine:
             scored = filled(False, bool)
             _, samplers = programs.draw(logits, self._samplers(request), scored, None)
             self._lanes.compile(Rows(cache, samplers, scored, operands[1]), self._rows)
-            if slots >= self._slots(longest):
+            if slots >= cache_slots(longest, self._chunk):
                 return
             slots *= 2
 
@@ -250,18 +246,19 @@ class Engine:
     def _begin(self, growing: Growing) -> None:
         """Begins to read the prompt of a request, unless another request with it is being read."""
         request = growing.request
-        adapter, rope_length = request.adapter, self._rope_length(request)
+        adapter = request.adapter
+        length = rope_length(self._variants.spec(adapter), request)
         for reading in self._reading:
-            if reading.serves(request, rope_length):
+            if reading.serves(request, length):
                 reading.growing.append(growing)
                 self._reuse([growing], len(request.prompt))
                 return
         spec = self._variants.spec(adapter)
-        slots = self._slots(len(request.prompt) + 1)
+        slots = cache_slots(len(request.prompt) + 1, self._chunk)
         cache = programs.empty_cache(spec, self._unit, slots, self._cache_dtype)
-        about = adapter, self._variants.version(adapter), rope_length
+        about = adapter, self._variants.version(adapter), length
         keys = Prefixes.keys(request.prompt, self._chunk, about) if self._prefixes.room else []
-        self._reading.append(Reading([growing], cache, keys, rope_length))
+        self._reading.append(Reading([growing], cache, keys, length))
 
     def _next(self) -> Reading:
         """The prompt with the fewest tokens left, so that a short one does not wait for a long one;
@@ -277,7 +274,7 @@ class Engine:
         self._restore(reading)
         start, prompt, request = reading.start, reading.prompt, reading.request
         count = min(self._chunk, reading.left)
-        width = min(size for size in self._sizes() if size >= count)
+        width = min(size for size in piece_sizes(self._chunk) if size >= count)
         tokens = np.zeros((self._unit, width), np.int32)
         tokens[:, :count] = prompt[start : start + count]
         operands = (
@@ -331,7 +328,7 @@ class Engine:
 
     def _begin_writing(self, reading: Reading, logits: jax.Array) -> None:
         """Draws the first token of every request of a prompt; each continues a cache of its own."""
-        rope_length = self._filled(reading.rope_length, np.int32)
+        length = self._filled(reading.rope_length, np.int32)
         for growing in reading.growing:
             request = growing.request
             scored = self._filled(request.logprobs, bool)
@@ -339,25 +336,10 @@ class Engine:
             if request.constraint is not None:
                 allowed = np.tile(request.constraint.allowed(), (self._unit, 1))
             drawn, samplers = programs.draw(logits, self._samplers(request), scored, allowed)
-            rows = Rows(reading.cache, samplers, scored, rope_length)
+            rows = Rows(reading.cache, samplers, scored, length)
             if growing is not reading.growing[-1]:
                 rows = programs.take(rows, np.zeros(self._unit, np.int32))  # a copy
             self._drawn.append((drawn, [(self._lanes.add(growing, rows), 0)]))
-
-    def _sizes(self) -> list[int]:
-        return [max(1, self._chunk // piece) for piece in PIECES]
-
-    def _slots(self, tokens: int) -> int:
-        """Slots of a cache that holds `tokens`."""
-        return self._chunk << (cdiv(tokens, self._chunk) - 1).bit_length()
-
-    def _rope_length(self, request: Request) -> int:
-        """Tokens that the request may reach, so that cached keys stay valid; 0 if no RoPE depends
-        on it.
-        """
-        ropes = self._variants.spec(request.adapter).ropes
-        by_length = any(KINDS[rope.type].by_length for rope in ropes)
-        return len(request.prompt) + request.tokens if by_length else 0
 
     def _filled(self, value: Any, dtype: Any) -> Any:
         return np.full(self._unit, value, dtype)

@@ -48,10 +48,12 @@ class Rows:
         weights: Weights,
         models: Int[np.ndarray, " B"] | None,
         allowed: Bool[np.ndarray, "B V"] | None,
+        trunk: Cache | None = None,
     ) -> tuple["Rows", "Drawn"]:
         """Reads the last token of every row and draws the next; see `read_drawn` and `draw`."""
-        token = self.samplers.token
-        logits, cache = read_drawn(program, weights, self.cache, token, self.rope_length, models)
+        logits, cache = read_drawn(
+            program, weights, self.cache, self.samplers.token, self.rope_length, models, trunk
+        )
         drawn, samplers = draw(logits, self.samplers, self.scored, allowed)
         return dataclasses.replace(self, cache=cache, samplers=samplers), drawn
 
@@ -129,11 +131,14 @@ def read_drawn(
     token: Int[Array, " B"],
     rope_length: Int[Array, " B"],
     models: Int[Array, " B"] | None = None,
+    trunk: Cache | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one token of every row into the cache, which is donated; returns the logits after it,
-    float32. models: of the rows, for a mixed model.
+    float32. models: of the rows, for a mixed model. trunk: of a forked cache, see `fork`.
     """
-    model, hidden, cache = _read(program, weights, cache, token[:, None], None, rope_length, models)
+    model, hidden, cache = _read(
+        program, weights, cache, token[:, None], None, rope_length, models, trunk
+    )
     return model.logits(hidden[:, 0]), cache
 
 
@@ -183,6 +188,7 @@ def _read(
     count: Int[Array, " B"] | None,
     rope_length: Int[Array, " B"],
     models: Int[Array, " B"] | None = None,
+    trunk: Cache | None = None,
 ) -> tuple[Any, Float[Array, "B T D"], Cache]:
     """The model, the hidden states of `tokens` that follow those in the cache, and the cache."""
     state = jax.tree.unflatten(program.treedef, weights)
@@ -198,6 +204,7 @@ def _read(
         layout=program.layout,
         specs=program.specs,
         models=models,
+        trunk=trunk,
     )
     return model, hidden, cache
 
@@ -210,9 +217,24 @@ def _scores(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> Drawn:
 
 
 # ---------------------------------------------------------------- rows
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty_cache(spec: DecoderSpec, B: int, slots: int, dtype: Any) -> Cache:
-    return caches.empty_cache(spec, B, slots, dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty_cache(
+    spec: DecoderSpec, B: int, slots: int, dtype: Any, layout: Layout | None = None
+) -> Cache:
+    """layout: of the mesh over which it is cut (`cache_sharding`); None to leave that open."""
+    return _cut(caches.empty_cache(spec, B, slots, dtype), layout)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def fork(trunk: Cache, B: int, S: int, layout: Layout | None = None) -> Cache:
+    """See lljax.models.cache.fork. layout: see `empty_cache`."""
+    return _cut(caches.fork(trunk, B, S), layout)
+
+
+def _cut(cache: Cache, layout: Layout | None) -> Cache:
+    if layout is None:
+        return cache
+    return jax.lax.with_sharding_constraint(cache, caches.cache_sharding(cache, layout))
 
 
 @functools.partial(jax.jit, static_argnums=1)

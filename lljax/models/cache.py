@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from lljax.attention.shard import HEADS
 from lljax.models.mixers import MIXERS
 from lljax.models.mixers.mixer import State
 from lljax.models.spec import DecoderSpec
+from lljax.parallel.sharding import ROWS, Layout, sharding_for_shape
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +55,26 @@ def grow(cache: Cache, slots: int) -> Cache:
     """The cache with room for `slots` tokens."""
     states = tuple(state.grow(slots) for state in cache.states)
     return dataclasses.replace(cache, states=states, slots=slots)
+
+
+def fork(trunk: Cache, B: int, S: int) -> Cache:
+    """B rows that continue the first row of `trunk`, with room for S tokens of their own each. They
+    are continued beside `trunk`: `Decoder.continued`.
+    """
+    states = tuple(state.fork(B, S) for state in trunk.states)
+    return Cache(states, jnp.zeros(B, jnp.int32), S)
+
+
+def cache_sharding(cache: Cache, layout: Layout) -> Cache:
+    """How the arrays of a cache lie on the mesh: rows over the devices that share rows, the next
+    axis, heads in most states, over those that share heads; uncut where they do not divide.
+    """
+
+    def one(x: Any) -> NamedSharding:
+        axes = PartitionSpec(*(ROWS, HEADS)[: len(x.shape)])
+        return sharding_for_shape(NamedSharding(layout.mesh, axes), x.shape)
+
+    return jax.tree.map(one, cache)
 
 
 def take_rows(tree: Any, rows: Int[Array, " rows"]) -> Any:

@@ -14,13 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lljax.attention import Mask
-from lljax.attention.mask import branched, chunked
+from lljax.attention.mask import NEVER, branched, chunked, of_keys
 from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.attention.softcap import apply_softcap
 from lljax.errors import ConfigError
 from lljax.models import rope
 from lljax.models.cache import Cache
-from lljax.models.context import LayerContext
+from lljax.models.context import LayerContext, TrunkContext
 from lljax.models.declare import declare, declared, stack
 from lljax.models.decoder_layer import DecoderLayer
 from lljax.models.flops import RowFlops, TokenFlops, weight_flops
@@ -157,6 +157,7 @@ class Decoder(nnx.Module):
         layout: Layout | None = None,
         specs: Sequence[DecoderSpec] = (),
         models: Int[Array, " B"] | None = None,
+        trunk: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The hidden states of tokens that follow those in the cache, and the cache after them.
         Attention is full.
@@ -165,14 +166,19 @@ class Decoder(nnx.Module):
         dtype, layout: see `__call__`. rope_length: of each row, for a RoPE kind that depends on it.
         specs, models: the models of a mixed one, whose RoPE may differ, and the model of each row
           (lljax.models.by_row); None for one model.
+        trunk: the cache of a prompt that all rows continue, `cache` being forked from it
+          (lljax.models.cache.fork) and holding their own tokens only. It has one row, or over a
+          mesh one for each device that shares rows, all alike. None if `cache` holds all tokens.
 
         The layers are unrolled, so that each writes into a state of its own in place.
         """
         dtype = dtype or self._dtype()
         positions = cache.used[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        slots = jnp.broadcast_to(
-            jnp.arange(cache.slots, dtype=jnp.int32), (len(tokens), cache.slots)
-        )
+        slots = jnp.arange(cache.slots, dtype=jnp.int32)
+        if trunk is not None:
+            positions += trunk.used[0]
+            slots = _slots_after(trunk, slots)
+        slots = jnp.broadcast_to(slots, (len(tokens), *slots.shape))
         # Slots that are not taken yet come after every token, so that causality hides them.
         mask = Mask(positions, slots)
         length = None if rope_length is None else jnp.reshape(rope_length, (-1, 1))
@@ -191,6 +197,8 @@ class Decoder(nnx.Module):
                 start=cache.used,
                 count=count,
             )
+            if trunk is not None:
+                context = _beside_trunk(context, trunk, trunk.states[number])
             if self.by_layer:
                 graphdef, weights = modules[number]
             else:
@@ -355,6 +363,24 @@ def _of_rows(choices: list[rope.Positions], models: Int[Array, " B"]) -> rope.Po
     """The positions of each row under its own model."""
     rows = jnp.arange(len(models))
     return jax.tree.map(lambda *arrays: jnp.stack(arrays)[models, rows], *choices)
+
+
+def _slots_after(trunk: Cache, slots: Int[Array, " S"]) -> Int[Array, " slots"]:
+    """The places of the slots of a trunk, and then of the slots of a row that continues it."""
+    used = trunk.used[0]
+    places = jnp.arange(trunk.slots, dtype=jnp.int32)
+    return jnp.concatenate([jnp.where(places < used, places, NEVER), used + slots])
+
+
+def _beside_trunk(context: LayerContext, trunk: Cache, state: State) -> LayerContext:
+    """The context of a layer, whose mask has the slots of `trunk` and of the rows (`_slots_after`),
+    with the mask in two.
+    """
+    of_trunk = of_keys(context.mask, lambda x: x[:, : trunk.slots])
+    return context.replace(
+        mask=of_keys(context.mask, lambda x: x[:, trunk.slots :]),
+        trunk=TrunkContext(state, trunk.used, of_trunk),
+    )
 
 
 def _mask_of_layer(

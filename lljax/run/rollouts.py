@@ -28,7 +28,7 @@ from lljax.data.prompts import PromptPieces
 from lljax.data.token_store import TokenStore
 from lljax.errors import ConfigError, DataError, counted, first_line, printable, short
 from lljax.generation.completion import Completion, Request
-from lljax.generation.engine import Engine
+from lljax.generation.forked import write_answers
 from lljax.generation.sample import GREEDY, Sampling
 from lljax.models.decoder import Decoder
 from lljax.objectives.advantages import deviations
@@ -60,20 +60,21 @@ class Writer:
     look: Callable[[], None]
     say: Callable[[str], None]
 
-    def write(self, requests: Sequence[Request]) -> list[Completion]:
-        """The completions of requests, in their order."""
-        config = self.config
-        engine = Engine(
-            self.model(),
-            rows=config.rollout.slots,
-            dtype=jnp.dtype(config.model.dtype),
-            layout=self.layout,
-        )
-        growing = [engine.submit(request) for request in requests]
-        while any(one.reason is None for one in growing):
-            self.look()
-            engine.step()
-        return [one.completion() for one in growing]
+    def write(self, requests: Sequence[Sequence[Request]]) -> list[Completion]:
+        """The completions of the requests of each prompt, in their order."""
+        model, dtype = self.model(), jnp.dtype(self.config.model.dtype)
+        return [
+            completion
+            for of_prompt in requests
+            for completion in write_answers(
+                model,
+                of_prompt,
+                dtype=dtype,
+                cache_dtype=cache_dtype(self.config),
+                layout=self.layout,
+                look=self.look,
+            )
+        ]
 
     def judge(self, rows: Sequence[dict[str, Any]], completions: Sequence[Completion]) -> Judged:
         """The rewards of completions. rows: the prompt and the columns of each."""
@@ -107,7 +108,7 @@ class Writer:
             return {}
         completions = self.write(
             [
-                Request(piece["tokens"].tolist(), rollout.tokens, GREEDY, stop=self.stop)
+                [Request(piece["tokens"].tolist(), rollout.tokens, GREEDY, stop=self.stop)]
                 for piece in chosen
             ]
         )
@@ -258,7 +259,8 @@ class Rollouts:
         }
         return taken, batch | scored
 
-    def _requests(self, pieces: Sequence[dict[str, Any]]) -> list[Request]:
+    def _requests(self, pieces: Sequence[dict[str, Any]]) -> list[list[Request]]:
+        """The requests of each prompt."""
         rollout, config = self._config.rollout, self._config
         sampling = Sampling(
             temperature=rollout.temperature,
@@ -267,15 +269,17 @@ class Rollouts:
             seed=config.seed,
         )
         return [
-            Request(
-                piece["tokens"].tolist(),
-                rollout.tokens,
-                sampling,
-                numbers=(self._stage.number, self._made, prompt, answer),
-                stop=self._writer.stop,
-            )
+            [
+                Request(
+                    piece["tokens"].tolist(),
+                    rollout.tokens,
+                    sampling,
+                    numbers=(self._stage.number, self._made, prompt, answer),
+                    stop=self._writer.stop,
+                )
+                for answer in range(rollout.answers)
+            ]
             for prompt, piece in enumerate(pieces)
-            for answer in range(rollout.answers)
         ]
 
     def _trains(self, completion: Completion) -> bool:
@@ -368,6 +372,11 @@ class Rollouts:
             if place < (self._stage.number, self._made):
                 kept.append(line)
         atomic_write(path, "".join(kept))
+
+
+def cache_dtype(config: Config) -> Any:
+    """The dtype of keys and values while answers are written; None for the computation's."""
+    return jnp.int8 if config.rollout.cache == "int8" else None
 
 
 def tokens_of(completion: Completion) -> Int[np.ndarray, " n"]:

@@ -64,6 +64,9 @@ class AverageState:
     def grow(self, slots):
         return self
 
+    def fork(self, B, S):
+        return AverageState(jnp.repeat(self.average[:1], B, axis=0))
+
 
 class MovingAverage(nnx.Module):
     """y_t = f_t y_(t-1) + (1 - f_t) v_t with a gate f_t; it starts anew in every document."""

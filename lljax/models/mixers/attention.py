@@ -9,13 +9,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lljax.attention import AttentionOptions, attend_parallel, attend_tile, first_halo, tile_reach
+from lljax.attention import (
+    AttentionOptions,
+    Trunk,
+    attend_forked,
+    attend_parallel,
+    attend_tile,
+    first_halo,
+    tile_reach,
+)
 from lljax.attention.pattern import AttentionPattern
 from lljax.models.context import LayerContext
 from lljax.models.declare import declare
 from lljax.models.flops import RowFlops, TokenFlops, token_flops
 from lljax.models.linear import Linear, RMSNorm, named_or_fused, rms_normalize
-from lljax.models.mixers.kv_state import KVState
+from lljax.models.mixers.kv_state import KVState, read_part
 from lljax.models.mixers.visible_pairs import visible_pairs
 from lljax.models.rope import Positions, rotate
 from lljax.models.spec import DecoderSpec, LayerSpec
@@ -99,8 +107,20 @@ class Attention(nnx.Module):
             assert context.start is not None, "a state comes with the slots of the tokens"
             state = state.write(state.encode(k, v), context.start)
             k, v = state.decode(q.dtype)
-        options, groups = self.options(context.pattern), context.pattern.groups
-        out = attend_parallel(q, k, v, context.mask, options, groups=groups, layout=context.layout)
+        options, layout = self.options(context.pattern), context.layout
+        if context.trunk is None:
+            groups = context.pattern.groups
+            out = attend_parallel(q, k, v, context.mask, options, groups=groups, layout=layout)
+        else:
+            read = functools.partial(read_part, dtype=q.dtype)
+            trunk = Trunk(
+                kept=context.trunk.state,
+                used=context.trunk.used,
+                mask=context.trunk.mask,
+                read=read,
+                in_place=context.trunk.state.is_float,
+            )
+            out = attend_forked(q, k, v, context.mask, trunk, options, layout=layout)
         return self._joined(out), state
 
     def output(

@@ -35,6 +35,11 @@ class KVState:
             values = Int8KV(values, scale)
         return KVState(values, values)
 
+    @property
+    def is_float(self) -> bool:
+        """Whether keys and values are kept as they are."""
+        return not isinstance(self.k, Int8KV)
+
     def encode(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> "KVState":
         """Keys and values of new tokens in the form that this state keeps them in."""
         return KVState(_encode(k, self.k), _encode(v, self.v))
@@ -54,6 +59,25 @@ class KVState:
             return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
 
         return jax.tree.map(pad, self)
+
+    def fork(self, B: int, S: int) -> "KVState":
+        """Empty: what the rows share stays where it is."""
+
+        def empty(x):
+            return jnp.zeros((B, x.shape[1], S, x.shape[3]), x.dtype)
+
+        return jax.tree.map(empty, self)
+
+
+def read_part(
+    state: KVState, start: Int[Array, ""], T: int, dtype: Any
+) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+    """Keys and values of T slots in `dtype`, in the order that they are kept in."""
+    # The barriers: XLA:CPU computes in float32, and would convert all slots before it cuts these
+    # out, once before the loop that calls this.
+    state, start = jax.lax.optimization_barrier((state, start))
+    part = jax.lax.optimization_barrier(state.part(start, T))
+    return _dequantized(part.k, dtype), _dequantized(part.v, dtype)
 
 
 def _written(
@@ -81,5 +105,8 @@ def _encode(new: Float[Array, "B T K H"], like: jax.Array | Int8KV) -> jax.Array
 
 
 def _decode(kept: jax.Array | Int8KV, dtype: Any) -> Float[Array, "B S K H"]:
-    x = (kept.codes * kept.scale).astype(dtype) if isinstance(kept, Int8KV) else kept
-    return jnp.moveaxis(x, 1, 2)
+    return jnp.moveaxis(_dequantized(kept, dtype), 1, 2)
+
+
+def _dequantized(kept: jax.Array | Int8KV, dtype: Any) -> Float[Array, "B K S H"]:
+    return (kept.codes * kept.scale).astype(dtype) if isinstance(kept, Int8KV) else kept

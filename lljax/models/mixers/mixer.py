@@ -39,6 +39,12 @@ class State(Protocol):
         """The state with room for `slots` tokens; itself if its size does not depend on them."""
         ...
 
+    def fork(self, B: int, S: int) -> Self:
+        """The states of B rows that continue the first row of this one, with room for S tokens of
+        their own: empty if the mixer also reads `context.trunk`; copies if the state is small.
+        """
+        ...
+
 
 class Mixer(Protocol):
     """The token-mixing half of a decoder layer (not the MLP): tokens read the tokens before them.
