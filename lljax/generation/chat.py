@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from lljax.data.prompt_tokens import chat_tokens
 from lljax.errors import ConfigError
-from lljax.generation.prompt import chat_tokens
 
 
 class TooLong(ConfigError):
