@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lljax.cli.console import console
 from lljax.config import Config, default_config
+from lljax.data.kinds import DOCUMENTS
 from lljax.data.template import with_template
 from lljax.data.token_store import TokenStore
 from lljax.data.tokens import FIELDS, prepare
@@ -36,6 +37,7 @@ from lljax.interop.open import end_tokens, tokenizer_fingerprint
 from lljax.models.by_layer import split_layers
 from lljax.models.decoder import Decoder
 from lljax.report.page import write_report
+from lljax.run.inputs import kind_of
 from lljax.run.open import ComparedModels, open_base_models, open_run_models
 from lljax.run.restore import read_config
 
@@ -158,6 +160,12 @@ def held_out(arguments: argparse.Namespace, base: Any, tokenizer: Any, out: Path
         )
     config: Config = read_config(arguments.workdir) if arguments.workdir else default_config()
     data = config.data
+    kind = kind_of(config)
+    if not arguments.held_out and kind.name != DOCUMENTS.name:
+        raise ConfigError(
+            f"--workdir={arguments.workdir}: the run was trained on {kind.name}; perplexity needs "
+            "documents: name JSONL files with --held_out"
+        )
     if arguments.held_out:
         with data.unlocked():
             data.update(

@@ -11,6 +11,7 @@ import numpy as np
 from rich.progress import track
 
 from lljax.config.tree import Config
+from lljax.data.kinds import DOCUMENTS
 from lljax.data.tokens import prepare
 from lljax.errors import ConfigError
 from lljax.evaluation import perplexity, registry
@@ -26,6 +27,7 @@ from lljax.evaluation.task import Sources, Task, refuse_beyond
 from lljax.interop.open import end_tokens, tokenizer_fingerprint
 from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout
+from lljax.run.inputs import kind_of
 from lljax.run.open import model_key
 
 FIELD = "training.eval_tasks"
@@ -140,6 +142,11 @@ def _held_out(
         raise ConfigError(
             f"{FIELD}: a run reports 'perplexity' anyway: leave it out, or name "
             "perplexity/longlora or perplexity/new_tokens"
+        )
+    if (kind := kind_of(config)).name != DOCUMENTS.name:
+        raise ConfigError(
+            f"{FIELD}={tuple(pairs)}: perplexity needs documents, and the run reads {kind.name}: "
+            "use lljax evaluate with --held_out"
         )
     store = prepare(
         config.data,

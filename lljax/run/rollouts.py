@@ -167,6 +167,7 @@ class Rollouts:
                 f"{counted(self._rows, 'row')} of {stage.length} tokens of a step: use more "
                 "training.rows or training.accumulate, longer rows, or shorter or fewer answers"
             )
+        writer.rewards.require(store.row(pieces[self._numbers[0]]["document"]).keys() - {"prompt"})
         self._taken = self._made = self._updates = 0
         self._batch: dict[str, Any] | None = None
         self._logs = False  # whether rollouts.jsonl is as this process wants it
