@@ -219,6 +219,7 @@ class Objective:
       if held-out documents are not evaluated by their tokens.
     metrics: the metrics of a step. The metric `loss` comes first.
     counted: the metric of the weight.
+    headline: the metric that a report shows first.
     scores: sums / weight of an evaluation, by name -> the values to record, by name.
     options: config -> hashable settings that loss and evaluate read from `pass_.settings.options`.
     refuses: (config, spec) -> why the objective cannot train this model, or None.
@@ -240,6 +241,7 @@ class Objective:
     evaluate: Callable[[Pass, Batch], tuple[dict[str, Array], Array]] | None
     metrics: tuple[Metric, ...]
     counted: Metric = TOKENS
+    headline: str = "loss"
     scores: Callable[[dict[str, float]], dict[str, float]] = _same
     options: Callable[[Config], Any] = _nothing
     refuses: Callable[[Config, DecoderSpec], str | None] = _never

@@ -201,6 +201,7 @@ def _objective(name: str, row: PolicyLoss) -> Objective:
             Metric("clip_ratio/region_mean", "Tokens clipped", RATIO),
         ),
         counted=ANSWERED if row.answers else TOKENS,
+        headline="reward",
         options=_options,
         refuses=_refuses,
         passes=_passes,

@@ -84,15 +84,17 @@ def _add_curves(section: Section, files: RunFiles) -> None:
         held=_held_out_loss(files.evaluations),
     )
     titles = files.run.get("metrics")
-    rows = _rows(records, titles if isinstance(titles, dict) else {})
+    rows = _rows(records, titles if isinstance(titles, dict) else {}, files.run.get("headline"))
     section.extend(section.figures, "metrics.jsonl", lambda row: _figure(steps, *row), rows)
     if len(steps.marks) == MOST_MARKS:
         section.notes.append(f"Only {MOST_MARKS} of the marked steps are drawn.")
 
 
-def _rows(records: list[dict], titles: dict[str, Any]) -> list[tuple[str, str, Curve]]:
-    """(name, title, how to draw) of every metric: the rows of CURVES, then all other numbers that
-    steps recorded, under the titles of their objective.
+def _rows(
+    records: list[dict], titles: dict[str, Any], headline: Any
+) -> list[tuple[str, str, Curve]]:
+    """(name, title, how to draw) of every metric: the headline, the rows of CURVES, then all other
+    numbers that steps recorded, under the titles of their objective, those with a title first.
     """
     extra = {
         name: Curve(name, optional=True)
@@ -100,8 +102,14 @@ def _rows(records: list[dict], titles: dict[str, Any]) -> list[tuple[str, str, C
         for name, value in record.items()
         if name not in CURVES and name not in NOT_DRAWN and type(value) in (int, float)
     }
-    rows = [*CURVES.items(), *extra.items()][:MOST_CURVES]
-    return [(name, clipped(titles.get(name, curve.title)), curve) for name, curve in rows]
+    places = {name: place for place, name in enumerate(titles)}
+    order = sorted(extra, key=lambda name: places.get(name, len(places)))
+    names = sorted([*CURVES, *order], key=lambda name: name != headline)
+    curves = extra | CURVES
+    return [
+        (name, clipped(titles.get(name, curves[name].title)), curves[name])
+        for name in names[:MOST_CURVES]
+    ]
 
 
 def _figure(steps: Steps, name: str, title: str, curve: Curve) -> Figure | None:

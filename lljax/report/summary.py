@@ -123,15 +123,17 @@ def _training(files: RunFiles) -> Iterator[Fact]:
     steps = files.steps
     if not steps:
         return
-    tokens = np.nansum(column(steps, "tokens"))
-    yield Fact("trained tokens", compact(tokens), f"{tokens:,.0f} predicted")
+    counted = clipped(files.run.get("counted", "tokens"))
+    number = np.nansum(column(steps, counted))
+    yield Fact(f"trained {counted}", compact(number), f"{number:,.0f} in all")
     yield Fact("time in steps", duration(np.nansum(column(steps, "seconds"))))
     if (mfu := finite_column(steps, "mfu")).size:
         note = "of the peak in bfloat16, median"
         yield Fact("MFU", f"{100 * np.median(mfu):.3g}%", note)
-    if (losses := finite_column(steps, "loss")[-20:]).size:
-        note = f"mean of {len(losses)} steps" if len(losses) > 1 else ""
-        yield Fact("loss at the end", four_figures(float(losses.mean())), note)
+    headline = clipped(files.run.get("headline", "loss"))
+    if (values := finite_column(steps, headline)[-20:]).size:
+        note = f"mean of {len(values)} steps" if len(values) > 1 else ""
+        yield Fact(f"{headline} at the end", four_figures(float(values.mean())), note)
 
 
 def _alarms(files: RunFiles) -> Iterator[Fact]:

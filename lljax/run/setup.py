@@ -194,6 +194,8 @@ class Setup:
             "device": self.device_kind,
             "chat_template": self.has_chat_template,
             "base_length": spec_from_hf(self.base.config).max_length,
+            "headline": self.prepared.objective.headline,
+            "counted": self.prepared.objective.counted.name,
             "metrics": {metric.name: metric.title for metric in metrics_of(self.prepared.objective)}
             | (rollouts.titles(self.config) if self.prepared.objective.samples else {}),
         }
