@@ -1,5 +1,6 @@
 """Helpers that several tests of runs share."""
 
+import json
 import os
 import signal
 import time
@@ -14,7 +15,42 @@ from lljax.models import lora
 from lljax.report.records import read_metrics
 from lljax.run.observer import Observer, RunInfo
 
-TIMES = ("seconds", "tokens_per_second", "data_seconds")
+TIMES = (
+    *("seconds", "tokens_per_second", "data_seconds"),
+    *("rollout/seconds", "rollout/tokens_per_second"),
+)
+REWARD = """
+def letters(prompts, completions, completion_ids, **columns):
+    return [len(set(text) & set("aeiou")) / 5 for text in completions]
+
+
+def same(completions, **columns):
+    return [1.0] * len(completions)
+
+
+def broken(completions, **columns):
+    raise ValueError("no answer is good enough")
+"""
+
+
+def write_answers(folder: Path) -> None:
+    """Files of pairs, judged answers and prompts, of about 40 rows each, and of reward functions."""
+    rng = np.random.default_rng(0)
+    words = ["def", "add", "first", "second", "return", "the", "sum", "of", "both", "class"]
+
+    def text(least: int, most: int) -> str:
+        return " ".join(rng.choice(words, rng.integers(least, most)))
+
+    rows = {"pairs": [], "judged": [], "prompts": []}
+    for number in range(40):
+        prompt, good, bad = text(3, 10), text(1, 4), text(1, 4)
+        if good != bad:
+            rows["pairs"].append({"prompt": prompt, "chosen": f" {good}", "rejected": f" {bad}"})
+        rows["judged"].append({"prompt": prompt, "completion": f" {good}", "label": number % 3 > 0})
+        rows["prompts"].append({"prompt": prompt, "answers": [good.split()[0]]})
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (folder / "reward.py").write_text(REWARD)
 
 
 def records(workdir: Path) -> list[dict]:

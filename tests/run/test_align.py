@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from run.cases import bits
+from run.cases import bits, records, write_answers
 
 from lljax.config import validate
 from lljax.data.batch import IGNORED
@@ -14,39 +14,11 @@ from lljax.report.records import read_metrics
 from lljax.run.checkpoint import Checkpoints
 from lljax.run.rollout_rows import Answer, RowPlan, batch_of
 
-REWARD = """
-def letters(prompts, completions, completion_ids, **columns):
-    return [len(set(text) & set("aeiou")) / 5 for text in completions]
-
-
-def same(completions, **columns):
-    return [1.0] * len(completions)
-
-
-def broken(completions, **columns):
-    raise ValueError("no answer is good enough")
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files of pairs, judged answers, prompts and rewards."""
-    folder, rng = tmp_path_factory.mktemp("align"), np.random.default_rng(0)
-    words = ["def", "add", "first", "second", "return", "the", "sum", "of", "both", "class"]
-
-    def text(least, most):
-        return " ".join(rng.choice(words, rng.integers(least, most)))
-
-    rows = {"pairs": [], "judged": [], "prompts": []}
-    for number in range(40):
-        prompt, good, bad = text(3, 10), text(1, 4), text(1, 4)
-        if good != bad:
-            rows["pairs"].append({"prompt": prompt, "chosen": f" {good}", "rejected": f" {bad}"})
-        rows["judged"].append({"prompt": prompt, "completion": f" {good}", "label": number % 3 > 0})
-        rows["prompts"].append({"prompt": prompt, "answers": [good.split()[0]]})
-    for name, lines in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    (folder / "reward.py").write_text(REWARD)
+    folder = tmp_path_factory.mktemp("align")
+    write_answers(folder)
     return folder
 
 
@@ -88,10 +60,11 @@ def ends_alike(c, train, tmp_path, stops):
         train(c, tmp_path / "parts")
     left, parts = (newest(tmp_path / name) for name in ("whole", "parts"))
     assert left == parts
-    timed = ("seconds", "per_second")
-    for one, other in zip(steps(tmp_path / "whole"), steps(tmp_path / "parts"), strict=True):
-        same = [name for name in one if not name.endswith(timed) and name != "learning_rate"]
-        assert {name: one[name] for name in same} == {name: other.get(name) for name in same}
+    whole, parts = (
+        [record for record in records(tmp_path / name) if "loss" in record]
+        for name in ("whole", "parts")
+    )
+    assert whole == parts
 
 
 def newest(workdir):
