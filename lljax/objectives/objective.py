@@ -200,6 +200,22 @@ def _one_of_each(config: Config) -> Passes:
     return ONE_OF_EACH
 
 
+def refuses_settings_of_sft(config: Config) -> str | None:
+    """Why settings that only supervised fine-tuning reads do not go with another objective."""
+    name, training = config.objective.name, config.training
+    if training.router_aux_loss_coef:
+        return (
+            f"training.router_aux_loss_coef={training.router_aux_loss_coef} and objective.name="
+            f"{name!r}, which does not balance experts: set it to 0"
+        )
+    if training.neftune_alpha:
+        return (
+            f"training.neftune_alpha={training.neftune_alpha} and objective.name={name!r}, which "
+            "compares log-probabilities without noise: set it to 0"
+        )
+    return None
+
+
 # Log-probabilities of the targets that a forward pass gives before the step, as fields of a batch.
 REFERENCE = "reference"  # under the trainable leaves as they were before the first step
 OLD = "old"  # under the leaves that made the answers of the batch

@@ -30,6 +30,7 @@ from lljax.objectives.objective import (
     Objective,
     Pass,
     Passes,
+    refuses_settings_of_sft,
 )
 from lljax.objectives.policy_losses import (
     POLICY_LOSSES,
@@ -78,18 +79,12 @@ def _passes(config: Config) -> Passes:
 
 
 def _refuses(config: Config, spec: DecoderSpec) -> str | None:
-    coefficient = config.training.router_aux_loss_coef
-    if coefficient:
-        return (
-            f"training.router_aux_loss_coef={coefficient} and objective.name="
-            f"{config.objective.name!r}, which does not balance experts: set it to 0"
-        )
     if config.objective.kl_beta and config.train_type == "full":
         return (
             f"objective.kl_beta={config.objective.kl_beta} and train_type='full': the reference "
             "would be a second copy of the weights: use train_type='lora', or 0"
         )
-    return None
+    return refuses_settings_of_sft(config)
 
 
 def _trained_tokens(batch: Batch) -> Array:

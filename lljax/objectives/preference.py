@@ -27,6 +27,7 @@ from lljax.objectives.objective import (
     Pass,
     Passes,
     ratio,
+    refuses_settings_of_sft,
 )
 from lljax.objectives.preference_losses import (
     PAIR_LOSSES,
@@ -61,13 +62,7 @@ def _passes(config: Config) -> Passes:
 
 
 def _refuses(config: Config, spec: DecoderSpec) -> str | None:
-    name, coefficient = config.objective.name, config.training.router_aux_loss_coef
-    if coefficient:
-        return (
-            f"training.router_aux_loss_coef={coefficient} and objective.name={name!r}, which does "
-            "not balance experts: set it to 0"
-        )
-    return None
+    return refuses_settings_of_sft(config)
 
 
 def _refuses_reference(config: Config, spec: DecoderSpec) -> str | None:

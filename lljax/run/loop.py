@@ -3,37 +3,29 @@
 `train` opens the folder, and a `Run` does the rest: read its methods from the top down.
 """
 
-import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from flax import nnx
 
 from lljax.config import Config
-from lljax.data.batch import Batch
-from lljax.data.kinds import KINDS
-from lljax.errors import NumericAbort, Stopped, counted
-from lljax.interop.open import end_tokens
+from lljax.errors import NumericAbort, Stopped
 from lljax.models.decoder import Decoder
-from lljax.objectives.objective import OLD, REFERENCE
 from lljax.parallel.processes import barrier
-from lljax.parallel.sharding import Layout, batch_sharding, unzigzag
+from lljax.parallel.sharding import Layout
 from lljax.planning import fit
-from lljax.run import alarms, inputs, reference, rollouts, workdirs
+from lljax.run import alarms, inputs, workdirs
+from lljax.run.batches import RunBatches
 from lljax.run.checkpoint import abstract
 from lljax.run.lock import locked
 from lljax.run.observer import Observer
 from lljax.run.profile import mark_data, mark_step
-from lljax.run.setup import Setup
 from lljax.run.signals import StopRequest
 from lljax.training.curriculum import Stage
-from lljax.training.placement import place
-from lljax.training.prepare import Program
 from lljax.training.state import from_items, to_items, without_history
 
 
@@ -75,7 +67,7 @@ def train(
     ).train()
 
 
-class Run(Setup):
+class Run(RunBatches):
     """A run in its workdir: `train()` takes it to its end."""
 
     def train(self) -> Decoder:
@@ -96,49 +88,6 @@ class Run(Setup):
             barrier()
         return nnx.merge(self.graphdef, self.state.trainable, self.frozen)
 
-    def precompute_reference(self) -> None:
-        """Sets `readings`: how the documents of every stage and evaluation are read, by ("train",
-        number of the stage) and ("valid", length). With the reference's log-probabilities, if they
-        are kept with the tokens; its leaves are given up then.
-        """
-        objective, steps = self.prepared.objective, self.prepared.steps
-        places = [("train", stage.number, steps[stage.number]) for stage in self.curriculum]
-        places += [("valid", n, program) for n, program in self.prepared.evaluations.items()]
-        self.readings = {(part, number): inputs.reading_of(objective) for part, number, _ in places}
-        if self.reference is None or self.prepared.keeps_reference:
-            return
-        kind = KINDS[objective.kind]
-        for part, number, program in places:
-            if part == "train" and self.step >= self.curriculum[number].stop:
-                continue
-            train = part == "train"
-            overlong = self.config.data.overlong if train else kind.overlong[0]
-            passes = self.config.training.accumulate if train else 1
-            store = self.documents.train if train else self.documents.valid
-            values = reference.precomputed(
-                self.workdir / "reference" / f"{part}-{number}.npz",
-                kind.pieces(store, program.length, overlong),
-                objective,
-                rows=passes * self.config.training.rows,
-                T=program.length,
-                score=functools.partial(self.reference_scores, passes=passes, program=program),
-                progress=inputs.progress,
-            )
-            with_reference = reference.with_reference(kind, values)
-            self.readings[part, number] = inputs.Reading(
-                with_reference, (*objective.fields, reference.FIELD)
-            )
-        self.reference = None
-
-    def reference_scores(
-        self, batch: dict[str, np.ndarray], *, passes: int, program: Program
-    ) -> np.ndarray:
-        """The reference's log-probabilities of a batch [rows, T]."""
-        scores = np.asarray(cast(dict, self.scored(batch, passes, program))[REFERENCE])
-        if program.layout is not None and program.layout.zigzag:
-            scores = unzigzag(scores, self.mesh.shape["sequence"])
-        return scores.reshape(-1, scores.shape[-1])
-
     # ---------------------------------------------------------------- steps
     def take_steps(self) -> None:
         # A run may have been stopped between the save of a step and its evaluation.
@@ -156,52 +105,6 @@ class Run(Setup):
         self.batch = None
         while self.step < stage.stop:
             self.take_step(stage)
-
-    def open_batches(self, stage: Stage) -> inputs.Batches:
-        store, objective = self.documents.train, self.prepared.objective
-        if self.writer is None:
-            reading = self.readings["train", stage.number]
-            return inputs.open_batches(store, self.config, stage, self.mesh, reading)
-        program = self.prepared.steps[stage.number]
-        sharding = batch_sharding(self.mesh, 3)
-
-        def score(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-            placed = self.scored(batch, self.config.training.accumulate, program)
-            return {name: cast(dict, placed)[name] for name in self.prepared.scored}
-
-        batches = rollouts.Rollouts(
-            self.writer,
-            store,
-            stage,
-            objective,
-            self.workdir,
-            score,
-            restore=lambda x: jax.device_put(x, sharding),
-        )
-        if batches.left_out:
-            self.observers.say(
-                f"stage {stage.label}: {counted(batches.left_out, 'prompt')} of {len(store):,} "
-                "leave no room for their answers in the rows of a step, and are not used"
-            )
-        return batches
-
-    @contextlib.contextmanager
-    def open_writer(self) -> Iterator[rollouts.Writer | None]:
-        """What writes and judges the answers of an objective that trains on its own."""
-        if not self.prepared.objective.samples:
-            yield None
-            return
-        with rollouts.open_rewards(self.config) as rewards:
-            yield rollouts.Writer(
-                config=self.config,
-                model=lambda: nnx.merge(self.graphdef, self.state.trainable, self.frozen),
-                tokenizer=self.tokenizer,
-                stop=end_tokens(self.base, self.tokenizer),
-                layout=Layout(self.mesh) if self.mesh.size > 1 else None,
-                rewards=rewards,
-                look=self.stop_if_asked,
-                say=self.observers.say,
-            )
 
     def take_step(self, stage: Stage) -> None:
         waited = 0.0
@@ -269,24 +172,6 @@ class Run(Setup):
         batch = self.scored(self.batch, self.config.training.accumulate, program)
         self.state, metrics = program.compile()(self.state, self.frozen, batch)
         return metrics
-
-    def scored(self, batch: dict[str, np.ndarray], accumulate: int, program: Program) -> Batch:
-        """A batch on the device, with the fields that the objective wants scored: those that it
-        does not hold yet.
-        """
-        held = {name: x for name, x in batch.items() if isinstance(x, jax.Array)}
-        unplaced = {name: x for name, x in batch.items() if name not in held}
-        placed = cast(dict, place(unplaced, accumulate, self.mesh, program.layout)) | held
-        if program.scorer is None:
-            return cast(Batch, placed)
-        leaves = {REFERENCE: self.reference, OLD: self.state.trainable}
-        missing = [name for name in self.prepared.scored if name not in batch]
-        if not missing:
-            return cast(Batch, placed)
-        score = program.scorer.compile()
-        return cast(
-            Batch, placed | {name: score(leaves[name], self.frozen, placed) for name in missing}
-        )
 
     def read_batch(self, loss: Any) -> float:
         """Reads the next batch; returns the seconds that the device waited for it.

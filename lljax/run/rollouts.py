@@ -6,124 +6,34 @@ same one again. If a rollout trains more than one step, its batch is kept in a f
 that wrote it are gone by then.
 """
 
-import ast
-import dataclasses
 import io
 import json
 import time
-import urllib.parse
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from lljax.config import Config
 from lljax.data.files import atomic_write
 from lljax.data.prompts import PromptPieces
 from lljax.data.token_store import TokenStore
-from lljax.errors import ConfigError, DataError, counted, first_line, printable, short
+from lljax.errors import ConfigError, DataError, counted, first_line, printable
 from lljax.generation.completion import Completion, Request
-from lljax.generation.forked import write_answers
-from lljax.generation.sample import GREEDY, Sampling
-from lljax.models.decoder import Decoder
+from lljax.generation.sample import Sampling
 from lljax.objectives.advantages import deviations
 from lljax.objectives.objective import Objective
 from lljax.parallel.rounding import cdiv
-from lljax.parallel.sharding import Layout
-from lljax.run.reward_workers import Judged, Reward, RewardWorkers, names_of, weighted
+from lljax.run.answer_writer import AnswerWriter, mean, reward_of, tokens_of
+from lljax.run.reward_workers import Judged, names_of, weighted
 from lljax.run.rollout_rows import Answer, RowPlan, batch_of
 from lljax.training.curriculum import Stage
 
 SCORED = "scored/"  # before the names of the arrays that lie as on the device
-
-
-@dataclasses.dataclass(frozen=True)
-class Writer:
-    """Writes and judges answers.
-
-    model: the model as it is now. stop: tokens that end an answer. layout: of the mesh; None for
-      one device. rewards: the workers of `reward.functions`. look: called often; it may raise to
-      stop the run. say: shows a line to the user.
-    """
-
-    config: Config
-    model: Callable[[], Decoder]
-    tokenizer: Any
-    stop: frozenset[int]
-    layout: Layout | None
-    rewards: RewardWorkers
-    look: Callable[[], None]
-    say: Callable[[str], None]
-
-    def write(self, requests: Sequence[Sequence[Request]]) -> list[Completion]:
-        """The completions of the requests of each prompt, in their order."""
-        model, dtype = self.model(), jnp.dtype(self.config.model.dtype)
-        return [
-            completion
-            for of_prompt in requests
-            for completion in write_answers(
-                model,
-                of_prompt,
-                dtype=dtype,
-                cache_dtype=cache_dtype(self.config),
-                layout=self.layout,
-                look=self.look,
-            )
-        ]
-
-    def judge(self, rows: Sequence[dict[str, Any]], completions: Sequence[Completion]) -> Judged:
-        """The rewards of completions. rows: the prompt and the columns of each."""
-        texts = [
-            self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
-            for completion in completions
-        ]
-        prompts = [row["prompt"] for row in rows]
-        names = {name for row in rows for name in row} - {"prompt"}
-        judged = self.rewards(
-            prompts,
-            [
-                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-                for text, prompt in zip(texts, prompts, strict=True)
-            ],
-            [tokens_of(completion).tolist() for completion in completions],
-            {name: [row.get(name) for row in rows] for name in sorted(names)},
-        )
-        for name, reason in judged.failures.items():
-            self.say(f"reward {name} counts as None for {len(rows):,} answers: {reason}")
-        return judged
-
-    def evaluate(self, store: TokenStore, length: int) -> dict[str, float]:
-        """The mean rewards of one greedy answer to each of the first `training.eval_rows` held-out
-        prompts that leave room for one in `length` tokens; empty if there are none.
-        """
-        rollout, weights = self.config.rollout, self.weights
-        pieces = PromptPieces(store, length - rollout.tokens, "drop")
-        chosen = [pieces[i] for i in range(min(len(pieces), self.config.training.eval_rows))]
-        if not chosen:
-            return {}
-        completions = self.write(
-            [
-                [Request(piece["tokens"].tolist(), rollout.tokens, GREEDY, stop=self.stop)]
-                for piece in chosen
-            ]
-        )
-        judged = self.judge([store.row(piece["document"]) for piece in chosen], completions)
-        scores = {"reward": _mean(weighted(judged, weights))}
-        scores |= {
-            f"rewards/{name}": _mean(judged.values[:, i]) for i, name in enumerate(judged.names)
-        }
-        scores["completions/mean_length"] = _mean([len(tokens_of(c)) for c in completions])
-        return {f"{name}@{length}": value for name, value in scores.items()}
-
-    @property
-    def weights(self) -> list[float]:
-        """Of the reward functions."""
-        return [reward.weight for reward in self.rewards.rewards]
 
 
 class Rollouts:
@@ -133,7 +43,7 @@ class Rollouts:
 
     def __init__(
         self,
-        writer: Writer,
+        writer: AnswerWriter,
         store: TokenStore,
         stage: Stage,
         objective: Objective,
@@ -375,17 +285,6 @@ class Rollouts:
         atomic_write(path, "".join(kept))
 
 
-def cache_dtype(config: Config) -> Any:
-    """The dtype of keys and values while answers are written; None for the computation's."""
-    return jnp.int8 if config.rollout.cache == "int8" else None
-
-
-def tokens_of(completion: Completion) -> Int[np.ndarray, " n"]:
-    """The tokens of an answer, with the token that ended it, int32."""
-    ended = [] if completion.stop_token is None else [completion.stop_token]
-    return np.asarray([*completion.tokens, *ended], np.int32)
-
-
 def metrics_of(
     judged: Judged, rewards: Float[np.ndarray, "P A"], completions: Sequence[Completion]
 ) -> dict[str, float]:
@@ -394,21 +293,21 @@ def metrics_of(
     lengths = np.asarray([len(tokens_of(completion)) for completion in completions])
     ended = np.asarray([completion.ended for completion in completions])
     metrics = {
-        "reward": _mean(rewards),
-        "reward_std": _mean(spread),
-        "frac_reward_zero_std": _mean(np.isclose(spread, 0)),
+        "reward": mean(rewards),
+        "reward_std": mean(spread),
+        "frac_reward_zero_std": mean(np.isclose(spread, 0)),
     }
     for i, name in enumerate(judged.names):
-        metrics[f"rewards/{name}/mean"] = _mean(judged.values[:, i])
+        metrics[f"rewards/{name}/mean"] = mean(judged.values[:, i])
         metrics[f"rewards/{name}/std"] = float(deviations(judged.values[None, :, i])[0])
     metrics |= {
-        "completions/mean_length": _mean(lengths),
+        "completions/mean_length": mean(lengths),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": 1 - _mean(ended),
+        "completions/clipped_ratio": 1 - mean(ended),
     }
     if ended.any():
-        metrics["completions/mean_terminated_length"] = _mean(lengths[ended])
+        metrics["completions/mean_terminated_length"] = mean(lengths[ended])
     return metrics
 
 
@@ -424,49 +323,6 @@ def titles(config: Config) -> dict[str, str]:
         "completions/clipped_ratio": "Share of answers cut off",
         "rollout/seconds": "Seconds of a rollout",
     }
-
-
-def reward_of(given: str, weight: float) -> Reward:
-    """A reward of `reward.functions`. given: the function's name, with options such as
-    "repetition?ngram_size=3&max_penalty=-1".
-
-    Raises:
-      ConfigError: the options cannot be read.
-    """
-    function, _, query = given.partition("?")
-    try:
-        pairs = urllib.parse.parse_qsl(query, strict_parsing=bool(query))
-        options = tuple((name, ast.literal_eval(value)) for name, value in pairs)
-    except (ValueError, SyntaxError):
-        raise ConfigError(
-            f"reward.functions: the options of {short(given)} are not like ?name=1&other='text'"
-        ) from None
-    return Reward(function, weight, options)
-
-
-def open_rewards(config: Config) -> RewardWorkers:
-    """The reward functions of a run, in processes of their own; a context.
-
-    Raises:
-      ConfigError: there is none, or one cannot be used.
-    """
-    if not config.reward.functions:
-        raise ConfigError(
-            f"reward.functions=() and objective.name={config.objective.name!r}: name a reward, "
-            "such as (('contains', 1.0),)"
-        )
-    return RewardWorkers(
-        [reward_of(*given) for given in config.reward.functions],
-        timeout=config.reward.timeout,
-        processes=config.reward.processes,
-    )
-
-
-def _mean(values: Any) -> float:
-    """The mean of the values that are not NaN; 0 without any."""
-    known = np.asarray(values, np.float64)
-    known = known[~np.isnan(known)]
-    return float(known.mean()) if len(known) else 0.0
 
 
 def _number(value: float) -> float | None:

@@ -19,6 +19,7 @@ from lljax.interop.open import special_tokens, tokenizer_fingerprint
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.objectives.objective import REFERENCE
+from lljax.objectives.table import OBJECTIVES
 from lljax.parallel.processes import from_all
 from lljax.planning import fit, flops
 from lljax.run import inputs, rollouts, workdirs
@@ -98,6 +99,7 @@ class Setup:
                 "over"
             )
         check_rows(config.training.rows, self.mesh)
+        _refuse_processes(config)
         self.base = open_run_base(config)
         tokenizer = self.tokenizer = self.base.tokenizer()
         self.fingerprints = {
@@ -276,6 +278,22 @@ class Setup:
             return self.checkpoints.newest()
 
         return fit.explain_out_of_memory(action, way_out, last_checkpoint)
+
+
+def _refuse_processes(config: Config) -> None:
+    """Raises ConfigError if a run of several processes cannot do what `config` asks for."""
+    if jax.process_count() == 1:
+        return
+    if OBJECTIVES[config.objective.name].samples:
+        raise ConfigError(
+            f"objective.name={config.objective.name!r}: a run of {jax.process_count()} processes "
+            "cannot write answers yet: use one process with all devices of a host"
+        )
+    if config.objective.reference == "precomputed":
+        raise ConfigError(
+            f"objective.reference='precomputed' and {jax.process_count()} processes: use "
+            "objective.reference='adapter_off'"
+        )
 
 
 def _learning_rate(config: Config, steps: int) -> Callable[[int], float]:

@@ -34,7 +34,7 @@ def broken(completions, **columns):
 
 
 def write_answers(folder: Path) -> None:
-    """Files of pairs, judged answers and prompts, of about 40 rows each, and of reward functions."""
+    """Files of pairs, judged answers and prompts, about 40 rows each, and of reward functions."""
     rng = np.random.default_rng(0)
     words = ["def", "add", "first", "second", "return", "the", "sum", "of", "both", "class"]
 
