@@ -45,7 +45,7 @@ class Run:
 
     def __init__(self, workdir: Path, tiny: str, documents: str, *overrides: str):
         self.workdir, self.log = workdir, workdir.with_name(f"{workdir.name}.log")
-        self.arguments = [
+        given = [
             "--config=configs/quickstart.py",
             f"--workdir={workdir}",
             f"--config.model.path={tiny}",
@@ -59,6 +59,8 @@ class Run:
             f"--config.checkpoint.every_steps={SAVED_EVERY}",
             *overrides,
         ]
+        # the last value of a flag: those of a field that holds several would be joined
+        self.arguments = [*{flag.partition("=")[0]: flag for flag in given}.values()]
 
     def fork(self) -> multiprocessing.Process:
         """A process that runs the script from its first line, forked from one that has imported
