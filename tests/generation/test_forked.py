@@ -94,7 +94,16 @@ def small_blocks(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
+FAST = ("grouped", "window", "chunked", "latent")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=() if name in FAST else pytest.mark.slow)
+        for name, changes in FAMILIES.items()
+    ],
+)
 def test_answers_are_those_of_the_engine(changes):
     model, requests = build(**changes), requests_of()
     answers = forked_answers(model, requests)
@@ -102,7 +111,13 @@ def test_answers_are_those_of_the_engine(changes):
     assert len({tuple(answer.tokens) for answer in answers}) == len(requests)
 
 
-@pytest.mark.parametrize("name", ["grouped", "window", "sinks", "soft cap"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("grouped", "window"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sinks", "soft cap")),
+    ],
+)
 def test_a_prompt_that_is_attended_to_in_blocks_gives_the_same_answers(name, small_blocks):
     """Windows shorter and longer than a block, and blocks behind the end of the prompt."""
     small_blocks(8, queries=4 * 6)

@@ -219,8 +219,10 @@ def check(got, wanted):
 
 THREE = ("dpo", "kto", "grpo")
 OTHERS = [name for name in OBJECTIVES if name not in ("sft", *THREE)]
-CASES = [(name, kind) for name in THREE for kind in PATTERNS]
-CASES += [pytest.param(name, "full", marks=pytest.mark.slow) for name in OTHERS]
+FAST = [*((name, "full") for name in THREE), ("dpo", "shifted"), ("kto", "window")]
+SLOW = [(name, kind) for name in THREE for kind in PATTERNS if (name, kind) not in FAST]
+SLOW += [(name, "full") for name in OTHERS]
+CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @pytest.mark.parametrize("name,kind", CASES)
@@ -230,14 +232,15 @@ def test_rows_with_shared_prompts_equal_separate_rows(name, kind):
     check(on_packed_rows(name, batch, pattern), on_separate_rows(name, answers, pattern))
 
 
-FAST = [("dpo", "allgather", "window"), ("kto", "ulysses", "full"), ("grpo", "ring", "full")]
+FAST_MODES = [("dpo", "allgather", "window"), ("kto", "ulysses", "full"), ("grpo", "ring", "full")]
 MODES = [(mode, "full") for mode in ("allgather", "ulysses", "ring")]
 MODES += [("allgather", "window"), ("allgather", "shifted")]
-SLOW = [case for name in THREE for mode in MODES if (case := (name, *mode)) not in FAST]
+SLOW_MODES = [case for name in THREE for mode in MODES if (case := (name, *mode)) not in FAST_MODES]
 
 
 @pytest.mark.parametrize(
-    "name,mode,kind", [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    "name,mode,kind",
+    [*FAST_MODES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_MODES)],
 )
 def test_rows_over_devices_equal_separate_rows(name, mode, kind):
     batch, answers = made(OBJECTIVES[name].kind)

@@ -97,6 +97,7 @@ def test_precomputed_log_probabilities_are_those_of_the_adapter_off(
     objective, kind, config, train_on_one_device, tmp_path
 ):
     c = config(objective, kind)
+    c.context.schedule = ((4, 96, "full"),)
     train_on_one_device(c, tmp_path / "off")
     c.objective.reference = "precomputed"
     train_on_one_device(c, tmp_path / "kept")
@@ -112,7 +113,6 @@ def test_precomputed_log_probabilities_are_those_of_the_adapter_off(
     np.testing.assert_allclose(*evaluations, rtol=1e-4)
     assert {path.name for path in (tmp_path / "kept" / "reference").iterdir()} == {
         "train-0.npz",
-        "train-1.npz",
         "valid-96.npz",
     }
 
