@@ -111,7 +111,8 @@ def advise(
     config: Config, hf_config: dict, target: Target, plans: list[StagePlan], options: Options
 ) -> None:
     """Prints settings under which the run fits, each of them compiled."""
-    worst = max((p for p in plans if not p.fits), key=lambda p: p.need.peak)
+    lacking = [p for p in plans if not p.fits]
+    worst = max(lacking, key=lambda p: max(need.peak for need in p.needs))
     settings, tried = search.room(config, hf_config, target, worst, options)
     if tried:
         needs = [need for p in tried for need in p.needs]

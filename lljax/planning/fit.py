@@ -29,12 +29,13 @@ from lljax.training.prepare import Prepared, Program
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes of one device that a step or an evaluation takes.
+    """Bytes of one device that a step, an evaluation or a part of a rollout takes.
 
     base: frozen weights.
     peak: arguments + outputs - memory that both share + temporaries.
     host: bytes of the host's memory.
     compiled: False if the compiler refused the program for its memory; it then reported the peak.
+    writes: see `Program.writes`.
     """
 
     label: str
@@ -46,6 +47,7 @@ class Need:
     peak: int
     host: int
     compiled: bool
+    writes: bool = False
 
     def fits(self, memory: float, host: float) -> bool:
         return self.compiled and self.peak <= memory and self.host <= host
@@ -73,11 +75,12 @@ def needs_of(program: Program, prepared: Prepared) -> list[Need]:
 
 def need_of(program: Program, prepared: Prepared) -> Need:
     """Compiles `program` and reads its need. It includes what stays on the device unused: the
-    optimizer during an evaluation, and the leaves of the reference if it is kept.
+    optimizer during an evaluation or a rollout, and the leaves of the reference if it is kept.
     """
     state, layout = prepared.state, program.layout
     sizes = {
         "label": program.label,
+        "writes": program.writes,
         "context_parallel": layout.context_parallel if layout else "none",
         "base": bytes_of(prepared.frozen),
         "trainable": bytes_of(state.trainable),
@@ -204,13 +207,18 @@ def check(
         anyway = "; memory.refuse=False tries it anyway" if n.compiled else ""
         raise ConfigError(
             f"this run does not fit: {n.label} needs {shortage}: "
-            f"{advice(config, layers, of_host)}{anyway}"
+            f"{advice(config, layers, of_host, n.writes)}{anyway}"
         )
 
 
-def advice(config: Config, layers: tuple[LayerSpec, ...], of_host: bool = False) -> str:
-    """Settings that make room for a step, as the end of a message. of_host: room on the host."""
-    listed = "; ".join(words(way) for way in ways(config, layers, of_host)[:3])
+def advice(
+    config: Config, layers: tuple[LayerSpec, ...], of_host: bool = False, writes: bool = False
+) -> str:
+    """Settings that make room for a step, as the end of a message. of_host: room on the host.
+    writes: room for a rollout.
+    """
+    found = rollout_ways(config) if writes else ways(config, layers, of_host)
+    listed = "; ".join(words(way) for way in found[:3])
     return (
         f"set {listed}, or spread it over more devices" if listed else "spread it over more devices"
     )
@@ -272,6 +280,12 @@ def ways(
         needed = {"memory.remat": "full"} if m.remat == "none" else {}
         out.append({"memory.offload": True} | needed)
     return out + fewer
+
+
+def rollout_ways(config: Config) -> list[dict[str, Any]]:
+    """Changes that make room on the device while answers are written; none if nothing is."""
+    samples = OBJECTIVES[config.objective.name].samples
+    return [{"rollout.cache": "int8"}] if samples and config.rollout.cache != "int8" else []
 
 
 def words(changes: dict) -> str:

@@ -21,7 +21,8 @@ class Flops:
 def of_step(
     model: Decoder, config: Config, stage: Stage, *, parts: int = 1, passes: Passes = ONE_OF_EACH
 ) -> Flops:
-    """FLOPs of one optimizer step on all devices.
+    """FLOPs of one optimizer step on all devices. Attention is counted over rows of one document:
+    an upper bound for packed rows, and for answers that share a prompt and do not see each other.
 
     model: may be abstract, with its trainable Variables marked.
     parts: devices that a row is spread over.

@@ -1,5 +1,5 @@
-"""The plan of a run, before any weight is read: the real step and evaluation of every stage,
-compiled for the real target.
+"""The plan of a run, before any weight is read: the real step, rollout and evaluation of every
+stage, compiled for the real target.
 
 Memory comes from the compiler, except for the workspace of cuDNN, which only a device would report;
 arithmetic is counted by `lljax.planning.flops`; traffic is read from the program.
@@ -43,8 +43,9 @@ class StagePlan:
     """The plan of one stage.
 
     need: the memory of the step.
-    others: the memory of what runs beside the step: the scorer of its batch, and an evaluation
-      at the stage's length, if the run has them and the step fits.
+    others: the memory of what runs beside the step: the scorer of its batch, the rollout that
+      writes it, for the longest prompt, and an evaluation at the stage's length, if the run has
+      them and the step fits.
     reason: why this context-parallel mode was chosen.
     fits: all of them fit.
     model_flops, hardware_flops, tokens: counts of one optimizer step on all devices.
@@ -100,7 +101,7 @@ def plan_stage(
     *,
     label: str = "",
 ) -> StagePlan:
-    """Compiles the step and the evaluation of one stage for the target.
+    """Compiles the step, the rollout and the evaluation of one stage for the target.
 
     label: name of the stage in tables; empty for its own.
     """
@@ -124,6 +125,9 @@ def plan_stage(
     others = []
     if need.fits(*room):
         others = fit.needs_of(prepared.steps[stage.number], prepared)[1:]
+        for part in prepared.rollouts.get(stage.number, ()):
+            options.progress(f"{part.label} for {target.name}")
+            others.append(fit.need_of(part, prepared))
         if evaluates:
             others += fit.needs_of(prepared.evaluations[stage.length], prepared)
     passes, device = prepared.objective.passes(config), target.device

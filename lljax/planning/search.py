@@ -12,6 +12,7 @@ from lljax.config import Config, get
 from lljax.errors import ConfigError
 from lljax.hardware.targets import Target, counts, sized
 from lljax.models.families import spec_from_hf
+from lljax.objectives.table import OBJECTIVES
 from lljax.parallel.sharding import row_parts
 from lljax.planning import fit
 from lljax.planning.fit import words
@@ -188,8 +189,11 @@ def room(
         config=config, hf_config=hf_config, target=target, stage=worst.stage, options=options
     )
     memory, host = options.room(target)
-    of_host = worst.need.compiled and worst.need.peak <= memory and worst.need.host > host
-    steps = fit.ways(config, spec_from_hf(hf_config).layers, of_host)
+    lacking = next(need for need in worst.needs if not need.fits(memory, host))
+    of_host = lacking.compiled and lacking.peak <= memory
+    steps = fit.rollout_ways(config)
+    if not lacking.writes:  # the rollout was not compiled, and may not fit either
+        steps = [*fit.ways(config, spec_from_hf(hf_config).layers, of_host), *steps]
     everything = _merged(steps)
     if held(worst) < target.device.memory and steps and attempts.add(everything, target):
         sums = [_merged(steps[:n]) for n in range(2, len(steps) + 1)]
@@ -202,9 +206,12 @@ def room(
 
 
 def _spread(attempts: _Attempts, worst: StagePlan, everything: dict) -> None:
-    """Attempts to spread the tokens of a row over the devices of the target, and over more."""
+    """Attempts to spread a row over the devices of the target, and over more: its tokens, or its
+    heads if answers are written, a token at a time.
+    """
     target, device = attempts.target, attempts.target.device
-    mesh = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.expert": 1, "mesh.sequence": -1}
+    axis = "tensor" if OBJECTIVES[attempts.config.objective.name].samples else "sequence"
+    mesh = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.expert": 1, f"mesh.{axis}": -1}
     spread = {name: size for name, size in mesh.items() if get(attempts.config, name) != size}
     for count in counts(device):
         if count < target.count or held(worst) * target.count > count * device.memory:

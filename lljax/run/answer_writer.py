@@ -20,6 +20,7 @@ from lljax.generation.sample import GREEDY
 from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout
 from lljax.run.reward_workers import Judged, Reward, RewardWorkers, weighted
+from lljax.training.rollout import cache_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +111,6 @@ def tokens_of(completion: Completion) -> Int[np.ndarray, " n"]:
     """The tokens of an answer, with the token that ended it, int32."""
     ended = [] if completion.stop_token is None else [completion.stop_token]
     return np.asarray([*completion.tokens, *ended], np.int32)
-
-
-def cache_dtype(config: Config) -> Any:
-    """The dtype of keys and values while answers are written; None for the computation's."""
-    return jnp.int8 if config.rollout.cache == "int8" else None
 
 
 def reward_of(given: str, weight: float) -> Reward:

@@ -32,6 +32,7 @@ from lljax.run.answer_writer import AnswerWriter, mean, reward_of, tokens_of
 from lljax.run.reward_workers import Judged, names_of, weighted
 from lljax.run.rollout_rows import Answer, RowPlan, batch_of
 from lljax.training.curriculum import Stage
+from lljax.training.rollout import longest_prompt
 
 SCORED = "scored/"  # before the names of the arrays that lie as on the device
 
@@ -61,12 +62,7 @@ class Rollouts:
         self._writer, self._store, self._stage, self._folder = writer, store, stage, folder
         self._objective, self._score, self._restore = objective, score, restore
         config = self._config = writer.config
-        room = stage.length - config.rollout.tokens
-        if room < 1:
-            raise ConfigError(
-                f"rollout.tokens={config.rollout.tokens} and a stage of {stage.length} tokens "
-                "leave no room for a prompt: use a longer stage, or shorter answers"
-            )
+        room = longest_prompt(config, stage.length)
         pieces = PromptPieces(store, room, config.data.overlong)
         plan, self._pieces = self._plan(), pieces
         self._numbers = [i for i in range(len(pieces)) if plan.sizes(len(pieces[i]["tokens"]))]

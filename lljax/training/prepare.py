@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +25,26 @@ from lljax.objectives.objective import Objective
 from lljax.parallel.sharding import Layout
 from lljax.training import curriculum
 from lljax.training.placement import abstract_batch, has_branches, layout_of
+from lljax.training.rollout import longest_prompt, lower_rollout
 from lljax.training.state import Split, TrainState, split
 from lljax.training.step import StepSettings, make_evaluate, make_scorer, make_step, step_settings
 
 
 @dataclasses.dataclass(eq=False)
 class Program:
-    """A step of a stage, or an evaluation, before and after it is compiled.
+    """A step of a stage, an evaluation or a part of a rollout, before and after it is compiled.
 
     label: its name in tables and messages, such as "8,192 shifted".
     reason: why this context-parallel mode was chosen.
     length: tokens of a row.
-    batch: abstract arrays [A, B, T].
+    batch: abstract arrays [A, B, T]; none of a rollout.
     trains: True for a step, which is called with (state, frozen, batch) and returns (state,
       metrics). False for an evaluation, which is called with (trainable, frozen, batch) and returns
       (sums by name, weight).
     lower: traces the function; no argument needs a value.
     scorer: the program that fills the scored fields of its batch (`Objective.scored`), called with
       (trainable, frozen, batch without them); None if there are none.
+    writes: True for a part of a rollout, which lljax.generation.forked calls.
     """
 
     label: str
@@ -53,6 +56,7 @@ class Program:
     trains: bool
     lower: Callable[[], jax.stages.Lowered] = dataclasses.field(repr=False)
     scorer: "Program | None" = None
+    writes: bool = False
     _compiled: jax.stages.Compiled | None = dataclasses.field(default=None, init=False, repr=False)
 
     def compile(self) -> jax.stages.Compiled:
@@ -75,6 +79,8 @@ class Prepared:
     keeps_reference: whether the reference's leaves stay on the device.
     steps: the step of every stage, by the number of the stage.
     evaluations: in full attention, by the length of their rows.
+    rollouts: the programs that write the answers of a stage, for its longest prompt, by the number
+      of the stage; empty if the objective does not sample. A run compiles them when it writes.
     """
 
     spec: DecoderSpec
@@ -86,6 +92,7 @@ class Prepared:
     keeps_reference: bool
     steps: dict[int, Program]
     evaluations: dict[int, Program]
+    rollouts: dict[int, tuple[Program, ...]]
 
 
 def prepare_step(
@@ -106,8 +113,8 @@ def prepare_step(
     stages: None for all stages of the configuration.
 
     Raises:
-      ConfigError: the objective refuses the model, or the configuration cannot be laid out on the
-        mesh.
+      ConfigError: the objective refuses the model, the configuration cannot be laid out on the
+        mesh, or a stage leaves no room for prompts beside their answers.
     """
     model = model or placed_model(config, hf_config, mesh)
     if stages is None:
@@ -129,6 +136,7 @@ def prepare_step(
         keeps_reference=settings.objective.keeps_reference(config),
         steps=programs.steps(stages),
         evaluations=programs.evaluations(evaluation_lengths),
+        rollouts=programs.rollouts(stages) if settings.objective.samples else {},
     )
 
 
@@ -165,6 +173,31 @@ class _Programs:
             return self._program(label, pattern, length, lower, trains=False)
 
         return {length: program(length) for length in lengths}
+
+    def rollouts(self, stages: Sequence[curriculum.Stage]) -> dict[int, tuple[Program, ...]]:
+        parts, config = self.parts, self.config
+        model = nnx.merge(parts.graphdef, parts.state.trainable, parts.frozen)
+
+        def programs(stage: curriculum.Stage) -> tuple[Program, ...]:
+            prompt = longest_prompt(config, stage.length)
+            # Lowered together, when the first is compiled.
+            lowered = functools.cache(lambda: lower_rollout(model, config, self.mesh, prompt))
+            return tuple(
+                Program(
+                    label=f"rollout, {part}, {stage.label}",
+                    pattern=KINDS["full"](config.context, stage.length, ()),
+                    layout=Layout(self.mesh),
+                    reason="answers are written token by token",
+                    length=stage.length,
+                    batch=cast(Batch, {}),
+                    trains=False,
+                    writes=True,
+                    lower=lambda name=name: lowered()[name],
+                )
+                for name, part in (("read", "reading"), ("write", "writing"))
+            )
+
+        return {stage.number: programs(stage) for stage in stages}
 
     def _program(
         self, label: str, pattern: AttentionPattern, length: int, lower: Callable, *, trains: bool

@@ -21,13 +21,13 @@ from lljax.planning.plan import Options, plan_stage
 from lljax.training.curriculum import stages
 
 TITLE = (
-    "Llama-3.1-8B, a row a step; GiB and GB of a device; "
-    "tokens/s at most, at 40% of peak arithmetic"
+    "Llama-3.1-8B, a row a step; GiB and GB of a device; beside: the largest program beside the "
+    "step; tokens/s of the step at most, at 40% of peak arithmetic"
 )
-WORDS = ("device", "base", "stage", "parallel", "fits")
+WORDS = ("device", "objective", "base", "stage", "parallel", "fits")
 COLUMNS = (
-    *("device", "base", "stage", "parallel", "layers per residual", "peak", "host", "fits"),
-    *("tokens/s", "received", "compiled in s"),
+    *("device", "objective", "base", "stage", "parallel", "layers per residual"),
+    *("peak", "beside", "host", "fits", "tokens/s", "received", "compiled in s"),
 )
 
 
@@ -47,14 +47,17 @@ def measure(row: Row, options: Options, console: Console) -> list[str]:
             f"{chosen.device.memory / GiB:.2f}: quantize the base (model.quantize), or spread it "
             "over more devices"
         )
+    beside = max((need.peak for need in plan.others), default=0)
     received = sum(plan.collectives.values()) / common.GB
     return [
         row.device,
+        row.objective if row.cache == "auto" else f"{row.objective}, {row.cache} cache",
         row.base,
         f"{plan.stage.length:,} {row.attention}",
         plan.need.context_parallel,
         str(row.each),
         f"{plan.need.peak / GiB:.1f}",
+        f"{beside / GiB:.1f}" if beside else "-",
         f"{plan.need.host / GiB:.1f}",
         "yes" if plan.fits else "NO",
         f"{plan.tokens / plan.seconds:,.0f}",

@@ -1,7 +1,8 @@
 """Runs of Llama-3.1-8B at length, which capacity.py plans and steps.py steps through.
 
 One row of tokens a step, AdamW in float32 or, if a row says so, in eight bits. LoRA of rank 64 on
-q, k, v and o over a frozen bfloat16 base; over a quantized base, of rank 32 on every linear layer.
+q, k, v and o over a frozen bfloat16 base; over a quantized base, and for preference and policy
+objectives, of rank 32 on every linear layer. A policy writes 8 answers of 1,024 tokens.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import dataclasses
 import common
 
 from lljax.config import Config, validate
+from lljax.objectives.table import OBJECTIVES
 
 K, M = 1024, 1024**2
 
@@ -20,6 +22,7 @@ class Row:
     attention: of the stage; shifted in groups of 8,192. each: memory.layers_per_residual. find:
     search for the longest row that fits, from `length` on. base: model.quantize, or "trained":
     train_type="full". tile: memory.tile, and four times memory.loss_chunk. optimizer: its name.
+    objective: its name. cache: rollout.cache.
     """
 
     device: str
@@ -30,11 +33,17 @@ class Row:
     base: str = "none"
     tile: int = 4096
     optimizer: str = "adamw"
+    objective: str = "sft"
+    cache: str = "auto"
 
     @property
     def name(self) -> str:
-        base = f" {self.base}" if self.base != "none" else ""
-        return f"{self.device} {self.attention} {self.length // K}k{base}"
+        objective = self.objective if self.objective != "sft" else ""
+        base = self.base if self.base != "none" else ""
+        cache = self.cache if self.cache != "auto" else ""
+        length = f"{self.length // K}k"
+        words = (self.device, objective, self.attention, length, base, cache)
+        return " ".join(word for word in words if word)
 
 
 ROWS = (
@@ -57,6 +66,14 @@ ROWS = (
     Row("h100-80g", 32 * K, "shifted", base="nf4"),
     Row("h100-80g", 32 * K, "shifted"),
     Row("h100-80g", 32 * K, "full"),
+    Row("h100-80g", 512 * K, "full", objective="grpo", cache="int8"),
+    Row("h100-80g", 512 * K, "full", base="nf4", objective="grpo"),
+    Row("h100-80g", 1 * M, "full", each=2, base="nf4", objective="grpo", cache="int8"),
+    Row("a10-24g", 128 * K, "full", base="nf4", objective="grpo", cache="int8"),
+    Row("v5e-8", 256 * K, "full", objective="grpo", cache="int8"),
+    Row("h100-80g", 512 * K, "full", objective="dpo"),
+    Row("h100-80g", 768 * K, "full", each=2, objective="dpo"),
+    Row("h100-80g", 1 * M, "full", each=2, base="nf4", objective="dpo"),
 )
 
 
@@ -69,8 +86,14 @@ def config_of(row: Row) -> Config:
         c.train_type = "full"
     elif row.base != "none":
         c.model.quantize, c.lora.rank, c.lora.targets = row.base, 32, ("all-linear",)
+    if row.objective != "sft":
+        c.objective.name, c.data.overlong = row.objective, "drop"
+        c.lora.rank, c.lora.targets = 32, ("all-linear",)
     c.memory.tile, c.memory.offload, c.memory.layers_per_residual = row.tile, True, row.each
     c.memory.loss_chunk, c.optimizer.name = row.tile // 4, row.optimizer
     c.mesh.fsdp, c.mesh.sequence = 1, -1
+    if OBJECTIVES[row.objective].samples:
+        c.rollout.answers, c.rollout.tokens, c.rollout.cache = 8, 1 * K, row.cache
+        c.mesh.sequence, c.mesh.tensor = 1, -1
     validate(c)
     return c

@@ -197,7 +197,7 @@ def text(row: Row, one_document: bool, m: Measured) -> str:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    rows = {row.name: row for row in ROWS}
+    rows = {row.name: row for row in ROWS if row.objective == "sft"}
     parser.add_argument(
         "--row", required=True, metavar="NAME", choices=rows, help="one of: " + "; ".join(rows)
     )

@@ -81,7 +81,7 @@ def test_a_refusal_of_the_tpu_compiler_is_read(trains):
     """It knows the arguments of the program; the optimizer is none of an evaluation."""
     moments = jax.device_put(np.zeros(1024, np.float32), jax.devices()[0])
     state = types.SimpleNamespace(trainable={}, optimizer={"mu": moments})
-    prepared = types.SimpleNamespace(state=state, frozen={})
+    prepared = types.SimpleNamespace(state=state, frozen={}, keeps_reference=False)
     need = fit.need_of(refused_program(trains), prepared)
     assert not need.compiled and not need.fits(1e30, 1e30)
     assert need.peak == int(23.61 * fit.GiB) + (0 if trains else 4096)

@@ -1,5 +1,6 @@
 """The searches, over a planner that knows the answer: nothing is compiled."""
 
+import dataclasses
 import types
 
 import pytest
@@ -61,9 +62,8 @@ def compiled(monkeypatch):
             int(seen.host(config, stage) * GiB),
             True,
         )
-        return types.SimpleNamespace(
-            stage=stage, need=need, fits=need.fits(target.device.memory, options.room(target)[1])
-        )
+        fits = need.fits(target.device.memory, options.room(target)[1])
+        return types.SimpleNamespace(stage=stage, need=need, needs=[need], fits=fits)
 
     monkeypatch.setattr(search, "plan_stage", plan_stage)
     monkeypatch.setattr(
@@ -161,11 +161,27 @@ def test_room_on_the_host_is_fewer_residuals_or_none_there(compiled):
     ]
 
 
+def test_room_for_a_rollout_is_a_smaller_cache_and_then_more_devices(compiled):
+    compiled.need = lambda config, target, stage: (
+        (100 - 30 * (config.rollout.cache == "int8")) / target.count
+    )
+    changed = config()
+    changed.objective.name, changed.mesh.sequence = "grpo", 1
+    refused = worst(40)
+    writing = dataclasses.replace(refused.need, peak=100 * GiB, writes=True)
+    refused.needs = [refused.need, writing]
+    found, _ = search.room(changed, CONFIG, target("h100-80g"), refused, Options())
+    assert found[0] == "rollout.cache='int8'" and not any("memory." in name for name in found)
+    assert all("mesh.tensor=-1" in name for name in found[1:])
+    assert not any("mesh.sequence" in name for name in found)
+
+
 def worst(size, base=0, host=0):
     need = Need(
         "4,096 full", "none", int(base * GiB), 0, 0, 0, int(size * GiB), int(host * GiB), True
     )
-    return types.SimpleNamespace(stage=stages(config().context)[0], need=need, fits=False)
+    stage = stages(config().context)[0]
+    return types.SimpleNamespace(stage=stage, need=need, needs=[need], fits=False)
 
 
 def test_names_of_devices_read_back():

@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Int8
+
+IN_ORDER = Layout(major_to_minor=(0, 1, 2, 3))
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +90,10 @@ def _written(
     B, T = old.shape[0], new.shape[2]
     if T > 1:
         put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
-        return put(old, new, start)
+        # Else XLA on a GPU writes to a copy of the whole cache, which lies in the order that the
+        # attention kernel reads, or is fused with the change of order.
+        written = with_layout_constraint(put(old, new, start), IN_ORDER)
+        return jax.lax.optimization_barrier(written)
     # A scatter of one update becomes a slice update, which XLA:CPU fuses into everything that reads
     # it, with a copy of the whole for each: so one row is written twice.
     rows = jnp.arange(max(B, 2)) % B
