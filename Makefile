@@ -17,9 +17,9 @@ export TOKENIZERS_PARALLELISM = false
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
-# The clients of `lljax serve` that slow tests run.
+# What slow tests run beside lljax: clients of `lljax serve`, and TRL's trainers.
 .venv/clients: .venv/test
-	$(BIN)/pip install --quiet --editable '.[evalscope,lm-eval]'
+	$(BIN)/pip install --quiet --editable '.[evalscope,lm-eval,trl]'
 	touch $@
 
 .venv/lint: .venv/test
