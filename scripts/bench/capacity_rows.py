@@ -72,8 +72,7 @@ ROWS = (
     Row("a10-24g", 128 * K, "full", base="nf4", objective="grpo", cache="int8"),
     Row("v5e-8", 256 * K, "full", objective="grpo", cache="int8"),
     Row("h100-80g", 512 * K, "full", objective="dpo"),
-    Row("h100-80g", 768 * K, "full", each=2, objective="dpo"),
-    Row("h100-80g", 1 * M, "full", each=2, base="nf4", objective="dpo"),
+    Row("h100-80g", 768 * K, "full", each=2, base="nf4", objective="dpo"),
 )
 
 
