@@ -90,14 +90,20 @@ def _written(
     B, T = old.shape[0], new.shape[2]
     if T > 1:
         put = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
-        # Else XLA on a GPU writes to a copy of the whole cache, which lies in the order that the
-        # attention kernel reads, or is fused with the change of order.
-        written = with_layout_constraint(put(old, new, start), IN_ORDER)
-        return jax.lax.optimization_barrier(written)
+        return jax.lax.platform_dependent(
+            put(old, new, start), cuda=_kept_in_order, default=lambda written: written
+        )
     # A scatter of one update becomes a slice update, which XLA:CPU fuses into everything that reads
     # it, with a copy of the whole for each: so one row is written twice.
     rows = jnp.arange(max(B, 2)) % B
     return old.at[rows, :, start[rows]].set(new[rows, :, 0], mode="drop")
+
+
+def _kept_in_order(written: Float[Array, "B K S H"]) -> Float[Array, "B K S H"]:
+    """Else XLA on a GPU writes to a copy of the whole cache: in the order that the attention kernel
+    reads, or fused with the change of order. On a TPU this takes memory, and there is no copy.
+    """
+    return jax.lax.optimization_barrier(with_layout_constraint(written, IN_ORDER))
 
 
 def _encode(new: Float[Array, "B T K H"], like: jax.Array | Int8KV) -> jax.Array | Int8KV:
