@@ -163,7 +163,7 @@ def held_out(arguments: argparse.Namespace, base: Any, tokenizer: Any, out: Path
     kind = kind_of(config)
     if not arguments.held_out and kind.name != DOCUMENTS.name:
         raise ConfigError(
-            f"--workdir={arguments.workdir}: the run was trained on {kind.name}; perplexity needs "
+            f"--workdir={arguments.workdir}: the run was trained on {kind.noun}; perplexity needs "
             "documents: name JSONL files with --held_out"
         )
     if arguments.held_out:

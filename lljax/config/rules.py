@@ -5,7 +5,7 @@ import dataclasses
 from lljax.config.access import Config, flat, get, total_steps
 from lljax.config.checks import INT32
 from lljax.config.field import EMPTY, GIVEN, Conditions, differs, equals, hold
-from lljax.config.tree import ADAPTER_ROLES, FIELDS, KINDS, OBJECTIVES, OPTIMIZERS, ROLES
+from lljax.config.tree import ADAPTER_ROLES, FIELDS, KINDS, OBJECTIVES, OPTIMIZERS, REWARDS, ROLES
 from lljax.errors import ConfigError, short
 
 
@@ -251,7 +251,7 @@ def _rows_of_data_serve_the_objective(config: Config) -> None:
     kind = KINDS.table()[OBJECTIVES.table()[name].kind]
     if overlong not in kind.overlong:
         raise ConfigError(
-            f"data.overlong={overlong!r} and objective.name={name!r}, whose {kind.name} are never "
+            f"data.overlong={overlong!r} and objective.name={name!r}, whose {kind.noun} are never "
             f"split: use {' or '.join(map(repr, kind.overlong))}"
         )
     if config.data.loss_on not in kind.loss_on:
@@ -259,6 +259,25 @@ def _rows_of_data_serve_the_objective(config: Config) -> None:
             f"data.loss_on={config.data.loss_on!r} and objective.name={name!r}, which trains "
             f"answers: use {' or '.join(map(repr, kind.loss_on))}"
         )
+
+
+def _rewards_are_known(config: Config) -> None:
+    name, functions = config.objective.name, config.reward.functions
+    if not OBJECTIVES.table()[name].samples:
+        return
+    known = REWARDS.table()
+    if not functions:
+        raise ConfigError(
+            f"reward.functions=() and objective.name={name!r}: name a reward, such as "
+            "(('contains', 1.0),)"
+        )
+    for index, (function, _) in enumerate(functions):
+        plain = function.partition("?")[0]
+        if ":" not in plain and plain not in known:
+            raise ConfigError(
+                f"reward.functions[{index}]={short(function)} is none of {', '.join(known)}, nor "
+                "package.module:function or file.py:function"
+            )
 
 
 def _answers_are_written_on_whole_rows(config: Config) -> None:
@@ -290,6 +309,7 @@ RULES = (
     _the_optimizer_serves,
     _the_objective_reads_what_is_set,
     _rows_of_data_serve_the_objective,
+    _rewards_are_known,
     _answers_are_written_on_whole_rows,
     _tokens_are_counted_in_int32,
 )

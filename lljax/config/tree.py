@@ -41,6 +41,7 @@ EVAL_FILES = {  # the files that tasks of training.eval_tasks read
 }
 
 KINDS = one_of(owner="lljax.data.kinds:KINDS")  # of rows in the files of data.train
+REWARDS = one_of(owner="lljax.evaluation.rewards:REWARDS")
 OBJECTIVES = one_of(owner="lljax.objectives.table:OBJECTIVES")
 OPTIMIZERS = one_of(owner="lljax.training.optimizer:OPTIMIZERS")
 _RANK, _ALPHA = whole(1, 65_536), above_zero(1e6)

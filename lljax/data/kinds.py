@@ -42,6 +42,7 @@ class RowKind:
     parse: (decoded row, "file:line") -> the row; raises ValueError with the reason.
     encode: (row, tokenizer, loss_on) -> its tokens; raises ValueError with the reason.
     pieces: (store, T, overlong) -> the pieces that rows of T tokens are made of.
+    noun: its rows, in messages.
     overlong: the values of data.overlong that it serves; the first is for evaluations.
     loss_on: the values of data.loss_on that it serves.
     extra: the values of `Encoded` that it has beside tokens and mask.
@@ -53,6 +54,7 @@ class RowKind:
     parse: Callable[[Any, str], Row]
     encode: Callable[[Any, Any, str], Encoded]
     pieces: Callable[[TokenStore, int, str], Source]
+    noun: str
     overlong: tuple[str, ...]
     loss_on: tuple[str, ...] = ("assistant",)
     extra: Sequence[str] = ()
@@ -73,6 +75,7 @@ DOCUMENTS = RowKind(
     parse=document,
     encode=_encode_document,
     pieces=Pieces,
+    noun="documents",
     overlong=("split", "truncate", "drop"),
     loss_on=("assistant", "everything"),
 )
@@ -81,18 +84,24 @@ PAIRS = RowKind(
     parse=pairs,
     encode=encode_group,
     pieces=GroupPieces,
+    noun="pairs",
     overlong=OVERLONG,
     extra=("branches",),
     statistics=group_statistics,
 )
 JUDGED = dataclasses.replace(
-    PAIRS, name="judged", parse=judged, pieces=functools.partial(GroupPieces, mismatched=True)
+    PAIRS,
+    name="judged",
+    parse=judged,
+    pieces=functools.partial(GroupPieces, mismatched=True),
+    noun="judged rows",
 )
 PROMPTS = RowKind(
     name="prompts",
     parse=parse_prompt,
     encode=encode_prompt,
     pieces=PromptPieces,
+    noun="prompts",
     overlong=OVERLONG,
     extra=("row",),
     targets=False,

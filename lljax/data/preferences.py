@@ -80,7 +80,10 @@ def judged(row: Any, where: str) -> Group:
         "a judged answer has prompt and completion, messages, query and response, or instruction "
         f"and output, each with label; or it is a pair: {PAIR_ADVICE}"
     )
-    return by_form(checked(row), where, JUDGED, advice)
+    row = checked(row)
+    if row.keys().isdisjoint(PAIR_KEYS) and all(row.get(key) is None for key in LABELS):
+        raise ValueError(f"{' or '.join(map(repr, LABELS))} is missing or null; {advice}")
+    return by_form(row, where, JUDGED, advice)
 
 
 # ---------------------------------------------------------------- groups

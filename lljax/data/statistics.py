@@ -37,7 +37,7 @@ def remarks(result: dict[str, Any], overlong: str, *, kind: RowKind = DOCUMENTS)
     """Remarks on unused documents, tokens and keys, from the result of `statistics`."""
     train, lines = result["train"], []
     for at in train["at"]:
-        of = f"of {train['documents']:,} {kind.name}"
+        of = f"of {train['documents']:,} {kind.noun}"
         if at["dropped"]:
             lines.append(
                 f"{at['dropped']:,} {of} are longer than {at['length']:,} tokens "

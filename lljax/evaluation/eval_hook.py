@@ -145,7 +145,7 @@ def _held_out(
         )
     if (kind := kind_of(config)).name != DOCUMENTS.name:
         raise ConfigError(
-            f"{FIELD}={tuple(pairs)}: perplexity needs documents, and the run reads {kind.name}: "
+            f"{FIELD}={tuple(pairs)}: perplexity needs documents, and the run reads {kind.noun}: "
             "use lljax evaluate with --held_out"
         )
     store = prepare(

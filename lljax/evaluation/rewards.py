@@ -63,7 +63,8 @@ def _correct(columns: dict[str, Sequence[Any]], row: int) -> list[str]:
     """The correct answers of a row, from the first of ANSWERS that it has. Numbers are texts."""
     values = (columns[name][row] for name in ANSWERS if name in columns)
     value = next((value for value in values if value is not None), ())
-    return [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    texts = [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    return [text for text in texts if text.strip()]
 
 
 def comparable(text: str) -> str:

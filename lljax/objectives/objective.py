@@ -41,8 +41,10 @@ MAX = Reduction(lambda values: values.max(0), lambda largest, _: largest)
 
 
 def ratio(values: Array) -> Array:
-    """A sum divided by its count, [2]; of two of them, [4], the first ratio minus the second."""
-    first = values[0] / jnp.maximum(values[1], 1e-9)
+    """A sum divided by its count, [2]; of two of them, [4], the first ratio minus the second. NaN
+    if there is nothing to count.
+    """
+    first = jnp.where(values[1] > 0, values[0] / jnp.maximum(values[1], 1e-9), jnp.nan)
     return first if len(values) == 2 else first - ratio(values[2:])
 
 

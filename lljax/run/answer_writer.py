@@ -1,9 +1,10 @@
 """Writes answers to prompts with the model as it is, and judges them by the reward functions."""
 
 import ast
+import concurrent.futures
 import dataclasses
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ from lljax.models.decoder import Decoder
 from lljax.parallel.sharding import Layout
 from lljax.run.reward_workers import Judged, Reward, RewardWorkers, weighted
 from lljax.training.rollout import cache_dtype
+
+COLUMN_ROWS = 1_000  # prompts whose columns are looked at before training
+LOOK_SECONDS = 0.1  # between two looks while answers are judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +61,22 @@ class AnswerWriter:
             )
         ]
 
-    def judge(self, rows: Sequence[dict[str, Any]], completions: Sequence[Completion]) -> Judged:
-        """The rewards of completions. rows: the prompt and the columns of each."""
+    def judge(
+        self,
+        rows: Sequence[dict[str, Any]],
+        completions: Sequence[Completion],
+        columns: Set[str],
+    ) -> Judged:
+        """The rewards of completions. rows: the prompt and the columns of each. columns: names that
+        reward functions get in any case, with None for a row that lacks one.
+        """
         texts = [
             self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
             for completion in completions
         ]
         prompts = [row["prompt"] for row in rows]
-        names = {name for row in rows for name in row} - {"prompt"}
-        judged = self.rewards(
+        names = ({name for row in rows for name in row} | columns) - {"prompt"}
+        judged = self._while_looking(
             prompts,
             [
                 text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -77,6 +88,18 @@ class AnswerWriter:
         for name, reason in judged.failures.items():
             self.say(f"reward {name} counts as None for {len(rows):,} answers: {reason}")
         return judged
+
+    def _while_looking(self, *arguments: Any) -> Judged:
+        """Calls the reward functions in a thread: the run may be asked to stop meanwhile."""
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            judging = thread.submit(self.rewards, *arguments)
+            try:
+                while not concurrent.futures.wait([judging], LOOK_SECONDS).done:
+                    self.look()
+            except BaseException:
+                self.rewards.close()  # ends the functions, for which the thread waits
+                raise
+            return judging.result()
 
     def evaluate(self, store: TokenStore, length: int) -> dict[str, float]:
         """The mean rewards of one greedy answer to each of the first `training.eval_rows` held-out
@@ -93,7 +116,8 @@ class AnswerWriter:
                 for piece in chosen
             ]
         )
-        judged = self.judge([store.row(piece["document"]) for piece in chosen], completions)
+        rows = [store.row(piece["document"]) for piece in chosen]
+        judged = self.judge(rows, completions, columns_of(store, pieces))
         scores = {"reward": mean(weighted(judged, weights))}
         scores |= {
             f"rewards/{name}": mean(judged.values[:, i]) for i, name in enumerate(judged.names)
@@ -105,6 +129,12 @@ class AnswerWriter:
     def weights(self) -> list[float]:
         """Of the reward functions."""
         return [reward.weight for reward in self.rewards.rewards]
+
+
+def columns_of(store: TokenStore, pieces: PromptPieces) -> frozenset[str]:
+    """The columns of the first prompts, for reward functions; rows may lack some of them."""
+    rows = (store.row(int(document)) for document in pieces.document[:COLUMN_ROWS])
+    return frozenset(name for row in rows for name in row) - {"prompt"}
 
 
 def tokens_of(completion: Completion) -> Int[np.ndarray, " n"]:
@@ -135,13 +165,8 @@ def open_rewards(config: Config) -> RewardWorkers:
     """The reward functions of a run, in processes of their own; a context.
 
     Raises:
-      ConfigError: there is none, or one cannot be used.
+      ConfigError: one cannot be used.
     """
-    if not config.reward.functions:
-        raise ConfigError(
-            f"reward.functions=() and objective.name={config.objective.name!r}: name a reward, "
-            "such as (('contains', 1.0),)"
-        )
     return RewardWorkers(
         [reward_of(*given) for given in config.reward.functions],
         timeout=config.reward.timeout,
@@ -150,7 +175,7 @@ def open_rewards(config: Config) -> RewardWorkers:
 
 
 def mean(values: Any) -> float:
-    """The mean of the values that are not NaN; 0 without any."""
+    """The mean of the values that are not NaN; NaN without any."""
     known = np.asarray(values, np.float64)
     known = known[~np.isnan(known)]
-    return float(known.mean()) if len(known) else 0.0
+    return float(known.mean()) if len(known) else float("nan")

@@ -4,6 +4,8 @@ log-probabilities that the objective compares with.
 
 import contextlib
 import functools
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import cast
 
@@ -64,6 +66,7 @@ class RunBatches(Setup):
                 objective,
                 rows=passes * self.config.training.rows,
                 T=program.length,
+                identity=self.reference_identity(program),
                 score=functools.partial(self.reference_scores, passes=passes, program=program),
                 progress=inputs.progress,
             )
@@ -72,6 +75,14 @@ class RunBatches(Setup):
                 with_reference, (*objective.fields, reference.FIELD)
             )
         self.reference = None
+
+    def reference_identity(self, program: Program) -> str:
+        """A digest of what the reference's log-probabilities in rows of `program` depend on. A
+        longer schedule changes none of it.
+        """
+        run = {name: x for name, x in self.identity.items() if name != "context.schedule"}
+        content = json.dumps([run, program.length, repr(program.pattern)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def reference_scores(
         self, batch: dict[str, np.ndarray], *, passes: int, program: Program
@@ -116,6 +127,9 @@ class RunBatches(Setup):
         if not self.prepared.objective.samples:
             yield None
             return
+        for stage in self.curriculum:
+            if self.step < stage.stop:  # refused now, not when the stage begins
+                rollouts.prompts_of(self.config, self.documents.train, stage)
         with open_rewards(self.config) as rewards:
             yield AnswerWriter(
                 config=self.config,

@@ -28,7 +28,7 @@ def check_identity(saved: dict, now: dict, step: int | None = None) -> None:
     Raises:
       ConfigError: a field differs; the message names it with the old and the new value.
     """
-    later = {"special_tokens"} - saved.keys()  # runs of earlier versions have none
+    later = {"special_tokens", "adapter"} - saved.keys()  # runs of earlier versions have none
     # The tokens of the data depend on the tokenizer: name the cause before its consequence.
     for field in sorted(
         (saved.keys() | now.keys()) - {"weights"} - later,

@@ -66,16 +66,18 @@ def precomputed(
     *,
     rows: int,
     T: int,
+    identity: str,
     score: Score,
     progress: Progress,
 ) -> Float32[np.ndarray, " n"]:
     """The log-probabilities of the targets of all pieces under the reference, one piece after the
     other: from `path`, or computed and kept there.
 
-    rows: of a batch of `score`. progress(iterator, title) may wrap the iteration over batches.
+    rows: of a batch of `score`. identity: of everything that the values depend on; a file of
+      another one is not read. progress(iterator, title) may wrap the iteration over batches.
     """
     total = sum(len(pieces[i]["tokens"]) for i in range(len(pieces)))
-    if (known := _read(path, total)) is not None:
+    if (known := _read(path, total, identity)) is not None:
         return known
     values: list[np.ndarray] = []
     starts = iter(range(0, len(pieces), rows))
@@ -88,18 +90,22 @@ def precomputed(
         values += [row[:n] for row, n in zip(scores, lengths, strict=False)]
     result = np.concatenate([np.zeros(0, np.float32), *values]).astype(np.float32)
     content = io.BytesIO()
-    np.savez(content, values=result, crc32=zlib.crc32(result.tobytes()))
+    crc = zlib.crc32(result.tobytes())
+    np.savez(content, values=result, crc32=crc, identity=np.asarray(identity))
     path.parent.mkdir(exist_ok=True)
     atomic_write(path, content.getvalue())
     return result
 
 
-def _read(path: Path, total: int) -> np.ndarray | None:
-    """The values in a file of `precomputed`; None if it is not there or not as it was written."""
+def _read(path: Path, total: int, identity: str) -> np.ndarray | None:
+    """The values in a file of `precomputed`; None if it is not there, not as it was written, or of
+    another identity.
+    """
     try:
         with np.load(path) as content:
             values, crc = content["values"], int(content["crc32"])
+            same = str(content["identity"]) == identity
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    sound = len(values) == total and zlib.crc32(values.tobytes()) == crc
+    sound = same and len(values) == total and zlib.crc32(values.tobytes()) == crc
     return values if sound else None

@@ -74,6 +74,8 @@ class Function:
         result = self.call(**arguments, **self.options)
         if inspect.isawaitable(result):
             result = asyncio.run(awaited(result))
+        if isinstance(result, (dict, set, str, bytes)):
+            raise Unusable(f"returned a {type(result).__name__} in place of a list")
         return list(result)
 
 

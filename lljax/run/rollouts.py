@@ -22,13 +22,13 @@ from lljax.config import Config
 from lljax.data.files import atomic_write
 from lljax.data.prompts import PromptPieces
 from lljax.data.token_store import TokenStore
-from lljax.errors import ConfigError, DataError, counted, first_line, printable
+from lljax.errors import ConfigError, DataError, first_line, printable
 from lljax.generation.completion import Completion, Request
 from lljax.generation.sample import Sampling
 from lljax.objectives.advantages import deviations
 from lljax.objectives.objective import Objective
 from lljax.parallel.rounding import cdiv
-from lljax.run.answer_writer import AnswerWriter, mean, reward_of, tokens_of
+from lljax.run.answer_writer import AnswerWriter, columns_of, mean, reward_of, tokens_of
 from lljax.run.reward_workers import Judged, names_of, weighted
 from lljax.run.rollout_rows import Answer, RowPlan, batch_of
 from lljax.training.curriculum import Stage
@@ -62,18 +62,9 @@ class Rollouts:
         self._writer, self._store, self._stage, self._folder = writer, store, stage, folder
         self._objective, self._score, self._restore = objective, score, restore
         config = self._config = writer.config
-        room = longest_prompt(config, stage.length)
-        pieces = PromptPieces(store, room, config.data.overlong)
-        plan, self._pieces = self._plan(), pieces
-        self._numbers = [i for i in range(len(pieces)) if plan.sizes(len(pieces[i]["tokens"]))]
-        if not self._numbers:
-            raise ConfigError(
-                f"data.train has no prompt that leaves room for {config.rollout.answers} answers "
-                f"of {config.rollout.tokens} tokens (rollout.answers, rollout.tokens) in the "
-                f"{counted(self._rows, 'row')} of {stage.length} tokens of a step: use more "
-                "training.rows or training.accumulate, longer rows, or shorter or fewer answers"
-            )
-        writer.rewards.require(store.row(pieces[self._numbers[0]]["document"]).keys() - {"prompt"})
+        self._pieces = prompts_of(config, store, stage)
+        self._columns = columns_of(store, self._pieces)
+        writer.rewards.require(self._columns)
         self._taken = self._made = self._updates = 0
         self._batch: dict[str, Any] | None = None
         self._logs = False  # whether rollouts.jsonl is as this process wants it
@@ -81,7 +72,7 @@ class Rollouts:
     @property
     def left_out(self) -> int:
         """The number of prompts that the stage never uses, for their length."""
-        return len(self._store) - len(self._numbers)
+        return len(self._store) - len(self._pieces)
 
     def get_state(self) -> dict[str, int]:
         return {"taken": self._taken, "made": self._made, "updates": self._updates}
@@ -121,9 +112,9 @@ class Rollouts:
 
     def _number(self, taken: int) -> int:
         """The piece that is taken after `taken` others: every epoch has an order of its own."""
-        epoch, i = divmod(taken, len(self._numbers))
+        epoch, i = divmod(taken, len(self._pieces))
         seed = (self._config.seed, self._stage.number, epoch)
-        return self._numbers[np.random.default_rng(seed).permutation(len(self._numbers))[i]]
+        return int(np.random.default_rng(seed).permutation(len(self._pieces))[i])
 
     def _make(self) -> tuple[int, dict[str, Any]]:
         """The number of prompts taken after the next rollout, and its batch."""
@@ -136,7 +127,9 @@ class Rollouts:
         writing = time.monotonic() - began
         rows = [self._store.row(piece["document"]) for piece in pieces]
         A = self._config.rollout.answers
-        judged = self._writer.judge([row for row in rows for _ in range(A)], completions)
+        judged = self._writer.judge(
+            [row for row in rows for _ in range(A)], completions, self._columns
+        )
         rewards = weighted(judged, self._writer.weights).reshape(-1, A)
         assert self._objective.advantages is not None, "the objective samples"
         advantages = self._objective.advantages(rewards, self._config)
@@ -281,6 +274,24 @@ class Rollouts:
         atomic_write(path, "".join(kept))
 
 
+def prompts_of(config: Config, store: TokenStore, stage: Stage) -> PromptPieces:
+    """The prompts of a stage that leave room for their answers.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    room = longest_prompt(config, stage.length)
+    pieces = PromptPieces(store, room, config.data.overlong)
+    if not len(pieces):
+        raise ConfigError(
+            f"data.train has no prompt of at most {room} tokens, which leaves room for "
+            f"{config.rollout.answers} answers of {config.rollout.tokens} tokens in the rows of a "
+            f"step of {stage.length} tokens: set data.overlong='truncate', or use more "
+            "training.accumulate, longer rows, or shorter or fewer answers"
+        )
+    return pieces
+
+
 def metrics_of(
     judged: Judged, rewards: Float[np.ndarray, "P A"], completions: Sequence[Completion]
 ) -> dict[str, float]:
@@ -295,7 +306,10 @@ def metrics_of(
     }
     for i, name in enumerate(judged.names):
         metrics[f"rewards/{name}/mean"] = mean(judged.values[:, i])
-        metrics[f"rewards/{name}/std"] = float(deviations(judged.values[None, :, i])[0])
+        known = judged.values[~np.isnan(judged.values[:, i]), i]
+        metrics[f"rewards/{name}/std"] = (
+            float(deviations(known[None])[0]) if len(known) else float("nan")
+        )
     metrics |= {
         "completions/mean_length": mean(lengths),
         "completions/min_length": float(lengths.min()),

@@ -16,6 +16,7 @@ from lljax.errors import ConfigError
 from lljax.hardware.chips import of_kind
 from lljax.interop.huggingface import checksums
 from lljax.interop.open import special_tokens, tokenizer_fingerprint
+from lljax.interop.peft import adapter_fingerprint
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.objectives.objective import REFERENCE
@@ -107,6 +108,8 @@ class Setup:
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "special_tokens": special_tokens(tokenizer),
         }
+        if config.lora.adapter:  # its values are the reference of a preference, also after a resume
+            self.fingerprints["adapter"] = adapter_fingerprint(config.lora.adapter)
         self.has_chat_template = tokenizer.chat_template is not None
         self.eval_hook = None
         if config.training.eval_tasks:

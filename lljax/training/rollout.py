@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lljax.config import Config
-from lljax.errors import ConfigError
+from lljax.errors import ConfigError, counted
 from lljax.generation.forked import lower_programs
 from lljax.models.decoder import Decoder
+from lljax.parallel.rounding import cdiv
 from lljax.parallel.sharding import Layout
 
 
@@ -21,16 +22,20 @@ def cache_dtype(config: Config) -> Any:
 
 
 def longest_prompt(config: Config, length: int) -> int:
-    """Tokens of the longest prompt of a stage of `length` tokens, whose row holds an answer too.
+    """Tokens of the longest prompt of a stage of `length` tokens: beside its answers, spread over
+    the rows of a step, each with the prompt again.
 
     Raises:
       ConfigError: there is no room for a prompt.
     """
-    room = length - config.rollout.tokens
+    rollout, training = config.rollout, config.training
+    rows = training.rows * training.accumulate
+    room = length - cdiv(rollout.answers, rows) * rollout.tokens + 1
     if room < 1:
         raise ConfigError(
-            f"rollout.tokens={config.rollout.tokens} and a stage of {length} tokens "
-            "leave no room for a prompt: use a longer stage, or shorter answers"
+            f"rollout.answers={rollout.answers} of rollout.tokens={rollout.tokens} tokens and the "
+            f"{counted(rows, 'row')} of a step in a stage of {length} tokens leave no room for a "
+            "prompt: use a longer stage, more training.accumulate, or shorter or fewer answers"
         )
     return room
 

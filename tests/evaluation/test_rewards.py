@@ -63,6 +63,11 @@ def test_exact_keeps_numbers_apart():
     assert rewards("exact", ["15"], answer=["1.5"]) == [0]
 
 
+def test_an_answer_without_text_is_none():
+    assert rewards("contains", ["x", ""], answers=[[""], ["", " "]]) == [None, None]
+    assert rewards("exact", ["x"], answers=[["", "x"]]) == [1.0]
+
+
 def test_contains_is_the_share_of_the_answers():
     answers = [["AB", "cd"], ["ab", "cd"], "ab", [], None]
     assert rewards("contains", ["x ab"] * 5, answers=answers) == [0.5, 0.5, 1, None, None]

@@ -47,7 +47,8 @@ def write_answers(folder: Path) -> None:
         if good != bad:
             rows["pairs"].append({"prompt": prompt, "chosen": f" {good}", "rejected": f" {bad}"})
         rows["judged"].append({"prompt": prompt, "completion": f" {good}", "label": number % 3 > 0})
-        rows["prompts"].append({"prompt": prompt, "answers": [good.split()[0]]})
+        wanted = {} if number == 5 else {"answers": [good.split()[0]]}
+        rows["prompts"].append({"prompt": prompt} | wanted)
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (folder / "reward.py").write_text(REWARD)

@@ -10,8 +10,13 @@ from run.cases import bits, records, write_answers
 from lljax.config import validate
 from lljax.data.batch import IGNORED
 from lljax.errors import ConfigError
+from lljax.interop.export import export_peft
+from lljax.objectives.objective import ratio
+from lljax.objectives.table import OBJECTIVES
 from lljax.report.records import read_metrics
+from lljax.run import reference
 from lljax.run.checkpoint import Checkpoints
+from lljax.run.restore import restore_run
 from lljax.run.rollout_rows import Answer, RowPlan, batch_of
 
 
@@ -120,12 +125,10 @@ def test_precomputed_log_probabilities_are_those_of_the_adapter_off(
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["adapter_off", "precomputed"])
 def test_a_continued_adapter_is_its_own_reference(reference, config, train_on_one_device, tmp_path):
-    from lljax.interop.export import export_run
-
     train_on_one_device(config("dpo", "pairs"), tmp_path / "first")
-    export_run(tmp_path / "first", "peft")
+    export_peft(*restore_run(tmp_path / "first")[1:], tmp_path / "adapter")
     c = config("dpo", "pairs")
-    c.lora.adapter = str(tmp_path / "first" / "export" / "peft")
+    c.lora.adapter = str(tmp_path / "adapter")
     c.objective.reference = reference
     train_on_one_device(c, tmp_path / "second")
     np.testing.assert_allclose(steps(tmp_path / "second")[0]["loss"], math.log(2), rtol=1e-6)
@@ -194,9 +197,72 @@ def test_what_an_objective_does_not_read_is_refused(changes, message, config):
 
 def test_prompts_that_leave_no_room_are_refused(config, train_on_one_device, tmp_path):
     c = config("grpo", "prompts")
-    c.rollout.tokens = 64
-    with pytest.raises(ConfigError, match="rollout.tokens=64 and a stage of 64 tokens"):
+    c.rollout.tokens = 80
+    with pytest.raises(ConfigError, match="rollout.tokens=80.*a stage of 64 tokens"):
         train_on_one_device(c, tmp_path)
+
+
+def test_an_adapter_that_changes_is_not_the_reference_of_a_resumed_run(
+    config, train_on_one_device, tmp_path
+):
+    c = config("cpo", "pairs")
+    c.data.valid_fraction, c.context.schedule = 0.0, ((1, 64, "full"),)
+    train_on_one_device(c, tmp_path / "first")
+    adapter = tmp_path / "adapter"
+    export_peft(*restore_run(tmp_path / "first")[1:], adapter)
+    c.lora.adapter = str(adapter)
+    train_on_one_device(c, tmp_path / "second")
+    c.context.schedule = ((2, 64, "full"),)
+    (adapter / "adapter_model.safetensors").write_bytes(b"another")
+    with pytest.raises(ConfigError, match="another adapter"):
+        train_on_one_device(c, tmp_path / "second")
+
+
+def test_kept_log_probabilities_of_another_run_are_computed_again(tmp_path):
+    class Pieces(list):
+        def counts(self):
+            return {}
+
+    pieces = Pieces(
+        {"tokens": np.arange(n), "targets": np.arange(n), "branches": np.ones(n, np.int32)}
+        for n in (3, 5, 2)
+    )
+    calls = []
+
+    def score(batch):
+        calls.append(batch["tokens"].shape)
+        return batch["tokens"] * len(calls) * 1.0
+
+    def values(identity):
+        return reference.precomputed(
+            tmp_path / "reference" / "train-0.npz",
+            pieces,
+            OBJECTIVES["dpo"],
+            rows=2,
+            T=8,
+            identity=identity,
+            score=score,
+            progress=lambda items, title: items,
+        ).tolist()
+
+    first = values("one")
+    assert first == [0, 1, 2, 0, 1, 2, 3, 4, 0, 2] and calls == [(2, 8), (2, 8)]
+    assert values("one") == first and len(calls) == 2
+    assert values("other") != first and len(calls) == 4
+
+
+def test_a_mean_of_nothing_is_no_number():
+    assert np.isnan(ratio(np.asarray([0.0, 0.0])))
+    assert np.isnan(ratio(np.asarray([3.0, 2.0, 0.0, 0.0])))
+    assert ratio(np.asarray([3.0, 2.0, 1.0, 4.0])) == 1.25
+
+
+@pytest.mark.parametrize("functions", [(), (("nosuch", 1.0),), (("contain?x=1", 1.0),)])
+def test_rewards_are_checked_before_anything_is_read(functions, config):
+    c = config("grpo", "prompts")
+    c.reward.functions = functions
+    with pytest.raises(ConfigError, match="reward.functions"):
+        validate(c)
 
 
 # ---------------------------------------------------------------- rows

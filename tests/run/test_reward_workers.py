@@ -44,6 +44,10 @@ def killed(completions, **columns):
 def system_exit(completions, **columns):
     sys.exit(3)
 
+def keyed(completions, **columns):
+    return {text: 1.0 for text in completions}
+
+
 def short(completions, **columns):
     return [1.0]
 
@@ -117,6 +121,7 @@ def running(process: str | int) -> bool:
         ("killed", "its process ended (signal 9)"),
         ("system_exit", "raised SystemExit: 3 (mine.py, line 29)"),
         ("short", "returned 1 values for 2 completions"),
+        ("keyed", "returned a dict in place of a list"),
         ("words", "returned a str for completion 0, not a finite number or None"),
         ("infinite", "returned inf for completion 0, not a finite number or None"),
         ("nothing", "raised TypeError: 'NoneType' object is not iterable"),

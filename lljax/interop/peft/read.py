@@ -1,5 +1,6 @@
 """Loads an adapter into a model, and gives the base as the adapter takes it."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,25 @@ BASE_TABLES = (
     "lm_head.weight",
     "lm_head.base_layer.weight",
 )
+
+
+def adapter_fingerprint(folder: Path | str) -> str:
+    """A digest of an adapter's weights and settings.
+
+    Raises:
+      ModelError: one of its files cannot be read, or as `read_adapter_config`.
+    """
+    read_adapter_config(folder)
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", WEIGHTS):
+        path = Path(folder) / name
+        try:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ModelError(f"{path}: it cannot be read ({reason})") from None
+    return digest.hexdigest()[:16]
 
 
 def unties_head(hf_config: dict, folder: Path | str) -> bool:
