@@ -50,6 +50,8 @@ from lljax.run.loop import train
 def pytest_configure():
     # nohup and some schedulers start processes that ignore SIGHUP, and tests send it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # and shells start jobs in the background so that they ignore SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 TINY = {

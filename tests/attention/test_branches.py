@@ -166,7 +166,14 @@ def test_equals_a_row_for_each_answer(named, kind, N, K):
 
 
 @pytest.mark.parametrize("N,K", HEADS)
-@pytest.mark.parametrize("groups", [Groups(32, 16), Groups(30, 15), Groups(32, 0)], ids=str)
+@pytest.mark.parametrize(
+    "groups",
+    [
+        Groups(30, 15),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (Groups(32, 16), Groups(32, 0))),
+    ],
+    ids=str,
+)
 def test_shifted_attention_equals_a_row_for_each_answer(N, K, groups):
     def shifted(q, k, v, mask, options):
         return attend_shifted(q, k, v, mask, groups, options)
@@ -261,7 +268,13 @@ PATTERNS = {  # kind of mask, groups
     ],
     ids=str,
 )
-@pytest.mark.parametrize("pattern", PATTERNS)
+SLOW = ("anchors", "shifted, wide")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PATTERNS],
+)
 def test_every_mode_equals_a_row_for_each_answer(mesh, N, K, pattern):
     (kind, groups), length = PATTERNS[pattern], 256
     rng = np.random.default_rng(0)

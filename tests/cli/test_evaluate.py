@@ -91,7 +91,7 @@ def test_a_base_is_measured_once_and_again_when_its_weights_are_others(
 def test_mistakes_and_odd_files_are_one_line(command, tmp_path, capsys):
     (tmp_path / "file").touch()
     for flags, told in (
-        (["--tasks=pasky"], "known here: passkey, needle, ruler"),
+        (["--tasks=pasky"], "known here: passkey, needle, keychain, ruler"),
         (["--tasks=pasky"], "perplexity/new_tokens"),
         (["--lengths=1000000000000"], "more than 16 times the model's context of 32"),
         (["--tasks=needle", "--lengths=512", "--haystack=/dev/zero"], "not a regular file"),

@@ -110,8 +110,22 @@ def loss_and_gradients(model, batch, pattern, memory):
     return jax.value_and_grad(run)(trainable)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.kind)
+FAST = [("llama", "shifted"), ("qwen3", "full"), ("llama4", "window")]
+
+
+@pytest.mark.parametrize(
+    "family,pattern",
+    [
+        pytest.param(
+            family,
+            pattern,
+            id=f"{family}-{pattern.kind}",
+            marks=() if (family, pattern.kind) in FAST else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for pattern in PATTERNS
+    ],
+)
 def test_loss_and_gradients_equal_those_of_a_row_for_each_answer(family, pattern):
     model, batch = build(family), packed_batch()
     # A tile bounds projections and MLP: with branches the layer does not go tile by tile.

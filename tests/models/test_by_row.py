@@ -39,7 +39,7 @@ def variants(base: Decoder) -> list[Decoder]:
     "changes",
     [
         {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
-        {"model_type": "qwen3", "tie_word_embeddings": False},
+        pytest.param({"model_type": "qwen3", "tie_word_embeddings": False}, marks=pytest.mark.slow),
         {"model_type": "qwen2", "tie_word_embeddings": False},
     ],
     ids=["llama, odd heads, tied", "qwen3, norms of heads", "qwen2, biases"],

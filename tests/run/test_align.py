@@ -202,6 +202,7 @@ def test_prompts_that_leave_no_room_are_refused(config, train_on_one_device, tmp
         train_on_one_device(c, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_changes_is_not_the_reference_of_a_resumed_run(
     config, train_on_one_device, tmp_path
 ):
