@@ -257,6 +257,7 @@ PATTERNS = {  # kind of mask, groups
     "shifted": ("full", Groups(32, 16)),
     "shifted, wide": ("full", Groups(96, 48)),
 }
+SLOW = ("anchors", "shifted, wide")
 
 
 @pytest.mark.parametrize(
@@ -268,9 +269,6 @@ PATTERNS = {  # kind of mask, groups
     ],
     ids=str,
 )
-SLOW = ("anchors", "shifted, wide")
-
-
 @pytest.mark.parametrize(
     "pattern",
     [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PATTERNS],
