@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import jax
@@ -37,10 +37,6 @@ class RunBatches(Setup):
 
     writer: AnswerWriter | None
     readings: dict[tuple[str, int], inputs.Reading]
-
-    def stop_if_asked(self) -> None:
-        """Ends the run if it was asked to stop; see lljax.run.loop."""
-        raise NotImplementedError
 
     def precompute_reference(self) -> None:
         """Sets `readings`. If the reference's log-probabilities are kept with the tokens, computes
@@ -122,8 +118,10 @@ class RunBatches(Setup):
         return batches
 
     @contextlib.contextmanager
-    def open_writer(self) -> Iterator[AnswerWriter | None]:
-        """What writes and judges the answers of an objective that trains on its own."""
+    def open_writer(self, look: Callable[[], None]) -> Iterator[AnswerWriter | None]:
+        """What writes and judges the answers of an objective that trains on its own. look: see
+        `AnswerWriter`.
+        """
         if not self.prepared.objective.samples:
             yield None
             return
@@ -138,7 +136,7 @@ class RunBatches(Setup):
                 stop=end_tokens(self.base, self.tokenizer),
                 layout=Layout(self.mesh) if self.mesh.size > 1 else None,
                 rewards=rewards,
-                look=self.stop_if_asked,
+                look=look,
                 say=self.observers.say,
             )
 

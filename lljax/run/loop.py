@@ -81,7 +81,10 @@ class Run(RunBatches):
             self.read_weights()
             self.precompute_reference()
             self.stop.defer(self.checkpoints.newest)
-            with self.observers.opened(self.info()), self.open_writer() as self.writer:
+            with (
+                self.observers.opened(self.info()),
+                self.open_writer(self.stop_if_asked) as self.writer,
+            ):
                 self.take_steps()
                 self.finish()
             self.checkpoints.close()
