@@ -1,13 +1,35 @@
-"""Formats of quantized kernels in published checkpoints: a class each, in the table `LAYOUTS`."""
+"""Formats of quantized kernels in published checkpoints: a class each in the table `LAYOUTS`, and
+a writer in `WRITERS`.
+"""
 
 from lljax.errors import ModelError
 from lljax.interop.layouts.bitsandbytes import BitsAndBytes
 from lljax.interop.layouts.grouped import Awq, CompressedTensors, Fp8, Gptq
 from lljax.interop.layouts.kernel import Kernel, Layout
 from lljax.interop.layouts.mxfp4 import Mxfp4
+from lljax.interop.layouts.write import (
+    WRITERS,
+    Codes,
+    LayoutWriter,
+    Scheme,
+    left_dense,
+    stored_scale,
+)
 from lljax.models.quantize import FORMS, Form
 
-__all__ = ["LAYOUTS", "Kernel", "Layout", "form_of", "layout_of"]
+__all__ = [
+    "LAYOUTS",
+    "WRITERS",
+    "Codes",
+    "Kernel",
+    "Layout",
+    "LayoutWriter",
+    "Scheme",
+    "form_of",
+    "layout_of",
+    "left_dense",
+    "stored_scale",
+]
 
 LAYOUTS = {  # by quantization_config.quant_method
     "bitsandbytes": BitsAndBytes,

@@ -54,11 +54,12 @@ class Gptq(Grouped):
                 "desc_act=false"
             )
         version = c.get("checkpoint_format", "gptq")
-        if version not in ("gptq", "gptq_v2") or c.get("dynamic"):
+        alike = all(str(rule).startswith("-:") for rule in c.get("dynamic") or {})  # left dense
+        if version not in ("gptq", "gptq_v2") or not alike:
             raise ModelError(
                 f"config.json: GPTQ with checkpoint_format={version!r} and "
                 f"dynamic={c.get('dynamic')!r} is not supported; gptq and gptq_v2, alike in all "
-                "modules, are"
+                "quantized modules, are"
             )
         self.shift = 1 if version == "gptq" else 0
         self.form = Form(f"int{self.bits}", _block(self.group), zero=True)

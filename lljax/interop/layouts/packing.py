@@ -16,6 +16,15 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
 
 
+def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `unpack`, C-contiguous; the last word is filled up with zeros."""
+    per_word = 32 // bits
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per_word)])
+    if bits == 4:
+        padded = padded[..., ::2] | padded[..., 1::2] << 4
+    return np.ascontiguousarray(padded, np.uint8).view("<i4").astype(np.int32, copy=False)
+
+
 def quantized_of_groups(
     codes: np.ndarray,
     scale: np.ndarray,

@@ -1,0 +1,324 @@
+"""Writers of quantized kernels, against our readers and against unpackers written from the
+descriptions of the formats.
+"""
+
+import json
+import re
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lljax.build import load_base
+from lljax.errors import ModelError
+from lljax.interop import safetensors
+from lljax.interop.layouts import (
+    WRITERS,
+    Codes,
+    Kernel,
+    Scheme,
+    layout_of,
+    left_dense,
+    stored_scale,
+)
+from lljax.interop.open import open_base
+from lljax.models.families import spec_from_hf
+from lljax.models.quantize import Quantized, dequantize
+
+F16, BF16, E4M3 = np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
+INT4, INT8, FP8 = Scheme(4, group=32), Scheme(8, group=32), Scheme(8, "float", -1)
+SCHEMES = {  # name: (layout, scheme, out, in)
+    "W4A16": ("compressed-tensors", INT4, 24, 96),
+    "W8A16": ("compressed-tensors", INT8, 24, 96),
+    "W4A16, odd outputs": ("compressed-tensors", INT4, 7, 64),
+    "W8A16 by channel, words that are not full": (
+        "compressed-tensors",
+        Scheme(8, group=-1),
+        5,
+        99,
+    ),
+    "W4A16 by channel, words that are not full": (
+        "compressed-tensors",
+        Scheme(4, group=-1),
+        5,
+        99,
+    ),
+    "fp8": ("compressed-tensors", FP8, 7, 99),
+    "gptq": ("gptq", INT4, 24, 96),
+    "gptq of 8 bits": ("gptq", INT8, 12, 96),
+    "gptq by channel": ("gptq", Scheme(4, group=-1), 24, 96),
+    "awq": ("awq", Scheme(4, group=32, symmetric=False), 24, 96),
+    "awq, symmetric": ("awq", INT4, 16, 64),
+    "awq by channel": ("awq", Scheme(4, group=-1, symmetric=False), 24, 96),
+}
+
+
+def random_codes(layout, scheme, out, rows, dtype=BF16):
+    """Codes of a random kernel, the extremes among them, and its values float32 [out, in]."""
+    rng = np.random.default_rng(out * rows)
+    group = rows if scheme.group == -1 else scheme.group
+    scale = rng.uniform(0.01, 0.1, (out, rows // group)).astype(np.float32)
+    scale = stored_scale(WRITERS[layout], scale, dtype)
+    whole = np.repeat(scale.astype(np.float32), group, axis=1)
+    if scheme.kind == "float":
+        codes = rng.normal(scale=100, size=(out, rows)).clip(-448, 448).astype(E4M3)
+        codes[0, :2] = 448, -448
+        return Codes(codes, scale), codes.astype(np.float32) * whole
+    codes = rng.integers(0, 1 << scheme.bits, (out, rows), np.uint8)
+    codes[0, :2] = 0, (1 << scheme.bits) - 1
+    if scheme.symmetric:
+        return Codes(codes, scale), (codes.astype(np.float32) - scheme.middle) * whole
+    zero = rng.integers(0, 16, scale.shape, np.uint8)
+    zero[0, 0] = 0
+    return Codes(codes, scale, zero), (codes.astype(np.float32) - np.repeat(zero, group, 1)) * whole
+
+
+def write_kernels(folder, layout, scheme, tensors, quantized, dense=("lm_head",)):
+    """A folder with these tensors and the layout's configuration."""
+    folder.mkdir(exist_ok=True)
+    writer = WRITERS[layout]
+    safetensors.write(
+        folder / "model.safetensors", safetensors.layout(tensors.items()), tensors.__getitem__
+    )
+    file = folder / "config.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    config = {"quantization_config": writer.config(scheme, quantized, dense)}
+    file.write_text(json.dumps(content | config))
+    for name, extra in writer.files(scheme, quantized, dense).items():
+        (folder / name).write_text(json.dumps(extra))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_our_reader_gives_back_every_bit(tmp_path, name):
+    layout, scheme, out, rows = SCHEMES[name]
+    codes, values = random_codes(layout, scheme, out, rows)
+    parts = WRITERS[layout].tensors(codes, scheme)
+    assert all(part.flags.c_contiguous for part in parts.values())
+    write_kernels(
+        tmp_path,
+        layout,
+        scheme,
+        {"a.q_proj" + end: part for end, part in parts.items()},
+        ["a.q_proj"],
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    reader = layout_of(config)
+    kernel = Kernel(str(tmp_path), "a.q_proj", safetensors.Folder(tmp_path))
+    assert set(parts) <= set(reader.parts) and set(reader.marks) <= set(parts)
+    assert reader.shape(kernel) == (out, rows)
+    np.testing.assert_array_equal(reader.dense(kernel), values)
+    held = reader.stored(kernel, reader.form)
+    np.testing.assert_array_equal(dequantize(held, jnp.float32), values.T)
+
+
+def bits_of(words, bits):
+    """The codes of int32 words, low bits first, along a new last axis."""
+    return words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & (
+        (1 << bits) - 1
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if "gptq" in name])
+def test_gptq_is_what_autogptq_unpacks(name):
+    """AutoGPTQ `QuantLinear.forward`: qweight packed along in, qzeros along out and less one."""
+    layout, scheme, out, rows = SCHEMES[name]
+    codes, values = random_codes(layout, scheme, out, rows)
+    parts = WRITERS[layout].tensors(codes, scheme)
+    q = bits_of(parts[".qweight"], scheme.bits).transpose(0, 2, 1).reshape(rows, out)
+    zeros = bits_of(parts[".qzeros"], scheme.bits).reshape(-1, out) + 1
+    groups = parts[".g_idx"]
+    dense = (q.astype(np.float32) - zeros[groups]) * parts[".scales"].astype(np.float32)[groups]
+    assert parts[".scales"].dtype == F16 and groups.dtype == np.int32
+    np.testing.assert_array_equal(dense.T, values)
+    if scheme.bits == 4:
+        assert set(parts[".qzeros"].view(np.uint32).reshape(-1)) == {0x77777777}
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if "awq" in name])
+def test_awq_is_what_autoawq_unpacks(name):
+    """AutoAWQ `WQLinear_GEMM.from_linear`: nibble i of a word is output [0,2,4,6,1,3,5,7][i]."""
+    layout, scheme, out, rows = SCHEMES[name]
+    codes, values = random_codes(layout, scheme, out, rows)
+    parts = WRITERS[layout].tensors(codes, scheme)
+    dense = np.empty((rows, out), np.float32)
+    groups = np.arange(rows) // (rows if scheme.group == -1 else scheme.group)
+    for column in range(0, out, 8):
+        for i, output in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
+            q = bits_of(parts[".qweight"][:, column // 8], 4)[:, i].astype(np.float32)
+            zero = bits_of(parts[".qzeros"][:, column // 8], 4)[:, i]
+            scale = parts[".scales"][:, column + output].astype(np.float32)
+            dense[:, column + output] = (q - zero[groups]) * scale[groups]
+    np.testing.assert_array_equal(dense.T, values)
+
+
+def quantize_folder(base, out, layout, scheme, dtype=np.float32):
+    """A folder with random codes in place of its kernels, and the values of the kernels by name."""
+    folder = open_base(str(base))
+    shapes = {
+        name.removesuffix(".weight"): folder.shape(name)
+        for name in folder.names()
+        if name.endswith(".weight") and len(folder.shape(name)) == 2 and "embed" not in name
+    }
+    never = {name for name in shapes if name == "lm_head" or name.endswith("mlp.gate")}
+    dense = left_dense(
+        WRITERS[layout], scheme, {name: s for name, s in shapes.items() if name not in never}
+    )
+    tensors, values = {}, {}
+    for name in folder.names():
+        module = name.removesuffix(".weight")
+        if module in shapes and module not in never and module not in dense:
+            codes, values[name] = random_codes(layout, scheme, *shapes[module], dtype)
+            tensors |= {
+                module + end: part for end, part in WRITERS[layout].tensors(codes, scheme).items()
+            }
+        else:
+            tensors[name] = np.array(folder.read(name))
+    out.mkdir()
+    (out / "config.json").write_text((base / "config.json").read_text())
+    quantized = [name.removesuffix(".weight") for name in values]
+    write_kernels(out, layout, scheme, tensors, quantized, ["lm_head", *never, *dense])
+    for file in base.glob("tokenizer*"):
+        (out / file.name).write_bytes(file.read_bytes())
+    return values
+
+
+@pytest.mark.parametrize(
+    "family,layout,scheme,format",
+    [
+        ("llama", "compressed-tensors", INT4, "int4"),
+        ("llama", "compressed-tensors", FP8, "fp8"),
+        ("qwen3_moe", "compressed-tensors", INT4, "int4"),
+        ("qwen3_moe", "gptq", INT8, "int8"),
+        ("qwen3_moe", "awq", Scheme(4, group=32, symmetric=False), "int4"),
+    ],
+)
+def test_a_folder_is_a_base_that_holds_the_codes(
+    hf_folder, tmp_path, family, layout, scheme, format
+):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2}
+    sizes |= {"moe_intermediate_size": 96} if family == "qwen3_moe" else {}
+    folder = hf_folder(family, False, **sizes)
+    values = quantize_folder(folder, tmp_path / "quantized", layout, scheme)
+    base = open_base(str(tmp_path / "quantized"))
+    assert set(base.names()) == set(open_base(str(folder)).names())
+    for name, wanted in values.items():
+        np.testing.assert_array_equal(base.read(name), wanted)
+    assert not any("mlp.gate." in name or "lm_head" in name for name in values)
+    if family == "qwen3_moe":
+        assert sum(".experts." in name for name in values) >= 12
+    model = load_base(base, spec_from_hf(base.config), jnp.float32, format)
+    held = model.layers[0].self_attn.o_proj.kernel.get_value()
+    assert isinstance(held, Quantized)
+    np.testing.assert_array_equal(
+        dequantize(held, jnp.float32)[0], values["model.layers.0.self_attn.o_proj.weight"].T
+    )
+
+
+def test_scales_are_what_loaders_compute_with_and_positive():
+    scale = np.array([[0.1, 1e-12, 0.0, 1e6]], np.float32)
+    gptq = stored_scale(WRITERS["gptq"], scale, BF16)
+    assert gptq.dtype == F16 and gptq[0, 2] == 0 and np.isfinite(gptq).all()
+    assert gptq[0, 1] > 0
+    np.testing.assert_array_equal(gptq[0, :1], gptq[0, :1].astype(BF16).astype(F16))
+    assert gptq[0, 0] != F16(0.1)  # which bfloat16 does not hold
+    native = stored_scale(WRITERS["compressed-tensors"], scale, BF16)
+    assert native.dtype == BF16 and native[0, 3] == BF16(1e6)
+    assert stored_scale(WRITERS["compressed-tensors"], scale, np.float32)[0, 0] == np.float32(0.1)
+
+
+@pytest.mark.parametrize(
+    "layout,scheme,reason",
+    [
+        ("compressed-tensors", Scheme(4, group=128, symmetric=False), "symmetric"),
+        ("compressed-tensors", Scheme(3), "use 4 or 8"),
+        ("compressed-tensors", Scheme(4, group=16), "use 32, 64 or 128"),
+        ("compressed-tensors", Scheme(8, "float", 128), "one scale for each output"),
+        ("compressed-tensors", Scheme(4, "float", -1), "8 bits"),
+        ("gptq", Scheme(4, symmetric=False), "layout awq"),
+        ("gptq", FP8, "compressed-tensors"),
+        ("gptq", Scheme(2), "use 4 or 8"),
+        ("awq", Scheme(8), "4 bits"),
+        ("awq", FP8, "4 bits"),
+        ("awq", Scheme(4, group=256), "use 32, 64 or 128"),
+    ],
+)
+def test_a_scheme_that_a_format_cannot_hold_is_refused(layout, scheme, reason):
+    assert reason in WRITERS[layout].refuses(scheme)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_schemes_of_this_file_are_not_refused(name):
+    layout, scheme, out, rows = SCHEMES[name]
+    assert WRITERS[layout].refuses(scheme) == ""
+    assert WRITERS[layout].refuses_shape(out, rows, scheme) == ""
+
+
+def test_shapes_that_a_format_cannot_hold_are_named():
+    ct, gptq, awq = (WRITERS[name] for name in ("compressed-tensors", "gptq", "awq"))
+    assert "576 inputs are no multiple" in ct.refuses_shape(64, 576, Scheme(4))
+    assert ct.refuses_shape(3, 128, Scheme(4)) == ""
+    assert "3 outputs" in gptq.refuses_shape(3, 128, Scheme(4))
+    assert gptq.refuses_shape(4, 128, Scheme(8)) == ""
+    assert "4 outputs" in gptq.refuses_shape(4, 128, Scheme(4))
+    assert "99 inputs" in awq.refuses_shape(8, 99, Scheme(4, group=-1))
+
+
+def test_modules_that_loaders_fuse_are_dense_together():
+    block = "model.layers.{}.{}".format
+    shapes = {
+        block(0, "self_attn.q_proj"): (64, 64),
+        block(0, "self_attn.k_proj"): (4, 64),  # in eights of outputs, no
+        block(0, "self_attn.v_proj"): (64, 64),
+        block(1, "self_attn.q_proj"): (64, 64),
+        block(0, "mlp.down_proj"): (64, 96),
+        block(0, "mlp.experts.0.gate_proj"): (96, 64),
+        block(0, "mlp.experts.0.down_proj"): (64, 96),
+        block(0, "mlp.experts.1.down_proj"): (64, 80),  # in groups of 32, no
+    }
+    reasons = left_dense(WRITERS["gptq"], INT4, shapes)
+    assert set(reasons) == {name for name in shapes if "0.self_attn" in name or "experts" in name}
+    assert "4 outputs" in reasons[block(0, "self_attn.k_proj")]
+    assert "k_proj" in reasons[block(0, "self_attn.q_proj")]
+    assert "experts.1.down_proj" in reasons[block(0, "mlp.experts.0.gate_proj")]
+    assert left_dense(WRITERS["compressed-tensors"], INT4, shapes).keys() == {
+        name for name in shapes if "experts" in name
+    }
+
+
+def test_dense_modules_have_the_names_that_each_reader_looks_for():
+    quantized = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    dense = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.1.up_proj"]
+    config = {name: WRITERS[name].config(INT4, quantized, dense) for name in WRITERS}
+    assert config["compressed-tensors"]["ignore"] == dense
+    assert "model.layers.0.mlp.experts" in config["awq"]["modules_to_not_convert"]
+    rules = [rule.removeprefix("-:") for rule in config["gptq"]["dynamic"]]
+
+    def skipped(name):
+        return any(re.match(rule, name) for rule in rules)
+
+    assert all(map(skipped, [*dense, "model.layers.0.mlp.experts"]))
+    assert not any(map(skipped, [*quantized, "model.layers.0.mlp.gate_up_proj"]))
+    assert config["gptq"]["modules_in_block_to_quantize"] == [["mlp.down_proj"]]
+    plain = WRITERS["gptq"].config(INT4, quantized, ["lm_head"])
+    assert "modules_in_block_to_quantize" not in plain
+    assert WRITERS["gptq"].files(INT4, quantized, dense) == {"quantize_config.json": config["gptq"]}
+
+
+def test_codes_that_are_not_of_the_scheme_are_errors():
+    codes, _ = random_codes("awq", Scheme(4, group=32, symmetric=False), 8, 64)
+    with pytest.raises(ValueError, match="scales and zeros of shapes"):
+        WRITERS["awq"].tensors(codes, INT4)  # zeros in a symmetric scheme
+    with pytest.raises(ValueError, match="scales and zeros of shapes"):
+        WRITERS["awq"].tensors(Codes(codes.codes, codes.scale[:, :1]), INT4)
+    with pytest.raises(ValueError, match="a code of 16 in 4 bits"):
+        WRITERS["gptq"].tensors(Codes(np.full((8, 64), 16, np.uint8), codes.scale), INT4)
+    with pytest.raises(ValueError, match="needs float8_e4m3fn"):
+        WRITERS["compressed-tensors"].tensors(Codes(codes.codes, codes.scale[:, :1]), FP8)
+
+
+def test_gptq_rules_that_change_a_kernel_are_not_read(tmp_path):
+    config = WRITERS["gptq"].config(INT4, [], ["lm_head"])
+    with pytest.raises(ModelError, match="alike in all"):
+        layout_of({"quantization_config": config | {"dynamic": {"+:.*down_proj": {"bits": 8}}}})
