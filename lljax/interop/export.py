@@ -57,7 +57,7 @@ def export_peft(
             (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         return config
 
-    _check(model, base, out)
+    check_model(model, base, out)
     config = write_folder(out, "peft", write, overwrite)
     return adapter_usage(model, base, out, config, chat_template)
 
@@ -80,7 +80,7 @@ def export_merged(
     Other arguments and errors as `export_peft`.
     """
     _check_dtype(dtype)
-    _check(model, base, out)
+    check_model(model, base, out)
 
     def write(folder: Path) -> str:
         return write_model(
@@ -118,7 +118,7 @@ def export_split(
     """
     _check_format(model, "split")
     _check_dtype(dtype)
-    _check(model, base, out)
+    check_model(model, base, out)
 
     def write(folder: Path) -> tuple[str, dict[str, Any]]:
         (folder / "base").mkdir()
@@ -160,7 +160,7 @@ def _check_dtype(dtype: str | None) -> None:
         raise ConfigError(f"--dtype={dtype} is none of {', '.join(DTYPES)}")
 
 
-def _check(model: Decoder, base: Base, out: Path) -> None:
+def check_model(model: Decoder, base: Base, out: Path) -> None:
     """Refuses a model with values that are not finite, and a folder that holds the base."""
     for name, variable in declared(model):
         if not variable.get_metadata().get("trainable", False):

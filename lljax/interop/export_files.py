@@ -36,11 +36,13 @@ def write_files(
     *,
     dtype: str | None,
     chat_template: str | None,
+    quantization: dict | None = None,
 ) -> None:
     """Writes the files beside the weights of a model with this `spec` to an existing folder.
 
     dtype: the dtype of the weights; None for the base's. chat_template: the template that the run
-    trained under, if the base has none.
+    trained under, if the base has none. quantization: config.json's quantization_config; None for
+    dense weights.
 
     Raises:
       ModelError: a file of the base cannot be read, or is a link out of its folder.
@@ -55,7 +57,10 @@ def write_files(
         tokenizer.chat_template = chat_template
         (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     changed = _changed(base, spec)
-    _write_json(folder / "config.json", _config(base, spec, changed, dtype), base)
+    config = _config(base, spec, changed, dtype)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    _write_json(folder / "config.json", config, base)
     if generation := _generation_config(base, spec, changed, tokenizer):
         _write_json(folder / "generation_config.json", generation, base)
     file = folder / "tokenizer_config.json"
@@ -113,7 +118,7 @@ def _changed(base, spec: DecoderSpec) -> bool:
 
 def _config(base, spec: DecoderSpec, changed: bool, dtype: str | None) -> dict:
     config = dict(base.config)
-    config.pop("quantization_config", None)  # the weights are dense
+    config.pop("quantization_config", None)  # of the base
     if changed or "rope_parameters" in config:  # transformers 4 does not read that
         config |= rope_to_hf(spec)
     if changed:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -11,12 +12,13 @@ from flax import nnx
 from lljax.errors import ConfigError
 from lljax.interop import safetensors
 from lljax.interop.adapter_init import ResidualBase, owns_kernel, starts_from_base
-from lljax.interop.base import Base
+from lljax.interop.base import Base, BaseView
 from lljax.interop.export_files import write_files
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, join_parts, parts_of
 from lljax.models.decoder import Decoder
 from lljax.models.lora import Lora, adaptable
 from lljax.models.lora_layers import TableLora
+from lljax.models.quantize import Form, Quantized
 
 
 class Update(NamedTuple):
@@ -27,13 +29,59 @@ class Update(NamedTuple):
     index: int  # index of the tensor among the kernel's
 
 
-class Tensors(NamedTuple):
-    """The tensors of a checkpoint by HF name: how to compute each, and the names of those that are
-    copied from the base.
+class MergedBase(BaseView):
+    """A trained model as a base: its base with the adapter added to the weights.
+
+    merge: False for the weights without the adapter. dtype: of every tensor; None for the dtypes of
+    the base, to which trained weights are rounded.
+
+    `read` returns a merged weight in float32, and rounds no other; tensors in `copied` are bitwise
+    the base's. `generation_config` and tokenizer are the base's, and config.json lacks the RoPE of
+    the run (lljax.interop.export_files writes it).
     """
 
-    sources: dict[str, Callable[[], np.ndarray]]
-    copied: set[str]
+    def __init__(self, model: Decoder, base: Base, *, merge: bool = True, dtype: str | None = None):
+        super().__init__(base)
+        self._parts = parts_of(model)
+        trains = {
+            name: of[0][0].get_metadata().get("trainable", False)
+            for name, of in self._parts.items()
+        }
+        # A run that trained every weight reads none of the base's, which may have none.
+        self._available = set() if all(trains.values()) else set(base.names())
+        self._unchanged = {name for name in trains if not trains[name] and name in self._available}
+        self._replaced = {
+            name
+            for _, weight, lora in adaptable(model)
+            if lora is not None and owns_kernel(lora)
+            for name in hf_names(weight)
+        }
+        self._sources, self.copied = _sources(model, base, self._parts, self._unchanged, merge)
+        usual = dtype or base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"
+        self._dtype, self._own_dtypes = np.dtype(getattr(ml_dtypes, usual, usual)), dtype is None
+
+    def release(self) -> None:
+        """Gives up the model's copies of weights that are read from the base."""
+        for name, parts in self._parts.items():
+            for variable, _ in parts if name in self._unchanged - self._replaced else ():
+                value = variable.get_value()
+                variable.set_value(jax.ShapeDtypeStruct(value.shape, value.dtype))
+
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return hf_shape(self._parts[name][0][0])
+
+    def dtype(self, name: str) -> np.dtype:
+        own = self._own_dtypes and name in self._available
+        return self._base.dtype(name) if own else self._dtype
+
+    def read(self, name: str) -> np.ndarray:
+        return np.asarray(self._sources[name]())
+
+    def stored(self, name: str, form: Form) -> Quantized | None:
+        return self._base.stored(name, form) if name in self.copied else None
 
 
 def write_model(
@@ -55,29 +103,16 @@ def write_model(
       ConfigError: a weight is not finite in the dtype that is written.
     """
     tokenizer = base.tokenizer()  # first: a base without one fails before the long write
-    parts = parts_of(model)
-    trained = {name: of[0][0].get_metadata().get("trainable", False) for name, of in parts.items()}
-    # A run that trained every weight reads none of the base's, which may have none.
-    available = set() if all(trained.values()) else set(base.names())
-    unchanged = {name for name in parts if not trained[name] and name in available}
-    sources, copied = _tensors(model, base, unchanged, merge)
-    dtypes = _dtypes(sources, base, available, dtype)
+    merged = MergedBase(model, base, merge=merge, dtype=dtype)
+    layout = {name: (merged.dtype(name), merged.shape(name)) for name in merged.names()}
 
     def value(name: str) -> np.ndarray:
-        read = np.asarray(sources[name]())
-        with np.errstate(over="ignore"):  # reported below
-            written = read.astype(dtypes[name])
-        if (name not in copied or read.dtype != written.dtype) and not np.isfinite(written).all():
-            advice = "export an earlier --step"
-            if np.isfinite(read).all():
-                advice = "use --dtype=bfloat16"
-            raise ConfigError(f"tensor {name!r} is not finite in {dtypes[name]}: {advice}")
-        return written
+        return finite_value(merged, name, copied=name in merged.copied)
 
-    layout = {name: (dtypes[name], hf_shape(of[0][0])) for name, of in parts.items()}
     safetensors.write_sharded(folder, layout, value, max_shard_bytes=max_shard_bytes)
     write_files(base, folder, model.spec, tokenizer, dtype=dtype, chat_template=chat_template)
-    narrow = {str(dtypes[name]) for name in sources.keys() - copied if dtypes[name].itemsize < 4}
+    trained = {merged.dtype(name) for name in layout.keys() - merged.copied}
+    narrow = {str(dtype) for dtype in trained if dtype.itemsize < 4}
     if dtype or not narrow:
         return ""
     return (
@@ -86,8 +121,31 @@ def write_model(
     )
 
 
-def _tensors(model: Decoder, base: Base, unchanged: set[str], merge: bool) -> Tensors:
-    """The tensors of the model; unchanged: names that the base has and the run did not train."""
+def finite_value(base: Base, name: str, *, copied: bool = False) -> np.ndarray:
+    """A tensor in the dtype that is written. copied: it may be any value, if its dtype stays.
+
+    Raises:
+      ConfigError: a value is not finite in that dtype.
+    """
+    read, dtype = base.read(name), base.dtype(name)
+    with np.errstate(over="ignore"):  # reported below
+        written = read.astype(dtype)
+    if (not copied or read.dtype != written.dtype) and not np.isfinite(written).all():
+        advice = "export an earlier --step"
+        if np.isfinite(read).all():
+            advice = "use --dtype=bfloat16"
+        raise ConfigError(f"tensor {name!r} is not finite in {dtype}: {advice}")
+    return written
+
+
+def _sources(
+    model: Decoder, base: Base, parts_of_tensors: dict, unchanged: set[str], merge: bool
+) -> tuple[dict[str, Callable[[], np.ndarray]], set[str]]:
+    """How to compute each tensor of the model by HF name, and the names of those that are copied
+    from the base.
+
+    unchanged: names that the base has and the run did not train.
+    """
     updates: dict[str, list[Update]] = {}
     replaced: dict[str, list[Update]] = {}  # kernels that exist in the run alone
     for _, weight, lora in adaptable(model):
@@ -101,7 +159,7 @@ def _tensors(model: Decoder, base: Base, unchanged: set[str], merge: bool) -> Te
     started = ResidualBase(base, model) if starts_from_base(model) else base
     sources: dict[str, Callable[[], np.ndarray]] = {}
     copied = set()
-    for name, parts in parts_of(model).items():
+    for name, parts in parts_of_tensors.items():
         if name not in unchanged:
             sources[name] = lambda parts=parts: join_parts(parts)
         elif name in replaced:  # with or without their factors
@@ -113,18 +171,7 @@ def _tensors(model: Decoder, base: Base, unchanged: set[str], merge: bool) -> Te
         else:  # bitwise the base's, whatever dtype the run computed in
             sources[name] = lambda name=name: base.read(name)
             copied.add(name)
-    return Tensors(sources, copied)
-
-
-def _dtypes(
-    names: dict[str, Callable], base: Base, available: set[str], dtype: str | None
-) -> dict[str, np.dtype]:
-    """The dtype of every tensor: `dtype`, or else the base's."""
-    usual = dtype or base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"
-    default = np.dtype(getattr(ml_dtypes, usual, usual))
-    return {
-        name: base.dtype(name) if name in available and not dtype else default for name in names
-    }
+    return sources, copied
 
 
 def _with_kernels(weight: np.ndarray, kernels: list[Update]) -> np.ndarray:

@@ -33,31 +33,18 @@ def load_weights(
     is allocated in place and written layer by layer. Kernels that are quantized in the abstract
     model are quantized as they are read, or taken unchanged if the base has that form.
 
-    Returns the `checksums` of the tensors that were read.
+    Returns the `checksums` of the tensors that were read. Logs tensors of the base that are not
+    part of the model.
 
     Raises:
       ModelError: a tensor is missing, has another shape, or its type is not a weight's; the message
         names it.
     """
-    available, used = set(base.names()), set()
-    sums: dict[str, int] = {}
-    for _, variable in declared(model):
-        if isinstance(variable, LoraWeight):
-            continue
-        names = hf_names(variable)
-        for name in names:
-            _check_tensor(base, available, name, hf_shape(variable))
-        used.update(names)
-
-        def read(name: str, variable: nnx.Variable = variable, first: str = names[0]) -> Any:
-            sums[first] = base.checksum(name, sums.get(first, 0))  # while its pages are in memory
-            return _read(base, name, variable, dtype_of(variable, dtype))
-
-        sharding = shardings(variable) if shardings else None
-        variable.set_value(_value(variable, names, read, dtype_of(variable, dtype), sharding))
+    sums = load_part(model, base, dtype=dtype, shardings=shardings)
+    used = {name for _, x in declared(model) if isinstance(x, Weight) for name in hf_names(x)}
     ignored = sorted(
         name
-        for name in available - used
+        for name in set(base.names()) - used
         if not name.endswith(HARMLESS) and name != "lm_head.weight"
     )
     if ignored:
@@ -67,6 +54,28 @@ def load_weights(
             len(ignored),
             ", ".join(ignored[:3]),
         )
+    return sums
+
+
+def load_part(
+    part: nnx.Module, base: Base, *, dtype: Any, shardings: Callable | None = None
+) -> dict[str, int]:
+    """`load_weights` of a module that is part of a model, such as a layer."""
+    available = set(base.names())
+    sums: dict[str, int] = {}
+    for _, variable in declared(part):
+        if isinstance(variable, LoraWeight):
+            continue
+        names = hf_names(variable)
+        for name in names:
+            _check_tensor(base, available, name, hf_shape(variable))
+
+        def read(name: str, variable: nnx.Variable = variable, first: str = names[0]) -> Any:
+            sums[first] = base.checksum(name, sums.get(first, 0))  # while its pages are in memory
+            return _read(base, name, variable, dtype_of(variable, dtype))
+
+        sharding = shardings(variable) if shardings else None
+        variable.set_value(_value(variable, names, read, dtype_of(variable, dtype), sharding))
     return sums
 
 

@@ -264,11 +264,25 @@ def write_sharded(
         sizes[-1] += size
     if len(shards) == 1:
         return write(folder / "model.safetensors", tensors, read)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    files = shard_names(len(shards))
+    for file, shard in zip(files, shards, strict=True):
         write(folder / file, shard, read)
-        weight_map |= dict.fromkeys(shard, file)
+    write_index(folder, files)
+
+
+def shard_names(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, names: list[str]) -> None:
+    """Writes the index of shards that are complete."""
+    files = {name: File(folder / name) for name in names}
+    weight_map = {tensor: name for name, file in files.items() for tensor in file.entries}
+    sizes = (
+        math.prod(shape) * dtype.itemsize
+        for file in files.values()
+        for dtype, shape, *_ in file.entries.values()
+    )
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2))
 

@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
         if branches is not None and (reason := refuses_branches(self.spec.layers)):
             raise ConfigError(reason)
         dtype = dtype or self._dtype()
-        x = self._embedded(tokens, dtype, layout)
+        x = self.embedded(tokens, dtype, layout)
         if neftune_alpha and dropout_key is not None:
             x = constrain_activations(neftune_noise(x, neftune_alpha, dropout_key), layout)
         assert not self.by_layer, "a model by layer is continued, not called"
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
             choices = [self._positions_by_rope(positions, length, spec) for spec in specs]
             by_rope = {i: _of_rows([each[i] for each in choices], models) for i in choices[0]}
         modules = [nnx.split(layers) for layers in self.layers]
-        x, states = self._embedded(tokens, dtype, layout), []
+        x, states = self.embedded(tokens, dtype, layout), []
         for number, (layer, state) in enumerate(zip(self.spec.layers, cache.states, strict=True)):
             context = LayerContext(
                 positions=by_rope[layer.rope],
@@ -254,9 +254,28 @@ class Decoder(nnx.Module):
             if variable.get_metadata("role") == "kernel"
         )
 
-    def _embedded(
-        self, tokens: Int[Array, "B T"], dtype, layout: Layout | None
+    def context(
+        self,
+        layer: LayerSpec,
+        *,
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        layout: Layout | None = None,
+        memory: Memory = EVERYTHING,
+    ) -> LayerContext:
+        """The context of one layer alone, with full attention: what `__call__` passes to it."""
+        mask = self._mask(positions, positions, segments, None, FULL)
+        return LayerContext(
+            positions=self._positions_by_rope(positions, None)[layer.rope],
+            mask=_mask_of_layer(mask, layer, FULL, positions, positions),
+            layout=layout,
+            memory=memory,
+        )
+
+    def embedded(
+        self, tokens: Int[Array, "B T"], dtype, layout: Layout | None = None
     ) -> Float[Array, "B T D"]:
+        """The input of the first layer."""
         table = dense(self.embed.get_value())
         if isinstance(table, Tables):
             x = table.lookup(tokens, dtype)

@@ -51,15 +51,15 @@ class DecoderLayer(nnx.Module):
             context = context.replace(counted=None)
         key, memory, layout = context.dropout_key, context.memory, context.layout
         if state is None and is_tiled(x.shape[1], memory, layout):
-            project = functools.partial(self._project, key=key)
+            project = functools.partial(self.project, key=key)
             carry = self.self_attn.first_carry(project, (x, context.positions), context)
             if carry is not None:
                 x, load = self._streamed(x, context, carry)
                 return x, None, load
-        operands = map_tiles(self._project, (x, context.positions), key, memory, layout)
+        operands = map_tiles(self.project, (x, context.positions), key, memory, layout)
         mixed, state = self.self_attn.mix(operands, context, state)
         load, x = fold_tiles(
-            functools.partial(self._rest, layout=layout),
+            functools.partial(self.rest, layout=layout),
             self._no_load(context),
             (x, mixed, context.counted),
             key,
@@ -72,14 +72,14 @@ class DecoderLayer(nnx.Module):
         """Products of one token with the weights of all the layers of a stack."""
         return self.self_attn.token_flops() + self.mlp.token_flops()
 
-    def _project(
+    def project(
         self, xs: tuple[Float[Array, "B T D"], Positions], key: jax.Array | None
     ) -> Operands:
         """Operands of the mixer. Norms and RoPE compute in float32: a tile at a time."""
         x, positions = xs
         return self.self_attn.project(self.input_layernorm(x), positions, key)
 
-    def _rest(
+    def rest(
         self, load: Load | None, xs: tuple, key: jax.Array | None, layout: Layout | None
     ) -> tuple[Load | None, Float[Array, "B T D"]]:
         """The layer after its mixer: (load plus the load of these tokens, x).
@@ -123,11 +123,11 @@ class DecoderLayer(nnx.Module):
 
         def tile(carry, xs, key):
             (carry, load), (x, positions, mask, real, counted) = carry, xs
-            operands = self._project((x, positions), key)
+            operands = self.project((x, positions), key)
             mixed, carry = self.self_attn.mix_tile(
                 operands, context.replace(mask=_without_fill(mask, real)), carry
             )
-            load, x = self._rest(load, (x, mixed, counted), key, context.layout)
+            load, x = self.rest(load, (x, mixed, counted), key, context.layout)
             return (carry, load), x
 
         real = jnp.ones(x.shape[:2], bool)  # False for the tokens that fill up the last tile

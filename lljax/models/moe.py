@@ -98,14 +98,18 @@ class Experts(nnx.Module):
     ) -> Float[Array, "M D"]:
         """x: sorted by expert. sizes: tokens of each expert."""
         dot = functools.partial(grouped_dot, sizes=sizes, platform=platform)
+        return self.down_proj(self.hidden(x, dropout_key, dot), dropout_key, dot)
+
+    def hidden(
+        self, x: Float[Array, "M D"], dropout_key: jax.Array | None, dot: Callable
+    ) -> Float[Array, "M F"]:
+        """The input of the down projections. dot: see `ExpertLinear`."""
         gate, up = self.gate_proj(x, dropout_key, dot), self.up_proj(x, dropout_key, dot)
         if self.clamp is None:
-            hidden = jax.nn.silu(gate) * up
-        else:
-            alpha, limit = self.clamp
-            gate = jnp.minimum(gate, limit)
-            hidden = gate * jax.nn.sigmoid(alpha * gate) * (jnp.clip(up, -limit, limit) + 1)
-        return self.down_proj(hidden, dropout_key, dot)
+            return jax.nn.silu(gate) * up
+        alpha, limit = self.clamp
+        gate = jnp.minimum(gate, limit)
+        return gate * jax.nn.sigmoid(alpha * gate) * (jnp.clip(up, -limit, limit) + 1)
 
     def token_flops(self) -> TokenFlops:
         """As if a token went to every expert. No gradient reads the result of the last product."""

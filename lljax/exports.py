@@ -1,0 +1,217 @@
+"""The formats of an export: a table.
+
+A row writes a folder and returns the commands that load it, and names the options that it takes.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lljax.compression import compress, recipe
+from lljax.compression.methods import METHODS
+from lljax.config import Config, default_config
+from lljax.errors import ConfigError
+from lljax.interop import export
+from lljax.interop.base import Base
+from lljax.interop.export_folder import write_folder
+from lljax.interop.export_weights import MergedBase
+from lljax.interop.usage import serve_command
+from lljax.models import lora
+from lljax.models.decoder import Decoder
+from lljax.parallel.sharding import Layout, make_mesh
+from lljax.run.calibration import calibration_rows
+from lljax.run.checksums import describe
+
+SCALES = ("largest", "search")
+LONGEST = 1 << 15  # tokens of a calibration row of a base alone, unless given
+TILE = 4096  # tokens that norms, projections and MLPs compute at a time while calibrating
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of formats, each None if it was not given.
+
+    dtype: of the weights. method, layout, group, scales: see `lljax.compression.recipe`. data,
+    rows, length, seed: see `lljax.run.calibration`.
+    """
+
+    dtype: str | None = None
+    method: str | None = None
+    layout: str | None = None
+    group: int | None = None
+    scales: str | None = None
+    data: tuple[str, ...] | None = None
+    rows: int | None = None
+    length: int | None = None
+    seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A model to export: of a run, or a base alone.
+
+    model: its base weights may have no values. config, workdir: of the run; None for a base alone.
+    chat_template: that the run trained under, if the base has none.
+    """
+
+    model: Decoder
+    base: Base
+    config: Config | None = None
+    workdir: Path | None = None
+    chat_template: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFormat:
+    """write(the model, folder, options, whether it replaces an earlier export): how to load it.
+
+    options: those that it takes. needs_run: whether it cannot be written of a base alone.
+    """
+
+    write: Callable[[Exported, Path, Options, bool], str]
+    options: tuple[str, ...]
+    needs_run: bool = False
+
+
+def write_export(
+    format: str, exported: Exported, out: Path, options: Options, overwrite: bool
+) -> str:
+    """Writes an export; returns how to load it.
+
+    Raises:
+      ConfigError: an option that the format does not take, or a model that it cannot hold.
+    """
+    check_options(format, options, base_alone=exported.workdir is None and exported.config is None)
+    return FORMATS[format].write(exported, out, options, overwrite)
+
+
+def check_options(format: str, options: Options, *, base_alone: bool) -> None:
+    """Raises ConfigError for options that the format does not take."""
+    row = FORMATS[format]
+    for field in dataclasses.fields(Options):
+        if getattr(options, field.name) is None or field.name in row.options:
+            continue
+        others = [name for name, other in FORMATS.items() if field.name in other.options]
+        raise ConfigError(
+            f"--{field.name} with --format={format}: it is for --format={' and '.join(others)}"
+        )
+    if base_alone and row.needs_run:
+        raise ConfigError(f"--model with --format={format}: it exports what a run trained")
+
+
+def _dense(write: Callable[..., str], **row: Any) -> ExportFormat:
+    def run(exported: Exported, out: Path, options: Options, overwrite: bool) -> str:
+        return write(
+            exported.model,
+            exported.base,
+            out,
+            dtype=options.dtype,
+            overwrite=overwrite,
+            chat_template=exported.chat_template,
+        )
+
+    return ExportFormat(run, ("dtype",), **row)
+
+
+def _quantized(format: str) -> ExportFormat:
+    def run(exported: Exported, out: Path, options: Options, overwrite: bool) -> str:
+        return _compress(format, exported, out, options, overwrite)
+
+    calibrated = any(METHODS[name].calibrated for name in recipe.FORMATS[format].methods)
+    options = ("method", "layout", "group", "scales")
+    return ExportFormat(
+        run, (*options, "data", "rows", "length", "seed") if calibrated else options
+    )
+
+
+FORMATS = {
+    "peft": _dense(export.export_peft, needs_run=True),
+    "merged": _dense(export.export_merged),
+    "split": _dense(export.export_split, needs_run=True),
+    **{name: _quantized(name) for name in recipe.FORMATS},
+}
+
+
+def _compress(format: str, exported: Exported, out: Path, options: Options, overwrite: bool) -> str:
+    model, spec = exported.model, exported.model.spec
+    how = recipe.make_recipe(
+        format,
+        method=options.method,
+        layout=options.layout,
+        group=options.group,
+        search=options.scales == "search",
+    )
+    recipe.modules_of(spec, how)  # what it refuses, before anything is read
+    export.check_model(model, exported.base, out)
+    dtype = _dtype(exported)
+    trained = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1])
+    identity: dict[str, Any] = {
+        "format": format,
+        **dataclasses.asdict(how),
+        "dtype": str(dtype),
+        "base": exported.base.fingerprint(),
+        "spec": repr(spec),
+        "trained": describe(trained),
+    }
+    base = MergedBase(model, exported.base)
+    base.release()
+    config = exported.config or default_config()
+    rows = None
+    if METHODS[how.method].calibrated:
+        rows = calibration_rows(
+            config,
+            exported.base,
+            _cache(exported, out, options),
+            files=options.data or (),
+            length=options.length or _usual_length(exported),
+            rows=options.rows,
+            seed=options.seed or 0,
+        )
+        identity["calibration"] = hashlib.sha256(rows.tokens.tobytes()).hexdigest()
+    layout = _layout(rows.tokens.shape[1]) if rows else None
+    calibration = compress.Calibration(rows, dtype, layout, TILE)
+    with compress.opened(out, identity, overwrite) as work:
+        compress.compress(base, spec, how, calibration, work, print)
+
+        def write(folder: Path) -> None:
+            compress.assemble(base, spec, how, work, folder, exported.chat_template)
+
+        write_folder(out, format, write, overwrite)
+        work.remove()
+    return serve_command(spec, out, {})
+
+
+def _cache(exported: Exported, out: Path, options: Options) -> Path:
+    """The folder of the tokens that calibrate: the run's, or a hidden one beside `out`."""
+    if exported.workdir is not None and options.data is None:
+        return exported.workdir / "data"
+    return compress.work_folder(out) / "data"
+
+
+def _usual_length(exported: Exported) -> int:
+    """The length that the run trained; of a base alone, the length that it reads."""
+    if exported.config is not None:
+        return exported.config.context.length
+    return min(exported.model.spec.max_length, LONGEST)
+
+
+def _dtype(exported: Exported) -> Any:
+    """The dtype of the computation: the run's; of a base alone bfloat16, on a CPU float32."""
+    if exported.config is not None:
+        return jnp.dtype(exported.config.model.dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def _layout(length: int) -> Layout | None:
+    """Rows over all devices of this process, if they divide; None for one device."""
+    devices = jax.local_devices()
+    if len(devices) == 1 or length % len(devices):
+        return None
+    mesh = make_mesh(sequence=len(devices), devices=devices)
+    return Layout(mesh, context_parallel="allgather")
