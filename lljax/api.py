@@ -19,11 +19,11 @@ from lljax.config.shipped import absolute_path
 from lljax.data.prompt_tokens import chat_tokens, text_tokens
 from lljax.data.template import with_template
 from lljax.errors import ConfigError
+from lljax.exports import Exported, Options, write_export
 from lljax.generation.generate import generate as continue_prompts
 from lljax.generation.sample import Sampling
 from lljax.hardware.host_memory import set_pinned_limit
 from lljax.interop.adapter_init import ResidualBase, starts_from_base
-from lljax.interop.export import FORMATS
 from lljax.interop.huggingface import load_weights
 from lljax.interop.lora_config import config_fields, read_lora_config
 from lljax.interop.open import end_tokens, open_base
@@ -141,27 +141,32 @@ def export(
     path: str | os.PathLike,
     *,
     format: str = "peft",
-    dtype: str | None = None,
     overwrite: bool = False,
+    **options: Any,
 ) -> str:
-    """Writes a trained model to the folder `path` for PyTorch; returns the commands that load it.
+    """Writes a trained model to the folder `path`; returns the commands that load it.
 
-    format: "peft", an adapter; "merged", a checkpoint; "split", a base and a plain LoRA for vLLM.
-      dtype: of the weights of the last two, by default the base's. overwrite: replaces an earlier
-      export.
+    format: "peft", an adapter; "merged", a checkpoint; "split", a base and a plain LoRA for vLLM;
+      "w4a16", "w8a16" and "fp8", quantized checkpoints. overwrite: replaces an earlier export.
+      options: of the format, such as dtype="float32" or method="awq"; see lljax.exports.Options.
 
     Raises:
-      ConfigError: an unknown format or dtype, a folder that is taken, or a model that the format
+      ConfigError: an unknown format or option, a folder that is taken, or a model that the format
         cannot hold.
     """
     base = _base(model, "lljax.export")
-    one_of(*FORMATS)("lljax.export: format", format)
+    known = {field.name for field in dataclasses.fields(Options)}
+    for name in options:
+        one_of(*sorted(known))("lljax.export: option", name)
     _check_folder("lljax.export: path", path)
     workdir = getattr(model, "workdir", None)
-    template = trained_template(Path(workdir), base) if workdir else None
-    return FORMATS[format](
-        model, base, Path(path), dtype=dtype, overwrite=overwrite, chat_template=template
+    exported = Exported(
+        model,
+        base,
+        workdir=Path(workdir) if workdir else None,
+        chat_template=trained_template(Path(workdir), base) if workdir else None,
     )
+    return write_export(format, exported, Path(path), Options(**options), overwrite)
 
 
 def generate(

@@ -16,6 +16,7 @@ from flax import nnx
 from lljax.compression import compress, recipe
 from lljax.compression.methods import METHODS
 from lljax.config import Config, default_config
+from lljax.config.checks import one_of
 from lljax.errors import ConfigError
 from lljax.interop import export
 from lljax.interop.base import Base
@@ -24,9 +25,11 @@ from lljax.interop.export_weights import MergedBase
 from lljax.interop.usage import serve_command
 from lljax.models import lora
 from lljax.models.decoder import Decoder
+from lljax.models.spec import DecoderSpec
 from lljax.parallel.sharding import Layout, make_mesh
 from lljax.run.calibration import calibration_rows
 from lljax.run.checksums import describe
+from lljax.run.restore import read_config
 
 SCALES = ("largest", "search")
 LONGEST = 1 << 15  # tokens of a calibration row of a base alone, unless given
@@ -56,13 +59,12 @@ class Options:
 class Exported:
     """A model to export: of a run, or a base alone.
 
-    model: its base weights may have no values. config, workdir: of the run; None for a base alone.
+    model: its base weights may have no values. workdir: of the run; None for a base alone.
     chat_template: that the run trained under, if the base has none.
     """
 
     model: Decoder
     base: Base
-    config: Config | None = None
     workdir: Path | None = None
     chat_template: str | None = None
 
@@ -71,11 +73,13 @@ class Exported:
 class ExportFormat:
     """write(the model, folder, options, whether it replaces an earlier export): how to load it.
 
-    options: those that it takes. needs_run: whether it cannot be written of a base alone.
+    options: those that it takes. dtypes: the values of `Options.dtype`. needs_run: whether it
+    cannot be written of a base alone.
     """
 
     write: Callable[[Exported, Path, Options, bool], str]
     options: tuple[str, ...]
+    dtypes: tuple[str, ...] = ()
     needs_run: bool = False
 
 
@@ -87,12 +91,15 @@ def write_export(
     Raises:
       ConfigError: an option that the format does not take, or a model that it cannot hold.
     """
-    check_options(format, options, base_alone=exported.workdir is None and exported.config is None)
+    check_options(format, options)
     return FORMATS[format].write(exported, out, options, overwrite)
 
 
-def check_options(format: str, options: Options, *, base_alone: bool) -> None:
-    """Raises ConfigError for options that the format does not take."""
+def check_options(format: str, options: Options) -> None:
+    """Raises ConfigError for an unknown format, options that it does not take, and values that are
+    none.
+    """
+    one_of(*FORMATS)("--format", format)
     row = FORMATS[format]
     for field in dataclasses.fields(Options):
         if getattr(options, field.name) is None or field.name in row.options:
@@ -101,8 +108,9 @@ def check_options(format: str, options: Options, *, base_alone: bool) -> None:
         raise ConfigError(
             f"--{field.name} with --format={format}: it is for --format={' and '.join(others)}"
         )
-    if base_alone and row.needs_run:
-        raise ConfigError(f"--model with --format={format}: it exports what a run trained")
+    for name, legal in (("dtype", row.dtypes), ("scales", SCALES)):
+        if (value := getattr(options, name)) is not None:
+            one_of(*legal)(f"--{name}", value)
 
 
 def _dense(write: Callable[..., str], **row: Any) -> ExportFormat:
@@ -116,7 +124,7 @@ def _dense(write: Callable[..., str], **row: Any) -> ExportFormat:
             chat_template=exported.chat_template,
         )
 
-    return ExportFormat(run, ("dtype",), **row)
+    return ExportFormat(run, ("dtype",), dtypes=export.DTYPES, **row)
 
 
 def _quantized(format: str) -> ExportFormat:
@@ -149,7 +157,8 @@ def _compress(format: str, exported: Exported, out: Path, options: Options, over
     )
     recipe.modules_of(spec, how)  # what it refuses, before anything is read
     export.check_model(model, exported.base, out)
-    dtype = _dtype(exported)
+    config = read_config(exported.workdir) if exported.workdir else None
+    dtype = _dtype(config)
     trained = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1])
     identity: dict[str, Any] = {
         "format": format,
@@ -161,15 +170,14 @@ def _compress(format: str, exported: Exported, out: Path, options: Options, over
     }
     base = MergedBase(model, exported.base)
     base.release()
-    config = exported.config or default_config()
     rows = None
     if METHODS[how.method].calibrated:
         rows = calibration_rows(
-            config,
+            config or default_config(),
             exported.base,
             _cache(exported, out, options),
             files=options.data or (),
-            length=options.length or _usual_length(exported),
+            length=options.length or _usual_length(config, spec),
             rows=options.rows,
             seed=options.seed or 0,
         )
@@ -194,17 +202,15 @@ def _cache(exported: Exported, out: Path, options: Options) -> Path:
     return compress.work_folder(out) / "data"
 
 
-def _usual_length(exported: Exported) -> int:
+def _usual_length(config: Config | None, spec: DecoderSpec) -> int:
     """The length that the run trained; of a base alone, the length that it reads."""
-    if exported.config is not None:
-        return exported.config.context.length
-    return min(exported.model.spec.max_length, LONGEST)
+    return config.context.length if config is not None else min(spec.max_length, LONGEST)
 
 
-def _dtype(exported: Exported) -> Any:
+def _dtype(config: Config | None) -> Any:
     """The dtype of the computation: the run's; of a base alone bfloat16, on a CPU float32."""
-    if exported.config is not None:
-        return jnp.dtype(exported.config.model.dtype)
+    if config is not None:
+        return jnp.dtype(config.model.dtype)
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 

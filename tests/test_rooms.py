@@ -10,8 +10,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lljax"
 ROOMS = (  # from top to bottom
-    *("cli", "serving", "api", "evaluation", "run", "planning", "training", "objectives"),
-    *("generation", "build", "interop", "models", "attention", "report", "data", "config"),
+    *("cli", "serving", "api", "exports", "evaluation", "run", "planning", "training"),
+    *(
+        "objectives",
+        "compression",
+        "generation",
+        "build",
+        "interop",
+        "models",
+        "attention",
+        "report",
+        "data",
+        "config",
+    ),
     *("parallel", "hardware", "errors"),
 )
 FOLDERS = [room for room in ROOMS if (PACKAGE / room).is_dir()]

@@ -4,6 +4,7 @@ stretched, and the trained model.
 lljax evaluate --workdir=runs/quickstart --lengths=512,1k,2k,4k
 lljax evaluate --workdir=runs/quickstart --tasks=perplexity,passkey,needle,ruler --lengths=1k,4k \\
     --samples=5
+lljax evaluate --workdir=runs/quickstart --exports=runs/quickstart/export/w4a16 --lengths=512,4k
 lljax evaluate --model=Qwen/Qwen3-8B --adapter=my/adapter --tasks=ruler --lengths=4k,32k \\
     --out=runs/ruler --chat
 
@@ -63,6 +64,11 @@ def check(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     command = parser("evaluate", __doc__)
     add_model(command, "a run")
+    command.add_argument(
+        "--exports",
+        default="",
+        help="folders of exported checkpoints to measure beside it, comma-separated",
+    )
     command.add_argument("--tasks", default="perplexity", help="comma-separated, see above")
     command.add_argument(
         "--lengths",

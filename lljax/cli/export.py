@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lljax.cli.arguments import model_flag, parser, positive, whole
-from lljax.config.checks import one_of
 from lljax.errors import ConfigError, exit_cleanly, printable
 
 
@@ -73,12 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 def export(arguments: argparse.Namespace) -> None:
     """Exports a checkpoint of a run, or a base. arguments: the flags of `lljax export`."""
     # Imported here: --help needs no jax.
-    from lljax.exports import FORMATS, SCALES, Exported, Options, check_options, write_export
-    from lljax.interop.export import DTYPES
+    from lljax.exports import FORMATS, Exported, Options, check_options, write_export
     from lljax.interop.export_folder import check_out
 
     format, workdir = arguments.format, arguments.workdir
-    one_of(*FORMATS)("--format", format)
     options = Options(
         dtype=arguments.dtype,
         method=arguments.method,
@@ -90,18 +87,14 @@ def export(arguments: argparse.Namespace) -> None:
         length=arguments.length,
         seed=arguments.seed,
     )
-    check_options(format, options, base_alone=workdir is None)
-    for flag, value, legal in (
-        ("--dtype", options.dtype, DTYPES),
-        ("--scales", options.scales, SCALES),
-    ):
-        if value is not None:
-            one_of(*legal)(flag, value)
+    check_options(format, options)
+    if workdir is None and FORMATS[format].needs_run:
+        raise ConfigError(f"--model with --format={format}: it exports what a run trained")
     if workdir is None and arguments.step is not None:
         raise ConfigError("--step with --model: it is the step of a run; use --workdir")
     if workdir is None and arguments.out is None:
         raise ConfigError("--model without --out: name the folder to write")
-    out = arguments.out or Path(workdir, "export", format)
+    out: Path = arguments.out or arguments.workdir / "export" / format
     check_out(out, arguments.overwrite)  # before the weights are read
     exported = _run(workdir, arguments.step) if workdir else _base(arguments.model)
     commands = write_export(format, Exported(*exported), out, options, arguments.overwrite)
@@ -111,8 +104,8 @@ def export(arguments: argparse.Namespace) -> None:
 def _run(workdir: Path, step: int | None) -> tuple:
     from lljax.run.restore import restore_run, trained_template
 
-    config, model, base = restore_run(workdir, step)
-    return model, base, config, workdir, trained_template(workdir, base)
+    _, model, base = restore_run(workdir, step)
+    return model, base, workdir, trained_template(workdir, base)
 
 
 def _base(path: str) -> tuple:

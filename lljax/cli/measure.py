@@ -38,7 +38,7 @@ from lljax.models.by_layer import split_layers
 from lljax.models.decoder import Decoder
 from lljax.report.page import write_report
 from lljax.run.inputs import kind_of
-from lljax.run.open import ComparedModels, open_base_models, open_run_models
+from lljax.run.open import ComparedModels, open_base_models, open_export, open_run_models
 from lljax.run.restore import read_config
 
 CONSOLE = console()
@@ -58,6 +58,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if arguments.workdir
         else open_base_models(arguments.model, arguments.adapter)
     )
+    exports = [open_export(path, candidates.dtype) for path in arguments.exports.split(",") if path]
+    candidates = dataclasses.replace(candidates, models=[*candidates.models, *exports])
     spec = candidates.extended
     lengths = read_lengths(arguments.lengths) or doublings(
         spec.rope.original_length, spec.max_length

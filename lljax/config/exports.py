@@ -24,6 +24,9 @@ REFUSALS: dict[str, dict[str, str]] = {  # by format and property: the reason an
             for name, what in BEYOND_PLAIN_LORA.items()
         },
     },
+    "w4a16": {},
+    "w8a16": {},
+    "fp8": {},
 }
 
 

@@ -147,9 +147,6 @@ def export_split(
     )
 
 
-FORMATS = {"peft": export_peft, "merged": export_merged, "split": export_split}
-
-
 def _check_format(model: Decoder, format: str) -> None:
     if reason := refusal(format, properties_of(model)):
         raise ConfigError(f"--format={format}: {reason}")

@@ -143,6 +143,22 @@ def open_base_models(path: str, adapter: Path | None) -> ComparedModels:
     return ComparedModels(base=base, models=models, extended=extended, dtype=dtype, layout=layout)
 
 
+def open_export(path: str, dtype: Any) -> NamedModel:
+    """An exported checkpoint, named by its folder and the size of its weights.
+
+    Raises:
+      ModelError: there is none.
+    """
+    base = open_base(path)
+    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    spec = spec_from_hf(base.config)
+    return NamedModel(
+        f"{Path(path).name} ({size / 1e6:,.1f} MB)",
+        lambda: load_base(base, spec, dtype, layout=generation_layout(spec)),
+        path,
+    )
+
+
 def _bases(
     base: Any, extended: DecoderSpec, dtype: Any, settings: str = "", *weights: str
 ) -> list[NamedModel]:

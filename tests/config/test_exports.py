@@ -4,11 +4,14 @@ import pytest
 
 from lljax.config import default_config
 from lljax.config.exports import REFUSALS, formats
-from lljax.interop.export import FORMATS
+from lljax.exports import FORMATS
 
 
 def test_the_table_has_every_format():
     assert list(REFUSALS) == list(FORMATS)
+
+
+QUANTIZED = ["w4a16", "w8a16", "fp8"]
 
 
 @pytest.mark.parametrize(
@@ -26,8 +29,8 @@ def test_the_table_has_every_format():
 def test_a_run_is_offered_the_formats_that_hold_its_model(changes, held):
     config = default_config()
     config.update_from_flattened_dict(changes)
-    assert formats(config.to_dict()) == held
+    assert formats(config.to_dict()) == held + QUANTIZED
 
 
 def test_a_run_without_these_fields_has_their_defaults():
-    assert formats({}) == formats({"lora": 3}) == ["peft", "merged", "split"]
+    assert formats({}) == formats({"lora": 3}) == ["peft", "merged", "split", *QUANTIZED]
