@@ -20,7 +20,7 @@ from lljax.config.checks import one_of
 from lljax.errors import ConfigError
 from lljax.interop import export
 from lljax.interop.base import Base
-from lljax.interop.export_folder import write_folder
+from lljax.interop.export_folder import extend_record, write_folder
 from lljax.interop.export_weights import MergedBase
 from lljax.interop.usage import serve_command
 from lljax.models import lora
@@ -60,13 +60,16 @@ class Exported:
     """A model to export: of a run, or a base alone.
 
     model: its base weights may have no values. workdir: of the run; None for a base alone.
-    chat_template: that the run trained under, if the base has none.
+    step: of the run's checkpoint; None for a model in memory. chat_template: that the run trained
+    under, if the base has none. trained: whether there is more to export than the base.
     """
 
     model: Decoder
     base: Base
     workdir: Path | None = None
+    step: int | None = None
     chat_template: str | None = None
+    trained: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,11 @@ def write_export(
       ConfigError: an option that the format does not take, or a model that it cannot hold.
     """
     check_options(format, options)
-    return FORMATS[format].write(exported, out, options, overwrite)
+    usage = FORMATS[format].write(exported, out, options, overwrite)
+    extend_record(
+        out, usage=usage, base=exported.base.path, trained=exported.trained, step=exported.step
+    )
+    return usage
 
 
 def check_options(format: str, options: Options) -> None:

@@ -13,6 +13,7 @@ goes on after an interruption.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lljax.cli.arguments import model_flag, parser, positive, whole
 from lljax.errors import ConfigError, exit_cleanly, printable
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def export(arguments: argparse.Namespace) -> None:
     """Exports a checkpoint of a run, or a base. arguments: the flags of `lljax export`."""
     # Imported here: --help needs no jax.
-    from lljax.exports import FORMATS, Exported, Options, check_options, write_export
+    from lljax.exports import FORMATS, Options, check_options, write_export
     from lljax.interop.export_folder import check_out
 
     format, workdir = arguments.format, arguments.workdir
@@ -97,21 +98,25 @@ def export(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out or arguments.workdir / "export" / format
     check_out(out, arguments.overwrite)  # before the weights are read
     exported = _run(workdir, arguments.step) if workdir else _base(arguments.model)
-    commands = write_export(format, Exported(*exported), out, options, arguments.overwrite)
+    commands = write_export(format, exported, out, options, arguments.overwrite)
     print(f"{printable(str(out))} is written. To load it:\n\n{commands}")
 
 
-def _run(workdir: Path, step: int | None) -> tuple:
-    from lljax.run.restore import restore_run, trained_template
+def _run(workdir: Path, step: int | None) -> Any:
+    from lljax.exports import Exported
+    from lljax.run.restore import restore_checkpoint, trained_template
 
-    _, model, base = restore_run(workdir, step)
-    return model, base, workdir, trained_template(workdir, base)
+    step, _, model, base = restore_checkpoint(workdir, step)
+    return Exported(
+        model, base, workdir=workdir, step=step, chat_template=trained_template(workdir, base)
+    )
 
 
-def _base(path: str) -> tuple:
+def _base(path: str) -> Any:
+    from lljax.exports import Exported
     from lljax.interop.open import open_base
     from lljax.models.decoder import Decoder
     from lljax.models.families import spec_from_hf
 
     base = open_base(path)
-    return Decoder(spec_from_hf(base.config)), base
+    return Exported(Decoder(spec_from_hf(base.config)), base, trained=False)

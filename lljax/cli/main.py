@@ -44,6 +44,9 @@ COMMANDS = {
     "export": Command(
         module="lljax.cli.export", help="write an adapter or checkpoint for PyTorch and vLLM"
     ),
+    "push": Command(
+        module="lljax.cli.push", help="upload an export to the HuggingFace hub with a model card"
+    ),
     "generate": Command(module="lljax.cli.generate", help="continue a prompt, or chat"),
     "serve": Command(module="lljax.cli.serve", help="answer requests of the OpenAI API"),
     "plan": Command(

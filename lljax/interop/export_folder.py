@@ -1,19 +1,24 @@
 """The folder of an export: it appears whole or not at all, and replaces only an earlier export."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from lljax.errors import DISK_FULL, ConfigError, Stopped, printable
+from lljax.config.shipped import absolute_path
+from lljax.data.files import atomic_write
+from lljax.errors import DISK_FULL, ConfigError, Stopped, first_line, printable, short
 
-RECORD = "lljax_export.json"  # {"format": ..., "files": [...]}
+# {"format": ..., "files": [...]}, what `extend_record` adds, and "card": {file: sha256} of what
+# `add_card` wrote.
+RECORD = "lljax_export.json"
 
 
 Result = TypeVar("Result")
@@ -106,12 +111,103 @@ def write_folder(
     return result
 
 
+def read_record(out: Path, flag: str = "--export") -> dict[str, Any]:
+    """The record of the export in `out`.
+
+    flag: of `out`, for the message of an error.
+
+    Raises:
+      ConfigError: `out` holds no export of lljax, or lacks files of it.
+    """
+    shown = f"{flag}={_shown(out)}"
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        files, card = [str(file) for file in record["files"]], record.setdefault("card", {})
+        if not files or not isinstance(record["format"], str) or not isinstance(card, dict):
+            raise ValueError("it names no format or no file")
+    except FileNotFoundError:
+        there = "holds no export that lljax recorded" if out.is_dir() else "there is no such folder"
+        raise ConfigError(f"{shown}: {there}; `lljax export` writes one") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{shown}: {RECORD} is damaged ({first_line(error)}): export again with --overwrite"
+        ) from None
+    for file in [*files, *card]:
+        if not (out / file).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"{shown}: {short(file)} of {RECORD} is outside the folder")
+    if missing := [file for file in files if not (out / file).is_file()]:
+        raise ConfigError(
+            f"{shown}: the export is not complete, {printable(missing[0])} is missing: export "
+            "again with --overwrite"
+        )
+    return record
+
+
+def extend_record(
+    out: Path, *, usage: str, base: str, trained: bool = True, step: int | None = None
+) -> None:
+    """Adds to the record of the export in `out` what the card of `lljax push` says about it.
+
+    usage: the lines that load it, as its writer returned them. base: path or hub id of the base.
+    trained: False for a base that was converted alone. step: of the checkpoint.
+    """
+    facts = {
+        "usage": usage,
+        "written_to": str(out),  # as the lines name the folder
+        "base": absolute_path(base),
+        "trained": trained,
+        "step": step,
+    }
+    _write_facts(out, facts)
+
+
+def _write_facts(out: Path, facts: Mapping[str, Any]) -> None:
+    record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    atomic_write(out / RECORD, json.dumps({**record, **facts}, indent=2) + "\n")
+
+
+def add_card(out: Path, record: dict[str, Any], files: Mapping[str, bytes]) -> None:
+    """Writes the files of a card beside the export in `out` and their hashes into its record.
+
+    An earlier card's files that the new one lacks are removed, unless they were edited.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    card = dict(record["card"])
+    try:
+        for file in set(card) - set(files):
+            if not edited(out, record, file):
+                (out / file).unlink(missing_ok=True)
+                del card[file]
+        for file, content in files.items():
+            atomic_write(out / file, content)
+            card[file] = hashlib.sha256(content).hexdigest()
+        _write_facts(out, {"card": card})
+    except OSError as error:
+        if DISK_FULL.search(str(error)):
+            raise
+        raise ConfigError(
+            f"{_shown(out)}: the card cannot be written there ({first_line(error)})"
+        ) from None
+    record["card"] = card
+
+
+def edited(out: Path, record: Mapping[str, Any], file: str) -> bool:
+    """Whether `file` is in `out` and is not what `add_card` wrote."""
+    path = out / file
+    if not path.is_file():
+        return path.is_symlink()
+    return hashlib.sha256(path.read_bytes()).hexdigest() != record["card"].get(file)
+
+
 def _exported(out: Path) -> tuple[bool, list[Path]]:
     """Whether `out` holds an export of lljax, and its other files."""
     try:
         record = json.loads((out / RECORD).read_text())
         files = {Path(file) for file in record["files"]} | {Path(RECORD)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        files |= {Path(file) for file in record.get("card", {}) if not edited(out, record, file)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False, []
     held = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
     return True, sorted({path.relative_to(out) for path in held} - files)

@@ -83,7 +83,7 @@ class Section:
             return make(*arguments)
         except Exception as error:
             logging.warning(
-                "report.html omits a damaged part of %s: %s (%s)",
+                "a damaged part of %s is left out: %s (%s)",
                 source,
                 first_line(error),
                 type(error).__name__,

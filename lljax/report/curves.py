@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from lljax.report.numbers import column, short_length, to_float
 from lljax.report.run_files import RunFiles
 from lljax.report.step_chart import Band, Line, Mark, line_chart, smoothed
 from lljax.report.tables import clipped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,22 @@ def curves_section(files: RunFiles) -> Section:
     return section
 
 
-def _add_curves(section: Section, files: RunFiles) -> None:
+def headline_chart(files: RunFiles) -> tuple["MatplotlibFigure", str] | None:
+    """The chart of a run's headline metric, the loss unless run.json names another, and its title;
+    None if there is nothing to draw.
+    """
+    titles = files.run.get("metrics")
+    headline = files.run.get("headline", "loss")
+    rows = _rows(files.steps, titles if isinstance(titles, dict) else {}, headline)
+    name, title, curve = rows[0]
+    figure, _ = _drawn(_steps(Section(), files), name, title, curve)
+    return (figure, title) if figure else None
+
+
+def _steps(section: Section, files: RunFiles) -> Steps:
     records = files.steps
     stage = _stages(records)
-    steps = Steps(
+    return Steps(
         records=records,
         x=column(records, "step"),
         stage=stage,
@@ -83,6 +98,10 @@ def _add_curves(section: Section, files: RunFiles) -> None:
         marks=section.guarded("metrics.jsonl", lambda: [*_marks(records)]) or [],
         held=_held_out_loss(files.evaluations),
     )
+
+
+def _add_curves(section: Section, files: RunFiles) -> None:
+    records, steps = files.steps, _steps(section, files)
     titles = files.run.get("metrics")
     rows = _rows(records, titles if isinstance(titles, dict) else {}, files.run.get("headline"))
     section.extend(section.figures, "metrics.jsonl", lambda row: _figure(steps, *row), rows)
@@ -113,10 +132,20 @@ def _rows(
 
 
 def _figure(steps: Steps, name: str, title: str, curve: Curve) -> Figure | None:
+    figure, legend = _drawn(steps, name, title, curve)
+    if not figure and not legend:
+        return None
+    return Figure(svg(figure, title) if figure else "", tuple(legend))
+
+
+def _drawn(
+    steps: Steps, name: str, title: str, curve: Curve
+) -> tuple["MatplotlibFigure | None", list[Key]]:
+    """The chart of a metric and its legend; no legend either if the curve is left out."""
     y = column(steps.records, name)
     missing = len(y) - int(np.isfinite(y).sum())
     if missing == len(y):
-        return None if curve.optional else Figure("", (Key("", f"{title}: no value to draw"),))
+        return None, [] if curve.optional else [Key("", f"{title}: no value to draw")]
     lines = [Line(steps.x, y, "raw")]
     legend: list[Key] = []
     readings = {title.lower(): lines[0]}
@@ -146,7 +175,7 @@ def _figure(steps: Steps, name: str, title: str, curve: Curve) -> Figure | None:
     )
     if figure is None:
         legend.append(Key("", f"{title}: no value to draw"))
-    return Figure(svg(figure, title) if figure else "", tuple(legend))
+    return figure, legend
 
 
 def _stages(records: list[dict]) -> np.ndarray:

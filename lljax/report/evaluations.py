@@ -3,7 +3,7 @@
 import base64
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lljax.report import charts
 from lljax.report.content import Figure, Image, Key, Section, Table
@@ -12,6 +12,9 @@ from lljax.report.lm_eval import lm_eval_table
 from lljax.report.numbers import to_float
 from lljax.report.run_files import RunFiles
 from lljax.report.tables import MOST_COLUMNS, clipped, table_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
 
 MOST_EVALUATIONS = 40  # the newest, in the table of evaluations during training
 MOST_HEATMAP_ROWS = 64
@@ -79,11 +82,16 @@ def _curves(row: dict[str, Any]) -> Figure | None:
 
 
 def _heatmap(row: dict[str, Any]) -> Figure:
+    return Figure(svg(heatmap_chart(row), clipped(row["title"])))
+
+
+def heatmap_chart(row: dict[str, Any]) -> "MatplotlibFigure":
+    """The figure of a heatmap in evaluation.json."""
     title, lengths = clipped(row["title"]), _lengths(row)
     rows = [clipped(name, 20) for name in row["rows"][:MOST_HEATMAP_ROWS]]
     values = [[_score(value) for value in scores[: len(lengths)]] for scores in row["values"]]
     samples = [int(n) for n in row["samples"]]
-    return Figure(svg(charts.heatmap(title, lengths, rows, values[: len(rows)], samples), title))
+    return charts.heatmap(title, lengths, rows, values[: len(rows)], samples)
 
 
 CHARTS = {"curves": _curves, "heatmap": _heatmap}

@@ -28,7 +28,17 @@ def restore_run(
 ) -> tuple[Config, Decoder, Any]:
     """Returns (config, model, base) of a run, with the values of its newest checkpoint.
 
-    step: the step of the checkpoint; None for the newest.
+    Arguments and errors as `restore_checkpoint`.
+    """
+    return restore_checkpoint(workdir, step, layout)[1:]
+
+
+def restore_checkpoint(
+    workdir: str | Path, step: int | None = None, layout: Layout | None = None
+) -> tuple[int, Config, Decoder, Any]:
+    """Returns (step, config, model, base) of a run, with the values of its newest checkpoint.
+
+    step: the step of the checkpoint; None for the newest that is sound.
     layout: the layout of the model, whatever mesh it was trained on; None for one device.
 
     Raises:
@@ -61,8 +71,8 @@ def restore_run(
     if restored is None:
         raise none_yet
     checkpoints.close()
-    _, items, _ = restored
-    return config, nnx.merge(graphdef, items["trainable"], nnx.as_pure(frozen)), base
+    step, items, _ = restored
+    return step, config, nnx.merge(graphdef, items["trainable"], nnx.as_pure(frozen)), base
 
 
 def read_config(workdir: Path) -> Config:

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from lljax.errors import ConfigError, Stopped
-from lljax.interop.export_folder import check_out, write_folder
+from lljax.interop.export_folder import (
+    add_card,
+    check_out,
+    edited,
+    extend_record,
+    read_record,
+    write_folder,
+)
 
 
 def write(folder):
@@ -167,3 +174,34 @@ def test_another_thread_exports_too(tmp_path):
     thread.start()
     thread.join()
     assert (tmp_path / "out" / "weights").exists()
+
+
+# ---------------------------------------------------------------- what a card needs
+def test_the_record_has_what_a_card_says_of_the_export(tmp_path):
+    out = tmp_path / "out"
+    write_folder(out, "split", write)
+    extend_record(out, usage="load it", base="org/base", step=3)
+    record = read_record(out)
+    assert record["files"] == ["base/config.json", "weights"] and record["format"] == "split"
+    assert (record["usage"], record["written_to"]) == ("load it", str(out))
+    assert (record["base"], record["trained"], record["step"]) == ("org/base", True, 3)
+    (tmp_path / "base").mkdir()
+    extend_record(out, usage="", base=str(tmp_path / "base"), trained=False)
+    assert read_record(out)["base"] == str(tmp_path / "base")  # wherever it is pushed from
+
+
+def test_a_card_is_part_of_the_export_until_someone_edits_it(tmp_path):
+    out = tmp_path / "out"
+    write_folder(out, "split", write)
+    record = read_record(out)
+    add_card(out, record, {"README.md": b"card", "a.png": b"a"})
+    check_out(out, overwrite=True)
+    add_card(out, record, {"README.md": b"card 2"})
+    assert not (out / "a.png").exists() and not edited(out, record, "README.md")
+    assert read_record(out)["card"] == record["card"]
+    (out / "README.md").write_text("mine")
+    assert edited(out, record, "README.md")
+    with pytest.raises(ConfigError, match="README.md"):
+        check_out(out, overwrite=True)
+    add_card(out, record, {"b.png": b"b"})  # a card without README.md, which stays
+    assert (out / "README.md").read_text() == "mine" and edited(out, record, "README.md")
