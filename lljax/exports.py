@@ -18,10 +18,12 @@ from lljax.compression.methods import METHODS
 from lljax.config import Config, default_config
 from lljax.config.checks import one_of
 from lljax.errors import ConfigError
-from lljax.interop import export
+from lljax.interop import export, gguf_export
 from lljax.interop.base import Base
 from lljax.interop.export_folder import extend_record, write_folder
 from lljax.interop.export_weights import MergedBase
+from lljax.interop.gguf_lora import LORA_TYPES
+from lljax.interop.gguf_write import TYPES
 from lljax.interop.usage import serve_command
 from lljax.models import lora
 from lljax.models.decoder import Decoder
@@ -120,7 +122,9 @@ def check_options(format: str, options: Options) -> None:
             one_of(*legal)(f"--{name}", value)
 
 
-def _dense(write: Callable[..., str], **row: Any) -> ExportFormat:
+def _dense(
+    write: Callable[..., str], dtypes: tuple[str, ...] = export.DTYPES, **row: Any
+) -> ExportFormat:
     def run(exported: Exported, out: Path, options: Options, overwrite: bool) -> str:
         return write(
             exported.model,
@@ -131,7 +135,7 @@ def _dense(write: Callable[..., str], **row: Any) -> ExportFormat:
             chat_template=exported.chat_template,
         )
 
-    return ExportFormat(run, ("dtype",), dtypes=export.DTYPES, **row)
+    return ExportFormat(run, ("dtype",), dtypes=dtypes, **row)
 
 
 def _quantized(format: str) -> ExportFormat:
@@ -150,6 +154,8 @@ FORMATS = {
     "merged": _dense(export.export_merged),
     "split": _dense(export.export_split, needs_run=True),
     **{name: _quantized(name) for name in recipe.FORMATS},
+    "gguf": _dense(gguf_export.export_gguf, tuple(TYPES)),
+    "gguf_lora": _dense(gguf_export.export_gguf_lora, LORA_TYPES, needs_run=True),
 }
 
 

@@ -3,6 +3,7 @@
 lljax export --workdir=runs/quickstart --format=peft     # an adapter for PEFT
 lljax export --workdir=runs/quickstart --format=merged   # a checkpoint for transformers and vLLM
 lljax export --workdir=runs/quickstart --format=split    # a base and a plain LoRA for vLLM
+lljax export --workdir=runs/quickstart --format=gguf     # a file for llama.cpp, Ollama, LM Studio
 lljax export --workdir=runs/quickstart --format=w4a16    # 4 bits, calibrated on the run's documents
 lljax export --model=Qwen/Qwen3-8B --format=w4a16 --data=data/docs.jsonl --out=models/qwen3-w4
 
@@ -34,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--format",
         default="peft",
-        help="peft (default), merged, split, w4a16, w8a16 or fp8",
+        help="peft (default), merged, split, w4a16, w8a16, fp8, gguf or gguf_lora",
     )
     command.add_argument(
         "--out", type=Path, help="by default WORKDIR/export/FORMAT; needed with --model"
@@ -46,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype",
         help="float32, bfloat16 or float16: of the weights of merged and split, to which trained "
-        "weights are rounded; by default the base's",
+        "weights are rounded; by default the base's. Of gguf: f16 (default), bf16, f32, q8_0, "
+        "q5_1, q5_0, q4_1 or q4_0",
     )
     quantized = command.add_argument_group("quantized formats")
     quantized.add_argument(

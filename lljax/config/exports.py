@@ -27,6 +27,18 @@ REFUSALS: dict[str, dict[str, str]] = {  # by format and property: the reason an
     "w4a16": {},
     "w8a16": {},
     "fp8": {},
+    "gguf": {},
+    "gguf_lora": {
+        NO_ADAPTER: _TRAINED_WHOLE.replace("merged", "gguf"),
+        **{
+            name: f"llama.cpp's adapters hold factors alone, and this one has {what}: use "
+            "--format=gguf"
+            for name, what in (
+                (OWN_KERNELS, "kernels of its own"),
+                (DORA, BEYOND_PLAIN_LORA[DORA]),
+            )
+        },
+    },
 }
 
 

@@ -1,13 +1,11 @@
 """A GGUF file as a base: dequantized tensor by tensor, its metadata read into HF form.
 
-Key names: the `gguf` package's constants. Tensor names: llama.cpp's convert_hf_to_gguf.py. A family
-says the rest in its row (`GgufFormat`).
+Key names: the `gguf` package's constants. A family says the rest in its row (`GgufFormat`).
 """
 
 import contextlib
 import hashlib
 import itertools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,46 +14,20 @@ import gguf
 import ml_dtypes
 import numpy as np
 
-from lljax.errors import ModelError, short
+from lljax.errors import ModelError
 from lljax.interop import gguf_tokenizer
 from lljax.interop.base import Base
 from lljax.interop.folder import crc32
+from lljax.interop.gguf_layout import Layout, hf_name
+from lljax.interop.gguf_rope import TENSORS, USE_FOLDER, read_rope
 from lljax.models import rope
 from lljax.models.families import FAMILIES
 from lljax.models.families.family import Family, GgufFormat
 from lljax.models.quantize import Form, Quantized
-from lljax.models.rope.kinds import RopeSpec, base_frequencies, llama3_frequencies
 from lljax.models.values import NUMBER, Value, check, whole
-
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-ROPE_FREQS = "rope_freqs.weight"  # divisors of the frequencies of Llama 3
-
-# Other scalings of llama.cpp, with the values that change nothing.
-NEUTRAL = {
-    "attn_factor": 1.0,
-    "yarn_attn_factor": 1.0,
-    "yarn_ext_factor": 1.0,
-    "yarn_log_multiplier": 0.0,
-    "alpha": 0.0,
-}
 
 COUNT = whole(1)
 MOST_VALUES = 1 << 22  # in an array of the metadata; the largest vocabularies have 2 ** 18
-USE_FOLDER = "use the HuggingFace folder of this model"
 
 
 class Reader(gguf.GGUFReader):
@@ -100,13 +72,14 @@ class GgufBase(Base):
         with self._reading("not a GGUF file that can be read"):
             self._reader = Reader(file)
             self._family = self._family_of(self._field("general.architecture"))
-            names = LAYER | dict(self._format.names)
             self._tensors = {
-                _hf_name(tensor.name, names): tensor
+                hf_name(tensor.name, self._format): tensor
                 for tensor in self._reader.tensors
-                if tensor.name != ROPE_FREQS
+                if tensor.name not in TENSORS
             }
             self.config = self._config()
+            N, K = (self.config[f"num_{heads}_heads"] for heads in ("attention", "key_value"))
+            self._layout = Layout(self._format, N, K)
             ends = [
                 self._field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")
             ]
@@ -147,13 +120,7 @@ class GgufBase(Base):
             f"tensor {name!r} of type {tensor.tensor_type.name} cannot be dequantized"
         ):
             array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            array = array.reshape(self.shape(name))
-            heads = HEADS.get(name.split(".")[-2])
-            if heads and self._format.permuted:
-                array = _unpermute(array, self.config[heads])
-            if self._format.norms_plus_one and name.endswith("norm.weight"):
-                array = array - 1
-            return array
+            return self._layout.to_hf(name, array.reshape(self.shape(name)))
 
     def stored(self, name: str, form: Form) -> Quantized | None:
         return None  # no format of GGUF blocks is one of ours
@@ -169,7 +136,10 @@ class GgufBase(Base):
 
     # ---------------------------------------------------------------- metadata
     def _family_of(self, architecture: Any) -> Family:
-        families = {row.gguf.architecture: row for row in FAMILIES.values() if row.gguf}
+        families: dict[str, Family] = {}
+        for row in FAMILIES.values():
+            if row.gguf:  # of families that share files, the first is read
+                families.setdefault(row.gguf.architecture, row)
         if architecture not in families:
             raise ModelError(
                 f"{self.path}: architecture {architecture!r} is not supported; supported are "
@@ -232,7 +202,13 @@ class GgufBase(Base):
                 f"{self.path}: {self._format.architecture}.rope.dimension_count is {rotary} of {H} "
                 f"dimensions, which is not supported: {USE_FOLDER}"
             )
-        return config | {"rope_scaling": self._rope_scaling(config["rope_theta"], H)}
+        scaling = self._rope_scaling(config["rope_theta"], H)
+        kind = rope.KINDS.get(scaling["rope_type"]) if scaling else None
+        if kind and kind.vllm_multiplies:
+            # config.json names the length before it is stretched; converted files name no other.
+            original = self._metadata("rope.scaling.original_context_length", 0, whole(0))
+            config["max_position_embeddings"] = original or config["max_position_embeddings"]
+        return config | {"rope_scaling": scaling}
 
     def _dtype_name(self) -> str:
         """float16, unless a value may overflow it."""
@@ -242,47 +218,19 @@ class GgufBase(Base):
         return self._format.dtype or ("bfloat16" if bfloat16 else "float16")
 
     def _rope_scaling(self, theta: float, H: int) -> dict[str, Any] | None:
-        for tensor in self._reader.tensors:
-            if tensor.name == ROPE_FREQS:
-                return self._llama3(np.asarray(tensor.data, np.float32).reshape(-1), theta, H)
         prefix = f"{self._format.architecture}.rope.scaling"
-        kind = self._field(f"{prefix}.type")
-        if kind in (None, "none"):
-            return None
-        for key, neutral in NEUTRAL.items():
-            if (value := self._field(f"{prefix}.{key}", neutral)) != neutral:
-                raise ModelError(
-                    f"{self.path}: {prefix}.{key} is {short(value)}, which is not supported: "
-                    f"{USE_FOLDER}"
-                )
-        scaling = {"rope_type": kind, "factor": self._field(f"{prefix}.factor")}
-        keys = rope.KINDS[kind].gguf if isinstance(kind, str) and kind in rope.KINDS else {}
-        scaling |= {name: self._field(f"{prefix}.{key}") for name, key in keys.items()}
-        check(scaling, rope.CHECKS, f"{self.path}: {prefix}")
-        return scaling
-
-    def _llama3(self, divisors: np.ndarray, theta: float, H: int) -> dict[str, Any]:
-        """The parameters that give these divisors of the frequencies [H / 2].
-
-        The file does not keep them. All released Llama 3 share them except the factor, which is the
-        largest divisor; this is checked.
-        """
-        spec = RopeSpec(
-            type="llama3", theta=theta, factor=float(divisors.max()), original_length=8192
-        )
-        wanted = base_frequencies(theta, H) / np.asarray(llama3_frequencies(spec, H, 0).inverse)
-        if wanted.shape != divisors.shape or not np.allclose(wanted, divisors, rtol=1e-4):
-            raise ModelError(
-                f"{self.path}: its RoPE factors ({ROPE_FREQS}) are not of the kind llama3: "
-                f"{USE_FOLDER}"
-            )
-        return {
-            "rope_type": "llama3",
-            "factor": spec.factor,
-            "low_freq_factor": spec.low_freq_factor,
-            "high_freq_factor": spec.high_freq_factor,
-            "original_max_position_embeddings": spec.original_length,
+        tensors = {
+            tensor.name: np.asarray(tensor.data, np.float32).reshape(-1)
+            for tensor in self._reader.tensors
+            if tensor.name in TENSORS
         }
+        return read_rope(
+            lambda key: self._field(f"{prefix}.{key}"),
+            tensors,
+            theta=theta,
+            H=H,
+            where=f"{self.path}: {prefix}",
+        )
 
     def tokenizer(self) -> Any:
         """A fast tokenizer of transformers, from the metadata."""
@@ -296,19 +244,3 @@ class GgufBase(Base):
             if "tokens" not in fields:
                 raise ModelError(f"{self.path}: the metadata holds no tokenizer")
             return gguf_tokenizer.build(self.path, fields, self._field("tokenizer.chat_template"))
-
-
-def _hf_name(name: str, layer: dict[str, str]) -> str:
-    stem, _, kind = name.rpartition(".")
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
-        return f"model.layers.{match[1]}.{layer.get(match[2], match[2])}.{kind}"
-    return f"{WHOLE.get(stem, stem)}.{kind}"
-
-
-def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's interleaving of pairs along the output axis: HF has two halves."""
-    return (
-        array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(array.shape)
-    )

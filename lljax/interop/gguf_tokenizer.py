@@ -48,12 +48,20 @@ class Rule:
     adds_bos: bool = False
 
 
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 RULES = {  # by tokenizer.ggml.pre
     "default": Rule(BYTES),
     "gpt-2": Rule(BYTES),
     "smollm": Rule(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])),
     "llama-bpe": Rule(_split(WORDS % r"\p{N}{1,3}"), whole_words=True, adds_bos=True),
+    "dbrx": Rule(_split(WORDS % r"\p{N}{1,3}")),
     "qwen2": Rule(_split(WORDS % r"\p{N}"), composes=True),
+    "stablelm2": Rule(_split(WORDS % r"\p{N}")),
+    "tekken": Rule(_split(TEKKEN), whole_words=True, adds_bos=True),
 }
 
 

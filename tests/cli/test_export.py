@@ -56,6 +56,6 @@ def test_format_folder_dtype_and_step_are_taken(workdir, tmp_path, capsys):
 
 def test_wrong_values_are_refused_before_the_run_is_read(tmp_path, capsys):
     flags = f"--workdir={tmp_path}"
-    assert "is none of peft, merged, split" in refused(capsys, flags, "--format=gguf")
+    assert "is none of peft, merged, split" in refused(capsys, flags, "--format=onnx")
     assert "--dtype='int8' is none of float32" in refused(capsys, flags, "--dtype=int8")
     assert "no run was started" in refused(capsys, flags)

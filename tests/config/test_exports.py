@@ -11,7 +11,7 @@ def test_the_table_has_every_format():
     assert list(REFUSALS) == list(FORMATS)
 
 
-QUANTIZED = ["w4a16", "w8a16", "fp8"]
+QUANTIZED = ["w4a16", "w8a16", "fp8", "gguf"]
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,11 @@ QUANTIZED = ["w4a16", "w8a16", "fp8"]
 def test_a_run_is_offered_the_formats_that_hold_its_model(changes, held):
     config = default_config()
     config.update_from_flattened_dict(changes)
-    assert formats(config.to_dict()) == held + QUANTIZED
+    lora = "peft" in held and not config.lora.dora
+    assert formats(config.to_dict()) == held + QUANTIZED + (["gguf_lora"] if lora else [])
 
 
 def test_a_run_without_these_fields_has_their_defaults():
-    assert formats({}) == formats({"lora": 3}) == ["peft", "merged", "split", *QUANTIZED]
+    assert (
+        formats({}) == formats({"lora": 3}) == ["peft", "merged", "split", *QUANTIZED, "gguf_lora"]
+    )

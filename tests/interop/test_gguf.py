@@ -256,7 +256,8 @@ def test_the_betas_of_yarn_are_read(tmp_path):
         ("context_length", True, "context_length is True"),
         ("rope.dimension_count", 4, "dimension_count is 4 of 8 dimensions"),
         ("rope.scaling.factor", math.nan, "rope.scaling: factor is nan"),
-        ("rope.scaling.attn_factor", 1.5, "attn_factor is 1.5, which is not supported"),
+        ("rope.scaling.attn_factor", math.nan, "attn_factor is nan"),
+        ("rope.scaling.yarn_attn_factor", 1.5, "yarn_attn_factor is 1.5, which is not supported"),
         ("rope.scaling.yarn_log_multiplier", 0.1, "yarn_log_multiplier is 0.1"),
     ],
 )

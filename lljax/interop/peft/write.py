@@ -53,7 +53,7 @@ def write_adapter(
       ConfigError: PEFT would read the factors of experts in another way.
     """
     _check_experts(model)
-    arrays, scales = _factors(model, base)
+    arrays, scales = factors(model, base)
     saved = set()
     for _, variable in declared(model) if whole_modules else ():
         if isinstance(variable, Weight) and variable.get_metadata().get("trainable", False):
@@ -124,7 +124,7 @@ def _check_experts(model: Decoder) -> None:
     raise ConfigError(f"an adapter cannot be written: {reason}; export with --format=merged")
 
 
-def _factors(model: Decoder, base: Base | None) -> tuple[dict[str, np.ndarray], dict[str, Scale]]:
+def factors(model: Decoder, base: Base | None) -> tuple[dict[str, np.ndarray], dict[str, Scale]]:
     """The tensors of an adapter by name, and the rank and alpha of each adapted HF module by its
     name.
 

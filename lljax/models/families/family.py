@@ -30,9 +30,14 @@ def _no_entries(config: dict, metadata: Metadata, names: set[str]) -> dict[str, 
     return {}
 
 
+def _no_metadata(spec: DecoderSpec) -> dict[str, Any]:
+    return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class GgufFormat:
-    """A family in GGUF files, as llama.cpp's convert_hf_to_gguf.py writes them.
+    """A family in GGUF files, as llama.cpp's convert_hf_to_gguf.py writes them and llama.cpp reads
+    them; families may share an architecture.
 
     names: HF names of tensors of a layer by their GGUF names, where they differ from
       lljax.interop.gguf.LAYER.
@@ -42,6 +47,8 @@ class GgufFormat:
       type.
     config(config, metadata, names): more entries of config.json, from the entries that all families
       have, the metadata and the HF names of the tensors.
+    metadata(spec): the inverse, more metadata by key below the architecture.
+    rope_kinds: the kinds of RoPE that llama.cpp applies in models of this architecture.
     """
 
     architecture: str
@@ -50,6 +57,8 @@ class GgufFormat:
     norms_plus_one: bool = False
     dtype: str | None = None
     config: Callable[[dict, Metadata, set[str]], dict[str, Any]] = _no_entries
+    metadata: Callable[[DecoderSpec], dict[str, Any]] = _no_metadata
+    rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
 
 
 @dataclasses.dataclass(frozen=True)

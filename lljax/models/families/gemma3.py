@@ -86,6 +86,15 @@ def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str,
     }
 
 
+def _gguf_metadata(spec: DecoderSpec) -> dict[str, Any]:
+    """llama.cpp knows the rest: every sixth layer is global, scores are scaled by `H ** -0.5`."""
+    window = next((layer.window for layer in spec.layers if layer.window), spec.max_length)
+    return {
+        "attention.sliding_window": window,
+        "rope.freq_base_swa": float(spec.more_ropes[0].theta),
+    }
+
+
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
@@ -109,5 +118,6 @@ FAMILY = Family(
         norms_plus_one=True,
         dtype="bfloat16",  # its activations overflow float16
         config=_gguf_config,
+        metadata=_gguf_metadata,
     ),
 )

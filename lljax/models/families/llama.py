@@ -17,14 +17,23 @@ def _decoder(c: dict) -> dict[str, Any]:
 
 
 def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
-    return {"attention_bias": "model.layers.0.self_attn.q_proj.bias" in names}
+    return {
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "mlp_bias": "model.layers.0.mlp.up_proj.bias" in names,
+    }
 
 
+GGUF = GgufFormat(
+    architecture="llama",
+    permuted=True,
+    config=_gguf_config,
+    rope_kinds=("default", "linear", "yarn", "llama3", "longrope"),
+)
 FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     defaults={"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
     decoder=_decoder,
     checks={"mlp_bias": FLAG},
-    gguf=GgufFormat(architecture="llama", permuted=True, config=_gguf_config),
+    gguf=GGUF,
 )

@@ -1,11 +1,12 @@
 """Mistral: a sliding window in every layer (Jiang et al. 2023, arXiv 2310.06825); transformers
 `models/mistral/modeling_mistral.py`.
 
-Its GGUF files call themselves llama, and are read as such.
+Its GGUF files call themselves llama, and are read as such: without a window.
 """
 
 from typing import Any
 
+from lljax.models.families import llama
 from lljax.models.families.family import Family, sliding_window, uniform_layers
 from lljax.models.spec import LayerSpec
 
@@ -23,4 +24,5 @@ FAMILY = Family(
         "sliding_window": 4096,
     },
     decoder=_decoder,
+    gguf=llama.GGUF,
 )

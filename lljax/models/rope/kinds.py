@@ -315,6 +315,7 @@ KINDS = {
         lists=("short_factor", "long_factor"),
         names_original=True,
         factor_from_lengths=True,
+        gguf={"original_max_position_embeddings": "original_context_length"},
         extends=("longrope",),
         grow=grow_longrope,
     ),
