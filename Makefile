@@ -22,6 +22,14 @@ export TOKENIZERS_PARALLELISM = false
 	$(BIN)/pip install --quiet --editable '.[evalscope,lm-eval,trl]'
 	touch $@
 
+# vLLM's Python code, which reads exports in slow tests: on a CPU, without the packages of its kernels
+# (1.6 GB rather than 10).
+.venv/vllm: tests/interop/vllm.txt | .venv/run
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --requirement $<
+	$@/bin/pip install --quiet --no-deps vllm==0.33.0 compressed-tensors==0.17.0
+	touch $@
+
 .venv/lint: .venv/test
 	$(BIN)/pip install --quiet --editable '.[lint]'
 	touch $@

@@ -89,7 +89,13 @@ def hf_folder(tmp_path):
     return lambda *args, name="base", **fields: write_folder(tmp_path / name, *args, **fields)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def make_folder():
+    """make(path, family, tied, ...) -> path, written."""
+    return write_folder
+
+
+@pytest.fixture(scope="session")
 def trained():
     return train
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from quantized_folders import quantize_folder, random_codes, write_kernels
 
 from lljax.build import load_base
 from lljax.errors import ModelError
@@ -26,7 +27,7 @@ from lljax.interop.open import open_base
 from lljax.models.families import spec_from_hf
 from lljax.models.quantize import Quantized, dequantize
 
-F16, BF16, E4M3 = np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
+F16, BF16 = np.float16, ml_dtypes.bfloat16
 INT4, INT8, FP8 = Scheme(4, group=32), Scheme(8, group=32), Scheme(8, "float", -1)
 SCHEMES = {  # name: (layout, scheme, out, in)
     "W4A16": ("compressed-tensors", INT4, 24, 96),
@@ -52,41 +53,6 @@ SCHEMES = {  # name: (layout, scheme, out, in)
     "awq, symmetric": ("awq", INT4, 16, 64),
     "awq by channel": ("awq", Scheme(4, group=-1, symmetric=False), 24, 96),
 }
-
-
-def random_codes(layout, scheme, out, rows, dtype=BF16):
-    """Codes of a random kernel, the extremes among them, and its values float32 [out, in]."""
-    rng = np.random.default_rng(out * rows)
-    group = rows if scheme.group == -1 else scheme.group
-    scale = rng.uniform(0.01, 0.1, (out, rows // group)).astype(np.float32)
-    scale = stored_scale(WRITERS[layout], scale, dtype)
-    whole = np.repeat(scale.astype(np.float32), group, axis=1)
-    if scheme.kind == "float":
-        codes = rng.normal(scale=100, size=(out, rows)).clip(-448, 448).astype(E4M3)
-        codes[0, :2] = 448, -448
-        return Codes(codes, scale), codes.astype(np.float32) * whole
-    codes = rng.integers(0, 1 << scheme.bits, (out, rows), np.uint8)
-    codes[0, :2] = 0, (1 << scheme.bits) - 1
-    if scheme.symmetric:
-        return Codes(codes, scale), (codes.astype(np.float32) - scheme.middle) * whole
-    zero = rng.integers(0, 16, scale.shape, np.uint8)
-    zero[0, 0] = 0
-    return Codes(codes, scale, zero), (codes.astype(np.float32) - np.repeat(zero, group, 1)) * whole
-
-
-def write_kernels(folder, layout, scheme, tensors, quantized, dense=("lm_head",)):
-    """A folder with these tensors and the layout's configuration."""
-    folder.mkdir(exist_ok=True)
-    writer = WRITERS[layout]
-    safetensors.write(
-        folder / "model.safetensors", safetensors.layout(tensors.items()), tensors.__getitem__
-    )
-    file = folder / "config.json"
-    content = json.loads(file.read_text()) if file.exists() else {}
-    config = {"quantization_config": writer.config(scheme, quantized, dense)}
-    file.write_text(json.dumps(content | config))
-    for name, extra in writer.files(scheme, quantized, dense).items():
-        (folder / name).write_text(json.dumps(extra))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -150,37 +116,6 @@ def test_awq_is_what_autoawq_unpacks(name):
             scale = parts[".scales"][:, column + output].astype(np.float32)
             dense[:, column + output] = (q - zero[groups]) * scale[groups]
     np.testing.assert_array_equal(dense.T, values)
-
-
-def quantize_folder(base, out, layout, scheme, dtype=np.float32):
-    """A folder with random codes in place of its kernels, and the values of the kernels by name."""
-    folder = open_base(str(base))
-    shapes = {
-        name.removesuffix(".weight"): folder.shape(name)
-        for name in folder.names()
-        if name.endswith(".weight") and len(folder.shape(name)) == 2 and "embed" not in name
-    }
-    never = {name for name in shapes if name == "lm_head" or name.endswith("mlp.gate")}
-    dense = left_dense(
-        WRITERS[layout], scheme, {name: s for name, s in shapes.items() if name not in never}
-    )
-    tensors, values = {}, {}
-    for name in folder.names():
-        module = name.removesuffix(".weight")
-        if module in shapes and module not in never and module not in dense:
-            codes, values[name] = random_codes(layout, scheme, *shapes[module], dtype)
-            tensors |= {
-                module + end: part for end, part in WRITERS[layout].tensors(codes, scheme).items()
-            }
-        else:
-            tensors[name] = np.array(folder.read(name))
-    out.mkdir()
-    (out / "config.json").write_text((base / "config.json").read_text())
-    quantized = [name.removesuffix(".weight") for name in values]
-    write_kernels(out, layout, scheme, tensors, quantized, ["lm_head", *never, *dense])
-    for file in base.glob("tokenizer*"):
-        (out / file.name).write_bytes(file.read_bytes())
-    return values
 
 
 @pytest.mark.parametrize(
@@ -304,6 +239,13 @@ def test_dense_modules_have_the_names_that_each_reader_looks_for():
     plain = WRITERS["gptq"].config(INT4, quantized, ["lm_head"])
     assert "modules_in_block_to_quantize" not in plain
     assert WRITERS["gptq"].files(INT4, quantized, dense) == {"quantize_config.json": config["gptq"]}
+
+
+def test_dense_experts_are_refused_where_vllm_does_not_take_them():
+    dense = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.3.up_proj"]
+    assert "experts.3.up_proj is dense" in WRITERS["gptq"].refuses_dense(dense)
+    assert WRITERS["gptq"].refuses_dense(dense[:2]) == ""
+    assert all(WRITERS[name].refuses_dense(dense) == "" for name in ("awq", "compressed-tensors"))
 
 
 def test_codes_that_are_not_of_the_scheme_are_errors():

@@ -59,6 +59,12 @@ class LayoutWriter(Protocol):
         """Why a kernel [out, rows] is left dense; "" if it is quantized."""
         ...
 
+    def refuses_dense(self, dense: Iterable[str]) -> str:
+        """Why loaders do not take a model with these modules dense, and what to use; "" if they
+        do.
+        """
+        ...
+
     def scale_dtype(self, model_dtype: Any) -> np.dtype:
         """The dtype of scales in the file."""
         ...
@@ -146,6 +152,9 @@ class CompressedTensorsWriter:
     def refuses_shape(self, out: int, rows: int, scheme: Scheme) -> str:
         return _refuses_rows(rows, scheme)
 
+    def refuses_dense(self, dense: Iterable[str]) -> str:
+        return ""
+
     def scale_dtype(self, model_dtype: Any) -> np.dtype:
         return np.dtype(model_dtype)
 
@@ -220,6 +229,15 @@ class GptqWriter:
     def refuses_shape(self, out: int, rows: int, scheme: Scheme) -> str:
         return _refuses_rows(rows, scheme) or _refuses_words(out, rows, scheme)
 
+    def refuses_dense(self, dense: Iterable[str]) -> str:
+        expert = next((name for name in dense if EXPERT.fullmatch(name)), None)
+        if expert is None:
+            return ""
+        return (
+            f"vLLM takes no gptq with dense experts, and {expert} is dense: use a group that "
+            "divides its inputs, or layout compressed-tensors"
+        )
+
     def scale_dtype(self, model_dtype: Any) -> np.dtype:
         return np.dtype(np.float16)
 
@@ -274,6 +292,9 @@ class AwqWriter:
 
     def refuses_shape(self, out: int, rows: int, scheme: Scheme) -> str:
         return _refuses_rows(rows, scheme) or _refuses_words(out, rows, scheme)
+
+    def refuses_dense(self, dense: Iterable[str]) -> str:
+        return ""
 
     def scale_dtype(self, model_dtype: Any) -> np.dtype:
         return np.dtype(np.float16)
@@ -371,7 +392,7 @@ def _refuses_words(out: int, rows: int, scheme: Scheme) -> str:
 
 
 def _with_experts(dense: Iterable[str]) -> list[str]:
-    """The modules, and the name that vLLM gives all experts of a layer together."""
+    """The modules, and vLLM's name for all experts of a layer together."""
     names: dict[str, None] = {}
     for name in dense:
         names[name] = None
