@@ -50,7 +50,7 @@ def peak_rss() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--model", required=True, help="a folder as transformers saves it")
     parser.add_argument("--rows", required=True, help="a .npy file of token rows, int32 [rows, T]")
     parser.add_argument("--method", choices=("gptq", "awq", "rtn"), required=True)

@@ -24,17 +24,13 @@ SCHEMES = {
 
 @pytest.fixture
 def both(hf_folder, tmp_path):
-    """make(scheme) -> (the folder with quantized kernels, the same model with dense kernels)."""
+    """make(scheme, family, sizes) -> (the folder with quantized kernels, the same model with dense
+    kernels).
+    """
 
-    def make(scheme):
-        folder = hf_folder(
-            "llama",
-            False,
-            hidden_size=128,
-            intermediate_size=192,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
+    def make(scheme, family="llama", **sizes):
+        sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2} | sizes
+        folder = hf_folder(family, False, **sizes)
         quantize_folder(folder, tmp_path / "quantized", "compressed-tensors", scheme)
         base = open_base(str(tmp_path / "quantized"))
         dense = tmp_path / "dense"
@@ -65,7 +61,7 @@ def linears(model):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_logits_are_those_of_the_dequantized_model(both, logits, name):
-    quantized, dense = both(SCHEMES[name])
+    quantized, dense = both(SCHEMES[name], intermediate_size=192)
     wanted = load(dense)
     decompressed = transformers.CompressedTensorsConfig(dequantize=True)
     dequantized = load(quantized, quantization_config=decompressed)
@@ -82,3 +78,12 @@ def test_logits_are_those_of_the_dequantized_model(both, logits, name):
         assert 1e-3 < difference < 0.2
     else:
         assert difference < 1e-4
+
+
+def test_experts_are_dequantized(both, logits):
+    quantized, dense = both(Scheme(4, group=32), "qwen3_moe", moe_intermediate_size=64, head_dim=32)
+    model, wanted = load(quantized), load(dense)
+    np.testing.assert_allclose(logits(model), logits(wanted), atol=1e-4, rtol=1e-4)
+    for name in ("gate_up_proj", "down_proj"):
+        experts = [getattr(each.model.layers[1].mlp.experts, name) for each in (model, wanted)]
+        assert torch.equal(*experts) and experts[0].std() > 0.01

@@ -236,6 +236,10 @@ def test_dense_modules_have_the_names_that_each_reader_looks_for():
     assert all(map(skipped, [*dense, "model.layers.0.mlp.experts"]))
     assert not any(map(skipped, [*quantized, "model.layers.0.mlp.gate_up_proj"]))
     assert config["gptq"]["modules_in_block_to_quantize"] == [["mlp.down_proj"]]
+    experts = ["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.self_attn.q_proj"]
+    assert WRITERS["gptq"].config(INT4, experts, dense[:2])["modules_in_block_to_quantize"] == [
+        ["self_attn.q_proj", "up_proj"]
+    ]
     plain = WRITERS["gptq"].config(INT4, quantized, ["lm_head"])
     assert "modules_in_block_to_quantize" not in plain
     assert WRITERS["gptq"].files(INT4, quantized, dense) == {"quantize_config.json": config["gptq"]}

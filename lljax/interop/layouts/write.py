@@ -402,5 +402,7 @@ def _with_experts(dense: Iterable[str]) -> list[str]:
 
 
 def _end(name: str) -> str:
-    """The end of a module's name that is alike in all layers: "self_attn.q_proj"."""
-    return re.sub(r".*\.layers\.\d+\.|(?<=experts\.)\d+\.", "", name)
+    """The end of a module's name that is alike in all layers: "self_attn.q_proj"; of experts, whose
+    number is in the middle, "up_proj".
+    """
+    return re.sub(r".*\.layers\.\d+\.(.*\.experts\.\d+\.)?", "", name)
