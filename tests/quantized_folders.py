@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from lljax.interop import safetensors
-from lljax.interop.layouts import WRITERS, Codes, left_dense, stored_scale
+from lljax.interop.layouts import WRITERS, Codes
 from lljax.interop.open import open_base
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
@@ -18,7 +18,7 @@ def random_codes(layout, scheme, out, rows, dtype=BF16, seed=0):
     group = rows if scheme.group == -1 else scheme.group
     largest = 448 if scheme.kind == "float" else scheme.middle
     scale = rng.uniform(0.1, 0.4, (out, rows // group)).astype(np.float32) / largest
-    scale = stored_scale(WRITERS[layout], scale, dtype)
+    scale = scale.astype(dtype).astype(WRITERS[layout].scale_dtype(dtype))
     whole = np.repeat(scale.astype(np.float32), group, axis=1)
     if scheme.kind == "float":
         codes = rng.normal(scale=100, size=(out, rows)).clip(-448, 448).astype(E4M3)
@@ -57,13 +57,10 @@ def quantize_folder(base, out, layout, scheme, dtype=np.float32):
         if name.endswith(".weight") and len(folder.shape(name)) == 2 and "embed" not in name
     }
     never = {name for name in shapes if name == "lm_head" or name.endswith("mlp.gate")}
-    dense = left_dense(
-        WRITERS[layout], scheme, {name: s for name, s in shapes.items() if name not in never}
-    )
     tensors, values = {}, {}
     for name in folder.names():
         module = name.removesuffix(".weight")
-        if module in shapes and module not in never and module not in dense:
+        if module in shapes and module not in never:
             codes, values[name] = random_codes(
                 layout, scheme, *shapes[module], dtype, seed=len(values)
             )
@@ -75,7 +72,7 @@ def quantize_folder(base, out, layout, scheme, dtype=np.float32):
     out.mkdir()
     (out / "config.json").write_text((base / "config.json").read_text())
     quantized = [name.removesuffix(".weight") for name in values]
-    write_kernels(out, layout, scheme, tensors, quantized, [*sorted(never), *dense])
+    write_kernels(out, layout, scheme, tensors, quantized, sorted(never))
     for file in base.glob("tokenizer*"):
         (out / file.name).write_bytes(file.read_bytes())
     return values

@@ -20,8 +20,6 @@ from lljax.interop.layouts import (
     Kernel,
     Scheme,
     layout_of,
-    left_dense,
-    stored_scale,
 )
 from lljax.interop.open import open_base
 from lljax.models.families import spec_from_hf
@@ -151,18 +149,6 @@ def test_a_folder_is_a_base_that_holds_the_codes(
     )
 
 
-def test_scales_are_what_loaders_compute_with_and_positive():
-    scale = np.array([[0.1, 1e-12, 0.0, 1e6]], np.float32)
-    gptq = stored_scale(WRITERS["gptq"], scale, BF16)
-    assert gptq.dtype == F16 and gptq[0, 2] == 0 and np.isfinite(gptq).all()
-    assert gptq[0, 1] > 0
-    np.testing.assert_array_equal(gptq[0, :1], gptq[0, :1].astype(BF16).astype(F16))
-    assert gptq[0, 0] != F16(0.1)  # which bfloat16 does not hold
-    native = stored_scale(WRITERS["compressed-tensors"], scale, BF16)
-    assert native.dtype == BF16 and native[0, 3] == BF16(1e6)
-    assert stored_scale(WRITERS["compressed-tensors"], scale, np.float32)[0, 0] == np.float32(0.1)
-
-
 @pytest.mark.parametrize(
     "layout,scheme,reason",
     [
@@ -200,28 +186,6 @@ def test_shapes_that_a_format_cannot_hold_are_named():
     assert "99 inputs" in awq.refuses_shape(8, 99, Scheme(4, group=-1))
 
 
-def test_modules_that_loaders_fuse_are_dense_together():
-    block = "model.layers.{}.{}".format
-    shapes = {
-        block(0, "self_attn.q_proj"): (64, 64),
-        block(0, "self_attn.k_proj"): (4, 64),  # in eights of outputs, no
-        block(0, "self_attn.v_proj"): (64, 64),
-        block(1, "self_attn.q_proj"): (64, 64),
-        block(0, "mlp.down_proj"): (64, 96),
-        block(0, "mlp.experts.0.gate_proj"): (96, 64),
-        block(0, "mlp.experts.0.down_proj"): (64, 96),
-        block(0, "mlp.experts.1.down_proj"): (64, 80),  # in groups of 32, no
-    }
-    reasons = left_dense(WRITERS["gptq"], INT4, shapes)
-    assert set(reasons) == {name for name in shapes if "0.self_attn" in name or "experts" in name}
-    assert "4 outputs" in reasons[block(0, "self_attn.k_proj")]
-    assert "k_proj" in reasons[block(0, "self_attn.q_proj")]
-    assert "experts.1.down_proj" in reasons[block(0, "mlp.experts.0.gate_proj")]
-    assert left_dense(WRITERS["compressed-tensors"], INT4, shapes).keys() == {
-        name for name in shapes if "experts" in name
-    }
-
-
 def test_dense_modules_have_the_names_that_each_reader_looks_for():
     quantized = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     dense = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.1.up_proj"]
@@ -243,13 +207,6 @@ def test_dense_modules_have_the_names_that_each_reader_looks_for():
     plain = WRITERS["gptq"].config(INT4, quantized, ["lm_head"])
     assert "modules_in_block_to_quantize" not in plain
     assert WRITERS["gptq"].files(INT4, quantized, dense) == {"quantize_config.json": config["gptq"]}
-
-
-def test_dense_experts_are_refused_where_vllm_does_not_take_them():
-    dense = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.3.up_proj"]
-    assert "experts.3.up_proj is dense" in WRITERS["gptq"].refuses_dense(dense)
-    assert WRITERS["gptq"].refuses_dense(dense[:2]) == ""
-    assert all(WRITERS[name].refuses_dense(dense) == "" for name in ("awq", "compressed-tensors"))
 
 
 def test_codes_that_are_not_of_the_scheme_are_errors():

@@ -90,29 +90,7 @@ QUANTIZED = {  # name: (family and sizes, layout, scheme, vLLM's class of kernel
         "AutoAWQMarlinLinearMethod",
         "AutoAWQMoEMethod",
     ),
-    "dense experts W4A16": (
-        MOE,
-        "compressed-tensors",
-        INT4,
-        "CompressedTensorsWNA16",
-        "UnquantizedFusedMoEMethod",
-    ),
-    "dense experts awq": (
-        MOE,
-        "awq",
-        Scheme(4, group=128, symmetric=False),
-        "AutoAWQMarlinLinearMethod",
-        "UnquantizedFusedMoEMethod",
-    ),
 }
-# Of 192 inputs: only o_proj and down_proj are quantized.
-NARROW = ("llama", SIZES | {"hidden_size": 192, "head_dim": 32, "intermediate_size": 256})
-PARTLY = {  # name: (family and sizes, layout, scheme)
-    "W4A16 of 192": (NARROW, "compressed-tensors", INT4),
-    "gptq of 192": (NARROW, "gptq", INT4),
-    "awq of 192": (NARROW, "awq", Scheme(4, group=128, symmetric=False)),
-}
-REFUSED = {"dense experts gptq": (MOE, "gptq", INT4)}  # see GptqWriter.refuses_dense
 O_PROJ = "model.layers.1.self_attn.o_proj"
 LLAMA3 = {
     "rope_type": "llama3",
@@ -174,7 +152,7 @@ def judged(tmp_path_factory, make_folder, trained):
     """{case: vLLM's report}, {case and module: kernel}, {case: our values by name}."""
     folder = tmp_path_factory.mktemp("vllm")
     values, cases = {}, export_cases(folder, make_folder, trained)
-    for name, ((family, sizes), layout, scheme, *_) in (QUANTIZED | PARTLY | REFUSED).items():
+    for name, ((family, sizes), layout, scheme, *_) in QUANTIZED.items():
         base = make_folder(folder / f"{name} base", family, False, torch.bfloat16, **sizes)
         values[name] = quantize_folder(base, folder / name, layout, scheme, ml_dtypes.bfloat16)
         cases[name] = {"command": f"vllm serve '{folder / name}'", "values": [O_PROJ]}
@@ -206,22 +184,6 @@ def test_vllm_loads_quantized_kernels_and_leaves_dense_ones(judged, name):
     else:
         assert held["mlp.gate_up_proj"] == kernels and held["mlp.down_proj"].startswith(down)
     np.testing.assert_array_equal(arrays[f"{name} {O_PROJ}"], values[name][f"{O_PROJ}.weight"])
-
-
-@pytest.mark.parametrize("name", PARTLY)
-def test_vllm_leaves_layers_dense_that_it_fuses(judged, name):
-    reports, arrays, values = judged
-    report = reports[name]
-    assert "error" not in report, report
-    held = {module.partition(".1.")[2]: kind for module, kind in report["methods"].items()}
-    dense = {held["self_attn.qkv_proj"], held["mlp.gate_up_proj"]}
-    assert dense == {"UnquantizedLinearMethod"}
-    assert held["self_attn.o_proj"] == held["mlp.down_proj"] != "UnquantizedLinearMethod"
-    np.testing.assert_array_equal(arrays[f"{name} {O_PROJ}"], values[name][f"{O_PROJ}.weight"])
-
-
-def test_vllm_refuses_dense_experts_in_gptq(judged):
-    assert "no parameter 'w2_weight'" in judged[0]["dense experts gptq"]["error"]
 
 
 @pytest.mark.parametrize("rope", ROPES)

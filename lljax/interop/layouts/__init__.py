@@ -7,14 +7,7 @@ from lljax.interop.layouts.bitsandbytes import BitsAndBytes
 from lljax.interop.layouts.grouped import Awq, CompressedTensors, Fp8, Gptq
 from lljax.interop.layouts.kernel import Kernel, Layout
 from lljax.interop.layouts.mxfp4 import Mxfp4
-from lljax.interop.layouts.write import (
-    WRITERS,
-    Codes,
-    LayoutWriter,
-    Scheme,
-    left_dense,
-    stored_scale,
-)
+from lljax.interop.layouts.write import WRITERS, Codes, LayoutWriter, Scheme
 from lljax.models.quantize import FORMS, Form
 
 __all__ = [
@@ -27,8 +20,6 @@ __all__ = [
     "Scheme",
     "form_of",
     "layout_of",
-    "left_dense",
-    "stored_scale",
 ]
 
 LAYOUTS = {  # by quantization_config.quant_method

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -39,7 +39,7 @@ class Codes:
     """A quantized kernel in HF orientation, numpy.
 
     codes: uint8 [out, in], the integer plus `Scheme.middle`; or float8_e4m3fn [out, in]. scale:
-    [out, groups], as `LayoutWriter.stored_scale` returns it. zero: uint8 [out, groups], or None in
+    [out, groups], in the dtype `LayoutWriter.scale_dtype`. zero: uint8 [out, groups], or None in
     a symmetric scheme. The kernel is (codes - zero) * scale.
     """
 
@@ -57,12 +57,6 @@ class LayoutWriter(Protocol):
 
     def refuses_shape(self, out: int, rows: int, scheme: Scheme) -> str:
         """Why a kernel [out, rows] is left dense; "" if it is quantized."""
-        ...
-
-    def refuses_dense(self, dense: Iterable[str]) -> str:
-        """Why loaders do not take a model with these modules dense, and what to use; "" if they
-        do.
-        """
         ...
 
     def scale_dtype(self, model_dtype: Any) -> np.dtype:
@@ -95,47 +89,6 @@ class LayoutWriter(Protocol):
         ...
 
 
-def stored_scale(writer: LayoutWriter, scale: np.ndarray, model_dtype: Any) -> np.ndarray:
-    """Scales float32, rounded so that every loader computes with the same values.
-
-    They are rounded to the dtype in the file and to the model's, to which vLLM casts them; a
-    positive scale stays positive and finite.
-    """
-    dtype = writer.scale_dtype(model_dtype)
-    types = [ml_dtypes.finfo(each) for each in (np.dtype(model_dtype), dtype)]
-    low = max(float(each.smallest_subnormal) for each in types)
-    high = min(float(each.max) for each in types)
-    with np.errstate(over="ignore"):
-        rounded = scale.astype(model_dtype).astype(np.float32)
-    return np.where(scale > 0, np.clip(rounded, low, high), 0).astype(dtype)
-
-
-def left_dense(
-    writer: LayoutWriter, scheme: Scheme, shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, str]:
-    """{module: reason} of the modules of these shapes (out, in) that stay dense.
-
-    Loaders fuse the modules of a block that read the same inputs (q, k and v; gate and up), and all
-    experts of a layer, and want one scheme for all of them: they stay dense together.
-    """
-    reasons = {
-        name: reason
-        for name, (out, rows) in shapes.items()
-        if (reason := writer.refuses_shape(out, rows, scheme))
-    }
-
-    def fused(name: str) -> tuple:
-        expert = EXPERT.fullmatch(name)
-        return (expert[1],) if expert else (name.rpartition(".")[0], shapes[name][1])
-
-    first = {fused(name): name for name in reversed(reasons)}
-    for name in shapes:
-        other = first.get(fused(name))
-        if other is not None and name not in reasons:
-            reasons[name] = f"loaders fuse it with {other}, which is dense"
-    return reasons
-
-
 class CompressedTensorsWriter:
     """pack-quantized and float-quantized; see `CompressedTensors`, which reads them."""
 
@@ -151,9 +104,6 @@ class CompressedTensorsWriter:
 
     def refuses_shape(self, out: int, rows: int, scheme: Scheme) -> str:
         return _refuses_rows(rows, scheme)
-
-    def refuses_dense(self, dense: Iterable[str]) -> str:
-        return ""
 
     def scale_dtype(self, model_dtype: Any) -> np.dtype:
         return np.dtype(model_dtype)
@@ -229,15 +179,6 @@ class GptqWriter:
     def refuses_shape(self, out: int, rows: int, scheme: Scheme) -> str:
         return _refuses_rows(rows, scheme) or _refuses_words(out, rows, scheme)
 
-    def refuses_dense(self, dense: Iterable[str]) -> str:
-        expert = next((name for name in dense if EXPERT.fullmatch(name)), None)
-        if expert is None:
-            return ""
-        return (
-            f"vLLM takes no gptq with dense experts, and {expert} is dense: use a group that "
-            "divides its inputs, or layout compressed-tensors"
-        )
-
     def scale_dtype(self, model_dtype: Any) -> np.dtype:
         return np.dtype(np.float16)
 
@@ -292,9 +233,6 @@ class AwqWriter:
 
     def refuses_shape(self, out: int, rows: int, scheme: Scheme) -> str:
         return _refuses_rows(rows, scheme) or _refuses_words(out, rows, scheme)
-
-    def refuses_dense(self, dense: Iterable[str]) -> str:
-        return ""
 
     def scale_dtype(self, model_dtype: Any) -> np.dtype:
         return np.dtype(np.float16)
