@@ -28,11 +28,16 @@ pytestmark = [
 ]
 INT4 = Scheme(4, group=128)
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-# An MLP of 192, which groups of 128 do not divide: down_proj stays dense.
-LLAMA = ("llama", SIZES | {"intermediate_size": 192})
+LLAMA = ("llama", SIZES | {"intermediate_size": 256})
 MOE = ("qwen3_moe", SIZES | {"moe_intermediate_size": 64, "head_dim": 32})
-QUANTIZED = {  # name: (family and sizes, layout, scheme, vLLM's class of kernels, down_proj's)
-    "W4A16": (LLAMA, "compressed-tensors", INT4, "CompressedTensorsWNA16", "Unquantized"),
+QUANTIZED = {  # family and sizes, layout, scheme, vLLM's class of kernels, of down_proj or experts
+    "W4A16": (
+        LLAMA,
+        "compressed-tensors",
+        INT4,
+        "CompressedTensorsWNA16",
+        "CompressedTensorsWNA16",
+    ),
     "W8A16": (
         LLAMA,
         "compressed-tensors",
@@ -47,7 +52,7 @@ QUANTIZED = {  # name: (family and sizes, layout, scheme, vLLM's class of kernel
         "CompressedTensorsW8A8Fp8",
         "CompressedTensorsW8A8Fp8",
     ),
-    "gptq": (LLAMA, "gptq", INT4, "AutoGPTQLinearMethod", "Unquantized"),
+    "gptq": (LLAMA, "gptq", INT4, "AutoGPTQLinearMethod", "AutoGPTQLinearMethod"),
     "gptq of 8 bits": (
         LLAMA,
         "gptq",
@@ -60,7 +65,7 @@ QUANTIZED = {  # name: (family and sizes, layout, scheme, vLLM's class of kernel
         "awq",
         Scheme(4, group=128, symmetric=False),
         "AutoAWQMarlinLinearMethod",
-        "Unquantized",
+        "AutoAWQMarlinLinearMethod",
     ),
     "experts W4A16": (
         MOE,
