@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from lljax.compression.layers import LayerStream, Rows
-from lljax.compression.methods import METHODS, Kernels, Settings
+from lljax.compression.methods import METHODS, Kernels
 from lljax.compression.observe import linear_layers
 from lljax.compression.recipe import Recipe, modules_of, stays_dense
 from lljax.data.files import atomic_write
@@ -146,7 +146,7 @@ def compress(
             config = dense_config(base) | {"quantization_config": modules.config}
             atomic_write(folder / "config.json", json.dumps(config))
             atomic_write(folder / REPORT, json.dumps(_report(layer, kernels)))
-            tensors = _tensors(layer, kernels, changed, base, recipe, settings)
+            tensors = _tensors(layer, kernels, changed, base, recipe)
             table = safetensors.layout(tensors.items())
             safetensors.write(folder / WEIGHTS, table, tensors.__getitem__)
             left = (time.monotonic() - started) / (number + 1 - first) * (spec.L - number - 1)
@@ -215,7 +215,6 @@ def _tensors(
     changed: list[nnx.Variable],
     base: Base,
     recipe: Recipe,
-    settings: Settings,
 ) -> dict[str, np.ndarray]:
     """All tensors of a layer by HF name. changed: the Variables that the method changed."""
     writer, linears = WRITERS[recipe.layout], linear_layers(layer)
@@ -223,8 +222,7 @@ def _tensors(
     for name, of in kernels.items():
         variable = linears[name].kernel
         for kernel, hf in zip(of, hf_names(variable), strict=True):
-            part = kernel.rounded.to_codes(recipe.scheme, settings.stored)
-            codes.setdefault(hf.removesuffix(".weight"), []).append((variable, part))
+            codes.setdefault(hf.removesuffix(".weight"), []).append((variable, kernel.codes))
     tensors = {
         stem + end: array
         for stem, parts in codes.items()

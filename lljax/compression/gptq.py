@@ -41,14 +41,14 @@ def gptq(
     An input that is always 0 gets zero weights.
     """
     for damp in DAMPS:
-        rounded, sound = _solve(kernel, gram, damp, scheme=scheme, stored=stored, search=search)
+        rounded, sound = solve(kernel, gram, damp, scheme=scheme, stored=stored, search=search)
         if sound:
             return Solution(rounded, damp)
     return Solution(round_to_nearest(kernel, scheme=scheme, stored=stored, search=search), None)
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "stored", "search"))
-def _solve(kernel, gram, damp, *, scheme, stored, search) -> tuple[Rounded, jax.Array]:
+def solve(kernel, gram, damp, *, scheme, stored, search) -> tuple[Rounded, jax.Array]:
     """The rounded kernel, and whether the damped matrix could be inverted."""
     inputs = len(kernel)
     grid = grid_of(kernel, scheme, stored, search)

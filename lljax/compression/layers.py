@@ -122,7 +122,7 @@ class LayerStream:
     def _program(self, layer: DecoderLayer, name: str) -> tuple[Callable, Any]:
         """A compiled program for layers of this kind, and the weights of this one."""
         _, weights = nnx.split(layer)
-        program = _programs(self._decoder.spec, layer.layer, self._layout, self._memory)[name]
+        program = layer_programs(self._decoder.spec, layer.layer, self._layout, self._memory)[name]
         return program, nnx.as_pure(weights)
 
 
@@ -132,7 +132,7 @@ def abstract_layer(spec: DecoderSpec, number: int) -> DecoderLayer:
 
 
 @functools.cache
-def _programs(
+def layer_programs(
     spec: DecoderSpec, kind: LayerSpec, layout: Layout | None, memory: Memory
 ) -> dict[str, Callable]:
     """Functions of (weights, x [B, T, D], segments, positions): `forward` returns x after a layer,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lljax.compression import awq, gptq
 from lljax.compression.observe import Observed, Sums, linear_layers
 from lljax.compression.rounding import Rounded, Stored, output_error, round_to_nearest
-from lljax.interop.layouts import Scheme
+from lljax.interop.layouts import Codes, Scheme
 from lljax.models.decoder_layer import DecoderLayer
 from lljax.models.linear import Linear, RMSNorm
 from lljax.models.moe import ExpertLinear, MoE
@@ -33,14 +33,14 @@ class Settings:
 
 
 class Kernel(NamedTuple):
-    """A rounded kernel. expert: its number, None if it belongs to none.
+    """A rounded kernel, in host memory. expert: its number, None if it belongs to none.
 
     error: see `output_error`; None if nothing was observed. note: what went otherwise than it
     should, for the user; or an empty text.
     """
 
     expert: int | None
-    rounded: Rounded
+    codes: Codes
     error: float | None
     note: str = ""
 
@@ -138,7 +138,8 @@ def _rounded(
             error = None
             if gram is not None:
                 error = float(output_error(kernel, rounded.dense(settings.scheme), gram))
-            kernels.setdefault(name, []).append(Kernel(expert, rounded, error, note))
+            codes = rounded.to_codes(settings.scheme, settings.stored)
+            kernels.setdefault(name, []).append(Kernel(expert, codes, error, note))
     return kernels
 
 

@@ -1,6 +1,6 @@
-"""llm-compressor's part of compression.py; needs llmcompressor and torch, and nothing of lljax.
+"""llm-compressor's part of compress.py; needs llmcompressor and torch, and nothing of lljax.
 
-python scripts/bench/compression_peer.py --model=FOLDER --rows=rows.npy --method=gptq --out=OUT
+python scripts/bench/compress_peer.py --model=FOLDER --rows=rows.npy --method=gptq --out=OUT
 
 Quantizes every Linear but the head to four bits, symmetric, in groups of inputs, calibrated on the
 token rows int32 [rows, T] of a .npy file, and writes OUT in compressed-tensors. Prints JSON on the
