@@ -47,8 +47,14 @@ def whole(base, data, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
-@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize(
+    "method,layout",
+    [("gptq", "compressed-tensors"), ("awq", "awq"), ("rtn", "gptq")]
+    + [
+        pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in (("gptq", "gptq"), ("gptq", "awq"), ("awq", "compressed-tensors"))
+    ],
+)
 def test_the_dense_values_of_an_export_are_near_the_base(base, data, tmp_path, method, layout):
     data_flags = [f"--data={data}", "--rows=2", "--length=24"]
     main(

@@ -117,7 +117,7 @@ def field(path, key):
 
 # ---------------------------------------------------------------- weights
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.gguf])
-@pytest.mark.parametrize("type", ["f32", "bf16"])
+@pytest.mark.parametrize("type", ["f32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_family_is_read_as_it_was_written(tmp_path, family, type):
     base = RandomBase(family)
     if type == "bf16":  # values that bfloat16 holds, but for norms that are stored as 1 + weight

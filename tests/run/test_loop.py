@@ -261,6 +261,7 @@ def test_exports_give_our_logits_in_pytorch(finished, tmp_path):
     compare(peft.PeftModel.from_pretrained(load(base.path, config=config), tmp_path / "peft"))
 
 
+@pytest.mark.slow
 def test_full_training_and_the_python_face(
     tiny, documents, run_config, train_on_one_device, tmp_path
 ):
@@ -312,6 +313,7 @@ def command(config, workdir, *overrides):
     ]
 
 
+@pytest.mark.slow
 def test_yaml_trains_and_bad_input_is_one_line(tiny, documents, tmp_path):
     (tmp_path / "base").symlink_to(tiny)
     (tmp_path / "run.yaml").write_text(f"""

@@ -56,7 +56,7 @@ def test_an_adapter_is_read_under_its_rope_and_told_from_others(adapted, tiny, t
     assert key(2) not in keys and key(2).startswith("trained ")
 
 
-@pytest.mark.parametrize("form", ["none", "int4"])
+@pytest.mark.parametrize("form", ["none", pytest.param("int4", marks=pytest.mark.slow)])
 def test_a_key_knows_the_weights_the_tokenizer_and_what_ends_a_turn(form, tiny, tmp_path):
     def key(chat_template=None):
         models = open_base_models(str(tmp_path), None)
