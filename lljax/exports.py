@@ -205,7 +205,12 @@ def _compress(format: str, exported: Exported, out: Path, options: Options, over
 
         write_folder(out, format, write, overwrite)
         work.remove()
-    return serve_command(spec, out, {})
+    needs = "compressed-tensors" if how.layout == "compressed-tensors" else "gptqmodel optimum"
+    return (
+        f"import transformers  # and pip install {needs}\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
+        f"{serve_command(spec, out, {})}"
+    )
 
 
 def _cache(exported: Exported, out: Path, options: Options) -> Path:

@@ -70,7 +70,7 @@ def _store(config: Config, base: Base, cache: Path, files: tuple[str, ...]) -> T
                 {"train": files, "valid": (), "valid_fraction": 0.0, "loss_on": "everything"}
             )
     tokenizer = base.tokenizer()
-    return prepare(
+    documents = prepare(
         data,
         tokenizer,
         base.config["vocab_size"],
@@ -78,4 +78,7 @@ def _store(config: Config, base: Base, cache: Path, files: tuple[str, ...]) -> T
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         progress=progress,
         fields={"train": "--data"} if files else FIELDS,
-    ).train
+    )
+    if documents.bad:
+        logging.warning("%d rows of the documents could not be used", documents.bad)
+    return documents.train
