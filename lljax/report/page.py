@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lljax.data.files import atomic_write
 from lljax.errors import first_line
-from lljax.report import curves, details, evaluations, summary
+from lljax.report import curves, details, evaluations, quantized, summary
 from lljax.report.content import Section
 from lljax.report.run_files import read_run
 from lljax.report.tables import cell, numeric_column
@@ -21,6 +21,7 @@ SECTIONS = (  # from top to bottom
     summary.summary_section,
     curves.curves_section,
     evaluations.evaluation_section,
+    quantized.quantized_section,
     details.time,
     details.data,
     details.commands,
@@ -33,8 +34,8 @@ def write_report(workdir: Path | str) -> Path:
     omitted; if it is damaged, a note replaces it.
 
     Reads config.json, run.json, metrics.jsonl, data_statistics.json, profile.json (a
-    `lljax.report.breakdown.Breakdown`), the results of the lm-evaluation-harness, and
-    evaluation.json: {"finding": [{"what", "before", "after", "note"}, ...], "tables": [{"columns":
+    `lljax.report.breakdown.Breakdown`), export/*/compression.json, the results of the
+    lm-evaluation-harness, and evaluation.json: {"finding": [{"what", "before", "after", "note"}, ...], "tables": [{"columns":
     [name, ...], "rows": [[cell, ...], ...], "caption": text}], "charts": rows of
     `lljax.report.evaluations.CHARTS`, "images": [{"file": name of a PNG in `workdir`, "title":
     text}]}.
