@@ -36,9 +36,9 @@ def write_report(workdir: Path | str) -> Path:
     Reads config.json, run.json, metrics.jsonl, data_statistics.json, profile.json (a
     `lljax.report.breakdown.Breakdown`), export/*/compression.json, the results of the
     lm-evaluation-harness, and evaluation.json: {"finding": [{"what", "before", "after", "note"},
-    ...], "tables": [{"columns": [name, ...], "rows": [[cell, ...], ...], "caption": text}], "charts": rows of
-    `lljax.report.evaluations.CHARTS`, "images": [{"file": name of a PNG in `workdir`, "title":
-    text}]}.
+    ...], "tables": [{"columns": [name, ...], "rows": [[cell, ...], ...], "caption": text}],
+    "charts": rows of `lljax.report.evaluations.CHARTS`, "images": [{"file": name of a PNG in
+    `workdir`, "title": text}]}.
 
     Raises:
       ConfigError: no run was started in `workdir`, and nothing was evaluated there.
