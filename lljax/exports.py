@@ -34,6 +34,7 @@ from lljax.run.checksums import describe
 from lljax.run.restore import read_config
 
 SCALES = ("largest", "search")
+CALIBRATION = ("data", "rows", "length", "seed")  # options of calibrated methods
 LONGEST = 1 << 15  # tokens of a calibration row of a base alone, unless given
 TILE = 4096  # tokens that norms, projections and MLPs compute at a time while calibrating
 
@@ -144,9 +145,7 @@ def _quantized(format: str) -> ExportFormat:
 
     calibrated = any(METHODS[name].calibrated for name in recipe.FORMATS[format].methods)
     options = ("method", "layout", "group", "scales")
-    return ExportFormat(
-        run, (*options, "data", "rows", "length", "seed") if calibrated else options
-    )
+    return ExportFormat(run, (*options, *CALIBRATION) if calibrated else options)
 
 
 FORMATS = {
@@ -160,7 +159,6 @@ FORMATS = {
 
 
 def _compress(format: str, exported: Exported, out: Path, options: Options, overwrite: bool) -> str:
-    model, spec = exported.model, exported.model.spec
     how = recipe.make_recipe(
         format,
         method=options.method,
@@ -168,8 +166,33 @@ def _compress(format: str, exported: Exported, out: Path, options: Options, over
         group=options.group,
         search=options.scales == "search",
     )
-    recipe.modules_of(spec, how)  # what it refuses, before anything is read
-    export.check_model(model, exported.base, out)
+    recipe.modules_of(exported.model.spec, how)  # what it refuses, before anything is read
+    for name in CALIBRATION if not METHODS[how.method].calibrated else ():
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} with --method={how.method}: it is not calibrated")
+    export.check_model(exported.model, exported.base, out)
+    try:
+        _write_quantized(format, how, exported, out, options, overwrite)
+    except BaseException:
+        compress.remove_unless_begun(out)
+        raise
+    needs = "compressed-tensors" if how.layout == "compressed-tensors" else "gptqmodel optimum"
+    return (
+        f"import transformers  # and pip install {needs}\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
+        f"{serve_command(exported.model.spec, out, {})}"
+    )
+
+
+def _write_quantized(
+    format: str,
+    how: recipe.Recipe,
+    exported: Exported,
+    out: Path,
+    options: Options,
+    overwrite: bool,
+) -> None:
+    model, spec = exported.model, exported.model.spec
     config = read_config(exported.workdir) if exported.workdir else None
     dtype = _dtype(config)
     trained = nnx.as_pure(nnx.split(model, lora.is_trainable, ...)[1])
@@ -194,6 +217,7 @@ def _compress(format: str, exported: Exported, out: Path, options: Options, over
             rows=options.rows,
             seed=options.seed or 0,
         )
+        recipe.warn_of_few(spec, rows.count)
         identity["calibration"] = hashlib.sha256(rows.tokens.tobytes()).hexdigest()
     layout = _layout(rows.tokens.shape[1]) if rows else None
     calibration = compress.Calibration(rows, dtype, layout, TILE)
@@ -201,16 +225,10 @@ def _compress(format: str, exported: Exported, out: Path, options: Options, over
         compress.compress(base, spec, how, calibration, work, print)
 
         def write(folder: Path) -> None:
-            compress.assemble(base, spec, how, work, folder, exported.chat_template)
+            compress.assemble(base, spec, how, rows, work, folder, exported.chat_template)
 
         write_folder(out, format, write, overwrite)
         work.remove()
-    needs = "compressed-tensors" if how.layout == "compressed-tensors" else "gptqmodel optimum"
-    return (
-        f"import transformers  # and pip install {needs}\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
-        f"{serve_command(spec, out, {})}"
-    )
 
 
 def _cache(exported: Exported, out: Path, options: Options) -> Path:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -138,9 +140,11 @@ def compress(
         folder = work.layer(number)
         if not work.done(number):
             layer = stream.load(base, number)
+            _check_finite(layer)
             before = {id(variable): variable.get_value() for _, variable in declared(layer)}
             quantized = {name for name in linear_layers(layer) if not stays_dense(name)}
             kernels = method.run(layer, quantized, stream.observe(layer), settings)
+            _check_errors(kernels, number)
             changed = [x for _, x in declared(layer) if x.get_value() is not before[id(x)]]
             folder.mkdir(exist_ok=True)
             config = dense_config(base) | {"quantization_config": modules.config}
@@ -156,10 +160,18 @@ def compress(
             stream.advance(stream.load(QuantizedFolder(str(folder), folder), number))
 
 
+def remove_unless_begun(out: Path) -> None:
+    """Removes the work folder of an export of which no layer is done."""
+    folder = work_folder(out)
+    if not any(folder.glob(f"layer-*/{WEIGHTS}")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def assemble(
     base: Base,
     spec: DecoderSpec,
     recipe: Recipe,
+    rows: Rows | None,
     work: Work,
     folder: Path,
     chat_template: str | None,
@@ -192,6 +204,12 @@ def assemble(
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     report = {
         "recipe": dataclasses.asdict(recipe),
+        "calibration": rows
+        and {
+            "rows": len(rows),
+            "length": rows.tokens.shape[1],
+            "tokens": rows.count,
+        },
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "layers": [read_json(layer / REPORT) for layer in layers],
     }
@@ -207,6 +225,28 @@ def dtype_of_base(base: Base) -> np.dtype:
 def dense_config(base: Base) -> dict[str, Any]:
     """config.json, as if the base were not quantized."""
     return {k: v for k, v in base.config.items() if k != "quantization_config"}
+
+
+def _check_finite(layer: DecoderLayer) -> None:
+    """Raises ConfigError for a weight that is not finite: rounding would make a number of it."""
+    for _, variable in declared(layer):
+        if not jnp.isfinite(variable.get_value()).all():
+            names = hf_names(variable)
+            more = f" (or another of the {len(names)} experts)" if len(names) > 1 else ""
+            raise ConfigError(
+                f"tensor {names[0]!r}{more} holds values that are not finite: export an earlier "
+                "--step, or mend the base"
+            )
+
+
+def _check_errors(kernels: Kernels, number: int) -> None:
+    """Raises ConfigError if the calibration rows gave a layer inputs that are not finite."""
+    for name, of in kernels.items():
+        if any(kernel.error is not None and not math.isfinite(kernel.error) for kernel in of):
+            raise ConfigError(
+                f"layer {number}: what {name} reads on the calibration rows is not finite: the "
+                "model overflows there; use a model in a wider dtype"
+            )
 
 
 def _tensors(

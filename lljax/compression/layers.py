@@ -35,6 +35,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def count(self) -> int:
+        """The tokens that are no padding."""
+        return int((self.segments > 0).sum())
+
 
 class LayerStream:
     """Runs rows through the layers of a decoder in turn.

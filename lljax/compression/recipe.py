@@ -3,6 +3,7 @@
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,6 +70,8 @@ def make_recipe(
     scheme = row.scheme
     if layout == "awq":  # the only layout whose readers want zero points
         scheme = dataclasses.replace(scheme, symmetric=False)
+    if group is not None and (group < -1 or group == 0):
+        raise ConfigError(f"--group={group}: a number of inputs, or -1 for all of an output")
     if group is not None:
         scheme = dataclasses.replace(scheme, group=group)
     if reason := WRITERS[layout].refuses(scheme):
@@ -120,6 +123,18 @@ def modules_of(spec: DecoderSpec, recipe: Recipe) -> Modules:
     )
 
 
+def warn_of_few(spec: DecoderSpec, tokens: int) -> None:
+    """Logs a warning if there are fewer calibration tokens than inputs of some kernel."""
+    widest = max(shape[-1] for shape in _shapes(spec))
+    if tokens < widest:
+        logging.warning(
+            "the calibration rows have %d tokens, fewer than the %d inputs of a kernel, so that "
+            "the errors on them say little: name more documents with --data, or raise --rows",
+            tokens,
+            widest,
+        )
+
+
 def stays_dense(name: str) -> bool:
     """Whether a linear layer of a decoder layer is never quantized: the gate of a shared expert has
     one output.
@@ -137,14 +152,17 @@ def _kernels(spec: DecoderSpec, number: int) -> Iterator[tuple[Any, bool]]:
             yield variable, True
 
 
+def _shapes(spec: DecoderSpec) -> Iterator[tuple[int, ...]]:
+    """The shapes of all quantized kernels, in HF orientation."""
+    for number in range(spec.L):
+        for variable, refused in _kernels(spec, number):
+            if not refused:
+                yield hf_shape(variable)
+
+
 def _other_group(spec: DecoderSpec, recipe: Recipe) -> str:
     """Advice to take a group that divides all widths; an empty text if none does."""
-    rows = {
-        hf_shape(variable)[-1]
-        for number in range(spec.L)
-        for variable, refused in _kernels(spec, number)
-        if not refused
-    }
+    rows = {shape[-1] for shape in _shapes(spec)}
     fits = [group for group in GROUPS if group > 0 and all(row % group == 0 for row in rows)]
     if recipe.scheme.group == -1 or not fits:
         return ""

@@ -316,7 +316,7 @@ def _check_usable(documents: Documents, counts: dict, data: Any, fields: Mapping
         )
     for part, paths in (("train", data.train), ("valid", data.valid)):
         if paths and documents.counts[part]["rows"] == documents.counts[part]["bad_rows"]:
-            raise DataError(f"{fields.get(part, 'data')}={tuple(paths)} holds no usable row")
+            raise DataError(f"{fields.get(part, 'data')}={','.join(paths)} holds no usable row")
     if data.valid_fraction and not (len(documents.train) and len(documents.valid)):
         whole = "all" if len(documents.valid) else "none"
         raise DataError(

@@ -67,7 +67,13 @@ def _store(config: Config, base: Base, cache: Path, files: tuple[str, ...]) -> T
     if files:
         with data.unlocked():
             data.update(
-                {"train": files, "valid": (), "valid_fraction": 0.0, "loss_on": "everything"}
+                {
+                    "train": files,
+                    "valid": (),
+                    "valid_fraction": 0.0,
+                    "loss_on": "everything",
+                    "max_bad_fraction": 1.0,  # counted below
+                }
             )
     tokenizer = base.tokenizer()
     documents = prepare(
@@ -80,5 +86,11 @@ def _store(config: Config, base: Base, cache: Path, files: tuple[str, ...]) -> T
         fields={"train": "--data"} if files else FIELDS,
     )
     if documents.bad:
-        logging.warning("%d rows of the documents could not be used", documents.bad)
+        listed = cache.parent / "bad_rows.jsonl"
+        first = listed.read_text().splitlines()[:1] if listed.is_file() else []
+        logging.warning(
+            "%d rows of the documents could not be used%s",
+            documents.bad,
+            f", such as {first[0]}" if first else "",
+        )
     return documents.train

@@ -112,12 +112,15 @@ def export(flags: argparse.Namespace) -> dict[str, float]:
         "--format=w4a16",
         f"--group={flags.group}",
         f"--method={how['method']}",
-        f"--data={flags.data}",
-        f"--length={how['length']}",
-        f"--rows={flags.tokens // how['length']}",
-        f"--seed={how['seed']}",
         f"--out={flags.out}",
     ]
+    if how["method"] != "rtn":
+        words += [
+            f"--data={flags.data}",
+            f"--length={how['length']}",
+            f"--rows={flags.tokens // how['length']}",
+            f"--seed={how['seed']}",
+        ]
     _, seconds = common.timed(export_command.main, words)
     return {"seconds": seconds, "peak": common.resident("VmHWM")}
 

@@ -1,6 +1,7 @@
 """A model quantized into a folder: what is in it, what reads it, what an interruption costs."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import TEXT, write_base
 from lljax.cli.export import main
 from lljax.compression import compress
 from lljax.errors import ConfigError
-from lljax.interop import export_folder
+from lljax.interop import export_folder, safetensors
 from lljax.interop.open import open_base
 from lljax.interop.safetensors import Folder
 
@@ -56,7 +57,8 @@ def whole(base, data, tmp_path_factory):
     ],
 )
 def test_the_dense_values_of_an_export_are_near_the_base(base, data, tmp_path, method, layout):
-    data_flags = [f"--data={data}", "--rows=2", "--length=24"]
+    calibrated = [f"--data={data}", "--rows=2", "--length=24"]
+    data_flags = [] if method == "rtn" else calibrated
     main(
         [
             f"--model={base}",
@@ -141,6 +143,45 @@ def test_an_unfinished_export_with_other_flags_is_refused_or_begun_again(
     assert content(out) == content(whole)
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_weight_that_is_not_finite_is_named(base, data, tmp_path, method, capsys):
+    folder = tmp_path / "nan"
+    shutil.copytree(base, folder)
+    held = Folder(folder)
+    tensors = {name: np.array(held.read(name)) for name in held.names()}
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    table = safetensors.layout(tensors.items())
+    safetensors.write(folder / "model.safetensors", table, tensors.__getitem__)
+    flags = [] if method == "rtn" else [f"--data={data}", "--rows=2", "--length=24"]
+    with pytest.raises(SystemExit, match="2"):
+        main(
+            [
+                f"--model={folder}",
+                "--format=w4a16",
+                "--group=32",
+                f"--method={method}",
+                f"--out={tmp_path / 'out'}",
+                *flags,
+            ]
+        )
+    error = capsys.readouterr().err
+    assert "'model.layers.1.mlp.up_proj.weight' holds values that are not finite" in error
+
+
+def test_damaged_rows_are_counted_and_few_tokens_are_said(base, tmp_path, caplog):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"text": "def f(x):"}) + "\n{broken\n")
+    export(base, path, tmp_path / "out")
+    assert "1 rows of the documents could not be used" in caplog.text
+    assert "fewer than the 96 inputs" in caplog.text
+    report = json.loads((tmp_path / "out" / compress.REPORT).read_text())
+    assert report["calibration"]["tokens"] < 96
+    path.write_text("{broken\n")
+    with pytest.raises(SystemExit):
+        export(base, path, tmp_path / "none")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data.jsonl", "out"]
+
+
 def test_two_processes_do_not_write_the_same_export(tmp_path):
     with (
         compress.opened(tmp_path / "out", {}, False),
@@ -156,9 +197,11 @@ def test_two_processes_do_not_write_the_same_export(tmp_path):
         (["--group=128"], ["inputs", "--group=32"]),
         (["--group=48"], ["48"]),
         (["--method=best"], ["--method=best", "gptq, awq, rtn"]),
-        (["--format=fp8"], ["--group", "w4a16"]),
+        (["--format=fp8"], ["--data", "w4a16"]),
         (["--layout=gguf"], ["--layout=gguf", "compressed-tensors, gptq, awq"]),
         (["--dtype=float32"], ["--dtype", "merged"]),
+        (["--method=rtn"], ["--data with --method=rtn"]),
+        (["--group=0"], ["--group=0", "-1"]),
         (["--scales=best"], ["--scales", "search"]),
         (["--format=merged"], ["--group", "w4a16"]),
     ],
