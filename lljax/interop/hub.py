@@ -29,6 +29,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 class HubError(LljaxError):
     """The hub refuses a request, or cannot be reached; the same command tries again."""
 
+    exit_code = 68  # EX_NOHOST of sysexits.h
+
 
 def check_repo(repo: str) -> None:
     """Raises ConfigError unless `repo` can be the name of a repository with its owner."""

@@ -80,7 +80,7 @@ def test_help_starts_no_jax():
 @pytest.mark.parametrize(
     "argv,message",
     [
-        (["export"], "lljax export: the following arguments are required: --workdir; see"),
+        (["export"], "lljax export: one of the arguments --workdir --model is required; see"),
         (["export", "--workdir=x", "--formt=y"], "unrecognized arguments: --formt=y; see"),
         (["export", "--workdir=x", "--step=x"], "--step: 'x' is not a whole number; see"),
         (["evaluate"], "one of the arguments --workdir --model is required"),

@@ -228,7 +228,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(workdir, hub, capsys
 
 @pytest.mark.parametrize(
     "status,told,code",
-    [(403, "needs the role write", 2), (402, "payment", 2), (500, "same command again", 1)],
+    [(403, "needs the role write", 2), (402, "payment", 2), (500, "same command again", 68)],
 )
 def test_an_answer_of_the_hub_is_one_line_with_the_way_out(
     workdir, hub, capsys, monkeypatch, status, told, code
@@ -255,9 +255,9 @@ def test_a_hub_that_is_not_there_is_one_line(workdir, hub, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     flags = (f"--workdir={workdir}", "--repo=me/model")
-    assert "cannot be reached" in refused(capsys, *flags, code=1)
+    assert "cannot be reached" in refused(capsys, *flags, code=68)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in refused(capsys, *flags, code=1)
+    assert "HF_HUB_OFFLINE" in refused(capsys, *flags, code=68)
 
 
 def test_flags_that_cannot_be_used_are_refused(workdir, capsys):

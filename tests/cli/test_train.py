@@ -28,10 +28,12 @@ def test_the_next_commands_are_of_the_installed_command_and_quote_the_folder():
     config.data.valid_fraction = 0.1
     lines = next_commands("a run", config).splitlines()
     assert "'a run/report.html'" in lines[0]
-    assert lines[1] == "lljax export --workdir='a run' --format=peft     # or merged, split"
+    others = "merged, split, w4a16, w8a16, fp8, gguf, gguf_lora"
+    assert lines[1] == f"lljax export --workdir='a run' --format=peft     # or {others}"
     assert lines[2] == "lljax evaluate --workdir='a run' --tasks=perplexity,passkey"
     assert lines[3].startswith("lljax generate --workdir='a run' --prompt=")
     config.data.valid_fraction, config.train_type = 0.0, "full"
     lines = next_commands("run", config).splitlines()
-    assert lines[1] == "lljax export --workdir=run --format=merged"
+    others = "w4a16, w8a16, fp8, gguf"
+    assert lines[1] == f"lljax export --workdir=run --format=merged     # or {others}"
     assert lines[2] == "lljax evaluate --workdir=run --tasks=passkey"

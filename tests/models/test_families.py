@@ -131,6 +131,9 @@ def strings(path):
     ]
 
 
+NO_FAMILY = re.compile(r"llama3|llama\.cpp|llama-server|ollama")  # a RoPE kind, and programs
+
+
 def test_no_reader_of_the_table_names_a_family():
     stems = {re.match("[a-z]+", name)[0] for name in FAMILIES}
     words = {*FAMILIES, *(stem for stem in stems if len(stem) > 3)}  # qwen, gemma; not gpt
@@ -140,7 +143,8 @@ def test_no_reader_of_the_table_names_a_family():
     named = [
         (str(file.relative_to(ROOT)), text)
         for file in files
+        if file.name != "hub.py"  # licenses are named after models
         for text in strings(file)
-        if text not in OTHER_THINGS and family.search(text.replace("llama3", ""))  # a RoPE kind
+        if text not in OTHER_THINGS and family.search(NO_FAMILY.sub("", text))
     ]
     assert len(files) > 40 and not named

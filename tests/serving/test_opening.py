@@ -10,7 +10,7 @@ from conftest import tiny_run_config
 from safetensors.numpy import load_file, save_file
 from serving.cases import client_of
 
-from lljax.cli.export import export
+from lljax.cli.export import main as export
 from lljax.errors import ConfigError
 from lljax.generation.completion import Request
 from lljax.generation.generate import generate
@@ -47,7 +47,7 @@ def run(tiny, documents, tmp_path_factory):
     config = tiny_run_config(tiny, documents)
     config.context.schedule = ((2, 64, "full"),)
     train(config, workdir, devices=jax.devices()[:1])
-    export(workdir, format="peft", out=workdir / "peft")
+    export([f"--workdir={workdir}", f"--out={workdir / 'peft'}"])
     return workdir
 
 
