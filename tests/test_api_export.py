@@ -60,7 +60,7 @@ def test_the_template_of_trained_conversations_goes_along(
 def test_what_cannot_be_exported_is_one_line(prepared, tmp_path, tiny):
     with pytest.raises(ConfigError, match="format='onnx' is none of peft, merged, split"):
         lljax.export(prepared[0], tmp_path / "out", format="onnx")
-    with pytest.raises(ConfigError, match="option 'grup' is none of"):
+    with pytest.raises(ConfigError, match="option='grup' is none of"):
         lljax.export(prepared[0], tmp_path / "out", format="w4a16", grup=32)
     with pytest.raises(ConfigError, match="--format=peft: it exports an adapter"):
         lljax.export(lljax.prepare_model(tiny)[0], tmp_path / "out")

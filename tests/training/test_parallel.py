@@ -199,7 +199,9 @@ def cases():
                     else ("auto",)
                 ):
                     three = mesh.startswith("data") and (
-                        mode == "ring" if pattern == "full" else mode == "auto"
+                        mode == "ring"
+                        if pattern == "full"
+                        else (pattern, mode) == ("shifted", "auto")
                     )
                     quick = (N, K) == (8, 2) and (
                         three or (mesh, pattern) == ("fsdp 2, expert 4", "full")
