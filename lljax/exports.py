@@ -166,13 +166,13 @@ def _compress(format: str, exported: Exported, out: Path, options: Options, over
         group=options.group,
         search=options.scales == "search",
     )
-    recipe.modules_of(exported.model.spec, how)  # what it refuses, before anything is read
+    modules = recipe.modules_of(exported.model.spec, how)  # may refuse, before anything is read
     for name in CALIBRATION if not METHODS[how.method].calibrated else ():
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name} with --method={how.method}: it is not calibrated")
     export.check_model(exported.model, exported.base, out)
     try:
-        _write_quantized(format, how, exported, out, options, overwrite)
+        _write_quantized(format, how, modules, exported, out, options, overwrite)
     except BaseException:
         compress.remove_unless_begun(out)
         raise
@@ -187,6 +187,7 @@ def _compress(format: str, exported: Exported, out: Path, options: Options, over
 def _write_quantized(
     format: str,
     how: recipe.Recipe,
+    modules: recipe.Modules,
     exported: Exported,
     out: Path,
     options: Options,
@@ -222,10 +223,10 @@ def _write_quantized(
     layout = _layout(rows.tokens.shape[1]) if rows else None
     calibration = compress.Calibration(rows, dtype, layout, TILE)
     with compress.opened(out, identity, overwrite) as work:
-        compress.compress(base, spec, how, calibration, work, print)
+        compress.compress(base, spec, how, modules, calibration, work, print)
 
         def write(folder: Path) -> None:
-            compress.assemble(base, spec, how, rows, work, folder, exported.chat_template)
+            compress.assemble(base, spec, how, modules, rows, work, folder, exported.chat_template)
 
         write_folder(out, format, write, overwrite)
         work.remove()

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from lljax.compression.layers import LayerStream, Rows
 from lljax.compression.methods import METHODS, Kernels
 from lljax.compression.observe import linear_layers
-from lljax.compression.recipe import Recipe, modules_of, stays_dense
+from lljax.compression.recipe import Modules, Recipe, stays_dense
 from lljax.data.files import atomic_write
 from lljax.errors import ConfigError, printable
 from lljax.interop import safetensors
-from lljax.interop.base import Base
+from lljax.interop.base import Base, config_dtype
 from lljax.interop.export_files import write_files
 from lljax.interop.export_weights import finite_value
 from lljax.interop.folder import read_json
@@ -115,6 +114,7 @@ def compress(
     base: Base,
     spec: DecoderSpec,
     recipe: Recipe,
+    modules: Modules,
     calibration: Calibration,
     work: Work,
     say: Callable[[str], None],
@@ -122,11 +122,10 @@ def compress(
     """Quantizes the layers of `base` that are not done. The calibration rows reach a layer through
     the quantized layers before it.
 
-    base: gives dense weights. say: takes a line on every layer.
+    base: gives dense weights. modules: of the recipe. say: takes a line on every layer.
     """
-    modules, method = modules_of(spec, recipe), METHODS[recipe.method]
-    settings = recipe.settings(dtype_of_base(base))
-    rows = calibration.rows if method.calibrated else None
+    method, rows = METHODS[recipe.method], calibration.rows
+    settings = recipe.settings(config_dtype(base.config))
     stream = LayerStream(
         spec,
         rows,
@@ -171,6 +170,7 @@ def assemble(
     base: Base,
     spec: DecoderSpec,
     recipe: Recipe,
+    modules: Modules,
     rows: Rows | None,
     work: Work,
     folder: Path,
@@ -179,7 +179,7 @@ def assemble(
     """Fills a folder with a model whose layers are all done: a shard for each layer, and one for
     everything else.
     """
-    modules, tokenizer = modules_of(spec, recipe), base.tokenizer()
+    tokenizer = base.tokenizer()
     layers = [work.layer(number) for number in range(spec.L)]
     names = safetensors.shard_names(spec.L + 1)
     outside = {
@@ -214,12 +214,6 @@ def assemble(
         "layers": [read_json(layer / REPORT) for layer in layers],
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-
-
-def dtype_of_base(base: Base) -> np.dtype:
-    """The dtype that config.json names."""
-    name = base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"
-    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def dense_config(base: Base) -> dict[str, Any]:

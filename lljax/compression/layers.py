@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lljax.build import sharding_of
 from lljax.compression.observe import Observed, observed
 from lljax.interop.base import Base
 from lljax.interop.huggingface import load_part
@@ -19,7 +20,7 @@ from lljax.models.decoder import Decoder
 from lljax.models.decoder_layer import DecoderLayer
 from lljax.models.memory import Memory
 from lljax.models.spec import DecoderSpec, LayerSpec
-from lljax.parallel.sharding import Layout, batch_sharding, put, value_sharding
+from lljax.parallel.sharding import Layout, batch_sharding, put
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class LayerStream:
         if not len(self._rows):
             return
         part = nnx.List([self._decoder.embed])
-        load_part(part, base, dtype=self._dtype, shardings=self._shardings)
+        load_part(part, base, dtype=self._dtype, shardings=sharding_of(self._layout))
         embed = jax.jit(lambda tokens: self._decoder.embedded(tokens, self._dtype, self._layout))
         shape = (*self._rows.tokens.shape, self._decoder.spec.D)
         self.hidden = np.empty(shape, self._dtype)
@@ -83,7 +84,7 @@ class LayerStream:
     def load(self, base: Base, number: int) -> DecoderLayer:
         """A layer with its weights."""
         layer = abstract_layer(self._decoder.spec, number)
-        load_part(layer, base, dtype=self._dtype, shardings=self._shardings)
+        load_part(layer, base, dtype=self._dtype, shardings=sharding_of(self._layout))
         return layer
 
     def observe(self, layer: DecoderLayer) -> Observed:
@@ -114,15 +115,6 @@ class LayerStream:
             return jnp.asarray(x)
         sharding = batch_sharding(mesh, 2)
         return put(x, sharding)
-
-    @property
-    def _shardings(self) -> Callable | None:
-        if self._layout is None:
-            return None
-        mesh = self._layout.mesh
-        return lambda variable: value_sharding(
-            mesh, variable.get_metadata("axes"), variable.get_value()
-        )
 
     def _program(self, layer: DecoderLayer, name: str) -> tuple[Callable, Any]:
         """A compiled program for layers of this kind, and the weights of this one."""

@@ -81,13 +81,10 @@ def make_recipe(
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """quantized, dense: linear modules by HF name, "model.layers.0.self_attn.q_proj". dense also
-    has a tied head and the routers. config: config.json's quantization_config. files: other JSON
-    files that readers of the layout want.
+    """What readers of the layout are told of the modules. config: config.json's
+    quantization_config. files: other JSON files that they want.
     """
 
-    quantized: list[str]
-    dense: list[str]
     config: dict[str, Any]
     files: dict[str, dict[str, Any]]
 
@@ -116,8 +113,6 @@ def modules_of(spec: DecoderSpec, recipe: Recipe) -> Modules:
             quantized += names
     quantized, dense = list(dict.fromkeys(quantized)), ["lm_head", *dict.fromkeys(dense)]
     return Modules(
-        quantized,
-        dense,
         writer.config(recipe.scheme, quantized, dense),
         writer.files(recipe.scheme, quantized, dense),
     )

@@ -3,9 +3,16 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from lljax.models.quantize import Form, Quantized
+
+
+def config_dtype(config: dict[str, Any]) -> np.dtype:
+    """The dtype of weights that a config.json names; bfloat16 if it names none."""
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 class Base(Protocol):

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from lljax.errors import ConfigError
 from lljax.interop import safetensors
 from lljax.interop.adapter_init import ResidualBase, owns_kernel, starts_from_base
-from lljax.interop.base import Base, BaseView
+from lljax.interop.base import Base, BaseView, config_dtype
 from lljax.interop.export_files import write_files
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, join_parts, parts_of
 from lljax.models.decoder import Decoder
@@ -57,8 +56,8 @@ class MergedBase(BaseView):
             for name in hf_names(weight)
         }
         self._sources, self.copied = _sources(model, base, self._parts, self._unchanged, merge)
-        usual = dtype or base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"
-        self._dtype, self._own_dtypes = np.dtype(getattr(ml_dtypes, usual, usual)), dtype is None
+        self._dtype = config_dtype({"dtype": dtype} if dtype else base.config)
+        self._own_dtypes = dtype is None
 
     def release(self) -> None:
         """Gives up the model's copies of weights that are read from the base."""

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lljax.errors import ModelError
+from lljax.interop.base import config_dtype
 from lljax.interop.folder import FolderBase, crc32
 from lljax.interop.layouts import Kernel, layout_of
 from lljax.models.quantize import Form, Quantized
@@ -51,8 +51,7 @@ class QuantizedFolder(FolderBase):
         """The dtype of a quantized kernel before it was quantized, which an export writes."""
         if name not in self.stems:
             return super().dtype(name)
-        dtype = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
-        return np.dtype(getattr(ml_dtypes, dtype, dtype))
+        return config_dtype(self.config)
 
     def read(self, name: str) -> np.ndarray:
         """A quantized kernel in a type in which every product is exact or rounded once."""

@@ -64,16 +64,12 @@ def test_a_stream_gives_the_hidden_states_of_the_model(stream):
 
 
 def test_sums_are_over_what_each_linear_layer_reads(stream):
-    """A linear layer is linear: from its inputs follow its outputs, and with another kernel the
-    change of the whole layer. Here the inputs are read directly.
-    """
     base, model, rows, stream = stream
     layer = stream.load(base, model.spec.L - 1)
     observed = stream.observe(layer)
     assert {name for names in observed for name in names} == set(linear_layers(layer))
     x = layer.input_layernorm(jnp.asarray(stream.hidden))
     x = np.asarray(x)[rows.segments > 0]
-    first = next(sums for names, sums in observed.items() if names[0].startswith("self_attn"))
     shared = [names for names in observed if "self_attn.v_proj" in names]
     if shared:  # MLA has none
         first = observed[shared[0]]

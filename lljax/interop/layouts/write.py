@@ -56,7 +56,7 @@ class LayoutWriter(Protocol):
         ...
 
     def refuses_shape(self, out: int, rows: int, scheme: Scheme) -> str:
-        """Why a kernel [out, rows] is left dense; "" if it is quantized."""
+        """Why the format cannot hold a kernel [out, rows]; "" if it can."""
         ...
 
     def scale_dtype(self, model_dtype: Any) -> np.dtype:
