@@ -151,11 +151,15 @@ def tiny_run_config(tiny: str, documents: str):
 
 
 @pytest.fixture(autouse=True)
-def log_level():
-    """Commands that run in this process set the level of the log."""
-    level = logging.getLogger().level
+def log_setup():
+    """Commands that run in this process set the level of the log, and handlers that write to what
+    stderr is during the test.
+    """
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
     yield
-    logging.getLogger().setLevel(level)
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 @pytest.fixture

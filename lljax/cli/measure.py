@@ -71,8 +71,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     tokenizer = base.tokenizer()
     store = held_out(arguments, base, tokenizer, out) if protocols else None
     texts = read_held_out(protocols, lengths, store, arguments.documents)
+    tokenizer = with_template(tokenizer)
     settings = EvalSettings(
-        tokenizer=with_template(tokenizer),
+        tokenizer=tokenizer,
         samples=arguments.samples,
         seed=arguments.seed,
         chat=arguments.chat,

@@ -1,5 +1,6 @@
 """Tokenizes documents and marks the trained tokens."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -58,10 +59,14 @@ def missing_bos(tokenizer: Any, text: str) -> list[int]:
 
 
 def with_template(tokenizer: Any) -> Any:
-    """The tokenizer; without a chat template it gets PLAIN_TEMPLATE, after bos if it adds bos."""
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + PLAIN_TEMPLATE
-    return tokenizer
+    """The tokenizer, or if it has no chat template, a copy with PLAIN_TEMPLATE, after bos if it
+    adds bos.
+    """
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    templated = copy.copy(tokenizer)
+    templated.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + PLAIN_TEMPLATE
+    return templated
 
 
 def turn_ends(tokenizer: Any) -> tuple[int, ...]:

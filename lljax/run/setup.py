@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lljax.build import fill, mesh_of, move, open_run_base, placed_model, rope_change_warning
 from lljax.config import Config, total_steps, validate, with_absolute_paths
+from lljax.data.template import with_template
 from lljax.errors import ConfigError
 from lljax.hardware.chips import of_kind
 from lljax.interop.huggingface import checksums
@@ -102,7 +103,7 @@ class Setup:
         check_rows(config.training.rows, self.mesh)
         _refuse_processes(config)
         self.base = open_run_base(config)
-        tokenizer = self.tokenizer = self.base.tokenizer()
+        tokenizer = self.base.tokenizer()
         self.fingerprints = {
             "base": self.base.fingerprint(),
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -115,6 +116,7 @@ class Setup:
         if config.training.eval_tasks:
             assert self.make_eval_hook is not None, "training.eval_tasks needs make_eval_hook"
             self.eval_hook = self.make_eval_hook(config, self.base, tokenizer, self.workdir)
+        tokenizer = self.tokenizer = with_template(tokenizer)
         self.documents = inputs.read_documents(
             config,
             self.workdir,

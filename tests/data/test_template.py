@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import tokenizers
@@ -5,7 +7,7 @@ from data.templates import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lljax.data.formats import Document
-from lljax.data.template import adds_bos, encode
+from lljax.data.template import adds_bos, encode, with_template
 
 CHATML = (
     "{% if messages[0].role != 'system' %}{{ '<s>system\\nHelp.<e>\\n' }}{% endif %}"
@@ -341,6 +343,12 @@ def test_a_text_that_has_bos_and_eos_gets_no_second():
         assert (
             tokenizer.decode(tokens) == "<b>ab<e>" and mask[-1] and mask[0] == (not document.prompt)
         )
+
+
+def test_a_tokenizer_that_gets_the_plain_template_is_itself_left_without():
+    tokenizer = copy.deepcopy(make())
+    tokenizer.chat_template = None
+    assert with_template(tokenizer).chat_template and tokenizer.chat_template is None
 
 
 def test_the_plain_template_begins_with_bos_where_texts_do():
