@@ -193,6 +193,46 @@ FAMILIES = {
             "attention_bias": True,
         },
     ),
+    "iquestcoder": (transformers.IQuestCoderConfig, {"head_dim": 16, "attention_bias": True}),
+    "seed_oss": (
+        transformers.SeedOssConfig,
+        {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "smollm3": (transformers.SmolLM3Config, {"num_hidden_layers": 5, "pad_token_id": 0}),
+    "smollm3 with windows in layers without RoPE": (
+        transformers.SmolLM3Config,
+        {
+            "pad_token_id": 0,
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "attention_bias": True,
+        },
+    ),
+    "ernie4_5": (transformers.Ernie4_5Config, {"head_dim": 16, "use_bias": True}),
+    "cwm": (transformers.CwmConfig, {"head_dim": 16, "sliding_window": 20}),
+    "ministral": (
+        transformers.MinistralConfig,
+        {
+            "head_dim": 16,
+            "sliding_window": 20,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "dots1": (
+        transformers.Dots1Config,
+        SIGMOID
+        | {"n_shared_experts": 1, "head_dim": 16, "sliding_window": 20, "max_window_layers": 2},
+    ),
+    "solar_open": (
+        transformers.SolarOpenConfig,
+        SIGMOID | {"head_dim": 16, "attention_bias": True},
+    ),
+    "glm4_moe_lite": (
+        transformers.Glm4MoeLiteConfig,
+        SIGMOID | LATENT | {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
+    "youtu": (transformers.YoutuConfig, LATENT),
     "gpt_oss": (
         transformers.GptOssConfig,
         {

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from lljax.interop.multimodal import Whole
 from lljax.models.quantize import Form, Quantized
 
 
@@ -19,14 +20,14 @@ class Base(Protocol):
     """A base model. Tensors have their HF names and orientation.
 
     path: its name as the user gave it. folder: the folder of its files; None for a GGUF file.
-    prefix: what the names of its tensors on disk start with, if the folder holds more than a text
-    model. config: HF config.json of the text model. generation_config: generation_config.json, such
-    as the tokens that end a turn.
+    whole: the multimodal model that it is the text model of; None for a text model. config: HF
+    config.json of the text model. generation_config: generation_config.json, such as the tokens
+    that end a turn.
     """
 
     path: str
     folder: Path | None
-    prefix: str
+    whole: Whole | None
     config: dict[str, Any]
 
     @property
@@ -36,6 +37,11 @@ class Base(Protocol):
     def location(self) -> Path:
         """Its folder, or its file."""
         ...
+
+    @property
+    def adapted(self) -> Whole | None:
+        """The multimodal model that adapters of this base belong on; None for the text model."""
+        return None if self.whole is None or self.whole.model.text_adapters else self.whole
 
     def names(self) -> list[str]: ...
 
@@ -67,7 +73,7 @@ class BaseView(Base):
 
     def __init__(self, base: Base):
         self._base = base
-        self.path, self.folder, self.prefix = base.path, base.folder, base.prefix
+        self.path, self.folder, self.whole = base.path, base.folder, base.whole
         self.config = base.config
 
     @property

@@ -51,8 +51,11 @@ def export_peft(
         )
 
     def write(folder: Path) -> dict[str, Any]:
-        config = write_adapter(model, folder, base_name=base.path, base=base)
-        (folder / "rope.json").write_text(json.dumps(rope_to_hf(model.spec), indent=2) + "\n")
+        whole = base.adapted
+        names = whole.model.names[0] if whole else None
+        config = write_adapter(model, folder, base_name=base.path, base=base, names=names)
+        rope = whole.rope(model.spec) if whole else rope_to_hf(model.spec)
+        (folder / "rope.json").write_text(json.dumps(rope, indent=2) + "\n")
         if chat_template is not None:
             (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         return config

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 from lljax.errors import ModelError
 from lljax.interop import safetensors
 from lljax.interop.base import Base
+from lljax.interop.multimodal import text_model
 from lljax.interop.tokenizer import open_tokenizer
 from lljax.interop.tokenizer_bounds import check
-from lljax.models.families import FAMILIES
+from lljax.models.families.family import MultimodalModel, Names
 from lljax.models.quantize import Form, Quantized
 
 
@@ -24,8 +26,9 @@ class FolderBase(Base):
 
     def __init__(self, path: str, folder: Path):
         self.path, self.folder = path, folder
-        self.config, self.prefix = text_model(read_json(folder / "config.json"))
+        self.config, self.whole = text_model(read_json(folder / "config.json"))
         self._tensors: safetensors.Folder | None = None
+        self._names: Names | None = None
 
     @property
     def location(self) -> Path:
@@ -37,21 +40,46 @@ class FolderBase(Base):
             self._tensors = safetensors.Folder(self.folder)
         return self._tensors
 
+    def on_disk(self, name: str) -> str:
+        """The name on disk of a tensor, or of the stem of its names."""
+        if self.whole is None:
+            return name
+        if self._names is None:
+            self._names = self._names_on_disk(self.whole.model)
+        return self._names.of(name)
+
+    def _names_on_disk(self, whole: MultimodalModel) -> Names:
+        """How a multimodal checkpoint names its text model. Logs how much else it holds."""
+        stored = self.tensors.names()
+        for names in whole.names:
+            others = sum(names.text(name) is None for name in stored)
+            if any(name.startswith(f"{names.model}.") for name in stored):
+                logging.warning(
+                    "%s: the text model of this %s is read; %d tensors of other parts, such as its "
+                    "vision model, are not",
+                    self.path,
+                    whole.model_type,
+                    others,
+                )
+                return names
+        return whole.names[0]  # and the first tensor is missing
+
     def names(self) -> list[str]:
-        return [
-            name.removeprefix(self.prefix)
-            for name in self.tensors.names()
-            if name.startswith(self.prefix)
-        ]
+        if self.whole is None:
+            return self.tensors.names()
+        self.on_disk("model")  # finds the names
+        assert self._names is not None
+        texts = map(self._names.text, self.tensors.names())
+        return [name for name in texts if name is not None]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors.shape(self.prefix + name)
+        return self.tensors.shape(self.on_disk(name))
 
     def dtype(self, name: str) -> np.dtype:
-        return self.tensors.dtype(self.prefix + name)
+        return self.tensors.dtype(self.on_disk(name))
 
     def read(self, name: str) -> np.ndarray:
-        return self.tensors.read(self.prefix + name)
+        return self.tensors.read(self.on_disk(name))
 
     def stored(self, name: str, form: Form) -> Quantized | None:
         return None
@@ -90,34 +118,6 @@ class FolderBase(Base):
                         opened.read(file.header_bytes) + str(file.path.stat().st_size).encode()
                     )
         return digest.hexdigest()
-
-
-def text_model(config: dict) -> tuple[dict[str, Any], str]:
-    """The config.json of the text model alone, and the prefix of its tensors.
-
-    They differ from the whole for a multimodal model (`Family.multimodal_parent`).
-
-    Raises:
-      ModelError: such a model has no text_config.
-    """
-    for family in FAMILIES.values():
-        whole = family.multimodal_parent
-        if whole is None or config.get("model_type") != whole.model_type:
-            continue
-        text = config.get("text_config")
-        if not isinstance(text, dict):
-            raise ModelError(
-                f"config.json: model_type {whole.model_type!r} needs an object text_config, which "
-                "describes its text model"
-            )
-        shared = {
-            name: config[name]
-            for name in ("dtype", "torch_dtype", "quantization_config")
-            if name in config
-        }
-        architectures = {"architectures": [family.architecture]}
-        return {"model_type": family.model_type} | text | shared | architectures, whole.prefix
-    return config, ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

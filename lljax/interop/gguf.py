@@ -68,7 +68,7 @@ class GgufBase(Base):
     """A base in one GGUF file."""
 
     def __init__(self, path: str, file: Path):
-        self.path, self.prefix, self.folder, self._file = path, "", None, file
+        self.path, self.whole, self.folder, self._file = path, None, None, file
         with self._reading("not a GGUF file that can be read"):
             self._reader = Reader(file)
             self._family = self._family_of(self._field("general.architecture"))

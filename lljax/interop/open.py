@@ -10,7 +10,9 @@ from lljax.data.template import turn_ends
 from lljax.errors import ModelError, first_line
 from lljax.interop import safetensors
 from lljax.interop.base import Base
-from lljax.interop.folder import FolderBase, read_json, text_model
+from lljax.interop.folder import FolderBase, read_json
+from lljax.interop.fused_experts import SplitExperts
+from lljax.interop.multimodal import text_model
 from lljax.interop.own_head import untie_if_they_differ
 from lljax.interop.quantized import QuantizedFolder
 from lljax.interop.tokenizer_bounds import serialized
@@ -82,10 +84,12 @@ def _local(path: str) -> Path | None:
         ) from None
 
 
-def _folder(path: str, folder: Path) -> FolderBase:
-    base = FolderBase(path, folder)
+def _folder(path: str, folder: Path) -> Base:
+    base: Base = FolderBase(path, folder)
     if base.config.get("quantization_config"):
         base = QuantizedFolder(path, folder)
+    if base.whole is not None and base.whole.model.fused_experts:
+        base = SplitExperts(base)
     if (folder / "model.safetensors").exists() or (folder / safetensors.INDEX).exists():
         untie_if_they_differ(base)
     return base

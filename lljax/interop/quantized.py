@@ -63,11 +63,11 @@ class QuantizedFolder(FolderBase):
     def checksum(self, name: str, before: int = 0) -> int:
         if name not in self.stems:
             return super().checksum(name, before)
-        stem = self.prefix + self.stems[name]
+        stem = self.on_disk(self.stems[name])
         for part in self._layout.parts:
             if stem + part in self.tensors.where:
                 before = crc32(self.tensors.read(stem + part), before)
         return before
 
     def _kernel(self, name: str) -> Kernel:
-        return Kernel(self.path, self.prefix + self.stems[name], self.tensors)
+        return Kernel(self.path, self.on_disk(self.stems[name]), self.tensors)

@@ -33,8 +33,9 @@ def adapter_usage(
     source = repr(base.path)
     if path.suffix == ".gguf":
         source = f"{str(path.parent)!r}, gguf_file={path.name!r}"
-    # A multimodal model has a config of its text model inside.
-    text_model = ".get_text_config()" if base.prefix else ""
+    auto = "AutoModelForImageTextToText" if base.adapted else "AutoModelForCausalLM"
+    # The config of a multimodal model has that of its text model inside.
+    text = ".get_text_config()" if base.whole and not base.adapted else ""
     template = ""
     if chat_template is not None:
         template = (
@@ -46,11 +47,11 @@ def adapter_usage(
         "itself.\n"
         "import json, peft, transformers\n"
         f"rope = json.load(open({str(out / 'rope.json')!r}))\n"
-        f"config = transformers.AutoConfig.from_pretrained({source}){text_model}\n"
+        f"config = transformers.AutoConfig.from_pretrained({source}){text}\n"
         'if transformers.__version__ > "5": rope.pop("rope_scaling", None)'
         "  # the form of transformers 4\n"
-        "config.update(rope)\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({source}, config=config)\n"
+        "config.get_text_config().update(rope)\n"
+        f"model = transformers.{auto}.from_pretrained({source}, config=config)\n"
         f"{QUIET}model = peft.PeftModel.from_pretrained(model, {str(out)!r})\n"
         f"{template}{_adapter_command(model, base, out, config, chat_template)}"
     )
@@ -67,7 +68,15 @@ def _adapter_command(
             "# vLLM takes no adapter with modules_to_save: export with --format=split or "
             "--format=merged to serve it."
         )
-    options = lora_options(out, config) | {"--hf-overrides": json.dumps(rope_to_hf(model.spec))}
+    if base.whole and not base.adapted:
+        return (
+            "# vLLM loads this base with its vision model, and this adapter is for its text model: "
+            "export with --format=split or --format=merged to serve it."
+        )
+    rope = rope_to_hf(model.spec)
+    if base.adapted:
+        rope = {"text_config": base.adapted.rope(model.spec)}
+    options = lora_options(out, config) | {"--hf-overrides": json.dumps(rope)}
     if chat_template is not None:
         options["--chat-template"] = out / TEMPLATE_FILE
     longest = base.tokenizer().model_max_length

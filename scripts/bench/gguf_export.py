@@ -100,7 +100,7 @@ class RandomBase(Base):
 
     def __init__(self, config: dict[str, Any]):
         tiny = open_base(str(shipped_model("lljax/assets/tiny-512")))
-        self.path, self.folder, self.prefix = "random", tiny.folder, ""
+        self.path, self.folder, self.whole = "random", tiny.folder, None
         self.config, self._tokenizer = config, tiny.tokenizer()
         parts = parts_of(Decoder(spec_from_hf(config)))
         self._shapes = {name: hf_shape(of[0][0]) for name, of in parts.items()}

@@ -37,6 +37,10 @@ def write_folder(folder, family="llama", tied=True, dtype=torch.float32, shards=
         "tie_word_embeddings": tied,
     } | changes
     write_torch(folder, family, dtype=dtype, shards=shards, **changes)
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder):
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0")
     )
@@ -93,6 +97,11 @@ def hf_folder(tmp_path):
 def make_folder():
     """make(path, family, tied, ...) -> path, written."""
     return write_folder
+
+
+@pytest.fixture(scope="session")
+def add_tokenizer():
+    return write_tokenizer
 
 
 @pytest.fixture(scope="session")

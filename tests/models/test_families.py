@@ -18,12 +18,18 @@ from lljax.errors import ModelError
 from lljax.hardware.chips import DEVICES
 from lljax.hardware.targets import Target
 from lljax.interop.export import export_merged
-from lljax.interop.folder import text_model
 from lljax.interop.huggingface import load_weights
+from lljax.interop.multimodal import text_model
 from lljax.interop.open import open_base
 from lljax.models.decoder import Decoder
 from lljax.models.families import FAMILIES, is_tied, rope_to_hf, spec_from_hf
-from lljax.models.families.family import Family, MultimodalModel, first_set, local_layers
+from lljax.models.families.family import (
+    Family,
+    MultimodalModel,
+    Names,
+    first_set,
+    local_layers,
+)
 from lljax.models.spec import LayerSpec
 from lljax.models.values import whole
 from lljax.planning import plan
@@ -49,7 +55,9 @@ TOY = Family(
     checks={"toy_window": whole(2)},
     rope_to_hf=lambda spec, entries: entries | {"toy_rope": spec.rope.type},
     rope_fields=("toy_rope",),
-    multimodal_parent=MultimodalModel(model_type="toy_vision", prefix="text."),
+    multimodal_parents=(
+        MultimodalModel("toy_vision", names=(Names("text.model", "text.lm_head"),), tied=True),
+    ),
 )
 
 
@@ -101,8 +109,9 @@ def test_a_row_checks_ties_and_unwraps(toy):
     with pytest.raises(ModelError, match="toy_window is 1"):
         spec_from_hf(hf | {"toy_window": 1})
     inside = {name: value for name, value in hf.items() if name != "model_type"}
-    config, prefix = text_model({"model_type": "toy_vision", "text_config": inside})
-    assert (config, prefix) == (hf | {"architectures": ["ToyForCausalLM"]}, "text.")
+    config, whole = text_model({"model_type": "toy_vision", "text_config": inside})
+    assert config == hf | {"architectures": ["ToyForCausalLM"], "tie_word_embeddings": True}
+    assert whole.model.names[0].of("model.norm.weight") == "text.model.norm.weight"
 
 
 def test_rows_name_the_classes_of_transformers():
@@ -114,8 +123,8 @@ def test_rows_name_the_classes_of_transformers():
 
 ROOT = Path(lljax.__file__).parent
 READERS = ("models/spec.py", "build.py", "api.py", "interop", "planning", "run", "training")
-# Strings that are spelled like families: tokenizers of GGUF files, and a file of a tokenizer.
-OTHER_THINGS = {"llama", "llama-bpe", "qwen2", "qwen.tiktoken"}
+# Strings that are spelled like families: tokenizers of GGUF files, a file of a tokenizer, a field.
+OTHER_THINGS = {"llama", "llama-bpe", "qwen2", "smollm", "qwen.tiktoken", "seed"}
 
 
 def strings(path):

@@ -25,8 +25,14 @@ CONFIGS = {
     "gemma3_text": transformers.Gemma3TextConfig,
     "phi3": transformers.Phi3Config,
     "internlm3": transformers.InternLM3Config,
+    "iquestcoder": transformers.IQuestCoderConfig,
+    "seed_oss": transformers.SeedOssConfig,
+    "smollm3": transformers.SmolLM3Config,
+    "ernie4_5": transformers.Ernie4_5Config,
+    "cwm": transformers.CwmConfig,
+    "ministral": transformers.MinistralConfig,
 }
-# A config.json of these says how many experts there are.
+# A config.json of these says how many experts there are, or how wide its latents are.
 WITH_EXPERTS = {
     "mixtral": transformers.MixtralConfig,
     "qwen2_moe": transformers.Qwen2MoeConfig,
@@ -36,6 +42,12 @@ WITH_EXPERTS = {
     "deepseek_v3": transformers.DeepseekV3Config,
     "llama4_text": transformers.Llama4TextConfig,
     "gpt_oss": transformers.GptOssConfig,
+    "dots1": functools.partial(
+        transformers.Dots1Config, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2
+    ),
+    "solar_open": functools.partial(transformers.SolarOpenConfig, intermediate_size=10_240),
+    "glm4_moe_lite": transformers.Glm4MoeLiteConfig,
+    "youtu": transformers.YoutuConfig,
 }
 SIZES = {
     "vocab_size": 96,
@@ -117,6 +129,19 @@ CASES = [
     ("mistral", {"num_key_value_heads": 2}),
     ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     ("mistral", {"num_key_value_heads": 3, "sliding_window": 20, "head_dim": 12}),
+    (
+        "ministral",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 20,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    ("smollm3", {"num_key_value_heads": 2, "pad_token_id": 0}),
+    ("cwm", {"num_key_value_heads": 2, "sliding_window": 20, "num_hidden_layers": 9}),
+    ("ernie4_5", {"use_bias": True}),
+    ("seed_oss", {"num_key_value_heads": 2, "pad_token_id": 0, "attention_out_bias": True}),
     ("qwen2", {"num_key_value_heads": 2}),
     ("qwen2", {"num_key_value_heads": 6, "sliding_window": 20}),
     ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True}),
@@ -261,6 +286,47 @@ LLAMA4 = {
 }
 
 
+def test_layer_types_of_a_mistral_are_those_of_a_ministral():
+    """As transformers' AutoConfig takes it."""
+    types = ["full_attention", "sliding_attention", "sliding_attention"]
+    fields = SIZES | {"num_key_value_heads": 2, "sliding_window": 20, "layer_types": types}
+    mistral, ministral = (
+        spec_from_hf(fields | {"model_type": name}) for name in ("mistral", "ministral")
+    )
+    assert mistral.layers == ministral.layers
+    assert [layer.window for layer in mistral.layers] == [None, 20, 20]
+
+
+@pytest.mark.parametrize("fields", [{"no_rope_layer_interval": 2}, {"no_rope_layers": [0, 1, 0]}])
+def test_the_layers_without_rope_of_smollm3_are_those_of_transformers(fields):
+    fields = SIZES | fields | {"num_key_value_heads": 2}
+    ours = spec_from_hf(fields | {"model_type": "smollm3"})
+    theirs = transformers.SmolLM3Config(**fields).no_rope_layers
+    assert [layer.rope is not None for layer in ours.layers] == [bool(x) for x in theirs]
+
+
+def test_the_windows_of_qwen2_moe_are_those_of_transformers():
+    """In every second layer below `max_window_layers`, unlike Qwen2's."""
+    fields = SIZES | {
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 4,
+    }
+    ours, types = (
+        spec_from_hf(fields | {"model_type": "qwen2_moe"}),
+        transformers.Qwen2MoeConfig(**fields).layer_types,
+    )
+    assert [layer.window for layer in ours.layers] == [
+        None if kind == "full_attention" else 20 for kind in types
+    ]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -351,6 +417,29 @@ def test_a_rope_that_turns_chunks_alone_is_stretched_only_where_a_factor_is_name
             },
             "layer_types.*'chunked_attention'",
         ),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            r"layer_types\[1\] is 'sliding_attention'.*'llama' no window",
+        ),
+        (
+            {
+                "model_type": "mixtral",
+                "num_key_value_heads": 2,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "sliding_window": 20,
+                "layer_types": ["full_attention"] * 3,
+            },
+            r"layer_types\[0\] is 'full_attention'.*a window of 20",
+        ),
+        (
+            {
+                "model_type": "glm4_moe_lite",
+                "mlp_layer_types": ["dense", "sparse", "moe"],
+            },
+            r"mlp_layer_types\[2\] 'moe' is none of dense, sparse",
+        ),
+        ({"model_type": "iquestcoder", "clip_qkv": 8.0}, "clip_qkv is 8.0"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
         ({"hidden_act": {"silu": 1}}, "hidden_act {'silu': 1}"),
         ({"hidden_act": ["silu"] * 1000}, r"hidden_act \['silu'.{,200}is not"),

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flax import nnx
-
 from lljax.errors import ConfigError, ModelError, short
 from lljax.interop.folder import read_json
-from lljax.interop.peft.tensors import MODULES
+from lljax.interop.peft.tensors import MODULES, text_name
+from lljax.models.decoder import Decoder
 from lljax.models.lora import attach
 from lljax.models.values import FLAG, LARGEST, WORD, Value, check, dict_of, list_of, optional, whole
 
@@ -69,8 +68,12 @@ class AdapterConfig(NamedTuple):
     dora: bool = False
     ties: bool = False
 
-    def attach(self, model: nnx.Module) -> None:
-        attach(model, **{name: value for name, value in self._asdict().items() if name != "ties"})
+    def attach(self, model: Decoder) -> None:
+        """Attaches adapters with these settings to a model, or to the text model that it is."""
+        family = model.spec.family
+        settings = {name: value for name, value in self._asdict().items() if name != "ties"}
+        settings["targets"] = tuple(text_name(target, family) for target in self.targets)
+        attach(model, **settings)
 
 
 def read_adapter_config(folder: Path | str) -> AdapterConfig:

@@ -18,10 +18,10 @@ from lljax.interop.peft.config import (
     adapter_errors,
     read_adapter_config,
 )
-from lljax.interop.peft.tensors import PREFIX, WEIGHTS, hf_module
+from lljax.interop.peft.tensors import PREFIX, WEIGHTS, AdapterFile, hf_module, text_name
 from lljax.models.declare import Weight, declared
 from lljax.models.decoder import Decoder
-from lljax.models.families import is_tied
+from lljax.models.families import family_of, is_tied
 from lljax.models.lora import TABLES, adaptable, matched_tables, pattern_value
 from lljax.parallel.sharding import put
 
@@ -65,8 +65,9 @@ def unties_head(hf_config: dict, folder: Path | str) -> bool:
     settings = read_adapter_config(folder)
     if not is_tied(hf_config):
         return False
+    family = family_of(hf_config).model_type
     with adapter_errors(folder):
-        adapted = matched_tables(settings.targets)
+        adapted = matched_tables(text_name(target, family) for target in settings.targets)
     if not adapted and not {"embed", "head"} & set(settings.also_train):
         return False
     if settings.ties and adapted:
@@ -91,7 +92,8 @@ def load_adapter(model: Decoder, folder: Path | str, *, shardings: Callable | No
         in another way.
     """
     config, path = read_adapter_config(folder), Path(folder) / WEIGHTS
-    if model.spec.tied and unties_head({"tie_word_embeddings": True}, folder):
+    tied = {"model_type": model.spec.family, "tie_word_embeddings": True}
+    if model.spec.tied and unties_head(tied, folder):
         raise ModelError(
             f"{folder}: it trains the head of a tied base or its embedding alone, and this model "
             "has one table for both: open the base with lljax.interop.peft.under_adapter"
@@ -99,7 +101,7 @@ def load_adapter(model: Decoder, folder: Path | str, *, shardings: Callable | No
     _check_settings(model, config, folder)
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file; adapters are read from safetensors only")
-    file = safetensors.File(path)
+    file = AdapterFile(path, model.spec.family)
     unread = set(file.entries)
     for _, variable in declared(model):
         if not variable.get_metadata().get("trainable", False):

@@ -20,10 +20,12 @@ from lljax.interop.peft.tensors import MODULES, PREFIX, WEIGHTS, hf_module
 from lljax.models.declare import Weight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import FAMILIES
+from lljax.models.families.family import Names
 from lljax.models.lora import Lora, adaptable
 from lljax.models.lora_layers import TableLora
 
 Scale = tuple[int, float]  # rank and alpha
+NORM = "model.norm"  # the last one; names of other modules end with its last word
 
 
 class Adapted(NamedTuple):
@@ -40,19 +42,21 @@ def write_adapter(
     *,
     base_name: str,
     base: Base | None = None,
+    names: Names | None = None,
     whole_modules: bool = True,
 ) -> dict[str, Any]:
     """Writes the adapter of a model to an existing folder; returns its adapter_config.
 
     base: the base, needed if the factors started from it (lljax.models.adapter_init), or if DoRA
       adapts some of the layers that are one in HF.
+    names: of the modules in the multimodal model to load the adapter into; None for the text model.
     whole_modules: with the embeddings, norms and heads that trained (`modules_to_save`); otherwise
       the factors alone.
 
     Raises:
       ConfigError: PEFT would read the factors of experts in another way.
     """
-    _check_experts(model)
+    _check_experts(model, multimodal=names is not None)
     arrays, scales = factors(model, base)
     saved = set()
     for _, variable in declared(model) if whole_modules else ():
@@ -65,6 +69,13 @@ def write_adapter(
     if ties:  # without a tensor of its own, PEFT takes the base's for a tied head
         arrays[PREFIX + HEAD] = arrays[PREFIX + EMBED]
     lora = next(lora for _, _, lora in adaptable(model) if lora is not None)
+    targets = _target_modules(model)
+    if names is not None:
+        # Its other parts have modules of the same names, so that these are named in full.
+        arrays = {PREFIX + names.of(name.removeprefix(PREFIX)): arrays[name] for name in arrays}
+        scales = {names.of(name): scale for name, scale in scales.items()}
+        targets = set(scales)
+        saved = {names.of(NORM) if name == NORM.rpartition(".")[2] else name for name in saved}
     rank, ranks = _pattern({name: rank for name, (rank, _) in scales.items()})
     alpha, alphas = _pattern({name: alpha for name, (_, alpha) in scales.items()})
     config = {
@@ -81,7 +92,7 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted(_target_modules(model)),
+        "target_modules": sorted(targets),
         "modules_to_save": sorted(saved) or None,
         "ensure_weight_tying": ties,
     }
@@ -91,7 +102,7 @@ def write_adapter(
     return config
 
 
-def _check_experts(model: Decoder) -> None:
+def _check_experts(model: Decoder, *, multimodal: bool) -> None:
     """Refuses adapters of experts that PEFT would not load, or would load otherwise.
 
     transformers 5 holds the experts of a layer together, gate and up as one. PEFT translates the
@@ -109,9 +120,10 @@ def _check_experts(model: Decoder) -> None:
         if name.rpartition(".")[2] in projections and ".experts." not in name
     ]
     gate, up, _ = projections
-    translates = FAMILIES[family].peft_experts
+    translates = FAMILIES[family].peft_experts and not multimodal
     if not translates and experts:
-        reason = f"PEFT does not load factors of the experts of a {family} model"
+        kind = "multimodal " if multimodal else ""
+        reason = f"PEFT does not load factors of the experts of a {kind}{family} model"
     elif translates and others:
         reason = f"PEFT takes {others[0]} of a {family} model for a part of its experts"
     elif (gate in experts) != (up in experts):

@@ -1,38 +1,30 @@
-"""DeepSeek-V3 and R1: multi-head latent attention, experts by sigmoid scores (DeepSeek-AI 2024,
-arXiv 2412.19437); transformers `models/deepseek_v3/modeling_deepseek_v3.py`.
+"""DeepSeek-V3 and R1, Kimi K2: multi-head latent attention, experts by sigmoid scores (DeepSeek-AI
+2024, arXiv 2412.19437); transformers `models/deepseek_v3/modeling_deepseek_v3.py`.
 """
 
-import dataclasses
 from typing import Any
 
-from lljax.models.families.family import Family, first_set
+from lljax.models.families import latent_attention
+from lljax.models.families.family import INSIDE, WRAPPED, Family, MultimodalModel
 from lljax.models.families.sigmoid_experts import CHECKS, DEFAULTS, dense_first, sigmoid_experts
-from lljax.models.spec import MLASpec
-from lljax.models.values import FLAG
 
 
 def _decoder(c: dict) -> dict[str, Any]:
     return {
-        "qkv_bias": c["attention_bias"],
-        "output_bias": c["attention_bias"],
         "moe": sigmoid_experts(c),
-        "mla": MLASpec(
-            q_rank=None if c.get("q_lora_rank") is None else first_set(c, "q_lora_rank"),
-            kv_rank=first_set(c, "kv_lora_rank"),
-            rope=first_set(c, "qk_rope_head_dim"),
-            v=first_set(c, "v_head_dim"),
-        ),
-        "interleaved": c["rope_interleave"],
-        "layers": tuple(dataclasses.replace(layer, mixer="mla") for layer in dense_first(c)),
+        **latent_attention.latent_attention(c, dense_first(c)),
     }
 
 
 FAMILY = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
-    defaults=DEFAULTS
-    | {"max_position_embeddings": 4096, "attention_bias": False, "rope_interleave": True},
+    defaults=DEFAULTS | latent_attention.DEFAULTS | {"max_position_embeddings": 4096},
     decoder=_decoder,
-    checks=CHECKS | {"rope_interleave": FLAG},
+    checks=CHECKS | latent_attention.CHECKS,
     peft_experts=True,
+    multimodal_parents=(
+        MultimodalModel(model_type="kimi_k25", names=(INSIDE, WRAPPED), tied=True),
+    ),
+    aliases={"kimi_k2": {}},
 )

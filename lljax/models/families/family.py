@@ -6,7 +6,7 @@ in place of absent fields and its values checked.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lljax.errors import ModelError, short
 from lljax.models.rope import EXTENDABLE
@@ -61,12 +61,55 @@ class GgufFormat:
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
 
 
+class Names(NamedTuple):
+    """What names of a text model begin with in a multimodal model, in place of "model" and of
+    "lm_head".
+    """
+
+    model: str
+    head: str
+
+    def of(self, name: str) -> str:
+        """The name in the multimodal model of a tensor or module of the text model."""
+        first, dot, rest = name.partition(".")
+        return {"model": self.model, "lm_head": self.head}[first] + dot + rest
+
+    def text(self, name: str) -> str | None:
+        """The inverse of `of`; None for a name that is not of the text model."""
+        for outer, inner in ((self.model, "model"), (self.head, "lm_head")):
+            if name == outer or name.startswith(f"{outer}."):
+                return inner + name.removeprefix(outer)
+        return None
+
+
+INSIDE = Names("model.language_model", "lm_head")
+WRAPPED = Names("language_model.model", "language_model.lm_head")
+BESIDE = Names("model", "lm_head")
+
+
 @dataclasses.dataclass(frozen=True)
 class MultimodalModel:
-    """A multimodal model whose text model is of a family."""
+    """A multimodal model whose text model is of a family.
+
+    names: how checkpoints name the text model's tensors. The first are the names of the modules in
+      the class of transformers, which adapters have. A checkpoint has the first of `names` that any
+      of its tensors has.
+    tied: the head is the embedding if the config.json of the whole model does not say.
+    flat: config.json may hold the fields of text_config itself.
+    defaults: fields of text_config, as the config class of transformers sets them if they are
+      absent, where they differ from the defaults of the family.
+    fused_experts: checkpoints keep the experts of a layer in two tensors, gate_up_proj and
+      down_proj (lljax.interop.fused_experts).
+    text_adapters: adapters are for the text model, since the class of transformers fails on text.
+    """
 
     model_type: str
-    prefix: str  # before the names of the text model's tensors
+    names: tuple[Names, ...]
+    tied: bool = False
+    flat: bool = False
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fused_experts: bool = False
+    text_adapters: bool = False
 
 
 def _one_rope(c: dict) -> tuple[dict, ...]:
@@ -95,7 +138,9 @@ class Family:
     rope_kinds: the kinds of RoPE that transformers loads a stretched model with.
     peft_experts: PEFT loads adapters of single experts.
     gguf: its GGUF files; None if they are not read.
-    multimodal_parent: the multimodal model whose text model it is.
+    multimodal_parents: the multimodal models whose text model it is.
+    aliases: other names of `model_type`, and the defaults that differ under them. Such a
+      config.json is read and exported as one of `model_type`.
     """
 
     model_type: str
@@ -109,7 +154,8 @@ class Family:
     rope_kinds: tuple[str, ...] = EXTENDABLE
     peft_experts: bool = False
     gguf: GgufFormat | None = None
-    multimodal_parent: MultimodalModel | None = None
+    multimodal_parents: tuple[MultimodalModel, ...] = ()
+    aliases: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def first_set(c: dict, *names: str) -> int:
@@ -151,15 +197,29 @@ def per_layer(c: dict, name: str, default: Callable[[int], Any]) -> list:
 def local_layers(
     c: dict, default: Callable[[int], Any], local: str = "sliding_attention"
 ) -> list[bool]:
-    """Whether every layer is `local`, from `layer_types`; default(layer) if that is absent.
+    """Whether every layer is `local`, from `layer_types`; default(layer) if that is absent."""
+    return layers_of_kind(c, "layer_types", local, "full_attention", default)
+
+
+def layers_of_kind(
+    c: dict, name: str, kind: str, other: str, default: Callable[[int], Any]
+) -> list[bool]:
+    """Whether every layer is of `kind`, from a field that has `kind` or `other` for each of them;
+    default(layer) if it is absent.
 
     Raises:
-      ModelError: a type of layer that is neither `local` nor full_attention.
+      ModelError: a layer is of neither kind.
     """
-    types = per_layer(c, "layer_types", lambda i: local if default(i) else "full_attention")
-    for i, kind in enumerate(types):
-        if kind not in ("full_attention", local):
-            raise ModelError(
-                f"config.json: layer_types[{i}] {short(kind)} is none of full_attention, {local}"
-            )
-    return [kind == local for kind in types]
+    kinds = per_layer(c, name, lambda i: kind if default(i) else other)
+    for i, given in enumerate(kinds):
+        if given not in (other, kind):
+            raise ModelError(f"config.json: {name}[{i}] {short(given)} is none of {other}, {kind}")
+    return [given == kind for given in kinds]
+
+
+def rotated_layers(c: dict) -> list[bool]:
+    """Whether every layer has RoPE: those with 1 in `no_rope_layers`, in spite of the name; or all
+    except every `no_rope_layer_interval`-th.
+    """
+    interval = first_set(c, "no_rope_layer_interval")
+    return [bool(x) for x in per_layer(c, "no_rope_layers", lambda i: (i + 1) % interval)]

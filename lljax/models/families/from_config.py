@@ -56,6 +56,7 @@ def spec_from_hf(hf_config: dict) -> DecoderSpec:
         **family.decoder(c),
     }
     _check_supported(c, family, fields.get("activation", "silu"))
+    _check_layer_types(c, fields["layers"])
     if moe := fields.get("moe"):
         _check_experts(moe)
     N, K, H, rotary = _heads(c, fields.get("mla"))
@@ -88,6 +89,20 @@ def _check_supported(c: dict, family: Family, activation: str) -> None:
         raise ModelError(
             "config.json: use_bidirectional_attention is not supported; a decoder looks back only"
         )
+
+
+def _check_layer_types(c: dict, layers: tuple[LayerSpec, ...]) -> None:
+    """Refuses windows that `layer_types` names and the family does not read, or the reverse."""
+    types = c.get("layer_types")
+    if not isinstance(types, list) or len(types) != len(layers):
+        return  # no field of this family
+    for i, (kind, layer) in enumerate(zip(types, layers, strict=True)):
+        if (kind == "full_attention") != (layer.window is None):
+            window = "no window" if layer.window is None else f"a window of {layer.window}"
+            raise ModelError(
+                f"config.json: layer_types[{i}] is {short(kind)}, and its other fields give this "
+                f"layer of model_type {c['model_type']!r} {window}"
+            )
 
 
 def _heads(c: dict, mla: MLASpec | None) -> tuple[int, int, int, int]:

@@ -7,7 +7,15 @@ from typing import Any
 from lljax.errors import ModelError
 from lljax.models import rope
 from lljax.models.families import gemma_layers
-from lljax.models.families.family import Family, GgufFormat, Metadata, sliding_window
+from lljax.models.families.family import (
+    INSIDE,
+    WRAPPED,
+    Family,
+    GgufFormat,
+    Metadata,
+    MultimodalModel,
+    sliding_window,
+)
 from lljax.models.spec import DecoderSpec, LayerSpec
 from lljax.models.values import whole
 
@@ -119,5 +127,19 @@ FAMILY = Family(
         dtype="bfloat16",  # its activations overflow float16
         config=_gguf_config,
         metadata=_gguf_metadata,
+    ),
+    multimodal_parents=(
+        MultimodalModel(
+            model_type="gemma3",
+            names=(INSIDE, WRAPPED),
+            tied=True,
+            defaults={
+                "vocab_size": 262_208,
+                "hidden_size": 2304,
+                "intermediate_size": 9216,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 8,
+            },
+        ),
     ),
 )

@@ -4,7 +4,14 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family, MultimodalModel, first_set, local_layers, per_layer
+from lljax.models.families.family import (
+    WRAPPED,
+    Family,
+    MultimodalModel,
+    first_set,
+    local_layers,
+    rotated_layers,
+)
 from lljax.models.spec import LayerSpec, MoESpec
 from lljax.models.values import FLAG, NUMBER, Value, list_of, optional, whole
 
@@ -12,12 +19,7 @@ from lljax.models.values import FLAG, NUMBER, Value, list_of, optional, whole
 def _layers(c: dict) -> tuple[LayerSpec, ...]:
     """Every fourth layer has no RoPE and full attention; experts in every layer or every second."""
     L, chunk = c["num_hidden_layers"], first_set(c, "attention_chunk_size")
-    interval, step = (
-        first_set(c, "no_rope_layer_interval"),
-        first_set(c, "interleave_moe_layer_step"),
-    )
-    # 1 for a layer with RoPE, in spite of the name
-    rotated = per_layer(c, "no_rope_layers", lambda i: (i + 1) % interval)
+    step, rotated = first_set(c, "interleave_moe_layer_step"), rotated_layers(c)
     local = local_layers(c, lambda i: rotated[i], "chunked_attention")
     sparse = range(step - 1, L, step) if c.get("moe_layers") is None else c["moe_layers"]
     return tuple(
@@ -90,5 +92,8 @@ FAMILY = Family(
         "no_rope_layers": optional(list_of(whole(0))),
         "moe_layers": optional(list_of(whole(0))),
     },
-    multimodal_parent=MultimodalModel(model_type="llama4", prefix="language_model."),
+    multimodal_parents=(
+        # Llama4ForConditionalGeneration of transformers 5.24 reads an attribute that is not there.
+        MultimodalModel(model_type="llama4", names=(WRAPPED,), text_adapters=True),
+    ),
 )

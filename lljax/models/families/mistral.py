@@ -1,5 +1,6 @@
 """Mistral: a sliding window in every layer (Jiang et al. 2023, arXiv 2310.06825); transformers
-`models/mistral/modeling_mistral.py`.
+`models/mistral/modeling_mistral.py`. With `layer_types` in config.json, transformers takes it for
+a Ministral: full attention in some layers.
 
 Its GGUF files call themselves llama, and are read as such: without a window.
 """
@@ -7,12 +8,21 @@ Its GGUF files call themselves llama, and are read as such: without a window.
 from typing import Any
 
 from lljax.models.families import llama
-from lljax.models.families.family import Family, sliding_window, uniform_layers
+from lljax.models.families.family import (
+    INSIDE,
+    WRAPPED,
+    Family,
+    MultimodalModel,
+    local_layers,
+    sliding_window,
+)
 from lljax.models.spec import LayerSpec
 
 
 def _decoder(c: dict) -> dict[str, Any]:
-    return {"layers": uniform_layers(c, LayerSpec(window=sliding_window(c)))}
+    window = sliding_window(c)
+    slides = local_layers(c, lambda i: window)
+    return {"layers": tuple(LayerSpec(window=window if local else None) for local in slides)}
 
 
 FAMILY = Family(
@@ -25,4 +35,7 @@ FAMILY = Family(
     },
     decoder=_decoder,
     gguf=llama.GGUF,
+    multimodal_parents=(
+        MultimodalModel(model_type="mistral3", names=(INSIDE, WRAPPED), tied=True),
+    ),
 )

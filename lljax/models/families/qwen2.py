@@ -4,8 +4,15 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family, GgufFormat
+from lljax.models.families.family import BESIDE, INSIDE, Family, GgufFormat, MultimodalModel
 from lljax.models.families.qwen_layers import WINDOW_CHECKS, WINDOW_DEFAULTS, upper_layers_slide
+
+VISION_DEFAULTS = {  # of Qwen2.5-VL
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "max_window_layers": 80,
+}
 
 
 def _decoder(c: dict) -> dict[str, Any]:
@@ -19,4 +26,10 @@ FAMILY = Family(
     decoder=_decoder,
     checks=WINDOW_CHECKS,
     gguf=GgufFormat(architecture="qwen2"),
+    multimodal_parents=(
+        MultimodalModel(
+            model_type="qwen2_5_vl", names=(INSIDE, BESIDE), flat=True, defaults=VISION_DEFAULTS
+        ),
+    ),
+    aliases={"qwen2_5_vl_text": VISION_DEFAULTS},
 )

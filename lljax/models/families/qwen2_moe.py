@@ -12,18 +12,22 @@ from lljax.models.families.qwen_layers import (
     EXPERT_DEFAULTS,
     WINDOW_CHECKS,
     WINDOW_DEFAULTS,
+    sliding_layers,
     softmax_experts,
     sparse_layers,
-    upper_layers_slide,
 )
 from lljax.models.values import FLAG
 
 
 def _decoder(c: dict) -> dict[str, Any]:
+    def even(i: int) -> bool:
+        """Of the first `max_window_layers`; Qwen2's windows are in the layers after these."""
+        return i % 2 == 0 and i < c["max_window_layers"]
+
     return {
         "qkv_bias": c["qkv_bias"],
         "moe": softmax_experts(c, shared=first_set(c, "shared_expert_intermediate_size")),
-        "layers": sparse_layers(c, upper_layers_slide(c)),
+        "layers": sparse_layers(c, sliding_layers(c, even)),
     }
 
 

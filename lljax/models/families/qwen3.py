@@ -4,8 +4,10 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family, GgufFormat
+from lljax.models.families.family import INSIDE, Family, GgufFormat, MultimodalModel
 from lljax.models.families.qwen_layers import WINDOW_CHECKS, WINDOW_DEFAULTS, upper_layers_slide
+
+VISION_DEFAULTS = {"max_position_embeddings": 128_000, "rope_theta": 500_000.0}  # of Qwen3-VL
 
 
 def _decoder(c: dict) -> dict[str, Any]:
@@ -30,4 +32,8 @@ FAMILY = Family(
     decoder=_decoder,
     checks=WINDOW_CHECKS,
     gguf=GgufFormat(architecture="qwen3"),
+    multimodal_parents=(
+        MultimodalModel(model_type="qwen3_vl", names=(INSIDE,), defaults=VISION_DEFAULTS),
+    ),
+    aliases={"qwen3_vl_text": VISION_DEFAULTS},
 )

@@ -4,7 +4,13 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family, sliding_window, uniform_layers
+from lljax.models.families.family import (
+    INSIDE,
+    Family,
+    MultimodalModel,
+    sliding_window,
+    uniform_layers,
+)
 from lljax.models.families.qwen_layers import (
     EXPERT_CHECKS,
     EXPERT_DEFAULTS,
@@ -13,6 +19,13 @@ from lljax.models.families.qwen_layers import (
 )
 from lljax.models.spec import LayerSpec
 from lljax.models.values import FLAG
+
+VISION_DEFAULTS = {  # of Qwen3-VL-MoE
+    "max_position_embeddings": 128_000,
+    "num_key_value_heads": 16,
+    "rope_theta": 500_000.0,
+    "norm_topk_prob": True,
+}
 
 
 def _decoder(c: dict) -> dict[str, Any]:
@@ -40,4 +53,13 @@ FAMILY = Family(
     decoder=_decoder,
     checks=EXPERT_CHECKS | {"use_sliding_window": FLAG},
     peft_experts=True,
+    multimodal_parents=(
+        MultimodalModel(
+            model_type="qwen3_vl_moe",
+            names=(INSIDE,),
+            defaults=VISION_DEFAULTS,
+            fused_experts=True,
+        ),
+    ),
+    aliases={"qwen3_vl_moe_text": VISION_DEFAULTS},
 )

@@ -1,6 +1,8 @@
 """Layers and experts that the Qwen families share."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from lljax.models.families.family import first_set, local_layers, sliding_window, uniform_layers
 from lljax.models.spec import LayerSpec, MoESpec
@@ -17,15 +19,19 @@ EXPERT_CHECKS = {
 
 
 def upper_layers_slide(c: dict) -> tuple[LayerSpec, ...]:
-    """A sliding window from layer `max_window_layers` on, or as `layer_types` says, if
+    """A sliding window from layer `max_window_layers` on, see `sliding_layers`."""
+    return sliding_layers(c, lambda i: i >= c["max_window_layers"])
+
+
+def sliding_layers(c: dict, default: Callable[[int], Any]) -> tuple[LayerSpec, ...]:
+    """A sliding window in the layers that `layer_types` names, or default(layer) is true of, if
     `use_sliding_window` is on.
     """
     if not c["use_sliding_window"]:
         return uniform_layers(c, LayerSpec())
     window = sliding_window(c)
     return tuple(
-        LayerSpec(window=window if slides else None)
-        for slides in local_layers(c, lambda i: i >= c["max_window_layers"])
+        LayerSpec(window=window if slides else None) for slides in local_layers(c, default)
     )
 
 

@@ -3,14 +3,20 @@
 from lljax.errors import ModelError, short
 from lljax.models import rope
 from lljax.models.families import (
+    cwm,
     deepseek_v3,
+    dots1,
+    ernie4_5,
     gemma2,
     gemma3,
     glm4_moe,
+    glm4_moe_lite,
     gpt_oss,
     internlm3,
+    iquestcoder,
     llama,
     llama4,
+    ministral,
     mistral,
     mixtral,
     phi3,
@@ -18,6 +24,10 @@ from lljax.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    seed_oss,
+    smollm3,
+    solar_open,
+    youtu,
 )
 from lljax.models.families.family import Family
 from lljax.models.spec import DecoderSpec
@@ -40,6 +50,16 @@ FAMILIES: dict[str, Family] = {
         deepseek_v3,
         llama4,
         gpt_oss,
+        iquestcoder,
+        seed_oss,
+        smollm3,
+        ernie4_5,
+        cwm,
+        ministral,
+        dots1,
+        solar_open,
+        glm4_moe_lite,
+        youtu,
     )
 }
 
