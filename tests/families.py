@@ -81,6 +81,21 @@ LATENT = {
         "mscale_all_dim": 0.8,
     },
 }
+DELTA = {
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+}
+EXPERTS_AND_ONE_FOR_ALL = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 24,
+}
 CHUNKS = {
     "num_hidden_layers": 5,
     "head_dim": 16,
@@ -249,6 +264,15 @@ FAMILIES = {
             },
         },
     ),
+    "qwen3_next": (
+        transformers.Qwen3NextConfig,
+        DELTA | EXPERTS_AND_ONE_FOR_ALL | {"mlp_only_layers": [1]},
+    ),
+    "qwen3_5_text": (transformers.Qwen3_5TextConfig, DELTA),
+    "qwen3_5_moe_text": (
+        transformers.Qwen3_5MoeTextConfig,
+        DELTA | EXPERTS_AND_ONE_FOR_ALL,
+    ),
 }
 TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))  # beyond max_position_embeddings
 
@@ -348,7 +372,7 @@ def targets(spec) -> tuple[str, ...]:
         return (r"self_attn\..*",)
     dense = not families.FAMILIES[spec.family].peft_experts
     return (
-        r"self_attn\..*",
+        r"(self_attn|linear_attn)\..*",
         r"(mlp|feed_forward)\.(shared_expert\.)?\w*" if dense else r".*\.experts\..*",
     )
 
@@ -398,7 +422,7 @@ def gradient(model, adapted, folder: Path) -> float:
         for name, factor in adapted.named_parameters()
         if factor.grad is not None
     }
-    assert set(theirs) == set(ours)
+    assert set(theirs) == set(ours), set(theirs) ^ set(ours)
     worst = max(
         _apart(*(x[factor.detach().numpy() != 0] for x in (ours[name], factor.grad.numpy())))
         for name, factor in theirs.items()

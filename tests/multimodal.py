@@ -5,7 +5,7 @@ from pathlib import Path
 import safetensors.numpy
 import torch
 import transformers
-from families import GEMMA, LATENT, LOCAL_AND_GLOBAL, SIGMOID, SIZES
+from families import DELTA, EXPERTS_AND_ONE_FOR_ALL, GEMMA, LATENT, LOCAL_AND_GLOBAL, SIGMOID, SIZES
 
 M_ROPE = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 1, 1]}
 QWEN_VISION = {
@@ -65,6 +65,18 @@ MODELS = {
             "rope_parameters": M_ROPE | {"mrope_interleaved": True},
         },
         QWEN_VISION | {"deepstack_visual_indexes": [0]},
+    ),
+    "qwen3_5": (
+        transformers.Qwen3_5Config,
+        transformers.Qwen3_5ForConditionalGeneration,
+        DELTA | {"rope_parameters": M_ROPE | {"mrope_interleaved": True}},
+        QWEN_VISION,
+    ),
+    "qwen3_5_moe": (
+        transformers.Qwen3_5MoeConfig,
+        transformers.Qwen3_5MoeForConditionalGeneration,
+        DELTA | EXPERTS_AND_ONE_FOR_ALL | {"rope_parameters": M_ROPE | {"mrope_interleaved": True}},
+        QWEN_VISION,
     ),
     "kimi_k25": (
         transformers.Kimi_K25Config,

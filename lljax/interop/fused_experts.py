@@ -42,7 +42,9 @@ class SplitExperts(BaseView):
         block, expert, part = found.groups()
         down, D = part == "down_proj", self.config["hidden_size"]
         fused = self._base.read(f"{block}.{'down_proj' if down else 'gate_up_proj'}")[int(expert)]
-        if fused.shape[0 if down else 1] != D:
+        inner, outer = (f"{block}.{name}" for name in ("down_proj", "gate_up_proj"))
+        # Either alone is square in some models.
+        if self._base.shape(inner)[1] != D or self._base.shape(outer)[2] != D:
             fused = fused.T
         if down:
             return fused

@@ -26,6 +26,7 @@ class Weight(nnx.Param):
         the model.
       part: (first, step, all) of a Weight that HF fuses with others in one tensor: it has the
         outputs first, first + step, ... of the `all` outputs of the tensor.
+      float32: the value is float32 whatever the dtype of the run.
       transpose: HF stores the (per-layer) matrix transposed ([out, in]; ours is [in, out]).
       axes: logical axis names, one per dimension (see lljax.parallel.sharding).
       role: "kernel" | "bias" | "embed" | "norm" | "head" | "router": the name by which optimizer
@@ -69,9 +70,12 @@ def declare(
 
 
 def dtype_of(variable: nnx.Variable, dtype: Any) -> Any:
-    """The dtype of its value in a run with `dtype`: float32 for trainable weights and routers."""
-    trains = variable.get_metadata().get("trainable", False)
-    return jnp.float32 if trains or variable.get_metadata("role") == "router" else dtype
+    """The dtype of its value in a run with `dtype`: float32 for trainable weights, for routers and
+    as declared.
+    """
+    metadata = variable.get_metadata()
+    wide = metadata.get("trainable") or metadata.get("float32") or metadata["role"] == "router"
+    return jnp.float32 if wide else dtype
 
 
 def declared(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Variable]]:

@@ -65,6 +65,18 @@ class MLASpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeltaSpec:
+    """The sizes of a gated delta network (Yang et al. 2024, arXiv 2412.06464)."""
+
+    M: int  # key heads
+    R: int  # value heads of a key head
+    k: int  # size of a key
+    v: int  # size of a value
+    taps: int  # inputs of the convolution of a channel
+    fused: bool = False  # HF keeps the projections of a key head together, as in Qwen3-Next
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """The properties that may differ between the layers of one decoder."""
 
@@ -110,6 +122,7 @@ class DecoderSpec:
     logit_softcap: float | None = None
     moe: MoESpec | None = None
     mla: MLASpec | None = None
+    delta: DeltaSpec | None = None
 
     @property
     def L(self) -> int:

@@ -88,6 +88,11 @@ def _check_spread(mesh: Mesh, pattern: AttentionPattern, length: int, spec: Deco
             f"mesh.tensor={tensor} does not divide the {spec.N} query and {spec.K} key/value heads "
             f"of the model: use {math.gcd(spec.N, spec.K, tensor)}"
         )
+    if spec.delta and spec.delta.M % tensor:
+        raise ConfigError(
+            f"mesh.tensor={tensor} does not divide the {spec.delta.M} key heads of the model's "
+            f"gated delta networks: use {math.gcd(spec.delta.M, spec.N, spec.K, tensor)}"
+        )
     if spec.moe and spec.moe.E % mesh.shape["expert"]:
         raise ConfigError(
             f"mesh.expert={mesh.shape['expert']} does not divide the {spec.moe.E} experts of a "

@@ -23,7 +23,10 @@ from lljax.models.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
     solar_open,
@@ -60,6 +63,9 @@ FAMILIES: dict[str, Family] = {
         solar_open,
         glm4_moe_lite,
         youtu,
+        qwen3_next,
+        qwen3_5,
+        qwen3_5_moe,
     )
 }
 

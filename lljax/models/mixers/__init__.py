@@ -3,11 +3,18 @@
 from collections.abc import Iterable
 
 from lljax.models.mixers.attention import Attention
+from lljax.models.mixers.gated_attention import GatedAttention
+from lljax.models.mixers.gated_delta import GatedDelta
 from lljax.models.mixers.mixer import Mixer
 from lljax.models.mixers.mla import MLA
 from lljax.models.spec import LayerSpec
 
-MIXERS: dict[str, type[Mixer]] = {"attention": Attention, "mla": MLA}
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "gated_attention": GatedAttention,
+    "gated_delta": GatedDelta,
+    "mla": MLA,
+}
 
 
 def refused_modes(layers: Iterable[LayerSpec]) -> dict[str, str]:

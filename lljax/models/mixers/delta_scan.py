@@ -1,0 +1,93 @@
+"""The tokens of one device through a gated delta network: convolution, normalization, recurrence.
+
+transformers `models/qwen3_5/modeling_qwen3_5.py`, Qwen3_5GatedDeltaNet.forward. Letters as in
+lljax.models.mixers.delta_rule.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lljax.models.mixers import delta_rule
+from lljax.models.mixers.causal_conv import causal_conv, empty_tail, tail_after
+from lljax.models.mixers.delta_rule import DeltaCarry, DeltaInputs
+
+EPS = 1e-6  # of the normalization of queries and keys, whatever rms_norm_eps is
+
+
+class Channels(NamedTuple):
+    """Queries, keys and values before the convolution, or the weights of their convolution."""
+
+    q: jax.Array  # [B, T, M, k]
+    k: jax.Array  # [B, T, M, k]
+    v: jax.Array  # [B, T, M, R, v]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """What the tokens are projected to. decay, beta: float32, ready for the recurrence."""
+
+    channels: Channels
+    decay: Float[Array, "B T M R"]
+    beta: Float[Array, "B T M R"]
+
+    def without(self, tokens: Bool[Array, "B T"]) -> "Projected":
+        """The same if these tokens leave the state as it is."""
+        kept = ~tokens[..., None, None]
+        decay, beta = (jnp.where(kept, a, 0.0) for a in (self.decay, self.beta))
+        return dataclasses.replace(self, decay=decay, beta=beta)
+
+
+class Carry(NamedTuple):
+    """What tokens leave to those after them."""
+
+    tails: Channels  # of ConvTail
+    delta: DeltaCarry
+
+
+def empty_carry(x: Projected, segments: Int[Array, "B T"], taps: int) -> Carry:
+    """The carry before the first token of rows."""
+    B, _, M, R, v = x.channels.v.shape
+    tails = Channels(*(empty_tail(a, segments, taps) for a in x.channels))
+    state = jnp.zeros((B, M, R, x.channels.k.shape[-1], v), jnp.float32)
+    return Carry(tails, DeltaCarry(state, segments[:, 0]))
+
+
+def inputs(
+    x: Projected, weights: Channels, segments: Int[Array, "B T"], tails: Channels
+) -> DeltaInputs:
+    """What the tokens bring to the recurrence. weights: of the convolution, [M, k, taps] ..."""
+    dtype = x.channels.q.dtype
+    q, k, v = (
+        jax.nn.silu(causal_conv(a, w, segments, tail))
+        for a, w, tail in zip(x.channels, weights, tails, strict=True)
+    )
+    q = l2_normalize(q) * q.shape[-1] ** -0.5
+    q, k, v = (a.astype(dtype) for a in (q, l2_normalize(k), v))
+    return DeltaInputs(q, k, v, x.decay, x.beta, segments)
+
+
+def tails_after(
+    x: Projected, segments: Int[Array, "B T"], tails: Channels, count: jax.Array | None = None
+) -> Channels:
+    """The tails after these tokens, or after the first `count` of each row."""
+    return Channels(
+        *(tail_after(t, a, segments, count) for t, a in zip(tails, x.channels, strict=True))
+    )
+
+
+def run(
+    x: Projected, weights: Channels, segments: Int[Array, "B T"], carry: Carry
+) -> tuple[Float[Array, "B T M R v"], Carry]:
+    """The outputs of tokens, float32, and the carry after them."""
+    rule = delta_rule.step if segments.shape[1] == 1 else delta_rule.delta_rule
+    out, delta = rule(inputs(x, weights, segments, carry.tails), carry.delta)
+    return out, Carry(tails_after(x, segments, carry.tails), delta)
+
+
+def l2_normalize(x: Float[Array, "... k"]) -> Float[Array, "... k"]:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + EPS)
