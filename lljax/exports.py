@@ -24,7 +24,7 @@ from lljax.interop.export_folder import extend_record, write_folder
 from lljax.interop.export_weights import MergedBase
 from lljax.interop.gguf_lora import LORA_TYPES
 from lljax.interop.gguf_write import TYPES
-from lljax.interop.usage import serve_command
+from lljax.interop.usage import loader, serve_command
 from lljax.models import lora
 from lljax.models.decoder import Decoder
 from lljax.models.spec import DecoderSpec
@@ -179,7 +179,7 @@ def _compress(format: str, exported: Exported, out: Path, options: Options, over
     needs = "compressed-tensors" if how.layout == "compressed-tensors" else "gptqmodel optimum"
     return (
         f"import transformers  # and pip install {needs}\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
+        f"model = {loader(exported.model.spec)}({str(out)!r})\n"
         f"{serve_command(exported.model.spec, out, {})}"
     )
 

@@ -113,6 +113,21 @@ CHUNKS = {
         "original_max_position_embeddings": 32,
     },
 }
+GROWING = {  # queries that grow with the position
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
+SCALES = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 0.3,
+}
 # The name begins with the model_type.
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {}),
@@ -273,6 +288,87 @@ FAMILIES = {
         transformers.Qwen3_5MoeTextConfig,
         DELTA | EXPERTS_AND_ONE_FOR_ALL,
     ),
+    "ministral3": (transformers.Ministral3Config, {"head_dim": 16, "rope_parameters": GROWING}),
+    "granite": (transformers.GraniteConfig, SCALES | {"attention_bias": True, "mlp_bias": True}),
+    "granitemoehybrid": (
+        transformers.GraniteMoeHybridConfig,
+        SCALES
+        | {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 40,
+            "layer_types": ["full_attention"] * 3,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 6,
+        },
+    ),
+    "granitemoehybrid without RoPE": (
+        transformers.GraniteMoeHybridConfig,
+        SCALES
+        | {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 40,
+            "layer_types": ["attention"] * 3,
+            "tie_word_embeddings": True,
+            "mamba_n_heads": 6,
+        },
+    ),
+    "mistral4": (
+        transformers.Mistral4Config,
+        SIGMOID | LATENT | {"rope_parameters": GROWING | {"mscale_all_dim": 0.8}},
+    ),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "olmo3": (
+        transformers.Olmo3Config,
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": 20,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                    "rope_theta": 5000.0,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "minimax_m2": (
+        transformers.MiniMaxM2Config,
+        {"head_dim": 16, "rotary_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 2},
+    ),
+    "exaone4": (
+        transformers.Exaone4Config,
+        {"num_hidden_layers": 5, "sliding_window": 20, "sliding_window_pattern": 2},
+    ),
+    "exaone4 without windows": (
+        transformers.Exaone4Config,
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
+    "glm": (transformers.GlmConfig, {"head_dim": 16, "pad_token_id": 0}),
+    "glm4": (transformers.Glm4Config, {"head_dim": 16, "pad_token_id": 0}),
+    "hunyuan_v1_dense": (
+        transformers.HunYuanDenseV1Config,
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "alpha": 50.0,
+                "factor": 1.0,
+                "rope_theta": 500.0,
+            },
+        },
+    ),
+    "ernie4_5_moe": (
+        transformers.Ernie4_5_MoeConfig,
+        {
+            "moe_intermediate_size": 20,
+            "moe_num_experts": 6,
+            "moe_k": 2,
+            "num_hidden_layers": 4,
+            "moe_layer_interval": 2,
+        },
+    ),
 }
 TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))  # beyond max_position_embeddings
 
@@ -284,7 +380,7 @@ def write_torch(
     torch.manual_seed(seed)
     config_class, fields = FAMILIES[family]
     config = config_class(**(SIZES | fields | changes), attn_implementation="eager")
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = torch_class(config.model_type)._from_config(config).eval()
     with torch.no_grad():  # norms and biases away from their trivial start
         corrections = (
             buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")
@@ -293,6 +389,11 @@ def write_torch(
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards)
     return model
+
+
+def torch_class(model_type: str):
+    """The class of transformers; AutoModelForCausalLM does not know every one."""
+    return getattr(transformers, families.FAMILIES[model_type].architecture)
 
 
 def read(folder) -> tuple:
@@ -373,7 +474,7 @@ def targets(spec) -> tuple[str, ...]:
     dense = not families.FAMILIES[spec.family].peft_experts
     return (
         r"(self_attn|linear_attn)\..*",
-        r"(mlp|feed_forward)\.(shared_expert\.)?\w*" if dense else r".*\.experts\..*",
+        r"(mlp|feed_forward)\.(shared_experts?\.)?\w*" if dense else r".*\.experts\..*",
     )
 
 

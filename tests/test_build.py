@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from families import FAMILIES, SIZES, jit, torch_logits, write_torch
+from families import FAMILIES, SIZES, jit, torch_class, torch_logits, write_torch
 from flax import nnx
 
 from lljax.build import rope_change_warning, stretched
@@ -70,6 +70,24 @@ CASES = {
         {},
         {"factor": 4.0},
     ),
+    "yarn, growing queries": (
+        "ministral3",
+        YARN | {"llama_4_scaling_beta": 0.5},
+        {},
+        {"factor": 4.0},
+    ),
+    "yarn, growing queries of latent attention": (
+        "mistral4",
+        YARN
+        | {
+            "llama_4_scaling_beta": 0.5,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "partial_rotary_factor": 0.4,
+        },
+        {},
+        {"factor": 4.0},
+    ),
     "linear": ("qwen3", LINEAR, OWN_LENGTH, {"factor": 4.0}),
     "dynamic": ("llama", LINEAR | {"rope_type": "dynamic"}, OWN_LENGTH, {"factor": 4.0}),
     "longrope": (
@@ -103,6 +121,12 @@ CASES = {
         {},
         {"factor": 4.0},
     ),
+    "yarn, by layer, olmo3": (
+        "olmo3",
+        LOCAL | {"full_attention": YARN},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"factor": 4.0},
+    ),
     "dynamic, by layer": (
         "gemma3_text",
         LOCAL | {"full_attention": LINEAR | {"rope_type": "dynamic"}},
@@ -115,7 +139,8 @@ CASES = {
 def fields_of(case):
     """The family of a case, and what its config has besides the sizes of tests/families.py."""
     family, parameters, fields, _ = CASES[case]
-    layers = {"glm4_moe": 2, "deepseek_v3": 2, "gemma3_text": 3}.get(family, 1)
+    layers = {"glm4_moe": 2, "deepseek_v3": 2, "mistral4": 2, "gemma3_text": 3, "olmo3": 2}
+    layers = layers.get(family, 1)
     return family, {
         "num_hidden_layers": layers,
         "rope_parameters": json.loads(json.dumps(parameters)),
@@ -146,9 +171,7 @@ def assert_transformers_agrees(base, spec):
     load_weights(model, base, dtype=jnp.float32)
     path = base.folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | rope_to_hf(spec)))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        base.folder, attn_implementation="eager"
-    )
+    theirs = torch_class(spec.family).from_pretrained(base.folder, attn_implementation="eager")
     graphdef, state = nnx.split(model)
     for length in (ORIGINAL + 9, 70, LENGTH):
         ours = np.asarray(at_length(graphdef, state, jnp.asarray(TOKENS), length))[:, :length]
@@ -177,6 +200,7 @@ def test_what_is_written_of_a_stretched_base_reads_back_the_same(case):
     _, spec = longer(config_of(case))
     read = spec_from_hf(config_of(case) | json.loads(json.dumps(rope_to_hf(spec))))
     assert (read.rope, read.max_length, read.scale) == (spec.rope, LENGTH, spec.scale)
+    assert read.temperature == spec.temperature
     assert [(local.type, local.theta) for local in read.more_ropes] == [
         (local.type, local.theta) for local in spec.more_ropes
     ]
@@ -204,6 +228,21 @@ def by_layer(parameters):
         parameters[name] for name in ("full_attention", "sliding_attention") if name in parameters
     ] or [parameters]
     return [{name: str(value) for name, value in of.items()} for of in each]
+
+
+ALPHA = {"type": "dynamic", "alpha": 50.0, "factor": 1.0}
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_a_base_with_a_fixed_alpha_is_read_and_written_without_it(name):
+    """What is written does not stretch the base a second time, in either form of config.json."""
+    hf = {"model_type": "hunyuan_v1_dense", "head_dim": 16, "rope_theta": 100.0, name: ALPHA}
+    hf = SIZES | hf
+    spec = spec_from_hf(hf)
+    assert (spec.rope.type, spec.max_length) == ("default", SIZES["max_position_embeddings"])
+    np.testing.assert_allclose(spec.rope.theta, 100 * 50 ** (16 / 14))
+    for after in (spec, stretched(spec, type="yarn", factor="auto", length=256)):
+        assert spec_from_hf(hf | json.loads(json.dumps(rope_to_hf(after)))) == after
 
 
 FEW = ("llama3", "yarn, mscale in the scores", "longrope, phi3")

@@ -159,21 +159,20 @@ def _sums_of(name: str, observed: Observed) -> Sums | None:
 # ------------------------------------------------------------------- scales of AWQ
 # What the scales of inputs fold into, and the linear layers that read it.
 FOLDS: Mapping[str, tuple[str, ...]] = {
-    "input_layernorm": (
+    "norm_before_mixer": (
         *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "q_a")),
         "self_attn.kv_a_proj_with_mqa",
     ),
     "self_attn.q_a_layernorm": ("self_attn.q_b_proj",),
     "self_attn.kv_a_layernorm": ("self_attn.kv_b_proj",),
     "self_attn.v_proj": ("self_attn.o_proj",),
-    "post_attention_layernorm": tuple(
+    "norm_before_mlp": tuple(
         f"mlp.{part}{name}_proj" for part in ("", "experts.", "shared.") for name in ("gate", "up")
     ),
     "mlp.up_proj": ("mlp.down_proj",),
     "mlp.shared.up_proj": ("mlp.shared.down_proj",),
     "mlp.experts.up_proj": ("mlp.experts.down_proj",),
 }
-MLP_NORM = "post_attention_layernorm"
 
 
 def folds(
@@ -185,8 +184,6 @@ def folds(
     """
     linears = linear_layers(layer)
     for before, names in FOLDS.items():
-        if before == MLP_NORM and layer.pre_feedforward_layernorm is not None:
-            before = "pre_feedforward_layernorm"
         after = tuple(name for name in names if name in linears)
         try:
             module = attrgetter(before)(layer)
@@ -211,8 +208,7 @@ def folds(
 
 def _dense_readers(layer: DecoderLayer, before: RMSNorm | Linear) -> list[Any]:
     """The modules besides linear layers of `FOLDS` that read a norm before experts."""
-    norm = layer.pre_feedforward_layernorm or layer.post_attention_layernorm
-    if before is not norm or not isinstance(layer.mlp, MoE):
+    if before is not layer.norm_before_mlp or not isinstance(layer.mlp, MoE):
         return []
     return [module for module in (layer.mlp.gate, layer.mlp.shared_gate) if module is not None]
 

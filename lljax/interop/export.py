@@ -16,7 +16,14 @@ from lljax.interop.export_files import TEMPLATE_FILE
 from lljax.interop.export_folder import write_folder
 from lljax.interop.export_weights import write_model
 from lljax.interop.peft import write_adapter
-from lljax.interop.usage import QUIET, adapter_usage, lora_options, properties_of, serve_command
+from lljax.interop.usage import (
+    QUIET,
+    adapter_usage,
+    loader,
+    lora_options,
+    properties_of,
+    serve_command,
+)
 from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import rope_to_hf
@@ -99,7 +106,7 @@ def export_merged(
     rounded = write_folder(out, "merged", write, overwrite)
     return (
         "import transformers\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
+        f"model = {loader(model.spec)}({str(out)!r})\n"
         f"{serve_command(model.spec, out, {})}{rounded}"
     )
 
@@ -145,7 +152,7 @@ def export_split(
     return (
         f"{command}\n"
         "import peft, transformers\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(out / 'base')!r})\n"
+        f"model = {loader(model.spec)}({str(out / 'base')!r})\n"
         f"{QUIET}model = peft.PeftModel.from_pretrained(model, {str(out / 'adapter')!r}){rounded}"
     )
 

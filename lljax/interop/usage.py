@@ -10,7 +10,7 @@ from lljax.interop.adapter_init import owns_kernel
 from lljax.interop.base import Base
 from lljax.interop.export_files import TEMPLATE_FILE
 from lljax.models.decoder import Decoder
-from lljax.models.families import rope_to_hf
+from lljax.models.families import FAMILIES, rope_to_hf
 from lljax.models.lora import adaptable
 from lljax.models.rope import KINDS
 from lljax.models.spec import DecoderSpec
@@ -33,7 +33,8 @@ def adapter_usage(
     source = repr(base.path)
     if path.suffix == ".gguf":
         source = f"{str(path.parent)!r}, gguf_file={path.name!r}"
-    auto = "AutoModelForImageTextToText" if base.adapted else "AutoModelForCausalLM"
+    multimodal = "transformers.AutoModelForImageTextToText.from_pretrained"
+    auto = multimodal if base.adapted else loader(model.spec)
     # The config of a multimodal model has that of its text model inside.
     text = ".get_text_config()" if base.whole and not base.adapted else ""
     template = ""
@@ -51,7 +52,7 @@ def adapter_usage(
         'if transformers.__version__ > "5": rope.pop("rope_scaling", None)'
         "  # the form of transformers 4\n"
         "config.get_text_config().update(rope)\n"
-        f"model = transformers.{auto}.from_pretrained({source}, config=config)\n"
+        f"model = {auto}({source}, config=config)\n"
         f"{QUIET}model = peft.PeftModel.from_pretrained(model, {str(out)!r})\n"
         f"{template}{_adapter_command(model, base, out, config, chat_template)}"
     )
@@ -81,6 +82,11 @@ def _adapter_command(
         options["--chat-template"] = out / TEMPLATE_FILE
     longest = base.tokenizer().model_max_length
     return serve_command(model.spec, base.path, options, tokenizer_length=longest)
+
+
+def loader(spec: DecoderSpec) -> str:
+    """The function of transformers that loads a model."""
+    return f"transformers.{FAMILIES[spec.family].loader}.from_pretrained"
 
 
 def lora_options(adapter: Path, config: dict) -> dict[str, Any]:

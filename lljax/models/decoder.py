@@ -141,7 +141,7 @@ class Decoder(nnx.Module):
             )
 
         x, loads = self._run_layers(x, context_of, dropout_key, memory, layout)
-        x = self.norm(x)
+        x = self._before_head(x)
         if counted is not None:
             return x, jnp.concatenate([load.sum((1, 2)) for load in loads if load is not None])
         return x
@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
             x, state, _ = _apply_layer(graphdef, weights, x, context, state)
             states.append(state)
         used = cache.used + (tokens.shape[1] if count is None else count)
-        return self.norm(x), dataclasses.replace(cache, states=tuple(states), used=used)
+        return self._before_head(x), dataclasses.replace(cache, states=tuple(states), used=used)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32."""
@@ -218,6 +218,16 @@ class Decoder(nnx.Module):
         if update is not None:
             logits += table_product(*update)
         return apply_softcap(logits, self.spec.logit_softcap)
+
+    def _before_head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The hidden states that `head` turns into logits. They hold the factor of the logits, so
+        that whatever multiplies them with the head gets it right.
+        """
+        x = self.norm(x)
+        if self.spec.logit_scale == 1:
+            return x
+        # float32, because bfloat16 rounds the factor
+        return (x.astype(jnp.float32) * self.spec.logit_scale).astype(x.dtype)
 
     def head_update(
         self, hidden: Float[Array, "... D"], dropout_key: jax.Array | None = None
@@ -299,12 +309,15 @@ class Decoder(nnx.Module):
         """
         spec = spec or self.spec
         length = jnp.max(positions) + 1 if rope_length is None else rope_length
-        by_rope: dict[int | None, rope.Positions] = {
-            i: rope.Positions(rope.rotation(positions, rope.frequencies(kind, spec.rotary, length)))
-            for i, kind in enumerate(spec.ropes)
-        }
-        temperature = spec.temperature and rope.temperature(positions, *spec.temperature)
-        return by_rope | {None: rope.Positions(None, temperature)}
+        rotated = unrotated = None
+        if spec.temperature is not None:
+            factor = rope.temperature(positions, spec.temperature)
+            rotated, unrotated = (factor, None) if spec.temperature.rotated else (None, factor)
+        by_rope: dict[int | None, rope.Positions] = {None: rope.Positions(None, unrotated)}
+        for i, kind in enumerate(spec.ropes):
+            frequencies = rope.frequencies(kind, spec.rotary, length)
+            by_rope[i] = rope.Positions(rope.rotation(positions, frequencies), rotated)
+        return by_rope
 
     def _mask(
         self,

@@ -1,5 +1,6 @@
-"""A decoder layer: a mixer, then an MLP or experts, each after a norm and added to the residual."""
+"""A decoder layer: a mixer, then an MLP or experts, each with norms and added to the residual."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,21 +26,38 @@ class DecoderLayer(nnx.Module):
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str = "model.layers.{layer}"):
         self.layer = layer
 
-        def norm(name):
-            return RMSNorm(spec.D, spec.norm_eps, hf=f"{hf}.{name}", plus_one=spec.norm_plus_one)
-
         mixer = MIXERS[layer.mixer]
-        self.input_layernorm = norm("input_layernorm")
+        self.norms = spec.norms
+        # As attributes of their HF names: paths are part of a checkpoint.
+        for name in dataclasses.astuple(spec.norms):
+            if name is not None:
+                norm = RMSNorm(
+                    spec.D, spec.norm_eps, hf=f"{hf}.{name}", plus_one=spec.norm_plus_one
+                )
+                setattr(self, name, norm)
         self.self_attn = mixer(spec, layer, f"{hf}.{mixer.hf_name}")
-        self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.pre_feedforward_layernorm = (
-            norm("pre_feedforward_layernorm") if spec.norms_after else None
-        )
-        self.post_feedforward_layernorm = (
-            norm("post_feedforward_layernorm") if spec.norms_after else None
-        )
-        mlp = f"{hf}.{spec.moe.block if spec.moe else 'mlp'}"
+        mlp = f"{hf}.{spec.moe.block if spec.moe else spec.mlp.block}"
         self.mlp = MoE(spec, mlp) if layer.moe else MLP(spec, mlp, F=spec.F)
+        self.residual_scale = spec.residual_scale
+
+    @property
+    def norm_before_mixer(self) -> RMSNorm | None:
+        return self._norm(self.norms.before_mixer)
+
+    @property
+    def norm_after_mixer(self) -> RMSNorm | None:
+        return self._norm(self.norms.after_mixer)
+
+    @property
+    def norm_before_mlp(self) -> RMSNorm | None:
+        return self._norm(self.norms.before_mlp)
+
+    @property
+    def norm_after_mlp(self) -> RMSNorm | None:
+        return self._norm(self.norms.after_mlp)
+
+    def _norm(self, name: str | None) -> RMSNorm | None:
+        return None if name is None else getattr(self, name)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: LayerContext, state: State | None = None
@@ -77,7 +95,7 @@ class DecoderLayer(nnx.Module):
     ) -> Operands:
         """Operands of the mixer. Norms and RoPE compute in float32: a tile at a time."""
         x, positions = xs
-        return self.self_attn.project(self.input_layernorm(x), positions, key)
+        return self.self_attn.project(_normalized(x, self.norm_before_mixer), positions, key)
 
     def rest(
         self, load: Load | None, xs: tuple, key: jax.Array | None, layout: Layout | None
@@ -88,13 +106,16 @@ class DecoderLayer(nnx.Module):
         """
         x, mixed, counted = xs
         mixed = self.self_attn.output(mixed, key)
-        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            x = x + mixed
-            load, y = self._mlp(load, self.post_attention_layernorm(x), counted, key, layout)
-            return load, x + y
-        x = x + self.post_attention_layernorm(mixed)
-        load, y = self._mlp(load, self.pre_feedforward_layernorm(x), counted, key, layout)
-        return load, x + self.post_feedforward_layernorm(y)
+        x = self._added(x, _normalized(mixed, self.norm_after_mixer))
+        load, y = self._mlp(load, _normalized(x, self.norm_before_mlp), counted, key, layout)
+        return load, self._added(x, _normalized(y, self.norm_after_mlp))
+
+    def _added(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The residual x with the output y of mixer or MLP."""
+        if self.residual_scale == 1:
+            return x + y
+        # float32, because bfloat16 rounds the factor
+        return x + (y.astype(jnp.float32) * self.residual_scale).astype(y.dtype)
 
     def _mlp(
         self,
@@ -140,6 +161,10 @@ class DecoderLayer(nnx.Module):
             context.layout,
         )
         return x, load
+
+
+def _normalized(x: Float[Array, "B T D"], norm: RMSNorm | None) -> Float[Array, "B T D"]:
+    return x if norm is None else norm(x)
 
 
 def _without_fill(mask: Mask, real: Bool[Array, "B t"]) -> Mask:

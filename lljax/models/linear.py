@@ -106,11 +106,13 @@ class MLP(nnx.Module):
         D, bias = spec.D, spec.mlp_bias
         self.activation = spec.activation
         names = named_or_fused(
-            f"{hf}.gate_up_proj" if spec.fused else None, hf, gate_proj=F, up_proj=F
+            f"{hf}.{spec.mlp.gate_up}" if spec.mlp.gate_up else None, hf, gate_proj=F, up_proj=F
         )
         self.gate_proj = Linear((D, F), axes=("embed", "mlp"), bias=bias, **names["gate_proj"])
         self.up_proj = Linear((D, F), axes=("embed", "mlp"), bias=bias, **names["up_proj"])
-        self.down_proj = Linear((F, D), axes=("mlp", "embed"), hf=f"{hf}.down_proj", bias=bias)
+        self.down_proj = Linear(
+            (F, D), axes=("mlp", "embed"), hf=f"{hf}.{spec.mlp.down}", bias=bias
+        )
 
     def __call__(
         self, x: Float[Array, "... D"], dropout_key: jax.Array | None = None

@@ -32,7 +32,7 @@ CUT = PartitionSpec(ROWS, TOKENS)
 class ExpertLinear(Linear):
     """A `Linear` of each expert: kernel [E, in, out], and so are the factors of its `lora`.
 
-    fused: HF keeps all experts in one tensor [E, in, out]. part: see `Linear`.
+    fused: HF keeps all experts in one tensor, see `MoESpec`. part: see `Linear`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ExpertLinear(Linear):
         *,
         axes: tuple[str, str],
         hf: str,
-        fused: bool = False,
+        fused: str = "",
         bias: bool = False,
         part: tuple[int, int, int] | None = None,
     ):
@@ -52,7 +52,7 @@ class ExpertLinear(Linear):
             axes=("experts", *axes),
             hf=hf if fused else f"{hf}.weight",
             role="kernel",
-            transpose=not fused,
+            transpose=fused in ("", "rows"),
             **more,
         )
         self.bias = (
@@ -121,8 +121,8 @@ def _hf_names(moe: MoESpec, hf: str) -> tuple[dict[str, Any], ...]:
     """Arguments of gate, up and down of `ExpertLinear`."""
     if not moe.fused:
         return tuple({"hf": f"{hf}.{{expert}}.{name}"} for name in moe.projections)
-    fused = {"fused": True, "bias": moe.bias}
-    parts = [(0, 1), (moe.F, 1)] if moe.fused == "halves" else [(0, 2), (1, 2)]
+    fused = {"fused": moe.fused, "bias": moe.bias}
+    parts = [(0, 2), (1, 2)] if moe.fused == "turns" else [(0, 1), (moe.F, 1)]
     gate, up = (fused | {"hf": f"{hf}.gate_up_proj", "part": (*part, 2 * moe.F)} for part in parts)
     return gate, up, fused | {"hf": f"{hf}.down_proj"}
 
@@ -133,7 +133,7 @@ class MoE(nnx.Module):
     def __init__(self, spec: DecoderSpec, hf: str):
         moe = spec.moe
         assert moe is not None, "a layer with experts needs DecoderSpec.moe"
-        self.gate = Router(spec.D, moe, hf=f"{hf}.{moe.router}")
+        self.gate = Router(spec.D, moe, hf=hf)
         self.experts = Experts(spec.D, moe, hf=f"{hf}.experts")
         self.shared = MLP(spec, f"{hf}.{moe.shared_name}", F=moe.shared) if moe.shared else None
         self.shared_gate = (

@@ -32,19 +32,21 @@ class Router(nnx.Module):
     """
 
     def __init__(self, D: int, moe: MoESpec, *, hf: str):
+        """hf: the prefix of the block with the experts."""
+        router, axes = f"{hf}.{moe.router}", moe.correction_axes
         self.weight = declare(
-            (D, moe.E), axes=("embed", None), hf=f"{hf}.weight", role="router", transpose=True
+            (D, moe.E), axes=("embed", None), hf=f"{router}.weight", role="router", transpose=True
         )
         self.bias = (
-            declare((moe.E,), axes=(None,), hf=f"{hf}.bias", role="router", init="zeros")
+            declare((moe.E,), axes=(None,), hf=f"{router}.bias", role="router", init="zeros")
             if moe.bias
             else None
         )
         self.correction = (
             declare(
-                (moe.E,),
-                axes=(None,),
-                hf=f"{hf}.e_score_correction_bias",
+                (*(1,) * (axes - 1), moe.E),
+                axes=(None,) * axes,
+                hf=f"{hf}.{moe.correction_name}",
                 role="router",
                 init="zeros",
             )

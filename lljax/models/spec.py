@@ -8,7 +8,7 @@ L layers, E experts.
 import dataclasses
 
 from lljax.models import rope
-from lljax.models.rope import RopeSpec
+from lljax.models.rope import RopeSpec, Temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,9 @@ class MoESpec:
       scores of a group.
     correction: a bias per expert that counts in the choice and not in the weight.
     on_input: the weight multiplies the input of an expert, not its output.
-    fused: HF keeps the experts of a layer in one tensor [E, in, out], and gate and up in another:
-      one after the other ("halves"), or interleaved by column ("turns"). bias: experts and router
-      have biases.
+    fused: HF keeps the experts of a layer in one tensor, and gate and up in another: [E, in, out],
+      one after the other ("halves") or interleaved by column ("turns"); or [E, out, in], one after
+      the other ("rows"). bias: experts and router have biases.
     clamp: (alpha, limit) of gate * sigmoid(alpha gate) * (up + 1), where gate is clamped from above
       and up on both sides; None for silu(gate) * up.
     """
@@ -46,10 +46,12 @@ class MoESpec:
     clamp: tuple[float, float] | None = None
     shared: int = 0  # MLP width of the expert that every token takes; 0 for none
     shared_gate: bool = False  # its output is multiplied by a sigmoid of the token
-    # HF names below the layer: the block; the router and the shared expert in it; gate, up and down
-    # of an expert.
+    # HF names below the layer: the block; the router, its correction and the shared expert in it;
+    # gate, up and down of an expert.
     block: str = "mlp"
     router: str = "gate"
+    correction_name: str = "gate.e_score_correction_bias"
+    correction_axes: int = 1  # 2 if HF keeps it as [1, E]
     shared_name: str = "shared_experts"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
@@ -74,6 +76,39 @@ class DeltaSpec:
     v: int  # size of a value
     taps: int  # inputs of the convolution of a channel
     fused: bool = False  # HF keeps the projections of a key head together, as in Qwen3-Next
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPNames:
+    """HF names of an MLP: the block below the layer; gate and up in one tensor, or None for
+    gate_proj and up_proj; down.
+    """
+
+    block: str = "mlp"
+    gate_up: str | None = None
+    down: str = "down_proj"
+
+
+@dataclasses.dataclass(frozen=True)
+class Norms:
+    """HF names of the norms of a layer, of what mixer and MLP read and return; None for no norm."""
+
+    before_mixer: str | None = "input_layernorm"
+    after_mixer: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QKNorm:
+    """Norms of queries and keys, by default of every head before RoPE.
+
+    whole: over all heads together. after_rope: after RoPE. names: HF names.
+    """
+
+    whole: bool = False
+    after_rope: bool = False
+    names: tuple[str, str] = ("q_norm", "k_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +142,21 @@ class DecoderSpec:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QKNorm | None = None
     qk_unit: bool = False  # queries and keys are normalized after RoPE, without a weight
     interleaved: bool = False  # RoPE pairs neighboring dimensions
     sinks: bool = False  # attention sinks, see lljax.attention.attend
-    temperature: tuple[float, float] | None = None  # see lljax.models.rope.temperature
+    temperature: Temperature | None = None
     norm_plus_one: bool = False  # norms multiply by 1 + weight
-    norms_after: bool = False  # the outputs of attention and MLP are normalized, too
+    norms: Norms = Norms()
     activation: str = "silu"  # activation of the MLP: silu | gelu_tanh
-    fused: bool = False  # HF keeps q, k and v in one tensor, and gate and up in another
+    fused_qkv: bool = False  # HF keeps q, k and v in one tensor
+    mlp: MLPNames = MLPNames()
     embed_scale: float = 1.0  # factor of embeddings
+    residual_scale: float = 1.0  # factor of what mixer and MLP add to the residual
     attention_scale: float | None = None  # factor of scores; None for H ** -0.5
     attention_softcap: float | None = None  # see lljax.attention.softcap
+    logit_scale: float = 1.0  # factor of the hidden states that the head reads
     logit_softcap: float | None = None
     moe: MoESpec | None = None
     mla: MLASpec | None = None

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from families import torch_class
 
 from lljax.errors import ConfigError, ModelError
 from lljax.interop.export import export_merged, export_peft, export_split
@@ -26,7 +27,8 @@ def close(a, b):
 
 
 def load(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model_type = json.loads((Path(folder) / "config.json").read_text())["model_type"]
+    return torch_class(model_type).from_pretrained(folder)
 
 
 def run(commands):
@@ -381,14 +383,18 @@ def test_the_base_itself_is_not_changed(hf_folder, trained, tmp_path):
 
 
 # ---------------------------------------------------------------- experts
+EXPERTS = ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3", "llama4_text", "gpt_oss"]
+EXPERTS += ["mistral4", "minimax_m2", "ernie4_5_moe"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", ["mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3", "llama4_text", "gpt_oss"]
-)
+@pytest.mark.parametrize("family", EXPERTS)
 def test_a_merged_model_with_experts_gives_our_logits(hf_folder, trained, logits, tmp_path, family):
-    base, model = trained(hf_folder(family, False), targets=("all-linear",))
-    export_merged(model, base, tmp_path / "merged", max_shard_bytes=100_000)
+    rope_type = "yarn" if family == "mistral4" else "linear"
+    base, model = trained(hf_folder(family, False), rope_type, targets=("all-linear",))
+    command = export_merged(model, base, tmp_path / "merged", max_shard_bytes=100_000)
     close(logits(load(tmp_path / "merged")), logits(model))
+    close(logits(run(command)), logits(model))
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ def test_tensors_have_hf_names_and_only_llamas_queries_and_keys_are_permuted(
         if architecture == "llama":  # llama.cpp's own forward permutation, applied to what we read
             array = array.reshape(heads, 2, H // 2, D).swapaxes(1, 2).reshape(-1, D)
         np.testing.assert_array_equal(array, written[name])
-    assert model.spec.qk_norm == (architecture == "qwen3") and model.spec.qkv_bias == (
+    assert bool(model.spec.qk_norm) == (architecture == "qwen3") and model.spec.qkv_bias == (
         architecture == "qwen2"
     )
 

@@ -16,6 +16,12 @@ from lljax.models.fp8 import fp8_dot
 from lljax.models.rope import RopeSpec
 
 F32 = jnp.dtype("float32")
+GRANITE = {
+    "model_type": "granite",
+    "residual_multiplier": 0.5,
+    "logits_scaling": 0.25,
+    "attention_multiplier": 0.2,
+}
 
 
 def bases(**changes) -> Decoder:
@@ -41,8 +47,16 @@ def variants(base: Decoder) -> list[Decoder]:
         {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
         pytest.param({"model_type": "qwen3", "tie_word_embeddings": False}, marks=pytest.mark.slow),
         {"model_type": "qwen2", "tie_word_embeddings": False},
+        pytest.param({"model_type": "olmo2"}, marks=pytest.mark.slow),
+        pytest.param(GRANITE, marks=pytest.mark.slow),
     ],
-    ids=["llama, odd heads, tied", "qwen3, norms of heads", "qwen2, biases"],
+    ids=[
+        "llama, odd heads, tied",
+        "qwen3, norms of heads",
+        "qwen2, biases",
+        "olmo2, norms of whole projections",
+        "granite, factors",
+    ],
 )
 def test_every_row_is_its_model_alone(changes):
     models = variants(bases(num_hidden_layers=1, **changes))

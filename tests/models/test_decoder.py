@@ -241,8 +241,16 @@ def test_layers_that_alternate_may_share_a_residual():
             CHUNKED,
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            AttentionPattern("shifted", group=16),
+            6,
+            2,
+            Memory("full", tile=13),
+            {"model_type": "olmo2"},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["shifted", "window", "chunks"],
+    ids=["shifted", "window", "chunks", "norms after"],
 )
 def test_layers_streamed_in_tiles_change_nothing(pattern, N, K, memory, changes):
     """Tiles that do not divide the row or the group; packed and padded rows."""

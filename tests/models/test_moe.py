@@ -15,7 +15,7 @@ from lljax.models.declare import declared
 from lljax.models.memory import Memory, fold_tiles, map_tiles
 from lljax.models.moe import MoE
 from lljax.models.router import no_load
-from lljax.models.spec import MoESpec
+from lljax.models.spec import MLPNames, MoESpec
 from lljax.parallel.sharding import Layout, batch_sharding, make_mesh
 
 B, T, D = 2, 60, 12
@@ -51,7 +51,7 @@ ROUTERS = {
 def build(**fields):
     moe = MoESpec(**({"E": 8, "k": 3, "F": 10} | fields))
     model = MoE(
-        SimpleNamespace(D=D, moe=moe, mlp_bias=False, activation="silu", fused=False),
+        SimpleNamespace(D=D, moe=moe, mlp_bias=False, activation="silu", mlp=MLPNames()),
         "model.layers.0.mlp",
     )
     lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",))

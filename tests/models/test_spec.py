@@ -31,6 +31,18 @@ CONFIGS = {
     "ernie4_5": transformers.Ernie4_5Config,
     "cwm": transformers.CwmConfig,
     "ministral": transformers.MinistralConfig,
+    "qwen3_5_text": transformers.Qwen3_5TextConfig,
+    "ministral3": transformers.Ministral3Config,
+    "granite": transformers.GraniteConfig,
+    "olmo2": transformers.Olmo2Config,
+    "olmo3": transformers.Olmo3Config,
+    "exaone4": transformers.Exaone4Config,
+    "glm": transformers.GlmConfig,
+    "glm4": transformers.Glm4Config,
+    "hunyuan_v1_dense": transformers.HunYuanDenseV1Config,
+    "mistral4": transformers.Mistral4Config,
+    "minimax_m2": transformers.MiniMaxM2Config,
+    "ernie4_5_moe": transformers.Ernie4_5_MoeConfig,
 }
 # A config.json of these says how many experts there are, or how wide its latents are.
 WITH_EXPERTS = {
@@ -48,6 +60,14 @@ WITH_EXPERTS = {
     "solar_open": functools.partial(transformers.SolarOpenConfig, intermediate_size=10_240),
     "glm4_moe_lite": transformers.Glm4MoeLiteConfig,
     "youtu": transformers.YoutuConfig,
+    "qwen3_next": transformers.Qwen3NextConfig,
+    "qwen3_5_moe_text": transformers.Qwen3_5MoeTextConfig,
+    "granitemoehybrid": functools.partial(
+        transformers.GraniteMoeHybridConfig,
+        num_local_experts=0,
+        layer_types=["full_attention"] * 32,
+        time_step_limit=None,  # infinity does not go through JSON
+    ),
 }
 SIZES = {
     "vocab_size": 96,
@@ -77,7 +97,10 @@ def theirs(family, **fields):
         "H": getattr(c, "qk_head_dim", None)
         or getattr(c, "head_dim", None)
         or c.hidden_size // c.num_attention_heads,
-        "F": getattr(c, "intermediate_size_mlp", c.intermediate_size),
+        "F": getattr(c, "intermediate_size_mlp", None)
+        or getattr(c, "shared_intermediate_size", None)
+        or getattr(c, "intermediate_size", None)
+        or c.moe_intermediate_size,
         "L": L,
         "norm_eps": c.rms_norm_eps,
         "tied": c.tie_word_embeddings,
@@ -327,6 +350,27 @@ def test_the_windows_of_qwen2_moe_are_those_of_transformers():
     ]
 
 
+GRANITE4 = {
+    "model_type": "granitemoehybrid",
+    "layer_types": ["attention", "mamba", "attention"],
+    "num_local_experts": 0,
+}
+MISTRAL4 = {
+    "model_type": "mistral4",
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+}
+YARN4 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+ERNIE = {"model_type": "ernie4_5_moe", "num_key_value_heads": 2}
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -509,6 +553,28 @@ def test_a_rope_that_turns_chunks_alone_is_stretched_only_where_a_factor_is_name
             LLAMA4 | {"no_rope_layers": [1, 0]},
             "no_rope_layers has 2 entries for num_hidden_layers=3",
         ),
+        (GRANITE4, r"layer_types\[1\] 'mamba' is not supported"),
+        (GRANITE4 | {"layer_types": None}, r"layers_block_type\[0\] 'mamba'"),
+        (
+            GRANITE4 | {"layer_types": ["attention"] * 3, "num_local_experts": 4},
+            "num_local_experts=4 is not supported",
+        ),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling is 0"),
+        (
+            MISTRAL4 | {"rope_parameters": YARN4 | {"partial_rotary_factor": 0.25}},
+            "partial_rotary_factor=0.25 and qk_rope_head_dim=8 differ; it has to be 0.4",
+        ),
+        (
+            MISTRAL4 | {"rope_parameters": YARN4 | {"llama_4_scaling_beta": -1}},
+            "llama_4_scaling_beta is -1",
+        ),
+        (
+            {"model_type": "exaone4", "num_key_value_heads": 2, "sliding_window_pattern": "LLLG"},
+            "sliding_window_pattern is 'LLLG'",
+        ),
+        ({"model_type": "olmo3", "rope_parameters": {"rope_type": "yarn"}}, "full_attention"),
+        (ERNIE | {"use_bias": True}, "use_bias=true is not supported"),
+        (ERNIE | {"moe_norm_min": 0.5}, "moe_norm_min is 0.5"),
         *[({name: None}, name) for name in NEEDED],
     ],
 )

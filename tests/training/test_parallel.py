@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lljax.attention.pattern import AttentionPattern
 from lljax.build import move
@@ -16,6 +17,7 @@ from lljax.models.declare import declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.memory import Memory
+from lljax.objectives.token_loss import loss_of
 from lljax.parallel.sharding import make_mesh
 from lljax.training.curriculum import Stage
 from lljax.training.optimizer import OPTIMIZERS, Optimizer
@@ -238,6 +240,53 @@ def test_experts_equal_one_device(family, sizes, pattern):
         return loss_and_gradients(
             8, 2, PATTERNS[pattern], mesh, "auto", 4, family=EXPERTS[family], **more
         )
+
+    wanted_loss, wanted = run(make_mesh(devices=jax.devices()[:1]), passes=1, memory=Memory("full"))
+    loss, gradients = run(make_mesh(**sizes))
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    for got, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        assert jnp.abs(got - leaf).max() <= 1e-5 * jnp.abs(leaf).max()
+
+
+OLMO2 = {"model_type": "olmo2", "num_hidden_layers": 1}
+
+
+def test_a_norm_over_all_heads_is_the_same_if_devices_share_the_heads():
+    """The mean of squares is over the heads of all devices, and so is its gradient. Each device has
+    the weights of its heads.
+    """
+    batch = {name: jnp.asarray(x) for name, x in rows(2).items()}
+
+    def run(mesh):
+        model = decoder(8, 4, OLMO2)
+        layout = None
+        if mesh is not None:
+            move(model, mesh)
+            layout, _ = layout_of(mesh, "auto", PATTERNS["full"], T, model.spec)
+            for module, heads in (("q", 8), ("k", 4)):
+                norm = getattr(model.layers[0].self_attn, f"{module}_norm").weight.get_value()
+                assert norm.sharding.shard_shape(norm.shape)[-1] == heads * 8 // 4
+        graphdef, trainable, frozen = nnx.split(model, lora.is_trainable, ...)
+
+        def loss(trainable):
+            model = nnx.merge(graphdef, trainable, frozen)
+            names = ("positions", "segments")
+            hidden = model(batch["tokens"], **{n: batch[n] for n in names}, layout=layout)
+            return loss_of(model, hidden, batch["targets"], chunk=64, layout=layout)
+
+        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(trainable))
+
+    (wanted_loss, wanted), (loss, gradients) = run(None), run(make_mesh(data=2, tensor=4))
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    for got, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        assert jnp.abs(got - leaf).max() <= 1e-5 * jnp.abs(leaf).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 4}, {"sequence": 4, "tensor": 2}], ids=str)
+def test_a_step_with_norms_over_all_heads_equals_one_device(sizes):
+    def run(mesh, **more):
+        return loss_and_gradients(8, 4, PATTERNS["full"], mesh, "auto", 2, family=OLMO2, **more)
 
     wanted_loss, wanted = run(make_mesh(devices=jax.devices()[:1]), passes=1, memory=Memory("full"))
     loss, gradients = run(make_mesh(**sizes))

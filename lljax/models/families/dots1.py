@@ -7,6 +7,7 @@ from typing import Any
 
 from lljax.models.families.family import Family, local_layers, sliding_window
 from lljax.models.families.sigmoid_experts import CHECKS, DEFAULTS, dense_first, sigmoid_experts
+from lljax.models.spec import QKNorm
 from lljax.models.values import whole
 
 
@@ -16,7 +17,7 @@ def _decoder(c: dict) -> dict[str, Any]:
     return {
         "qkv_bias": c["attention_bias"],
         "output_bias": c["attention_bias"],
-        "qk_norm": True,
+        "qk_norm": QKNorm(),
         "moe": sigmoid_experts(c),
         "layers": tuple(
             dataclasses.replace(layer, window=window if local else None)

@@ -10,8 +10,16 @@ from typing import Any, NamedTuple, Protocol
 
 from lljax.errors import ModelError, short
 from lljax.models.rope import EXTENDABLE
-from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.models.spec import DecoderSpec, LayerSpec, Norms
 from lljax.models.values import Value, check, optional, whole
+
+# Norms of what attention and MLP return, and of nothing that they read.
+NORMS_AFTER = Norms(
+    before_mixer=None,
+    after_mixer="post_attention_layernorm",
+    before_mlp=None,
+    after_mlp="post_feedforward_layernorm",
+)
 
 
 class Metadata(Protocol):
@@ -125,7 +133,7 @@ class Family:
     """Everything that is particular to a family.
 
     model_type: its name in config.json.
-    architecture: the class of transformers that an export names.
+    architecture: the class of transformers that an export names. loader: the class that loads it.
     defaults: fields of config.json, as the config class of transformers sets them if they are
       absent; CONFIG_DEFAULTS holds for all families.
     decoder(c): the fields of DecoderSpec that differ from their defaults. Sizes, RoPE, norm_eps and
@@ -152,6 +160,7 @@ class Family:
     rope_to_hf: Callable[[DecoderSpec, dict], dict] = _unchanged
     rope_fields: tuple[str, ...] = ()
     rope_kinds: tuple[str, ...] = EXTENDABLE
+    loader: str = "AutoModelForCausalLM"
     peft_experts: bool = False
     gguf: GgufFormat | None = None
     multimodal_parents: tuple[MultimodalModel, ...] = ()

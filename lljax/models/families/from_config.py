@@ -92,12 +92,18 @@ def _check_supported(c: dict, family: Family, activation: str) -> None:
 
 
 def _check_layer_types(c: dict, layers: tuple[LayerSpec, ...]) -> None:
-    """Refuses windows that `layer_types` names and the family does not read, or the reverse."""
+    """Refuses kinds of layers that `layer_types` names and the family does not read, or the
+    reverse.
+    """
     types = c.get("layer_types")
     if not isinstance(types, list) or len(types) != len(layers):
         return  # no field of this family
     for i, (kind, layer) in enumerate(zip(types, layers, strict=True)):
-        if (kind == "full_attention") != (layer.window is None):
+        recurrent = layer.mixer == "gated_delta"
+        is_full = layer.window is None and not recurrent
+        if (kind in ("full_attention", "attention")) != is_full or (
+            kind == "linear_attention"
+        ) != recurrent:
             window = "no window" if layer.window is None else f"a window of {layer.window}"
             raise ModelError(
                 f"config.json: layer_types[{i}] is {short(kind)}, and its other fields give this "

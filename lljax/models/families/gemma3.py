@@ -16,7 +16,7 @@ from lljax.models.families.family import (
     MultimodalModel,
     sliding_window,
 )
-from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.models.spec import DecoderSpec, LayerSpec, QKNorm
 from lljax.models.values import whole
 
 GGUF_NAMES = {
@@ -32,7 +32,7 @@ def _decoder(c: dict) -> dict[str, Any]:
         "layers": tuple(
             LayerSpec(window=window, rope=1) if local else LayerSpec() for local in slides
         ),
-        "qk_norm": True,
+        "qk_norm": QKNorm(),
     }
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lljax.models.families.family import local_layers
+from lljax.models.spec import Norms
 from lljax.models.values import NUMBER, optional
 
 DEFAULTS = {
@@ -18,13 +19,18 @@ CHECKS = {
     "attn_logit_softcapping": optional(NUMBER),
     "final_logit_softcapping": optional(NUMBER),
 }
+NORMS = Norms(
+    after_mixer="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
 
 
 def decoder_fields(c: dict) -> dict[str, Any]:
     return {
         "activation": "gelu_tanh",
         "norm_plus_one": True,
-        "norms_after": True,
+        "norms": NORMS,
         "qkv_bias": c["attention_bias"],
         "output_bias": c["attention_bias"],
         "embed_scale": c["hidden_size"] ** 0.5,

@@ -6,13 +6,14 @@ from typing import Any
 
 from lljax.models.families.family import Family
 from lljax.models.families.sigmoid_experts import CHECKS, DEFAULTS, dense_first, sigmoid_experts
+from lljax.models.spec import QKNorm
 from lljax.models.values import FLAG
 
 
 def _decoder(c: dict) -> dict[str, Any]:
     return {
         "qkv_bias": c["attention_bias"],
-        "qk_norm": c["use_qk_norm"],
+        "qk_norm": QKNorm() if c["use_qk_norm"] else None,
         "moe": sigmoid_experts(c),
         "layers": dense_first(c),
     }

@@ -12,6 +12,7 @@ from lljax.models.families.family import (
     local_layers,
     rotated_layers,
 )
+from lljax.models.rope import Temperature
 from lljax.models.spec import LayerSpec, MoESpec
 from lljax.models.values import FLAG, NUMBER, Value, list_of, optional, whole
 
@@ -52,12 +53,13 @@ def _experts(c: dict) -> MoESpec:
 
 def _decoder(c: dict) -> dict[str, Any]:
     tuning = c["attn_temperature_tuning"]
+    temperature = Temperature(c["attn_scale"], c["floor_scale"], first=1, rotated=False)
     return {
         "qkv_bias": c["attention_bias"],
         "output_bias": c["attention_bias"],
         "interleaved": True,
         "qk_unit": c["use_qk_norm"],
-        "temperature": (c["attn_scale"], c["floor_scale"]) if tuning else None,
+        "temperature": temperature if tuning else None,
         "moe": _experts(c),
         "layers": _layers(c),
         "F": first_set(c, "intermediate_size_mlp"),

@@ -18,6 +18,9 @@ from lljax.models.families.family import (
 )
 from lljax.models.spec import LayerSpec
 
+# Of Mistral Small 3.x, Magistral and Devstral, Ministral 3, and Mistral Small 4.
+MISTRAL3 = MultimodalModel(model_type="mistral3", names=(INSIDE, WRAPPED), tied=True)
+
 
 def _decoder(c: dict) -> dict[str, Any]:
     window = sliding_window(c)
@@ -35,7 +38,5 @@ FAMILY = Family(
     },
     decoder=_decoder,
     gguf=llama.GGUF,
-    multimodal_parents=(
-        MultimodalModel(model_type="mistral3", names=(INSIDE, WRAPPED), tied=True),
-    ),
+    multimodal_parents=(MISTRAL3,),
 )

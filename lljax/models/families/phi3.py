@@ -6,12 +6,13 @@ from typing import Any
 
 from lljax.models.families.family import Family, sliding_window, uniform_layers
 from lljax.models.rope.kinds import LISTS
-from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.models.spec import DecoderSpec, LayerSpec, MLPNames
 
 
 def _decoder(c: dict) -> dict[str, Any]:
     return {
-        "fused": True,
+        "fused_qkv": True,
+        "mlp": MLPNames(gate_up="gate_up_proj"),
         "layers": uniform_layers(c, LayerSpec(window=sliding_window(c))),
     }
 

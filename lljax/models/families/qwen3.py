@@ -6,6 +6,7 @@ from typing import Any
 
 from lljax.models.families.family import INSIDE, Family, GgufFormat, MultimodalModel
 from lljax.models.families.qwen_layers import WINDOW_CHECKS, WINDOW_DEFAULTS, upper_layers_slide
+from lljax.models.spec import QKNorm
 
 VISION_DEFAULTS = {"max_position_embeddings": 128_000, "rope_theta": 500_000.0}  # of Qwen3-VL
 
@@ -14,7 +15,7 @@ def _decoder(c: dict) -> dict[str, Any]:
     return {
         "qkv_bias": c["attention_bias"],
         "output_bias": c["attention_bias"],
-        "qk_norm": True,
+        "qk_norm": QKNorm(),
         "layers": upper_layers_slide(c),
     }
 

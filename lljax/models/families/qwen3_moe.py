@@ -17,7 +17,7 @@ from lljax.models.families.qwen_layers import (
     softmax_experts,
     sparse_layers,
 )
-from lljax.models.spec import LayerSpec
+from lljax.models.spec import LayerSpec, QKNorm
 from lljax.models.values import FLAG
 
 VISION_DEFAULTS = {  # of Qwen3-VL-MoE
@@ -33,7 +33,7 @@ def _decoder(c: dict) -> dict[str, Any]:
     return {
         "qkv_bias": c["attention_bias"],
         "output_bias": c["attention_bias"],
-        "qk_norm": True,
+        "qk_norm": QKNorm(),
         "moe": softmax_experts(c),
         "layers": sparse_layers(c, uniform_layers(c, LayerSpec(window=window))),
     }

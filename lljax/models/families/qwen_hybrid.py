@@ -6,7 +6,7 @@ from typing import Any
 
 from lljax.errors import ModelError, short
 from lljax.models.families.family import per_layer
-from lljax.models.spec import DeltaSpec, LayerSpec
+from lljax.models.spec import DeltaSpec, LayerSpec, QKNorm
 from lljax.models.values import whole
 
 DEFAULTS = {
@@ -46,7 +46,7 @@ def decoder_fields(c: dict, *, fused: bool) -> dict[str, Any]:
     return {
         "qkv_bias": c["attention_bias"],
         "output_bias": c["attention_bias"],
-        "qk_norm": True,
+        "qk_norm": QKNorm(),
         "norm_plus_one": True,
         "delta": _delta(c, fused),
         "layers": _layers(c),

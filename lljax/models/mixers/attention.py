@@ -25,7 +25,7 @@ from lljax.models.flops import RowFlops, TokenFlops, token_flops
 from lljax.models.linear import Linear, RMSNorm, named_or_fused, rms_normalize
 from lljax.models.mixers.kv_state import KVState, read_part
 from lljax.models.mixers.visible_pairs import visible_pairs
-from lljax.models.rope import Positions, rotate
+from lljax.models.rope import Positions, rotary_dims, rotate
 from lljax.models.spec import DecoderSpec, LayerSpec
 
 Heads = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
@@ -41,7 +41,11 @@ class Attention(nnx.Module):
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str):
         D, N, K, H = spec.D, spec.N, spec.K, spec.H
         names = named_or_fused(
-            f"{hf}.qkv_proj" if spec.fused else None, hf, q_proj=N * H, k_proj=K * H, v_proj=K * H
+            f"{hf}.qkv_proj" if spec.fused_qkv else None,
+            hf,
+            q_proj=N * H,
+            k_proj=K * H,
+            v_proj=K * H,
         )
         self.q_proj = Linear(
             (D, N * H), axes=("embed", "heads"), bias=spec.qkv_bias, **names["q_proj"]
@@ -55,9 +59,8 @@ class Attention(nnx.Module):
         self.o_proj = Linear(
             (N * H, D), axes=("heads", "embed"), hf=f"{hf}.o_proj", bias=spec.output_bias
         )
-        norm = functools.partial(RMSNorm, H, spec.norm_eps, plus_one=spec.norm_plus_one)
-        self.q_norm = norm(hf=f"{hf}.q_norm") if spec.qk_norm else None
-        self.k_norm = norm(hf=f"{hf}.k_norm") if spec.qk_norm else None
+        self.qk_norm = spec.qk_norm
+        self.q_norm, self.k_norm = _norms(spec, hf)
         self.normalize_eps = spec.norm_eps if spec.qk_unit else None
         self.sinks = (
             declare((N,), axes=("heads",), hf=f"{hf}.sinks", role="bias", init="zeros")
@@ -68,26 +71,38 @@ class Attention(nnx.Module):
 
     def _set_sizes(self, spec: DecoderSpec, layer: LayerSpec) -> None:
         self.layer, self.N, self.H, self.value_size = layer, spec.N, spec.H, spec.H
-        self.interleaved = spec.interleaved
+        self.in_pairs = 0  # dimensions of a head whose RoPE pairs neighbors in the checkpoint
+        if spec.interleaved and layer.rope is not None:
+            self.in_pairs = rotary_dims(spec.ropes[layer.rope], spec.rotary)
         self.scale, self.softcap = spec.scale, spec.attention_softcap
 
     def heads(self, x: Float[Array, "B T D"], dropout_key: jax.Array | None = None) -> Heads:
         """Queries, keys and values before rotation."""
         q, k, v = (
-            projection(x, dropout_key).reshape(*x.shape[:2], -1, self.H)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x, dropout_key) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return (deinterleave(q), deinterleave(k), v) if self.interleaved else (q, k, v)
+        whole = self.qk_norm is not None and self.qk_norm.whole
+        if whole:
+            q, k = self._normalized(q, k)
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.H) for part in (q, k, v))
+        if self.qk_norm is not None and not (whole or self.qk_norm.after_rope):
+            q, k = self._normalized(q, k)
+        return deinterleave(q, self.in_pairs), deinterleave(k, self.in_pairs), v
+
+    def _normalized(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert self.q_norm is not None and self.k_norm is not None, "qk_norm has both"
+        return self.q_norm(q), self.k_norm(k)
 
     def project(
         self, x: Float[Array, "B T D"], positions: Positions, dropout_key: jax.Array | None = None
     ) -> Heads:
         q, k, v = self.heads(x, dropout_key)
+        q, k = self._rotated(q, positions), self._rotated(k, positions)
+        if self.qk_norm is not None and self.qk_norm.after_rope:
+            q, k = self._normalized(q, k)
         if positions.temperature is not None:
             q = (q * positions.temperature[:, :, None, None]).astype(q.dtype)
-        return self._rotated(q, positions), self._rotated(k, positions), v
+        return q, k, v
 
     def _rotated(
         self, x: Float[Array, "B T heads H"], positions: Positions
@@ -188,9 +203,27 @@ class Attention(nnx.Module):
         return out.reshape(*out.shape[:2], -1)
 
 
-def deinterleave(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """Even dimensions first, then odd ones: from a checkpoint whose RoPE rotates neighbors (2i,
-    2i + 1) to the order here, in which i pairs with i + H / 2. Scores stay the same if queries and
-    keys are reordered alike.
+def _norms(spec: DecoderSpec, hf: str) -> tuple[RMSNorm | None, RMSNorm | None]:
+    """The norms of queries and keys. A norm of the whole projection is cut like its outputs; the
+    compiler sums the squares over devices.
     """
-    return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+    if spec.qk_norm is None:
+        return None, None
+    norm = functools.partial(RMSNorm, eps=spec.norm_eps, plus_one=spec.norm_plus_one)
+    q_name, k_name = (f"{hf}.{name}" for name in spec.qk_norm.names)
+    if not spec.qk_norm.whole:
+        return norm(spec.H, hf=q_name), norm(spec.H, hf=k_name)
+    return (
+        norm(spec.N * spec.H, hf=q_name, axis="heads"),
+        norm(spec.K * spec.H, hf=k_name, axis="kv_heads"),
+    )
+
+
+def deinterleave(x: Float[Array, "... H"], size: int) -> Float[Array, "... H"]:
+    """The first `size` dimensions with the even ones first, then the odd ones: from a checkpoint
+    whose RoPE rotates neighbors (2i, 2i + 1) to the order here, in which i pairs with i + size / 2.
+    Scores stay the same if queries and keys are reordered alike.
+    """
+    if not size:
+        return x
+    return jnp.concatenate([x[..., :size:2], x[..., 1:size:2], x[..., size:]], axis=-1)

@@ -21,11 +21,11 @@ from lljax.models.mixers.delta_rule import DeltaCarry
 from lljax.models.mixers.delta_scan import Carry, Channels, Projected
 from lljax.parallel.sharding import ROWS, TOKENS, Layout, token_parts
 
-# How a carry of each device lies on the mesh: the state [B, devices, M, R, k, v].
-CARRY = Carry(
-    Channels(*[ConvTail(CUT_HEADS, CUT)] * 3),
-    DeltaCarry(PartitionSpec(ROWS, TOKENS, HEADS), CUT),
-)
+# How the parts of a carry of each device lie on the mesh: tails, the state [B, devices, M, R, k, v]
+# and the last segments.
+_TAIL: Any = (CUT_HEADS, CUT)
+_STATE: Any = (PartitionSpec(ROWS, TOKENS, HEADS), CUT)
+CARRY = Carry(Channels(*[ConvTail(*_TAIL)] * 3), DeltaCarry(*_STATE))
 
 
 def mix(
@@ -37,8 +37,9 @@ def mix(
     def run(x: Projected, weights: Channels, segments: jax.Array) -> jax.Array:
         carry = delta_scan.empty_carry(x, segments, weights.q.shape[-1])
         if size > 1:
-            last = jax.tree.map(lambda a: a[:, 1 - weights.q.shape[-1] :], (x.channels, segments))
-            carry = _tails_before(carry, *last, size)
+            past = weights.q.shape[-1] - 1
+            last = jax.tree.map(lambda a: a[:, -past:], x.channels)
+            carry = _tails_before(carry, last, segments[:, -past:], size)
             ins = delta_scan.inputs(x, weights, segments, carry.tails)
             before = carry.delta._replace(state=delta_rule.identity(ins))
             carry = _state_before(carry, delta_rule.extended(ins, before).state, size)

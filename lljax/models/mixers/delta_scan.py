@@ -5,7 +5,7 @@ lljax.models.mixers.delta_rule.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ EPS = 1e-6  # of the normalization of queries and keys, whatever rms_norm_eps is
 
 
 class Channels(NamedTuple):
-    """Queries, keys and values before the convolution, or the weights of their convolution."""
+    """Queries and keys [B, T, M, k] and values [B, T, M, R, v] before the convolution; or the
+    `ConvTail` of each; or the weights of the convolution, [M, k, taps] and [M, R, v, taps].
+    """
 
-    q: jax.Array  # [B, T, M, k]
-    k: jax.Array  # [B, T, M, k]
-    v: jax.Array  # [B, T, M, R, v]
+    q: Any
+    k: Any
+    v: Any
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +62,7 @@ def empty_carry(x: Projected, segments: Int[Array, "B T"], taps: int) -> Carry:
 def inputs(
     x: Projected, weights: Channels, segments: Int[Array, "B T"], tails: Channels
 ) -> DeltaInputs:
-    """What the tokens bring to the recurrence. weights: of the convolution, [M, k, taps] ..."""
+    """What the tokens bring to the recurrence."""
     dtype = x.channels.q.dtype
     q, k, v = (
         jax.nn.silu(causal_conv(a, w, segments, tail))

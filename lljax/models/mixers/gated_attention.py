@@ -36,6 +36,7 @@ class GatedAttention(Attention):
     def project(
         self, x: Float[Array, "B T D"], positions: Positions, dropout_key: jax.Array | None = None
     ) -> GatedHeads:
+        assert self.qk_norm is not None, "a layer with mixer 'gated_attention' has QKNorm()"
         B, T, _ = x.shape
         both = self.q_proj(x, dropout_key).reshape(B, T, -1, 2 * self.H)
         q, gate = jnp.split(both, 2, axis=-1)
@@ -43,8 +44,7 @@ class GatedAttention(Attention):
             projection(x, dropout_key).reshape(B, T, -1, self.H)
             for projection in (self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self._normalized(q, k)
         heads = self._rotated(q, positions), self._rotated(k, positions), v
         return heads, gate.reshape(B, T, -1)
 

@@ -44,7 +44,7 @@ class MLA(Attention):
         self.o_proj = Linear(
             (N * mla.v, D), axes=("heads", "embed"), hf=f"{hf}.o_proj", bias=spec.output_bias
         )
-        self.normalize_eps, self.sinks = None, None
+        self.qk_norm, self.normalize_eps, self.sinks = None, None, None
         self._set_sizes(spec, layer)
         self.mla, self.value_size = mla, mla.v
 
@@ -56,17 +56,14 @@ class MLA(Attention):
         else:
             q = self.q_proj(x, dropout_key)
         q = q.reshape(B, T, -1, self.H)
-        q = jnp.concatenate([self._in_pairs(q[..., -rope:]), q[..., :-rope]], axis=-1)
+        q = jnp.concatenate([deinterleave(q[..., -rope:], self.in_pairs), q[..., :-rope]], axis=-1)
         latent = self.kv_a_proj_with_mqa(x, dropout_key)
         latent, shared = latent[..., : self.mla.kv_rank], latent[..., None, self.mla.kv_rank :]
         kv = self.kv_b_proj(self.kv_a_layernorm(latent), dropout_key).reshape(B, T, q.shape[2], -1)
         k, v = kv[..., :-value_size], kv[..., -value_size:]
-        shared = jnp.broadcast_to(self._in_pairs(shared), (*k.shape[:3], rope))
+        shared = jnp.broadcast_to(deinterleave(shared, self.in_pairs), (*k.shape[:3], rope))
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, self.H - value_size)))
         return q, jnp.concatenate([shared, k], axis=-1), v
 
     def _joined(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T X"]:
         return super()._joined(out[..., : self.mla.v])
-
-    def _in_pairs(self, x: Float[Array, "B T N rope"]) -> Float[Array, "B T N rope"]:
-        return deinterleave(x) if self.interleaved else x

@@ -4,7 +4,7 @@ The kinds of scaling are the table `KINDS` (kinds.py); angles.py rotates queries
 stretches the RoPE of a base, hf.py reads and writes config.json.
 """
 
-from lljax.models.rope.angles import Positions, rotate, rotation, temperature
+from lljax.models.rope.angles import Positions, Temperature, rotate, rotation, temperature
 from lljax.models.rope.extend import dropped_fields, extend
 from lljax.models.rope.hf import CHECKS, THETA, TOP_CHECKS, from_hf, reach, to_hf
 from lljax.models.rope.kinds import (
@@ -26,6 +26,7 @@ __all__ = [
     "Frequencies",
     "Positions",
     "RopeSpec",
+    "Temperature",
     "dropped_fields",
     "extend",
     "frequencies",

@@ -3,6 +3,7 @@
 Everything here is float32: at bfloat16, position 257 is already another position.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -13,10 +14,23 @@ from lljax.models.rope.kinds import Frequencies
 Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # sine and cosine
 
 
-class Positions(NamedTuple):
-    """The positions of a batch, as one layer uses them.
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """A factor of queries that grows with the position, and keeps attention sharp over more keys:
+    1 + weight log(1 + floor((position + first) / floor)).
 
-    A layer with RoPE rotates queries and keys; a layer without it may scale its queries.
+    After Nakanishi 2025, arXiv 2501.19399; transformers' Llama 4 and Ministral 3.
+    """
+
+    weight: float
+    floor: float
+    first: int = 0
+    rotated: bool = True  # of layers with RoPE, or else of layers without it
+
+
+class Positions(NamedTuple):
+    """The positions of a batch, as one layer uses them: to rotate queries and keys, and to scale
+    queries.
     """
 
     rotation: Rotation | None = None  # see `rotation`
@@ -47,10 +61,7 @@ def rotate(x: Float[Array, "B T N H"], rotation: Rotation | None) -> Float[Array
     ).astype(x.dtype)
 
 
-def temperature(positions: Int[Array, "B T"], weight: float, floor: float) -> Float[Array, "B T"]:
-    """The factor of queries in layers without RoPE, which keeps attention sharp over more keys:
-    1 + weight log(1 + floor((position + 1) / floor)).
-
-    After Nakanishi 2025, arXiv 2501.19399; transformers' Llama 4.
-    """
-    return 1 + weight * jnp.log1p(jnp.floor((positions.astype(jnp.float32) + 1) / floor))
+def temperature(positions: Int[Array, "B T"], spec: Temperature) -> Float[Array, "B T"]:
+    """The factor of queries, see `Temperature`."""
+    steps = jnp.floor((positions.astype(jnp.float32) + spec.first) / spec.floor)
+    return 1 + spec.weight * jnp.log1p(steps)

@@ -1,0 +1,44 @@
+"""Ministral 3: YaRN, and queries that grow with the position; transformers
+`models/ministral3/modeling_ministral3.py`.
+"""
+
+from typing import Any
+
+from lljax.models.families.family import Family, sliding_window, uniform_layers
+from lljax.models.families.mistral import MISTRAL3
+from lljax.models.families.position_temperature import BETA, rope_to_hf, temperature
+from lljax.models.spec import LayerSpec
+
+
+def _decoder(c: dict) -> dict[str, Any]:
+    return {
+        "temperature": temperature(c),
+        "layers": uniform_layers(c, LayerSpec(window=sliding_window(c))),
+    }
+
+
+FAMILY = Family(
+    model_type="ministral3",
+    architecture="Ministral3ForCausalLM",
+    defaults={
+        "max_position_embeddings": 262_144,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1_000_000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16_384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            BETA: 0.1,
+        },
+    },
+    decoder=_decoder,
+    rope_to_hf=rope_to_hf,
+    rope_kinds=("yarn",),  # transformers divides positions by the original length that yarn names
+    multimodal_parents=(MISTRAL3,),
+)
