@@ -18,7 +18,7 @@ from lljax.compression.methods import METHODS
 from lljax.config import Config, default_config
 from lljax.config.checks import one_of
 from lljax.errors import ConfigError
-from lljax.interop import export, gguf_export
+from lljax.interop import export, export_whole, gguf_export
 from lljax.interop.base import Base
 from lljax.interop.export_folder import extend_record, write_folder
 from lljax.interop.export_weights import MergedBase
@@ -136,7 +136,7 @@ def _dense(
             chat_template=exported.chat_template,
         )
 
-    return ExportFormat(run, ("dtype",), dtypes=dtypes, **row)
+    return ExportFormat(run, ("dtype",) if dtypes else (), dtypes=dtypes, **row)
 
 
 def _quantized(format: str) -> ExportFormat:
@@ -152,6 +152,7 @@ FORMATS = {
     "peft": _dense(export.export_peft, needs_run=True),
     "merged": _dense(export.export_merged),
     "split": _dense(export.export_split, needs_run=True),
+    "whole": _dense(export_whole.export_whole, ()),
     **{name: _quantized(name) for name in recipe.FORMATS},
     "gguf": _dense(gguf_export.export_gguf, tuple(TYPES)),
     "gguf_lora": _dense(gguf_export.export_gguf_lora, LORA_TYPES, needs_run=True),

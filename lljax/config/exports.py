@@ -7,6 +7,7 @@ from lljax.config.tree import value_or_default
 
 # Properties of a trained model that some format cannot hold.
 NO_ADAPTER, OWN_KERNELS, DORA, SEVERAL = "no adapter", "own kernels", "dora", "several scales"
+TEXT = "a base that is a text model"
 _TRAINED_WHOLE = "it exports an adapter, and this run trained every weight: use --format=merged"
 BEYOND_PLAIN_LORA = {DORA: "the magnitudes of DoRA", SEVERAL: "several ranks or scales"}
 REFUSALS: dict[str, dict[str, str]] = {  # by format and property: the reason and the way out
@@ -23,6 +24,10 @@ REFUSALS: dict[str, dict[str, str]] = {  # by format and property: the reason an
             "--format=merged or --format=peft"
             for name, what in BEYOND_PLAIN_LORA.items()
         },
+    },
+    "whole": {
+        TEXT: "it writes a multimodal model with the trained text model in it, and this base is a "
+        "text model: use --format=merged"
     },
     "w4a16": {},
     "w8a16": {},
@@ -50,7 +55,8 @@ def refusal(format: str, properties: Set[str]) -> str:
 def formats(config: Mapping[str, Any]) -> list[str]:
     """The formats that hold the model of a run. config: its configuration as nested mappings.
 
-    Ranks or alphas by pattern count as several: only a model shows which of them are matched.
+    Ranks or alphas by pattern count as several: only a model shows which of them are matched. The
+    base counts as a text model.
     """
     trained, targets, init, dora, ranks, alphas = (
         value_or_default(config, field)
@@ -68,6 +74,7 @@ def formats(config: Mapping[str, Any]) -> list[str]:
         OWN_KERNELS: init == "loftq",
         DORA: dora,
         SEVERAL: ranks or alphas,
+        TEXT: True,
     }
     held = {name for name, holds in properties.items() if holds}
     return [format for format in REFUSALS if not refusal(format, held)]

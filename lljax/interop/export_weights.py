@@ -13,7 +13,15 @@ from lljax.interop import safetensors
 from lljax.interop.adapter_init import ResidualBase, owns_kernel, starts_from_base
 from lljax.interop.base import Base, BaseView, config_dtype
 from lljax.interop.export_files import write_files
-from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value, join_parts, parts_of
+from lljax.interop.huggingface import (
+    hf_names,
+    hf_part,
+    hf_shape,
+    hf_value,
+    join_parts,
+    other_tensors,
+    parts_of,
+)
 from lljax.models.decoder import Decoder
 from lljax.models.lora import Lora, adaptable
 from lljax.models.lora_layers import TableLora
@@ -34,6 +42,7 @@ class MergedBase(BaseView):
     merge: False for the weights without the adapter. dtype: of every tensor; None for the dtypes of
     the base, to which trained weights are rounded.
 
+    has_base: whether any tensor is the base's.
     `read` returns a merged weight in float32, and rounds no other; tensors in `copied` are bitwise
     the base's. `generation_config` and tokenizer are the base's, and config.json lacks the RoPE of
     the run (lljax.interop.export_files writes it).
@@ -47,7 +56,8 @@ class MergedBase(BaseView):
             for name, of in self._parts.items()
         }
         # A run that trained every weight reads none of the base's, which may have none.
-        self._available = set() if all(trains.values()) else set(base.names())
+        self.has_base = not all(trains.values())
+        self._available = set(base.names()) if self.has_base else set()
         self._unchanged = {name for name in trains if not trains[name] and name in self._available}
         self._replaced = {
             name
@@ -94,6 +104,7 @@ def write_model(
     max_shard_bytes: int,
 ) -> str:
     """Writes a HF checkpoint of the model's base weights, with the adapter added if `merge`.
+    Tensors of the base that are not part of the model are copied.
 
     Returns a comment on trained weights that were rounded to the dtype of the base, or an empty
     text.
@@ -104,13 +115,17 @@ def write_model(
     tokenizer = base.tokenizer()  # first: a base without one fails before the long write
     merged = MergedBase(model, base, merge=merge, dtype=dtype)
     layout = {name: (merged.dtype(name), merged.shape(name)) for name in merged.names()}
+    others = set(other_tensors(model, base) if merged.has_base else ())
+    layout |= {name: (base.dtype(name), base.shape(name)) for name in others}
 
     def value(name: str) -> np.ndarray:
+        if name in others:
+            return base.read(name)
         return finite_value(merged, name, copied=name in merged.copied)
 
     safetensors.write_sharded(folder, layout, value, max_shard_bytes=max_shard_bytes)
     write_files(base, folder, model.spec, tokenizer, dtype=dtype, chat_template=chat_template)
-    trained = {merged.dtype(name) for name in layout.keys() - merged.copied}
+    trained = {merged.dtype(name) for name in layout.keys() - merged.copied - others}
     narrow = {str(dtype) for dtype in trained if dtype.itemsize < 4}
     if dtype or not narrow:
         return ""

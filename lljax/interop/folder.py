@@ -12,7 +12,7 @@ import numpy as np
 from lljax.errors import ModelError
 from lljax.interop import safetensors
 from lljax.interop.base import Base
-from lljax.interop.multimodal import text_model
+from lljax.interop.multimodal import names_on_disk, text_model
 from lljax.interop.tokenizer import open_tokenizer
 from lljax.interop.tokenizer_bounds import check
 from lljax.models.families.family import MultimodalModel, Names
@@ -51,18 +51,15 @@ class FolderBase(Base):
     def _names_on_disk(self, whole: MultimodalModel) -> Names:
         """How a multimodal checkpoint names its text model. Logs how much else it holds."""
         stored = self.tensors.names()
-        for names in whole.names:
-            others = sum(names.text(name) is None for name in stored)
-            if any(name.startswith(f"{names.model}.") for name in stored):
-                logging.warning(
-                    "%s: the text model of this %s is read; %d tensors of other parts, such as its "
-                    "vision model, are not",
-                    self.path,
-                    whole.model_type,
-                    others,
-                )
-                return names
-        return whole.names[0]  # and the first tensor is missing
+        names = names_on_disk(whole, stored)
+        logging.warning(
+            "%s: the text model of this %s is read; %d tensors of other parts, such as its vision "
+            "model, are not",
+            self.path,
+            whole.model_type,
+            sum(names.text(name) is None for name in stored),
+        )
+        return names
 
     def names(self) -> list[str]:
         if self.whole is None:

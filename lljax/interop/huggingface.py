@@ -41,13 +41,7 @@ def load_weights(
         names it.
     """
     sums = load_part(model, base, dtype=dtype, shardings=shardings)
-    used = {name for _, x in declared(model) if isinstance(x, Weight) for name in hf_names(x)}
-    ignored = sorted(
-        name
-        for name in set(base.names()) - used
-        if not name.endswith(HARMLESS) and name != "lm_head.weight"
-    )
-    if ignored:
+    if ignored := other_tensors(model, base):
         logging.warning(
             "%s: %d tensors are not part of the model and were not read, such as %s",
             base.path,
@@ -55,6 +49,18 @@ def load_weights(
             ", ".join(ignored[:3]),
         )
     return sums
+
+
+def other_tensors(model: nnx.Module, base: Base) -> list[str]:
+    """Tensors of the base that are not part of the model, such as those of multi-token prediction;
+    without buffers that nothing reads and the head of a tied model.
+    """
+    used = {name for _, x in declared(model) if isinstance(x, Weight) for name in hf_names(x)}
+    return sorted(
+        name
+        for name in set(base.names()) - used
+        if not name.endswith(HARMLESS) and name != "lm_head.weight"
+    )
 
 
 def load_part(

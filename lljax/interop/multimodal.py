@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lljax.errors import ModelError, short
 from lljax.models.families import FAMILIES, rope_to_hf
-from lljax.models.families.family import Family, MultimodalModel
+from lljax.models.families.family import Family, MultimodalModel, Names
 from lljax.models.spec import DecoderSpec
 
 ROPE = ("rope_scaling", "rope_parameters")
@@ -52,6 +52,18 @@ def text_model(config: dict) -> tuple[dict[str, Any], Whole | None]:
         if isinstance(model_type, str) and model_type in family.aliases:
             return _as_family(family, {**family.aliases[model_type], **config}), None
     return config, None
+
+
+def names_on_disk(whole: MultimodalModel, stored: list[str]) -> Names:
+    """How a checkpoint with these tensors names the text model's."""
+    return next(
+        (
+            names
+            for names in whole.names
+            if any(name.startswith(f"{names.model}.") for name in stored)
+        ),
+        whole.names[0],  # and the first tensor is missing
+    )
 
 
 def _inner(

@@ -228,16 +228,24 @@ def matched_tables(targets: Iterable[str]) -> set[str]:
 def _targeted(candidates: list[tuple[str, nnx.Variable]], targets: tuple[str, ...]) -> list[str]:
     """The names of the candidates that targets match, by the rules of PEFT: see `attach`."""
     layers: dict[str, list[str]] = {}  # name -> its full names, in all stacks of layers
+    # by full name: the names that a target may match, also those of a tensor that fuses several
+    texts_of: dict[str, tuple[str, ...]] = {}
     for name, weight in candidates:
         layers.setdefault(name, []).extend(_full_names(name, weight))
-    texts = (*layers, *(full for full_names in layers.values() for full in full_names))
+        of_tensor = f"{name.rpartition('.')[0]}.{hf_layer(weight)}" if "." in name else name
+        for full, fused in zip(
+            _full_names(name, weight), _full_names(of_tensor, weight), strict=True
+        ):
+            texts_of[full] = (name, full, of_tensor, fused)
+    texts = tuple(dict.fromkeys(text for texts in texts_of.values() for text in texts))
     reached: set[str] = set()
     for target, matched in zip(targets, matching(targets, texts, "lora.targets"), strict=True):
         hits = {
             full
             for name, full_names in layers.items()
             for full in full_names
-            if name in matched or full in matched or (target == "all-linear" and name not in TABLES)
+            if not matched.isdisjoint(texts_of[full])
+            or (target == "all-linear" and name not in TABLES)
         }
         if not hits:
             raise ConfigError(
@@ -253,6 +261,11 @@ def _targeted(candidates: list[tuple[str, nnx.Variable]], targets: tuple[str, ..
                 "or none: leave the number out"
             )
     return [name for name, full_names in layers.items() if reached.issuperset(full_names)]
+
+
+def hf_layer(weight: nnx.Variable) -> str:
+    """The last part of the name of its HF layer, such as "qkv_proj"."""
+    return weight.get_metadata("hf").removesuffix(".weight").rpartition(".")[2]
 
 
 def _full_names(name: str, weight: nnx.Variable) -> list[str]:

@@ -272,3 +272,13 @@ def test_only_factors_and_named_roles_are_trainable():
     assert roles(trainable) == {"lora_a", "lora_b", "lora_magnitude", "embed", "norm"} and roles(
         frozen
     ) == {"kernel"}
+
+
+@pytest.mark.parametrize(
+    "target", ["qkv_proj", tuple(f"model.layers.{i}.self_attn.qkv_proj" for i in range(3))]
+)
+def test_the_name_of_a_fused_tensor_reaches_all_its_layers(target):
+    model = Decoder(spec_from_hf(CONFIG | {"model_type": "phi3"}))
+    targets = (target,) if isinstance(target, str) else target
+    lora.attach(model, rank=2, alpha=4.0, targets=targets)
+    assert adapted(model) == [f"self_attn.{name}" for name in ("k_proj", "q_proj", "v_proj")]

@@ -20,7 +20,7 @@ from lljax.attention.pattern import AttentionPattern
 from lljax.models.context import LayerContext
 from lljax.models.declare import declare
 from lljax.models.flops import RowFlops, TokenFlops, token_flops
-from lljax.models.linear import Linear, RMSNorm, named_or_fused
+from lljax.models.linear import Linear, RMSNorm
 from lljax.models.mixers import delta_parallel, delta_scan
 from lljax.models.mixers.causal_conv import ConvTail
 from lljax.models.mixers.delta_rule import CHUNK, DeltaCarry
@@ -86,10 +86,11 @@ class GatedDelta(nnx.Module):
             self.in_proj_qkvz = linear(2 * keys + 2 * values, hf=f"{hf}.in_proj_qkvz")
             self.in_proj_ba = linear(2 * heads, hf=f"{hf}.in_proj_ba")
         else:
-            names = named_or_fused(f"{hf}.in_proj_qkv", hf, q=keys, k=keys, v=values)
-            self.in_proj_q = linear(keys, **names["q"])
-            self.in_proj_k = linear(keys, **names["k"])
-            self.in_proj_v = linear(values, **names["v"])
+            # Whole on every device of `tensor`, so that its adapter is one pair of factors, as in
+            # PEFT: equal parts would mix heads of queries, keys and values.
+            self.in_proj_qkv = Linear(
+                (D, 2 * keys + values), axes=("embed", None), hf=f"{hf}.in_proj_qkv"
+            )
             self.in_proj_z = linear(values, hf=f"{hf}.in_proj_z")
             self.in_proj_b = linear(heads, hf=f"{hf}.in_proj_b")
             self.in_proj_a = linear(heads, hf=f"{hf}.in_proj_a")
@@ -117,12 +118,10 @@ class GatedDelta(nnx.Module):
                 self.in_proj_qkvz(x, dropout_key), self.in_proj_ba(x, dropout_key)
             )
         else:
-            q, k, v, z, b, a = (
+            q, k, v = jnp.split(self.in_proj_qkv(x, dropout_key), self._borders(), axis=-1)
+            z, b, a = (
                 projection(x, dropout_key)
-                for projection in (
-                    *(self.in_proj_q, self.in_proj_k, self.in_proj_v),
-                    *(self.in_proj_z, self.in_proj_b, self.in_proj_a),
-                )
+                for projection in (self.in_proj_z, self.in_proj_b, self.in_proj_a)
             )
         keys = (*x.shape[:2], self.delta.M, self.delta.k)
         heads = (*x.shape[:2], self.delta.M, self.delta.R)
@@ -224,10 +223,14 @@ class GatedDelta(nnx.Module):
         tails = Channels(zeros(M, past, k), zeros(M, past, k), zeros(M, past, R, v))
         return DeltaState(tails, zeros(M, R, k, v))
 
+    def _borders(self) -> tuple[int, int]:
+        """The first channel of keys, and of values."""
+        return self.delta.M * self.delta.k, 2 * self.delta.M * self.delta.k
+
     def _taps(self) -> Channels:
         """The weights of the convolution, by channel as `Projected` has them."""
         M, R, k, v = self.delta.M, self.delta.R, self.delta.k, self.delta.v
-        q, keys, values = jnp.split(self.conv[...][:, 0], (M * k, 2 * M * k))
+        q, keys, values = jnp.split(self.conv[...][:, 0], self._borders())
         return Channels(q.reshape(M, k, -1), keys.reshape(M, k, -1), values.reshape(M, R, v, -1))
 
     def _gated(
