@@ -1,4 +1,4 @@
-"""Memory and speed of Llama-3.1-8B at length, compiled for devices that are not here.
+"""Memory and speed of Llama-3.1-8B and Qwen3.5 at length, compiled for devices that are not here.
 
 python scripts/bench/capacity.py --rows=h100    # rows with this word; needs the plan-gpu extra
 python scripts/bench/capacity.py --rows=v5      # needs the plan-tpu extra, and minutes a row
@@ -10,7 +10,7 @@ import logging
 
 import common
 import without_devices  # noqa: F401
-from capacity_rows import ROWS, Row, config_of
+from capacity_rows import ROWS, Row, config_of, model_of
 from rich.console import Console
 
 from lljax.errors import ConfigError, exit_cleanly
@@ -21,26 +21,26 @@ from lljax.planning.plan import Options, plan_stage
 from lljax.training.curriculum import stages
 
 TITLE = (
-    "Llama-3.1-8B, a row a step; GiB and GB of a device; beside: the largest program beside the "
+    "A row a step; GiB and GB of a device; beside: the largest program beside the "
     "step; tokens/s of the step at most, at 40% of peak arithmetic"
 )
-WORDS = ("device", "objective", "base", "stage", "parallel", "fits")
+WORDS = ("model", "device", "objective", "base", "stage", "parallel", "fits")
 COLUMNS = (
-    *("device", "objective", "base", "stage", "parallel", "layers per residual"),
+    *("model", "device", "objective", "base", "stage", "parallel", "layers per residual"),
     *("peak", "beside", "host", "fits", "tokens/s", "received", "compiled in s"),
 )
 
 
 def measure(row: Row, options: Options, console: Console) -> list[str]:
     """The cells of a row. Prints the answer of a search, and advice for a row that does not fit."""
-    config, chosen = config_of(row), target(row.device)
+    config, model, chosen = config_of(row), model_of(row), target(row.device)
     if row.find:
-        answer, plans = search.longest_context(config, common.LLAMA_3_8B, chosen, options)
+        answer, plans = search.longest_context(config, model, chosen, options)
         console.print(f"{row.name}: {answer}")
         plan = max((p for p in plans if p.fits), key=lambda p: p.stage.length)
     else:
         stage = stages(config.context)[0]
-        plan = plan_stage(config, common.LLAMA_3_8B, chosen, stage, options)
+        plan = plan_stage(config, model, chosen, stage, options)
     if not plan.fits and search.held(plan) > options.room(chosen)[0]:
         console.print(
             f"{row.name}: {search.held(plan) / GiB:.2f} GiB of weights on a device of "
@@ -50,6 +50,7 @@ def measure(row: Row, options: Options, console: Console) -> list[str]:
     beside = max((need.peak for need in plan.others), default=0)
     received = sum(plan.collectives.values()) / common.GB
     return [
+        row.model,
         row.device,
         row.objective if row.cache == "auto" else f"{row.objective}, {row.cache} cache",
         row.base,
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help=f"rows whose name contains this, of: {names}")
     wanted = parser.parse_args().rows
     logging.basicConfig(level=logging.ERROR, force=True)
-    console = Console(width=140)
+    console = Console(width=160)
     table = common.table(COLUMNS, left=WORDS, title=TITLE)
     with exit_cleanly():
         rows = [row for row in ROWS if wanted in row.name]

@@ -1,18 +1,27 @@
-"""Runs of Llama-3.1-8B at length, which capacity.py plans and steps.py steps through.
+"""Runs of Llama-3.1-8B and of Qwen3.5 at length, which capacity.py plans; steps.py steps through
+those of Llama.
 
 One row of tokens a step, AdamW in float32 or, if a row says so, in eight bits. LoRA of rank 64 on
-q, k, v and o over a frozen bfloat16 base; over a quantized base, and for preference and policy
-objectives, of rank 32 on every linear layer. A policy writes 8 answers of 1,024 tokens.
+q, k, v and o over a frozen bfloat16 base; over a quantized base, for preference and policy
+objectives, and for Qwen3.5, of rank 32 on every linear layer. A policy writes 8 answers of 1,024
+tokens.
 """
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import common
 
 from lljax.config import Config, validate
+from lljax.interop.folder import read_json
+from lljax.interop.multimodal import text_model
 from lljax.objectives.table import OBJECTIVES
 
 K, M = 1024, 1024**2
+LLAMA, QWEN_9B = "llama-3.1-8b", "qwen3.5-9b"
+QWEN_35B, QWEN_397B = "qwen3.5-35b-a3b", "qwen3.5-397b-a17b"
+SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Row:
     attention: of the stage; shifted in groups of 8,192. each: memory.layers_per_residual. find:
     search for the longest row that fits, from `length` on. base: model.quantize, or "trained":
     train_type="full". tile: memory.tile, and four times memory.loss_chunk. optimizer: its name.
-    objective: its name. cache: rollout.cache.
+    objective: its name. cache: rollout.cache. model: a key of MODELS.
     """
 
     device: str
@@ -35,6 +44,7 @@ class Row:
     optimizer: str = "adamw"
     objective: str = "sft"
     cache: str = "auto"
+    model: str = LLAMA
 
     @property
     def name(self) -> str:
@@ -42,7 +52,8 @@ class Row:
         base = self.base if self.base != "none" else ""
         cache = self.cache if self.cache != "auto" else ""
         length = f"{self.length // K}k"
-        words = (self.device, objective, self.attention, length, base, cache)
+        model = self.model if self.model != LLAMA else ""
+        words = (model, self.device, objective, self.attention, length, base, cache)
         return " ".join(word for word in words if word)
 
 
@@ -73,7 +84,25 @@ ROWS = (
     Row("v5e-8", 256 * K, "full", objective="grpo", cache="int8"),
     Row("h100-80g", 512 * K, "full", objective="dpo"),
     Row("h100-80g", 768 * K, "full", each=2, base="nf4", objective="dpo"),
+    Row("h100-80g", 1 * M, "shifted", model=QWEN_9B),
+    Row("h100-80g", 512 * K, "full", model=QWEN_9B),
+    Row("a10-24g", 256 * K, "full", base="nf4", model=QWEN_9B),
+    Row("v5e-8", 64 * K, "shifted", model=QWEN_9B),
+    Row("v5e-8", 256 * K, "shifted", model=QWEN_9B),
+    Row("v5e-8", 1 * M, "shifted", model=QWEN_9B),
+    Row("v5e-8", 1 * M, "full", model=QWEN_9B),
+    Row("v5e-8", 2 * M, "shifted", each=4, model=QWEN_9B),
+    Row("h100-80g", 256 * K, "full", base="nf4", model=QWEN_35B),
+    Row("v5e-8", 256 * K, "full", base="nf4", model=QWEN_35B),
+    Row("v5p-128", 32 * K, "full", model=QWEN_397B),
 )
+
+
+def model_of(row: Row) -> dict[str, Any]:
+    """The config.json of the model of a row."""
+    if row.model == LLAMA:
+        return common.LLAMA_3_8B
+    return text_model(read_json(SHAPES / row.model / "config.json"))[0]
 
 
 def config_of(row: Row) -> Config:
@@ -85,6 +114,8 @@ def config_of(row: Row) -> Config:
         c.train_type = "full"
     elif row.base != "none":
         c.model.quantize, c.lora.rank, c.lora.targets = row.base, 32, ("all-linear",)
+    if row.model != LLAMA:
+        c.lora.rank, c.lora.targets = 32, ("all-linear",)
     if row.objective != "sft":
         c.objective.name, c.data.overlong = row.objective, "drop"
         c.lora.rank, c.lora.targets = 32, ("all-linear",)

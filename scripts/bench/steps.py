@@ -23,7 +23,7 @@ from typing import Any
 import common
 import jax
 import jax.numpy as jnp
-from capacity_rows import ROWS, Row, config_of
+from capacity_rows import LLAMA, ROWS, Row, config_of
 
 from lljax.build import mesh_of, placed_model
 from lljax.errors import ConfigError, exit_cleanly
@@ -197,7 +197,7 @@ def text(row: Row, one_document: bool, m: Measured) -> str:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    rows = {row.name: row for row in ROWS if row.objective == "sft"}
+    rows = {row.name: row for row in ROWS if (row.objective, row.model) == ("sft", LLAMA)}
     parser.add_argument(
         "--row", required=True, metavar="NAME", choices=rows, help="one of: " + "; ".join(rows)
     )
