@@ -36,7 +36,7 @@ def bench(names: list[str]) -> bool:
             raise ConfigError(f"--families: {name!r} is none of {'; '.join(FAMILIES)}")
     table, sound = None, True
     for name in names or FAMILIES:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, console().status(name):
             differences = measure(name, Path(folder) / "base")
         table = table or Table("family", *differences)
         cells = (
@@ -44,6 +44,7 @@ def bench(names: list[str]) -> bool:
             for kind, value in differences.items()
         )
         table.add_row(name, *cells)
+        print(name, *differences.values(), flush=True)  # a family takes up to a minute
         sound &= differences["round trip"] == 0 and max(differences.values()) <= LIMIT
     if table:
         console().print(table)

@@ -1,5 +1,6 @@
 """Models with gated delta networks: documents stay apart, tiles and devices change nothing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from planning.test_flops import products
 
 from lljax.attention.pattern import FULL, AttentionPattern
 from lljax.errors import ConfigError, ModelError
@@ -16,6 +18,7 @@ from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
 from lljax.models.initialize import initialize
 from lljax.models.memory import EVERYTHING, Memory
+from lljax.models.mixers.delta_rule import CHUNK, DeltaCarry, DeltaInputs, delta_rule
 from lljax.parallel.sharding import make_mesh
 from lljax.training.placement import layout_of
 
@@ -204,3 +207,36 @@ def test_what_a_config_must_not_say_is_named():
         spec_from_hf(HF | {"linear_num_value_heads": 5})
     with pytest.raises(ModelError, match=r"layer_types\[1\] 'mamba' is none of linear_attention"):
         spec_from_hf(HF | {"layer_types": ["linear_attention", "mamba"] * 2})
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_products_of_a_layer_are_counted(gradient):
+    """Of four chunks of one row, all but the triangular solves, which are no products."""
+    mixer = model_of("dense").layers[0].self_attn
+    M, R, k, v = mixer.delta.M, mixer.delta.R, mixer.delta.k, mixer.delta.v
+    T = 4 * CHUNK
+    shapes = {"q": (M, k), "k": (M, k), "v": (M, R, v), "decay": (M, R), "beta": (M, R)}
+    x = DeltaInputs(
+        **{name: jnp.zeros((1, T, *shape)) for name, shape in shapes.items()},
+        segments=jnp.ones((1, T), jnp.int32),
+    )
+    carry = DeltaCarry(jnp.zeros((1, M, R, k, v)), x.segments[:, 0])
+
+    def run(q):
+        return jnp.sum(delta_rule(dataclasses.replace(x, q=q), carry)[0])
+
+    flops = mixer.row_flops(T, FULL)
+    solves = T * CHUNK * M * R * (k + v)
+    if not gradient:
+        counted = products(jax.make_jaxpr(run)(x.q).jaxpr, 0)
+        assert counted == flops.forward - solves
+        return
+    floats = [getattr(x, name) for name in shapes]
+
+    def loss(*floats):
+        return jnp.sum(delta_rule(DeltaInputs(*floats, x.segments), carry)[0] ** 2)
+
+    program = jax.make_jaxpr(jax.grad(loss, argnums=tuple(range(5))))(*floats)
+    counted = products(program.jaxpr, 0)
+    whole = flops.forward + flops.backward + flops.recomputed
+    assert abs(counted / (whole - 4 * solves) - 1) < 0.1

@@ -196,11 +196,11 @@ class GatedDelta(nnx.Module):
         return token_flops(self)
 
     def row_flops(self, T: int, pattern: AttentionPattern) -> RowFlops:
-        """Products of keys with keys and queries, and of the state with keys and queries; the
-        triangular solve of a chunk, which is half a product.
+        """Products of keys with keys and queries, of scores with values and decays, and of the
+        state with keys and queries; the triangular solve of a chunk, which is half a product.
         """
         M, R, k, v = self.delta.M, self.delta.R, self.delta.k, self.delta.v
-        within = 2 * CHUNK * (2 * k + R * v) + R * CHUNK * (k + v)
+        within = 2 * CHUNK * (2 * k + R * v + R) + R * CHUNK * (k + v)
         forward = float(T * M * (within + R * 6 * k * v))
         return RowFlops(forward=forward, backward=2 * forward, recomputed=forward, streamed=True)
 
