@@ -34,7 +34,12 @@ from lljax.models.router import Load
 from lljax.models.spec import DecoderSpec, LayerSpec, repeats, stacked
 from lljax.models.tables import Tables, table_product
 from lljax.parallel.sharded_embedding import lookup
-from lljax.parallel.sharding import Layout, constrain_activations, gather_for_compute
+from lljax.parallel.sharding import (
+    Layout,
+    constrain_activations,
+    gather_for_compute,
+    token_parts,
+)
 
 
 class Decoder(nnx.Module):
@@ -118,7 +123,9 @@ class Decoder(nnx.Module):
         Raises:
           ConfigError: a mixer of the model cannot serve branches.
         """
-        if branches is not None and (reason := refuses_branches(self.spec.layers)):
+        if branches is not None and (
+            reason := refuses_branches(self.spec.layers, token_parts(layout))
+        ):
             raise ConfigError(reason)
         dtype = dtype or self._dtype()
         x = self.embedded(tokens, dtype, layout)

@@ -46,7 +46,7 @@ def layout_of(
         serve the pattern, the implementation of its attention does not run on these devices, or a
         mixer of the model cannot serve branches.
     """
-    if branches and (refusal := refuses_branches(spec.layers)):
+    if branches and (refusal := refuses_branches(spec.layers, mesh.shape["sequence"])):
         raise ConfigError(refusal)
     check_platform(pattern.implementation, mesh.devices.flat[0].platform)
     if mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend():

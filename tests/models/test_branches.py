@@ -37,6 +37,16 @@ FAMILIES = {
     "llama": {"num_attention_heads": 9, "num_key_value_heads": 3},
     "qwen3": {"model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 2},
     "llama4": CHUNKED | {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "qwen3_5": {
+        "model_type": "qwen3_5_text",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "full_attention_interval": 2,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
 PATTERNS = [
     AttentionPattern(),
@@ -199,6 +209,14 @@ def test_the_log_says_what_rows_with_branches_fall_back_to(monkeypatch, caplog):
     assert prepared.steps[0].layout.context_parallel == "allgather"
     assert "no halo: an answer looks back to the end of its prompt" in caplog.text
     assert "memory.tile=32, attention by whole rows: an answer looks back" in caplog.text
+
+
+def test_a_gated_delta_network_reads_branches_on_a_device_that_holds_whole_rows():
+    model, batch = build("qwen3_5"), packed_batch()
+    fields = {name: batch[name] for name in ("positions", "segments", "branches")}
+    layout = Layout(make_mesh(data=4, sequence=2), "allgather")
+    with pytest.raises(ConfigError, match="mesh.sequence=2 spreads their tokens: use"):
+        model(batch["tokens"], **fields, layout=layout)
 
 
 def test_a_mixer_that_reads_tokens_in_order_refuses_branches(monkeypatch):

@@ -133,3 +133,49 @@ def test_transitions_of_stretches_compose_to_the_state_after_both():
         both = delta_rule.compose(*maps)
         state = jnp.matmul(both[..., :K], carry.state, precision="highest") + both[..., K:]
         np.testing.assert_allclose(state, wanted.state, atol=1e-5)
+
+
+def test_branches_start_from_the_state_after_their_prompt():
+    """Two prompts with answers, one of them within a chunk, one over several, and padding; each
+    answer as in a row of its own after its prompt, in values and gradients.
+    """
+    groups = [[(70, 20, 130, 9), (5, 3, 4)], [(140, 64, 1), (1, 30)]]  # prompt, answers ...
+    T = 256
+    segments, trunks, paths = np.zeros((2, T), int), np.zeros((2, T), int), []
+    for b, of_row in enumerate(groups):
+        at = 0
+        for g, (prompt, *answers) in enumerate(of_row):
+            start, trunk = at, 10 * (g + 1)
+            for i, length in enumerate((prompt, *answers)):
+                segments[b, at : at + length], trunks[b, at : at + length] = trunk + i, trunk
+                tokens = np.r_[start : start + prompt, at : at + length] if i else None
+                paths += [] if tokens is None else [(b, tokens, prompt)]
+                at += length
+    x = dataclasses.replace(
+        inputs(T, seed=3, segments=segments), trunks=jnp.asarray(trunks, jnp.int32)
+    )
+    weight = jnp.asarray(np.random.default_rng(5).normal(size=x.v.shape), jnp.float32)
+
+    def branched(floats):
+        out, _ = delta_rule.delta_rule(dataclasses.replace(x, **floats), empty(x))
+        return sum(jnp.sum((out * weight)[b, tokens[prompt:]]) for b, tokens, prompt in paths), out
+
+    def alone(floats):
+        total, outs = 0.0, []
+        for b, tokens, prompt in paths:
+            own = {name: a[b : b + 1, tokens] for name, a in floats.items()}
+            row = DeltaInputs(**own, segments=jnp.ones((1, len(tokens)), jnp.int32))
+            start = DeltaCarry(jnp.zeros((1, M, R, K, V)), row.segments[:, 0])
+            out, _ = token_by_token(row, start)
+            total += jnp.sum((out[0] * weight[b, tokens])[prompt:])
+            outs.append(out[0, prompt:])
+        return total, outs
+
+    floats = {n: getattr(x, n) for n in ("q", "k", "v", "decay", "beta")}
+    (ours, out), ours_grad = jax.jit(jax.value_and_grad(branched, has_aux=True))(floats)
+    (theirs, outs), theirs_grad = jax.value_and_grad(alone, has_aux=True)(floats)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    for (b, tokens, prompt), wanted in zip(paths, outs, strict=True):
+        np.testing.assert_allclose(out[b, tokens[prompt:]], wanted, atol=1e-5)
+    for name in floats:
+        np.testing.assert_allclose(ours_grad[name], theirs_grad[name], atol=2e-5)

@@ -76,6 +76,7 @@ class MovingAverage(nnx.Module):
         ("allgather", "ulysses", "ring", "halo"), "a moving average stays on one device"
     )
     ordered: ClassVar[bool] = True
+    branches: ClassVar[bool] = False
 
     def __init__(self, spec, layer, hf):
         self.gate_proj, self.in_proj, self.out_proj = (

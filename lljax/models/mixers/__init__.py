@@ -29,20 +29,24 @@ def needs_order(layers: Iterable[LayerSpec]) -> bool:
     return any(mixer.ordered for mixer in _mixers(layers))
 
 
-def refuses_branches(layers: Iterable[LayerSpec]) -> str:
-    """Why a model of these layers cannot read rows with answers that share a prompt; "" if it can:
-    a mixer that reads tokens in order would read each answer after the one before it.
+def refuses_branches(layers: Iterable[LayerSpec], token_parts: int = 1) -> str:
+    """Why a model of these layers cannot read rows with answers that share a prompt; "" if it can.
+
+    token_parts: devices that share the tokens of a row.
     """
-    named = dict.fromkeys(layer.mixer for layer in layers)
-    return next(
-        (
-            f"layers with the mixer {name!r} cannot read several answers after one prompt: their "
-            "state follows the row from one answer to the next; use a row for each answer"
-            for name in named
-            if MIXERS[name].ordered
-        ),
-        "",
-    )
+    for name in dict.fromkeys(layer.mixer for layer in layers):
+        if not MIXERS[name].branches:
+            return (
+                f"layers with the mixer {name!r} cannot read several answers after one prompt: "
+                "their state follows the row from one answer to the next"
+            )
+        if MIXERS[name].ordered and token_parts > 1:
+            return (
+                f"layers with the mixer {name!r} read several answers after one prompt on a device "
+                f"that holds whole rows, and mesh.sequence={token_parts} spreads their tokens: use "
+                "mesh.sequence=1 with mesh.data, mesh.fsdp or mesh.tensor"
+            )
+    return ""
 
 
 def _mixers(layers: Iterable[LayerSpec]) -> list[type[Mixer]]:

@@ -37,6 +37,7 @@ class Attention(nnx.Module):
     hf_name: ClassVar[str] = "self_attn"
     refused_modes: ClassVar[Mapping[str, str]] = {}
     ordered: ClassVar[bool] = False
+    branches: ClassVar[bool] = True
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str):
         D, N, K, H = spec.D, spec.N, spec.K, spec.H

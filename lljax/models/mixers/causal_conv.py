@@ -36,6 +36,34 @@ def causal_conv(
     return y
 
 
+def branched_conv(
+    x: Float[Array, "B T ..."],
+    weight: Float[Array, "... taps"],
+    segments: Int[Array, "B T"],
+    trunks: Int[Array, "B T"],
+) -> Float[Array, "B T ..."]:
+    """`causal_conv` of whole rows with branches, whose first tokens follow the last of their
+    prompt. trunks: see `lljax.models.mixers.delta_rule.DeltaInputs`.
+    """
+    B, T = segments.shape
+    places = jnp.broadcast_to(jnp.arange(T), (B, T))
+    # The last token of a prompt so far: of its own for every branch, which stand behind it.
+    prompt = jax.lax.cummax(jnp.where(segments == trunks, places, -1), axis=1)
+    before = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :T]
+    follows = jnp.where(segments == trunks, -1, prompt)
+    parent = jnp.where(before == segments, places - 1, follows)
+    y, place = jnp.zeros((), jnp.float32), places
+    for i in reversed(range(weight.shape[-1])):
+        at = jnp.maximum(place, 0).reshape(B, T, *(1,) * (x.ndim - 2))
+        there = (place >= 0).reshape(at.shape)
+        inputs = jnp.where(there, jnp.take_along_axis(x, at, axis=1), 0)
+        y += inputs.astype(jnp.float32) * weight[..., i].astype(jnp.float32)
+        place = jnp.where(
+            place >= 0, jnp.take_along_axis(parent, jnp.maximum(place, 0), axis=1), -1
+        )
+    return y
+
+
 def tail_after(
     tail: ConvTail,
     x: Float[Array, "B T ..."],

@@ -29,12 +29,17 @@ CARRY = Carry(Channels(*[ConvTail(*_TAIL)] * 3), DeltaCarry(*_STATE))
 
 
 def mix(
-    x: Projected, weights: Channels, segments: Int[Array, "B T"], layout: Layout | None
+    x: Projected,
+    weights: Channels,
+    segments: Int[Array, "B T"],
+    layout: Layout | None,
+    trunks: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T M R v"]:
-    """The outputs of whole rows, float32."""
+    """The outputs of whole rows, float32. trunks: with branches; then a device holds whole rows."""
     size = token_parts(layout)
+    assert trunks is None or size == 1, "lljax.models.mixers.refuses_branches refuses this"
 
-    def run(x: Projected, weights: Channels, segments: jax.Array) -> jax.Array:
+    def run(x: Projected, weights: Channels, segments: jax.Array, trunks: jax.Array | None):
         carry = delta_scan.empty_carry(x, segments, weights.q.shape[-1])
         if size > 1:
             past = weights.q.shape[-1] - 1
@@ -43,9 +48,10 @@ def mix(
             ins = delta_scan.inputs(x, weights, segments, carry.tails)
             before = carry.delta._replace(state=delta_rule.identity(ins))
             carry = _state_before(carry, delta_rule.extended(ins, before).state, size)
-        return delta_scan.run(x, weights, segments, carry)[0]
+        return delta_scan.run(x, weights, segments, carry, trunks)[0]
 
-    return _on_devices(run, layout, (CUT_HEADS, PER_HEAD, CUT), CUT_HEADS)(x, weights, segments)
+    specs = (CUT_HEADS, PER_HEAD, CUT, CUT)
+    return _on_devices(run, layout, specs, CUT_HEADS)(x, weights, segments, trunks)
 
 
 def mix_tile(

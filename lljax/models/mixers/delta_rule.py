@@ -32,6 +32,8 @@ class DeltaInputs:
     """What the tokens of a row bring to the recurrence. q is normalized and scaled, k normalized.
 
     decay: g, at most 0. segments: the document of each token; the state starts anew in each.
+    trunks: with branches, the segment of the prompt that a token continues; its own for a token of
+    a prompt. None without. A branch starts from the state after its prompt.
     """
 
     q: Float[Array, "B T M k"]
@@ -40,6 +42,7 @@ class DeltaInputs:
     decay: Float[Array, "B T M R"]
     beta: Float[Array, "B T M R"]
     segments: Int[Array, "B T"]
+    trunks: Int[Array, "B T"] | None = None
 
 
 class DeltaCarry(NamedTuple):
@@ -50,19 +53,21 @@ class DeltaCarry(NamedTuple):
 
 
 class _Chunks(NamedTuple):
-    """Chunks [n, B, M, R, ...] of a row, for a scan over n.
+    """Chunks [n, ...] of a row, for a scan over n.
 
     A chunk turns the state S into `keep` S + `keys`^T (`values` - `reads` S), and its outputs are
     `queries` S + `scores` (`values` - `reads` S): the WY form of the paper, with values = T V and
-    reads = T K there.
+    reads = T K there. L states are read and written at once: of the last token; and with branches
+    also that of the prompt that it continues. B and M are one axis, because XLA:CPU fails on arrays
+    of many.
     """
 
-    queries: Float[Array, "n B M R C k"]
-    scores: Float[Array, "n B M R C C"]
-    keys: Float[Array, "n B M R C k"]
-    reads: Float[Array, "n B M R C k"]
-    values: Float[Array, "n B M R C v"]
-    keep: Float[Array, "n B M R 1 1"]
+    queries: Float[Array, "n L BM R C k"]
+    scores: Float[Array, "n BM R C C"]
+    keys: Float[Array, "n L BM R C k"]
+    reads: Float[Array, "n L BM R C k"]
+    values: Float[Array, "n BM R C v"]
+    keep: Float[Array, "n L L BM R"]  # of the state written, from the state read
 
 
 def step(x: DeltaInputs, carry: DeltaCarry) -> tuple[Float[Array, "B 1 M R v"], DeltaCarry]:
@@ -85,7 +90,7 @@ def delta_rule(x: DeltaInputs, carry: DeltaCarry) -> tuple[Float[Array, "B T M R
     """
     B, T, M, R, size = x.v.shape
     carry, out = _scan_groups(x, carry, _with_outputs)
-    out = out.reshape(-1, *out.shape[2:])  # [n, B, M, R, C, v]
+    out = out.reshape(-1, B, M, *out.shape[3:])  # [n, B, M, R, C, v]
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, M, R, size)[:, :T], carry
 
 
@@ -117,13 +122,23 @@ def compose(
 def _scan_groups(x: DeltaInputs, carry: DeltaCarry, of_chunk: Any) -> tuple[DeltaCarry, Any]:
     """Runs of_chunk(state, chunk) -> (state, y) over all chunks. ys: [groups, chunks, ...]."""
     chunks = cdiv(x.q.shape[1], CHUNK)
+    lanes = 1 if x.trunks is None else 2
+    shape = carry.state.shape
+    states = carry.state.reshape(-1, *shape[2:]), carry.segment
+    start = DeltaCarry(*(jnp.broadcast_to(a, (lanes, *a.shape)) for a in states))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def run(carry: DeltaCarry, x: DeltaInputs) -> tuple[DeltaCarry, Any]:
         state, ys = jax.lax.scan(of_chunk, carry.state, _chunks(x, carry.segment))
-        return DeltaCarry(state, x.segments[:, -1]), ys
+        return DeltaCarry(state, jnp.stack([of[:, -1] for of in _numbers(x)])), ys
 
-    return jax.lax.scan(run, carry, _grouped(x, min(GROUP, chunks) * CHUNK))
+    carry, ys = jax.lax.scan(run, start, _grouped(x, min(GROUP, chunks) * CHUNK))
+    return DeltaCarry(carry.state[0].reshape(shape), carry.segment[0]), ys
+
+
+def _numbers(x: DeltaInputs) -> list[Int[Array, "B T"]]:
+    """The segment that each state is of, after each token."""
+    return [x.segments] if x.trunks is None else [x.segments, x.trunks]
 
 
 def _grouped(x: DeltaInputs, size: int) -> DeltaInputs:
@@ -136,80 +151,137 @@ def _grouped(x: DeltaInputs, size: int) -> DeltaInputs:
         a = jnp.pad(a, ((0, 0), (0, -T % size), *((0, 0),) * (a.ndim - 2)), mode=mode)
         return jnp.moveaxis(a.reshape(B, -1, size, *a.shape[2:]), 1, 0)
 
-    return dataclasses.replace(jax.tree.map(cut, x), segments=cut(x.segments, "edge"))
+    filled = {"segments": cut(x.segments, "edge")}
+    if x.trunks is not None:
+        filled["trunks"] = cut(x.trunks, "edge")
+    return dataclasses.replace(jax.tree.map(cut, x), **filled)
 
 
-def _chunks(x: DeltaInputs, segment: Int[Array, " B"]) -> _Chunks:
-    """The chunks of a whole number of them. segment: the document of the token before."""
+def _chunks(x: DeltaInputs, before: Int[Array, "L B"]) -> _Chunks:
+    """The chunks of a whole number of them. before: the segments of the states before them."""
     B, T, M, R, _ = x.v.shape
 
-    def by_chunk(a: jax.Array) -> jax.Array:  # [B, T, M, R or 1, x] -> [n, B, M, R or 1, C, x]
-        return a.reshape(B, -1, CHUNK, *a.shape[2:]).transpose(1, 0, 3, 4, 2, 5)
+    def by_chunk(a: jax.Array) -> jax.Array:  # [B, T, M, R or 1, x] -> [n, BM, R or 1, C, x]
+        a = a.reshape(B, -1, CHUNK, *a.shape[2:]).transpose(1, 0, 3, 4, 2, 5)
+        return a.reshape(len(a), B * M, *a.shape[3:])
 
     dtype = x.q.dtype
     q, k, v = (by_chunk(a) for a in (x.q[:, :, :, None], x.k[:, :, :, None], x.v))
     decay, beta = (by_chunk(a[..., None].astype(jnp.float32)) for a in (x.decay, x.beta))
-    segments = x.segments.reshape(B, -1, CHUNK).transpose(1, 0, 2)[:, :, None, None]
-    before = jnp.concatenate([segment[None, :, None, None], segments[:-1, ..., -1]])[..., None]
+    numbers = [  # [n, BM, 1, C]
+        jnp.repeat(of.reshape(B, -1, CHUNK).swapaxes(0, 1), M, axis=1)[:, :, None]
+        for of in _numbers(x)
+    ]
+    segments, trunks = numbers[0], numbers[-1]
+    known = [  # the segment of each state before a chunk, [n, BM, 1, 1]
+        jnp.concatenate([jnp.repeat(first, M)[None, :, None], of[:-1, ..., -1]])[..., None]
+        for first, of in zip(before, numbers, strict=True)
+    ]
 
     causal = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))
-    visible = (segments[..., None] == segments[..., None, :]) & causal
+    sees = segments[..., None, :] == segments[..., None]
+    visible = (sees | (segments[..., None, :] == trunks[..., None])) & causal
     # Not a cumulative sum: the decays of the documents before would round those of the last.
-    total = _product("...ij,...jx->...ix", visible, decay, jnp.float32)[..., 0]  # [n, B, M, R, C]
+    total = _product(decay[..., 0], visible[:, :, 0], (-1, -1), jnp.float32)  # [n, BM, R, C]
     between = jnp.exp(jnp.where(visible, total[..., None] - total[..., None, :], -jnp.inf))
-    from_start = jnp.where(segments == before, jnp.exp(total), 0.0)[..., None]
-    reaches_end = segments == segments[..., -1:]
-    to_end = jnp.exp(jnp.where(reaches_end, total[..., -1:] - total, -jnp.inf))[..., None]
 
-    likeness = _product("...ik,...jk->...ij", k, k, dtype)
+    continues = [segments == known[0]]  # a token reads the state of its segment or of its trunk
+    if x.trunks is not None:
+        continues.append((trunks == known[1]) & ~continues[0])
+    from_start = jnp.stack([jnp.where(of, jnp.exp(total), 0.0) for of in continues], axis=1)
+    to_end, keep = _to_end(visible, total, from_start, None)
+    to_ends, keeps = [to_end], [keep]
+    if x.trunks is not None:
+        of_trunk = segments == trunks[..., -1:]  # the prompt that the last token continues
+        place = jnp.where(of_trunk, jnp.arange(CHUNK), -1).max(-1, keepdims=True)
+        to_end, keep = _to_end(visible, total, from_start, jnp.maximum(place, 0))
+        is_there = place >= 0
+        stays = (trunks[..., -1:] == known[1]) & jnp.asarray([False, True])[
+            :, None, None, None, None
+        ]
+        to_ends.append(jnp.where(is_there, to_end, 0.0))
+        keeps.append(jnp.where(is_there[:, None], keep, jnp.moveaxis(stays, 0, 1)))
+
+    likeness = _product(k, k, (-1, -1), dtype)
     system = jnp.where(jnp.tril(causal, -1), beta * likeness * between, 0.0)
-    wanted = jnp.concatenate([beta * from_start * k, beta * v], axis=-1)
+    reads = [beta * of[..., None] * k for of in jnp.moveaxis(from_start, 1, 0)]
     solved = jax.lax.linalg.triangular_solve(
-        system, wanted, left_side=True, lower=True, unit_diagonal=True
+        system,
+        jnp.concatenate([*reads, beta * v], axis=-1),
+        left_side=True,
+        lower=True,
+        unit_diagonal=True,
     )
     size = k.shape[-1]
+    *reads, values = jnp.split(solved, [size * (i + 1) for i in range(len(reads))], axis=-1)
     return _Chunks(
-        queries=(q * from_start).astype(dtype),
-        scores=(_product("...ik,...jk->...ij", q, k, dtype) * between).astype(dtype),
-        keys=(k * to_end).astype(dtype),
-        reads=solved[..., :size].astype(dtype),
-        values=solved[..., size:],
-        keep=from_start[..., -1:, :],
+        queries=(q[:, None] * from_start[..., None]).astype(dtype),
+        scores=(_product(q, k, (-1, -1), dtype) * between).astype(dtype),
+        keys=(k[:, None] * jnp.stack(to_ends, axis=1)[..., None]).astype(dtype),
+        reads=jnp.stack(reads, axis=1).astype(dtype),
+        values=values,
+        keep=jnp.stack(keeps, axis=1)[..., 0],
     )
+
+
+def _to_end(
+    visible: jax.Array, total: jax.Array, from_start: jax.Array, place: jax.Array | None
+) -> tuple[Float[Array, "n BM R C"], Float[Array, "n L BM R 1"]]:
+    """How much of each token, and of each state before the chunk, is left after the token at
+    `place` [n, BM, 1, 1]; None for the last token.
+    """
+    if place is None:
+        row, end, kept = visible[..., -1, :], total[..., -1:], from_start[..., -1:]
+    else:
+        row = jnp.take_along_axis(visible, place[..., None], axis=-2)[..., 0, :]
+        end = jnp.take_along_axis(total, place, axis=-1)
+        kept = jnp.take_along_axis(from_start, place[:, None], axis=-1)
+    return jnp.exp(jnp.where(row, end - total, -jnp.inf)), kept
 
 
 def _advance(
-    state: Float[Array, "B M R k kv"], chunk: _Chunks
-) -> tuple[Float[Array, "B M R k kv"], None]:
-    """The state after a chunk. Columns of the state before the last v have no values to take up."""
+    state: Float[Array, "L BM R k kv"], chunk: _Chunks
+) -> tuple[Float[Array, "L BM R k kv"], None]:
+    """The states after a chunk. Columns of a state before the last v have no values to take up."""
     return _after(state, chunk, _corrected(state, chunk)), None
 
 
 def _with_outputs(
-    state: Float[Array, "B M R k v"], chunk: _Chunks
-) -> tuple[Float[Array, "B M R k v"], Float[Array, "B M R C v"]]:
+    state: Float[Array, "L BM R k v"], chunk: _Chunks
+) -> tuple[Float[Array, "L BM R k v"], Float[Array, "BM R C v"]]:
     corrected, dtype = _corrected(state, chunk), chunk.keys.dtype
-    out = _product("...ck,...kv->...cv", chunk.queries, state, dtype)
-    out += _product("...ij,...jv->...iv", chunk.scores, corrected, dtype)
+    out = _product(chunk.scores, corrected, (-1, -2), dtype)
+    out += _read(chunk.queries, state)
     return _after(state, chunk, corrected), out
 
 
 def _corrected(state: jax.Array, chunk: _Chunks) -> jax.Array:
-    read = _product("...ck,...kv->...cv", chunk.reads, state, chunk.keys.dtype)
+    read = _read(chunk.reads, state)
     more = read.shape[-1] - chunk.values.shape[-1]
     return jnp.pad(chunk.values, ((0, 0),) * (read.ndim - 1) + ((more, 0),)) - read
 
 
 def _after(state: jax.Array, chunk: _Chunks, corrected: jax.Array) -> jax.Array:
-    added = _product("...ck,...cv->...kv", chunk.keys, corrected, chunk.keys.dtype)
-    return chunk.keep * state + added
+    dtype = chunk.keys.dtype
+    added = jnp.stack([_product(keys, corrected, (-2, -2), dtype) for keys in chunk.keys])
+    return jnp.sum(chunk.keep[..., None, None] * state, axis=1) + added
 
 
-def _product(subscripts: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.einsum(
-        subscripts,
-        a.astype(dtype),
-        b.astype(dtype),
+def _read(keys: Float[Array, "L BM R C k"], state: Float[Array, "L BM R k x"]) -> jax.Array:
+    """What the tokens of a chunk read of all states."""
+    return sum(_product(one, of, (-1, -2), keys.dtype) for one, of in zip(keys, state, strict=True))
+
+
+def _product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
+    """The products of matrices [..., x, y] over one axis of each, -1 or -2, in float32.
+
+    The axes before are made one: XLA:CPU fails on a product of many.
+    """
+    matrices = [x.astype(dtype).reshape(-1, *x.shape[-2:]) for x in (a, b)]
+    out = jax.lax.dot_general(
+        *matrices,
+        (((over[0] + 3,), (over[1] + 3,)), ((0,), (0,))),
         precision="highest",
         preferred_element_type=jnp.float32,
     )
+    return out.reshape(*a.shape[:-2], *out.shape[1:])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lljax.models.mixers import delta_rule
-from lljax.models.mixers.causal_conv import causal_conv, empty_tail, tail_after
+from lljax.models.mixers.causal_conv import branched_conv, causal_conv, empty_tail, tail_after
 from lljax.models.mixers.delta_rule import DeltaCarry, DeltaInputs
 
 EPS = 1e-6  # of the normalization of queries and keys, whatever rms_norm_eps is
@@ -60,17 +60,25 @@ def empty_carry(x: Projected, segments: Int[Array, "B T"], taps: int) -> Carry:
 
 
 def inputs(
-    x: Projected, weights: Channels, segments: Int[Array, "B T"], tails: Channels
+    x: Projected,
+    weights: Channels,
+    segments: Int[Array, "B T"],
+    tails: Channels,
+    trunks: Int[Array, "B T"] | None = None,
 ) -> DeltaInputs:
-    """What the tokens bring to the recurrence."""
+    """What the tokens bring to the recurrence. trunks: of whole rows with branches."""
     dtype = x.channels.q.dtype
     q, k, v = (
-        jax.nn.silu(causal_conv(a, w, segments, tail))
+        jax.nn.silu(
+            causal_conv(a, w, segments, tail)
+            if trunks is None
+            else branched_conv(a, w, segments, trunks)
+        )
         for a, w, tail in zip(x.channels, weights, tails, strict=True)
     )
     q = l2_normalize(q) * q.shape[-1] ** -0.5
     q, k, v = (a.astype(dtype) for a in (q, l2_normalize(k), v))
-    return DeltaInputs(q, k, v, x.decay, x.beta, segments)
+    return DeltaInputs(q, k, v, x.decay, x.beta, segments, trunks)
 
 
 def tails_after(
@@ -83,11 +91,15 @@ def tails_after(
 
 
 def run(
-    x: Projected, weights: Channels, segments: Int[Array, "B T"], carry: Carry
+    x: Projected,
+    weights: Channels,
+    segments: Int[Array, "B T"],
+    carry: Carry,
+    trunks: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T M R v"], Carry]:
-    """The outputs of tokens, float32, and the carry after them."""
+    """The outputs of tokens, float32, and the carry after them; with branches, of whole rows."""
     rule = delta_rule.step if segments.shape[1] == 1 else delta_rule.delta_rule
-    out, delta = rule(inputs(x, weights, segments, carry.tails), carry.delta)
+    out, delta = rule(inputs(x, weights, segments, carry.tails, trunks), carry.delta)
     return out, Carry(tails_after(x, segments, carry.tails), delta)
 
 

@@ -72,6 +72,7 @@ class GatedDelta(nnx.Module):
     hf_name: ClassVar[str] = "linear_attn"
     refused_modes: ClassVar[Mapping[str, str]] = {}
     ordered: ClassVar[bool] = True
+    branches: ClassVar[bool] = True
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str):
         assert spec.delta is not None, "a layer with mixer 'gated_delta' needs DecoderSpec.delta"
@@ -149,8 +150,8 @@ class GatedDelta(nnx.Module):
     ) -> tuple[Float[Array, "B T X"], DeltaState | None]:
         x, z = operands
         if state is None:
-            segments = _segments(context)
-            out = delta_parallel.mix(x, self._taps(), segments, context.layout)
+            segments, trunks = _segments(context), context.mask.q_trunks
+            out = delta_parallel.mix(x, self._taps(), segments, context.layout, trunks)
             return self._gated(out, z), None
         segments = jnp.ones(z.shape[:2], jnp.int32)
         if context.count is not None:
@@ -170,10 +171,12 @@ class GatedDelta(nnx.Module):
 
     def first_carry(
         self, project: Callable[[tuple], Operands], xs: tuple, context: LayerContext
-    ) -> Carry:
+    ) -> Carry | None:
         """With LoRA dropout, the state before a device is computed under another draw than its
-        tokens are.
+        tokens are. None for rows with branches, which look back to the end of their prompt.
         """
+        if context.mask.q_trunks is not None:
+            return None
         return delta_parallel.first_carry(
             lambda xs: project(xs)[0],
             xs,

@@ -65,8 +65,11 @@ class Mixer(Protocol):
     the reason."""
 
     ordered: ClassVar[bool]
-    """Whether a device must hold consecutive tokens, in the order of the row: no zigzag order, and
-    no answers that share a prompt."""
+    """Whether a device must hold consecutive tokens, in the order of the row: no zigzag order; and
+    whole rows if they have answers that share a prompt."""
+
+    branches: ClassVar[bool]
+    """Whether it can read rows of several answers that share a prompt."""
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str) -> None: ...
 
