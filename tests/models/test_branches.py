@@ -120,7 +120,7 @@ def loss_and_gradients(model, batch, pattern, memory):
     return jax.value_and_grad(run)(trainable)
 
 
-FAST = [("llama", "shifted"), ("qwen3", "full"), ("llama4", "window")]
+FAST = [("llama", "shifted"), ("qwen3", "full"), ("llama4", "window"), ("qwen3_5", "shifted")]
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,8 @@ def _after(state: jax.Array, chunk: _Chunks, corrected: jax.Array) -> jax.Array:
 
 def _read(keys: Float[Array, "L BM R C k"], state: Float[Array, "L BM R k x"]) -> jax.Array:
     """What the tokens of a chunk read of all states."""
-    return sum(_product(one, of, (-1, -2), keys.dtype) for one, of in zip(keys, state, strict=True))
+    pairs = zip(keys, state, strict=True)
+    return functools.reduce(jnp.add, [_product(a, b, (-1, -2), keys.dtype) for a, b in pairs])
 
 
 def _product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
@@ -279,7 +280,8 @@ def _product(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> j
     """
     matrices = [x.astype(dtype).reshape(-1, *x.shape[-2:]) for x in (a, b)]
     out = jax.lax.dot_general(
-        *matrices,
+        matrices[0],
+        matrices[1],
         (((over[0] + 3,), (over[1] + 3,)), ((0,), (0,))),
         precision="highest",
         preferred_element_type=jnp.float32,
