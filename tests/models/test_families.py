@@ -66,6 +66,7 @@ def toy(monkeypatch):
     monkeypatch.setitem(FAMILIES, "toy", TOY)
 
 
+@pytest.mark.slow
 def test_a_family_from_outside_trains_plans_exports_and_is_read_back(
     toy, train_on_one_device, run_config, tmp_path, monkeypatch
 ):

@@ -132,7 +132,7 @@ def test_a_packed_document_is_as_in_a_row_of_its_own():
     assert_same(logits[0][alone], wanted[0])
 
 
-@pytest.mark.parametrize("tile", [16, 30])
+@pytest.mark.parametrize("tile", [pytest.param(16, marks=pytest.mark.slow), 30])
 def test_tiles_change_nothing(tile):
     tokens, segments = row(160), packed(160)
     whole = result("dense", tokens, segments)
@@ -148,7 +148,7 @@ slow = pytest.mark.slow
     "name,size,mode,pattern,tile",
     [
         ("dense", 4, "halo", SHIFTED, 0),
-        ("dense", 2, "halo", SHIFTED, 24),
+        pytest.param("dense", 2, "halo", SHIFTED, 24, marks=slow),
         pytest.param("dense", 4, "auto", FULL, 0, marks=slow),
         pytest.param("dense", 2, "ulysses", FULL, 0, marks=slow),
         pytest.param("dense", 8, "halo", SHIFTED, 0, marks=slow),
