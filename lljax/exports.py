@@ -131,9 +131,9 @@ def _dense(
             exported.model,
             exported.base,
             out,
-            dtype=options.dtype,
             overwrite=overwrite,
             chat_template=exported.chat_template,
+            **({"dtype": options.dtype} if dtypes else {}),
         )
 
     return ExportFormat(run, ("dtype",) if dtypes else (), dtypes=dtypes, **row)

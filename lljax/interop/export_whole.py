@@ -34,16 +34,14 @@ def export_whole(
     base: Base,
     out: Path,
     *,
-    dtype: str | None = None,
     overwrite: bool = False,
     chat_template: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Writes the multimodal model that the base is a part of, with the adapter merged into its text
-    model; returns how to load it.
+    model, in the dtypes of the base; returns how to load it.
 
-    dtype: none, since most tensors are copies. Other arguments and errors as
-    `lljax.interop.export.export_peft`.
+    Arguments and errors as `lljax.interop.export.export_merged`.
     """
     whole, source = base.whole, base.folder
     if whole is None or source is None:

@@ -232,7 +232,7 @@ def _targeted(candidates: list[tuple[str, nnx.Variable]], targets: tuple[str, ..
     texts_of: dict[str, tuple[str, ...]] = {}
     for name, weight in candidates:
         layers.setdefault(name, []).extend(_full_names(name, weight))
-        of_tensor = f"{name.rpartition('.')[0]}.{hf_layer(weight)}" if "." in name else name
+        of_tensor = hf_module(name, weight)
         for full, fused in zip(
             _full_names(name, weight), _full_names(of_tensor, weight), strict=True
         ):
@@ -263,9 +263,12 @@ def _targeted(candidates: list[tuple[str, nnx.Variable]], targets: tuple[str, ..
     return [name for name, full_names in layers.items() if reached.issuperset(full_names)]
 
 
-def hf_layer(weight: nnx.Variable) -> str:
-    """The last part of the name of its HF layer, such as "qkv_proj"."""
-    return weight.get_metadata("hf").removesuffix(".weight").rpartition(".")[2]
+def hf_module(name: str, weight: nnx.Variable) -> str:
+    """The name of the HF module of a layer: of "self_attn.q_proj" with fused projections,
+    "self_attn.qkv_proj".
+    """
+    hf = weight.get_metadata("hf").removesuffix(".weight").rpartition(".")[2]
+    return ".".join(part for part in (name.rpartition(".")[0], hf) if part)
 
 
 def _full_names(name: str, weight: nnx.Variable) -> list[str]:

@@ -18,11 +18,11 @@ from lljax.interop.peft.config import (
     adapter_errors,
     read_adapter_config,
 )
-from lljax.interop.peft.tensors import PREFIX, WEIGHTS, AdapterFile, hf_module, text_name
+from lljax.interop.peft.tensors import PREFIX, WEIGHTS, AdapterFile, text_name
 from lljax.models.declare import Weight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import family_of, is_tied
-from lljax.models.lora import TABLES, adaptable, matched_tables, pattern_value
+from lljax.models.lora import TABLES, adaptable, hf_module, matched_tables, pattern_value
 from lljax.parallel.sharding import put
 
 # Tables of the base that PEFT writes beside the factors of one of them.

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from flax import nnx
-
 from lljax.interop import safetensors
 from lljax.models.families import FAMILIES
 
@@ -33,9 +31,3 @@ class AdapterFile(safetensors.File):
             PREFIX + text_name(name.removeprefix(PREFIX), family): entry
             for name, entry in self.entries.items()
         }
-
-
-def hf_module(name: str, weight: nnx.Variable) -> str:
-    """The dotted HF name of a layer; several of our layers may be one there."""
-    hf = weight.get_metadata("hf").removesuffix(".weight").rpartition(".")[2]
-    return ".".join(part for part in (name.rpartition(".")[0], hf) if part)

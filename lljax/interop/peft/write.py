@@ -16,12 +16,12 @@ from lljax.interop.adapter_init import ResidualBase, owns_kernel, starts_from_ba
 from lljax.interop.base import Base
 from lljax.interop.huggingface import hf_names, hf_part, hf_shape, hf_value
 from lljax.interop.own_head import EMBED, HEAD
-from lljax.interop.peft.tensors import MODULES, PREFIX, WEIGHTS, hf_module
+from lljax.interop.peft.tensors import MODULES, PREFIX, WEIGHTS
 from lljax.models.declare import Weight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import FAMILIES
 from lljax.models.families.family import Names
-from lljax.models.lora import Lora, adaptable
+from lljax.models.lora import Lora, adaptable, hf_module
 from lljax.models.lora_layers import TableLora
 
 Scale = tuple[int, float]  # rank and alpha

@@ -96,11 +96,15 @@ def run(
     segments: Int[Array, "B T"],
     carry: Carry,
     trunks: Int[Array, "B T"] | None = None,
+    count: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T M R v"], Carry]:
-    """The outputs of tokens, float32, and the carry after them; with branches, of whole rows."""
+    """The outputs of tokens, float32, and the carry after them; with branches, of whole rows.
+
+    count: the tokens of each row after which the tails are; None for all.
+    """
     rule = delta_rule.step if segments.shape[1] == 1 else delta_rule.delta_rule
     out, delta = rule(inputs(x, weights, segments, carry.tails, trunks), carry.delta)
-    return out, Carry(tails_after(x, segments, carry.tails), delta)
+    return out, Carry(tails_after(x, segments, carry.tails, count), delta)
 
 
 def l2_normalize(x: Float[Array, "... k"]) -> Float[Array, "... k"]:

@@ -156,11 +156,7 @@ class GatedDelta(nnx.Module):
         segments = jnp.ones(z.shape[:2], jnp.int32)
         if context.count is not None:
             x = x.without(jnp.arange(z.shape[1]) >= context.count[:, None])
-        before = state.carry()
-        out, after = delta_scan.run(x, self._taps(), segments, before)
-        if context.count is not None:
-            tails = delta_scan.tails_after(x, segments, before.tails, context.count)
-            after = after._replace(tails=tails)
+        out, after = delta_scan.run(x, self._taps(), segments, state.carry(), count=context.count)
         assert context.start is not None, "a state comes with the slots of the tokens"
         return self._gated(out, z), state.write(DeltaState.of(after), context.start)
 
