@@ -27,6 +27,8 @@ INSIDE, WRAPPED, BESIDE = "model.language_model.", "language_model.model.", "mod
 # Every form of names that checkpoints on the hub have, or that transformers saved.
 FORMS = {
     "gemma3": (INSIDE, WRAPPED),
+    "gemma4": (INSIDE,),
+    "gemma4_unified": (INSIDE,),
     "mistral3": (INSIDE, WRAPPED),
     "qwen3_vl": (INSIDE,),
     "qwen2_5_vl": (INSIDE, BESIDE),
@@ -35,12 +37,15 @@ FORMS = {
 }
 TEXT = {
     "gemma3": "Gemma3ForCausalLM",
+    "gemma4": "Gemma4ForCausalLM",
+    "gemma4_unified": "Gemma4ForCausalLM",
     "mistral3": "MistralForCausalLM",
     "qwen3_vl": "Qwen3ForCausalLM",
     "qwen2_5_vl": "Qwen2ForCausalLM",
     "qwen3_vl_moe": "Qwen3MoeForCausalLM",
     "kimi_k25": "DeepseekV3ForCausalLM",
 }
+ROPES = {"kimi_k25": "keep", "gemma4": "proportional", "gemma4_unified": "proportional"}
 QUICK = ("qwen2_5_vl",)
 TABLE = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 LINEAR = ("q_proj", "v_proj", "o_proj", "down_proj")
@@ -52,6 +57,8 @@ def close(a, b):
 
 
 def targets(model_type):
+    if model_type == "gemma4":  # with the MLP beside the experts
+        return (*ATTENTION, r"mlp\..*")
     return ATTENTION if model_type in ("qwen3_vl_moe", "kimi_k25") else LINEAR
 
 
@@ -94,7 +101,7 @@ def test_the_text_model_is_read_trained_and_taken_back(
         assert caplog.text.count("tensors of other parts") == 1
         assert caplog.text.count("are not part of the model") == 0
 
-    rope = "keep" if model_type == "kimi_k25" else "linear"
+    rope = ROPES.get(model_type, "linear")
     also = ("embed", "norm") if model_type in ("gemma3", "qwen3_vl") else ()
     base, model = trained(folder, rope, targets=targets(model_type), also_train=also)
     tuned = our_logits(model)
