@@ -462,7 +462,7 @@ def test_twice_the_length_is_the_same_kind_with_twice_the_factor(kind):
             RopeSpec(),
             "ntk",
             "auto",
-            "context.rope.type='ntk' is none of keep, linear, dynamic, yarn, llama3, longrope, proportional",
+            "context.rope.type='ntk' is none of keep, linear, dynamic, yarn, llama3, longrope",
         ),
         (
             RopeSpec(),
