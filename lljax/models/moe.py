@@ -178,10 +178,10 @@ class MoE(nnx.Module):
         """The sum of each token's experts, and the load, on one device."""
         # Reshaped twice, which fixes the order in which the gradients of x are summed.
         routing = self.gate(x.reshape(-1, x.shape[-1]))
-        tokens = x.reshape(-1, x.shape[-1])
+        read = x if self.norm is None else self.norm(x)
         y = combine(
             self.experts,
-            tokens if self.norm is None else self.norm(tokens),
+            read.reshape(-1, x.shape[-1]),
             routing,
             dropout_key,
             E=self.moe.E,
@@ -218,7 +218,7 @@ class MoE(nnx.Module):
             routing = gate(tokens)
             load = load_of(routing, counted)
             if norm is not None:
-                tokens = norm(tokens)
+                tokens = norm(x).reshape(-1, x.shape[-1])
             if key is not None:  # the same on the devices that share a token's hidden units
                 key = jax.random.fold_in(key, jax.lax.axis_index((*ROWS, TOKENS)))
             if n > 1:

@@ -205,6 +205,7 @@ def test_only_its_own_kind_stretches_a_proportional_rope():
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is not supported"),
         ({"num_global_key_value_heads": 3}, "num_attention_heads=4.*num_key_value_heads=3"),
         ({"global_head_dim": 15}, "head_dim=15 is odd"),
+        ({"layer_types": ["sliding_attention"] * 4}, r"layer_types\[3\] is 'sliding.*no window"),
         ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config has to give the global"),
         ({"per_layer_config": {"1": {"head_dim": 4}}}, "per_layer_config has to give the global"),
         (
@@ -234,7 +235,7 @@ def test_both_forms_of_config_json_give_the_same_heads():
     """As the hub has it, and as transformers saves it."""
     overrides = {"head_dim": 16, "num_key_value_heads": 2}
     saved = {name: value for name, value in HF.items() if "global" not in name}
-    saved["per_layer_config"] = {"1": overrides, "3": overrides}
+    saved["per_layer_config"] = {"01": overrides, "3": overrides}
     assert spec_from_hf(saved) == spec_from_hf(HF)
     shared = spec_from_hf(HF | {"attention_k_eq_v": False}).layers[1].heads
     assert (shared.K, shared.H, shared.keys_are_values) == (4, 16, False)

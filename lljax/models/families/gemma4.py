@@ -46,7 +46,8 @@ HEADS = {"head_dim": whole(1), "num_key_value_heads": whole(1)}  # fields that l
 
 def _decoder(c: dict) -> dict[str, Any]:
     _check_size(c)
-    slides = local_layers(c, lambda i: (i + 1) % PERIOD and i + 1 < c["num_hidden_layers"])
+    slides = local_layers(c, lambda i: (i + 1) % PERIOD)
+    slides[-1] = False  # in transformers, whatever the file says
     local = LayerSpec(window=sliding_window(c), rope=1, moe=c["enable_moe_block"])
     globally = LayerSpec(heads=_global_heads(c, slides), moe=c["enable_moe_block"])
     return {
@@ -98,15 +99,16 @@ def _global_heads(c: dict, slides: list[bool]) -> HeadSpec:
         if c["attention_k_eq_v"] and c.get("num_global_key_value_heads"):
             own["num_key_value_heads"] = c["num_global_key_value_heads"]
     else:
-        numbers = [str(i) for i, slide in enumerate(slides) if not slide]
-        of_layers = [own.get(number, {}) for number in numbers]
+        own = {int(i) if i.isdecimal() else i: of for i, of in own.items()}  # "05"
+        numbers = [i for i, slide in enumerate(slides) if not slide]
+        of_layers = [own.get(i, {}) for i in numbers] or [{}]
         same = all(of == of_layers[0] for of in of_layers)
-        if not same or own.keys() - set(numbers) or (of_layers and of_layers[0].keys() - HEADS):
+        if not same or own.keys() - set(numbers) or of_layers[0].keys() - HEADS:
             raise ModelError(
                 "config.json: per_layer_config has to give the global layers, and no others, the "
                 f"same {' and '.join(HEADS)}; no other override is supported"
             )
-        own = of_layers[0] if of_layers else {}
+        own = of_layers[0]
     heads = {name: c[name] for name in HEADS} | own
     check(heads, HEADS)
     return HeadSpec(
