@@ -173,6 +173,7 @@ SIZES = {
         ("qwen3_vl_text", "qwen3", {"max_length": 128_000, "theta": 500_000.0}),
         ("qwen2_5_vl_text", "qwen2", {"max_length": 32_768, "theta": 1_000_000.0}),
         ("qwen3_vl_moe_text", "qwen3_moe", None),
+        ("gemma4_unified_text", "gemma4_text", {"max_length": 262_144, "theta": 1_000_000.0}),
     ],
 )
 def test_an_alias_is_read_and_exported_as_its_family(alias, family, spec):
