@@ -336,7 +336,7 @@ def generation_layout(spec: DecoderSpec) -> sharding.Layout | None:
     process's devices as divide them; None for one device.
     """
     devices = jax.local_devices()
-    parts = math.gcd(spec.N, spec.K, len(devices))
+    parts = math.gcd(spec.N, spec.kv_parts, len(devices))
     if parts == 1:
         return None
     return sharding.Layout(sharding.make_mesh(tensor=parts, devices=devices[:parts]))

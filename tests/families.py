@@ -48,6 +48,30 @@ LOCAL_AND_GLOBAL = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
+GEMMA4 = {  # 10 of 32 dimensions of a global head rotate
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 20,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.34,
+            "rope_theta": 5000.0,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+KEYS_AS_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 2}
+EXPERTS_BESIDE = {
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 20,
+}
 PART_OF_THE_HEAD = {
     "rope_type": "longrope",
     "rope_theta": 5000.0,
@@ -161,6 +185,15 @@ FAMILIES = {
             "sliding_window_pattern": 3,
             "rope_parameters": LOCAL_AND_GLOBAL,
         },
+    ),
+    "gemma4_text": (transformers.Gemma4TextConfig, GEMMA4 | KEYS_AS_VALUES),
+    "gemma4_text with experts": (
+        transformers.Gemma4TextConfig,
+        GEMMA4 | KEYS_AS_VALUES | EXPERTS_BESIDE,
+    ),
+    "gemma4_text with values of their own": (
+        transformers.Gemma4TextConfig,
+        GEMMA4 | {"attention_bias": True, "tie_word_embeddings": False},
     ),
     "phi3": (transformers.Phi3Config, {"sliding_window": 20, "pad_token_id": 0, "eos_token_id": 1}),
     "phi3 turning part of the head": (
@@ -382,10 +415,9 @@ def write_torch(
     config = config_class(**(SIZES | fields | changes), attn_implementation="eager")
     model = torch_class(config.model_type)._from_config(config).eval()
     with torch.no_grad():  # norms and biases away from their trivial start
-        corrections = (
-            buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")
-        )
-        for parameter in (*model.parameters(), *corrections):
+        saved = ("correction_bias", "layer_scalar")
+        buffers = (buffer for name, buffer in model.named_buffers() if name.endswith(saved))
+        for parameter in (*model.parameters(), *buffers):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards)
     return model

@@ -5,7 +5,18 @@ from pathlib import Path
 import safetensors.numpy
 import torch
 import transformers
-from families import DELTA, EXPERTS_AND_ONE_FOR_ALL, GEMMA, LATENT, LOCAL_AND_GLOBAL, SIGMOID, SIZES
+from families import (
+    DELTA,
+    EXPERTS_AND_ONE_FOR_ALL,
+    EXPERTS_BESIDE,
+    GEMMA,
+    GEMMA4,
+    KEYS_AS_VALUES,
+    LATENT,
+    LOCAL_AND_GLOBAL,
+    SIGMOID,
+    SIZES,
+)
 
 M_ROPE = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 1, 1]}
 QWEN_VISION = {
@@ -35,6 +46,30 @@ MODELS = {
             "final_logit_softcapping": None,  # which the whole model does not apply
         },
         SIGLIP | {"model_type": "siglip_vision_model"},
+    ),
+    "gemma4": (
+        transformers.Gemma4Config,
+        transformers.Gemma4ForConditionalGeneration,
+        GEMMA4 | KEYS_AS_VALUES | EXPERTS_BESIDE | {"use_bidirectional_attention": "vision"},
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "position_embedding_size": 16,
+        },
+    ),
+    "gemma4_unified": (
+        transformers.Gemma4UnifiedConfig,
+        transformers.Gemma4UnifiedForConditionalGeneration,
+        {
+            name: value
+            for name, value in (GEMMA4 | KEYS_AS_VALUES).items()
+            if name != "hidden_size_per_layer_input"
+        },
+        {"mm_embed_dim": 16, "mm_posemb_size": 4, "patch_size": 2},
     ),
     "mistral3": (
         transformers.Mistral3Config,
@@ -105,8 +140,9 @@ def write_multimodal(folder, model_type: str, **text):
     config._attn_implementation = "eager"
     model = model_class(config).eval()
     with torch.no_grad():
-        corrections = (b for name, b in model.named_buffers() if name.endswith("correction_bias"))
-        for parameter in (*model.parameters(), *corrections):
+        saved = ("correction_bias", "layer_scalar")
+        buffers = (b for name, b in model.named_buffers() if name.endswith(saved))
+        for parameter in (*model.parameters(), *buffers):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     if model_type == "kimi_k25":  # transformers 5.24 saves its own names of the vision model here

@@ -75,8 +75,9 @@ NO_BRANCHES = "an answer looks back to the end of its prompt, which may be on an
 class Shape:
     """The attention of the layers of a model over rows of T tokens on `size` devices.
 
-    N, K: heads per device, of `tensor` devices. windows: the windows of the layers, None for a
-    layer without. bytes_per: bytes per element.
+    N, K: heads per device, of `tensor` devices; where layers differ, K divides the heads of each,
+    and H is the largest. key_size: numbers of the keys of a token, on a device. windows: the
+    windows of the layers, None for a layer without. bytes_per: bytes per element.
     """
 
     T: int
@@ -85,6 +86,7 @@ class Shape:
     N: int
     K: int
     H: int
+    key_size: int
     groups: Groups | None
     windows: Collection[int | None]
     bytes_per: int
@@ -108,7 +110,7 @@ class Shape:
 
     def key_bytes(self, tokens: float) -> float:
         """Bytes of the keys and values of so many tokens."""
-        return 2 * tokens * self.K * self.H * self.bytes_per
+        return 2 * tokens * self.key_size * self.bytes_per
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _ulysses_refuses(shape: Shape) -> str:
 def _ulysses_received(shape: Shape) -> float:
     """Queries and output, keys and values in the exchange; then the keys of the other devices."""
     u = ulysses_size(shape.size, shape.N, shape.K)
-    heads = (2 * shape.N + 2 * shape.K) * shape.local * shape.H * shape.bytes_per
+    heads = 2 * (shape.N * shape.H + shape.key_size) * shape.local * shape.bytes_per
     return heads * (u - 1) / u + shape.key_bytes(shape.T - shape.local * u) / u
 
 
@@ -189,6 +191,7 @@ def choose(
     H: int,
     groups: Groups | None,
     windows: Collection[int | None],
+    key_size: int | None = None,
     bytes_per: int = 2,
     gather_bytes: float = math.inf,
     refused: Mapping[str, str] | None = None,
@@ -197,7 +200,8 @@ def choose(
 ) -> tuple[str, bool, str]:
     """(mode, zigzag, reason) for rows of T tokens on `size` devices.
 
-    requested: a key of `MODES` or "auto". N, K: heads of the model, dealt to `tensor` devices.
+    requested: a key of `MODES` or "auto". N, K: heads of the model, dealt to `tensor` devices; see
+    `Shape`. key_size: numbers of the keys of a token, of all `tensor` devices; None for K * H.
     windows: the window of each layer or None.
     gather_bytes: the most that gathered keys and values may take.
     refused: modes that a mixer of the model cannot run under, with the reason.
@@ -221,6 +225,7 @@ def choose(
         N=N // tensor,
         K=K // tensor,
         H=H,
+        key_size=(K * H if key_size is None else key_size) // tensor,
         groups=groups,
         windows=windows,
         bytes_per=bytes_per,

@@ -103,11 +103,15 @@ def forward_blocks(H: int, dtype: jax.typing.DTypeLike) -> tuple[int, int]:
     """Queries and keys of a block, such that two stages of keys and values fit the 99 KB of an A10
     or L4.
     """
+    if H > 256:
+        return 32, 16
     return (128, 64) if H <= 128 and jnp.dtype(dtype).itemsize == 2 else (64, 32)
 
 
 def backward_blocks(H: int, dtype: jax.typing.DTypeLike) -> tuple[int, int]:
     """The same for the backward pass, which holds twice as many operands."""
+    if H > 256:
+        return 16, 16
     return (64, 64) if H <= 128 and jnp.dtype(dtype).itemsize == 2 else (32, 32)
 
 

@@ -169,7 +169,10 @@ FOLDS: Mapping[str, tuple[str, ...]] = {
     "norm_before_mlp": tuple(
         f"mlp.{part}{name}_proj" for part in ("", "experts.", "shared.") for name in ("gate", "up")
     ),
+    "mlp.before_mlp": ("mlp.dense.gate_proj", "mlp.dense.up_proj"),
+    "mlp.norm": ("mlp.experts.gate_proj", "mlp.experts.up_proj"),
     "mlp.up_proj": ("mlp.down_proj",),
+    "mlp.dense.up_proj": ("mlp.dense.down_proj",),
     "mlp.shared.up_proj": ("mlp.shared.down_proj",),
     "mlp.experts.up_proj": ("mlp.experts.down_proj",),
 }
@@ -180,7 +183,8 @@ def folds(
 ) -> Iterator[tuple[RMSNorm | Linear, tuple[str, ...]]]:
     """(the module that scales fold into, the linear layers that read it) of a layer.
 
-    Left out: values that heads share, where widths differ (GQA), and clamped experts.
+    Left out: values that heads share, where widths differ (GQA), or that are normalized, and
+    clamped experts.
     """
     linears = linear_layers(layer)
     for before, names in FOLDS.items():
@@ -200,9 +204,12 @@ def folds(
         widths = isinstance(module, Linear) and (
             module.kernel.get_value().shape[-1] != linears[after[0]].kernel.get_value().shape[-2]
         )
+        normalized = (
+            before == "self_attn.v_proj" and getattr(layer.self_attn, "value_eps", None) is not None
+        )
         # Another reader of the same input would read it scaled.
         others = set(readers) - set(after) - {"mlp.shared_gate"}
-        if not (clamped or widths or others):
+        if not (clamped or widths or normalized or others):
             yield module, after
 
 

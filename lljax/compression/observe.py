@@ -106,8 +106,9 @@ def _recording(layer: DecoderLayer, real: Bool[Array, "B T"]) -> Iterator[Observ
     if isinstance(mlp, MoE):
 
         def experts(x: jax.Array, *arguments: Any) -> Any:
-            record(x, "mlp.experts.gate_proj", "mlp.experts.up_proj")
-            seen["mlp.experts.down_proj",] = _sums_of_experts(mlp.experts, x, real)
+            read = x if mlp.norm is None else mlp.norm(x)
+            record(read, "mlp.experts.gate_proj", "mlp.experts.up_proj")
+            seen["mlp.experts.down_proj",] = _sums_of_experts(mlp.experts, read, real)
             return mlp(x, *arguments)
 
         object.__setattr__(layer, "mlp", experts)

@@ -30,7 +30,7 @@ class Weight(nnx.Param):
       transpose: HF stores the (per-layer) matrix transposed ([out, in]; ours is [in, out]).
       axes: logical axis names, one per dimension (see lljax.parallel.sharding).
       role: "kernel" | "bias" | "embed" | "norm" | "head" | "router": the name by which optimizer
-        groups and `lora.also_train` refer to it.
+        groups and `lora.also_train` refer to it. "scale": a buffer of transformers, always frozen.
       init: "normal" | "zeros" | "ones" | "unit_normal" | "he_uniform" | "norms" (of the columns of
         the adapted kernel).
     """

@@ -322,7 +322,7 @@ class Decoder(nnx.Module):
             rotated, unrotated = (factor, None) if spec.temperature.rotated else (None, factor)
         by_rope: dict[int | None, rope.Positions] = {None: rope.Positions(None, unrotated)}
         for i, kind in enumerate(spec.ropes):
-            frequencies = rope.frequencies(kind, spec.rotary, length)
+            frequencies = rope.frequencies(kind, spec.rotary(i), length)
             by_rope[i] = rope.Positions(rope.rotation(positions, frequencies), rotated)
         return by_rope
 

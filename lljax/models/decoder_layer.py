@@ -10,12 +10,13 @@ from jaxtyping import Array, Bool, Float
 
 from lljax.attention.mask import NEVER, Mask
 from lljax.models.context import LayerContext
+from lljax.models.declare import declare
 from lljax.models.flops import TokenFlops
 from lljax.models.linear import MLP, RMSNorm
 from lljax.models.memory import fold_tiles, is_tiled, map_tiles, scan_tiles
 from lljax.models.mixers import MIXERS
 from lljax.models.mixers.mixer import Carry, Operands, State
-from lljax.models.moe import MoE
+from lljax.models.moe import ExpertsBesideMLP, MoE
 from lljax.models.rope import Positions
 from lljax.models.router import Load, no_load
 from lljax.models.spec import DecoderSpec, LayerSpec
@@ -36,9 +37,13 @@ class DecoderLayer(nnx.Module):
                 )
                 setattr(self, name, norm)
         self.self_attn = mixer(spec, layer, f"{hf}.{mixer.hf_name}")
-        mlp = f"{hf}.{spec.moe.block if spec.moe else spec.mlp.block}"
-        self.mlp = MoE(spec, mlp) if layer.moe else MLP(spec, mlp, F=spec.F)
+        self.mlp = _mlp(spec, layer, hf)
         self.residual_scale = spec.residual_scale
+        self.scale = (
+            declare((1,), axes=(None,), hf=f"{hf}.{spec.layer_scale}", role="scale", init="ones")
+            if spec.layer_scale
+            else None
+        )
 
     @property
     def norm_before_mixer(self) -> RMSNorm | None:
@@ -108,7 +113,8 @@ class DecoderLayer(nnx.Module):
         mixed = self.self_attn.output(mixed, key)
         x = self._added(x, _normalized(mixed, self.norm_after_mixer))
         load, y = self._mlp(load, _normalized(x, self.norm_before_mlp), counted, key, layout)
-        return load, self._added(x, _normalized(y, self.norm_after_mlp))
+        x = self._added(x, _normalized(y, self.norm_after_mlp))
+        return load, x if self.scale is None else x * self.scale[...].astype(x.dtype)
 
     def _added(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The residual x with the output y of mixer or MLP."""
@@ -161,6 +167,16 @@ class DecoderLayer(nnx.Module):
             context.layout,
         )
         return x, load
+
+
+def _mlp(spec: DecoderSpec, layer: LayerSpec, hf: str) -> MLP | MoE:
+    """The MLP of a layer, experts in its place, or both. hf: the prefix of the layer."""
+    block = spec.moe.block if spec.moe else spec.mlp.block
+    block = f"{hf}.{block}" if block else hf
+    if not layer.moe:
+        return MLP(spec, block, F=spec.F)
+    beside = spec.moe is not None and spec.moe.beside
+    return ExpertsBesideMLP(spec, hf, block) if beside else MoE(spec, block)
 
 
 def _normalized(x: Float[Array, "B T D"], norm: RMSNorm | None) -> Float[Array, "B T D"]:

@@ -107,7 +107,7 @@ def _check_kinds(
 ) -> None:
     """Experts and tables take plain LoRA, and a table is either adapted or trained."""
     dora, init = settings.dora, settings.init
-    experts = next((name for name in adapted if ".experts." in name), None)
+    experts = next((name for name in adapted if is_of_experts(name)), None)
     if experts and (dora or init != "default"):
         raise ConfigError(
             f"lora.targets: {experts!r}: experts take plain LoRA, and lora.dora={dora}, "
@@ -144,6 +144,11 @@ def _check_roles(model: nnx.Module, also_train: tuple[str, ...]) -> None:
                 f"lora.also_train: this model has no separate {role!r} (its head is the "
                 "embedding): name 'embed' instead"
             )
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a linear layer of this dotted name stands for experts (routed ones)."""
+    return ".experts." in f".{name}"
 
 
 def adaptable(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable, Lora | TableLora | None]]:
@@ -184,9 +189,12 @@ def start_magnitudes(
 
 
 def mark_trainable(model: nnx.Module, roles: Collection[str] | None = None) -> None:
-    """Marks the Variables of these roles (None: all) as trainable, and all others as frozen."""
+    """Marks the Variables of these roles (None: all but buffers) as trainable, and all others as
+    frozen.
+    """
     for _, variable in declared(model):
-        variable.set_metadata(trainable=roles is None or variable.get_metadata("role") in roles)
+        role = variable.get_metadata("role")
+        variable.set_metadata(trainable=role != "scale" if roles is None else role in roles)
 
 
 def is_trainable(path: tuple, variable: Any) -> bool:

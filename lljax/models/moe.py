@@ -20,7 +20,7 @@ from lljax.models.declare import declare
 from lljax.models.dispatch import combine
 from lljax.models.flops import TokenFlops, token_flops, weight_flops
 from lljax.models.grouped import grouped_dot
-from lljax.models.linear import MLP, Linear
+from lljax.models.linear import ACTIVATIONS, MLP, Linear, RMSNorm
 from lljax.models.probe import multiply
 from lljax.models.router import Load, Router, load_of
 from lljax.models.spec import DecoderSpec, MoESpec
@@ -80,14 +80,14 @@ class ExpertLinear(Linear):
 
 
 class Experts(nnx.Module):
-    """The SwiGLU of every expert, see lljax.models.linear.MLP; or a clamped one, see `MoESpec`."""
+    """The MLP of every expert, see lljax.models.linear.MLP; or a clamped one, see `MoESpec`."""
 
-    def __init__(self, D: int, moe: MoESpec, *, hf: str):
+    def __init__(self, D: int, moe: MoESpec, *, hf: str, activation: str):
         gate, up, down = _hf_names(moe, hf)
         self.gate_proj = ExpertLinear(moe.E, (D, moe.F), axes=("embed", "mlp"), **gate)
         self.up_proj = ExpertLinear(moe.E, (D, moe.F), axes=("embed", "mlp"), **up)
         self.down_proj = ExpertLinear(moe.E, (moe.F, D), axes=("mlp", "embed"), **down)
-        self.clamp = moe.clamp
+        self.clamp, self.activation = moe.clamp, activation
 
     def __call__(
         self,
@@ -106,7 +106,7 @@ class Experts(nnx.Module):
         """The input of the down projections. dot: see `ExpertLinear`."""
         gate, up = self.gate_proj(x, dropout_key, dot), self.up_proj(x, dropout_key, dot)
         if self.clamp is None:
-            return jax.nn.silu(gate) * up
+            return ACTIVATIONS[self.activation](gate) * up
         alpha, limit = self.clamp
         gate = jnp.minimum(gate, limit)
         return gate * jax.nn.sigmoid(alpha * gate) * (jnp.clip(up, -limit, limit) + 1)
@@ -130,11 +130,13 @@ def _hf_names(moe: MoESpec, hf: str) -> tuple[dict[str, Any], ...]:
 class MoE(nnx.Module):
     """Experts in place of the MLP of a layer."""
 
-    def __init__(self, spec: DecoderSpec, hf: str):
+    def __init__(self, spec: DecoderSpec, hf: str, norm: RMSNorm | None = None):
+        """norm: of what the experts read, and the router does not."""
         moe = spec.moe
         assert moe is not None, "a layer with experts needs DecoderSpec.moe"
-        self.gate = Router(spec.D, moe, hf=hf)
-        self.experts = Experts(spec.D, moe, hf=f"{hf}.experts")
+        self.gate = Router(spec.D, moe, hf=hf, eps=spec.norm_eps)
+        self.experts = Experts(spec.D, moe, hf=f"{hf}.experts", activation=spec.activation)
+        self.norm = norm
         self.shared = MLP(spec, f"{hf}.{moe.shared_name}", F=moe.shared) if moe.shared else None
         self.shared_gate = (
             Linear((spec.D, 1), axes=("embed", None), hf=f"{hf}.{moe.shared_name}_gate")
@@ -176,9 +178,10 @@ class MoE(nnx.Module):
         """The sum of each token's experts, and the load, on one device."""
         # Reshaped twice, which fixes the order in which the gradients of x are summed.
         routing = self.gate(x.reshape(-1, x.shape[-1]))
+        read = x if self.norm is None else self.norm(x)
         y = combine(
             self.experts,
-            x.reshape(-1, x.shape[-1]),
+            read.reshape(-1, x.shape[-1]),
             routing,
             dropout_key,
             E=self.moe.E,
@@ -197,7 +200,7 @@ class MoE(nnx.Module):
         while n <= k.
         """
         mesh, n = layout.mesh, layout.mesh.shape["expert"]
-        graphdef, weights = nnx.split((self.gate, self.experts))
+        graphdef, weights = nnx.split((self.gate, self.experts, self.norm))
 
         @functools.partial(
             jax.shard_map,
@@ -207,13 +210,15 @@ class MoE(nnx.Module):
             in_specs=(_weight_specs(weights, mesh), CUT, PartitionSpec(), CUT),
         )
         def run(weights, x, key, counted):
-            gate, experts = nnx.merge(graphdef, weights)
+            gate, experts, norm = nnx.merge(graphdef, weights)
             bias = experts.down_proj.bias
             if bias is not None:  # every device of `tensor` adds it
                 bias.set_value(bias[...] / mesh.shape["tensor"])
             tokens = x.reshape(-1, x.shape[-1])
             routing = gate(tokens)
             load = load_of(routing, counted)
+            if norm is not None:
+                tokens = norm(x).reshape(-1, x.shape[-1])
             if key is not None:  # the same on the devices that share a token's hidden units
                 key = jax.random.fold_in(key, jax.lax.axis_index((*ROWS, TOKENS)))
             if n > 1:
@@ -239,6 +244,38 @@ class MoE(nnx.Module):
             return y.reshape(x.shape), load
 
         return run(weights, x, dropout_key, counted)
+
+
+class ExpertsBesideMLP(MoE):
+    """Experts and the MLP of a layer, which both read the residual; see `BesideNorms`."""
+
+    def __init__(self, spec: DecoderSpec, layer: str, hf: str):
+        """layer, hf: the prefixes of the layer and of the block with the experts."""
+        assert spec.moe is not None and spec.moe.beside is not None, "see MoESpec.beside"
+        norms = spec.moe.beside
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(spec.D, spec.norm_eps, hf=f"{layer}.{name}", plus_one=spec.norm_plus_one)
+
+        super().__init__(spec, hf, norm(norms.before_experts))
+        self.dense = MLP(spec, f"{layer}.{spec.mlp.block}", F=spec.F)
+        self.before_mlp, self.after_mlp = norm(norms.before_mlp), norm(norms.after_mlp)
+        self.after_experts = norm(norms.after_experts)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        dropout_key: jax.Array | None = None,
+        layout: Layout | None = None,
+        counted: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Load | None]:
+        """x: the residual."""
+        y, load = super().__call__(x, dropout_key, layout, counted)
+        dense = self.dense(self.before_mlp(x), dropout_key)
+        return self.after_mlp(dense) + self.after_experts(y), load
+
+    def token_flops(self) -> TokenFlops:
+        return super().token_flops() + self.dense.token_flops()
 
 
 def _weight_specs(weights: nnx.State, mesh: Mesh) -> Any:

@@ -1,6 +1,6 @@
 """Which experts a token goes to, and how often each expert was chosen."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lljax.models.declare import declare
+from lljax.models.linear import rms_normalize
 from lljax.models.spec import MoESpec
 from lljax.parallel.sharding import Layout, token_parts
 
@@ -31,8 +32,8 @@ class Router(nnx.Module):
     and the choices of `MoESpec`.
     """
 
-    def __init__(self, D: int, moe: MoESpec, *, hf: str):
-        """hf: the prefix of the block with the experts."""
+    def __init__(self, D: int, moe: MoESpec, *, hf: str, eps: float):
+        """hf: the prefix of the block with the experts. eps: of the norm of a scaled input."""
         router, axes = f"{hf}.{moe.router}", moe.correction_axes
         self.weight = declare(
             (D, moe.E), axes=("embed", None), hf=f"{router}.weight", role="router", transpose=True
@@ -53,14 +54,19 @@ class Router(nnx.Module):
             if moe.correction
             else None
         )
-        self.moe = moe
+        of_input, of_expert = moe.router_scales or (None, None)
+        self.input_scale = _scale(D, hf, of_input)
+        self.expert_scale = _scale(moe.E, hf, of_expert)
+        self.moe, self.eps = moe, eps
 
     def __call__(self, x: Float[Array, "M D"]) -> Routing:
         """float32 throughout: the low bits of a logit decide which expert is taken."""
         moe, score = self.moe, SCORES[self.moe.score]
-        logits = jnp.matmul(
-            x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision="highest"
-        )
+        x = x.astype(jnp.float32)
+        if self.input_scale is not None:
+            scale = self.input_scale[...].astype(jnp.float32) * x.shape[-1] ** -0.5
+            x = rms_normalize(x, self.eps) * scale
+        logits = jnp.matmul(x, self.weight[...].astype(jnp.float32), precision="highest")
         if self.bias is not None:
             logits += self.bias[...]
         scores = logits if moe.best_first else score(logits)
@@ -70,6 +76,8 @@ class Router(nnx.Module):
             weights = score(weights)
         if moe.normalize:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale[...][experts]
         probabilities = score(logits) if moe.best_first else scores
         if moe.score == "sigmoid":
             probabilities = probabilities / (probabilities.sum(-1, keepdims=True) + 1e-20)
@@ -87,6 +95,12 @@ class Router(nnx.Module):
             ).any(1)
             ranks = jnp.where(best[..., None], grouped, -jnp.inf).reshape(ranks.shape)
         return jax.lax.top_k(jax.lax.stop_gradient(ranks), moe.k)[1]
+
+
+def _scale(size: int, hf: str, name: str | None) -> Any:
+    if name is None:
+        return None
+    return declare((size,), axes=(None,), hf=f"{hf}.{name}", role="router", init="ones")
 
 
 def load_of(routing: Routing, counted: Bool[Array, "B T"] | None) -> Load | None:

@@ -6,14 +6,27 @@ L layers, E experts.
 """
 
 import dataclasses
+import math
 
 from lljax.models import rope
 from lljax.models.rope import RopeSpec, Temperature
 
 
 @dataclasses.dataclass(frozen=True)
+class BesideNorms:
+    """HF names of the norms of an MLP and of the experts beside it. Both read the residual, each
+    through a norm of its own, and the router reads it without a norm; what they return is added.
+    """
+
+    before_mlp: str
+    after_mlp: str
+    before_experts: str
+    after_experts: str
+
+
+@dataclasses.dataclass(frozen=True)
 class MoESpec:
-    """Mixture of experts in place of the MLP: its sizes, and how tokens are routed.
+    """Mixture of experts in place of the MLP, or beside it: its sizes, and how tokens are routed.
 
     score: the function of router logits: softmax | sigmoid.
     best_first: the top k experts are chosen by logit and only their logits are scored; otherwise
@@ -27,7 +40,10 @@ class MoESpec:
       one after the other ("halves") or interleaved by column ("turns"); or [E, out, in], one after
       the other ("rows"). bias: experts and router have biases.
     clamp: (alpha, limit) of gate * sigmoid(alpha gate) * (up + 1), where gate is clamped from above
-      and up on both sides; None for silu(gate) * up.
+      and up on both sides; None for activation(gate) * up.
+    beside: the experts stand beside the MLP of the layer; None for experts in its place.
+    router_scales: HF names, in the block, of the scales of the router: of its input, which is
+      normalized and divided by sqrt(D), and of the weight of each expert; None for no scales.
     """
 
     E: int  # routed experts
@@ -44,10 +60,12 @@ class MoESpec:
     fused: str = ""
     bias: bool = False
     clamp: tuple[float, float] | None = None
+    beside: BesideNorms | None = None
+    router_scales: tuple[str, str] | None = None
     shared: int = 0  # MLP width of the expert that every token takes; 0 for none
     shared_gate: bool = False  # its output is multiplied by a sigmoid of the token
-    # HF names below the layer: the block; the router, its correction and the shared expert in it;
-    # gate, up and down of an expert.
+    # HF names below the layer: the block, "" for the layer itself; the router, its correction and
+    # the shared expert in it; gate, up and down of an expert.
     block: str = "mlp"
     router: str = "gate"
     correction_name: str = "gate.e_score_correction_bias"
@@ -112,14 +130,24 @@ class QKNorm:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadSpec:
+    """The heads of a layer whose keys and values differ from those of other layers."""
+
+    K: int  # key/value heads
+    H: int  # head size
+    keys_are_values: bool = False  # k_proj makes both; there is no v_proj
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """The properties that may differ between the layers of one decoder."""
 
     window: int | None = None  # tokens that a query sees, itself included; None for full attention
     rope: int | None = 0  # index in `DecoderSpec.ropes`; None for no RoPE
-    moe: bool = False  # experts (`DecoderSpec.moe`) in place of the MLP
+    moe: bool = False  # experts (`DecoderSpec.moe`) in place of the MLP, or beside it
     chunked: bool = False  # the window does not slide: a document is cut into chunks of its size
     mixer: str = "attention"  # a row of lljax.models.mixers.MIXERS
+    heads: HeadSpec | None = None  # None for K and H of the decoder, see `DecoderSpec.heads_of`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +172,7 @@ class DecoderSpec:
     mlp_bias: bool = False
     qk_norm: QKNorm | None = None
     qk_unit: bool = False  # queries and keys are normalized after RoPE, without a weight
+    v_unit: bool = False  # values are normalized, without a weight
     interleaved: bool = False  # RoPE pairs neighboring dimensions
     sinks: bool = False  # attention sinks, see lljax.attention.attend
     temperature: Temperature | None = None
@@ -154,6 +183,7 @@ class DecoderSpec:
     mlp: MLPNames = MLPNames()
     embed_scale: float = 1.0  # factor of embeddings
     residual_scale: float = 1.0  # factor of what mixer and MLP add to the residual
+    layer_scale: str | None = None  # HF name of the factor of a layer's output; None for 1
     attention_scale: float | None = None  # factor of scores; None for H ** -0.5
     attention_softcap: float | None = None  # see lljax.attention.softcap
     logit_scale: float = 1.0  # factor of the hidden states that the head reads
@@ -175,14 +205,35 @@ class DecoderSpec:
         """Every RoPE of the decoder, indexed by `LayerSpec.rope`."""
         return (self.rope, *self.more_ropes)
 
+    def heads_of(self, layer: LayerSpec) -> HeadSpec:
+        """Key/value heads and head size of a layer."""
+        return layer.heads or HeadSpec(self.K, self.H)
+
     @property
-    def rotary(self) -> int:
-        """The dimensions of a head that RoPE may rotate."""
-        return self.mla.rope if self.mla else self.H
+    def kv_parts(self) -> int:
+        """The most devices to which the key/value heads of every layer can be dealt."""
+        return math.gcd(*(self.heads_of(layer).K for layer in self.layers))
+
+    @property
+    def key_size(self) -> int:
+        """Numbers of the keys of a token, in the layer that has the most."""
+        return max(heads.K * heads.H for heads in map(self.heads_of, self.layers))
+
+    def rotary(self, index: int = 0) -> int:
+        """The dimensions of a head that the RoPE of this index may rotate: the head size of the
+        layers that have it.
+        """
+        if self.mla:
+            return self.mla.rope
+        sizes = {self.heads_of(layer).H for layer in self.layers if layer.rope == index}
+        assert len(sizes) <= 1, "layers with heads of several sizes have a RoPE each"
+        return sizes.pop() if sizes else self.H
 
     @property
     def scale(self) -> float:
-        """The factor of attention scores."""
+        """The factor of attention scores, the same in all layers: where head sizes differ,
+        `attention_scale` is given.
+        """
         if self.mla and rope.KINDS[self.rope.type].scales and self.rope.mscale_all_dim:
             return self.H**-0.5 * rope.yarn_magnitude(self.rope, self.rope.mscale_all_dim) ** 2
         return self.H**-0.5 if self.attention_scale is None else self.attention_scale

@@ -62,8 +62,9 @@ def layout_of(
         size=mesh.shape["sequence"],
         tensor=mesh.shape["tensor"],
         N=spec.N,
-        K=spec.K,
-        H=spec.H,
+        K=spec.kv_parts,
+        H=max(spec.heads_of(layer).H for layer in spec.layers),
+        key_size=spec.key_size,
         groups=pattern.groups,
         windows=windows,
         bytes_per=bytes_per,
@@ -83,15 +84,17 @@ def has_branches(fields: tuple[Field, ...]) -> bool:
 def _check_spread(mesh: Mesh, pattern: AttentionPattern, length: int, spec: DecoderSpec) -> None:
     """Refuses heads, experts or tokens that do not divide evenly over the mesh."""
     sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
-    if spec.N % tensor or spec.K % tensor:
+    if spec.N % tensor or spec.kv_parts % tensor:
+        numbers = sorted({spec.heads_of(layer).K for layer in spec.layers})
         raise ConfigError(
-            f"mesh.tensor={tensor} does not divide the {spec.N} query and {spec.K} key/value heads "
-            f"of the model: use {math.gcd(spec.N, spec.K, tensor)}"
+            f"mesh.tensor={tensor} does not divide the {spec.N} query and "
+            f"{' and '.join(map(str, numbers))} key/value heads of the model: use "
+            f"{math.gcd(spec.N, spec.kv_parts, tensor)}"
         )
     if spec.delta and spec.delta.M % tensor:
         raise ConfigError(
             f"mesh.tensor={tensor} does not divide the {spec.delta.M} key heads of the model's "
-            f"gated delta networks: use {math.gcd(spec.delta.M, spec.N, spec.K, tensor)}"
+            f"gated delta networks: use {math.gcd(spec.delta.M, spec.N, spec.kv_parts, tensor)}"
         )
     if spec.moe and spec.moe.E % mesh.shape["expert"]:
         raise ConfigError(

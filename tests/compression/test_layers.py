@@ -12,6 +12,7 @@ from lljax.compression.layers import LayerStream, Rows
 from lljax.compression.methods import Settings
 from lljax.compression.observe import linear_layers
 from lljax.interop.layouts import Scheme
+from lljax.models.linear import ACTIVATIONS
 from lljax.models.moe import ExpertLinear
 from lljax.parallel.sharding import Layout, make_mesh
 
@@ -19,7 +20,17 @@ T = 24
 FAMILIES = ["llama with biases", "qwen2_moe"]
 FAMILIES += [
     pytest.param(family, marks=pytest.mark.slow)
-    for family in ("phi3", "gemma3_text", "qwen3_moe", "deepseek_v3", "olmo2", "glm4", "mistral4")
+    for family in (
+        "phi3",
+        "gemma3_text",
+        "gemma4_text with experts",
+        "gemma4_text with values of their own",
+        "qwen3_moe",
+        "deepseek_v3",
+        "olmo2",
+        "glm4",
+        "mistral4",
+    )
 ]
 
 
@@ -119,11 +130,14 @@ def test_every_expert_reads_every_token(stream):
         (jnp.asarray(stream.hidden), _context(model, layer, rows).positions), None
     )
     mixed, _ = layer.self_attn.mix(operands, _context(model, layer, rows), None)
-    x = jnp.asarray(stream.hidden) + layer.self_attn.output(mixed, None)
-    x = layer.norm_before_mlp(x)[real]
-    experts = layer.mlp.experts
+    mixed = layer.self_attn.output(mixed, None)
+    if layer.norm_after_mixer is not None:
+        mixed = layer.norm_after_mixer(mixed)
+    x = jnp.asarray(stream.hidden) + mixed
+    x = (layer.mlp.norm or layer.norm_before_mlp)(x)[real]
+    experts, activation = layer.mlp.experts, ACTIVATIONS[model.spec.activation]
     for e in (0, model.spec.moe.E - 1):
-        hidden = jax.nn.silu(x @ experts.gate_proj.kernel[e]) * (x @ experts.up_proj.kernel[e])
+        hidden = activation(x @ experts.gate_proj.kernel[e]) * (x @ experts.up_proj.kernel[e])
         np.testing.assert_allclose(observed[names].gram[e], hidden.T @ hidden, rtol=1e-3, atol=1e-4)
 
 

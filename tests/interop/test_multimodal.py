@@ -29,6 +29,8 @@ INSIDE, WRAPPED, BESIDE = "model.language_model.", "language_model.model.", "mod
 # Every form of names that checkpoints on the hub have, or that transformers saved.
 FORMS = {
     "gemma3": (INSIDE, WRAPPED),
+    "gemma4": (INSIDE,),
+    "gemma4_unified": (INSIDE,),
     "mistral3": (INSIDE, WRAPPED),
     "qwen3_vl": (INSIDE,),
     "qwen2_5_vl": (INSIDE, BESIDE),
@@ -39,6 +41,8 @@ FORMS = {
 }
 TEXT = {
     "gemma3": "Gemma3ForCausalLM",
+    "gemma4": "Gemma4ForCausalLM",
+    "gemma4_unified": "Gemma4ForCausalLM",
     "mistral3": "MistralForCausalLM",
     "qwen3_vl": "Qwen3ForCausalLM",
     "qwen2_5_vl": "Qwen2ForCausalLM",
@@ -47,6 +51,7 @@ TEXT = {
     "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
     "kimi_k25": "DeepseekV3ForCausalLM",
 }
+ROPES = {"kimi_k25": "keep", "gemma4": "proportional", "gemma4_unified": "proportional"}
 QUICK = ("qwen2_5_vl",)
 TABLE = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 LINEAR = ("q_proj", "v_proj", "o_proj", "down_proj")
@@ -62,6 +67,8 @@ def close(a, b, model_type=""):
 
 
 def targets(model_type):
+    if model_type == "gemma4":  # with the MLP beside the experts
+        return (*ATTENTION, r"mlp\..*")
     mixed = ("qwen3_vl_moe", "qwen3_5_moe", "kimi_k25")
     return ATTENTION if model_type in mixed else LINEAR
 
@@ -113,7 +120,7 @@ def test_the_text_model_is_read_trained_and_taken_back(
         assert caplog.text.count("tensors of other parts") == 1
         assert caplog.text.count("are not part of the model") == 0
 
-    rope = "keep" if model_type == "kimi_k25" else "linear"
+    rope = ROPES.get(model_type, "linear")
     also = ("embed", "norm") if model_type in ("gemma3", "qwen3_vl") else ()
     base, model = trained(folder, rope, targets=targets(model_type), also_train=also)
     tuned = our_logits(model)
@@ -192,6 +199,7 @@ SIZES = {
         ("qwen3_vl_text", "qwen3", {"max_length": 128_000, "theta": 500_000.0}),
         ("qwen2_5_vl_text", "qwen2", {"max_length": 32_768, "theta": 1_000_000.0}),
         ("qwen3_vl_moe_text", "qwen3_moe", None),
+        ("gemma4_unified_text", "gemma4_text", {"max_length": 262_144, "theta": 1_000_000.0}),
     ],
 )
 def test_an_alias_is_read_and_exported_as_its_family(alias, family, spec):

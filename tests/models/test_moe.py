@@ -2,6 +2,7 @@
 
 import functools
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,12 @@ from lljax.build import move
 from lljax.models import grouped, lora
 from lljax.models.declare import declared
 from lljax.models.memory import Memory, fold_tiles, map_tiles
-from lljax.models.moe import MoE
+from lljax.models.moe import ExpertsBesideMLP, MoE
 from lljax.models.router import no_load
-from lljax.models.spec import MLPNames, MoESpec
+from lljax.models.spec import BesideNorms, MLPNames, MoESpec
 from lljax.parallel.sharding import Layout, batch_sharding, make_mesh
 
-B, T, D = 2, 60, 12
+B, T, D, EPS = 2, 60, 12, 1e-6
 ROUTERS = {
     "softmax": {},
     "softmax, normalized": {"normalize": True, "shared": 6, "shared_gate": True},
@@ -38,6 +39,13 @@ ROUTERS = {
         "fused": "halves",
         "k": 2,
     },
+    "softmax, beside an MLP, input and experts scaled": {
+        "normalize": True,
+        "fused": "rows",
+        "k": 2,
+        "beside": BesideNorms("before_mlp", "after_mlp", "before_experts", "after_experts"),
+        "router_scales": ("router.scale", "router.per_expert_scale"),
+    },
     "softmax of the best, clamped": {
         "best_first": True,
         "fused": "turns",
@@ -50,10 +58,19 @@ ROUTERS = {
 
 def build(**fields):
     moe = MoESpec(**({"E": 8, "k": 3, "F": 10} | fields))
-    model = MoE(
-        SimpleNamespace(D=D, moe=moe, mlp_bias=False, activation="silu", mlp=MLPNames()),
-        "model.layers.0.mlp",
+    spec: Any = SimpleNamespace(
+        D=D,
+        F=14,
+        moe=moe,
+        mlp_bias=False,
+        activation="gelu_tanh" if moe.beside else "silu",
+        mlp=MLPNames(),
+        norm_eps=EPS,
+        norm_plus_one=False,
     )
+    layer = "model.layers.0"
+    beside = moe.beside is not None
+    model = ExpertsBesideMLP(spec, layer, layer) if beside else MoE(spec, f"{layer}.mlp")
     lora.attach(model, rank=2, alpha=4.0, targets=("all-linear",))
     rng = np.random.default_rng(0)
     for _, variable in declared(model):
@@ -65,9 +82,12 @@ def build(**fields):
 
 def dense(model, x):
     """Every expert for every token, and a weight of zero where it was not chosen."""
-    moe, gate = model.moe, model.gate
+    moe, gate, residual, routed = model.moe, model.gate, x, x
     weights = jnp.zeros((*x.shape[:-1], moe.E))
-    logits = x @ gate.weight[...] + (gate.bias[...] if moe.bias else 0)
+    if moe.beside:
+        routed = normalized(x) * gate.input_scale[...] / D**0.5
+        x = normalized(x) * model.norm.weight[...]
+    logits = routed @ gate.weight[...] + (gate.bias[...] if moe.bias else 0)
     scores = jax.nn.sigmoid(logits) if moe.score == "sigmoid" else jax.nn.softmax(logits)
     ranks = scores + (gate.correction[...] if moe.correction else 0)
     if moe.groups > 1:
@@ -86,7 +106,7 @@ def dense(model, x):
     weights = jnp.where(chosen, scores, 0)
     if moe.normalize or moe.best_first and moe.score == "softmax":
         weights /= weights.sum(-1, keepdims=True)
-    weights *= moe.scale
+    weights *= moe.scale * (1 if gate.expert_scale is None else gate.expert_scale[...])
 
     def linear(layer, x):  # of every expert: [E, B, T, in] -> [E, B, T, out]
         a, b = layer.lora.a[...][:, None], layer.lora.b[...][:, None]
@@ -96,7 +116,7 @@ def dense(model, x):
     weights = jnp.moveaxis(weights, -1, 0)[..., None]
     into = jnp.broadcast_to(x, (moe.E, *x.shape)) * (weights if moe.on_input else 1)
     gate, up = linear(model.experts.gate_proj, into), linear(model.experts.up_proj, into)
-    hidden = jax.nn.silu(gate) * up
+    hidden = (jax.nn.gelu(gate) if moe.beside else jax.nn.silu(gate)) * up
     if moe.clamp:
         gate, up = jnp.minimum(gate, 0.5), jnp.clip(up, -0.5, 0.5)
         hidden = gate * jax.nn.sigmoid(1.7 * gate) * (up + 1)
@@ -104,7 +124,15 @@ def dense(model, x):
     if moe.shared:
         shared = model.shared(x)
         y += shared * jax.nn.sigmoid(model.shared_gate(x)) if moe.shared_gate else shared
+    if moe.beside:
+        beside = model.dense(normalized(residual) * model.before_mlp.weight[...])
+        y = normalized(y) * model.after_experts.weight[...]
+        y += normalized(beside) * model.after_mlp.weight[...]
     return y
+
+
+def normalized(x):
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS)
 
 
 def value_and_gradients(model, apply, x):

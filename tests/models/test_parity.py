@@ -35,7 +35,7 @@ STRETCHED = [
     for family in FAMILIES
     if family != "llama" and family.split()[0] in ("llama", "mistral", "qwen2", "qwen3")
 ]
-QUICK = ("llama", "gemma2", "ministral3", "granite", "olmo2")
+QUICK = ("llama", "gemma2", "gemma4_text", "ministral3", "granite", "olmo2")
 TABLE = [
     pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in FAMILIES
 ]

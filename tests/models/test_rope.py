@@ -81,6 +81,14 @@ KINDS = {  # name: (max_position_embeddings, rope_parameters)
             "original_max_position_embeddings": 4096,
         },
     ),
+    "proportional of Gemma 4": (
+        131072,
+        {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+    ),
+    "proportional, stretched, an odd number of pairs": (
+        131072,
+        {"rope_type": "proportional", "partial_rotary_factor": 0.3, "factor": 8.0},
+    ),
 }
 # below, at and beyond every original length
 LENGTHS = (17, 4096, 4097, 9000, 32768, 32769, 1_048_576)
@@ -239,17 +247,19 @@ def test_written_config_is_what_vllm_needs(kind):
     length = 4 * spec.original_length
     written = rope.to_hf(spec, length)
     parameters = written["rope_parameters"]
-    # vLLM: max_position_embeddings * factor for linear and dynamic, as it stands for the others.
+    # vLLM: max_position_embeddings * factor for linear, dynamic and proportional, as it stands for
+    # the others.
     reads = {
         "linear": spec.original_length,
         "dynamic": spec.original_length,
         "longrope": 32 * spec.original_length,
+        "proportional": spec.original_length,
     }
     assert written["max_position_embeddings"] == reads.get(spec.type, length)
     assert ("original_max_position_embeddings" in parameters) == (
         spec.type in ("yarn", "llama3", "longrope")
     )
-    assert spec.type == "default" or type(parameters["factor"]) is float
+    assert spec.factor == 1 or type(parameters["factor"]) is float
     assert written["rope_theta"] == parameters["rope_theta"] == 500_000.0
 
 
@@ -465,6 +475,18 @@ def test_twice_the_length_is_the_same_kind_with_twice_the_factor(kind):
             "longrope",
             "auto",
             "extends a base with longrope frequencies.*'llama3': use linear or yarn",
+        ),
+        (
+            RopeSpec("proportional", partial=0.25),
+            "yarn",
+            "auto",
+            "'yarn' cannot extend every base, and this base has 'proportional': use proportional",
+        ),
+        (
+            RopeSpec(),
+            "proportional",
+            "auto",
+            "extends a base with proportional frequencies, and .* 'default': use linear",
         ),
         (RopeSpec("longrope", factor=1.0), "longrope", 16.0, "factor of the base is 1.0"),
         (RopeSpec(), "linear", 10**400, "context.rope.factor=<an integer"),

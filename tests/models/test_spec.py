@@ -44,7 +44,8 @@ CONFIGS = {
     "minimax_m2": transformers.MiniMaxM2Config,
     "ernie4_5_moe": transformers.Ernie4_5_MoeConfig,
 }
-# A config.json of these says how many experts there are, or how wide its latents are.
+# A config.json of these says how many experts there are, how wide its latents are, or that layers
+# have no embeddings.
 WITH_EXPERTS = {
     "mixtral": transformers.MixtralConfig,
     "qwen2_moe": transformers.Qwen2MoeConfig,
@@ -61,6 +62,11 @@ WITH_EXPERTS = {
     "glm4_moe_lite": transformers.Glm4MoeLiteConfig,
     "youtu": transformers.YoutuConfig,
     "qwen3_next": transformers.Qwen3NextConfig,
+    "gemma4_text": functools.partial(
+        transformers.Gemma4TextConfig,
+        hidden_size_per_layer_input=0,
+        allow_global_per_layer_attribute_access=True,
+    ),
     "qwen3_5_moe_text": transformers.Qwen3_5MoeTextConfig,
     "granitemoehybrid": functools.partial(
         transformers.GraniteMoeHybridConfig,

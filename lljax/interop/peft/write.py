@@ -21,7 +21,7 @@ from lljax.models.declare import Weight, declared
 from lljax.models.decoder import Decoder
 from lljax.models.families import FAMILIES
 from lljax.models.families.family import Names
-from lljax.models.lora import Lora, adaptable, hf_module
+from lljax.models.lora import Lora, adaptable, hf_module, is_of_experts
 from lljax.models.lora_layers import TableLora
 
 Scale = tuple[int, float]  # rank and alpha
@@ -113,11 +113,11 @@ def _check_experts(model: Decoder, *, multimodal: bool) -> None:
         return
     family, projections = model.spec.family, model.spec.moe.projections
     adapted = sorted({name for name, _, lora in adaptable(model) if lora is not None})
-    experts = {name.rpartition(".")[2] for name in adapted if ".experts." in name}
+    experts = {name.rpartition(".")[2] for name in adapted if is_of_experts(name)}
     others = [
         name
         for name in adapted
-        if name.rpartition(".")[2] in projections and ".experts." not in name
+        if name.rpartition(".")[2] in projections and not is_of_experts(name)
     ]
     gate, up, _ = projections
     translates = FAMILIES[family].peft_experts and not multimodal
@@ -229,7 +229,7 @@ def _pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     Raises:
       ConfigError: experts have several values.
     """
-    of_experts = {value for name, value in values.items() if ".experts." in name}
+    of_experts = {value for name, value in values.items() if is_of_experts(name)}
     if len(of_experts) > 1:
         raise ConfigError(
             "an adapter cannot be written: PEFT gives all experts one rank and one alpha, and "

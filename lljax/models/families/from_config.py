@@ -59,10 +59,10 @@ def spec_from_hf(hf_config: dict) -> DecoderSpec:
     _check_layer_types(c, fields["layers"])
     if moe := fields.get("moe"):
         _check_experts(moe)
-    N, K, H, rotary = _heads(c, fields.get("mla"))
+    N, K, H = _heads(c, fields.get("mla"))
+    _check_heads(N, fields["layers"])
     main, *others = (rope.from_hf(of_rope) for of_rope in family.ropes(c))
-    _check_rope(main, rotary)
-    return DecoderSpec(
+    spec = DecoderSpec(
         family=family.model_type,
         V=c["vocab_size"],
         D=c["hidden_size"],
@@ -76,6 +76,8 @@ def spec_from_hf(hf_config: dict) -> DecoderSpec:
         tied=is_tied(c),
         **fields,
     )
+    _check_rope(spec.rope, spec.rotary())
+    return spec
 
 
 def _check_supported(c: dict, family: Family, activation: str) -> None:
@@ -85,7 +87,7 @@ def _check_supported(c: dict, family: Family, activation: str) -> None:
             f"config.json: hidden_act {short(given)} of model_type {family.model_type!r} is not "
             f"supported; {wanted} is"
         )
-    if c.get("use_bidirectional_attention"):
+    if c.get("use_bidirectional_attention") in (True, "all"):  # "vision" is of images alone
         raise ModelError(
             "config.json: use_bidirectional_attention is not supported; a decoder looks back only"
         )
@@ -111,25 +113,34 @@ def _check_layer_types(c: dict, layers: tuple[LayerSpec, ...]) -> None:
             )
 
 
-def _heads(c: dict, mla: MLASpec | None) -> tuple[int, int, int, int]:
-    """Query heads N, key/value heads K, head size H, and the dimensions that RoPE may rotate."""
+def _heads(c: dict, mla: MLASpec | None) -> tuple[int, int, int]:
+    """Query heads N, key/value heads K and head size H."""
     N = c["num_attention_heads"]
     K = c.get("num_key_value_heads") or N
-    H = rotary = c.get("head_dim") or c["hidden_size"] // N
+    H = c.get("head_dim") or c["hidden_size"] // N
     if mla:  # head_dim has another meaning there
-        K, H, rotary = N, first_set(c, "qk_nope_head_dim") + mla.rope, mla.rope
+        K, H = N, first_set(c, "qk_nope_head_dim") + mla.rope
         if mla.v > H:
             raise ModelError(
                 f"config.json: v_head_dim={mla.v} exceeds the {H} dimensions of a query, which is "
                 "not supported"
             )
+    _check_sizes(N, K, H)
+    return N, K, H
+
+
+def _check_heads(N: int, layers: tuple[LayerSpec, ...]) -> None:
+    for heads in {layer.heads for layer in layers if layer.heads}:
+        _check_sizes(N, heads.K, heads.H)
+
+
+def _check_sizes(N: int, K: int, H: int) -> None:
     if N % K:
         raise ModelError(
             f"config.json: num_attention_heads={N} is no multiple of num_key_value_heads={K}"
         )
     if H % 2:
         raise ModelError(f"config.json: head_dim={H} is odd, and RoPE rotates pairs")
-    return N, K, H, rotary
 
 
 def _check_experts(moe: MoESpec) -> None:

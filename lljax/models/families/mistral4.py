@@ -45,7 +45,7 @@ def _ropes(c: dict) -> tuple[dict, ...]:
 
 def _rope_to_hf(spec: DecoderSpec, entries: dict) -> dict:
     entries = position_temperature.rope_to_hf(spec, entries)
-    share = {SHARE_NAME: spec.rotary / spec.H}
+    share = {SHARE_NAME: spec.rotary() / spec.H}
     return entries | {
         name: entries[name] | share for name in entries.keys() & {"rope_parameters", "rope_scaling"}
     }

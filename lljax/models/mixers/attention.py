@@ -26,7 +26,7 @@ from lljax.models.linear import Linear, RMSNorm, named_or_fused, rms_normalize
 from lljax.models.mixers.kv_state import KVState, read_part
 from lljax.models.mixers.visible_pairs import visible_pairs
 from lljax.models.rope import Positions, rotary_dims, rotate
-from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.models.spec import DecoderSpec, HeadSpec, LayerSpec
 
 Heads = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
 
@@ -40,7 +40,8 @@ class Attention(nnx.Module):
     branches: ClassVar[bool] = True
 
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str):
-        D, N, K, H = spec.D, spec.N, spec.K, spec.H
+        D, N, heads = spec.D, spec.N, spec.heads_of(layer)
+        K, H = heads.K, heads.H
         names = named_or_fused(
             f"{hf}.qkv_proj" if spec.fused_qkv else None,
             hf,
@@ -54,15 +55,20 @@ class Attention(nnx.Module):
         self.k_proj = Linear(
             (D, K * H), axes=("embed", "kv_heads"), bias=spec.qkv_bias, **names["k_proj"]
         )
-        self.v_proj = Linear(
-            (D, K * H), axes=("embed", "kv_heads"), bias=spec.qkv_bias, **names["v_proj"]
+        self.v_proj = (
+            None
+            if heads.keys_are_values
+            else Linear(
+                (D, K * H), axes=("embed", "kv_heads"), bias=spec.qkv_bias, **names["v_proj"]
+            )
         )
         self.o_proj = Linear(
             (N * H, D), axes=("heads", "embed"), hf=f"{hf}.o_proj", bias=spec.output_bias
         )
         self.qk_norm = spec.qk_norm
-        self.q_norm, self.k_norm = _norms(spec, hf)
+        self.q_norm, self.k_norm = _norms(spec, heads, hf)
         self.normalize_eps = spec.norm_eps if spec.qk_unit else None
+        self.value_eps = spec.norm_eps if spec.v_unit else None
         self.sinks = (
             declare((N,), axes=("heads",), hf=f"{hf}.sinks", role="bias", init="zeros")
             if spec.sinks
@@ -71,24 +77,37 @@ class Attention(nnx.Module):
         self._set_sizes(spec, layer)
 
     def _set_sizes(self, spec: DecoderSpec, layer: LayerSpec) -> None:
-        self.layer, self.N, self.H, self.value_size = layer, spec.N, spec.H, spec.H
+        H = spec.heads_of(layer).H
+        self.layer, self.N, self.H, self.value_size = layer, spec.N, H, H
         self.in_pairs = 0  # dimensions of a head whose RoPE pairs neighbors in the checkpoint
         if spec.interleaved and layer.rope is not None:
-            self.in_pairs = rotary_dims(spec.ropes[layer.rope], spec.rotary)
+            self.in_pairs = rotary_dims(spec.ropes[layer.rope], spec.rotary(layer.rope))
         self.scale, self.softcap = spec.scale, spec.attention_softcap
 
     def heads(self, x: Float[Array, "B T D"], dropout_key: jax.Array | None = None) -> Heads:
         """Queries, keys and values before rotation."""
-        q, k, v = (
-            projection(x, dropout_key) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k = self.q_proj(x, dropout_key), self.k_proj(x, dropout_key)
+        v = self._values(x, k, dropout_key)
         whole = self.qk_norm is not None and self.qk_norm.whole
         if whole:
             q, k = self._normalized(q, k)
-        q, k, v = (part.reshape(*x.shape[:2], -1, self.H) for part in (q, k, v))
+        q, k = (part.reshape(*x.shape[:2], -1, self.H) for part in (q, k))
         if self.qk_norm is not None and not (whole or self.qk_norm.after_rope):
             q, k = self._normalized(q, k)
         return deinterleave(q, self.in_pairs), deinterleave(k, self.in_pairs), v
+
+    def _values(
+        self,
+        x: Float[Array, "B T D"],
+        k: Float[Array, "B T X"],
+        dropout_key: jax.Array | None,
+    ) -> Float[Array, "B T K H"]:
+        """k: keys without norm and rotation, which may be the values, too."""
+        v = k if self.v_proj is None else self.v_proj(x, dropout_key)
+        v = v.reshape(*x.shape[:2], -1, self.H)
+        if self.value_eps is None:
+            return v
+        return rms_normalize(v, self.value_eps).astype(v.dtype)
 
     def _normalized(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         assert self.q_norm is not None and self.k_norm is not None, "qk_norm has both"
@@ -187,7 +206,8 @@ class Attention(nnx.Module):
 
     @staticmethod
     def abstract_state(spec: DecoderSpec, layer: LayerSpec, B: int, S: int, dtype: Any) -> KVState:
-        return KVState.abstract((B, spec.K, S, spec.H), dtype)
+        heads = spec.heads_of(layer)
+        return KVState.abstract((B, heads.K, S, heads.H), dtype)
 
     def options(self, pattern: AttentionPattern) -> AttentionOptions:
         """Arguments of attention besides queries, keys, values and their mask."""
@@ -204,7 +224,7 @@ class Attention(nnx.Module):
         return out.reshape(*out.shape[:2], -1)
 
 
-def _norms(spec: DecoderSpec, hf: str) -> tuple[RMSNorm | None, RMSNorm | None]:
+def _norms(spec: DecoderSpec, heads: HeadSpec, hf: str) -> tuple[RMSNorm | None, RMSNorm | None]:
     """The norms of queries and keys. A norm of the whole projection is cut like its outputs; the
     compiler sums the squares over devices.
     """
@@ -213,10 +233,10 @@ def _norms(spec: DecoderSpec, hf: str) -> tuple[RMSNorm | None, RMSNorm | None]:
     norm = functools.partial(RMSNorm, eps=spec.norm_eps, plus_one=spec.norm_plus_one)
     q_name, k_name = (f"{hf}.{name}" for name in spec.qk_norm.names)
     if not spec.qk_norm.whole:
-        return norm(spec.H, hf=q_name), norm(spec.H, hf=k_name)
+        return norm(heads.H, hf=q_name), norm(heads.H, hf=k_name)
     return (
-        norm(spec.N * spec.H, hf=q_name, axis="heads"),
-        norm(spec.K * spec.H, hf=k_name, axis="kv_heads"),
+        norm(spec.N * heads.H, hf=q_name, axis="heads"),
+        norm(heads.K * heads.H, hf=k_name, axis="kv_heads"),
     )
 
 

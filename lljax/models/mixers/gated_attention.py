@@ -27,7 +27,7 @@ class GatedAttention(Attention):
     def __init__(self, spec: DecoderSpec, layer: LayerSpec, hf: str):
         super().__init__(spec, layer, hf)
         self.q_proj = Linear(
-            (spec.D, 2 * spec.N * spec.H),
+            (spec.D, 2 * spec.N * self.H),
             axes=("embed", "heads"),
             hf=f"{hf}.q_proj",
             bias=spec.qkv_bias,
@@ -40,11 +40,9 @@ class GatedAttention(Attention):
         B, T, _ = x.shape
         both = self.q_proj(x, dropout_key).reshape(B, T, -1, 2 * self.H)
         q, gate = jnp.split(both, 2, axis=-1)
-        k, v = (
-            projection(x, dropout_key).reshape(B, T, -1, self.H)
-            for projection in (self.k_proj, self.v_proj)
-        )
-        q, k = self._normalized(q, k)
+        k = self.k_proj(x, dropout_key)
+        v = self._values(x, k, dropout_key)
+        q, k = self._normalized(q, k.reshape(B, T, -1, self.H))
         heads = self._rotated(q, positions), self._rotated(k, positions), v
         return heads, gate.reshape(B, T, -1)
 

@@ -49,9 +49,14 @@ def _check_base(spec: RopeSpec, type: str) -> None:
     kind = KINDS[type]
     if not kind.can_extend(spec.type):
         usable = (name for name in EXTENDABLE if KINDS[name].can_extend(spec.type))
+        rule = (
+            "cannot extend every base"
+            if kind.extends == "any"
+            else f"extends a base with {' or '.join(kind.extends)} frequencies"
+        )
         raise ConfigError(
-            f"context.rope.type={type!r} extends a base with {' or '.join(kind.extends)} "
-            f"frequencies, and this base has {spec.type!r}: use {' or '.join(usable)}"
+            f"context.rope.type={type!r} {rule}, and this base has {spec.type!r}: use "
+            f"{' or '.join(usable)}"
         )
 
 

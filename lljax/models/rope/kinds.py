@@ -63,7 +63,7 @@ def frequencies(spec: RopeSpec, head_dim: int, length: Length) -> Frequencies:
 
 def rotary_dims(spec: RopeSpec, head_dim: int) -> int:
     """The number of dimensions of a head that rotate, H in the functions below."""
-    return int(head_dim * spec.partial)
+    return head_dim if KINDS[spec.type].whole_head else int(head_dim * spec.partial)
 
 
 def wavelengths(theta: float, H: int) -> np.ndarray:
@@ -177,6 +177,17 @@ def longrope_frequencies(spec: RopeSpec, H: int, length: Length) -> Frequencies:
     return Frequencies(1 / (factors * wavelengths(spec.theta, H)), scale)
 
 
+def proportional_frequencies(spec: RopeSpec, H: int, length: Length) -> Frequencies:
+    """The fastest share `spec.partial` of the pairs of the whole head, and 0 for the others, which
+    do not rotate. The factor divides every angle, as in `linear_frequencies`.
+
+    Gemma 4; `_compute_proportional_rope_parameters`.
+    """
+    rotates = np.arange(H // 2) < int(spec.partial * H // 2)
+    inverse = np.where(rotates, base_frequencies(spec.theta, H), np.float32(0))
+    return Frequencies(jnp.asarray(inverse / np.float32(spec.factor)), 1.0)
+
+
 def _check_llama3(spec: RopeSpec) -> None:
     if spec.high_freq_factor < spec.low_freq_factor:
         raise ModelError(
@@ -217,6 +228,9 @@ class Kind:
     frequencies(spec, H, length): the formula. by_length: it depends on the length of the sequence,
       and rows of different lengths cannot share a batch in generation.
     scales: False if it has no fields besides theta and the rotary share.
+    whole_head: `RopeSpec.partial` chooses pairs of the whole head, of which dimension i pairs with
+      i + H / 2; otherwise it is the first dimensions, paired among themselves. No other kind can
+      extend such a base.
 
     config.json:
       other_names: older names of the kind.
@@ -240,6 +254,7 @@ class Kind:
     frequencies: Callable[[RopeSpec, int, Length], Frequencies]
     by_length: bool = False
     scales: bool = True
+    whole_head: bool = False
     other_names: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
@@ -255,7 +270,9 @@ class Kind:
 
     def can_extend(self, base: str) -> bool:
         """Whether it can extend a base of this kind."""
-        return self.extends == "any" or base in self.extends
+        if self.extends == "any":
+            return not KINDS[base].whole_head
+        return base in self.extends
 
     @property
     def own_base_only(self) -> bool:
@@ -318,6 +335,12 @@ KINDS = {
         gguf={"original_max_position_embeddings": "original_context_length"},
         extends=("longrope",),
         grow=grow_longrope,
+    ),
+    "proportional": Kind(
+        proportional_frequencies,
+        whole_head=True,
+        vllm_multiplies=True,
+        extends=("proportional",),
     ),
 }
 EXTENDABLE = tuple(name for name, kind in KINDS.items() if kind.extends)  # of context.rope.type
