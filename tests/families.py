@@ -7,6 +7,7 @@ FAMILIES.
 
 import functools
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -19,6 +20,9 @@ import torch
 import transformers
 from flax import nnx
 
+from lljax.config.shipped import shipped_model
+from lljax.errors import ConfigError
+from lljax.interop.gguf_write import write_gguf
 from lljax.interop.huggingface import load_weights, tensors
 from lljax.interop.open import open_base
 from lljax.interop.peft import write_adapter
@@ -403,6 +407,17 @@ FAMILIES = {
         },
     ),
 }
+IN_GGUF = {  # llama.cpp has these families with these fields alone
+    "mistral": {"sliding_window": None},
+    "gemma3_text": {
+        "final_logit_softcapping": None,
+        "query_pre_attn_scalar": 16,
+        "sliding_window_pattern": 6,
+    },
+    "seed_oss": {"attention_out_bias": False, "mlp_bias": False},
+    "ernie4_5": {"use_bias": False},
+}
+TINY = open_base(str(Path(shipped_model("lljax/assets/tiny-512")).resolve()))
 TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))  # beyond max_position_embeddings
 
 
@@ -460,9 +475,9 @@ def _logits(graphdef, state, tokens):
 
 
 # ---------------------------------------------------------------- how far apart
-def measure(family: str, folder: Path) -> dict[str, float]:
+def measure(family: str, folder: Path) -> dict[str, float | None]:
     """The largest difference of every kind. Of the round trip: the number of tensors that are not
-    bitwise as they were.
+    bitwise as they were. GGUF: None where no such file is written.
     """
     theirs = write_torch(folder, family)
     base, model = read(folder)
@@ -471,6 +486,7 @@ def measure(family: str, folder: Path) -> dict[str, float]:
     found = {
         "logits": _apart(our_logits(model), torch_logits(theirs)),
         "round trip": changed(base, model),
+        "GGUF": gguf_logits(family, folder.with_name("gguf")),
     }
     fill(model, 0.1)
     logits = our_logits(model)
@@ -479,7 +495,23 @@ def measure(family: str, folder: Path) -> dict[str, float]:
     adapted = peft.PeftModel.from_pretrained(theirs, folder / "adapter", is_trainable=True)
     found["PEFT"], found["cache"] = _apart(logits, torch_logits(adapted)), cached(model, logits)
     found["gradient"] = gradient(model, adapted, folder / "adapter")
-    return {name: found[name] for name in ("logits", "gradient", "round trip", "PEFT", "cache")}
+    return {
+        name: found[name] for name in ("logits", "gradient", "round trip", "PEFT", "cache", "GGUF")
+    }
+
+
+def gguf_logits(family: str, folder: Path) -> float | None:
+    """Logits of a model as it comes back from a GGUF file, which has a tokenizer."""
+    fields = IN_GGUF.get(family, {})
+    theirs = write_torch(folder, family, vocab_size=len(TINY.tokenizer()), **fields)
+    for file in TINY.folder.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    base, model = read(folder)
+    try:
+        write_gguf(base, model.spec, folder / "model.gguf", type="f32")
+    except ConfigError:  # llama.cpp has no such model, or lljax does not write it
+        return None
+    return _apart(our_logits(read(folder / "model.gguf")[1]), torch_logits(theirs))
 
 
 def _apart(a, b) -> float:

@@ -112,15 +112,20 @@ def _converted(base: Base, tokenizer: Any, V: int) -> dict[str, Entry]:
 def _vocabulary(base: Base, tokenizer: Any, V: int) -> dict[str, Any]:
     """tokens and token_type, of V tokens."""
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}
-    if beyond := [token for i, token in by_id.items() if i >= V]:
+    added = tokenizer.added_tokens_decoder
+    if beyond := {i: token for i, token in by_id.items() if i >= V}:
+        if made := [token for i, token in beyond.items() if i not in added]:
+            raise ConfigError(
+                f"--format=gguf: {base.path}: texts may hold {len(made)} tokens beyond the model's "
+                f"{V} embeddings, such as {made[0]!r:.40}: its tokenizer is another model's"
+            )
         logging.warning(
             "%s: %d tokens beyond the model's %d embeddings are left out, such as %.40r",
             base.path,
             len(beyond),
             V,
-            beyond[0],
+            next(iter(beyond.values())),
         )
-    added = tokenizer.added_tokens_decoder
     tokens, types = [], []
     for i in range(V):
         token, type = by_id.get(i), gguf.TokenType.NORMAL

@@ -470,6 +470,12 @@ def test_rows_without_a_token_and_tokens_without_a_row_are_said(tmp_path, caplog
     assert "1 tokens beyond the model's" in caplog.text
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tmp_path):
+    tokenizer = train(RULES["gpt-2"].pre_tokenizer)
+    with pytest.raises(ConfigError, match="texts may hold 2 tokens beyond the model's"):
+        with_tokenizer(tmp_path, tokenizer, V=len(tokenizer) - 2)
+
+
 def test_special_tokens_ends_and_the_chat_template_are_kept(tmp_path):
     special = ("<s>", "</s>", "<|im_end|>", "<tool>")
     tokenizer = train(RULES["gpt-2"].pre_tokenizer, special=special)

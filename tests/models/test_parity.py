@@ -79,10 +79,11 @@ def test_kinds_that_depend_on_the_length_below_the_original(tmp_path, family, ki
 @pytest.mark.parametrize("family", TABLE)
 def test_the_parity_table(tmp_path, family):
     """What scripts/bench/parity.py prints: logits, gradients of factors, weights returned, adapters
-    in PEFT, the cache.
+    in PEFT, the cache, GGUF.
     """
     found = measure(family, tmp_path)
-    assert found["round trip"] == 0 and max(found.values()) <= 1e-4, found
+    differences = [value for value in found.values() if value is not None]
+    assert found["round trip"] == 0 and max(differences) <= 1e-4, found
 
 
 @pytest.mark.parametrize("family", STRETCHED)
