@@ -1,27 +1,16 @@
 """`lljax export`: what it writes, prints and refuses."""
 
 import json
+import shutil
 
 import pytest
 
 from lljax.cli.export import main
-from lljax.run import loop
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, tiny, documents):
-    """A run of two steps with a checkpoint at each."""
-    from lljax.config import default_config
-
-    c = default_config()
-    c.model.path, c.model.dtype = tiny, "float32"
-    c.context.length, c.context.schedule = 32, ((2, 32, "full"),)
-    c.lora.rank, c.lora.also_train, c.context.rope.type = 2, (), "keep"
-    c.data.train, c.training.rows, c.checkpoint.every_steps = (documents,), 8, 1
-    c.optimizer.warmup_steps = 0
-    folder = tmp_path_factory.mktemp("exported") / "run"
-    loop.train(c, folder)
-    return folder
+def workdir(tmp_path_factory, two_steps):
+    return shutil.copytree(two_steps, tmp_path_factory.mktemp("exported") / "run")
 
 
 def refused(capsys, *flags):

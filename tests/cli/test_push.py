@@ -12,7 +12,6 @@ import pytest
 
 from lljax.cli import export as export_command
 from lljax.cli.push import main
-from lljax.run import loop
 
 
 class Hub:
@@ -90,18 +89,9 @@ def hub(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny, documents):
-    """A run of two steps, its adapter exported at step 1."""
-    from lljax.config import default_config
-
-    c = default_config()
-    c.model.path, c.model.dtype = tiny, "float32"
-    c.context.length, c.context.schedule = 32, ((2, 32, "full"),)
-    c.lora.rank, c.lora.also_train, c.context.rope.type = 2, (), "keep"
-    c.data.train, c.training.rows, c.checkpoint.every_steps = (documents,), 8, 1
-    c.optimizer.warmup_steps = 0
-    folder = tmp_path_factory.mktemp("pushed") / "run"
-    loop.train(c, folder)
+def trained(tmp_path_factory, two_steps):
+    """The run, its adapter exported at step 1."""
+    folder = shutil.copytree(two_steps, tmp_path_factory.mktemp("pushed") / "run")
     export_command.main([f"--workdir={folder}", "--step=1"])
     return folder
 

@@ -1,99 +1,29 @@
 """The table of families by model_type. To add one, see README.md beside this file."""
 
+import importlib
+import pkgutil
+
 from lljax.errors import ModelError, short
-from lljax.models import rope
-from lljax.models.families import (
-    cwm,
-    deepseek_v3,
-    dots1,
-    ernie4_5,
-    ernie4_5_moe,
-    exaone4,
-    gemma2,
-    gemma3,
-    gemma4,
-    glm,
-    glm4,
-    glm4_moe,
-    glm4_moe_lite,
-    gpt_oss,
-    granite,
-    granitemoehybrid,
-    hunyuan_v1_dense,
-    internlm3,
-    iquestcoder,
-    llama,
-    llama4,
-    minimax_m2,
-    ministral,
-    ministral3,
-    mistral,
-    mistral4,
-    mixtral,
-    olmo2,
-    olmo3,
-    phi3,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_5,
-    qwen3_5_moe,
-    qwen3_moe,
-    qwen3_next,
-    seed_oss,
-    smollm3,
-    solar_open,
-    youtu,
-)
+from lljax.models import families, rope
 from lljax.models.families.family import Family
 from lljax.models.spec import DecoderSpec
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (
-        llama,
-        mistral,
-        qwen2,
-        qwen3,
-        gemma2,
-        gemma3,
-        gemma4,
-        phi3,
-        internlm3,
-        mixtral,
-        qwen2_moe,
-        qwen3_moe,
-        glm4_moe,
-        deepseek_v3,
-        llama4,
-        gpt_oss,
-        iquestcoder,
-        seed_oss,
-        smollm3,
-        ernie4_5,
-        cwm,
-        ministral,
-        dots1,
-        solar_open,
-        glm4_moe_lite,
-        youtu,
-        qwen3_next,
-        qwen3_5,
-        qwen3_5_moe,
-        ministral3,
-        granite,
-        granitemoehybrid,
-        mistral4,
-        olmo2,
-        olmo3,
-        minimax_m2,
-        exaone4,
-        glm,
-        glm4,
-        hunyuan_v1_dense,
-        ernie4_5_moe,
+READERS = ("table", "from_config")  # import the table, and are imported after it
+
+
+def _rows() -> dict[str, Family]:
+    """The FAMILY of every module beside this one that has one."""
+    names = (found.name for found in pkgutil.iter_modules(families.__path__))
+    modules = (
+        importlib.import_module(f"{families.__name__}.{name}")
+        for name in names
+        if name not in READERS
     )
-}
+    rows = (module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    return {family.model_type: family for family in rows}
+
+
+FAMILIES = _rows()
 
 
 def family_of(hf_config: dict) -> Family:
