@@ -2,6 +2,7 @@
 and documents.
 """
 
+import collections
 import functools
 import json
 import logging
@@ -52,6 +53,20 @@ def pytest_configure():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # and shells start jobs in the background so that they ignore SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves the slow ones out
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test marked `sample(n)`, one in n stays; the others are slow."""
+    cases = collections.Counter()
+    for item in items:
+        sample = item.get_closest_marker("sample")
+        if sample is None or item.get_closest_marker("slow"):
+            continue
+        test = item.nodeid.partition("[")[0]
+        if cases[test] % sample.args[0]:
+            item.add_marker(pytest.mark.slow)
+        cases[test] += 1
 
 
 TINY = {

@@ -73,17 +73,20 @@ def cases():
             yield pytest.param(kind, *heads, marks=() if heads == quick else pytest.mark.slow)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind,N,K", list(cases()))
 def test_equals_the_dense_reference(named, kind, N, K):
     """At 150 tokens, no multiple of any block."""
     assert_equals_the_reference_or_refuses(*make(T, N, K), masks(T)[kind], named)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind,N,K", [("packed", 9, 3), ("anchors", 6, 1)])
 def test_equals_the_dense_reference_over_several_blocks(named, kind, N, K):
     assert_equals_the_reference_or_refuses(*make(301, N, K), masks(301)[kind], named)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("N,K", [(6, 2), (9, 3)])
 def test_soft_capped_scores(named, N, K):
     options = named.replace(softcap=0.7)
@@ -98,6 +101,7 @@ def test_sinks(named):
     assert_equals_the_reference_or_refuses(*make(T, 9, 3), mask, options)
 
 
+@pytest.mark.sample(2)
 def test_tokens_may_be_in_any_order(named):
     """Queries and keys permuted apart, with groups and a window; heads of 24."""
     rng = np.random.default_rng(3)
@@ -106,12 +110,14 @@ def test_tokens_may_be_in_any_order(named):
     assert_equals_the_reference_or_refuses(*make(T, 9, 3, H=24), mask, named)
 
 
+@pytest.mark.sample(2)
 def test_anchors_among_tokens_in_any_order(named):
     mask = masks(T)["anchors"].replace(window=100)
     order = np.random.default_rng(3).permutation(T)
     assert_equals_the_reference_or_refuses(*make(T, 4, 2), take(mask, order, order), named)
 
 
+@pytest.mark.sample(2)
 def test_fewer_queries_than_keys(named):
     """70 queries at the end of 300 keys, as in generation; the first 130 keys are padding."""
     index = jnp.broadcast_to(jnp.arange(300, dtype=jnp.int32), (B, 300))
@@ -119,6 +125,7 @@ def test_fewer_queries_than_keys(named):
     assert_equals_the_reference_or_refuses(*make(70, 9, 3, S=300), mask, named)
 
 
+@pytest.mark.sample(2)
 def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(named):
     q, k, v = make(T, 4, 2)
     mask = causal(B, T).replace(k_index=jnp.full((B, T), NEVER).at[0].set(jnp.arange(T)))
@@ -133,6 +140,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(named):
     assert all(np.any(g[0]) and not np.any(g[1:]) for g in gradients[:3])
 
 
+@pytest.mark.sample(3)
 def test_bfloat16_stays_near_float32(named):
     q, k, v = make(T, 4, 2)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
@@ -143,6 +151,7 @@ def test_bfloat16_stays_near_float32(named):
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.1)
 
 
+@pytest.mark.sample(3)
 def test_parts_of_the_keys_add_up_as_a_ring_adds_them(named):
     """Outputs merged by their log-sum-exp; gradients of the parts from the merged results."""
     row = IMPLEMENTATIONS[named.implementation]

@@ -101,6 +101,7 @@ def test_the_integers_compared_are_the_mask(seed):
     np.testing.assert_array_equal(got, visible(mask))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_masks_lose_no_visible_pair(seed):
     """No visible pair in a block that is not visited, no hidden pair in a block without a mask."""

@@ -145,6 +145,7 @@ def quick(kind, N, K):
     }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "kind,N,K",
     [
@@ -165,6 +166,7 @@ def test_equals_a_row_for_each_answer(named, kind, N, K):
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("N,K", HEADS)
 @pytest.mark.parametrize(
     "groups",
@@ -185,6 +187,7 @@ def test_shifted_attention_equals_a_row_for_each_answer(N, K, groups):
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", ["full", "window", "groups"])
 def test_a_branch_changes_no_other_branch_and_not_the_trunk(named, kind):
     (q, k, v), mask = make(T, 4, 2), packed_mask(ROWS, T, kind)
@@ -217,6 +220,7 @@ TRUNK = 256
 MANY = ((((TRUNK, (LENGTH,) * ANSWERS)), (LENGTH, (LENGTH, SIZE))),) * 3
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("changes", [{}, {"window": 40}, {"group": 128, "shift": 64}], ids=str)
 def test_blocks_of_other_branches_are_not_visited(changes):
     length = TRUNK + LENGTH * ANSWERS + 2 * LENGTH + SIZE
@@ -260,6 +264,7 @@ PATTERNS = {  # kind of mask, groups
 SLOW = ("anchors", "shifted, wide")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "mesh,N,K",
     [

@@ -106,6 +106,7 @@ def cases():
                 yield pytest.param(N, K, pattern, mesh, marks=() if quick else pytest.mark.slow)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("N,K,pattern,mesh", list(cases()))
 def test_every_mode_equals_one_device(N, K, pattern, mesh):
     groups, window, anchored = PATTERNS[pattern]
@@ -173,6 +174,7 @@ def test_a_ring_holds_no_more_of_a_longer_row_on_more_devices():
     assert temporaries("allgather", 8) >= temporaries("allgather", 4) + keys
 
 
+@pytest.mark.slow
 def test_more_anchors_than_there_is_room_for():
     q, k, v, weights, mask = inputs(8, 2, True, 50, True)
     mask = mask.replace(anchors=jnp.ones((B, T), bool).at[:, 400:].set(False))

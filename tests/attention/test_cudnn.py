@@ -35,6 +35,7 @@ def fold(q, k, v, mask, options):
     return cudnn.attend(q, k, v, mask, options, implementation=backend)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "changes,N,K",
     [
@@ -148,6 +149,7 @@ def _stand_in_backward(saved, d_out):
 stand_in.defvjp(_stand_in_forward, _stand_in_backward)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("names,passes", [((), 2), (SAVED, 1)])
 def test_what_is_kept_by_name_is_not_computed_again(names, passes):
     q, k, v = make(16, 4, 4)

@@ -21,6 +21,7 @@ def cut(kept, start, size):
     return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in kept)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("block", [4, 32], ids=["blocks", "whole"])
 @pytest.mark.parametrize("window", [None, 3, 10, 27])
 @pytest.mark.parametrize("more", [{}, {"softcap": 2.0}, {"sinks": random(9, K * G)}], ids=str)

@@ -26,6 +26,7 @@ def dense_shifted(q, k, v, segments, groups):
     return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores, axis=-1), v)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("N,K", HEADS)
 @pytest.mark.parametrize(
     "T,groups", [(256, Groups(64, 32)), (250, Groups(64, 32)), (131, Groups(66, 33))], ids=str
@@ -58,6 +59,7 @@ def assert_equals_one_dense_mask_per_head(N, K, T, groups, packed):
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("N,K", HEADS)
 def test_never_sees_the_future(N, K):
     """With a roll the first half-group of half the heads would see the end of the row."""

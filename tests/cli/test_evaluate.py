@@ -53,6 +53,7 @@ def command(tiny, documents, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_base_is_measured_once_and_again_when_its_weights_are_others(
     command, tmp_path, monkeypatch
 ):

@@ -48,6 +48,7 @@ def whole(base, data, tmp_path_factory):
     return out
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "method,layout",
     [("gptq", "compressed-tensors"), ("awq", "awq"), ("rtn", "gptq")]

@@ -58,6 +58,7 @@ def stream(request, tmp_path_factory):
     return base, model, rows, stream
 
 
+@pytest.mark.sample(3)
 def test_a_stream_gives_the_hidden_states_of_the_model(stream):
     base, model, rows, stream = stream
     last = stream.load(base, model.spec.L - 1)
@@ -101,6 +102,7 @@ def test_a_tile_at_a_time_gives_the_same_sums(stream):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
+@pytest.mark.sample(2)
 def test_devices_that_share_a_row_give_the_same_sums(stream):
     base, model, rows, one = stream
     layout = Layout(make_mesh(sequence=4, devices=jax.devices()[:4]), "allgather")
@@ -149,6 +151,7 @@ def _context(model, layer, rows):
     )
 
 
+@pytest.mark.sample(2)
 def test_scales_that_fold_leave_the_layer_as_it_was(stream, monkeypatch):
     """AWQ with random scales and no rounding: the layer computes the same."""
     base, model, rows, stream = stream
@@ -173,6 +176,7 @@ def test_scales_that_fold_leave_the_layer_as_it_was(stream, monkeypatch):
     assert {name for name in linear_layers(layer) if "down_proj" in name} <= readers
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_rounds_every_kernel_and_gptq_loses_least(stream, method):
     base, model, rows, stream = stream

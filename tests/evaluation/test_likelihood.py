@@ -20,6 +20,7 @@ HF = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("rope", [None, {"rope_type": "dynamic", "factor": 4.0}])
 def test_likelihoods_are_those_of_each_pair_read_alone(rope, monkeypatch):
     monkeypatch.setattr(likelihood, "MULTIPLE", 64)

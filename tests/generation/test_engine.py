@@ -63,6 +63,7 @@ def same(completion, other):
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "changes,rope_length",
     [

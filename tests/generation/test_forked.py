@@ -97,6 +97,7 @@ def small_blocks(monkeypatch):
 FAST = ("grouped", "window", "chunked", "latent")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -111,6 +112,7 @@ def test_answers_are_those_of_the_engine(changes):
     assert len({tuple(answer.tokens) for answer in answers}) == len(requests)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "name",
     [
@@ -125,6 +127,7 @@ def test_a_prompt_that_is_attended_to_in_blocks_gives_the_same_answers(name, sma
     assert forked_answers(model, requests) == engine_answers(model, requests)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("length", [1, CHUNK, 2 * CHUNK, 2 * CHUNK + 1])
 def test_prompts_of_any_length(length):
     requests = requests_of(RNG.integers(0, 61, length))
@@ -216,6 +219,7 @@ def test_what_only_the_engine_serves_is_refused(change):
         forked_answers(build(), [first, *others[:-1], dataclasses.replace(others[-1], **change)])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "axes,heads", [({"tensor": 2, "data": 2}, 1), ({"fsdp": 4}, 2)], ids=["tensor", "fsdp"]
 )
@@ -318,6 +322,7 @@ def lowered_programs(layout=None, **changes):
     return lower_programs(abstract_model(), **settings | changes, layout=layout)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cache_dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 def test_the_prompt_is_in_memory_once(cache_dtype, small_blocks):
     """Beside it there are blocks of it, and no copy of all of it in any dtype."""

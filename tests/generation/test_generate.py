@@ -31,6 +31,7 @@ def test_ends_at_a_stop_token_or_string(tokenizer):
     assert cut[0].ended and cut[0].text == whole[0].text[: whole[0].text.index(string)]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 def test_a_narrow_cache_is_close(dtype):
     exact, rounded = (

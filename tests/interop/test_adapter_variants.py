@@ -87,6 +87,7 @@ def load(base):
     return transformers.AutoModelForCausalLM.from_pretrained(base.path)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_peft_gives_our_logits_and_gradients(hf_folder, trained, logits, tmp_path, variant):
     base, model = trained(
@@ -105,6 +106,7 @@ def test_peft_gives_our_logits_and_gradients(hf_folder, trained, logits, tmp_pat
         )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_merged_checkpoint_gives_our_logits(hf_folder, trained, logits, tmp_path, variant):
     base, model = trained(hf_folder(tied=False), "keep", also_train=("norm",), **VARIANTS[variant])
@@ -113,6 +115,7 @@ def test_a_merged_checkpoint_gives_our_logits(hf_folder, trained, logits, tmp_pa
     np.testing.assert_allclose(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "variant",
     [
@@ -151,6 +154,7 @@ def test_experts_have_a_rank_of_their_own(hf_folder, trained, logits, tmp_path):
         trained(base.path, "keep", targets=ALL, dora=True)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", ["qwen2", "phi3"])
 def test_loftq_is_split_or_merged_with_its_own_kernels(
     hf_folder, trained, logits, tmp_path, family

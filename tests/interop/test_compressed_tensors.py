@@ -59,6 +59,7 @@ def linears(model):
     }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_logits_are_those_of_the_dequantized_model(both, logits, name):
     quantized, dense = both(SCHEMES[name], intermediate_size=256)

@@ -47,6 +47,7 @@ def full(base):
 
 
 # ---------------------------------------------------------------- equal logits
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "family,tied",
     [
@@ -87,6 +88,7 @@ def test_merged_peft_and_split_give_our_logits(hf_folder, trained, logits, tmp_p
     assert together.config.tie_word_embeddings is tied
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "export,rope_type",
     [
@@ -159,6 +161,7 @@ def test_serving_an_adapter_raises_the_limit_of_the_bases_tokenizer(
     ) is allows
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "export,also_train,rslora,targets",
     [
@@ -427,6 +430,7 @@ def test_the_text_model_of_one_that_sees_is_read_and_its_adapter_goes_back(
         open_base(str(folder))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "family,targets,named",
     [

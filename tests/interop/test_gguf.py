@@ -141,6 +141,7 @@ def assert_logits_of_transformers(path, model, tokens, atol):
 
 # transformers does not read the head size of a qwen3 file: its parity is held by the HF folder's
 # tests.
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "architecture,tied",
     [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("gemma3", True)],

@@ -144,6 +144,7 @@ def test_every_family_is_read_as_it_was_written(tmp_path, family, type):
             np.testing.assert_array_equal(read.read(name), array)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("type", TYPES)
 def test_matrices_are_of_the_type_and_norms_and_biases_are_float32(tmp_path, type):
     base = RandomBase("qwen2")
@@ -242,6 +243,7 @@ BASES = {  # a base of its own kind, by the kind of RoPE
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "family,kind,own",
     [

@@ -116,6 +116,7 @@ def test_awq_is_what_autoawq_unpacks(name):
     np.testing.assert_array_equal(dense.T, values)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "family,layout,scheme,format",
     [

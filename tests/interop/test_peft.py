@@ -101,6 +101,7 @@ def adapter(hf_folder, trained, tmp_path):
 
 
 # ---------------------------------------------------------------- adapters of PEFT
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "family,fields",
     [
@@ -349,6 +350,7 @@ def build(base, folder, **changes):
     return build_model(config, open_run_base(config), sharding.make_mesh(fsdp=-1))
 
 
+@pytest.mark.sample(2)
 def test_a_run_continues_from_an_adapter(adapter, trained, logits):
     base, folder = adapter
     np.testing.assert_allclose(

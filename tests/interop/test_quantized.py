@@ -259,6 +259,7 @@ def assert_equal_bits(got, wanted):
     np.testing.assert_array_equal(got, np.asarray(wanted, np.float32))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_are_what_the_format_defines_dense_and_as_they_are_stored(quantized, kind):
     folder, dense = quantized(kind)

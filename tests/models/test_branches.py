@@ -123,6 +123,7 @@ def loss_and_gradients(model, batch, pattern, memory):
 FAST = [("llama", "shifted"), ("qwen3", "full"), ("llama4", "window"), ("qwen3_5", "shifted")]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "family,pattern",
     [
@@ -159,6 +160,7 @@ def test_a_branch_changes_no_other_branch_and_not_the_trunk():
     assert difference.sum() == difference[0, changed].sum()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mode,zigzag", [("allgather", True), ("ring", True), ("ulysses", False)])
 def test_devices_change_nothing(mode, zigzag):
     model, batch = build("qwen3"), packed_batch()

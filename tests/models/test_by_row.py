@@ -41,6 +41,7 @@ def variants(base: Decoder) -> list[Decoder]:
     ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -71,6 +71,7 @@ def _logits(graphdef, state, tokens, positions, segments, pattern):
     return model.logits(model(tokens, positions=positions, segments=segments, pattern=pattern))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("N,K", HEADS)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.kind)
 def test_a_token_changes_no_logit_before_it(N, K, pattern):
@@ -82,6 +83,7 @@ def test_a_token_changes_no_logit_before_it(N, K, pattern):
         assert np.abs(before[:, t] - after[:, t]).max() > 0
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "pattern,changes",
     [(PATTERNS[0], {}), (PATTERNS[2], {}), (PATTERNS[0], CHUNKED)],
@@ -228,6 +230,7 @@ def test_layers_that_alternate_may_share_a_residual():
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "pattern,N,K,memory,changes",
     [
@@ -282,6 +285,7 @@ def test_layers_streamed_in_tiles_change_nothing(pattern, N, K, memory, changes)
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "changes",
     [

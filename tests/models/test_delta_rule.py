@@ -75,6 +75,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_chunks_equal_the_recurrence_in_values_and_gradients(name, group, monkeypatch):
@@ -111,6 +112,7 @@ def test_chunks_equal_those_of_transformers(T):
     np.testing.assert_allclose(after.state.reshape(state.shape), state, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_within_its_rounding():
     x = inputs(200, seed=7, segments=PACKED)
     narrow = inputs(200, seed=7, segments=PACKED, dtype=jnp.bfloat16)
@@ -135,6 +137,7 @@ def test_transitions_of_stretches_compose_to_the_state_after_both():
         np.testing.assert_allclose(state, wanted.state, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_branches_start_from_the_state_after_their_prompt():
     """Two prompts with answers, one of them within a chunk, one over several, and padding; each
     answer as in a row of its own after its prompt, in values and gradients.

@@ -20,6 +20,7 @@ def rounded(x, axis):
     return (x / np.where(scale == 0, 1, scale)).astype(jnp.float8_e4m3fn).astype(np.float32) * scale
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("lead", [(7,), (2, 5)])
 def test_product_and_gradient_are_those_of_rounded_values(lead):
     x = (
@@ -42,6 +43,7 @@ def test_product_and_gradient_are_those_of_rounded_values(lead):
     )
 
 
+@pytest.mark.slow
 def test_rounding_costs_a_few_hundredths_in_either_direction():
     x, kernel, dy = (
         jax.random.normal(key, shape, jnp.bfloat16)

@@ -123,6 +123,7 @@ def test_a_document_does_not_read_another_and_no_token_reads_the_future():
         assert (apart == same)[:, place : place + 3].all()
 
 
+@pytest.mark.slow
 def test_a_packed_document_is_as_in_a_row_of_its_own():
     tokens, segments = row(80), packed(80)
     (_, logits), _ = result("dense", tokens, segments)
@@ -132,6 +133,7 @@ def test_a_packed_document_is_as_in_a_row_of_its_own():
     assert_same(logits[0][alone], wanted[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [pytest.param(16, marks=pytest.mark.slow), 30])
 def test_tiles_change_nothing(tile):
     tokens, segments = row(160), packed(160)

@@ -212,6 +212,7 @@ def test_a_mode_that_it_refuses_is_refused_with_its_reason():
         layout_of(mesh, "auto", AttentionPattern(), 32, hybrid(spec_from_hf(HF)))
 
 
+@pytest.mark.slow
 def test_a_run_trains_it_and_resumes_bitwise(run_config, tmp_path, monkeypatch):
     extended = build.extended_spec
     monkeypatch.setattr(build, "extended_spec", lambda *args: hybrid(extended(*args)))

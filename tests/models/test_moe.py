@@ -153,6 +153,7 @@ def assert_same(got, wanted, tolerance=2e-5):
 X = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)), jnp.float32)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "router",
     [

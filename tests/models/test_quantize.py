@@ -139,6 +139,7 @@ def loss_and_gradients(config, base, mesh):
     return jax.tree.map(np.asarray, run(nnx.as_pure(trainable), nnx.as_pure(frozen)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "format,mesh",
     [

@@ -129,12 +129,14 @@ def test_a_document_does_not_read_another_and_no_token_reads_the_future():
         assert (apart == same)[:, place : place + 3].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,pattern,tile", [("dense", SHIFTED, 24), ("experts", FULL, 16)])
 def test_tiles_change_nothing(name, pattern, tile):
     whole = result(name, 96, pattern)
     assert_same(result(name, 96, pattern, Memory("full", tile=tile)), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,mesh,mode,pattern,tile",
     [

@@ -225,6 +225,7 @@ SLOW += [(name, "full") for name in OTHERS]
 CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name,kind", CASES)
 def test_rows_with_shared_prompts_equal_separate_rows(name, kind):
     batch, answers = made(OBJECTIVES[name].kind)
@@ -238,6 +239,7 @@ MODES += [("allgather", "window"), ("allgather", "shifted")]
 SLOW_MODES = [case for name in THREE for mode in MODES if (case := (name, *mode)) not in FAST_MODES]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "name,mode,kind",
     [*FAST_MODES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_MODES)],

@@ -29,6 +29,7 @@ def dense(hidden, head, targets, softcap=None):
     return -jnp.sum(dense_log_probs(hidden, head, targets, softcap))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "chunk,softcap", [(1, None), (8, None), (10, None), (1024, None), (10, 3.0)]
 )
@@ -151,6 +152,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk,softcap", [(7, None), (10, 3.0), (1024, None)])
 def test_log_probabilities_and_their_gradients_equal_the_dense_ones(layout, chunk, softcap):

@@ -9,6 +9,7 @@ from lljax.parallel import sharded_embedding
 from lljax.parallel.sharding import Layout, make_mesh
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mesh", [None, {"sequence": 8}, {"data": 2, "sequence": 2, "tensor": 2}])
 # does not divide by the devices; fewer rows than devices
 @pytest.mark.parametrize("V", [61, 5])

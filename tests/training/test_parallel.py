@@ -213,6 +213,7 @@ def cases():
                     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("N,K,pattern,mesh,mode", list(cases()))
 def test_loss_and_gradients_equal_one_device(one_device, N, K, pattern, mesh, mode):
     count = 8 if mesh == "fsdp 2, expert 4" else 2
