@@ -88,7 +88,7 @@ def variants(flags: argparse.Namespace, lengths: list[int]) -> Iterator[tuple[st
         for seed in range(flags.seeds):
             yield f"gptq-{length}-{seed}", {"method": "gptq", "length": length, "seed": seed}
     if flags.peer_python:
-        for method in ("rtn", "gptq"):
+        for method in ("rtn", "awq", "gptq"):
             yield f"peer-{method}", {"method": method, "length": long, "seed": 0}
 
 
