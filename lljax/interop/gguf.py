@@ -136,10 +136,9 @@ class GgufBase(Base):
 
     # ---------------------------------------------------------------- metadata
     def _family_of(self, architecture: Any) -> Family:
-        families: dict[str, Family] = {}
-        for row in FAMILIES.values():
-            if row.gguf:  # of families that share files, the first is read
-                families.setdefault(row.gguf.architecture, row)
+        families = {
+            row.gguf.architecture: row for row in FAMILIES.values() if row.gguf and row.gguf.read
+        }
         if architecture not in families:
             raise ModelError(
                 f"{self.path}: architecture {architecture!r} is not supported; supported are "
@@ -197,7 +196,10 @@ class GgufBase(Base):
         }
         config |= self._format.config(config, self._metadata, set(self._tensors))
         H = config["head_dim"]
-        if (rotary := self._metadata("rope.dimension_count", H)) != H:
+        rotary = self._metadata("rope.dimension_count", H)
+        if self._format.partial:
+            config["partial_rotary_factor"] = rotary / H
+        elif rotary != H:
             raise ModelError(
                 f"{self.path}: {self._format.architecture}.rope.dimension_count is {rotary} of {H} "
                 f"dimensions, which is not supported: {USE_FOLDER}"
@@ -208,7 +210,10 @@ class GgufBase(Base):
             # config.json names the length before it is stretched; converted files name no other.
             original = self._metadata("rope.scaling.original_context_length", 0, whole(0))
             config["max_position_embeddings"] = original or config["max_position_embeddings"]
-        return config | {"rope_scaling": scaling}
+        if more := config.get("rope_parameters"):
+            scaling = {"rope_type": "default"} | (scaling or {}) | more
+        # without the RoPE that the family's config class sets by default
+        return config | {"rope_parameters": None, "rope_scaling": scaling}
 
     def _dtype_name(self) -> str:
         """float16, unless a value may overflow it."""
@@ -230,6 +235,7 @@ class GgufBase(Base):
             theta=theta,
             H=H,
             where=f"{self.path}: {prefix}",
+            log_multiplier=self._format.yarn_log_multiplier,
         )
 
     def tokenizer(self) -> Any:

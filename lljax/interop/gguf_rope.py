@@ -13,7 +13,7 @@ from lljax.errors import ConfigError, ModelError, short
 from lljax.models import rope
 from lljax.models.rope import KINDS, RopeSpec, frequencies, yarn_magnitude
 from lljax.models.rope.kinds import base_frequencies, llama3_frequencies
-from lljax.models.values import check, whole
+from lljax.models.values import NOT_NEGATIVE, check, whole
 
 FREQS = "rope_freqs.weight"  # divisors of the frequencies of Llama 3
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of longrope
@@ -38,11 +38,13 @@ def read_rope(
     theta: float,
     H: int,
     where: str,
+    log_multiplier: bool = False,
 ) -> dict[str, Any] | None:
     """The entry `rope_scaling` of config.json; None if the RoPE is not scaled.
 
     field(key): the metadata below `rope.scaling`, None if it is absent. tensors: those of TENSORS
-    that the file has. where: the file and the prefix of the keys, for errors.
+    that the file has. where: the file and the prefix of the keys, for errors. log_multiplier:
+    `GgufFormat.yarn_log_multiplier`.
 
     Raises:
       ModelError: an unknown kind, a scaling that is not supported, or a value that cannot be right.
@@ -52,9 +54,13 @@ def read_rope(
         check({"original_context_length": length}, {"original_context_length": whole(1)}, where)
         return _read_llama3(tensors[FREQS], theta, H, length, where)
     kind = field("type")
+    if kind is None and LONG in tensors:
+        kind = "longrope"  # files of Phi-3 do not name it
     if kind in (None, "none"):
         return None
     for key, neutral in NEUTRAL.items():
+        if key == "yarn_log_multiplier" and log_multiplier:
+            continue
         if (value := field(key)) not in (None, neutral):
             raise ModelError(
                 f"{where}.{key} is {short(value)}, which is not supported: {USE_FOLDER}"
@@ -66,15 +72,27 @@ def read_rope(
         if LISTS[name] in tensors:
             scaling[name] = [float(x) for x in tensors[LISTS[name]]]
     check(scaling, rope.CHECKS, where)
-    if (scale := field("attn_factor")) is not None:
-        check({"attn_factor": scale}, {"attn_factor": rope.CHECKS["factor"]}, where)
-        scaling["attention_factor"] = scale * _own_magnitude(kind, scaling["factor"])
+    scale, weight = field("attn_factor"), field("yarn_log_multiplier") or 0.0
+    check(
+        {"attn_factor": scale, "yarn_log_multiplier": weight},
+        {"attn_factor": rope.CHECKS["factor"], "yarn_log_multiplier": NOT_NEGATIVE},
+        where,
+    )
+    if scale is not None or weight or kind == "longrope":
+        own = _own_magnitude(kind, scaling["factor"], weight)
+        scaling["attention_factor"] = (1.0 if scale is None else scale) * own
     return scaling
 
 
-def _own_magnitude(kind: str, factor: float | None) -> float:
-    """The factor of queries and keys that llama.cpp multiplies with attn_factor."""
-    return yarn_magnitude(RopeSpec(factor=factor or 1.0), 1.0) if kind == "yarn" else 1.0
+def _own_magnitude(kind: str, factor: float | None, weight: float = 0.0) -> float:
+    """The factor of queries and keys that llama.cpp multiplies with attn_factor.
+
+    weight: yarn_log_multiplier, the mscale_all_dim of HF; llama.cpp takes mscale to be 1.
+    """
+    if kind != "yarn":
+        return 1.0
+    spec = RopeSpec(factor=factor or 1.0)
+    return yarn_magnitude(spec, 1.0) / (yarn_magnitude(spec, weight) if weight else 1.0)
 
 
 def _read_llama3(

@@ -297,6 +297,9 @@ def _check_read_back(base: Base, spec: DecoderSpec) -> None:
 
 def _same(ours: Any, theirs: Any) -> bool:
     """Whether two values are equal, up to float32 in the metadata."""
+    if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+        names = [field.name for field in dataclasses.fields(ours)]
+        return all(_same(getattr(ours, name), getattr(theirs, name)) for name in names)
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
     return ours == theirs

@@ -59,7 +59,43 @@ CONFIGS = {
     "seed_oss": {},
     "smollm3": {"num_hidden_layers": 5},
     "ernie4_5": {},
+    "granite": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.09,
+        "logits_scaling": 8.0,
+    },
+    "glm4": {"head_dim": 32},
+    "exaone4": {"sliding_window": None},
+    "olmo2": {},
+    "hunyuan_v1_dense": {"head_dim": 32},
+    "gemma2": GEMMA | {"tie_word_embeddings": True, "attn_logit_softcapping": 5.0},
+    "phi3": {
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.5, 2.0, 3.0, 4.0],
+        },
+    },
+    "ministral3": {
+        "max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 2.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
 }
+# Sizes at which llama.cpp computes something else.
+SIZES = {"32B": {"num_hidden_layers": 64, "sliding_window": 8, "sliding_window_pattern": 4}}
 LLAMAS = ("mistral", "iquestcoder")  # whose files are Llama's
 TEXTS = ["hello  world\n\n\tdef f(x):", "I'LL don't 12345", "\u65e5\u672c \U0001f642 e\u0301 "]
 
@@ -133,15 +169,28 @@ def test_every_family_is_read_as_it_was_written(tmp_path, family, type):
     read = written(base, tmp_path, type)
     spec = spec_from_hf(read.config)
     assert spec.family == ("llama" if family in LLAMAS else family)
-    same = {"family": base.spec.family, "norm_eps": base.spec.norm_eps}
+    for length in (20, base.spec.max_length):
+        wanted, found = (frequencies(of.rope, of.H, length) for of in (base.spec, spec))
+        np.testing.assert_allclose(found.inverse, wanted.inverse, rtol=1e-6)
+        assert found.scale == pytest.approx(wanted.scale, rel=1e-6)
+    same = {"family": base.spec.family, "rope": base.spec.rope}  # test_a_stretched_rope_is_read
+    same["attention_scale"] = base.spec.attention_scale
+    for name in ("norm_eps", "logit_scale", "residual_scale", "scale"):  # float32 in the file
+        assert getattr(spec, name) == pytest.approx(getattr(base.spec, name), rel=1e-6)
+        same |= {name: getattr(base.spec, name)} if name != "scale" else {}
     assert dataclasses.replace(spec, **same) == base.spec
-    assert spec.norm_eps == pytest.approx(base.spec.norm_eps, rel=1e-6)
     assert set(read.names()) == set(base.names())
     for name, array in base.arrays.items():
-        if family == "gemma3_text" and name.endswith("norm.weight"):
+        if FAMILIES[family].gguf.norms_plus_one and name.endswith("norm.weight"):
             np.testing.assert_allclose(read.read(name), array, atol=3e-7)
         else:
             np.testing.assert_array_equal(read.read(name), array)
+
+
+def test_every_architecture_is_read_as_one_family():
+    rows = [row.gguf for row in FAMILIES.values() if row.gguf]
+    read = [format.architecture for format in rows if format.read]
+    assert len(read) == len(set(read)) and set(read) == {format.architecture for format in rows}
 
 
 @pytest.mark.parametrize("type", TYPES)
@@ -299,6 +348,14 @@ def test_the_attention_factor_is_relative_to_llama_cpps_own(tmp_path):
             "layer 1",
         ),
         ("qwen3", {"attention_bias": True}, {}, "qkv_bias False in place of True"),
+        ("exaone4", {"sliding_window": 8}, {}, "layer 0 .*window=None"),
+        ("olmo2", {"tie_word_embeddings": True}, {}, "tied False in place of True"),
+        ("olmo2", {"head_dim": 32}, {}, "rope.dimension_count is 32 of 16"),
+        ("hunyuan_v1_dense", {"attention_bias": True}, {}, "qkv_bias False in place of True"),
+        ("gemma2", {"attn_logit_softcapping": None}, {}, "attention_softcap 50.0 in place of None"),
+        ("phi3", {"sliding_window": 32}, {}, "layer 0 .*window=None"),
+        ("ministral3", {"sliding_window": 32}, {}, "layer 0 .*window=None"),
+        ("granite", {"partial_rotary_factor": 0.5}, {}, "rope.dimension_count is 8 of 16"),
         ("gemma3_text", {"query_pre_attn_scalar": 99}, {}, "with scale 0.25 in place of 0.1"),
         ("gemma3_text", {"sliding_window_pattern": 3}, {}, "layer 2"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, {}, "logit_softcap None in place of 30"),
@@ -620,12 +677,22 @@ def smooth(base):
         ("qwen2", "linear", {}),
         ("qwen3", "yarn", {}),
         ("gemma3_text", "linear", {}),
+        ("granite", "yarn", {}),
+        ("glm4", "yarn", {}),
+        ("exaone4", "linear", {}),
+        ("exaone4 32B", "linear", {}),
+        ("olmo2", "yarn", {}),
+        ("hunyuan_v1_dense", "yarn", {}),
+        ("gemma2", "linear", {}),
+        ("phi3", "longrope", {}),
+        ("ministral3", "yarn", {}),
     ],
 )
 def test_llama_cpp_gives_our_logits_past_the_original_length(
     tmp_path, llama_cpp, family, kind, fields
 ):
-    base = smooth(RandomBase(family))
+    family, _, size = family.partition(" ")
+    base = smooth(RandomBase(family, **SIZES.get(size, {})))
     spec = stretched(base.spec, kind, **fields)
     tokens = np.random.default_rng(0).integers(1, 4096, 200).tolist()
     model = Decoder(spec)

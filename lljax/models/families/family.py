@@ -20,6 +20,10 @@ NORMS_AFTER = Norms(
     before_mlp=None,
     after_mlp="post_feedforward_layernorm",
 )
+GGUF_NORMS_AFTER = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 
 class Metadata(Protocol):
@@ -45,25 +49,34 @@ def _no_metadata(spec: DecoderSpec) -> dict[str, Any]:
 @dataclasses.dataclass(frozen=True)
 class GgufFormat:
     """A family in GGUF files, as llama.cpp's convert_hf_to_gguf.py writes them and llama.cpp reads
-    them; families may share an architecture.
+    them.
 
+    read: files of the architecture are read as this family. Of families that share an architecture,
+      one is read and the others are only written.
     names: HF names of tensors of a layer by their GGUF names, where they differ from
       lljax.interop.gguf.LAYER.
     permuted: the rows of q and k are in interleaved pairs.
     norms_plus_one: weights of norms are stored as 1 + weight.
     dtype: the dtype of an export; None for float16, or bfloat16 if the file holds a tensor of that
       type.
+    yarn_log_multiplier: llama.cpp reads this key, HF's mscale_all_dim, in models of this
+      architecture.
+    partial: RoPE may rotate a part of a head, its first dimensions.
     config(config, metadata, names): more entries of config.json, from the entries that all families
-      have, the metadata and the HF names of the tensors.
+      have, the metadata and the HF names of the tensors. Its `rope_parameters` are added to the
+      RoPE that is read from the metadata.
     metadata(spec): the inverse, more metadata by key below the architecture.
     rope_kinds: the kinds of RoPE that llama.cpp applies in models of this architecture.
     """
 
     architecture: str
+    read: bool = True
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     permuted: bool = False
     norms_plus_one: bool = False
     dtype: str | None = None
+    yarn_log_multiplier: bool = False
+    partial: bool = False
     config: Callable[[dict, Metadata, set[str]], dict[str, Any]] = _no_entries
     metadata: Callable[[DecoderSpec], dict[str, Any]] = _no_metadata
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
