@@ -72,11 +72,7 @@ class GgufBase(Base):
         with self._reading("not a GGUF file that can be read"):
             self._reader = Reader(file)
             self._family = self._family_of(self._field("general.architecture"))
-            self._tensors = {
-                hf_name(tensor.name, self._format): tensor
-                for tensor in self._reader.tensors
-                if tensor.name not in TENSORS
-            }
+            self._tensors = self._named()
             self.config = self._config()
             N, K = (self.config[f"num_{heads}_heads"] for heads in ("attention", "key_value"))
             self._layout = Layout(self._format, N, K)
@@ -104,29 +100,58 @@ class GgufBase(Base):
     def generation_config(self) -> dict[str, Any]:
         return {"eos_token_id": self._ends}
 
+    def _named(self) -> dict[str, tuple[gguf.ReaderTensor, int | None]]:
+        """The tensors by HF names. Those of experts are parts of one, with a number.
+
+        Raises:
+          ModelError: a tensor has another number of experts than the metadata name.
+        """
+        named: dict[str, tuple[gguf.ReaderTensor, int | None]] = {}
+        for tensor in self._reader.tensors:
+            if tensor.name in TENSORS:
+                continue
+            name, E = hf_name(tensor.name, self._format), int(tensor.shape[-1])
+            if "*" not in name:
+                named[name] = tensor, None
+                continue
+            if (wanted := self._metadata("expert_count")) != E:
+                raise ModelError(
+                    f"{self.path}: tensor {tensor.name!r} has {E} experts, and the metadata make "
+                    f"it {wanted}"
+                )
+            named |= {name.replace("*", str(e)): (tensor, e) for e in range(E)}
+        return named
+
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(x) for x in reversed(self._tensors[name].shape))
+        return self._layout.hf_shape(name, self._stored_shape(name))
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        tensor, expert = self._tensors[name]
+        shape = tuple(int(x) for x in reversed(tensor.shape))
+        return shape if expert is None else shape[1:]
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that an export writes, the same for all tensors."""
         return np.dtype(getattr(ml_dtypes, self.config["torch_dtype"], self.config["torch_dtype"]))
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
+        tensor, expert = self._tensors[name]
+        data = tensor.data if expert is None else tensor.data[expert]
         with self._reading(
             f"tensor {name!r} of type {tensor.tensor_type.name} cannot be dequantized"
         ):
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            return self._layout.to_hf(name, array.reshape(self.shape(name)))
+            array = gguf.quants.dequantize(data, tensor.tensor_type)
+            return self._layout.to_hf(name, array.reshape(self._stored_shape(name)))
 
     def stored(self, name: str, form: Form) -> Quantized | None:
         return None  # no format of GGUF blocks is one of ours
 
     def checksum(self, name: str, before: int = 0) -> int:
-        return crc32(self._tensors[name].data, before)
+        tensor, expert = self._tensors[name]
+        return crc32(tensor.data if expert is None else tensor.data[expert], before)
 
     def fingerprint(self) -> str:
         """sha256 over the size, the metadata and the table of tensors; the weights are not read."""
@@ -137,14 +162,18 @@ class GgufBase(Base):
     # ---------------------------------------------------------------- metadata
     def _family_of(self, architecture: Any) -> Family:
         families = {
-            row.gguf.architecture: row for row in FAMILIES.values() if row.gguf and row.gguf.read
+            (row.gguf.architecture, row.gguf.experts): row
+            for row in FAMILIES.values()
+            if row.gguf and row.gguf.read
         }
-        if architecture not in families:
+        experts = bool(self._field(f"{architecture}.expert_count"))
+        if (architecture, experts) not in families:
+            supported = sorted({name for name, _ in families})
             raise ModelError(
-                f"{self.path}: architecture {architecture!r} is not supported; supported are "
-                f"{', '.join(families)}"
+                f"{self.path}: architecture {architecture!r} {'with experts ' * experts}is not "
+                f"supported; supported are {', '.join(supported)}"
             )
-        return families[architecture]
+        return families[architecture, experts]
 
     @property
     def _format(self) -> GgufFormat:
@@ -178,10 +207,11 @@ class GgufBase(Base):
         config = {
             "model_type": self._family.model_type,
             "architectures": [self._family.architecture],
-            "vocab_size": self.shape(embedding)[0],
+            "vocab_size": self._stored_shape(embedding)[0],
             "hidden_size": D,
             "intermediate_size": self._metadata("feed_forward_length"),
-            "num_hidden_layers": self._metadata("block_count"),
+            "num_hidden_layers": self._metadata("block_count")
+            - self._metadata("nextn_predict_layers", 0, whole(0)),
             "num_attention_heads": N,
             "num_key_value_heads": self._metadata("attention.head_count_kv", N),
             "head_dim": self._metadata("attention.key_length", D // N),
@@ -194,7 +224,6 @@ class GgufBase(Base):
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
             "torch_dtype": self._dtype_name(),
         }
-        config |= self._format.config(config, self._metadata, set(self._tensors))
         H = config["head_dim"]
         rotary = self._metadata("rope.dimension_count", H)
         if self._format.partial:
@@ -205,15 +234,13 @@ class GgufBase(Base):
                 f"dimensions, which is not supported: {USE_FOLDER}"
             )
         scaling = self._rope_scaling(config["rope_theta"], H)
+        config |= {"rope_scaling": scaling, "rope_parameters": None}  # in place of a family's own
         kind = rope.KINDS.get(scaling["rope_type"]) if scaling else None
         if kind and kind.vllm_multiplies:
             # config.json names the length before it is stretched; converted files name no other.
             original = self._metadata("rope.scaling.original_context_length", 0, whole(0))
             config["max_position_embeddings"] = original or config["max_position_embeddings"]
-        if more := config.get("rope_parameters"):
-            scaling = {"rope_type": "default"} | (scaling or {}) | more
-        # without the RoPE that the family's config class sets by default
-        return config | {"rope_parameters": None, "rope_scaling": scaling}
+        return config | self._format.config(config, self._metadata, set(self._tensors))
 
     def _dtype_name(self) -> str:
         """float16, unless a value may overflow it."""

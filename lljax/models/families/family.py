@@ -51,10 +51,12 @@ class GgufFormat:
     """A family in GGUF files, as llama.cpp's convert_hf_to_gguf.py writes them and llama.cpp reads
     them.
 
-    read: files of the architecture are read as this family. Of families that share an architecture,
-      one is read and the others are only written.
-    names: HF names of tensors of a layer by their GGUF names, where they differ from
-      lljax.interop.gguf.LAYER.
+    read: files of the architecture, with experts or without, are read as this family. Of families
+      that share them, one is read and the others are only written.
+    experts: layers have experts.
+    names: HF names of a layer by their GGUF names, where they differ from
+      lljax.interop.gguf_layout.LAYER.
+    one_row: ends of HF names of tensors that HF keeps as [1, n], and a file as [n].
     permuted: the rows of q and k are in interleaved pairs.
     norms_plus_one: weights of norms are stored as 1 + weight.
     dtype: the dtype of an export; None for float16, or bfloat16 if the file holds a tensor of that
@@ -63,15 +65,16 @@ class GgufFormat:
       architecture.
     partial: RoPE may rotate a part of a head, its first dimensions.
     config(config, metadata, names): more entries of config.json, from the entries that all families
-      have, the metadata and the HF names of the tensors. Its `rope_parameters` are added to the
-      RoPE that is read from the metadata.
+      have, the metadata and the HF names of the tensors.
     metadata(spec): the inverse, more metadata by key below the architecture.
     rope_kinds: the kinds of RoPE that llama.cpp applies in models of this architecture.
     """
 
     architecture: str
     read: bool = True
+    experts: bool = False
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    one_row: tuple[str, ...] = ()
     permuted: bool = False
     norms_plus_one: bool = False
     dtype: str | None = None

@@ -25,8 +25,9 @@ def _decoder(c: dict) -> dict[str, Any]:
 
 
 def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    rope = config["rope_scaling"] or {"rope_type": "default"}
     weight = metadata("attention.temperature_scale", 0.0, NOT_NEGATIVE)
-    return {"sliding_window": None, "rope_parameters": {BETA: weight}}
+    return {"sliding_window": None, "rope_scaling": rope | {BETA: weight}}
 
 
 def _gguf_metadata(spec: DecoderSpec) -> dict[str, Any]:
