@@ -24,9 +24,12 @@ from lljax.models import rope
 from lljax.models.families import FAMILIES
 from lljax.models.families.family import Family, GgufFormat
 from lljax.models.quantize import Form, Quantized
-from lljax.models.values import NUMBER, Value, check, whole
+from lljax.models.values import NUMBER, Value, check, list_of, whole
 
 COUNT = whole(1)
+COUNTS = Value(
+    lambda x: COUNT.holds(x) or list_of(COUNT).holds(x), f"{COUNT.wanted}, or a list of these"
+)
 MOST_VALUES = 1 << 22  # in an array of the metadata; the largest vocabularies have 2 ** 18
 
 
@@ -162,9 +165,11 @@ class GgufBase(Base):
     # ---------------------------------------------------------------- metadata
     def _family_of(self, architecture: Any) -> Family:
         families = {
-            (row.gguf.architecture, row.gguf.experts): row
+            (row.gguf.architecture, experts): row
             for row in FAMILIES.values()
             if row.gguf and row.gguf.read
+            for experts in (True, False)
+            if row.gguf.experts in (experts, None)
         }
         experts = bool(self._field(f"{architecture}.expert_count"))
         if (architecture, experts) not in families:
@@ -213,7 +218,9 @@ class GgufBase(Base):
             "num_hidden_layers": self._metadata("block_count")
             - self._metadata("nextn_predict_layers", 0, whole(0)),
             "num_attention_heads": N,
-            "num_key_value_heads": self._metadata("attention.head_count_kv", N),
+            "num_key_value_heads": self._metadata(
+                "attention.head_count_kv", N, COUNTS if self._format.kv_heads_by_layer else COUNT
+            ),
             "head_dim": self._metadata("attention.key_length", D // N),
             "max_position_embeddings": self._metadata("context_length"),
             "rms_norm_eps": self._metadata("attention.layer_norm_rms_epsilon", wanted=NUMBER),
@@ -262,6 +269,7 @@ class GgufBase(Base):
             theta=theta,
             H=H,
             where=f"{self.path}: {prefix}",
+            kinds=self._format.rope_kinds,
             log_multiplier=self._format.yarn_log_multiplier,
         )
 

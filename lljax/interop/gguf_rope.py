@@ -26,6 +26,7 @@ NEUTRAL = {
     "yarn_log_multiplier": 0.0,
     "alpha": 0.0,
 }
+STILL = 1e30  # the divisor of a pair that does not turn
 LLAMA3_LENGTH = 8192  # the original length of all released Llama 3
 USE_FOLDER = "use the HuggingFace folder of this model"
 
@@ -38,17 +39,20 @@ def read_rope(
     theta: float,
     H: int,
     where: str,
+    kinds: tuple[str, ...] = (),
     log_multiplier: bool = False,
 ) -> dict[str, Any] | None:
     """The entry `rope_scaling` of config.json; None if the RoPE is not scaled.
 
     field(key): the metadata below `rope.scaling`, None if it is absent. tensors: those of TENSORS
-    that the file has. where: the file and the prefix of the keys, for errors. log_multiplier:
-    `GgufFormat.yarn_log_multiplier`.
+    that the file has. where: the file and the prefix of the keys, for errors. kinds:
+    `GgufFormat.rope_kinds`. log_multiplier: `GgufFormat.yarn_log_multiplier`.
 
     Raises:
       ModelError: an unknown kind, a scaling that is not supported, or a value that cannot be right.
     """
+    if FREQS in tensors and "proportional" in kinds:
+        return _read_proportional(tensors[FREQS], where)
     if FREQS in tensors:
         length = field("original_context_length") or LLAMA3_LENGTH
         check({"original_context_length": length}, {"original_context_length": whole(1)}, where)
@@ -120,6 +124,20 @@ def _read_llama3(
     }
 
 
+def _read_proportional(divisors: np.ndarray, where: str) -> dict[str, Any]:
+    """The share of the pairs that turn, and the factor, which is the divisor of all of these."""
+    turning = int((divisors < STILL / 2).sum())
+    if not turning or not np.all(divisors[:turning] == divisors[0]):
+        raise ModelError(
+            f"{where}: its RoPE factors ({FREQS}) are not of the kind proportional: {USE_FOLDER}"
+        )
+    return {
+        "rope_type": "proportional",
+        "partial_rotary_factor": turning / len(divisors),
+        "factor": float(divisors[0]),
+    }
+
+
 def llama3_divisors(spec: RopeSpec, H: int) -> np.ndarray:
     """What llama3 divides the frequencies by, float32 [H / 2]."""
     return base_frequencies(spec.theta, H) / np.asarray(llama3_frequencies(spec, H, 0).inverse)
@@ -169,6 +187,11 @@ def _longrope(spec: RopeSpec, H: int) -> RopeEntries:
     return RopeEntries(metadata | _attn_factor(spec, H), tensors)
 
 
+def _proportional(spec: RopeSpec, H: int) -> RopeEntries:
+    turns = np.asarray(frequencies(spec, H, 0).inverse) > 0
+    return RopeEntries({}, {FREQS: np.where(turns, spec.factor, STILL).astype(np.float32)})
+
+
 def _attn_factor(spec: RopeSpec, H: int) -> dict[str, float]:
     scale = frequencies(spec, H, 1).scale / _own_magnitude(spec.type, spec.factor)
     return {} if np.isclose(scale, 1, rtol=1e-6, atol=0) else {"attn_factor": float(scale)}
@@ -182,6 +205,7 @@ WRITERS: dict[str, Callable[[RopeSpec, int], RopeEntries]] = {
     "yarn": _yarn,
     "llama3": _llama3,
     "longrope": _longrope,
+    "proportional": _proportional,
 }
 
 

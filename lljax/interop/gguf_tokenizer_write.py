@@ -41,7 +41,7 @@ def entry(value: Any) -> Entry:
     """A value of Python in the type that llama.cpp's converter gives it."""
     types = {bool: Type.BOOL, int: Type.UINT32, float: Type.FLOAT32, str: Type.STRING}
     if isinstance(value, list):
-        items = {int: Type.INT32} | {float: Type.FLOAT32, str: Type.STRING}
+        items = types | {int: Type.INT32}
         return Entry(value, Type.ARRAY, items[type(value[0])])
     return Entry(value, types[type(value)])
 

@@ -99,7 +99,7 @@ def write_gguf(
         )
     form, file_type = TYPES[type]
     format = gguf_format(spec)
-    rope = write_rope(spec.rope, spec.H, format.rope_kinds)
+    rope = write_rope(spec.rope, spec.rotary(), format.rope_kinds)
     metadata = {
         "general.type": entry("model"),
         "general.name": entry(Path(base.path).name.removesuffix(".gguf")),
@@ -327,8 +327,8 @@ def _check_read_back(base: Base, spec: DecoderSpec) -> None:
             f"--format=gguf: llama.cpp would read this model with {name} {short(theirs)} in place "
             f"of {short(ours)}: use --format=merged"
         )
-    for ours, theirs in zip(spec.ropes, read.ropes, strict=True):
-        if not _same_rotation(ours, theirs, spec):
+    for i, (ours, theirs) in enumerate(zip(spec.ropes, read.ropes, strict=True)):
+        if not _same_rotation(ours, theirs, spec.rotary(i), spec.max_length):
             raise ConfigError(
                 f"--format=gguf: llama.cpp has no RoPE of the kind {ours.type!r} with these values "
                 f"({short(ours)}): use --format=merged"
@@ -357,12 +357,10 @@ def _layer(layer: Any, spec: DecoderSpec) -> Any:
     return layer
 
 
-def _same_rotation(ours: RopeSpec, theirs: RopeSpec, spec: DecoderSpec) -> bool:
+def _same_rotation(ours: RopeSpec, theirs: RopeSpec, H: int, max_length: int) -> bool:
     """Whether two RoPE rotate short and long rows alike, up to float32 in the metadata."""
     return ours.type == theirs.type and all(
         np.allclose(a, b, rtol=1e-5, atol=0)
-        for length in (1, spec.max_length)
-        for a, b in zip(
-            frequencies(ours, spec.H, length), frequencies(theirs, spec.H, length), strict=True
-        )
+        for length in (1, max_length)
+        for a, b in zip(frequencies(ours, H, length), frequencies(theirs, H, length), strict=True)
     )

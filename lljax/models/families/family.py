@@ -53,7 +53,7 @@ class GgufFormat:
 
     read: files of the architecture, with experts or without, are read as this family. Of families
       that share them, one is read and the others are only written.
-    experts: layers have experts.
+    experts: layers have experts; None if some models of the family have them.
     names: HF names of a layer by their GGUF names, where they differ from
       lljax.interop.gguf_layout.LAYER.
     one_row: ends of HF names of tensors that HF keeps as [1, n], and a file as [n].
@@ -63,22 +63,25 @@ class GgufFormat:
       type.
     yarn_log_multiplier: llama.cpp reads this key, HF's mscale_all_dim, in models of this
       architecture.
+    kv_heads_by_layer: attention.head_count_kv may be a list, with a number for each layer.
     partial: RoPE may rotate a part of a head, its first dimensions.
     config(config, metadata, names): more entries of config.json, from the entries that all families
       have, the metadata and the HF names of the tensors.
     metadata(spec): the inverse, more metadata by key below the architecture.
-    rope_kinds: the kinds of RoPE that llama.cpp applies in models of this architecture.
+    rope_kinds: the kinds of RoPE that llama.cpp applies in models of this architecture. Divisors of
+      frequencies (rope_freqs) are of the kind llama3, or of proportional if that is among them.
     """
 
     architecture: str
     read: bool = True
-    experts: bool = False
+    experts: bool | None = False
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     one_row: tuple[str, ...] = ()
     permuted: bool = False
     norms_plus_one: bool = False
     dtype: str | None = None
     yarn_log_multiplier: bool = False
+    kv_heads_by_layer: bool = False
     partial: bool = False
     config: Callable[[dict, Metadata, set[str]], dict[str, Any]] = _no_entries
     metadata: Callable[[DecoderSpec], dict[str, Any]] = _no_metadata
