@@ -4,11 +4,12 @@ Key names: the `gguf` package's constants. A family says the rest in its row (`G
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import ml_dtypes
@@ -67,6 +68,22 @@ class Reader(gguf.GGUFReader):
         return super()._get_field_parts(orig_offs, raw_type)
 
 
+class Part(NamedTuple):
+    """A tensor of a file, or one of the experts in it."""
+
+    tensor: gguf.ReaderTensor
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(int(x) for x in reversed(self.tensor.shape))
+        return shape if self.expert is None else shape[1:]
+
+    @property
+    def data(self) -> np.ndarray:
+        return self.tensor.data if self.expert is None else self.tensor.data[self.expert]
+
+
 class GgufBase(Base):
     """A base in one GGUF file."""
 
@@ -103,58 +120,62 @@ class GgufBase(Base):
     def generation_config(self) -> dict[str, Any]:
         return {"eos_token_id": self._ends}
 
-    def _named(self) -> dict[str, tuple[gguf.ReaderTensor, int | None]]:
-        """The tensors by HF names. Those of experts are parts of one, with a number.
+    def _named(self) -> dict[str, list[Part]]:
+        """The parts of every HF tensor, nearly always one.
 
         Raises:
           ModelError: a tensor has another number of experts than the metadata name.
         """
-        named: dict[str, tuple[gguf.ReaderTensor, int | None]] = {}
+        named: dict[str, list[Part]] = {}
         for tensor in self._reader.tensors:
             if tensor.name in TENSORS:
                 continue
             name, E = hf_name(tensor.name, self._format), int(tensor.shape[-1])
             if "*" not in name:
-                named[name] = tensor, None
+                named.setdefault(name, []).append(Part(tensor))
                 continue
             if (wanted := self._metadata("expert_count")) != E:
                 raise ModelError(
                     f"{self.path}: tensor {tensor.name!r} has {E} experts, and the metadata make "
                     f"it {wanted}"
                 )
-            named |= {name.replace("*", str(e)): (tensor, e) for e in range(E)}
+            named |= {name.replace("*", str(e)): [Part(tensor, e)] for e in range(E)}
+        order = {name: i for i, name in enumerate(self._format.names)}
+        for parts in named.values():
+            parts.sort(key=lambda part: order.get(part.tensor.name.split(".")[-2], 0))
         return named
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._layout.hf_shape(name, self._stored_shape(name))
-
-    def _stored_shape(self, name: str) -> tuple[int, ...]:
-        tensor, expert = self._tensors[name]
-        shape = tuple(int(x) for x in reversed(tensor.shape))
-        return shape if expert is None else shape[1:]
+        shapes = [part.shape for part in self._tensors[name]]
+        if split := self._layout.splits(name):
+            return split.join([np.broadcast_to(np.float32(0), shape) for shape in shapes]).shape
+        return self._layout.hf_shape(name, shapes[0])
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that an export writes, the same for all tensors."""
         return np.dtype(getattr(ml_dtypes, self.config["torch_dtype"], self.config["torch_dtype"]))
 
     def read(self, name: str) -> np.ndarray:
-        tensor, expert = self._tensors[name]
-        data = tensor.data if expert is None else tensor.data[expert]
-        with self._reading(
-            f"tensor {name!r} of type {tensor.tensor_type.name} cannot be dequantized"
-        ):
-            array = gguf.quants.dequantize(data, tensor.tensor_type)
-            return self._layout.to_hf(name, array.reshape(self._stored_shape(name)))
+        parts = self._tensors[name]
+        kinds = ", ".join(part.tensor.tensor_type.name for part in parts)
+        with self._reading(f"tensor {name!r} of type {kinds} cannot be dequantized"):
+            arrays = [
+                gguf.quants.dequantize(part.data, part.tensor.tensor_type).reshape(part.shape)
+                for part in parts
+            ]
+            split = self._layout.splits(name)
+            return split.join(arrays) if split else self._layout.to_hf(name, arrays[0])
 
     def stored(self, name: str, form: Form) -> Quantized | None:
         return None  # no format of GGUF blocks is one of ours
 
     def checksum(self, name: str, before: int = 0) -> int:
-        tensor, expert = self._tensors[name]
-        return crc32(tensor.data if expert is None else tensor.data[expert], before)
+        return functools.reduce(
+            lambda sum, part: crc32(part.data, sum), self._tensors[name], before
+        )
 
     def fingerprint(self) -> str:
         """sha256 over the size, the metadata and the table of tensors; the weights are not read."""
@@ -212,7 +233,7 @@ class GgufBase(Base):
         config = {
             "model_type": self._family.model_type,
             "architectures": [self._family.architecture],
-            "vocab_size": self._stored_shape(embedding)[0],
+            "vocab_size": self._tensors[embedding][0].shape[0],
             "hidden_size": D,
             "intermediate_size": self._metadata("feed_forward_length"),
             "num_hidden_layers": self._metadata("block_count")

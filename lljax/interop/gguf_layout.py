@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lljax.models.families.family import GgufFormat
+from lljax.models.families.family import GgufFormat, SplitTensor
 
 # HF names below the layer, of modules by their GGUF names, or of tensors if these end in the kind
 # of the tensor. A file has the experts (*) of a layer in one tensor.
@@ -58,20 +58,26 @@ def hf_name(name: str, format: GgufFormat) -> str:
     return f"model.layers.{match[1]}.{layer.get(rest) or f'{layer.get(stem, stem)}.{kind}'}"
 
 
-def gguf_place(name: str, format: GgufFormat) -> Place | None:
-    """The inverse of `hf_name`, of a name with a number; None if GGUF files have no such tensor."""
+def gguf_places(name: str, format: GgufFormat) -> list[Place]:
+    """Where a HF tensor is: the inverse of `hf_name`, of a name with a number. Nearly always one
+    place; none if GGUF files have no such tensor.
+    """
     stem, _, kind = name.rpartition(".")
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     if not match:
         whole = {hf: ours for ours, hf in WHOLE.items()}
-        return Place(f"{whole[stem]}.{kind}") if stem in whole else None
-    names = {hf: ours for ours, hf in (LAYER | dict(format.names)).items()}
+        return [Place(f"{whole[stem]}.{kind}")] if stem in whole else []
     number = re.search(r"\.(\d+)\.", match[2])
     rest = match[2] if number is None else match[2].replace(number[0], ".*.", 1)
     stem, _, kind = rest.rpartition(".")
-    found = names.get(rest) or (f"{names[stem]}.{kind}" if stem in names else None)
+    names: dict[str, list[str]] = {}
+    for ours, hf in (LAYER | dict(format.names)).items():
+        names.setdefault(hf, []).append(ours)
+    found = names.get(rest) or [f"{ours}.{kind}" for ours in names.get(stem, ())]
+    if found and (stem not in format.splits):
+        found = found[-1:]  # the family's own
     expert = None if number is None else int(number[1])
-    return Place(f"blk.{match[1]}.{found}", expert) if found else None
+    return [Place(f"blk.{match[1]}.{ours}", expert) for ours in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,11 @@ class Layout:
     format: GgufFormat
     N: int
     K: int
+
+    def splits(self, name: str) -> SplitTensor | None:
+        """How files split a tensor; None if they do not."""
+        module = re.fullmatch(r"model\.layers\.\d+\.(.+)\.weight", name)
+        return self.format.splits.get(module[1]) if module else None
 
     def to_hf(self, name: str, array: np.ndarray) -> np.ndarray:
         """A tensor of a GGUF file as HF has it."""

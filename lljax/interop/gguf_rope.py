@@ -40,7 +40,7 @@ def read_rope(
     H: int,
     where: str,
     kinds: tuple[str, ...] = (),
-    log_multiplier: bool = False,
+    log_multiplier: float = 0.0,
 ) -> dict[str, Any] | None:
     """The entry `rope_scaling` of config.json; None if the RoPE is not scaled.
 
@@ -82,16 +82,18 @@ def read_rope(
         {"attn_factor": rope.CHECKS["factor"], "yarn_log_multiplier": NOT_NEGATIVE},
         where,
     )
-    if scale is not None or weight or kind == "longrope":
+    if weight:  # llama.cpp takes mscale to be 1
+        weight = round(weight / log_multiplier, 6)
+        scaling |= {"mscale": 1.0, "mscale_all_dim": weight}
+    if scale is not None or kind == "longrope":
         own = _own_magnitude(kind, scaling["factor"], weight)
         scaling["attention_factor"] = (1.0 if scale is None else scale) * own
     return scaling
 
 
-def _own_magnitude(kind: str, factor: float | None, weight: float = 0.0) -> float:
-    """The factor of queries and keys that llama.cpp multiplies with attn_factor.
-
-    weight: yarn_log_multiplier, the mscale_all_dim of HF; llama.cpp takes mscale to be 1.
+def _own_magnitude(kind: str, factor: float | None, weight: float | None = None) -> float:
+    """The factor of queries and keys that llama.cpp multiplies with attn_factor; weight: the
+    mscale_all_dim that it reads.
     """
     if kind != "yarn":
         return 1.0
@@ -151,15 +153,15 @@ class RopeEntries(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-def _default(spec: RopeSpec, H: int) -> RopeEntries:
+def _default(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     return RopeEntries({}, {})
 
 
-def _linear(spec: RopeSpec, H: int) -> RopeEntries:
+def _linear(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     return RopeEntries({"type": "linear", "factor": float(spec.factor)}, {})
 
 
-def _yarn(spec: RopeSpec, H: int) -> RopeEntries:
+def _yarn(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     metadata = {
         "type": "yarn",
         "factor": float(spec.factor),
@@ -167,10 +169,13 @@ def _yarn(spec: RopeSpec, H: int) -> RopeEntries:
         "yarn_beta_fast": float(spec.beta_fast),
         "yarn_beta_slow": float(spec.beta_slow),
     }
-    return RopeEntries(metadata | _attn_factor(spec, H), {})
+    weight = spec.mscale_all_dim if log_multiplier else None
+    if weight:
+        metadata["yarn_log_multiplier"] = log_multiplier * weight
+    return RopeEntries(metadata | _attn_factor(spec, H, weight), {})
 
 
-def _llama3(spec: RopeSpec, H: int) -> RopeEntries:
+def _llama3(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     # The key is for our reader: llama.cpp reads the divisors alone.
     return RopeEntries(
         {"original_context_length": spec.original_length},
@@ -178,7 +183,7 @@ def _llama3(spec: RopeSpec, H: int) -> RopeEntries:
     )
 
 
-def _longrope(spec: RopeSpec, H: int) -> RopeEntries:
+def _longrope(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     # Without the factor, by which llama.cpp would divide all frequencies besides.
     metadata = {"type": "longrope", "original_context_length": spec.original_length}
     tensors = {
@@ -187,19 +192,19 @@ def _longrope(spec: RopeSpec, H: int) -> RopeEntries:
     return RopeEntries(metadata | _attn_factor(spec, H), tensors)
 
 
-def _proportional(spec: RopeSpec, H: int) -> RopeEntries:
+def _proportional(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     turns = np.asarray(frequencies(spec, H, 0).inverse) > 0
     return RopeEntries({}, {FREQS: np.where(turns, spec.factor, STILL).astype(np.float32)})
 
 
-def _attn_factor(spec: RopeSpec, H: int) -> dict[str, float]:
-    scale = frequencies(spec, H, 1).scale / _own_magnitude(spec.type, spec.factor)
+def _attn_factor(spec: RopeSpec, H: int, weight: float | None = None) -> dict[str, float]:
+    scale = frequencies(spec, H, 1).scale / _own_magnitude(spec.type, spec.factor, weight)
     return {} if np.isclose(scale, 1, rtol=1e-6, atol=0) else {"attn_factor": float(scale)}
 
 
 # llama.cpp has no dynamic scaling. It chooses between the factors of longrope by the length of its
 # context (-c), and not of the text.
-WRITERS: dict[str, Callable[[RopeSpec, int], RopeEntries]] = {
+WRITERS: dict[str, Callable[[RopeSpec, int, float], RopeEntries]] = {
     "default": _default,
     "linear": _linear,
     "yarn": _yarn,
@@ -209,8 +214,10 @@ WRITERS: dict[str, Callable[[RopeSpec, int], RopeEntries]] = {
 }
 
 
-def write_rope(spec: RopeSpec, H: int, kinds: tuple[str, ...]) -> RopeEntries:
-    """The RoPE scaling of a model with heads of size H. kinds: `GgufFormat.rope_kinds`.
+def write_rope(
+    spec: RopeSpec, H: int, kinds: tuple[str, ...], log_multiplier: float = 0.0
+) -> RopeEntries:
+    """The RoPE scaling of a model with heads of size H. kinds, log_multiplier: see `read_rope`.
 
     Raises:
       ConfigError: llama.cpp has no such scaling.
@@ -220,7 +227,7 @@ def write_rope(spec: RopeSpec, H: int, kinds: tuple[str, ...]) -> RopeEntries:
             f"--format=gguf: llama.cpp has no RoPE of the kind {spec.type!r} for this model, only "
             f"{', '.join(kinds)}: use --format=merged"
         )
-    return WRITERS[spec.type](spec, H)
+    return WRITERS[spec.type](spec, H, log_multiplier)
 
 
 def command_options(spec: RopeSpec, H: int) -> list[str] | None:

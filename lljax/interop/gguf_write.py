@@ -21,13 +21,13 @@ from gguf import LlamaFileType
 from lljax.errors import ConfigError, ModelError, short
 from lljax.interop.base import Base
 from lljax.interop.gguf import GgufBase
-from lljax.interop.gguf_layout import ROUTERS, Layout, gguf_place
+from lljax.interop.gguf_layout import ROUTERS, Layout, gguf_places
 from lljax.interop.gguf_rope import RopeEntries, write_rope
 from lljax.interop.gguf_tokenizer_write import Entry, entry, tokenizer_metadata
 from lljax.interop.huggingface import HARMLESS, hf_shape, parts_of
 from lljax.models.decoder import Decoder
 from lljax.models.families import FAMILIES, rope_to_hf, spec_from_hf
-from lljax.models.families.family import GgufFormat
+from lljax.models.families.family import GgufFormat, SplitTensor
 from lljax.models.rope import KINDS, RopeSpec, frequencies
 from lljax.models.spec import DecoderSpec
 
@@ -99,7 +99,7 @@ def write_gguf(
         )
     form, file_type = TYPES[type]
     format = gguf_format(spec)
-    rope = write_rope(spec.rope, spec.rotary(), format.rope_kinds)
+    rope = write_rope(spec.rope, spec.rotary(), format.rope_kinds, format.yarn_log_multiplier)
     metadata = {
         "general.type": entry("model"),
         "general.name": entry(Path(base.path).name.removesuffix(".gguf")),
@@ -197,8 +197,8 @@ def _weights(base: Base, spec: DecoderSpec, layout: Layout, form: Form) -> list[
     tensors: dict[str, Tensor] = {}
     shapes = {name: hf_shape(of[0][0]) for name, of in parts_of(Decoder(spec)).items()}
     for name, shape in shapes.items():
-        place = gguf_place(name, layout.format)
-        if place is None:
+        places = gguf_places(name, layout.format)
+        if not places:
             raise ConfigError(
                 f"--format=gguf: llama.cpp's {layout.format.architecture} has no tensor {name!r}: "
                 "use --format=merged"
@@ -210,16 +210,29 @@ def _weights(base: Base, spec: DecoderSpec, layout: Layout, form: Form) -> list[
                 f"{base.path}: tensor {name!r} has shape {base.shape(name)}, and config.json makes "
                 f"it {shape}"
             )
-        stored = layout.gguf_shape(name, shape)
-        own = Form.F32 if len(stored) == 1 or place.name.split(".")[-2] in ROUTERS else form
-        if shape[-1] % gguf.GGML_QUANT_SIZES[own][0]:
-            own = Form.F16
-            narrow.append(name)
-        sources = (lambda name=name: layout.to_gguf(name, base.read(name)),)
-        if place.expert is not None:  # in the order of `hf_names`, expert after expert
-            sources = (*(tensors[place.name].sources if place.name in tensors else ()), *sources)
-            stored = (len(sources), *stored)
-        tensors[place.name] = Tensor(place.name, stored, own, sources)
+        split = layout.splits(name)
+        zeros = np.broadcast_to(np.float32(0), shape)
+        parts = (
+            split.split(zeros, spec) if split else (zeros.reshape(layout.gguf_shape(name, shape)),)
+        )
+        for i, (place, part) in enumerate(zip(places, parts, strict=True)):
+
+            def source(
+                name: str = name, i: int = i, split: SplitTensor | None = split
+            ) -> np.ndarray:
+                array = base.read(name)
+                return split.split(array, spec)[i] if split else layout.to_gguf(name, array)
+
+            stored, sources = part.shape, (source,)
+            own = Form.F32 if part.ndim == 1 or place.name.split(".")[-2] in ROUTERS else form
+            if stored[-1] % gguf.GGML_QUANT_SIZES[own][0]:
+                own = Form.F16
+                narrow.append(name)
+            if place.expert is not None:  # in the order of `hf_names`, expert after expert
+                before = tensors[place.name].sources if place.name in tensors else ()
+                sources = (*before, source)
+                stored = (len(sources), *stored)
+            tensors[place.name] = Tensor(place.name, stored, own, sources)
     if narrow:
         logging.warning(
             "%d tensors have rows that 32 does not divide and are written in f16, such as %s of "

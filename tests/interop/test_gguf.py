@@ -301,14 +301,13 @@ def test_the_multiplier_of_yarn_is_read_for_architectures_that_have_it():
     def read(**options):
         return read_rope(fields.get, {}, theta=1e4, H=4, where="m.gguf", **options)
 
-    scaling = read(log_multiplier=True)
-    mscales = {"attention_factor": None, "mscale": 1.0, "mscale_all_dim": 0.7}
-    ours, theirs = (
-        from_hf({"max_position_embeddings": 1024, "rope_scaling": of})
-        for of in (scaling, scaling | mscales)
-    )
-    assert frequencies(ours, 4, 1).scale == pytest.approx(frequencies(theirs, 4, 1).scale)
-    with pytest.raises(ModelError, match="yarn_log_multiplier is 0.7, which is not supported"):
+    scaling = read(log_multiplier=1.0)
+    fields["yarn_log_multiplier"] = 0.07
+    assert read(log_multiplier=0.1) == scaling
+    spec = from_hf({"max_position_embeddings": 1024, "rope_scaling": scaling})
+    wanted = (0.1 * math.log(16) + 1) / (0.07 * math.log(16) + 1)
+    assert frequencies(spec, 4, 1).scale == pytest.approx(wanted)
+    with pytest.raises(ModelError, match="yarn_log_multiplier is 0.07, which is not supported"):
         read()
 
 

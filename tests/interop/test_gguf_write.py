@@ -19,7 +19,7 @@ from lljax.config.shipped import shipped_model
 from lljax.errors import ConfigError, ModelError
 from lljax.interop import gguf_tokenizer, gguf_write
 from lljax.interop.base import Base
-from lljax.interop.gguf_layout import Layout, gguf_place
+from lljax.interop.gguf_layout import Layout, gguf_places
 from lljax.interop.gguf_lora import write_lora_gguf
 from lljax.interop.gguf_tokenizer import RULES
 from lljax.interop.gguf_tokenizer_write import pre_tokenizer_name
@@ -49,6 +49,14 @@ SHAPE = {
     "eos_token_id": 0,
 }
 EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 32}
+MSCALES = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 SIGMOID = EXPERTS | {
     "n_routed_experts": 8,
     "n_shared_experts": 2,
@@ -90,18 +98,7 @@ CONFIGS = {
             "long_factor": [1.5, 2.0, 3.0, 4.0],
         },
     },
-    "ministral3": {
-        "max_position_embeddings": 64,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 1e6,
-            "factor": 2.0,
-            "original_max_position_embeddings": 32,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.5,
-        },
-    },
+    "ministral3": {"rope_parameters": MSCALES | {"llama_4_scaling_beta": 0.5}},
 }
 CONFIGS |= {
     "qwen3_moe": EXPERTS | {"num_experts": 8, "norm_topk_prob": True, "head_dim": 32},
@@ -117,6 +114,18 @@ CONFIGS |= {
     | {"first_k_dense_replace": 1, "sliding_window": None, "num_key_value_heads": 4},
     "glm4_moe": SIGMOID | {"first_k_dense_replace": 1, "head_dim": 32, "use_qk_norm": True},
     "solar_open": SIGMOID,
+    "deepseek_v3": SIGMOID
+    | {
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 12,
+        "rope_parameters": MSCALES,
+    },
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 3, "rotary_dim": 8},
 }
 CONFIGS["gemma4_text"] = {
@@ -413,6 +422,11 @@ def test_the_attention_factor_is_relative_to_llama_cpps_own(tmp_path):
             {},
             "layer 0 window None in place of",
         ),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, {}, "epsilon is .*it has to be 1e-06"),
+        ("deepseek_v3", {"rope_interleave": False}, {}, "interleaved True in place of False"),
+        ("deepseek_v3", {"q_lora_rank": None}, {}, "the metadata has no .*q_lora_rank"),
+        ("deepseek_v3", {}, {"mscale_all_dim": 0.7}, "yarn_log_multiplier is 0.07.*to be 0.1"),
+        ("deepseek_v3", {}, {"mscale": None, "mscale_all_dim": None}, "no .*yarn_log_multiplier"),
         ("minimax_m2", {"tie_word_embeddings": True}, {}, "tied False in place of True"),
         ("mistral", {"sliding_window": 32}, {}, "layer 0 window None in place of 32: .*=merged"),
         (
@@ -670,7 +684,7 @@ def test_the_factors_of_an_adapter_change_the_weights_of_the_file(tmp_path, vari
         for name in parts_of(model):
             if name not in weight.get_metadata("hf").replace("{layer}", "0"):
                 continue
-            theirs = gguf_place(name, layout.format).name
+            theirs = gguf_places(name, layout.format)[0].name
             a, b = tensors[f"{theirs}.lora_a"], tensors[f"{theirs}.lora_b"]
             update = adapter.scale * np.asarray(adapter.a[0] @ adapter.b[0]).T
             wanted = layout.to_gguf(name, update.astype(np.float32))
@@ -778,6 +792,7 @@ def smooth(base):
         ("dots1", "yarn", {}),
         ("glm4_moe", "yarn", {}),
         ("solar_open", "yarn", {}),
+        ("deepseek_v3", "yarn", {}),
         ("minimax_m2", "yarn", {}),
     ],
 )

@@ -62,7 +62,7 @@ FAMILY = Family(
     gguf=GgufFormat(
         architecture="mistral3",
         permuted=True,
-        yarn_log_multiplier=True,
+        yarn_log_multiplier=1.0,
         config=_gguf_config,
         metadata=_gguf_metadata,
     ),
