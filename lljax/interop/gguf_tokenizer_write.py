@@ -160,7 +160,7 @@ def _ends(base: Base, tokenizer: Any) -> dict[str, int]:
         logging.warning(
             "%s: a GGUF file names at most 3 tokens that end a text; not named are %s",
             base.path,
-            ", ".join(tokenizer.convert_ids_to_tokens(left)),
+            ", ".join(tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in left),
         )
     return {f"{name}_token_id": i for name, i in zip(names, ids, strict=False)}
 

@@ -119,7 +119,7 @@ def write_gguf(
         format,
         metadata,
         tensors,
-        check=lambda: _check_read_back(GgufBase(str(file), file), spec),
+        check=lambda: _check_read_back(file, spec),
         checked=len(rope.tensors),
     )
 
@@ -321,13 +321,18 @@ def _encoded_part(tensor: Tensor, source: Callable[[], np.ndarray]) -> np.ndarra
 
 
 # ---------------------------------------------------------------- the check
-def _check_read_back(base: Base, spec: DecoderSpec) -> None:
-    """Refuses a file that is read as another model than `spec`.
+def _check_read_back(file: Path, spec: DecoderSpec) -> None:
+    """Refuses a file that is not read, or as another model than `spec`.
 
     Raises:
       ConfigError: it is.
     """
-    read = spec_from_hf(base.config)
+    try:
+        read = spec_from_hf(GgufBase(file.name, file).config)
+    except ModelError as error:
+        raise ConfigError(
+            f"--format=gguf: llama.cpp has no such model ({error}): use --format=merged"
+        ) from None
     names = [field.name for field in dataclasses.fields(spec) if field.name not in COMPARED_APART]
     pairs = {name: (getattr(spec, name), getattr(read, name)) for name in [*names, "scale"]}
     pairs |= {

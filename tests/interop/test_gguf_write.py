@@ -318,7 +318,7 @@ def test_routers_are_float32_and_experts_are_quantized_alone(tmp_path):
 
 def test_a_file_of_another_number_of_experts_than_it_names_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_write, "_experts", lambda spec: {"expert_count": 7})
-    with pytest.raises(ModelError, match="'blk.0.ffn_down_exps.weight' has 8 experts.* it 7"):
+    with pytest.raises(ConfigError, match="'blk.0.ffn_down_exps.weight' has 8 experts.* it 7"):
         written(RandomBase("qwen3_moe"), tmp_path)
 
 
@@ -466,7 +466,7 @@ def test_what_llama_cpp_computes_in_another_way_is_refused_before_a_weight_is_re
     spec = dataclasses.replace(
         base.spec, rope=longer, max_length=int(base.spec.max_length * longer.factor)
     )
-    with pytest.raises((ConfigError, ModelError), match=line) as refusal:
+    with pytest.raises(ConfigError, match=line) as refusal:
         written(base, tmp_path, spec=spec)
     assert "\n" not in str(refusal.value) and not base.reads
 
@@ -631,6 +631,14 @@ def test_special_tokens_ends_and_the_chat_template_are_kept(tmp_path):
     assert field(tmp_path, "tokenizer.ggml.eot_token_id") == 2  # the end of a turn comes first
     assert end_tokens(read, read.tokenizer()) == {1, 2, 3}
     assert read.tokenizer()("a<|im_end|>")["input_ids"][-1] == 2
+
+
+def test_ends_that_a_file_cannot_name_are_said_with_or_without_a_token(tmp_path, caplog):
+    tokenizer = train(RULES["gpt-2"].pre_tokenizer)
+    ends = [1, 5, 6, 7, len(tokenizer) + 5]  # the last has no token
+    base = RandomBase("qwen2", tokenizer, vocab_size=len(tokenizer) + 8, eos_token_id=ends)
+    written(base, tmp_path, "f16")
+    assert f"not named are {tokenizer.convert_ids_to_tokens(7)}, id {ends[-1]}" in caplog.text
 
 
 def test_a_gguf_base_keeps_the_metadata_of_its_tokenizer(tmp_path):
