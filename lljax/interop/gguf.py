@@ -262,13 +262,16 @@ class GgufBase(Base):
                 f"dimensions, which is not supported: {USE_FOLDER}"
             )
         scaling = self._rope_scaling(config["rope_theta"], H)
-        config |= {"rope_scaling": scaling, "rope_parameters": None}  # in place of a family's own
+        config["rope_scaling"] = scaling
         kind = rope.KINDS.get(scaling["rope_type"]) if scaling else None
         if kind and kind.vllm_multiplies:
             # config.json names the length before it is stretched; converted files name no other.
             original = self._metadata("rope.scaling.original_context_length", 0, whole(0))
             config["max_position_embeddings"] = original or config["max_position_embeddings"]
-        return config | self._format.config(config, self._metadata, set(self._tensors))
+        config |= self._format.config(config, self._metadata, set(self._tensors))
+        if config["rope_scaling"] is None:  # transformers takes null in place of rope_parameters
+            del config["rope_scaling"]
+        return config
 
     def _dtype_name(self) -> str:
         """float16, unless a value may overflow it."""
