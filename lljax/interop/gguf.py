@@ -4,11 +4,12 @@ Key names: the `gguf` package's constants. A family says the rest in its row (`G
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import ml_dtypes
@@ -24,9 +25,12 @@ from lljax.models import rope
 from lljax.models.families import FAMILIES
 from lljax.models.families.family import Family, GgufFormat
 from lljax.models.quantize import Form, Quantized
-from lljax.models.values import NUMBER, Value, check, whole
+from lljax.models.values import NUMBER, Value, check, list_of, whole
 
 COUNT = whole(1)
+COUNTS = Value(
+    lambda x: COUNT.holds(x) or list_of(COUNT).holds(x), f"{COUNT.wanted}, or a list of these"
+)
 MOST_VALUES = 1 << 22  # in an array of the metadata; the largest vocabularies have 2 ** 18
 
 
@@ -64,6 +68,22 @@ class Reader(gguf.GGUFReader):
         return super()._get_field_parts(orig_offs, raw_type)
 
 
+class Part(NamedTuple):
+    """A tensor of a file, or one of the experts in it."""
+
+    tensor: gguf.ReaderTensor
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(int(x) for x in reversed(self.tensor.shape))
+        return shape if self.expert is None else shape[1:]
+
+    @property
+    def data(self) -> np.ndarray:
+        return self.tensor.data if self.expert is None else self.tensor.data[self.expert]
+
+
 class GgufBase(Base):
     """A base in one GGUF file."""
 
@@ -72,11 +92,7 @@ class GgufBase(Base):
         with self._reading("not a GGUF file that can be read"):
             self._reader = Reader(file)
             self._family = self._family_of(self._field("general.architecture"))
-            self._tensors = {
-                hf_name(tensor.name, self._format): tensor
-                for tensor in self._reader.tensors
-                if tensor.name not in TENSORS
-            }
+            self._tensors = self._named()
             self.config = self._config()
             N, K = (self.config[f"num_{heads}_heads"] for heads in ("attention", "key_value"))
             self._layout = Layout(self._format, N, K)
@@ -104,29 +120,62 @@ class GgufBase(Base):
     def generation_config(self) -> dict[str, Any]:
         return {"eos_token_id": self._ends}
 
+    def _named(self) -> dict[str, list[Part]]:
+        """The parts of every HF tensor, nearly always one.
+
+        Raises:
+          ModelError: a tensor has another number of experts than the metadata name.
+        """
+        named: dict[str, list[Part]] = {}
+        for tensor in self._reader.tensors:
+            if tensor.name in TENSORS:
+                continue
+            name, E = hf_name(tensor.name, self._format), int(tensor.shape[-1])
+            if "*" not in name:
+                named.setdefault(name, []).append(Part(tensor))
+                continue
+            if (wanted := self._metadata("expert_count")) != E:
+                raise ModelError(
+                    f"{self.path}: tensor {tensor.name!r} has {E} experts, and the metadata make "
+                    f"it {wanted}"
+                )
+            named |= {name.replace("*", str(e)): [Part(tensor, e)] for e in range(E)}
+        order = {name: i for i, name in enumerate(self._format.names)}
+        for parts in named.values():
+            parts.sort(key=lambda part: order.get(part.tensor.name.split(".")[-2], 0))
+        return named
+
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(x) for x in reversed(self._tensors[name].shape))
+        shapes = [part.shape for part in self._tensors[name]]
+        if split := self._layout.splits(name):
+            return split.join([np.broadcast_to(np.float32(0), shape) for shape in shapes]).shape
+        return self._layout.hf_shape(name, shapes[0])
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that an export writes, the same for all tensors."""
         return np.dtype(getattr(ml_dtypes, self.config["torch_dtype"], self.config["torch_dtype"]))
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        with self._reading(
-            f"tensor {name!r} of type {tensor.tensor_type.name} cannot be dequantized"
-        ):
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            return self._layout.to_hf(name, array.reshape(self.shape(name)))
+        parts = self._tensors[name]
+        kinds = ", ".join(part.tensor.tensor_type.name for part in parts)
+        with self._reading(f"tensor {name!r} of type {kinds} cannot be dequantized"):
+            arrays = [
+                gguf.quants.dequantize(part.data, part.tensor.tensor_type).reshape(part.shape)
+                for part in parts
+            ]
+            split = self._layout.splits(name)
+            return split.join(arrays) if split else self._layout.to_hf(name, arrays[0])
 
     def stored(self, name: str, form: Form) -> Quantized | None:
         return None  # no format of GGUF blocks is one of ours
 
     def checksum(self, name: str, before: int = 0) -> int:
-        return crc32(self._tensors[name].data, before)
+        return functools.reduce(
+            lambda sum, part: crc32(part.data, sum), self._tensors[name], before
+        )
 
     def fingerprint(self) -> str:
         """sha256 over the size, the metadata and the table of tensors; the weights are not read."""
@@ -136,16 +185,21 @@ class GgufBase(Base):
 
     # ---------------------------------------------------------------- metadata
     def _family_of(self, architecture: Any) -> Family:
-        families: dict[str, Family] = {}
-        for row in FAMILIES.values():
-            if row.gguf:  # of families that share files, the first is read
-                families.setdefault(row.gguf.architecture, row)
-        if architecture not in families:
+        families = {
+            (row.gguf.architecture, experts): row
+            for row in FAMILIES.values()
+            if row.gguf and row.gguf.read
+            for experts in (True, False)
+            if row.gguf.experts in (experts, None)
+        }
+        experts = bool(self._field(f"{architecture}.expert_count"))
+        if (architecture, experts) not in families:
+            supported = sorted({name for name, _ in families})
             raise ModelError(
-                f"{self.path}: architecture {architecture!r} is not supported; supported are "
-                f"{', '.join(families)}"
+                f"{self.path}: architecture {architecture!r} {'with experts ' * experts}is not "
+                f"supported; supported are {', '.join(supported)}"
             )
-        return families[architecture]
+        return families[architecture, experts]
 
     @property
     def _format(self) -> GgufFormat:
@@ -179,12 +233,15 @@ class GgufBase(Base):
         config = {
             "model_type": self._family.model_type,
             "architectures": [self._family.architecture],
-            "vocab_size": self.shape(embedding)[0],
+            "vocab_size": self._tensors[embedding][0].shape[0],
             "hidden_size": D,
             "intermediate_size": self._metadata("feed_forward_length"),
-            "num_hidden_layers": self._metadata("block_count"),
+            "num_hidden_layers": self._metadata("block_count")
+            - self._metadata("nextn_predict_layers", 0, whole(0)),
             "num_attention_heads": N,
-            "num_key_value_heads": self._metadata("attention.head_count_kv", N),
+            "num_key_value_heads": self._metadata(
+                "attention.head_count_kv", N, COUNTS if self._format.kv_heads_by_layer else COUNT
+            ),
             "head_dim": self._metadata("attention.key_length", D // N),
             "max_position_embeddings": self._metadata("context_length"),
             "rms_norm_eps": self._metadata("attention.layer_norm_rms_epsilon", wanted=NUMBER),
@@ -195,20 +252,26 @@ class GgufBase(Base):
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
             "torch_dtype": self._dtype_name(),
         }
-        config |= self._format.config(config, self._metadata, set(self._tensors))
         H = config["head_dim"]
-        if (rotary := self._metadata("rope.dimension_count", H)) != H:
+        rotary = self._metadata("rope.dimension_count", H)
+        if self._format.partial:
+            config["partial_rotary_factor"] = rotary / H
+        elif rotary != H:
             raise ModelError(
                 f"{self.path}: {self._format.architecture}.rope.dimension_count is {rotary} of {H} "
                 f"dimensions, which is not supported: {USE_FOLDER}"
             )
         scaling = self._rope_scaling(config["rope_theta"], H)
+        config["rope_scaling"] = scaling
         kind = rope.KINDS.get(scaling["rope_type"]) if scaling else None
         if kind and kind.vllm_multiplies:
             # config.json names the length before it is stretched; converted files name no other.
             original = self._metadata("rope.scaling.original_context_length", 0, whole(0))
             config["max_position_embeddings"] = original or config["max_position_embeddings"]
-        return config | {"rope_scaling": scaling}
+        config |= self._format.config(config, self._metadata, set(self._tensors))
+        if config["rope_scaling"] is None:  # transformers takes null in place of rope_parameters
+            del config["rope_scaling"]
+        return config
 
     def _dtype_name(self) -> str:
         """float16, unless a value may overflow it."""
@@ -230,6 +293,8 @@ class GgufBase(Base):
             theta=theta,
             H=H,
             where=f"{self.path}: {prefix}",
+            kinds=self._format.rope_kinds,
+            log_multiplier=self._format.yarn_log_multiplier,
         )
 
     def tokenizer(self) -> Any:

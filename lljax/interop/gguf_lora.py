@@ -9,7 +9,7 @@ import numpy as np
 from lljax.errors import ConfigError
 from lljax.interop.adapter_init import owns_kernel
 from lljax.interop.base import Base
-from lljax.interop.gguf_layout import Layout, gguf_name
+from lljax.interop.gguf_layout import Layout, gguf_places
 from lljax.interop.gguf_rope import command_options
 from lljax.interop.gguf_tokenizer_write import entry
 from lljax.interop.gguf_write import TYPES, Tensor, gguf_format, write_file
@@ -69,8 +69,14 @@ def write_lora_gguf(model: Decoder, base: Base, file: Path, dtype: str = "f32") 
             array = layout.to_gguf(weight, array) * np.float32(rest)
         elif "embedding" in end:  # of which llama.cpp takes rows
             array = array.T
-        name = f"{gguf_name(weight, format)}.lora_{part}"
-        tensors.append(Tensor(name, array.shape, form, lambda array=array: array))
+        places = gguf_places(weight, format)
+        if len(places) != 1 or places[0].expert is not None:
+            raise ConfigError(
+                f"an adapter for llama.cpp cannot be written: the factors of {module} are not "
+                f"supported; {WHOLE_MODEL}"
+            )
+        name = f"{places[0].name}.lora_{part}"
+        tensors.append(Tensor(name, array.shape, form, (lambda array=array: array,)))
     metadata = {
         "general.type": entry("adapter"),
         "general.name": entry(Path(base.path).name),

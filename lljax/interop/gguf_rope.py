@@ -13,7 +13,7 @@ from lljax.errors import ConfigError, ModelError, short
 from lljax.models import rope
 from lljax.models.rope import KINDS, RopeSpec, frequencies, yarn_magnitude
 from lljax.models.rope.kinds import base_frequencies, llama3_frequencies
-from lljax.models.values import check, whole
+from lljax.models.values import NOT_NEGATIVE, check, whole
 
 FREQS = "rope_freqs.weight"  # divisors of the frequencies of Llama 3
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of longrope
@@ -26,6 +26,7 @@ NEUTRAL = {
     "yarn_log_multiplier": 0.0,
     "alpha": 0.0,
 }
+STILL = 1e30  # the divisor of a pair that does not turn
 LLAMA3_LENGTH = 8192  # the original length of all released Llama 3
 USE_FOLDER = "use the HuggingFace folder of this model"
 
@@ -38,23 +39,32 @@ def read_rope(
     theta: float,
     H: int,
     where: str,
+    kinds: tuple[str, ...] = (),
+    log_multiplier: float = 0.0,
 ) -> dict[str, Any] | None:
     """The entry `rope_scaling` of config.json; None if the RoPE is not scaled.
 
     field(key): the metadata below `rope.scaling`, None if it is absent. tensors: those of TENSORS
-    that the file has. where: the file and the prefix of the keys, for errors.
+    that the file has. where: the file and the prefix of the keys, for errors. kinds:
+    `GgufFormat.rope_kinds`. log_multiplier: `GgufFormat.yarn_log_multiplier`.
 
     Raises:
       ModelError: an unknown kind, a scaling that is not supported, or a value that cannot be right.
     """
+    if FREQS in tensors and "proportional" in kinds:
+        return _read_proportional(tensors[FREQS], where)
     if FREQS in tensors:
         length = field("original_context_length") or LLAMA3_LENGTH
         check({"original_context_length": length}, {"original_context_length": whole(1)}, where)
         return _read_llama3(tensors[FREQS], theta, H, length, where)
     kind = field("type")
+    if kind is None and LONG in tensors:
+        kind = "longrope"  # files of Phi-3 do not name it
     if kind in (None, "none"):
         return None
     for key, neutral in NEUTRAL.items():
+        if key == "yarn_log_multiplier" and log_multiplier:
+            continue
         if (value := field(key)) not in (None, neutral):
             raise ModelError(
                 f"{where}.{key} is {short(value)}, which is not supported: {USE_FOLDER}"
@@ -66,15 +76,29 @@ def read_rope(
         if LISTS[name] in tensors:
             scaling[name] = [float(x) for x in tensors[LISTS[name]]]
     check(scaling, rope.CHECKS, where)
-    if (scale := field("attn_factor")) is not None:
-        check({"attn_factor": scale}, {"attn_factor": rope.CHECKS["factor"]}, where)
-        scaling["attention_factor"] = scale * _own_magnitude(kind, scaling["factor"])
+    scale, weight = field("attn_factor"), field("yarn_log_multiplier") or 0.0
+    check(
+        {"attn_factor": scale, "yarn_log_multiplier": weight},
+        {"attn_factor": rope.CHECKS["factor"], "yarn_log_multiplier": NOT_NEGATIVE},
+        where,
+    )
+    if weight:  # llama.cpp takes mscale to be 1
+        weight = round(weight / log_multiplier, 6)
+        scaling |= {"mscale": 1.0, "mscale_all_dim": weight}
+    if scale is not None or kind == "longrope":
+        own = _own_magnitude(kind, scaling["factor"], weight)
+        scaling["attention_factor"] = (1.0 if scale is None else scale) * own
     return scaling
 
 
-def _own_magnitude(kind: str, factor: float | None) -> float:
-    """The factor of queries and keys that llama.cpp multiplies with attn_factor."""
-    return yarn_magnitude(RopeSpec(factor=factor or 1.0), 1.0) if kind == "yarn" else 1.0
+def _own_magnitude(kind: str, factor: float | None, weight: float | None = None) -> float:
+    """The factor of queries and keys that llama.cpp multiplies with attn_factor; weight: the
+    mscale_all_dim that it reads.
+    """
+    if kind != "yarn":
+        return 1.0
+    spec = RopeSpec(factor=factor or 1.0)
+    return yarn_magnitude(spec, 1.0) / (yarn_magnitude(spec, weight) if weight else 1.0)
 
 
 def _read_llama3(
@@ -102,6 +126,20 @@ def _read_llama3(
     }
 
 
+def _read_proportional(divisors: np.ndarray, where: str) -> dict[str, Any]:
+    """The share of the pairs that turn, and the factor, which is the divisor of all of these."""
+    turning = int((divisors < STILL / 2).sum())
+    if not turning or not np.all(divisors[:turning] == divisors[0]):
+        raise ModelError(
+            f"{where}: its RoPE factors ({FREQS}) are not of the kind proportional: {USE_FOLDER}"
+        )
+    return {
+        "rope_type": "proportional",
+        "partial_rotary_factor": turning / len(divisors),
+        "factor": float(divisors[0]),
+    }
+
+
 def llama3_divisors(spec: RopeSpec, H: int) -> np.ndarray:
     """What llama3 divides the frequencies by, float32 [H / 2]."""
     return base_frequencies(spec.theta, H) / np.asarray(llama3_frequencies(spec, H, 0).inverse)
@@ -115,15 +153,15 @@ class RopeEntries(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-def _default(spec: RopeSpec, H: int) -> RopeEntries:
+def _default(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     return RopeEntries({}, {})
 
 
-def _linear(spec: RopeSpec, H: int) -> RopeEntries:
+def _linear(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     return RopeEntries({"type": "linear", "factor": float(spec.factor)}, {})
 
 
-def _yarn(spec: RopeSpec, H: int) -> RopeEntries:
+def _yarn(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     metadata = {
         "type": "yarn",
         "factor": float(spec.factor),
@@ -131,10 +169,13 @@ def _yarn(spec: RopeSpec, H: int) -> RopeEntries:
         "yarn_beta_fast": float(spec.beta_fast),
         "yarn_beta_slow": float(spec.beta_slow),
     }
-    return RopeEntries(metadata | _attn_factor(spec, H), {})
+    weight = spec.mscale_all_dim if log_multiplier else None
+    if weight:
+        metadata["yarn_log_multiplier"] = log_multiplier * weight
+    return RopeEntries(metadata | _attn_factor(spec, H, weight), {})
 
 
-def _llama3(spec: RopeSpec, H: int) -> RopeEntries:
+def _llama3(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     # The key is for our reader: llama.cpp reads the divisors alone.
     return RopeEntries(
         {"original_context_length": spec.original_length},
@@ -142,7 +183,7 @@ def _llama3(spec: RopeSpec, H: int) -> RopeEntries:
     )
 
 
-def _longrope(spec: RopeSpec, H: int) -> RopeEntries:
+def _longrope(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
     # Without the factor, by which llama.cpp would divide all frequencies besides.
     metadata = {"type": "longrope", "original_context_length": spec.original_length}
     tensors = {
@@ -151,24 +192,32 @@ def _longrope(spec: RopeSpec, H: int) -> RopeEntries:
     return RopeEntries(metadata | _attn_factor(spec, H), tensors)
 
 
-def _attn_factor(spec: RopeSpec, H: int) -> dict[str, float]:
-    scale = frequencies(spec, H, 1).scale / _own_magnitude(spec.type, spec.factor)
+def _proportional(spec: RopeSpec, H: int, log_multiplier: float) -> RopeEntries:
+    turns = np.asarray(frequencies(spec, H, 0).inverse) > 0
+    return RopeEntries({}, {FREQS: np.where(turns, spec.factor, STILL).astype(np.float32)})
+
+
+def _attn_factor(spec: RopeSpec, H: int, weight: float | None = None) -> dict[str, float]:
+    scale = frequencies(spec, H, 1).scale / _own_magnitude(spec.type, spec.factor, weight)
     return {} if np.isclose(scale, 1, rtol=1e-6, atol=0) else {"attn_factor": float(scale)}
 
 
 # llama.cpp has no dynamic scaling. It chooses between the factors of longrope by the length of its
 # context (-c), and not of the text.
-WRITERS: dict[str, Callable[[RopeSpec, int], RopeEntries]] = {
+WRITERS: dict[str, Callable[[RopeSpec, int, float], RopeEntries]] = {
     "default": _default,
     "linear": _linear,
     "yarn": _yarn,
     "llama3": _llama3,
     "longrope": _longrope,
+    "proportional": _proportional,
 }
 
 
-def write_rope(spec: RopeSpec, H: int, kinds: tuple[str, ...]) -> RopeEntries:
-    """The RoPE scaling of a model with heads of size H. kinds: `GgufFormat.rope_kinds`.
+def write_rope(
+    spec: RopeSpec, H: int, kinds: tuple[str, ...], log_multiplier: float = 0.0
+) -> RopeEntries:
+    """The RoPE scaling of a model with heads of size H. kinds, log_multiplier: see `read_rope`.
 
     Raises:
       ConfigError: llama.cpp has no such scaling.
@@ -178,7 +227,7 @@ def write_rope(spec: RopeSpec, H: int, kinds: tuple[str, ...]) -> RopeEntries:
             f"--format=gguf: llama.cpp has no RoPE of the kind {spec.type!r} for this model, only "
             f"{', '.join(kinds)}: use --format=merged"
         )
-    return WRITERS[spec.type](spec, H)
+    return WRITERS[spec.type](spec, H, log_multiplier)
 
 
 def command_options(spec: RopeSpec, H: int) -> list[str] | None:

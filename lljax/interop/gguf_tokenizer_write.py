@@ -41,7 +41,7 @@ def entry(value: Any) -> Entry:
     """A value of Python in the type that llama.cpp's converter gives it."""
     types = {bool: Type.BOOL, int: Type.UINT32, float: Type.FLOAT32, str: Type.STRING}
     if isinstance(value, list):
-        items = {int: Type.INT32} | {float: Type.FLOAT32, str: Type.STRING}
+        items = types | {int: Type.INT32}
         return Entry(value, Type.ARRAY, items[type(value[0])])
     return Entry(value, types[type(value)])
 
@@ -160,7 +160,7 @@ def _ends(base: Base, tokenizer: Any) -> dict[str, int]:
         logging.warning(
             "%s: a GGUF file names at most 3 tokens that end a text; not named are %s",
             base.path,
-            ", ".join(tokenizer.convert_ids_to_tokens(left)),
+            ", ".join(tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in left),
         )
     return {f"{name}_token_id": i for name, i in zip(names, ids, strict=False)}
 

@@ -5,10 +5,11 @@ that llama.cpp would compute in another way is refused.
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +21,13 @@ from gguf import LlamaFileType
 from lljax.errors import ConfigError, ModelError, short
 from lljax.interop.base import Base
 from lljax.interop.gguf import GgufBase
-from lljax.interop.gguf_layout import Layout, gguf_name
+from lljax.interop.gguf_layout import ROUTERS, Layout, gguf_places
 from lljax.interop.gguf_rope import RopeEntries, write_rope
 from lljax.interop.gguf_tokenizer_write import Entry, entry, tokenizer_metadata
 from lljax.interop.huggingface import HARMLESS, hf_shape, parts_of
 from lljax.models.decoder import Decoder
 from lljax.models.families import FAMILIES, rope_to_hf, spec_from_hf
-from lljax.models.families.family import GgufFormat
+from lljax.models.families.family import GgufFormat, SplitTensor
 from lljax.models.rope import KINDS, RopeSpec, frequencies
 from lljax.models.spec import DecoderSpec
 
@@ -42,6 +43,10 @@ TYPES = {
     "q4_0": (Form.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 WIDE = (Form.F32, Form.BF16)  # types that hold the largest float32; others have float16 in them
+GATING = {
+    "softmax": gguf.ExpertGatingFuncType.SOFTMAX,
+    "sigmoid": gguf.ExpertGatingFuncType.SIGMOID,
+}
 LARGEST = float(np.finfo(np.float16).max)
 HEAD = "lm_head.weight"
 # Fields of DecoderSpec that a file names otherwise, see `_check_read_back`.
@@ -49,14 +54,14 @@ COMPARED_APART = ("family", "rope", "more_ropes", "layers", "attention_scale")
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file. source: reads it, in the layout of GGUF; its values may be of any
-    floating-point type.
+    """A tensor of the file. sources: read its parts, one after the other along the first axis, in
+    the layout of GGUF; their values may be of any floating-point type.
     """
 
     name: str
     shape: tuple[int, ...]
     form: Form
-    source: Callable[[], np.ndarray]
+    sources: tuple[Callable[[], np.ndarray], ...]
 
     @property
     def bytes_shape(self) -> tuple[int, ...]:
@@ -81,7 +86,7 @@ def write_gguf(
     divide is written in f16 in place of a quantized type, and a log line counts them.
     chat_template: takes the place of the base's.
 
-    One tensor is in memory at a time. A failure leaves an incomplete file.
+    One tensor of HF is in memory at a time. A failure leaves an incomplete file.
 
     Raises:
       ConfigError: an unknown type; llama.cpp has no such model, RoPE or tokenizer; a value is not
@@ -94,7 +99,7 @@ def write_gguf(
         )
     form, file_type = TYPES[type]
     format = gguf_format(spec)
-    rope = write_rope(spec.rope, spec.H, format.rope_kinds)
+    rope = write_rope(spec.rope, spec.rotary(), format.rope_kinds, format.yarn_log_multiplier)
     metadata = {
         "general.type": entry("model"),
         "general.name": entry(Path(base.path).name.removesuffix(".gguf")),
@@ -105,7 +110,7 @@ def write_gguf(
     metadata |= {f"{format.architecture}.{key}": entry(value) for key, value in values.items()}
     metadata |= tokenizer_metadata(base, spec.V, chat_template)
     tensors = [
-        Tensor(name, array.shape, Form.F32, lambda array=array: array)
+        Tensor(name, array.shape, Form.F32, (lambda array=array: array,))
         for name, array in rope.tensors.items()
     ]
     tensors += _weights(base, spec, Layout(format, spec.N, spec.K), form)
@@ -114,7 +119,7 @@ def write_gguf(
         format,
         metadata,
         tensors,
-        check=lambda: _check_read_back(GgufBase(str(file), file), spec),
+        check=lambda: _check_read_back(file, spec),
         checked=len(rope.tensors),
     )
 
@@ -154,7 +159,31 @@ def _model_metadata(spec: DecoderSpec, format: GgufFormat, rope: RopeEntries) ->
     original = rope_to_hf(spec)["max_position_embeddings"]
     if KINDS[spec.rope.type].vllm_multiplies and original != spec.max_length:
         values["rope.scaling.original_context_length"] = original  # for our reader alone
-    return values | format.metadata(spec)
+    return values | _experts(spec) | format.metadata(spec)
+
+
+def _experts(spec: DecoderSpec) -> dict[str, Any]:
+    moe = spec.moe
+    if moe is None:
+        return {}
+    values = {
+        "expert_count": moe.E,
+        "expert_used_count": moe.k,
+        "expert_feed_forward_length": moe.F,
+        "expert_gating_func": int(GATING[moe.score]),
+        "expert_weights_norm": moe.normalize,
+        "expert_weights_scale": float(moe.scale),
+        "leading_dense_block_count": sum(
+            1 for _ in itertools.takewhile(lambda layer: not layer.moe, spec.layers)
+        ),
+    }
+    if moe.shared:
+        values["expert_shared_count"] = moe.shared // moe.F
+        values["expert_shared_feed_forward_length"] = moe.shared
+    if moe.groups > 1:
+        values["expert_group_count"] = moe.groups
+        values["expert_group_used_count"] = moe.best_groups
+    return values
 
 
 def _weights(base: Base, spec: DecoderSpec, layout: Layout, form: Form) -> list[Tensor]:
@@ -164,11 +193,12 @@ def _weights(base: Base, spec: DecoderSpec, layout: Layout, form: Form) -> list[
       ModelError: a tensor is missing or has another shape.
       ConfigError: GGUF files of the family have no such tensor.
     """
-    available, tensors, narrow = set(base.names()), [], []
+    available, narrow = set(base.names()), []
+    tensors: dict[str, Tensor] = {}
     shapes = {name: hf_shape(of[0][0]) for name, of in parts_of(Decoder(spec)).items()}
     for name, shape in shapes.items():
-        theirs = gguf_name(name, layout.format)
-        if theirs is None:
+        places = gguf_places(name, layout.format)
+        if not places:
             raise ConfigError(
                 f"--format=gguf: llama.cpp's {layout.format.architecture} has no tensor {name!r}: "
                 "use --format=merged"
@@ -180,13 +210,29 @@ def _weights(base: Base, spec: DecoderSpec, layout: Layout, form: Form) -> list[
                 f"{base.path}: tensor {name!r} has shape {base.shape(name)}, and config.json makes "
                 f"it {shape}"
             )
-        own = Form.F32 if len(shape) == 1 else form
-        if shape[-1] % gguf.GGML_QUANT_SIZES[own][0]:
-            own = Form.F16
-            narrow.append(name)
-        tensors.append(
-            Tensor(theirs, shape, own, lambda name=name: layout.to_gguf(name, base.read(name)))
+        split = layout.splits(name)
+        zeros = np.broadcast_to(np.float32(0), shape)
+        parts = (
+            split.split(zeros, spec) if split else (zeros.reshape(layout.gguf_shape(name, shape)),)
         )
+        for i, (place, part) in enumerate(zip(places, parts, strict=True)):
+
+            def source(
+                name: str = name, i: int = i, split: SplitTensor | None = split
+            ) -> np.ndarray:
+                array = base.read(name)
+                return split.split(array, spec)[i] if split else layout.to_gguf(name, array)
+
+            stored, sources = part.shape, (source,)
+            own = Form.F32 if part.ndim == 1 or place.name.split(".")[-2] in ROUTERS else form
+            if stored[-1] % gguf.GGML_QUANT_SIZES[own][0]:
+                own = Form.F16
+                narrow.append(name)
+            if place.expert is not None:  # in the order of `hf_names`, expert after expert
+                before = tensors[place.name].sources if place.name in tensors else ()
+                sources = (*before, source)
+                stored = (len(sources), *stored)
+            tensors[place.name] = Tensor(place.name, stored, own, sources)
     if narrow:
         logging.warning(
             "%d tensors have rows that 32 does not divide and are written in f16, such as %s of "
@@ -203,7 +249,7 @@ def _weights(base: Base, spec: DecoderSpec, layout: Layout, form: Form) -> list[
             len(others),
             min(others),
         )
-    return tensors
+    return list(tensors.values())
 
 
 # ---------------------------------------------------------------- the file
@@ -253,7 +299,14 @@ def encoded(tensor: Tensor) -> np.ndarray:
     Raises:
       ConfigError: a value is not finite, or too large for the type.
     """
-    values = np.ascontiguousarray(tensor.source(), np.float32)
+    stored = np.empty(tensor.bytes_shape, np.uint8)
+    for part, source in zip(stored.reshape(len(tensor.sources), -1), tensor.sources, strict=True):
+        part[:] = _encoded_part(tensor, source)
+    return stored
+
+
+def _encoded_part(tensor: Tensor, source: Callable[[], np.ndarray]) -> np.ndarray:
+    values = np.ascontiguousarray(source(), np.float32)
     largest = np.abs(values).max(initial=0)
     if not np.isfinite(largest):
         raise ConfigError(
@@ -264,42 +317,55 @@ def encoded(tensor: Tensor) -> np.ndarray:
             f"tensor {tensor.name!r} has a value of {largest:.3g}, too large for "
             f"{tensor.form.name.lower()}: use --dtype=bf16"
         )
-    return gguf.quants.quantize(values, tensor.form).view(np.uint8).reshape(tensor.bytes_shape)
+    return gguf.quants.quantize(values, tensor.form).view(np.uint8).reshape(-1)
 
 
 # ---------------------------------------------------------------- the check
-def _check_read_back(base: Base, spec: DecoderSpec) -> None:
-    """Refuses a file that is read as another model than `spec`.
+def _check_read_back(file: Path, spec: DecoderSpec) -> None:
+    """Refuses a file that is not read, or as another model than `spec`.
 
     Raises:
       ConfigError: it is.
     """
-    read = spec_from_hf(base.config)
+    try:
+        read = spec_from_hf(GgufBase(file.name, file).config)
+    except ModelError as error:
+        raise ConfigError(
+            f"--format=gguf: llama.cpp has no such model ({error}): use --format=merged"
+        ) from None
     names = [field.name for field in dataclasses.fields(spec) if field.name not in COMPARED_APART]
     pairs = {name: (getattr(spec, name), getattr(read, name)) for name in [*names, "scale"]}
     pairs |= {
         f"layer {i}": (_layer(ours, spec), _layer(theirs, spec))
         for i, (ours, theirs) in enumerate(zip(spec.layers, read.layers, strict=False))
     }
-    for name, (ours, theirs) in pairs.items():
-        if not _same(ours, theirs):
-            raise ConfigError(
-                f"--format=gguf: llama.cpp would read this model with {name} {short(theirs)} in "
-                f"place of {short(ours)}: use --format=merged"
-            )
-    for ours, theirs in zip(spec.ropes, read.ropes, strict=True):
-        if not _same_rotation(ours, theirs, spec):
+    differences = (found for name, both in pairs.items() for found in _differences(name, *both))
+    for name, ours, theirs in differences:
+        raise ConfigError(
+            f"--format=gguf: llama.cpp would read this model with {name} {short(theirs)} in place "
+            f"of {short(ours)}: use --format=merged"
+        )
+    for i, (ours, theirs) in enumerate(zip(spec.ropes, read.ropes, strict=True)):
+        if not _same_rotation(ours, theirs, spec.rotary(i), spec.max_length):
             raise ConfigError(
                 f"--format=gguf: llama.cpp has no RoPE of the kind {ours.type!r} with these values "
                 f"({short(ours)}): use --format=merged"
             )
 
 
-def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two values are equal, up to float32 in the metadata."""
-    if isinstance(ours, float) and isinstance(theirs, float):
-        return math.isclose(ours, theirs, rel_tol=1e-6)
-    return ours == theirs
+def _differences(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, ours, theirs) of the values, or of their fields, that differ by more than the rounding
+    to float32 in the metadata.
+    """
+    if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+        for field in dataclasses.fields(ours):
+            both = (getattr(of, field.name) for of in (ours, theirs))
+            yield from _differences(f"{name} {field.name}", *both)
+    elif isinstance(ours, float) and isinstance(theirs, float):
+        if not math.isclose(ours, theirs, rel_tol=1e-6):
+            yield name, ours, theirs
+    elif ours != theirs:
+        yield name, ours, theirs
 
 
 def _layer(layer: Any, spec: DecoderSpec) -> Any:
@@ -309,12 +375,10 @@ def _layer(layer: Any, spec: DecoderSpec) -> Any:
     return layer
 
 
-def _same_rotation(ours: RopeSpec, theirs: RopeSpec, spec: DecoderSpec) -> bool:
+def _same_rotation(ours: RopeSpec, theirs: RopeSpec, H: int, max_length: int) -> bool:
     """Whether two RoPE rotate short and long rows alike, up to float32 in the metadata."""
     return ours.type == theirs.type and all(
         np.allclose(a, b, rtol=1e-5, atol=0)
-        for length in (1, spec.max_length)
-        for a, b in zip(
-            frequencies(ours, spec.H, length), frequencies(theirs, spec.H, length), strict=True
-        )
+        for length in (1, max_length)
+        for a, b in zip(frequencies(ours, H, length), frequencies(theirs, H, length), strict=True)
     )

@@ -14,11 +14,12 @@ from lljax.errors import ModelError
 from lljax.interop import gguf as gguf_base
 from lljax.interop import gguf_tokenizer
 from lljax.interop.export import export_merged, export_peft, export_split
+from lljax.interop.gguf_rope import LONG, SHORT, read_rope
 from lljax.interop.huggingface import load_weights
 from lljax.interop.open import end_tokens, open_base
 from lljax.models.decoder import Decoder
 from lljax.models.families import spec_from_hf
-from lljax.models.rope import RopeSpec, frequencies
+from lljax.models.rope import RopeSpec, frequencies, from_hf
 from lljax.models.rope.kinds import base_frequencies
 
 N, K, H, D, F, V, L = 8, 2, 8, 64, 96, 320, 2  # rows of 32 n: the block of quantized types
@@ -276,6 +277,41 @@ def test_metadata_that_cannot_be_right_is_one_line(tmp_path, key, value, line):
     assert "\n" not in str(refusal.value)
 
 
+def test_files_of_phi_3_have_longrope_and_do_not_name_it():
+    tensors = {LONG: np.asarray([2.0, 3.0]), SHORT: np.asarray([1.0, 1.5])}
+    fields = {"original_context_length": 64, "attn_factor": 1.25}
+    read = read_rope(fields.get, tensors, theta=1e4, H=4, where="m.gguf")
+    assert read == {
+        "rope_type": "longrope",
+        "factor": None,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 3.0],
+        "attention_factor": 1.25,
+    }
+    del fields["attn_factor"]  # the factor is not that of the lengths then, but 1
+    read = read_rope(fields.get, tensors, theta=1e4, H=4, where="m.gguf")
+    assert read and read["attention_factor"] == 1
+
+
+def test_the_multiplier_of_yarn_is_read_for_architectures_that_have_it():
+    """As converted files of Ministral 3 name mscale_all_dim, beside an mscale of 1."""
+    fields = {"type": "yarn", "factor": 16.0, "yarn_log_multiplier": 0.7}
+    fields["original_context_length"] = 64
+
+    def read(**options):
+        return read_rope(fields.get, {}, theta=1e4, H=4, where="m.gguf", **options)
+
+    scaling = read(log_multiplier=1.0)
+    fields["yarn_log_multiplier"] = 0.07
+    assert read(log_multiplier=0.1) == scaling
+    spec = from_hf({"max_position_embeddings": 1024, "rope_scaling": scaling})
+    wanted = (0.1 * math.log(16) + 1) / (0.07 * math.log(16) + 1)
+    assert frequencies(spec, 4, 1).scale == pytest.approx(wanted)
+    with pytest.raises(ModelError, match="yarn_log_multiplier is 0.07, which is not supported"):
+        read()
+
+
 def test_rope_factors_of_another_rule_are_refused(tmp_path):
     write(tmp_path / "m.gguf", extra={"rope_freqs.weight": np.array([1, 2, 5, 3], np.float32)})
     with pytest.raises(ModelError, match="rope_freqs"):
@@ -524,7 +560,7 @@ def test_metadata_that_makes_no_model_is_one_line(tmp_path, metadata):
 
 def test_another_architecture_is_refused_by_name(tmp_path):
     write(tmp_path / "m.gguf", "gemma")
-    with pytest.raises(ModelError, match="'gemma'.*llama, qwen2, qwen3"):
+    with pytest.raises(ModelError, match="'gemma'.*llama.*qwen2, qwen3"):
         open_base(str(tmp_path / "m.gguf"))
 
 

@@ -5,8 +5,20 @@
 import dataclasses
 from typing import Any
 
-from lljax.models.families.family import Family, local_layers, sliding_window
-from lljax.models.families.sigmoid_experts import CHECKS, DEFAULTS, dense_first, sigmoid_experts
+from lljax.models.families.family import (
+    Family,
+    GgufFormat,
+    Metadata,
+    local_layers,
+    sliding_window,
+)
+from lljax.models.families.sigmoid_experts import (
+    CHECKS,
+    DEFAULTS,
+    dense_first,
+    gguf_experts,
+    sigmoid_experts,
+)
 from lljax.models.spec import QKNorm
 from lljax.models.values import whole
 
@@ -23,6 +35,14 @@ def _decoder(c: dict) -> dict[str, Any]:
             dataclasses.replace(layer, window=window if local else None)
             for layer, local in zip(dense_first(c), slides, strict=True)
         ),
+    }
+
+
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    """llama.cpp has no sliding window here, and as many key/value heads as query heads."""
+    return gguf_experts(metadata) | {
+        "sliding_window": None,
+        "num_key_value_heads": config["num_attention_heads"],
     }
 
 
@@ -43,4 +63,5 @@ FAMILY = Family(
     decoder=_decoder,
     checks=CHECKS | {"max_window_layers": whole(0)},
     peft_experts=True,
+    gguf=GgufFormat(architecture="dots1", experts=True, config=_gguf_config),
 )

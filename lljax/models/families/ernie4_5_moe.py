@@ -5,8 +5,8 @@
 from typing import Any
 
 from lljax.errors import ModelError
-from lljax.models.families.family import Family, first_set
-from lljax.models.spec import LayerSpec, MoESpec
+from lljax.models.families.family import Family, GgufFormat, Metadata, first_set
+from lljax.models.spec import DecoderSpec, LayerSpec, MoESpec
 from lljax.models.values import FLAG, Value, whole
 
 TINY = Value(lambda x: type(x) in (int, float) and 0 <= x <= 1e-6, "a number from 0 to 1e-6")
@@ -41,6 +41,22 @@ def _decoder(c: dict) -> dict[str, Any]:
     }
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    """llama.cpp reads tensors of experts in every layer from the first with experts on."""
+    F = metadata("expert_feed_forward_length")
+    return {
+        "moe_num_experts": metadata("expert_count"),
+        "moe_k": metadata("expert_used_count"),
+        "moe_intermediate_size": F,
+        "moe_num_shared_experts": metadata("expert_shared_feed_forward_length", 0, whole(0)) // F,
+        "moe_layer_start_index": metadata("leading_dense_block_count", 0, whole(0)),
+    }
+
+
+def _gguf_metadata(spec: DecoderSpec) -> dict[str, Any]:
+    return {"interleave_moe_layer_step": 1}
+
+
 FAMILY = Family(
     model_type="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
@@ -70,4 +86,12 @@ FAMILY = Family(
         "moe_norm_min": TINY,  # the weights of the experts are divided by no less
     },
     peft_experts=True,
+    gguf=GgufFormat(
+        architecture="ernie4_5-moe",
+        experts=True,
+        names={"exp_probs_b.bias": "mlp.moe_statics.e_score_correction_bias"},
+        one_row=("e_score_correction_bias",),
+        config=_gguf_config,
+        metadata=_gguf_metadata,
+    ),
 )

@@ -5,13 +5,16 @@
 from typing import Any
 
 from lljax.models.families.family import (
+    GGUF_NORMS_AFTER,
     NORMS_AFTER,
     Family,
+    GgufFormat,
+    Metadata,
     local_layers,
     sliding_window,
     uniform_layers,
 )
-from lljax.models.spec import LayerSpec, QKNorm
+from lljax.models.spec import DecoderSpec, LayerSpec, QKNorm
 from lljax.models.values import check, whole
 
 
@@ -29,6 +32,20 @@ def _decoder(c: dict) -> dict[str, Any]:
     return {"qk_norm": QKNorm(), "norms": NORMS_AFTER, "layers": _layers(c)}
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    """In llama.cpp the layers of the 32B model alone slide, all except every fourth."""
+    slides = config["num_hidden_layers"] == 64
+    return {
+        "sliding_window": metadata("attention.sliding_window", 4096) if slides else None,
+        "sliding_window_pattern": 4,
+    }
+
+
+def _gguf_metadata(spec: DecoderSpec) -> dict[str, Any]:
+    windows = {layer.window for layer in spec.layers if layer.window}
+    return {"attention.sliding_window": max(windows)} if windows else {}
+
+
 FAMILY = Family(
     model_type="exaone4",
     architecture="Exaone4ForCausalLM",
@@ -40,4 +57,11 @@ FAMILY = Family(
         "sliding_window_pattern": 4,
     },
     decoder=_decoder,
+    gguf=GgufFormat(
+        architecture="exaone4",
+        names=GGUF_NORMS_AFTER,
+        config=_gguf_config,
+        metadata=_gguf_metadata,
+        rope_kinds=("default", "linear", "yarn", "llama3"),
+    ),
 )

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from lljax.errors import ModelError, short
 from lljax.models.rope import EXTENDABLE
 from lljax.models.spec import DecoderSpec, LayerSpec, Norms
@@ -20,6 +22,10 @@ NORMS_AFTER = Norms(
     before_mlp=None,
     after_mlp="post_feedforward_layernorm",
 )
+GGUF_NORMS_AFTER = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 
 class Metadata(Protocol):
@@ -43,27 +49,56 @@ def _no_metadata(spec: DecoderSpec) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
+class SplitTensor:
+    """A HF tensor that files have in parts, with GGUF names of their own.
+
+    split(array, spec): its parts, in the order of their names in `GgufFormat.names`. join(parts):
+      the inverse.
+    """
+
+    split: Callable[[np.ndarray, DecoderSpec], tuple[np.ndarray, ...]]
+    join: Callable[[list[np.ndarray]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class GgufFormat:
     """A family in GGUF files, as llama.cpp's convert_hf_to_gguf.py writes them and llama.cpp reads
-    them; families may share an architecture.
+    them.
 
-    names: HF names of tensors of a layer by their GGUF names, where they differ from
-      lljax.interop.gguf.LAYER.
+    read: files of the architecture, with experts or without, are read as this family. Of families
+      that share them, one is read and the others are only written.
+    experts: layers have experts; None if some models of the family have them.
+    names: HF names of a layer by their GGUF names, where they differ from
+      lljax.interop.gguf_layout.LAYER.
+    splits: tensors in parts by their HF names, to which several of `names` lead.
+    one_row: ends of HF names of tensors that HF keeps as [1, n], and a file as [n].
     permuted: the rows of q and k are in interleaved pairs.
     norms_plus_one: weights of norms are stored as 1 + weight.
     dtype: the dtype of an export; None for float16, or bfloat16 if the file holds a tensor of that
       type.
+    yarn_log_multiplier: the value of this key for an mscale_all_dim of 1; 0 if llama.cpp does not
+      read it in models of this architecture.
+    kv_heads_by_layer: attention.head_count_kv may be a list, with a number for each layer.
+    partial: RoPE may rotate a part of a head, its first dimensions.
     config(config, metadata, names): more entries of config.json, from the entries that all families
       have, the metadata and the HF names of the tensors.
     metadata(spec): the inverse, more metadata by key below the architecture.
-    rope_kinds: the kinds of RoPE that llama.cpp applies in models of this architecture.
+    rope_kinds: the kinds of RoPE that llama.cpp applies in models of this architecture. Divisors of
+      frequencies (rope_freqs) are of the kind llama3, or of proportional if that is among them.
     """
 
     architecture: str
+    read: bool = True
+    experts: bool | None = False
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    splits: Mapping[str, SplitTensor] = dataclasses.field(default_factory=dict)
+    one_row: tuple[str, ...] = ()
     permuted: bool = False
     norms_plus_one: bool = False
     dtype: str | None = None
+    yarn_log_multiplier: float = 0.0
+    kv_heads_by_layer: bool = False
+    partial: bool = False
     config: Callable[[dict, Metadata, set[str]], dict[str, Any]] = _no_entries
     metadata: Callable[[DecoderSpec], dict[str, Any]] = _no_metadata
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")

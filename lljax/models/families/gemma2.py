@@ -5,8 +5,9 @@ transformers `models/gemma2/modeling_gemma2.py`.
 from typing import Any
 
 from lljax.models.families import gemma_layers
-from lljax.models.families.family import Family, sliding_window
-from lljax.models.spec import LayerSpec
+from lljax.models.families.family import Family, GgufFormat, Metadata, sliding_window
+from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.models.values import NUMBER
 
 
 def _decoder(c: dict) -> dict[str, Any]:
@@ -14,6 +15,32 @@ def _decoder(c: dict) -> dict[str, Any]:
     return gemma_layers.decoder_fields(c) | {
         "layers": tuple(LayerSpec(window=window if local else None) for local in slides),
         "attention_softcap": c["attn_logit_softcapping"],
+    }
+
+
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    scalar = config["head_dim"]
+    if config["num_hidden_layers"] == 46:  # the 27B model alone scales by D / N
+        scalar = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": metadata("attention.sliding_window", 4096),
+        "attn_logit_softcapping": metadata("attn_logit_softcapping", 50.0, NUMBER),
+        "final_logit_softcapping": metadata("final_logit_softcapping", 30.0, NUMBER),
+    }
+
+
+def _gguf_metadata(spec: DecoderSpec) -> dict[str, Any]:
+    window = next((layer.window for layer in spec.layers if layer.window), spec.max_length)
+    caps = {
+        "attn_logit_softcapping": spec.attention_softcap,
+        "final_logit_softcapping": spec.logit_softcap,
+    }
+    return {"attention.sliding_window": window} | {
+        name: float(cap) for name, cap in caps.items() if cap is not None
     }
 
 
@@ -28,4 +55,12 @@ FAMILY = Family(
     },
     decoder=_decoder,
     checks=gemma_layers.CHECKS,
+    gguf=GgufFormat(
+        architecture="gemma2",
+        names=gemma_layers.GGUF_NAMES,
+        norms_plus_one=True,
+        dtype="bfloat16",  # its activations overflow float16
+        config=_gguf_config,
+        metadata=_gguf_metadata,
+    ),
 )

@@ -19,12 +19,6 @@ from lljax.models.families.family import (
 from lljax.models.spec import DecoderSpec, LayerSpec, QKNorm
 from lljax.models.values import whole
 
-GGUF_NAMES = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-
 
 def _decoder(c: dict) -> dict[str, Any]:
     slides, window = gemma_layers.sliding_layers(c, c["sliding_window_pattern"]), sliding_window(c)
@@ -122,7 +116,7 @@ FAMILY = Family(
     rope_fields=("rope_local_base_freq",),
     gguf=GgufFormat(
         architecture="gemma3",
-        names=GGUF_NAMES,
+        names=gemma_layers.GGUF_NAMES,
         norms_plus_one=True,
         dtype="bfloat16",  # its activations overflow float16
         config=_gguf_config,

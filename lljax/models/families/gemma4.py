@@ -13,13 +13,26 @@ from lljax.models.families import gemma_layers
 from lljax.models.families.family import (
     INSIDE,
     Family,
+    GgufFormat,
+    Metadata,
     MultimodalModel,
     first_set,
     local_layers,
     sliding_window,
 )
 from lljax.models.spec import BesideNorms, DecoderSpec, HeadSpec, LayerSpec, MoESpec, Norms, QKNorm
-from lljax.models.values import FLAG, NUMBER, OBJECT, check, dict_of, one_of, optional, whole
+from lljax.models.values import (
+    FLAG,
+    NOT_NEGATIVE,
+    NUMBER,
+    OBJECT,
+    check,
+    dict_of,
+    list_of,
+    one_of,
+    optional,
+    whole,
+)
 
 PERIOD = 6  # every so many layers one is global
 GLOBAL_ROPE = {
@@ -180,6 +193,65 @@ def _rope_to_hf(spec: DecoderSpec, entries: dict) -> dict:
     }
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    slides = metadata("attention.sliding_window_pattern", wanted=list_of(FLAG))
+    L, K, globally = config["num_hidden_layers"], config["num_key_value_heads"], slides.index(False)
+    of_layers = K if isinstance(K, list) else [K] * L
+    own = {"head_dim": config["head_dim"], "num_key_value_heads": of_layers[globally]}
+    experts = metadata("expert_count", 0, whole(0))
+    theta = config["rope_theta"]
+    local = {"rope_type": "default", "rope_theta": metadata("rope.freq_base_swa", 1e4, rope.THETA)}
+    fields = {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
+        "head_dim": metadata("attention.key_length_swa"),
+        "num_key_value_heads": of_layers[slides.index(True) if True in slides else globally],
+        "per_layer_config": {str(i): own for i, slide in enumerate(slides) if not slide},
+        "attention_k_eq_v": f"model.layers.{globally}.self_attn.v_proj.weight" not in names,
+        "sliding_window": metadata("attention.sliding_window"),
+        "final_logit_softcapping": metadata("final_logit_softcapping", 0, NOT_NEGATIVE) or None,
+        "hidden_size_per_layer_input": metadata("embedding_length_per_layer_input", 0, whole(0)),
+        "num_kv_shared_layers": metadata("attention.shared_kv_layers", 0, whole(0)),
+        "enable_moe_block": experts > 0,
+        "rope_scaling": None,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": theta} | (config["rope_scaling"] or {}),
+            "sliding_attention": local,
+        },
+    }
+    if experts:
+        fields |= {
+            "num_experts": experts,
+            "top_k_experts": metadata("expert_used_count"),
+            "moe_intermediate_size": metadata("expert_feed_forward_length"),
+        }
+    return fields
+
+
+def _gguf_metadata(spec: DecoderSpec) -> dict[str, Any]:
+    globally = spec.heads_of(next(layer for layer in spec.layers if layer.heads))
+    values = {
+        "attention.head_count_kv": [spec.heads_of(layer).K for layer in spec.layers],
+        "attention.key_length": globally.H,
+        "attention.value_length": globally.H,
+        "attention.key_length_swa": spec.H,
+        "attention.value_length_swa": spec.H,
+        "attention.sliding_window": next(
+            (x.window for x in spec.layers if x.window), spec.max_length
+        ),
+        "attention.sliding_window_pattern": [layer.heads is None for layer in spec.layers],
+        "attention.shared_kv_layers": 0,
+        "embedding_length_per_layer_input": 0,
+        "rope.freq_base_swa": float(spec.more_ropes[0].theta),
+        "rope.dimension_count": globally.H,
+        "rope.dimension_count_swa": spec.H,
+    }
+    if spec.logit_softcap is not None:
+        values["final_logit_softcapping"] = float(spec.logit_softcap)
+    return values
+
+
 FAMILY = Family(
     model_type="gemma4_text",
     architecture="Gemma4ForCausalLM",
@@ -214,6 +286,27 @@ FAMILY = Family(
     ropes=_ropes,
     rope_to_hf=_rope_to_hf,
     rope_kinds=("proportional",),
+    gguf=GgufFormat(
+        architecture="gemma4",
+        experts=None,
+        names=gemma_layers.GGUF_NAMES
+        | {
+            "layer_output_scale.weight": "layer_scalar",
+            "ffn_gate_inp": "router.proj",
+            "ffn_gate_inp.scale": "router.scale",
+            "ffn_gate_up_exps.weight": "experts.gate_up_proj",
+            "ffn_down_exps.weight": "experts.down_proj",
+            "ffn_down_exps.scale": "router.per_expert_scale",
+            "post_ffw_norm_1": "post_feedforward_layernorm_1",
+            "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+            "post_ffw_norm_2": "post_feedforward_layernorm_2",
+        },
+        dtype="bfloat16",
+        kv_heads_by_layer=True,
+        config=_gguf_config,
+        metadata=_gguf_metadata,
+        rope_kinds=("proportional",),
+    ),
     multimodal_parents=(
         MultimodalModel(model_type="gemma4", names=(INSIDE,), tied=True),
         MultimodalModel(model_type="gemma4_unified", names=(INSIDE,), tied=True, defaults=UNIFIED),

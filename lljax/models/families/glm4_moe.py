@@ -4,8 +4,14 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family
-from lljax.models.families.sigmoid_experts import CHECKS, DEFAULTS, dense_first, sigmoid_experts
+from lljax.models.families.family import Family, GgufFormat, Metadata
+from lljax.models.families.sigmoid_experts import (
+    CHECKS,
+    DEFAULTS,
+    dense_first,
+    gguf_experts,
+    sigmoid_experts,
+)
 from lljax.models.spec import QKNorm
 from lljax.models.values import FLAG
 
@@ -19,6 +25,20 @@ def _decoder(c: dict) -> dict[str, Any]:
     }
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    return gguf_experts(metadata, score=2) | {
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "use_qk_norm": "model.layers.0.self_attn.q_norm.weight" in names,
+    }
+
+
+GGUF = GgufFormat(
+    architecture="glm4moe",
+    experts=True,
+    names={"post_attention_norm": "post_attention_layernorm"},
+    partial=True,
+    config=_gguf_config,
+)
 FAMILY = Family(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
@@ -34,4 +54,5 @@ FAMILY = Family(
     decoder=_decoder,
     checks=CHECKS | {"use_qk_norm": FLAG},
     peft_experts=True,
+    gguf=GGUF,
 )

@@ -4,8 +4,10 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family
-from lljax.models.values import FLAG, NUMBER
+from lljax.models.families import llama
+from lljax.models.families.family import Family, GgufFormat, Metadata
+from lljax.models.spec import DecoderSpec
+from lljax.models.values import FLAG, NUMBER, Value
 
 SCALE_DEFAULTS = {
     "embedding_multiplier": 1.0,
@@ -13,6 +15,13 @@ SCALE_DEFAULTS = {
     "attention_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
+GGUF_SCALES = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+}
+ROPE_ON = Value(lambda x: x is True, "true, since models without RoPE are not supported")
 SCALE_CHECKS = dict.fromkeys(SCALE_DEFAULTS, NUMBER)
 
 
@@ -34,6 +43,23 @@ def _decoder(c: dict) -> dict[str, Any]:
     }
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    metadata("rope.scaling.finetuned", True, ROPE_ON)
+    default = {"attention.scale": config["head_dim"] ** -0.5}
+    return llama.GGUF.config(config, metadata, names) | {
+        field: metadata(key, default.get(key, 1.0), NUMBER) for field, key in GGUF_SCALES.items()
+    }
+
+
+def _gguf_metadata(spec: DecoderSpec) -> dict[str, Any]:
+    return {
+        "embedding_scale": spec.embed_scale,
+        "residual_scale": spec.residual_scale,
+        "attention.scale": spec.scale,
+        "logit_scale": 1 / spec.logit_scale,
+    }
+
+
 FAMILY = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
@@ -41,4 +67,11 @@ FAMILY = Family(
     | {"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
     decoder=_decoder,
     checks=SCALE_CHECKS | {"mlp_bias": FLAG},
+    gguf=GgufFormat(
+        architecture="granite",
+        permuted=True,
+        config=_gguf_config,
+        metadata=_gguf_metadata,
+        rope_kinds=llama.GGUF.rope_kinds,
+    ),
 )

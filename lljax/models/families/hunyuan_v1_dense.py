@@ -4,7 +4,7 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family
+from lljax.models.families.family import Family, GgufFormat
 from lljax.models.rope import THETA
 from lljax.models.spec import DecoderSpec, QKNorm
 from lljax.models.values import NUMBER, check, optional
@@ -51,4 +51,11 @@ FAMILY = Family(
     decoder=_decoder,
     ropes=_ropes,
     rope_to_hf=_rope_to_hf,
+    gguf=GgufFormat(
+        architecture="hunyuan-dense",
+        names={
+            "attn_q_norm": "self_attn.query_layernorm",
+            "attn_k_norm": "self_attn.key_layernorm",
+        },
+    ),
 )

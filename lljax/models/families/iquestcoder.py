@@ -14,6 +14,7 @@ NOT_SUPPORTED = Value(lambda x: not x, "off, since transformers does not support
 FAMILY = dataclasses.replace(
     llama.FAMILY,
     model_type="iquestcoder",
+    gguf=llama.GGUF_WRITTEN,
     defaults={
         **llama.FAMILY.defaults,
         "max_position_embeddings": 131_072,

@@ -2,6 +2,7 @@
 `models/llama/modeling_llama.py`.
 """
 
+import dataclasses
 from typing import Any
 
 from lljax.models.families.family import Family, GgufFormat, Metadata
@@ -29,6 +30,7 @@ GGUF = GgufFormat(
     config=_gguf_config,
     rope_kinds=("default", "linear", "yarn", "llama3", "longrope"),
 )
+GGUF_WRITTEN = dataclasses.replace(GGUF, read=False)  # of families whose files are Llama's
 FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",

@@ -4,7 +4,9 @@ scores under Mixtral's names; transformers `models/minimax_m2/modeling_minimax_m
 
 from typing import Any
 
-from lljax.models.families.family import Family, first_set, uniform_layers
+from lljax.models.families.family import Family, GgufFormat, Metadata, first_set, uniform_layers
+from lljax.models.families.mixtral import GGUF_EXPERTS
+from lljax.models.families.sigmoid_experts import SIGMOID
 from lljax.models.spec import LayerSpec, MoESpec, QKNorm
 from lljax.models.values import optional, whole
 
@@ -35,6 +37,16 @@ def _ropes(c: dict) -> tuple[dict, ...]:
     return (c | {"partial_rotary_factor": rotated / c["head_dim"]},)
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    """In llama.cpp the head is a tensor of its own."""
+    metadata("expert_gating_func", wanted=SIGMOID)
+    return {
+        "num_local_experts": metadata("expert_count"),
+        "num_experts_per_tok": metadata("expert_used_count"),
+        "tie_word_embeddings": False,
+    }
+
+
 FAMILY = Family(
     model_type="minimax_m2",
     architecture="MiniMaxM2ForCausalLM",
@@ -50,4 +62,11 @@ FAMILY = Family(
     checks={"rotary_dim": optional(whole(2)), "head_dim": whole(1)},
     ropes=_ropes,
     peft_experts=True,
+    gguf=GgufFormat(
+        architecture="minimax-m2",
+        experts=True,
+        names=GGUF_EXPERTS | {"exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias"},
+        partial=True,
+        config=_gguf_config,
+    ),
 )

@@ -4,10 +4,17 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family, sliding_window, uniform_layers
+from lljax.models.families.family import (
+    Family,
+    GgufFormat,
+    Metadata,
+    sliding_window,
+    uniform_layers,
+)
 from lljax.models.families.mistral import MISTRAL3
 from lljax.models.families.position_temperature import BETA, rope_to_hf, temperature
-from lljax.models.spec import LayerSpec
+from lljax.models.spec import DecoderSpec, LayerSpec
+from lljax.models.values import NOT_NEGATIVE
 
 
 def _decoder(c: dict) -> dict[str, Any]:
@@ -15,6 +22,18 @@ def _decoder(c: dict) -> dict[str, Any]:
         "temperature": temperature(c),
         "layers": uniform_layers(c, LayerSpec(window=sliding_window(c))),
     }
+
+
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    rope = config["rope_scaling"] or {"rope_type": "default"}
+    weight = metadata("attention.temperature_scale", 0.0, NOT_NEGATIVE)
+    return {"sliding_window": None, "rope_scaling": rope | {BETA: weight}}
+
+
+def _gguf_metadata(spec: DecoderSpec) -> dict[str, Any]:
+    """llama.cpp divides positions by the original length of the RoPE."""
+    temperature = spec.temperature
+    return {"attention.temperature_scale": temperature.weight} if temperature else {}
 
 
 FAMILY = Family(
@@ -40,5 +59,12 @@ FAMILY = Family(
     decoder=_decoder,
     rope_to_hf=rope_to_hf,
     rope_kinds=("yarn",),  # transformers divides positions by the original length that yarn names
+    gguf=GgufFormat(
+        architecture="mistral3",
+        permuted=True,
+        yarn_log_multiplier=1.0,
+        config=_gguf_config,
+        metadata=_gguf_metadata,
+    ),
     multimodal_parents=(MISTRAL3,),
 )

@@ -37,6 +37,6 @@ FAMILY = Family(
         "sliding_window": 4096,
     },
     decoder=_decoder,
-    gguf=llama.GGUF,
+    gguf=llama.GGUF_WRITTEN,
     multimodal_parents=(MISTRAL3,),
 )

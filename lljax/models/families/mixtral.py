@@ -1,11 +1,28 @@
 """Mixtral: experts in every layer (Jiang et al. 2024, arXiv 2401.04088); transformers
 `models/mixtral/modeling_mixtral.py`.
+
+Its GGUF files call themselves llama; those with experts are read as Mixtral.
 """
 
+import dataclasses
 from typing import Any
 
-from lljax.models.families.family import Family, first_set, sliding_window, uniform_layers
+from lljax.models.families import llama
+from lljax.models.families.family import (
+    Family,
+    Metadata,
+    first_set,
+    sliding_window,
+    uniform_layers,
+)
 from lljax.models.spec import LayerSpec, MoESpec
+
+GGUF_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.*.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.*.w2",
+}
 
 
 def _decoder(c: dict) -> dict[str, Any]:
@@ -22,6 +39,14 @@ def _decoder(c: dict) -> dict[str, Any]:
     }
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    return {
+        "num_local_experts": metadata("expert_count"),
+        "num_experts_per_tok": metadata("expert_used_count"),
+        "sliding_window": None,
+    }
+
+
 FAMILY = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
@@ -32,4 +57,5 @@ FAMILY = Family(
     },
     decoder=_decoder,
     peft_experts=True,
+    gguf=dataclasses.replace(llama.GGUF, experts=True, names=GGUF_EXPERTS, config=_gguf_config),
 )

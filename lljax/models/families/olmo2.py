@@ -4,7 +4,7 @@ transformers `models/olmo2/modeling_olmo2.py`.
 
 from typing import Any
 
-from lljax.models.families.family import NORMS_AFTER, Family
+from lljax.models.families.family import GGUF_NORMS_AFTER, NORMS_AFTER, Family, GgufFormat, Metadata
 from lljax.models.spec import QKNorm
 
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "attention_bias": False}
@@ -19,9 +19,18 @@ def decoder(c: dict) -> dict[str, Any]:
     }
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    """In llama.cpp the head is a tensor of its own, and heads have the size D / N."""
+    return {
+        "tie_word_embeddings": False,
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+    }
+
+
 FAMILY = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
     defaults=DEFAULTS,
     decoder=decoder,
+    gguf=GgufFormat(architecture="olmo2", names=GGUF_NORMS_AFTER, config=_gguf_config),
 )

@@ -4,7 +4,13 @@
 
 from typing import Any
 
-from lljax.models.families.family import Family, sliding_window, uniform_layers
+from lljax.models.families.family import (
+    Family,
+    GgufFormat,
+    Metadata,
+    sliding_window,
+    uniform_layers,
+)
 from lljax.models.rope.kinds import LISTS
 from lljax.models.spec import DecoderSpec, LayerSpec, MLPNames
 
@@ -30,6 +36,17 @@ def _rope_to_hf(spec: DecoderSpec, entries: dict) -> dict:
     return entries
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    """In llama.cpp no layer slides, and heads have the size D / N."""
+    return {
+        "sliding_window": None,
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "original_max_position_embeddings": metadata(
+            "rope.scaling.original_context_length", config["max_position_embeddings"]
+        ),
+    }
+
+
 FAMILY = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
@@ -41,4 +58,11 @@ FAMILY = Family(
     decoder=_decoder,
     rope_to_hf=_rope_to_hf,
     rope_kinds=("longrope",),
+    gguf=GgufFormat(
+        architecture="phi3",
+        names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        partial=True,
+        config=_gguf_config,
+        rope_kinds=("default", "linear", "yarn", "longrope"),
+    ),
 )

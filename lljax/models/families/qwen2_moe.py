@@ -6,7 +6,7 @@ PEFT does not load adapters of its experts.
 
 from typing import Any
 
-from lljax.models.families.family import Family, first_set
+from lljax.models.families.family import Family, GgufFormat, Metadata, first_set
 from lljax.models.families.qwen_layers import (
     EXPERT_CHECKS,
     EXPERT_DEFAULTS,
@@ -31,6 +31,22 @@ def _decoder(c: dict) -> dict[str, Any]:
     }
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    """In llama.cpp the head is a tensor of its own, and heads have the size D / N."""
+    return {
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "num_experts": metadata("expert_count"),
+        "num_experts_per_tok": metadata("expert_used_count"),
+        "moe_intermediate_size": metadata("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": metadata(
+            "expert_shared_feed_forward_length", config["intermediate_size"]
+        ),
+        "norm_topk_prob": False,
+        "tie_word_embeddings": False,
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+    }
+
+
 FAMILY = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
@@ -39,4 +55,16 @@ FAMILY = Family(
     | {"max_position_embeddings": 32_768, "num_key_value_heads": 16, "qkv_bias": True},
     decoder=_decoder,
     checks=WINDOW_CHECKS | EXPERT_CHECKS | {"qkv_bias": FLAG},
+    gguf=GgufFormat(
+        architecture="qwen2moe",
+        experts=True,
+        names={
+            "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+            "ffn_up_shexp": "mlp.shared_expert.up_proj",
+            "ffn_down_shexp": "mlp.shared_expert.down_proj",
+            "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+        },
+        one_row=("shared_expert_gate.weight",),
+        config=_gguf_config,
+    ),
 )

@@ -7,6 +7,8 @@ from typing import Any
 from lljax.models.families.family import (
     INSIDE,
     Family,
+    GgufFormat,
+    Metadata,
     MultimodalModel,
     sliding_window,
     uniform_layers,
@@ -39,6 +41,16 @@ def _decoder(c: dict) -> dict[str, Any]:
     }
 
 
+def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    """llama.cpp normalizes the weights, and has experts in every layer."""
+    return {
+        "num_experts": metadata("expert_count"),
+        "num_experts_per_tok": metadata("expert_used_count"),
+        "moe_intermediate_size": metadata("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
+
+
 FAMILY = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
@@ -53,6 +65,7 @@ FAMILY = Family(
     decoder=_decoder,
     checks=EXPERT_CHECKS | {"use_sliding_window": FLAG},
     peft_experts=True,
+    gguf=GgufFormat(architecture="qwen3moe", experts=True, config=_gguf_config),
     multimodal_parents=(
         MultimodalModel(
             model_type="qwen3_vl_moe",

@@ -1,9 +1,13 @@
 """Solar Open: experts by sigmoid scores in every layer; transformers
 `models/solar_open/modeling_solar_open.py`.
+
+Its GGUF files call themselves glm4moe, and are read as GLM-4.5.
 """
 
+import dataclasses
 from typing import Any
 
+from lljax.models.families import glm4_moe
 from lljax.models.families.family import Family, uniform_layers
 from lljax.models.families.sigmoid_experts import CHECKS, DEFAULTS, sigmoid_experts
 from lljax.models.spec import LayerSpec
@@ -38,4 +42,5 @@ FAMILY = Family(
     decoder=_decoder,
     checks=CHECKS,
     peft_experts=True,
+    gguf=dataclasses.replace(glm4_moe.GGUF, read=False),
 )
