@@ -414,8 +414,22 @@ IN_GGUF = {  # llama.cpp has these families with these fields alone
         "query_pre_attn_scalar": 16,
         "sliding_window_pattern": 6,
     },
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "phi3": {"sliding_window": None},
+    "mixtral": {"sliding_window": None},
+    "qwen2_moe": {
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": False,
+    },
+    "dots1": {"num_key_value_heads": 6, "sliding_window": None},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 5},
+    "hunyuan_v1_dense": {"attention_bias": False},
     "seed_oss": {"attention_out_bias": False, "mlp_bias": False},
     "ernie4_5": {"use_bias": False},
+    "ernie4_5_moe": {"moe_layer_interval": 1},
+    "deepseek_v3": {"rope_parameters": LATENT["rope_parameters"] | {"mscale_all_dim": 1.0}},
 }
 TINY = open_base(str(Path(shipped_model("lljax/assets/tiny-512")).resolve()))
 TOKENS = np.random.default_rng(1).integers(0, 128, (2, 150))  # beyond max_position_embeddings
