@@ -177,6 +177,15 @@ def log_setup():
     root.handlers[:] = handlers
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+    """The programs of all modules would reach the system's limit of memory maps, at which LLVM ends
+    the process.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def run_config(tiny, documents):
     return tiny_run_config(tiny, documents)

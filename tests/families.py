@@ -113,8 +113,8 @@ DELTA = {
     "num_hidden_layers": 4,
     "full_attention_interval": 2,
     "head_dim": 16,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 12,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 40,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
 }

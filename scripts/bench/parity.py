@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import common
+import jax
 from rich.table import Table
 
 from lljax.cli.console import console
@@ -39,6 +40,7 @@ def bench(names: list[str]) -> bool:
     for name in names or FAMILIES:
         with tempfile.TemporaryDirectory() as folder, console().status(name):
             differences = measure(name, Path(folder) / "base")
+        jax.clear_caches()  # the programs of 40 families reach the system's limit of memory maps
         table = table or Table("family", *differences)
         cells = (
             "" if value is None else str(value) if kind == "round trip" else f"{value:.1e}"
