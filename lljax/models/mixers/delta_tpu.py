@@ -9,6 +9,7 @@ walks the groups from the last to the first.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -18,12 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from lljax.models.mixers import delta_chunk
-from lljax.models.mixers.delta_chunk import CHUNK, TokenMasks
+from lljax.models.mixers.delta_chunk import CHUNK, PAIR, TokenMasks
 from lljax.models.mixers.delta_rule import DeltaCarry, DeltaInputs
 from lljax.parallel.rounding import cdiv, round_up
 
 LANES = 128
-GROUP = 16  # chunks of a program
+GROUP = 32  # pairs of chunks of a program, of all its value heads
 VMEM = 64 * 2**20  # bytes that a kernel may take; a core of v5e, v5p and v6e has 128 MiB
 
 
@@ -40,40 +41,40 @@ def delta_rule(
 
     interpret: run the kernels as plain XLA, on any platform and for heads of any size; slow.
     """
-    T = x.q.shape[1]
-    chunks = cdiv(T, CHUNK)
-    group = min(GROUP, chunks)
-    chunks = round_up(chunks, group)
+    T, R = x.v.shape[1], x.v.shape[3]
+    group = min(max(GROUP // R, 1), cdiv(T, PAIR))
+    pairs = round_up(cdiv(T, PAIR), group)
 
     def pad(a: jax.Array, mode: str = "constant") -> jax.Array:
-        after = chunks * CHUNK - T
+        after = pairs * PAIR - T
         return jnp.pad(a, ((0, 0), (0, after), *((0, 0),) * (a.ndim - 2)), mode=mode)
 
-    def by_chunk(a: jax.Array) -> jax.Array:  # [B, T, M, R] -> [B, M, n, R, C]
+    def by_pair(a: jax.Array) -> jax.Array:  # [B, T, M, R] -> [B, M, n, R, 2C]
         a = pad(a.astype(jnp.float32))
-        return a.reshape(len(a), chunks, CHUNK, *a.shape[2:]).transpose(0, 3, 1, 4, 2)
+        return a.reshape(len(a), pairs, PAIR, *a.shape[2:]).transpose(0, 3, 1, 4, 2)
 
     # The tokens of the padding belong to the last document and leave the state as it is.
-    segments = pad(x.segments, "edge").reshape(-1, chunks, CHUNK)
+    segments = pad(x.segments, "edge").reshape(-1, 2 * pairs, CHUNK)
     known = jnp.concatenate([carry.segment[:, None], segments[:, :-1, -1]], axis=1)
+    known = jnp.broadcast_to(known[..., None], segments.shape)
+    marks = jnp.stack([a.reshape(-1, pairs, PAIR) for a in (segments, known)], axis=2)
     operands = (
         pad(x.q).transpose(0, 2, 1, 3),
         pad(x.k).transpose(0, 2, 1, 3),
         pad(x.v).transpose(0, 2, 3, 1, 4),
-        by_chunk(x.decay),
-        by_chunk(x.beta),
+        by_pair(x.decay),
+        by_pair(x.beta),
         carry.state,
     )
-    marks = jnp.stack([segments, jnp.broadcast_to(known[..., None], segments.shape)], axis=2)
     out, state = _recurrence(group, interpret, operands, marks)
     out = out.transpose(0, 3, 1, 2, 4)[:, :T].astype(jnp.float32)
     return out, DeltaCarry(state, x.segments[:, -1])
 
 
-# q, k [B, M, T, k], v [B, M, R, T, v], decay and beta [B, M, n, R, C] and the state before the row
+# q, k [B, M, T, k], v [B, M, R, T, v], decay and beta [B, M, n, R, 2C] and the state before the row
 Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 # The segment of each token, and of the state before its chunk
-Marks = Int[Array, "B n 2 C"]
+Marks = Int[Array, "B n 2 2C"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -101,10 +102,10 @@ def _forward(group: int, interpret: bool, operands: Operands, marks: Marks, *, k
     [B, M, groups, R, k, v], else None.
     """
     q, _, v, _, _, start = operands
-    R, groups = v.shape[2], marks.shape[1] // group
+    R, groups, dtype = v.shape[2], marks.shape[1] // group, q.dtype
 
     def kernel(q, k, v, decay, beta, start, marks, out, end, *rest):
-        *before, state, inverses = rest
+        *before, state, factors, columns, scores = rest
 
         @pl.when(pl.program_id(2) == 0)
         def begin():
@@ -112,23 +113,34 @@ def _forward(group: int, interpret: bool, operands: Operands, marks: Marks, *, k
 
         if keeps:
             before[0][...] = state[...]
-        _invert(group, k, decay, beta, marks, inverses)
 
-        def run(c, _):
-            tokens = _tokens(c)
-            masks = TokenMasks.of(marks[c])
-            q_c, k_c = q[tokens, :], k[tokens, :]
-            likeness = delta_chunk.dot(q_c, k_c, 1, 1)
-            for r in range(R):
-                gates = delta_chunk.gates(decay[c, r : r + 1, :], beta[c, r : r + 1, :], masks)
-                before_r = state[r]
-                y, corrected = delta_chunk.outputs(
-                    *(q_c, k_c, v[r, tokens, :], likeness), gates, inverses[c, r], before_r
-                )
-                out[r, tokens, :] = y.astype(out.dtype)
-                state[r] = delta_chunk.state_after(k_c, gates, corrected, before_r)
+        def prepare(p, _):
+            tokens = _tokens(p, PAIR)
+            likeness = delta_chunk.likeness(q[tokens, :], k[tokens, :])
+            for r, between in enumerate(_prepare(p, k, decay, beta, marks, factors, columns)):
+                scores[p, r] = delta_chunk.spread(likeness * between).astype(dtype)
             return 0
 
+        def run(p, _):
+            reads, added = [[] for _ in range(R)], [[] for _ in range(R)]
+            for half, r in itertools.product((0, 1), range(R)):
+                tokens = _tokens(2 * p + half, CHUNK)
+                from_start, to_end, strength = _columns(columns, p, r, half)
+                k_c, before_r = k[tokens, :], state[r]
+                read_k, read_q = delta_chunk.read(q[tokens, :], k_c, before_r)
+                error = v[r, tokens, :].astype(jnp.float32) - from_start * read_k
+                corrected = delta_chunk.apply(factors[2 * p + half, r], strength * error)
+                keep = from_start[CHUNK - 1 :]
+                state[r] = delta_chunk.state_after(k_c, to_end, keep, corrected, before_r)
+                reads[r].append(from_start * read_q)
+                added[r].append(corrected.astype(dtype))
+            for r in range(R):
+                within = delta_chunk.dot(scores[p, r], jnp.concatenate(added[r]))
+                y = jnp.concatenate(reads[r]) + within
+                out[r, _tokens(p, PAIR), :] = y.astype(out.dtype)
+            return 0
+
+        jax.lax.fori_loop(0, group, prepare, 0)
         jax.lax.fori_loop(0, group, run, 0)
 
         @pl.when(pl.program_id(2) == groups - 1)
@@ -147,7 +159,12 @@ def _forward(group: int, interpret: bool, operands: Operands, marks: Marks, *, k
         interpret,
         inputs=list(zip((*operands, marks), kinds, strict=True)),
         outputs=outputs,
-        scratch=[(start.shape[2:], jnp.float32), ((group, R, CHUNK, CHUNK), jnp.float32)],
+        scratch=[
+            (start.shape[2:], jnp.float32),
+            ((2 * group, R, CHUNK, PAIR), dtype),
+            ((group, R, 3, PAIR, 1), jnp.float32),
+            ((group, R, PAIR, PAIR), dtype),
+        ],
         products=6,
     )
     return out, end, before[0] if keeps else None
@@ -155,69 +172,87 @@ def _forward(group: int, interpret: bool, operands: Operands, marks: Marks, *, k
 
 def _backward(group: int, interpret: bool, operands, marks, before, d_out, d_end) -> Operands:
     """The gradients of the operands of `_forward`."""
-    q, k, v, decay, _ = operands
+    q, v, dtype = operands[0], operands[2], operands[0].dtype
     R, groups = v.shape[2], marks.shape[1] // group
 
     def kernel(*refs):
         q, k, v, decay, beta, before, marks, d_out, d_end = refs[:9]
         dq, dk, dv, d_decay, d_beta, d_start = refs[9:15]
-        states, d_state, inverses, corrected = refs[15:]
+        states, d_state, factors, columns, betweens, errors, corrected = refs[15:]
 
         @pl.when(pl.program_id(2) == 0)  # the last group of the row
         def begin():
             d_state[...] = d_end[...]
 
-        _invert(group, k, decay, beta, marks, inverses)
         states[0] = before[...]
 
-        def forward(c, _):
-            tokens = _tokens(c)
-            masks = TokenMasks.of(marks[c])
-            k_c = k[tokens, :]
-            for r in range(R):
-                gates = delta_chunk.gates(decay[c, r : r + 1, :], beta[c, r : r + 1, :], masks)
-                before_r = states[c, r]
-                error = delta_chunk.error(k_c, v[r, tokens, :], gates, before_r)
-                corrected_r = delta_chunk.corrected(inverses[c, r], gates, error)
-                corrected[c, r] = corrected_r.astype(corrected.dtype)
-
-                @pl.when(c < group - 1)
-                def go_on(r=r, gates=gates, corrected_r=corrected_r, before_r=before_r):
-                    after = delta_chunk.state_after(k_c, gates, corrected_r, before_r)
-                    states[c + 1, r] = after
-
+        def prepare(p, _):
+            for r, between in enumerate(_prepare(p, k, decay, beta, marks, factors, columns)):
+                betweens[p, r] = between
             return 0
 
-        jax.lax.fori_loop(0, group, forward, 0)
+        def run(p, _):
+            for half, r in itertools.product((0, 1), range(R)):
+                c = 2 * p + half
+                tokens, there = _tokens(c, CHUNK), pl.ds(half * CHUNK, CHUNK)
+                from_start, to_end, strength = _columns(columns, p, r, half)
+                k_c, before_r = k[tokens, :], states[c, r]
+                read = delta_chunk.dot(k_c, before_r.astype(dtype))
+                error = v[r, tokens, :].astype(jnp.float32) - from_start * read
+                added = delta_chunk.apply(factors[c, r], strength * error)
+                keep = from_start[CHUNK - 1 :]
+                states[c + 1, r] = delta_chunk.state_after(k_c, to_end, keep, added, before_r)
+                errors[p, r, there, :] = error
+                corrected[p, r, there, :] = added.astype(dtype)
+            return 0
 
         def back(i, _):
-            c = group - 1 - i
-            tokens = _tokens(c)
-            masks = TokenMasks.of(marks[c])
-            shared = delta_chunk.Shared.of(q[tokens, :], k[tokens, :])
+            p = group - 1 - i
+            tokens = _tokens(p, PAIR)
+            shared = delta_chunk.Shared.of(q[tokens, :], k[tokens, :], TokenMasks.of(marks[p]))
+            heads = []
             for r in range(R):
-                gates = delta_chunk.gates(decay[c, r : r + 1, :], beta[c, r : r + 1, :], masks)
-                of_head = delta_chunk.backward(
+                d_y, between = d_out[r, tokens, :], betweens[p, r]
+                scores = delta_chunk.spread(shared.likeness_q * between).astype(dtype)
+                d_added = delta_chunk.dot(scores, d_y, 0, 0)
+                parts = []
+                for half in (1, 0):
+                    c, rows = 2 * p + half, slice(half * CHUNK, (half + 1) * CHUNK)
+                    part, d_state[r] = delta_chunk.back_through_state(
+                        shared.q[rows],
+                        shared.k[rows],
+                        *_columns(columns, p, r, half),
+                        factor=factors[c, r],
+                        corrected=corrected[p, r, rows],
+                        state=states[c, r],
+                        d_out=d_y[rows],
+                        d_corrected=d_added[rows],
+                        d_after=d_state[r],
+                    )
+                    parts.insert(0, part)
+                chain = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+                strength = columns[p, r, 2]
+                head = delta_chunk.of_head(
                     shared,
-                    gates,
-                    v=v[r, tokens, :],
-                    inverse=inverses[c, r],
-                    corrected=corrected[c, r],
-                    state=states[c, r],
-                    d_out=d_out[r, tokens, :],
-                    d_after=d_state[r],
+                    chain,
+                    between,
+                    columns[p, r, 1],
+                    strength,
+                    error=errors[p, r],
+                    corrected=corrected[p, r],
+                    d_out=d_y,
                 )
-                dv[r, tokens, :] = of_head.v.astype(dv.dtype)
-                d_decay[c, r : r + 1, :] = of_head.decay
-                d_beta[c, r : r + 1, :] = of_head.beta
-                d_state[r] = of_head.state
-                shared = shared.plus(of_head)
-            d_q, d_k = shared.gradients()
+                heads.append(head)
+                dv[r, tokens, :] = (strength * chain.solved).astype(dv.dtype)
+                d_decay[p, r : r + 1, :] = head.decay
+                d_beta[p, r : r + 1, :] = head.beta
+            d_q, d_k = delta_chunk.of_keys(shared, heads)
             dq[tokens, :] = d_q.astype(dq.dtype)
             dk[tokens, :] = d_k.astype(dk.dtype)
             return 0
 
-        jax.lax.fori_loop(0, group, back, 0)
+        for step in (prepare, run, back):
+            jax.lax.fori_loop(0, group, step, 0)
 
         @pl.when(pl.program_id(2) == groups - 1)
         def finish():
@@ -228,6 +263,7 @@ def _backward(group: int, interpret: bool, operands, marks, before, d_out, d_end
     outputs = zip(
         (*operands, d_end), ("keys", "keys", "values", "gates", "gates", "state"), strict=True
     )
+    heads = d_end.shape[2:]
     return tuple(
         _launch(
             "delta_rule_backward",
@@ -237,10 +273,13 @@ def _backward(group: int, interpret: bool, operands, marks, before, d_out, d_end
             inputs=list(inputs),
             outputs=[(a.shape, a.dtype, kind) for a, kind in outputs],
             scratch=[
-                ((group, *d_end.shape[2:]), jnp.float32),
-                (d_end.shape[2:], jnp.float32),
-                ((group, R, CHUNK, CHUNK), jnp.float32),
-                ((group, R, CHUNK, v.shape[-1]), q.dtype),
+                ((2 * group + 1, *heads), jnp.float32),
+                (heads, jnp.float32),
+                ((2 * group, R, CHUNK, PAIR), dtype),
+                ((group, R, 3, PAIR, 1), jnp.float32),
+                ((group, R, CHUNK, PAIR), jnp.float32),
+                ((group, R, PAIR, v.shape[-1]), jnp.float32),
+                ((group, R, PAIR, v.shape[-1]), dtype),
             ],
             products=20,
             backwards=True,
@@ -248,25 +287,32 @@ def _backward(group: int, interpret: bool, operands, marks, before, d_out, d_end
     )
 
 
-def _invert(group: int, k, decay, beta, marks, inverses) -> None:
-    """Writes the inverses of the chunks of a group. They need no state, so nothing waits for them
-    and they wait for nothing.
+def _prepare(p, k, decay, beta, marks, factors, columns) -> list[jax.Array]:
+    """What two chunks need no state for: writes the inverses and the columns of each value head,
+    and returns the decays between tokens.
     """
+    masks, k_p = TokenMasks.of(marks[p]), k[_tokens(p, PAIR), :]
+    likeness, betweens = delta_chunk.likeness(k_p, k_p), []
+    for r in range(factors.shape[1]):
+        gates = delta_chunk.gates(decay[p, r : r + 1, :], masks)
+        strength = delta_chunk.column(beta[p, r : r + 1, :])
+        system = delta_chunk.system(likeness, gates.between, strength)
+        inverse = delta_chunk.inverse(system, factors.dtype)
+        for half, factor in enumerate(delta_chunk.factors(inverse, factors.dtype)):
+            factors[2 * p + half, r] = factor
+        for i, values in enumerate((gates.from_start, gates.to_end, strength)):
+            columns[p, r, i] = values
+        betweens.append(gates.between)
+    return betweens
 
-    def run(c, _):
-        masks = TokenMasks.of(marks[c])
-        k_c = k[_tokens(c), :]
-        likeness = delta_chunk.dot(k_c, k_c, 1, 1)
-        for r in range(inverses.shape[1]):
-            gates = delta_chunk.gates(decay[c, r : r + 1, :], beta[c, r : r + 1, :], masks)
-            inverses[c, r] = delta_chunk.inverse(delta_chunk.system(likeness, gates))
-        return 0
 
-    jax.lax.fori_loop(0, group, run, 0)
+def _columns(columns, p, r: int, half: int) -> list[jax.Array]:
+    """from_start, to_end and beta of the tokens of a chunk, each [C, 1]."""
+    return [columns[p, r, i, half * CHUNK : (half + 1) * CHUNK, :] for i in range(3)]
 
 
-def _tokens(c: jax.Array):
-    return pl.ds(pl.multiple_of(c * CHUNK, CHUNK), CHUNK)
+def _tokens(i: jax.Array, size: int):
+    return pl.ds(pl.multiple_of(i * size, size), size)
 
 
 def _launch(
@@ -281,13 +327,13 @@ def _launch(
     products: int,
     backwards: bool = False,
 ) -> list[jax.Array]:
-    """Runs a kernel over (batch, key head, group of chunks); `backwards`, from the last group.
+    """Runs a kernel over (batch, key head, group of pairs); `backwards`, from the last group.
 
     inputs: (array, kind of block). outputs: (shape, dtype, kind). products: of a chunk and a value
       head, with the state or of that size.
     """
     (B, M, T, K), (R, V) = inputs[0][0].shape, (inputs[2][0].shape[i] for i in (2, 4))
-    size, groups = group * CHUNK, T // (group * CHUNK)
+    size, groups = group * PAIR, T // (group * PAIR)
 
     def spec(shape: tuple[int | None, ...], *axes: str) -> pl.BlockSpec:
         def place(b, m, g):
@@ -299,8 +345,8 @@ def _launch(
     specs = {
         "keys": spec((None, None, size, K), "b", "m", "g", ""),
         "values": spec((None, None, R, size, V), "b", "m", "", "g", ""),
-        "gates": spec((None, None, group, R, CHUNK), "b", "m", "g", "", ""),
-        "marks": spec((None, group, 2, CHUNK), "b", "g", "", ""),
+        "gates": spec((None, None, group, R, PAIR), "b", "m", "g", "", ""),
+        "marks": spec((None, group, 2, PAIR), "b", "g", "", ""),
         "state": spec((None, None, R, K, V), "b", "m", "", "", ""),
         "states": spec((None, None, None, R, K, V), "b", "m", "g", "", "", ""),
     }
