@@ -10,7 +10,7 @@ walks the groups from the last to the first.
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ def _forward(group: int, interpret: bool, operands: Operands, marks: Marks, *, k
 
 def _backward(group: int, interpret: bool, operands, marks, before, d_out, d_end) -> Operands:
     """The gradients of the operands of `_forward`."""
-    q, v, dtype = operands[0], operands[2], operands[0].dtype
+    v, dtype = operands[2], operands[0].dtype
     R, groups = v.shape[2], marks.shape[1] // group
 
     def kernel(*refs):
@@ -264,7 +264,8 @@ def _backward(group: int, interpret: bool, operands, marks, before, d_out, d_end
         (*operands, d_end), ("keys", "keys", "values", "gates", "gates", "state"), strict=True
     )
     heads = d_end.shape[2:]
-    return tuple(
+    return cast(
+        Operands,
         _launch(
             "delta_rule_backward",
             kernel,
@@ -283,7 +284,7 @@ def _backward(group: int, interpret: bool, operands, marks, before, d_out, d_end
             ],
             products=20,
             backwards=True,
-        )
+        ),
     )
 
 
@@ -326,13 +327,13 @@ def _launch(
     scratch: list[tuple[tuple[int, ...], Any]],
     products: int,
     backwards: bool = False,
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Runs a kernel over (batch, key head, group of pairs); `backwards`, from the last group.
 
     inputs: (array, kind of block). outputs: (shape, dtype, kind). products: of a chunk and a value
       head, with the state or of that size.
     """
-    (B, M, T, K), (R, V) = inputs[0][0].shape, (inputs[2][0].shape[i] for i in (2, 4))
+    (B, M, R, T, V), K = inputs[2][0].shape, inputs[0][0].shape[-1]
     size, groups = group * PAIR, T // (group * PAIR)
 
     def spec(shape: tuple[int | None, ...], *axes: str) -> pl.BlockSpec:
@@ -356,8 +357,8 @@ def _launch(
         kernel,
         grid=(B, M, groups),
         in_specs=[specs[kind] for _, kind in inputs],
-        out_specs=[specs[kind] for *_, kind in outputs],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
+        out_specs=tuple(specs[kind] for *_, kind in outputs),
+        out_shape=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs),
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
