@@ -10,6 +10,7 @@ the arguments and results, as it does within a model.
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import without_devices  # noqa: F401, before jax
 
@@ -44,7 +45,7 @@ def programs(rule: Callable) -> dict[str, Callable]:
     return {"forward": forward, "backward": backward}
 
 
-def arguments(length: int) -> tuple[Floats, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def arguments(length: int) -> tuple[Any, Any, Any]:
     """Abstract inputs, segments and the gradient of the outputs, of one row."""
 
     def shape(dtype, *sizes):
@@ -72,11 +73,13 @@ def measure(device: str, length: int) -> dict[str, dict[str, float]]:
             start = time.process_time()
             compiled = lowered.compile()
             seconds = time.process_time() - start
+            memory = compiled.memory_analysis()
+            assert memory is not None, "the TPU compiler reports it"
             results = jax.eval_shape(program, *operands)
             moved = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((operands, results)))
             rows[f"{form} {name}"] = {
                 "compiling": seconds,
-                "temporary": compiled.memory_analysis().temp_size_in_bytes,
+                "temporary": memory.temp_size_in_bytes,
                 "bound": moved / chip.device.bandwidth,
             }
     return rows
