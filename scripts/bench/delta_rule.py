@@ -36,8 +36,10 @@ def programs(rule: Callable) -> dict[str, Callable]:
     """
 
     def forward(x: Floats, segments: jax.Array) -> jax.Array:
-        carry = DeltaCarry(x[-1], segments[:, 0])
-        return rule(DeltaInputs(*x[:-1], segments), carry)[0].astype(jnp.bfloat16)
+        q, k, v, decay, beta, state = x
+        carry = DeltaCarry(state, segments[:, 0])
+        ins = DeltaInputs(q, k, v, decay, beta, segments)
+        return rule(ins, carry)[0].astype(jnp.bfloat16)
 
     def backward(x: Floats, segments: jax.Array, d_out: jax.Array) -> Floats:
         return jax.vjp(lambda x: forward(x, segments), x)[1](d_out)[0]
@@ -58,14 +60,14 @@ def arguments(length: int) -> tuple[Any, Any, Any]:
     return (keys, keys, values, gates, gates, state), shape(jnp.int32, length), values
 
 
-def measure(device: str, length: int) -> dict[str, dict[str, float]]:
+def measure(device: str, length: int, forms: list[str]) -> dict[str, dict[str, float]]:
     """CPU seconds of compiling, temporary bytes and the bound, by form and program."""
     chip = target(device)
     anywhere = Format(Layout.AUTO, SingleDeviceSharding(chip.devices()[0]))
     x, segments, d_out = arguments(length)
     rows = {}
-    for form, rule in FORMS.items():
-        for name, program in programs(rule).items():
+    for form in forms:
+        for name, program in programs(FORMS[form]).items():
             operands = (x, segments) if name == "forward" else (x, segments, d_out)
             lowered = jax.jit(program, in_shardings=anywhere, out_shardings=anywhere).lower(
                 *operands
@@ -89,9 +91,10 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--device", default="v5e-8", help="TPU slice; one chip of it is used")
     parser.add_argument("--length", type=int, default=32_768, help="tokens of a row")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="of them")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_args()
-    rows = measure(flags.device, flags.length)
+    rows = measure(flags.device, flags.length, flags.forms)
     if flags.json:
         print(json.dumps(rows))
         return

@@ -164,11 +164,15 @@ def test_devices_change_nothing(monkeypatch):
 # ---------------------------------------------------------------- compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e-8", "v5p-8", "v6e-8"])
-def test_compiles_for_tpu_in_less_memory_than_the_xla_form(target):
+def test_compiles_for_tpu_without_copies_of_the_operands(target):
+    """Of 0.8 GB; the states that the backward pass keeps are 34 MB, which may lie in the vector
+    memory.
+    """
     pytest.importorskip("libtpu")
     root = Path(__file__).parents[2]
+    command = "scripts/bench/delta_rule.py", f"--device={target}", "--forms=kernel", "--json"
     done = subprocess.run(
-        [sys.executable, "scripts/bench/delta_rule.py", f"--device={target}", "--json"],
+        [sys.executable, *command],
         env=os.environ | {"PYTHONPATH": str(root)},
         cwd=root,
         capture_output=True,
@@ -176,5 +180,4 @@ def test_compiles_for_tpu_in_less_memory_than_the_xla_form(target):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert rows["kernel forward"]["temporary"] < rows["XLA forward"]["temporary"]
-    assert rows["kernel backward"]["temporary"] < 0.6 * rows["XLA backward"]["temporary"]
+    assert len(rows) == 2 and all(row["temporary"] < 60e6 for row in rows.values()), rows

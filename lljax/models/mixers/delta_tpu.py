@@ -66,7 +66,8 @@ def delta_rule(
         by_pair(x.beta),
         carry.state,
     )
-    out, state = _recurrence(group, interpret, operands, marks)
+    # custom_vjp has no type for its result
+    out, state = cast(tuple[jax.Array, jax.Array], _recurrence(group, interpret, operands, marks))
     out = out.transpose(0, 3, 1, 2, 4)[:, :T].astype(jnp.float32)
     return out, DeltaCarry(state, x.segments[:, -1])
 
