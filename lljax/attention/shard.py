@@ -48,11 +48,16 @@ class HeadShare:
 
 def platform_options(options: AttentionOptions, layout: Layout | None) -> AttentionOptions:
     """The options with the platform of the layout."""
+    return options.replace(platform=kernel_platform(layout))
+
+
+def kernel_platform(layout: Layout | None) -> str:
+    """The platform whose kernels may run on arrays that lie as in `layout`."""
     if layout is not None:
-        return options.replace(platform=layout.platform)
+        return layout.platform
     # Without a layout the compiler may have cut the arrays over several devices, and it cannot cut
     # a kernel: a CPU has none.
-    return options.replace(platform=jax.default_backend() if jax.device_count() == 1 else "cpu")
+    return jax.default_backend() if jax.device_count() == 1 else "cpu"
 
 
 def attend_heads(

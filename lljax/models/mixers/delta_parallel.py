@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lljax.attention.shard import CUT, CUT_HEADS, HEADS, PER_HEAD, pass_on
+from lljax.attention.shard import CUT, CUT_HEADS, HEADS, PER_HEAD, kernel_platform, pass_on
 from lljax.models.memory import Memory, scan_tiles
 from lljax.models.mixers import delta_rule, delta_scan
 from lljax.models.mixers.causal_conv import ConvTail
@@ -36,7 +36,7 @@ def mix(
     trunks: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T M R v"]:
     """The outputs of whole rows, float32. trunks: with branches; then a device holds whole rows."""
-    size = token_parts(layout)
+    size, platform = token_parts(layout), kernel_platform(layout)
     assert trunks is None or size == 1, "lljax.models.mixers.refuses_branches refuses this"
 
     def run(x: Projected, weights: Channels, segments: jax.Array, trunks: jax.Array | None):
@@ -48,7 +48,7 @@ def mix(
             ins = delta_scan.inputs(x, weights, segments, carry.tails)
             before = carry.delta._replace(state=delta_rule.identity(ins))
             carry = _state_before(carry, delta_rule.extended(ins, before).state, size)
-        return delta_scan.run(x, weights, segments, carry, trunks)[0]
+        return delta_scan.run(x, weights, segments, carry, trunks, platform=platform)[0]
 
     specs = (CUT_HEADS, PER_HEAD, CUT, CUT)
     return _on_devices(run, layout, specs, CUT_HEADS)(x, weights, segments, trunks)
@@ -62,9 +62,10 @@ def mix_tile(
     layout: Layout | None,
 ) -> tuple[Float[Array, "B t M R v"], Carry]:
     """The outputs of a tile of every device, float32, and the carry into the next tile."""
+    platform = kernel_platform(layout)
 
     def run(x: Projected, weights: Channels, segments: jax.Array, carry: Carry):
-        out, carry = delta_scan.run(x, weights, segments, _unboxed(carry))
+        out, carry = delta_scan.run(x, weights, segments, _unboxed(carry), platform=platform)
         return out, _boxed(carry)
 
     specs = (CUT_HEADS, PER_HEAD, CUT, CARRY)
@@ -132,6 +133,13 @@ def first_carry(
 
     specs = (CARRY, CARRY.delta.state)
     return _on_devices(before, layout, specs, CARRY)(carry, total.delta.state)
+
+
+def whole_platform(layout: Layout | None) -> str:
+    """The platform whose kernels may run outside of `shard_map`: none of several devices, because
+    the compiler cannot cut a kernel.
+    """
+    return kernel_platform(layout) if layout is None or layout.mesh.size == 1 else "cpu"
 
 
 def _on_devices(run: Callable, layout: Layout | None, in_specs: Any, out_specs: Any) -> Callable:

@@ -5,13 +5,14 @@ lljax.models.mixers.delta_rule.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lljax.models.mixers import delta_rule
+from lljax.models.mixers import delta_rule, delta_tpu
 from lljax.models.mixers.causal_conv import branched_conv, causal_conv, empty_tail, tail_after
 from lljax.models.mixers.delta_rule import DeltaCarry, DeltaInputs
 
@@ -97,14 +98,25 @@ def run(
     carry: Carry,
     trunks: Int[Array, "B T"] | None = None,
     count: Int[Array, " B"] | None = None,
+    *,
+    platform: str,
 ) -> tuple[Float[Array, "B T M R v"], Carry]:
     """The outputs of tokens, float32, and the carry after them; with branches, of whole rows.
 
     count: the tokens of each row after which the tails are; None for all.
+    platform: cpu | gpu | tpu, to choose a kernel for.
     """
-    rule = delta_rule.step if segments.shape[1] == 1 else delta_rule.delta_rule
-    out, delta = rule(inputs(x, weights, segments, carry.tails, trunks), carry.delta)
+    ins = inputs(x, weights, segments, carry.tails, trunks)
+    out, delta = rule_for(ins, platform)(ins, carry.delta)
     return out, Carry(tails_after(x, segments, carry.tails, count), delta)
+
+
+def rule_for(ins: DeltaInputs, platform: str) -> Callable:
+    """The gated delta rule in the form that serves these inputs best."""
+    if ins.q.shape[1] == 1:
+        return delta_rule.step
+    served = platform == "tpu" and delta_tpu.serves(ins)
+    return delta_tpu.delta_rule if served else delta_rule.delta_rule
 
 
 def l2_normalize(x: Float[Array, "... k"]) -> Float[Array, "... k"]:

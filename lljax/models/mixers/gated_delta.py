@@ -156,7 +156,11 @@ class GatedDelta(nnx.Module):
         segments = jnp.ones(z.shape[:2], jnp.int32)
         if context.count is not None:
             x = x.without(jnp.arange(z.shape[1]) >= context.count[:, None])
-        out, after = delta_scan.run(x, self._taps(), segments, state.carry(), count=context.count)
+        out, after = delta_scan.run(
+            *(x, self._taps(), segments, state.carry()),
+            count=context.count,
+            platform=delta_parallel.whole_platform(context.layout),
+        )
         assert context.start is not None, "a state comes with the slots of the tokens"
         return self._gated(out, z), state.write(DeltaState.of(after), context.start)
 
