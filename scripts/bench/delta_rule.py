@@ -91,7 +91,9 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--device", default="v5e-8", help="TPU slice; one chip of it is used")
     parser.add_argument("--length", type=int, default=32_768, help="tokens of a row")
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, help="of them")
+    parser.add_argument(
+        "--forms", nargs="+", default=list(FORMS), choices=FORMS, help="forms to compile"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_args()
     rows = measure(flags.device, flags.length, flags.forms)
