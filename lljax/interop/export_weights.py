@@ -14,6 +14,7 @@ from lljax.interop.adapter_init import ResidualBase, owns_kernel, starts_from_ba
 from lljax.interop.base import Base, BaseView, config_dtype
 from lljax.interop.export_files import write_files
 from lljax.interop.huggingface import (
+    check_tensor,
     hf_names,
     hf_part,
     hf_shape,
@@ -46,6 +47,9 @@ class MergedBase(BaseView):
     `read` returns a merged weight in float32, and rounds no other; tensors in `copied` are bitwise
     the base's. `generation_config` and tokenizer are the base's, and config.json lacks the RoPE of
     the run (lljax.interop.export_files writes it).
+
+    Raises:
+      ModelError: a tensor of the base is missing or has another shape than config.json makes it.
     """
 
     def __init__(self, model: Decoder, base: Base, *, merge: bool = True, dtype: str | None = None):
@@ -59,6 +63,10 @@ class MergedBase(BaseView):
         self.has_base = not all(trains.values())
         self._available = set(base.names()) if self.has_base else set()
         self._unchanged = {name for name in trains if not trains[name] and name in self._available}
+        for name, parts in self._parts.items():
+            abstract = isinstance(parts[0][0].get_value(), jax.ShapeDtypeStruct)
+            if name in self._unchanged or (abstract and not trains[name]):
+                check_tensor(base, self._available, name, hf_shape(parts[0][0]))
         self._replaced = {
             name
             for _, weight, lora in adaptable(model)

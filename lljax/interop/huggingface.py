@@ -74,7 +74,7 @@ def load_part(
             continue
         names = hf_names(variable)
         for name in names:
-            _check_tensor(base, available, name, hf_shape(variable))
+            check_tensor(base, available, name, hf_shape(variable))
 
         def read(name: str, variable: nnx.Variable = variable, first: str = names[0]) -> Any:
             sums[first] = base.checksum(name, sums.get(first, 0))  # while its pages are in memory
@@ -85,7 +85,12 @@ def load_part(
     return sums
 
 
-def _check_tensor(base: Base, available: set[str], name: str, shape: tuple[int, ...]) -> None:
+def check_tensor(base: Base, available: set[str], name: str, shape: tuple[int, ...]) -> None:
+    """Refuses a base without this tensor of this shape. available: the names of its tensors.
+
+    Raises:
+      ModelError: it is missing or of another shape.
+    """
     if name not in available:
         raise ModelError(f"{base.path}: tensor {name!r} is missing")
     if base.shape(name) != shape:

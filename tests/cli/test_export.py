@@ -1,6 +1,7 @@
 """`lljax export`: what it writes, prints and refuses."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -48,3 +49,22 @@ def test_wrong_values_are_refused_before_the_run_is_read(tmp_path, capsys):
     assert "is none of peft, merged, split" in refused(capsys, flags, "--format=onnx")
     assert "--dtype='int8' is none of float32" in refused(capsys, flags, "--dtype=int8")
     assert "no run was started" in refused(capsys, flags)
+
+
+@pytest.mark.parametrize(
+    "changes,line",
+    [
+        ({"num_hidden_layers": 3}, "tensor 'model.layers.2.* is missing"),
+        ({"intermediate_size": 40}, "_proj.weight' has shape .*, and config.json makes it"),
+    ],
+)
+@pytest.mark.parametrize("format", ["merged", "gguf", "fp8"])
+def test_a_base_that_is_not_what_its_config_says_is_one_line(
+    tmp_path, tiny, capsys, changes, line, format
+):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+    error = refused(capsys, f"--model={base}", f"--format={format}", f"--out={tmp_path}/out")
+    assert re.search(line, error)
+    assert not (tmp_path / "out").exists()
