@@ -19,14 +19,11 @@ def _decoder(c: dict) -> dict[str, Any]:
 
 
 def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
-    scalar = config["head_dim"]
-    if config["num_hidden_layers"] == 46:  # the 27B model alone scales by D / N
-        scalar = config["hidden_size"] // config["num_attention_heads"]
     return {
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
-        "query_pre_attn_scalar": scalar,
+        "query_pre_attn_scalar": gemma_layers.gguf_query_scalar(config, layers_of_27b=46),
         "sliding_window": metadata("attention.sliding_window", 4096),
         "attn_logit_softcapping": metadata("attn_logit_softcapping", 50.0, NUMBER),
         "final_logit_softcapping": metadata("final_logit_softcapping", 30.0, NUMBER),

@@ -75,14 +75,11 @@ def _rope_to_hf(spec: DecoderSpec, entries: dict) -> dict:
 
 
 def _gguf_config(config: dict, metadata: Metadata, names: set[str]) -> dict[str, Any]:
-    scalar = config["head_dim"]
-    if config["num_hidden_layers"] == 62:  # the 27B model alone scales by D / N
-        scalar = config["hidden_size"] // config["num_attention_heads"]
     return {
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "rope_theta": metadata("rope.freq_base", 1_000_000.0, rope.THETA),
-        "query_pre_attn_scalar": scalar,
+        "query_pre_attn_scalar": gemma_layers.gguf_query_scalar(config, layers_of_27b=62),
         "sliding_window": metadata("attention.sliding_window"),
         "rope_local_base_freq": metadata("rope.freq_base_swa", 10_000.0, rope.THETA),
     }

@@ -31,6 +31,13 @@ GGUF_NAMES = {
 }
 
 
+def gguf_query_scalar(config: dict, *, layers_of_27b: int) -> int:
+    """The query_pre_attn_scalar that GGUF files leave out; the 27B model alone scales by D / N."""
+    if config["num_hidden_layers"] == layers_of_27b:
+        return config["hidden_size"] // config["num_attention_heads"]
+    return config["head_dim"]
+
+
 def decoder_fields(c: dict) -> dict[str, Any]:
     return {
         "activation": "gelu_tanh",
